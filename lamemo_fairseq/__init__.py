@@ -1,0 +1,9 @@
+"""LaMemo, the language model with look-ahead memory, as a fairseq plugin.
+
+``--user-dir`` imports this package; importing it registers its task and models.
+"""
+
+from . import models, tasks
+
+__version__ = "0.1.0"
+__all__ = ["models", "tasks"]

@@ -1,0 +1,139 @@
+"""Attention in plain PyTorch: the reference of every other backend, and the path for CPUs.
+
+Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances, m memory slots.
+"""
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .types import Attended, LookaheadWindow, RelativeBias
+
+# Keeps the mixing weight finite in the released model; part of what it computes.
+INTERPOLATION_EPS = 1e-6
+
+
+def relative_shift(by_distance: Tensor, offset: int, keys: int) -> Tensor:
+    """Turn scores by distance into scores by key.
+
+    Args:
+        by_distance: ``[..., Q, T]``; column t belongs to the t-th distance of the table.
+        offset: the column that query 0 and key 0 share; query i and key j share ``offset - i + j``.
+        keys: K, at most T.
+
+    Returns:
+        ``[..., Q, K]``. Pairs whose column lies outside the table hold other pairs' scores
+        and have to be masked.
+    """
+    *lead, queries, distances = by_distance.shape
+    # One more column makes a row T+1 long, so that reading on in rows of T moves one to the left each row.
+    flat = F.pad(by_distance, (0, 1)).flatten(-2)
+    shifted = flat.narrow(-1, offset, queries * distances).view(*lead, queries, distances)
+    return shifted.narrow(-1, 0, keys)
+
+
+def _scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int) -> Tensor:
+    """Scores ``[B, H, Q, K]`` before masking, scaled by ``1 / sqrt(D)``, in float32 or wider."""
+    scale = 1 / math.sqrt(q.size(-1))
+    content_q = q if bias.content is None else q + bias.content.unsqueeze(1)
+    scores = (content_q * scale) @ k.transpose(-1, -2)
+    if bias.table is not None:
+        position_q = q if bias.position is None else q + bias.position.unsqueeze(1)
+        by_distance = (position_q * scale) @ bias.table.transpose(-1, -2)
+        if bias.score is not None:
+            by_distance = by_distance + scale * bias.score.unsqueeze(1)
+        scores = scores + relative_shift(by_distance, offset, k.size(-2))
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: RelativeBias,
+    span: Optional[int] = None,
+    dropout: float = 0.0,
+    need_normalizer: bool = True,
+) -> Attended:
+    """Every query attends to all keys up to its own position.
+
+    Args:
+        q: ``[B, H, Q, D]``, the last Q positions.
+        k, v: ``[B, H, K, D]``, K >= Q positions.
+        bias: its table holds the distances ``K-1 .. 0``, in this order.
+        span: how many keys a query sees at most, itself included (None: all).
+        dropout: probability of dropping an attention weight.
+        need_normalizer: False saves computing it, and the result's is empty.
+
+    Returns:
+        The read-out, and the normaliser without a gradient.
+    """
+    queries, keys = q.size(-2), k.size(-2)
+    scores = _scores(q, k, bias, offset=queries - 1)
+    if queries > 1 or span is not None:
+        query = torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
+        distance = query - torch.arange(keys, device=q.device)
+        scores = _mask(scores, (distance < 0) if span is None else (distance < 0) | (distance >= span))
+    weights = F.dropout(scores.softmax(-1), dropout)
+    normalizer = _normalizer(scores.detach()) if need_normalizer else scores.new_empty(0)
+    return Attended(weights.to(v.dtype) @ v, normalizer)
+
+
+def lookahead_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: RelativeBias,
+    window: LookaheadWindow,
+    stored: Attended,
+    dropout: float = 0.0,
+) -> Attended:
+    """Memory slots attend to what came after them and fold it into what they held.
+
+    ``c`` and ``l`` are the read-out and the normaliser over the window, ``o`` and ``d`` the stored ones:
+    ``alpha = e^d / (e^d + e^l + eps)`` and ``o <- alpha o + (1 - alpha) c`` (LaMemo, section 3.2).
+
+    Args:
+        q: ``[B, H, m, D]``, the slots.
+        k, v: ``[B, H, K, D]``, the positions ``window.first .. m``.
+        bias: its table holds ``window.distances(m)``, in this order.
+        stored: the slots' read-outs ``[B, H, m, D]`` and normalisers ``[B, H, m]``, without gradient.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        The merged read-outs and normalisers.
+    """
+    slots, keys = q.size(-2), k.size(-2)
+    scores = _scores(q, k, bias, offset=window.first - window.distances(slots).start)
+    if not window.both_sides:
+        slot = torch.arange(slots, device=q.device).unsqueeze(1)
+        position = window.first + torch.arange(keys, device=q.device)
+        scores = _mask(scores, position <= slot)
+    normalizer = _normalizer(scores)
+    weights = F.dropout(_weights(scores, normalizer), dropout)
+    return merge(stored, Attended(weights.to(v.dtype) @ v, normalizer))
+
+
+def merge(stored: Attended, new: Attended) -> Attended:
+    """Interpolate stored read-outs ``[B, H, m, D]`` with new ones, by the share of each in the common softmax."""
+    top = torch.maximum(stored.normalizer, new.normalizer.detach())
+    kept = (stored.normalizer - top).exp()
+    added = (new.normalizer - top).exp()
+    alpha = (kept / (kept + added + INTERPOLATION_EPS)).unsqueeze(-1)
+    output = (alpha * stored.output + (1 - alpha) * new.output).to(new.output.dtype)
+    return Attended(output, torch.logaddexp(stored.normalizer, new.normalizer.detach()))
+
+
+def _mask(scores: Tensor, hidden: Tensor) -> Tensor:
+    return scores.masked_fill(hidden, -math.inf)
+
+
+def _normalizer(scores: Tensor) -> Tensor:
+    return scores.logsumexp(-1)
+
+
+def _weights(scores: Tensor, normalizer: Tensor) -> Tensor:
+    return (scores - normalizer.unsqueeze(-1)).exp()

@@ -1,0 +1,44 @@
+"""What every attention backend is given.
+
+Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances.
+"""
+
+from typing import NamedTuple, Optional
+
+from torch import Tensor
+
+
+class RelativeBias(NamedTuple):
+    """How one layer scores a key by its distance from the query.
+
+    The score of query ``q`` for a key ``k`` at the distance of row ``t`` of the table is
+    ``((q + content) . k + (q + position) . table[t] + score[t]) / sqrt(D)``.
+    Every part may be None, which leaves its term out.
+    """
+
+    content: Optional[Tensor] = None  # [H, D]
+    position: Optional[Tensor] = None  # [H, D]
+    table: Optional[Tensor] = None  # [H, T, D]
+    score: Optional[Tensor] = None  # [H, T]
+
+
+class Attended(NamedTuple):
+    """The read-out of an attention and the normaliser of its softmax."""
+
+    output: Tensor  # [B, H, Q, D]
+    normalizer: Tensor  # [B, H, Q], logsumexp of the scores, float32 or wider
+
+
+class LookaheadWindow(NamedTuple):
+    """Which key positions the memory slots attend to when they look ahead.
+
+    Slots stand at positions 0 .. m-1 and the first current token at m. The keys are the
+    positions ``first .. m``; ``both_sides`` lets a slot see those on its left as well.
+    """
+
+    first: int
+    both_sides: bool
+
+    def distances(self, slots: int) -> range:
+        """The signed distances ``key - slot`` that *slots* slots meet, masked pairs left out."""
+        return range(self.first - (slots - 1) if self.both_sides else 1, slots + 1)

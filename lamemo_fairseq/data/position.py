@@ -1,0 +1,25 @@
+"""Where a batch of segments stands in its streams."""
+
+from dataclasses import dataclass
+from typing import Any, Tuple
+
+
+@dataclass(frozen=True)
+class SegmentPosition:
+    """Names the streams of a batch and its place in them.
+
+    A plain value: it survives worker processes, and moving a batch to a device leaves it alone.
+    """
+
+    split: str  # the split that the streams come from
+    epoch: int
+    num_streams: int  # how many streams the split was cut into, over all ranks
+    segment_length: int
+    streams: Tuple[int, ...]  # the stream of each row
+    index: int  # which segment of its stream, from 0
+    last: bool = False  # whether the streams end with it
+
+    @property
+    def reading(self) -> Tuple[Any, ...]:
+        """What tells one pass over some streams from another."""
+        return (self.split, self.epoch, self.num_streams, self.segment_length, self.streams)

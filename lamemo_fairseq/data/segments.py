@@ -1,0 +1,117 @@
+"""Segments of streams, looked up by name: which epoch, which cut into streams, which segment, which stream."""
+
+from functools import lru_cache
+from typing import Any, Dict, List, NamedTuple
+
+import numpy as np
+import torch
+from fairseq.data import FairseqDataset, data_utils
+from numpy.typing import NDArray
+
+from .position import SegmentPosition
+from .streams import StreamLayout, TokenSequence
+
+
+class SegmentKey(NamedTuple):
+    """Names one segment of one stream. It says everything, so that the dataset has no state."""
+
+    epoch: int
+    num_streams: int
+    segment: int
+    stream: int
+
+
+class Segment(NamedTuple):
+    """What a key leads to."""
+
+    key: SegmentKey
+    source: NDArray[np.int64]  # [n], the token before each target
+    target: NDArray[np.int64]  # [n], n <= N
+
+
+class SegmentDataset(FairseqDataset):
+    """A split as segments of streams.
+
+    Args:
+        tokens: the split.
+        split: its name.
+        segment_length: N.
+        pad, eos: ids of these symbols. The first token of the split is predicted after an eos.
+        roll_seed: rotate every stream by a random offset in each epoch, drawn with this seed (None: do not).
+    """
+
+    def __init__(
+        self, tokens: TokenSequence, split: str, segment_length: int, pad: int, eos: int, roll_seed: int | None = None
+    ):
+        super().__init__()
+        self.tokens = tokens
+        self.split = split
+        self.segment_length = segment_length
+        self.pad = pad
+        self.eos = eos
+        self.roll_seed = roll_seed
+
+    def __len__(self) -> int:
+        """Segments of the split read as a single stream."""
+        return -(-len(self.tokens) // self.segment_length)
+
+    def layout(self, num_streams: int) -> StreamLayout:
+        return StreamLayout(len(self.tokens), num_streams, self.segment_length)
+
+    def __getitem__(self, key: SegmentKey) -> Segment:
+        start, stop = self.layout(key.num_streams).bounds(key.stream)
+        offset = 0 if self.roll_seed is None else roll_offset(self.roll_seed, key.epoch, key.stream, stop - start)
+        low = key.segment * self.segment_length
+        high = min(low + self.segment_length, stop - start)
+        # Each token is read along with the one before it, which is its context.
+        inputs = self._read(start, stop, offset, low - 1, high)
+        return Segment(key, inputs[:-1], inputs[1:])
+
+    def collater(self, samples: List[Segment]) -> Dict[str, Any]:
+        """Rows of the same segment index to a batch, padded on the right."""
+        if not samples:
+            return {}
+        sources, targets = (
+            # A rank whose streams are all one token shorter may end on a column of padding.
+            data_utils.collate_tokens([torch.from_numpy(getattr(s, name)) for s in samples], self.pad, pad_to_length=1)
+            for name in ("source", "target")
+        )
+        lengths = torch.tensor([len(s.target) for s in samples])
+        key = samples[0].key
+        position = SegmentPosition(
+            split=self.split,
+            epoch=key.epoch,
+            num_streams=key.num_streams,
+            segment_length=self.segment_length,
+            streams=tuple(s.key.stream for s in samples),
+            index=key.segment,
+            last=key.segment == self.layout(key.num_streams).num_segments - 1,
+        )
+        return {
+            "id": torch.tensor([s.key.segment * s.key.num_streams + s.key.stream for s in samples]),
+            "nsentences": len(samples),
+            "ntokens": int(lengths.sum()),
+            "net_input": {"src_tokens": sources, "src_lengths": lengths, "position": position},
+            "target": targets,
+        }
+
+    def _read(self, start: int, stop: int, offset: int, low: int, high: int) -> NDArray[np.int64]:
+        """Tokens ``low .. high-1`` of the stream ``start .. stop-1`` rotated left by *offset*; low may be -1."""
+        length = stop - start
+        if high <= low + 1:
+            return np.empty(1, dtype=np.int64)
+        parts = []
+        if low < 0:
+            before = start + offset - 1
+            parts.append(self.tokens.read(before, before + 1) if before >= 0 else np.array([self.eos]))
+            low = 0
+        seam = length - offset  # the stream's own first token stands here
+        parts.append(self.tokens.read(start + offset + low, start + offset + min(high, seam)))
+        parts.append(self.tokens.read(start + max(low - seam, 0), start + high - seam))
+        return np.concatenate(parts)
+
+
+@lru_cache(maxsize=4096)
+def roll_offset(seed: int, epoch: int, stream: int, length: int) -> int:
+    """How far a stream of *length* tokens is rotated in an epoch: the same on every rank and after a resume."""
+    return int(np.random.default_rng((seed, epoch, stream)).integers(length))

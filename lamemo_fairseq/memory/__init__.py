@@ -1,0 +1,7 @@
+"""Memories by name, one folder each, and the memory of the streams being read."""
+
+from . import empty, lookahead, recurrent  # noqa: F401  (each registers itself)
+from .base import MEMORIES, Memory, MemoryConfig, MemoryState
+from .streams import MissingMemoryError, StreamMemory
+
+__all__ = ["MEMORIES", "Memory", "MemoryConfig", "MemoryState", "MissingMemoryError", "StreamMemory"]

@@ -1,0 +1,94 @@
+"""What a memory is: a state carried from one segment to the next, and how a segment passes through it.
+
+Shapes: B streams, N current tokens, m <= M memory slots, d model width.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Callable, ClassVar, Dict, Generic, Sequence, Type, TypeVar
+
+from torch import Tensor, nn
+
+from ..modules import SelfAttention
+from ..positions import PositionEncoding
+from ..registry import Registry
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """Base of all states. Every field is a tensor, or a tuple of tensors, with the streams first.
+
+    States hold no gradient.
+    """
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "MemoryState":
+        """The same state with *fn* applied to each tensor."""
+        return type(self)(
+            *(
+                tuple(fn(t) for t in value) if isinstance(value, tuple) else fn(value)
+                for value in (getattr(self, f.name) for f in fields(self))
+            )
+        )
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, saved: Dict[str, Any]) -> "MemoryState":
+        names = {f.name for f in fields(cls)}
+        if set(saved) != names:
+            raise ValueError(
+                f"saved memory holds {sorted(saved)}, but this model's memory is made of {sorted(names)}: "
+                "resume with the same --memory, or pass --reset-dataloader"
+            )
+        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in saved.items()})
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Sizes and choices that a memory is built from."""
+
+    mem_len: int
+    layers: int
+    heads: int
+    head_dim: int
+    lookahead_window: str = "right"
+
+
+State = TypeVar("State", bound=MemoryState)
+
+
+class Memory(nn.Module, Generic[State]):
+    """Base of all memories; a decoder has one."""
+
+    attention: ClassVar[Type[SelfAttention]] = SelfAttention
+    state: ClassVar[Type[MemoryState]] = MemoryState
+    looks_ahead: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
+
+    def __init__(self, config: MemoryConfig):
+        super().__init__()
+        self.config = config
+
+    def initial_state(self, x: Tensor) -> State:
+        """The state before the first segment, for streams embedded like ``x [B, N, d]``."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, state: State, layers: Sequence[nn.Module], positions: PositionEncoding
+    ) -> tuple[Tensor, State]:
+        """Pass the embeddings ``x [B, N, d]`` of a segment through the layers.
+
+        Returns:
+            The last layer's current rows ``[B, N, d]``, and the state for the next segment.
+        """
+        raise NotImplementedError
+
+
+def last_rows(rows: Tensor, count: int, dim: int = 1) -> Tensor:
+    """A copy of the last *count* rows without gradient; a view would keep all of them alive."""
+    count = min(count, rows.size(dim))
+    return rows.detach().narrow(dim, rows.size(dim) - count, count).clone()
+
+
+MEMORIES: Registry[Type[Memory[Any]]] = Registry("memory")

@@ -1,0 +1,32 @@
+"""No memory: each segment is read on its own."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Sequence, Type
+
+from torch import Tensor, nn
+
+from ...positions import PositionEncoding
+from ..base import MEMORIES, Memory, MemoryState
+
+
+@dataclass(frozen=True)
+class EmptyState(MemoryState):
+    """Nothing."""
+
+
+@MEMORIES.register("none")
+class EmptyMemory(Memory[EmptyState]):
+    """The row of the tables without memory."""
+
+    state: ClassVar[Type[MemoryState]] = EmptyState
+    remembers: ClassVar[bool] = False
+
+    def initial_state(self, x: Tensor) -> EmptyState:
+        return EmptyState()
+
+    def forward(
+        self, x: Tensor, state: EmptyState, layers: Sequence[nn.Module], positions: PositionEncoding
+    ) -> tuple[Tensor, EmptyState]:
+        for layer, bias in zip(layers, positions(x.size(1), None, x), strict=True):
+            x, _ = layer(x, bias, x.size(1))
+        return x, state

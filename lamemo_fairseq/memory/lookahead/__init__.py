@@ -1,0 +1,95 @@
+"""LaMemo's look-ahead memory (Ji et al. 2022): slots that attend to the tokens that came after them.
+
+The slots' rows are rebuilt through all layers from stored embeddings; stored read-outs and normalisers
+make each refresh incremental, so that its cost is linear in the memory length.
+
+Shapes: B streams, N current tokens, m <= M memory slots, H heads, D size of a head, d model width.
+"""
+
+from dataclasses import dataclass
+from typing import Callable, ClassVar, Dict, Sequence, Tuple, Type
+
+import torch
+from torch import Tensor, nn
+
+from ...attention import Attended, LookaheadWindow, RelativeBias
+from ...modules import SelfAttention
+from ...positions import PositionEncoding
+from ..base import MEMORIES, Memory, MemoryConfig, MemoryState, last_rows
+from .attention import LookaheadSelfAttention
+
+
+@dataclass(frozen=True)
+class LookaheadState(MemoryState):
+    """Embeddings of the slots, and per layer but the last what each slot has attended to."""
+
+    embeddings: Tensor  # [B, m, d], after dropout
+    outputs: Tuple[Tensor, ...]  # a layer: [B, H, m, D], before the output projection
+    normalizers: Tuple[Tensor, ...]  # a layer: [B, H, m], logsumexp of the scores, float32 or wider
+
+
+def right_window(slots: int, current: int) -> LookaheadWindow:
+    """Keys to the right of a slot, but those it met in earlier segments: the last ``min(m, N)``."""
+    return LookaheadWindow(first=slots - min(slots, current) + 1, both_sides=False)
+
+
+def full_window(slots: int, current: int) -> LookaheadWindow:
+    """The same keys, on both sides of a slot (the paper's ablation)."""
+    return LookaheadWindow(first=slots - min(slots, current) + 1, both_sides=True)
+
+
+WINDOWS: Dict[str, Callable[[int, int], LookaheadWindow]] = {"right": right_window, "full": full_window}
+
+
+@MEMORIES.register("lookahead")
+class LookaheadMemory(Memory[LookaheadState]):
+    """Refreshes every slot once a segment."""
+
+    attention: ClassVar[Type[SelfAttention]] = LookaheadSelfAttention
+    state: ClassVar[Type[MemoryState]] = LookaheadState
+    looks_ahead: ClassVar[bool] = True
+
+    def __init__(self, config: MemoryConfig):
+        super().__init__(config)
+        if config.lookahead_window not in WINDOWS:
+            known = ", ".join(WINDOWS)
+            raise ValueError(f"unknown look-ahead window '{config.lookahead_window}'; the known ones are {known}")
+
+    def initial_state(self, x: Tensor) -> LookaheadState:
+        batch, heads, size = x.size(0), self.config.heads, self.config.head_dim
+        exact = torch.promote_types(x.dtype, torch.float32)
+        refreshed = self.config.layers - 1
+        return LookaheadState(
+            embeddings=x.new_empty(batch, 0, x.size(2)),
+            outputs=(x.new_empty(batch, heads, 0, size),) * refreshed,
+            normalizers=(x.new_empty(batch, heads, 0, dtype=exact),) * refreshed,
+        )
+
+    def forward(
+        self, x: Tensor, state: LookaheadState, layers: Sequence[nn.Module], positions: PositionEncoding
+    ) -> tuple[Tensor, LookaheadState]:
+        current, slots = x.size(1), state.embeddings.size(1)
+        window = WINDOWS[self.config.lookahead_window](slots, current) if slots > 0 else None
+        biases = positions(slots + current, range(0) if window is None else window.distances(slots), x)
+
+        rows = torch.cat([state.embeddings.to(x), x], dim=1)
+        embeddings = last_rows(rows, self.config.mem_len)
+        outputs, normalizers = [], []
+        stored = [Attended(*pair) for pair in zip(state.outputs, state.normalizers, strict=True)]
+        for layer, bias, held in zip(layers, biases, [*stored, None], strict=True):
+            rows, carried = layer(rows, bias, window, held, current)
+            if carried is not None:
+                outputs.append(carried.output)
+                normalizers.append(carried.normalizer)
+        if self.training and (window is None or len(layers) == 1):
+            rows = rows + _no_contribution(biases[0].ahead)
+        return rows, LookaheadState(embeddings, tuple(outputs), tuple(normalizers))
+
+
+def _no_contribution(ahead: RelativeBias) -> Tensor:
+    """Zero, with a gradient of zero for the biases that only a look-ahead uses.
+
+    Data-parallel reducers wait for a gradient of every parameter, and before the first slot these had none.
+    """
+    used = [p.sum() for p in (ahead.content, ahead.position) if p is not None]
+    return 0.0 * torch.stack(used).sum() if used else torch.zeros(())

@@ -1,0 +1,42 @@
+"""Transformer-XL's memory: the last M inputs of every layer, frozen (Dai et al. 2019, section 3.2).
+
+Shapes: B streams, N current tokens, m <= M memory slots, d model width.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Sequence, Tuple, Type
+
+import torch
+from torch import Tensor, nn
+
+from ...positions import PositionEncoding
+from ..base import MEMORIES, Memory, MemoryState, last_rows
+
+
+@dataclass(frozen=True)
+class RecurrentState(MemoryState):
+    """Per layer the rows that went into it."""
+
+    hidden: Tuple[Tensor, ...]  # a layer: [B, m, d]
+
+
+@MEMORIES.register("recurrent")
+class RecurrentMemory(Memory[RecurrentState]):
+    """Segment-level recurrence."""
+
+    state: ClassVar[Type[MemoryState]] = RecurrentState
+
+    def initial_state(self, x: Tensor) -> RecurrentState:
+        return RecurrentState((x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers)
+
+    def forward(
+        self, x: Tensor, state: RecurrentState, layers: Sequence[nn.Module], positions: PositionEncoding
+    ) -> tuple[Tensor, RecurrentState]:
+        current, slots = x.size(1), state.hidden[0].size(1)
+        kept = []
+        biases = positions(slots + current, None, x)
+        for layer, bias, past in zip(layers, biases, state.hidden, strict=True):
+            rows = torch.cat([past.to(x), x], dim=1)
+            kept.append(last_rows(rows, self.config.mem_len))
+            x, _ = layer(rows, bias, current)
+        return x, RecurrentState(tuple(kept))

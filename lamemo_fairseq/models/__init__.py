@@ -1,0 +1,5 @@
+"""Registers the models."""
+
+from . import language_models
+
+__all__ = ["language_models"]

@@ -1,0 +1,133 @@
+"""Options of the models, under fairseq's names where fairseq has one."""
+
+# No postponed annotations, and typing's Optional: fairseq turns these dataclasses into a parser.
+from dataclasses import dataclass, field
+from typing import Optional
+
+from fairseq import utils
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
+
+from ..attention import BACKENDS
+from ..memory import MEMORIES
+from ..memory.lookahead import WINDOWS
+from ..positions import POSITIONS
+
+
+@dataclass
+class MemoryLanguageModelConfig(FairseqDataclass):
+    memory: ChoiceEnum(MEMORIES.names()) = field(  # type: ignore[valid-type]
+        default="lookahead", metadata={"help": "what is carried from one segment to the next"}
+    )
+    position_encoding: ChoiceEnum(POSITIONS.names()) = field(  # type: ignore[valid-type]
+        default="disentangled", metadata={"help": "how attention knows distances and directions"}
+    )
+    mem_len: int = field(default=150, metadata={"help": "memory slots M a layer"})
+    lookahead_window: ChoiceEnum(list(WINDOWS)) = field(  # type: ignore[valid-type]
+        default="right", metadata={"help": "which side of a memory slot it looks ahead at"}
+    )
+    clamp_len: int = field(default=0, metadata={"help": "largest distance told apart (0: no limit)"})
+    same_length: bool = field(default=False, metadata={"help": "let every token see the same number of tokens, M"})
+    attention_backend: ChoiceEnum(BACKENDS.names()) = field(  # type: ignore[valid-type]
+        default="auto", metadata={"help": "implementation of the attention"}
+    )
+
+    decoder_layers: int = field(default=6, metadata={"help": "number of layers"})
+    decoder_embed_dim: int = field(default=512, metadata={"help": "width of the model"})
+    decoder_input_dim: Optional[int] = field(
+        default=None, metadata={"help": "width of the embeddings (default: the model's)"}
+    )
+    decoder_output_dim: Optional[int] = field(
+        default=None, metadata={"help": "width of the output layer (default: the embeddings')"}
+    )
+    decoder_attention_heads: int = field(default=8, metadata={"help": "attention heads"})
+    decoder_head_dim: Optional[int] = field(
+        default=None, metadata={"help": "size of a head (default: model width / heads)"}
+    )
+    decoder_ffn_embed_dim: int = field(default=2048, metadata={"help": "width of the feed-forward layers"})
+    decoder_normalize_before: bool = field(default=False, metadata={"help": "layer norm before each block"})
+    activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(  # type: ignore[valid-type]
+        default="relu", metadata={"help": "activation of the feed-forward layers"}
+    )
+    dropout: float = field(default=0.1, metadata={"help": "dropout of embeddings, positions, blocks and output"})
+    attention_dropout: float = field(default=0.0, metadata={"help": "dropout of attention weights"})
+    activation_dropout: Optional[float] = field(
+        default=None, metadata={"help": "dropout inside the feed-forward layers (default: --dropout)"}
+    )
+    untie_output: bool = field(
+        default=False, metadata={"help": "give the output layer weights of its own instead of the embeddings'"}
+    )
+    checkpoint_activations: bool = field(
+        default=False, metadata={"help": "recompute activations in the backward pass to save memory"}
+    )
+
+    tokens_per_sample: Optional[int] = II("task.tokens_per_sample")
+
+
+@dataclass
+class TransformerXLConfig(MemoryLanguageModelConfig):
+    memory: ChoiceEnum(MEMORIES.names()) = field(  # type: ignore[valid-type]
+        default="recurrent", metadata={"help": "what is carried from one segment to the next"}
+    )
+    position_encoding: ChoiceEnum(POSITIONS.names()) = field(  # type: ignore[valid-type]
+        default="transformer-xl", metadata={"help": "how attention knows distances and directions"}
+    )
+
+
+@dataclass
+class RelativeTransformerConfig(TransformerXLConfig):
+    memory: ChoiceEnum(MEMORIES.names()) = field(  # type: ignore[valid-type]
+        default="none", metadata={"help": "what is carried from one segment to the next"}
+    )
+
+
+def check(cfg: MemoryLanguageModelConfig) -> None:
+    """Refuse options that make no sense, saying what to pass instead.
+
+    Raises:
+        ValueError: with the option's name and the remedy.
+    """
+    for registry, name in (
+        (MEMORIES, cfg.memory),
+        (POSITIONS, cfg.position_encoding),
+        (BACKENDS, cfg.attention_backend),
+    ):
+        registry[str(name)]  # options from a YAML or --model-overrides have not met the parser's choices
+    positive = ("decoder_layers", "decoder_embed_dim", "decoder_attention_heads", "decoder_ffn_embed_dim")
+    optional = ("decoder_head_dim", "decoder_input_dim", "decoder_output_dim", "tokens_per_sample")
+    for name in positive + tuple(n for n in optional if getattr(cfg, n) is not None):
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"{_option(name)} is {getattr(cfg, name)}, it must be positive")
+    for name in ("dropout", "attention_dropout", "activation_dropout"):
+        if getattr(cfg, name) is not None and not 0 <= getattr(cfg, name) < 1:
+            raise ValueError(f"{_option(name)} is {getattr(cfg, name)}, it must be at least 0 and below 1")
+    if cfg.clamp_len < 0:
+        raise ValueError(f"--clamp-len is {cfg.clamp_len}: pass 0 for no limit, or the largest distance to tell apart")
+    if cfg.decoder_head_dim is None and cfg.decoder_embed_dim % cfg.decoder_attention_heads:
+        raise ValueError(
+            f"--decoder-embed-dim {cfg.decoder_embed_dim} does not divide into {cfg.decoder_attention_heads} heads: "
+            "pass --decoder-head-dim, or another --decoder-attention-heads"
+        )
+    if cfg.decoder_embed_dim % 2 and str(cfg.position_encoding) != "shaw":
+        raise ValueError(f"--decoder-embed-dim {cfg.decoder_embed_dim} is odd, but sinusoids come in pairs")
+    _check_memory(cfg)
+
+
+def _check_memory(cfg: MemoryLanguageModelConfig) -> None:
+    remembers = MEMORIES[str(cfg.memory)].remembers
+    if remembers and cfg.mem_len <= 0:
+        raise ValueError(
+            f"--mem-len is {cfg.mem_len}, but --memory {cfg.memory} needs at least one slot: "
+            "pass a positive length, or --memory none"
+        )
+    if remembers and str(cfg.position_encoding) == "absolute":
+        raise ValueError(
+            "--position-encoding absolute numbers the tokens of one segment, so that memory rows would share "
+            f"the positions of current ones: take another encoding, or --memory none instead of {cfg.memory}"
+        )
+    if not remembers and cfg.same_length:
+        raise ValueError("--same-length lets every token see --mem-len tokens, but --memory none has none")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,204 @@
+"""The decoder: tokens in, memory in, scores out, memory out.
+
+Shapes: B streams, N tokens of a segment, V words, d model width.
+"""
+
+import zlib
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import FairseqDecoder
+from torch import Tensor, nn
+
+from ..data.position import SegmentPosition
+from ..memory import MEMORIES, MemoryConfig, MemoryState, StreamMemory
+from ..modules import AttentionConfig, DecoderLayer, LayerConfig
+from ..modules.output import FullSoftmax, WordEmbedding
+from ..positions import POSITIONS, PositionConfig
+from .config import MemoryLanguageModelConfig, check
+
+# Generation and scoring cut long inputs into segments themselves, so nothing has to be truncated.
+UNLIMITED = 10**9
+
+
+class MemoryDecoder(FairseqDecoder):
+    """A decoder whose memory and positions are chosen by name.
+
+    Args:
+        cfg: options of the model; ``cfg.tokens_per_sample`` is the segment length N.
+        dictionary: the words.
+    """
+
+    def __init__(self, cfg: MemoryLanguageModelConfig, dictionary: Dictionary):
+        super().__init__(dictionary)
+        check(cfg)
+        if cfg.tokens_per_sample is None:
+            raise ValueError("the segment length is not known: pass --tokens-per-sample")
+        self.segment_length: int = cfg.tokens_per_sample
+        memory_class = MEMORIES[str(cfg.memory)]
+        self.streams = StreamMemory(memory_class.state)
+        width, heads = cfg.decoder_embed_dim, cfg.decoder_attention_heads
+        head_dim = cfg.decoder_head_dim or width // heads
+        mem_len = cfg.mem_len if memory_class.remembers else 0
+
+        input_dim = cfg.decoder_input_dim or width
+        self.embed_tokens = WordEmbedding(len(dictionary), input_dim, width)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.positions = POSITIONS[str(cfg.position_encoding)](
+            PositionConfig(
+                layers=cfg.decoder_layers,
+                embed_dim=width,
+                heads=heads,
+                head_dim=head_dim,
+                looks_ahead=memory_class.looks_ahead,
+                trained_distances=self.segment_length + mem_len,
+                clamp_len=cfg.clamp_len,
+                dropout=cfg.dropout,
+            )
+        )
+        self.memory = memory_class(
+            MemoryConfig(
+                mem_len=mem_len,
+                layers=cfg.decoder_layers,
+                heads=heads,
+                head_dim=head_dim,
+                lookahead_window=str(cfg.lookahead_window),
+            )
+        )
+        attention = AttentionConfig(
+            embed_dim=width,
+            heads=heads,
+            head_dim=head_dim,
+            dropout=cfg.attention_dropout,
+            span=mem_len if cfg.same_length else None,
+            mem_len=mem_len,
+            backend=str(cfg.attention_backend),
+        )
+        layer = LayerConfig(
+            embed_dim=width,
+            ffn_dim=cfg.decoder_ffn_embed_dim,
+            dropout=cfg.dropout,
+            activation_dropout=cfg.dropout if cfg.activation_dropout is None else cfg.activation_dropout,
+            activation_fn=str(cfg.activation_fn),
+            normalize_before=cfg.decoder_normalize_before,
+            checkpoint_activations=cfg.checkpoint_activations,
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(layer, memory_class.attention(attention)) for _ in range(cfg.decoder_layers)
+        )
+        self.output = FullSoftmax(
+            words=len(dictionary),
+            output_dim=cfg.decoder_output_dim or input_dim,
+            embed_dim=width,
+            tied=None if cfg.untie_output else self.embed_tokens.embedding,
+        )
+        self.register_buffer("vocabulary", vocabulary_checksum(dictionary))
+        self._initialize()
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Optional[Tensor] = None,
+        position: Optional[SegmentPosition] = None,
+        encoder_out: Any = None,
+    ) -> Tuple[Tensor, None]:
+        """Scores of the word after each token.
+
+        Args:
+            src_tokens: ``[B, N]`` word ids, padded on the right.
+            src_lengths: not used; padding is only ever seen by padding.
+            position: which streams the rows belong to and where in them. The model then reads and keeps their
+                memory. None takes each row as a whole text of any length, read from an empty memory.
+            encoder_out: not used; fairseq's generator passes it.
+
+        Returns:
+            Scores ``[B, N, V]``, and None as language models have nothing else to report.
+        """
+        features, _ = self.extract_features(src_tokens, position)
+        return self.output_layer(features), None
+
+    def extract_features(
+        self, src_tokens: Tensor, position: Optional[SegmentPosition] = None, **unused: Any
+    ) -> Tuple[Tensor, None]:
+        """The last layer's rows ``[B, N, d]`` after the final dropout; arguments as for `forward`.
+
+        Raises:
+            MissingMemoryError: the segment before *position* has not been read.
+        """
+        if position is not None:
+            features, state = self.step(src_tokens, self.streams.read(position, self.training))
+            self.streams.write(position, self.training, state)
+            return features, None
+        parts, text_state = [], None
+        for segment in src_tokens.split(self.segment_length, dim=1):
+            part, text_state = self.step(segment, text_state)
+            parts.append(part)
+        return torch.cat(parts, dim=1), None
+
+    def step(self, tokens: Tensor, state: Optional[MemoryState]) -> Tuple[Tensor, MemoryState]:
+        """Read one segment.
+
+        Args:
+            tokens: ``[B, N]`` word ids.
+            state: the memory before the segment, left as it is; None for an empty one.
+
+        Returns:
+            Features ``[B, N, d]`` after the final dropout, and the memory after the segment, without gradient.
+        """
+        x = self.dropout(self.positions.embed(self.embed_tokens(tokens)))
+        # The memory of a resumed run is still on the host.
+        before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
+        x, after = self.memory(x, before, self.layers, self.positions)
+        return self.dropout(x), after
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """Scores ``[B, N, V]`` of features ``[B, N, d]``."""
+        return self.output(features)
+
+    def get_normalized_probs(
+        self, net_output: Tuple[Tensor, Any], log_probs: bool, sample: Optional[Dict[str, Any]] = None
+    ) -> Tensor:
+        """(Log-)probabilities ``[B, N, V]``, in float32 or wider."""
+        logits = net_output[0]
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        normalize = torch.log_softmax if log_probs else torch.softmax
+        return normalize(logits, dim=-1, dtype=exact)
+
+    def max_positions(self) -> int:
+        return UNLIMITED
+
+    def upgrade_state_dict_named(self, state_dict: Dict[str, Any], name: str) -> Dict[str, Any]:
+        """Refuse weights that were trained on other words.
+
+        Raises:
+            ValueError: the checkpoint's dictionary is not this one.
+        """
+        saved = state_dict.get(f"{name}.vocabulary")
+        if saved is not None and int(saved) != int(self.vocabulary):
+            words = state_dict[f"{name}.output.bias"].numel()
+            raise ValueError(
+                f"the checkpoint was trained with another dictionary, of {words:,} words; this data's dict.txt has "
+                f"{len(self.dictionary):,}. Evaluate on data binarized with the checkpoint's dictionary: "
+                "fairseq-preprocess --srcdict DICT_OF_THE_TRAINING_DATA"
+            )
+        return state_dict
+
+    def _initialize(self) -> None:
+        """Weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions see to themselves."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.normal_(module.weight, mean=1.0, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, FullSoftmax):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+
+def vocabulary_checksum(dictionary: Dictionary) -> Tensor:
+    """A number that tells dictionaries apart: the CRC-32 of their words in order, an int64 scalar."""
+    return torch.tensor(zlib.crc32("\n".join(dictionary.symbols).encode("utf-8")))

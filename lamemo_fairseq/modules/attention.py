@@ -1,0 +1,71 @@
+"""Multi-head self-attention over memory rows and current rows.
+
+Shapes: B streams, R rows (memory, then current), Q queries, H heads, D size of a head, d model width.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+from torch import Tensor, nn
+
+from ..attention import BACKENDS, Attended
+from ..positions import LayerBias
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Sizes and choices that every layer's attention shares."""
+
+    embed_dim: int
+    heads: int
+    head_dim: int
+    dropout: float = 0.0
+    span: Optional[int] = None  # keys a query sees at most (None: all)
+    mem_len: int = 0
+    backend: str = "auto"
+
+
+class SelfAttention(nn.Module):
+    """Projections around an attention backend; the attention itself is causal over all rows."""
+
+    def __init__(self, config: AttentionConfig):
+        super().__init__()
+        BACKENDS[config.backend]  # an unknown name is an error now, not at the first batch
+        self.config = config
+        width = config.heads * config.head_dim
+        self.qkv_proj = nn.Linear(config.embed_dim, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, config.embed_dim, bias=False)
+
+    def forward(self, rows: Tensor, bias: LayerBias, queries: int) -> tuple[Tensor, None]:
+        """The last *queries* of ``rows [B, R, d]`` attend to all rows before them: ``[B, Q, d]``."""
+        q, k, v = self.project(rows, queries)
+        attended = self.causal(q, k, v, bias, need_normalizer=False)
+        return self.merge_heads(attended.output), None
+
+    def project(self, rows: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the last rows, keys and values of all: ``[B, H, Q or R, D]`` each."""
+        if queries == rows.size(1):
+            q, k, v = self.qkv_proj(rows).chunk(3, dim=-1)
+        else:
+            width = self.config.heads * self.config.head_dim
+            q_weight, kv_weight = self.qkv_proj.weight.split([width, 2 * width])
+            q = nn.functional.linear(rows[:, rows.size(1) - queries :], q_weight)
+            k, v = nn.functional.linear(rows, kv_weight).chunk(2, dim=-1)
+        return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+
+    def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
+        backend = BACKENDS[self.config.backend]
+        return backend.causal_attention(
+            q, k, v, bias.causal, self.config.span, self._dropout, need_normalizer=need_normalizer
+        )
+
+    def merge_heads(self, heads: Tensor) -> Tensor:
+        """``[B, H, Q, D] -> [B, Q, d]`` through the output projection."""
+        return self.out_proj(heads.transpose(1, 2).flatten(2))
+
+    @property
+    def _dropout(self) -> float:
+        return self.config.dropout if self.training else 0.0
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.config.heads, self.config.head_dim)).transpose(1, 2)

@@ -1,0 +1,71 @@
+"""A decoder layer: attention and feed-forward, each with its residual and layer norm.
+
+Shapes: B streams, R rows going in, Q rows coming out, d model width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq import utils
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Sizes and choices of everything in a layer but its attention."""
+
+    embed_dim: int
+    ffn_dim: int
+    dropout: float = 0.0
+    activation_dropout: float = 0.0
+    activation_fn: str = "relu"
+    normalize_before: bool = False
+    checkpoint_activations: bool = False
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with an activation between them, row by row."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.embed_dim, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, config.embed_dim)
+        self.activation_fn = utils.get_activation_fn(config.activation_fn)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation_dropout(self.activation_fn(self.fc1(x))))
+
+
+class DecoderLayer(nn.Module):
+    """The shell that every memory's attention is put into."""
+
+    def __init__(self, config: LayerConfig, attention: nn.Module):
+        super().__init__()
+        self.config = config
+        self.self_attn = attention
+        self.self_attn_layer_norm = nn.LayerNorm(config.embed_dim)
+        self.feed_forward = FeedForward(config)
+        self.final_layer_norm = nn.LayerNorm(config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, rows: Tensor, *attention_args: Any) -> tuple[Tensor, Any]:
+        """Pass ``rows [B, R, d]`` through the layer.
+
+        Returns:
+            The last Q rows ``[B, Q, d]``, Q being what the attention returned, and what it carries on.
+        """
+        if self.config.checkpoint_activations and self.training:
+            return checkpoint(self._forward, rows, *attention_args, use_reentrant=False)
+        return self._forward(rows, *attention_args)
+
+    def _forward(self, rows: Tensor, *attention_args: Any) -> tuple[Tensor, Any]:
+        before = self.config.normalize_before
+        attended, carried = self.self_attn(self.self_attn_layer_norm(rows) if before else rows, *attention_args)
+        x = rows[:, rows.size(1) - attended.size(1) :] + self.dropout(attended)
+        if not before:
+            x = self.self_attn_layer_norm(x)
+        y = self.dropout(self.feed_forward(self.final_layer_norm(x) if before else x))
+        x = x + y
+        return (x if before else self.final_layer_norm(x)), carried

@@ -1,0 +1,83 @@
+"""What a decoder knows about distances, and where each encoding plugs in.
+
+Shapes: L layers, H heads, D size of a head, T distances, d model width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import List, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import RelativeBias
+from ..registry import Registry
+
+
+@dataclass(frozen=True)
+class PositionConfig:
+    """Sizes that a position encoding is built from."""
+
+    layers: int
+    embed_dim: int
+    heads: int
+    head_dim: int
+    looks_ahead: bool  # whether memory slots attend to their right
+    trained_distances: int  # distances met in training, N + M
+    clamp_len: int = 0  # largest distance told apart (0: no limit)
+    dropout: float = 0.0
+
+
+class LayerBias(NamedTuple):
+    """The bias of a layer's causal attention, and of its slots' attention to their right."""
+
+    causal: RelativeBias
+    ahead: Optional[RelativeBias]
+
+
+class PositionEncoding(nn.Module):
+    """Base of all position encodings; one serves all layers of a decoder."""
+
+    def __init__(self, config: PositionConfig):
+        super().__init__()
+        self.config = config
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Add positions to the embeddings ``[B, N, d]`` of a segment; most encodings leave them alone."""
+        return x
+
+    def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
+        """The biases of every layer for one segment.
+
+        Args:
+            causal: number of keys, for the distances ``causal-1 .. 0``.
+            ahead: signed distances ``key - slot`` of the look-ahead attention, or None.
+            like: any tensor of the model's device and dtype.
+        """
+        raise NotImplementedError
+
+    def _clamp(self, distances: Tensor) -> Tensor:
+        """Distances beyond ``clamp_len`` are not told apart; negative ones, to the right, are left alone."""
+        return distances.clamp(max=self.config.clamp_len) if self.config.clamp_len > 0 else distances
+
+    def _sinusoids(self, distances: range, like: Tensor) -> Tensor:
+        """Sinusoids ``[T, d]`` of the distances, dropped out like embeddings."""
+        values = torch.arange(distances.start, distances.stop, distances.step, device=like.device)
+        table = sinusoid(self._clamp(values), self.config.embed_dim, like.dtype)
+        return F.dropout(table, self.config.dropout, self.training)
+
+
+def sinusoid(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """``[sin | cos]`` of positions ``[T]`` at ``dim/2`` wavelengths: ``[T, dim]`` (Vaswani et al. 2017).
+
+    Computed in float32, or float64 for a float64 model, and only then rounded to *dtype*: half precision
+    has too few values to tell 800 positions apart.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=exact) / dim
+    angles = positions.to(exact).unsqueeze(1) * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :dim].to(dtype)
+
+
+POSITIONS: Registry = Registry("position encoding")

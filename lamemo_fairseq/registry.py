@@ -1,0 +1,30 @@
+"""Names to classes, with an error that lists the known names."""
+
+from typing import Callable, Dict, Generic, List, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table of named variants, filled by a decorator."""
+
+    def __init__(self, what: str):
+        self.what = what
+        self._entries: Dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.what} '{name}' is registered already")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def names(self) -> List[str]:
+        return sorted(self._entries)
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            raise ValueError(f"unknown {self.what} '{name}'; the known ones are {', '.join(self.names())}")
+        return self._entries[name]

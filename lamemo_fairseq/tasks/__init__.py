@@ -1,0 +1,5 @@
+"""Registers the task."""
+
+from . import segment_language_modeling
+
+__all__ = ["segment_language_modeling"]

@@ -1,0 +1,274 @@
+"""Language modelling on consecutive segments of long streams."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Dict, Optional, Tuple
+
+import torch
+from fairseq import utils
+from fairseq.data import (
+    AppendTokenDataset,
+    Dictionary,
+    IdDataset,
+    ListDataset,
+    NestedDictionaryDataset,
+    NumelDataset,
+    PadDataset,
+    PrependTokenDataset,
+    StripTokenDataset,
+    data_utils,
+)
+from fairseq.data.indexed_dataset import get_available_dataset_impl
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.tasks import FairseqTask, register_task
+from omegaconf import II
+
+from ..data.iterator import SegmentBatchIterator
+from ..data.segments import SegmentDataset
+from ..data.streams import TokenSequence
+
+logger = logging.getLogger(__name__)
+
+# Below this many segments a stream, the empty memory at its start shows in the figures.
+FEW_SEGMENTS = 16
+
+
+@dataclass
+class SegmentLanguageModelingConfig(FairseqDataclass):
+    data: Optional[str] = field(default=None, metadata={"help": "folder with the output of fairseq-preprocess"})
+    tokens_per_sample: Optional[int] = field(
+        default=None, metadata={"help": "segment length N (in evaluation the default is the trained one)"}
+    )
+    roll: bool = field(
+        default=False, metadata={"help": "rotate every training stream by a random offset in each epoch"}
+    )
+    seed: int = II("common.seed")
+    dataset_impl: Optional[ChoiceEnum(get_available_dataset_impl())] = II(  # type: ignore[valid-type]
+        "dataset.dataset_impl"
+    )
+    train_subset: str = II("dataset.train_subset")
+
+
+@register_task("segment_language_modeling", dataclass=SegmentLanguageModelingConfig)
+class SegmentLanguageModelingTask(FairseqTask):
+    """Feeds B contiguous streams a rank, N tokens a step.
+
+    ``--batch-size`` is B. A split is cut into B times ranks streams; every token of it is predicted
+    once an epoch. Each batch says which streams it belongs to and where it stands in them.
+    """
+
+    NAME: ClassVar[str] = "segment_language_modeling"
+
+    def __init__(self, cfg: SegmentLanguageModelingConfig, dictionary: Dictionary, **kwargs: Any):
+        super().__init__(cfg, **kwargs)
+        if cfg.tokens_per_sample is not None and cfg.tokens_per_sample <= 0:
+            raise ValueError(f"--tokens-per-sample is {cfg.tokens_per_sample}, it must be positive")
+        self.dictionary = dictionary
+        self.segment_length: Optional[int] = cfg.tokens_per_sample
+        self._decoder: Any = None
+        self._iterators: Dict[Any, SegmentBatchIterator] = {}
+
+    @classmethod
+    def setup_task(cls, cfg: SegmentLanguageModelingConfig, **kwargs: Any) -> "SegmentLanguageModelingTask":
+        """Load the dictionary of the data.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if not cfg.data:
+            raise ValueError("no data: pass the folder that fairseq-preprocess wrote")
+        path = os.path.join(utils.split_paths(cfg.data)[0], "dict.txt")
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"no dictionary at {path}: binarize the text with fairseq-preprocess --only-source --destdir "
+                f"{os.path.dirname(path)}"
+            )
+        dictionary = Dictionary.load(path)
+        logger.info("dictionary: %d types", len(dictionary))
+        return cls(cfg, dictionary, **kwargs)
+
+    @property
+    def source_dictionary(self) -> Dictionary:
+        return self.dictionary
+
+    @property
+    def target_dictionary(self) -> Dictionary:
+        return self.dictionary
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        model = super().build_model(cfg, from_checkpoint)
+        decoder: Any = getattr(model, "decoder", None)
+        if not hasattr(decoder, "streams"):
+            raise ValueError(
+                f"--task {self.NAME} feeds segments with memory, which {type(model).__name__} does not have: "
+                "pass --arch lamemo_lm or another architecture of this package, or --task language_modeling"
+            )
+        self._decoder = decoder
+        if self.segment_length is None:
+            self.segment_length = decoder.segment_length
+        return model
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> SegmentDataset:
+        """Load a split.
+
+        Raises:
+            FileNotFoundError: there is no such split.
+            ValueError: it holds no tokens.
+        """
+        paths = utils.split_paths(self.cfg.data)
+        folder = paths[(epoch - 1) % len(paths)]
+        path = os.path.join(folder, split)
+        lines = data_utils.load_indexed_dataset(path, self.dictionary, self.cfg.dataset_impl, combine=combine)
+        if lines is None:
+            there = sorted(f[: -len(".idx")] for f in os.listdir(folder) if f.endswith(".idx"))
+            raise FileNotFoundError(
+                f"no split '{split}' in {folder}, which holds {', '.join(there) or 'none'}: binarize it with "
+                "fairseq-preprocess --only-source --srcdict dict.txt (or choose another with --valid-subset, "
+                "--gen-subset, or none with --disable-validation)"
+            )
+        tokens = TokenSequence(lines, len(self.dictionary), path)
+        if len(tokens) == 0:
+            raise ValueError(f"{path} holds no tokens")
+        if self.segment_length is None:
+            raise ValueError("the segment length is not known: pass --tokens-per-sample")
+        rolls = self.cfg.roll and split == self.cfg.train_subset
+        self.datasets[split] = SegmentDataset(
+            tokens,
+            split,
+            self.segment_length,
+            pad=self.dictionary.pad(),
+            eos=self.dictionary.eos(),
+            roll_seed=self.cfg.seed if rolls else None,
+        )
+        logger.info("%s: %s tokens in %s lines", path, f"{len(tokens):,}", f"{len(lines):,}")
+        return self.datasets[split]
+
+    def get_batch_iterator(
+        self,
+        dataset: Any,
+        max_tokens: Optional[int] = None,
+        max_sentences: Optional[int] = None,
+        num_shards: int = 1,
+        shard_id: int = 0,
+        num_workers: int = 0,
+        epoch: int = 1,
+        data_buffer_size: int = 0,
+        seed: int = 1,
+        **kwargs: Any,
+    ) -> Any:
+        """fairseq's iterator; for a split of streams, batches of consecutive segments.
+
+        ``max_sentences`` is the number of streams a rank; without it, as many as ``max_tokens`` holds
+        segments. Options about sizes, shuffling and remainders do not apply to streams.
+        """
+        if not isinstance(dataset, SegmentDataset):  # prompts and texts to score
+            return super().get_batch_iterator(
+                dataset,
+                max_tokens=max_tokens,
+                max_sentences=max_sentences,
+                num_shards=num_shards,
+                shard_id=shard_id,
+                num_workers=num_workers,
+                epoch=epoch,
+                data_buffer_size=data_buffer_size,
+                seed=seed,
+                **kwargs,
+            )
+        batch_size = max_sentences or (max_tokens or 0) // dataset.segment_length
+        if batch_size <= 0:
+            raise ValueError(
+                f"how many streams to read side by side is not known: pass --batch-size (--max-tokens {max_tokens} "
+                f"holds no segment of {dataset.segment_length} tokens)"
+            )
+        training = dataset.split == self.cfg.train_subset
+        key = (dataset, batch_size, num_shards, shard_id, num_workers, data_buffer_size)
+        if training or key not in self._iterators:
+            layout = dataset.layout(batch_size * num_shards)
+            layout.check(f"the split '{dataset.split}'", training)
+            logger.info(
+                "%s: %d streams of %s tokens, %s segments each",
+                dataset.split,
+                layout.num_streams,
+                f"{layout.num_tokens // layout.num_streams:,}",
+                f"{layout.num_segments:,}",
+            )
+            if layout.num_streams > 1 and layout.num_segments < FEW_SEGMENTS and not training:
+                logger.warning(
+                    "%s: each stream starts from an empty memory and has only %d segments; "
+                    "a smaller --batch-size gives more tokens their full context",
+                    dataset.split,
+                    layout.num_segments,
+                )
+            self._iterators[key] = SegmentBatchIterator(
+                dataset,
+                batch_size,
+                num_shards=num_shards,
+                shard_id=shard_id,
+                memory=self._decoder.streams if training and self._decoder is not None else None,
+                seed=seed,
+                num_workers=num_workers,
+                epoch=epoch,
+                buffer_size=data_buffer_size,
+                reuse_dataloader=True,
+            )
+        return self._iterators[key]
+
+    def eval_lm_dataloader(
+        self,
+        dataset: Any,
+        max_tokens: Optional[int] = 36000,
+        batch_size: Optional[int] = None,
+        context_window: int = 0,
+        num_shards: int = 1,
+        shard_id: int = 0,
+        num_workers: int = 1,
+        data_buffer_size: int = 10,
+        **kwargs: Any,
+    ) -> Any:
+        """Batches for fairseq-eval-lm."""
+        if context_window > 0:
+            raise ValueError(
+                "--context-window does not apply to a model with memory, whose memory is the context: leave it out, "
+                "and choose the memory length with --model-overrides \"{'mem_len': M}\""
+            )
+        return self.get_batch_iterator(
+            dataset,
+            max_tokens=max_tokens,
+            max_sentences=batch_size,
+            num_shards=num_shards,
+            shard_id=shard_id,
+            num_workers=num_workers,
+            data_buffer_size=data_buffer_size,
+        ).next_epoch_itr(shuffle=False)
+
+    def build_dataset_for_inference(self, src_tokens: Any, src_lengths: Any, **kwargs: Any) -> NestedDictionaryDataset:
+        """Whole texts to score or continue, each read from an empty memory after an end-of-sentence token."""
+        pad, eos = self.dictionary.pad(), self.dictionary.eos()
+        texts = StripTokenDataset(ListDataset(src_tokens, src_lengths), eos)
+        sources = PrependTokenDataset(texts, eos)
+        return NestedDictionaryDataset(
+            {
+                "id": IdDataset(),
+                "net_input": {
+                    "src_tokens": PadDataset(sources, pad_idx=pad, left_pad=False),
+                    "src_lengths": NumelDataset(sources, reduce=False),
+                },
+                "target": PadDataset(AppendTokenDataset(texts, pad), pad_idx=pad, left_pad=False),
+            },
+            sizes=[torch.as_tensor(src_lengths).numpy()],
+        )
+
+    def inference_step(
+        self, generator: Any, models: Any, sample: Dict[str, Any], prefix_tokens: Any = None, constraints: Any = None
+    ) -> Any:
+        """Continue the texts of a batch."""
+        if constraints is not None:
+            raise NotImplementedError("--constraints is for translation: a language model takes a prompt instead")
+        if prefix_tokens is None and sample["net_input"]["src_tokens"].nelement():
+            prefix_tokens = sample["net_input"]["src_tokens"][:, 1:]  # without the leading eos
+        with torch.no_grad():
+            return generator.generate(models, sample, prefix_tokens=prefix_tokens, bos_token=self.dictionary.eos())
+
+    def max_positions(self) -> Optional[Tuple[int, ...]]:
+        return None  # streams have no length limit

@@ -1,0 +1,102 @@
+"""The released model's losses, hidden rows and gradients, in float64.
+
+`tests/golden` holds a selection; `LAMEMO_GOLDEN_DIR` names a folder with other cases.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fairseq.data import Dictionary
+
+from lamemo_fairseq.models.config import MemoryLanguageModelConfig
+from lamemo_fairseq.models.decoder import MemoryDecoder
+from lamemo_fairseq.released import from_released, model_options
+
+from .released_rounding import round_as_released
+
+FOLDER = Path(os.environ.get("LAMEMO_GOLDEN_DIR") or Path(__file__).parent / "golden")
+
+
+def cases():
+    found = sorted(FOLDER.glob("*.npz"))
+    assert found, f"no golden cases in {FOLDER}"
+    return [pytest.param(path, id=path.name) for path in found]
+
+
+def dictionary_of(words: int) -> Dictionary:
+    dictionary = Dictionary()
+    for i in range(words - len(dictionary)):
+        dictionary.add_symbol(f"w{i}")
+    assert len(dictionary) == words
+    return dictionary
+
+
+def released_weights(case, prefix, layers):
+    arrays = {k[len(prefix) :]: torch.from_numpy(case[k]) for k in case.files if k.startswith(prefix)}
+    return from_released(arrays, layers)
+
+
+def build(case, config) -> MemoryDecoder:
+    options = MemoryLanguageModelConfig(**model_options(config), dropout=0.0)
+    decoder = MemoryDecoder(options, dictionary_of(config["vocab"])).double()
+    weights = released_weights(case, "param/", config["n_layer"])
+    missing, unexpected = decoder.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"vocabulary"}, (missing, unexpected)
+    return decoder
+
+
+def assert_close(actual, expected, what, tolerance):
+    actual, expected = actual.detach().numpy(), np.asarray(expected)
+    assert actual.shape == expected.shape, what
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error <= tolerance, f"{what}: off by {error:.2e} of the largest entry"
+
+
+@pytest.mark.parametrize("path", cases())
+def test_golden(path, monkeypatch):
+    """As released, to the last digits: with the float32 roundings that the released code has inside."""
+    attention_type = json.loads(str(np.load(path)["config"]))["attn_type"]
+    round_as_released(monkeypatch, masks_in_float32=attention_type not in (1, 2))
+    compare(path, 1e-9)
+
+
+@pytest.mark.parametrize("path", cases())
+def test_golden_without_rounding(path):
+    """The model as it is used, float64 throughout: it differs from the figures by their roundings alone."""
+    compare(path, 2e-6)
+
+
+def compare(path, tolerance):
+    case = np.load(path)
+    config = json.loads(str(case["config"]))
+    decoder = build(case, config)
+    tokens = torch.from_numpy(case["tokens"])
+    state, start = None, 0
+    for k, length in enumerate(case["seg_lens"].tolist()):
+        features, state = decoder.step(tokens[:, start : start + length], state)
+        target = tokens[:, start + 1 : start + 1 + length]
+        log_probs = decoder.get_normalized_probs((decoder.output_layer(features), None), log_probs=True)
+        nll = -log_probs.gather(2, target.unsqueeze(2)).squeeze(2)
+        assert_close(nll, case[f"nll/{k}"], f"nll of segment {k}", tolerance)
+        assert_close(features, case[f"hidden/{k}"], f"hidden rows of segment {k}", tolerance)
+        start += length
+
+    nll.mean().backward()
+    gradients = {name: p.grad for name, p in decoder.named_parameters()}
+    wanted = released_gradients(case, config["n_layer"])
+    assert set(wanted) == set(gradients)
+    for name, value in wanted.items():
+        assert_close(gradients[name], value, f"gradient of {name}", tolerance)
+
+
+def released_gradients(case, layers):
+    """The released gradients under our names; tied weights have one, under the embedding's."""
+    arrays = {k[len("grad/") :]: torch.from_numpy(case[k]) for k in case.files if k.startswith("grad/")}
+    arrays.setdefault("crit.out_layers.0.weight", arrays["word_emb.emb_layers.0.weight"])
+    ours = from_released(arrays, layers)
+    del ours["output.weight"]
+    return ours
