@@ -31,7 +31,7 @@ from ..data.streams import TokenSequence
 logger = logging.getLogger(__name__)
 
 # Below this many segments a stream, the empty memory at its start shows in the figures.
-FEW_SEGMENTS = 16
+ENOUGH_SEGMENTS = 64
 
 
 @dataclass
@@ -160,7 +160,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         """fairseq's iterator; for a split of streams, batches of consecutive segments.
 
         ``max_sentences`` is the number of streams a rank; without it, as many as ``max_tokens`` holds
-        segments. Options about sizes, shuffling and remainders do not apply to streams.
+        segments, in evaluation no more than leave each stream its context. Options about sizes, shuffling and remainders do not apply to streams.
         """
         if not isinstance(dataset, SegmentDataset):  # prompts and texts to score
             return super().get_batch_iterator(
@@ -175,13 +175,15 @@ class SegmentLanguageModelingTask(FairseqTask):
                 seed=seed,
                 **kwargs,
             )
+        training = dataset.split == self.cfg.train_subset
         batch_size = max_sentences or (max_tokens or 0) // dataset.segment_length
+        if not max_sentences and not training and batch_size > 0:
+            batch_size = max(1, min(batch_size, len(dataset) // (ENOUGH_SEGMENTS * num_shards)))
         if batch_size <= 0:
             raise ValueError(
                 f"how many streams to read side by side is not known: pass --batch-size (--max-tokens {max_tokens} "
                 f"holds no segment of {dataset.segment_length} tokens)"
             )
-        training = dataset.split == self.cfg.train_subset
         key = (dataset, batch_size, num_shards, shard_id, num_workers, data_buffer_size)
         if training or key not in self._iterators:
             layout = dataset.layout(batch_size * num_shards)
@@ -193,7 +195,7 @@ class SegmentLanguageModelingTask(FairseqTask):
                 f"{layout.num_tokens // layout.num_streams:,}",
                 f"{layout.num_segments:,}",
             )
-            if layout.num_streams > 1 and layout.num_segments < FEW_SEGMENTS and not training:
+            if layout.num_streams > 1 and layout.num_segments < ENOUGH_SEGMENTS // 4 and not training:
                 logger.warning(
                     "%s: each stream starts from an empty memory and has only %d segments; "
                     "a smaller --batch-size gives more tokens their full context",
