@@ -19,6 +19,8 @@ ATTENTION_TYPES: Dict[int, tuple[str, str, str]] = {
     33: ("lookahead", "disentangled", "full"),
 }
 
+MAX_BANDS = 16
+
 _BIASES = {
     "r_w_bias": "content_bias",
     "r_r_bias": "position_bias",
@@ -42,7 +44,7 @@ _LAYER = {
 
 
 def from_released(released: Dict[str, Tensor], layers: int) -> Dict[str, Tensor]:
-    """Weights under our decoder's names, from those under the released names (full softmax)."""
+    """Weights under our decoder's names, from those under the released names."""
     ours = {f"positions.{name}": released[theirs] for theirs, name in _BIASES.items() if theirs in released}
     if "layers.0.dec_attn.r_net.weight" in released:
         ours["positions.projection"] = torch.stack(
@@ -52,10 +54,21 @@ def from_released(released: Dict[str, Tensor], layers: int) -> Dict[str, Tensor]
         prefix = f"layers.{i}."
         ours[f"{prefix}self_attn.qkv_proj.weight"] = _stack_qkv(released, prefix)
         ours.update({prefix + name: released[prefix + theirs] for theirs, name in _LAYER.items()})
-    ours["embed_tokens.embedding.weight"] = released["word_emb.emb_layers.0.weight"]
-    ours["output.weight"] = released["crit.out_layers.0.weight"]
-    ours["output.bias"] = released["crit.out_layers.0.bias"]
+    output = "adaptive_softmax" if "crit.cluster_weight" in released else "output"
+    ours.update(_renamed(released, "word_emb.emb_layers.{}.weight", "embed_tokens.tables.{}.weight"))
+    ours.update(_renamed(released, "word_emb.emb_projs.{}", "embed_tokens.projections.{}"))
+    ours.update(_renamed(released, "crit.out_layers.{}.weight", f"{output}.weights.{{}}"))
+    ours.update(_renamed(released, "crit.out_layers.{}.bias", f"{output}.biases.{{}}"))
+    ours.update(_renamed(released, "crit.out_projs.{}", f"{output}.projections.{{}}"))
+    for name in ("cluster_weight", "cluster_bias"):
+        if f"crit.{name}" in released:
+            ours[f"{output}.{name}"] = released[f"crit.{name}"]
     return ours
+
+
+def _renamed(released: Dict[str, Tensor], theirs: str, ours: str) -> Dict[str, Tensor]:
+    """Numbered weights under another name."""
+    return {ours.format(i): released[theirs.format(i)] for i in range(MAX_BANDS) if theirs.format(i) in released}
 
 
 def _stack_qkv(released: Dict[str, Tensor], prefix: str) -> Tensor:
@@ -77,6 +90,9 @@ def model_options(config: Dict[str, Any]) -> Dict[str, Any]:
         "mem_len": config["mem_len"],
         "clamp_len": max(config["clamp_len"], 0),
         "same_length": config["same_length"],
+        "adaptive_softmax_cutoff": ",".join(map(str, config["cutoffs"])) or None,
+        "adaptive_softmax_factor": float(config["div_val"]) if config["cutoffs"] else 1.0,
+        "adaptive_input": bool(config["cutoffs"]) and config["div_val"] > 1,
         "decoder_layers": config["n_layer"],
         "decoder_embed_dim": config["d_model"],
         "decoder_input_dim": config["d_embed"],

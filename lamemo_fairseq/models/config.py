@@ -2,7 +2,7 @@
 
 # No postponed annotations, and typing's Optional: fairseq turns these dataclasses into a parser.
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import List, Optional
 
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -53,6 +53,15 @@ class MemoryLanguageModelConfig(FairseqDataclass):
     attention_dropout: float = field(default=0.0, metadata={"help": "dropout of attention weights"})
     activation_dropout: Optional[float] = field(
         default=None, metadata={"help": "dropout inside the feed-forward layers (default: --dropout)"}
+    )
+    adaptive_softmax_cutoff: Optional[str] = field(
+        default=None, metadata={"help": "comma separated cutoffs of the adaptive softmax (default: full softmax)"}
+    )
+    adaptive_softmax_factor: float = field(
+        default=1.0, metadata={"help": "each band's output is this much narrower than the one before (div_val)"}
+    )
+    adaptive_input: bool = field(
+        default=False, metadata={"help": "embed the adaptive softmax's bands in the same widths as it does"}
     )
     untie_output: bool = field(
         default=False, metadata={"help": "give the output layer weights of its own instead of the embeddings'"}
@@ -110,7 +119,27 @@ def check(cfg: MemoryLanguageModelConfig) -> None:
         )
     if cfg.decoder_embed_dim % 2 and str(cfg.position_encoding) != "shaw":
         raise ValueError(f"--decoder-embed-dim {cfg.decoder_embed_dim} is odd, but sinusoids come in pairs")
+    if cfg.adaptive_softmax_cutoff is None and (cfg.adaptive_input or cfg.adaptive_softmax_factor != 1):
+        raise ValueError(
+            "--adaptive-input and --adaptive-softmax-factor divide the dictionary at --adaptive-softmax-cutoff: pass it"
+        )
+    if cfg.adaptive_softmax_factor < 1:
+        raise ValueError(f"--adaptive-softmax-factor is {cfg.adaptive_softmax_factor}, it must be at least 1")
+    cutoffs(cfg)
     _check_memory(cfg)
+
+
+def cutoffs(cfg: MemoryLanguageModelConfig) -> List[int]:
+    """The cutoffs of the adaptive softmax, none for a full one.
+
+    Raises:
+        ValueError: they are no numbers.
+    """
+    text = cfg.adaptive_softmax_cutoff
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"--adaptive-softmax-cutoff '{text}': pass whole numbers such as 20000,60000") from None
 
 
 def _check_memory(cfg: MemoryLanguageModelConfig) -> None:

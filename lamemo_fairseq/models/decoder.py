@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..data.position import SegmentPosition
 from ..memory import MEMORIES, MemoryConfig, MemoryState, StreamMemory
 from ..modules import AttentionConfig, DecoderLayer, LayerConfig
-from ..modules.output import FullSoftmax, WordEmbedding
+from ..modules.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from ..positions import POSITIONS, PositionConfig
-from .config import MemoryLanguageModelConfig, check
+from .config import MemoryLanguageModelConfig, check, cutoffs
 
 # Generation and scoring cut long inputs into segments themselves, so nothing has to be truncated.
 UNLIMITED = 10**9
@@ -42,8 +42,7 @@ class MemoryDecoder(FairseqDecoder):
         head_dim = cfg.decoder_head_dim or width // heads
         mem_len = cfg.mem_len if memory_class.remembers else 0
 
-        input_dim = cfg.decoder_input_dim or width
-        self.embed_tokens = WordEmbedding(len(dictionary), input_dim, width)
+        self.embed_tokens = self._build_embedding(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
         self.positions = POSITIONS[str(cfg.position_encoding)](
             PositionConfig(
@@ -87,12 +86,7 @@ class MemoryDecoder(FairseqDecoder):
         self.layers = nn.ModuleList(
             DecoderLayer(layer, memory_class.attention(attention)) for _ in range(cfg.decoder_layers)
         )
-        self.output = FullSoftmax(
-            words=len(dictionary),
-            output_dim=cfg.decoder_output_dim or input_dim,
-            embed_dim=width,
-            tied=None if cfg.untie_output else self.embed_tokens.embedding,
-        )
+        self._build_output(cfg)
         self.register_buffer("vocabulary", vocabulary_checksum(dictionary))
         self._initialize()
 
@@ -103,7 +97,7 @@ class MemoryDecoder(FairseqDecoder):
         position: Optional[SegmentPosition] = None,
         encoder_out: Any = None,
     ) -> Tuple[Tensor, None]:
-        """Scores of the word after each token.
+        """Scores of the word after each token, or with an adaptive softmax the features that it takes.
 
         Args:
             src_tokens: ``[B, N]`` word ids, padded on the right.
@@ -113,7 +107,7 @@ class MemoryDecoder(FairseqDecoder):
             encoder_out: not used; fairseq's generator passes it.
 
         Returns:
-            Scores ``[B, N, V]``, and None as language models have nothing else to report.
+            Scores ``[B, N, V]`` (features ``[B, N, d]``), and None as language models have nothing else to report.
         """
         features, _ = self.extract_features(src_tokens, position)
         return self.output_layer(features), None
@@ -153,14 +147,25 @@ class MemoryDecoder(FairseqDecoder):
         return self.dropout(x), after
 
     def output_layer(self, features: Tensor) -> Tensor:
-        """Scores ``[B, N, V]`` of features ``[B, N, d]``."""
-        return self.output(features)
+        """Scores ``[B, N, V]`` of features ``[B, N, d]``; an adaptive softmax leaves them as they are."""
+        return features if self.output is None else self.output(features)
 
     def get_normalized_probs(
         self, net_output: Tuple[Tensor, Any], log_probs: bool, sample: Optional[Dict[str, Any]] = None
     ) -> Tensor:
-        """(Log-)probabilities ``[B, N, V]``, in float32 or wider."""
+        """(Log-)probabilities ``[B, N, V]``, in float32 or wider.
+
+        With an adaptive softmax and a *sample*, only the entries of its targets are meant: all words have
+        the target's probability, in the memory of one.
+        """
         logits = net_output[0]
+        if self.adaptive_softmax is not None:
+            if sample is None:
+                log_p = self.adaptive_softmax.log_probs(logits)
+            else:
+                found = self.adaptive_softmax.target_log_probs(logits, sample["target"].view(logits.shape[:-1]))
+                log_p = found.unsqueeze(-1).expand(*found.shape, len(self.dictionary))
+            return log_p if log_probs else log_p.exp()
         exact = torch.promote_types(logits.dtype, torch.float32)
         normalize = torch.log_softmax if log_probs else torch.softmax
         return normalize(logits, dim=-1, dtype=exact)
@@ -176,13 +181,28 @@ class MemoryDecoder(FairseqDecoder):
         """
         saved = state_dict.get(f"{name}.vocabulary")
         if saved is not None and int(saved) != int(self.vocabulary):
-            words = state_dict[f"{name}.output.bias"].numel()
             raise ValueError(
-                f"the checkpoint was trained with another dictionary, of {words:,} words; this data's dict.txt has "
-                f"{len(self.dictionary):,}. Evaluate on data binarized with the checkpoint's dictionary: "
+                "the checkpoint was trained with another dictionary than this data's dict.txt of "
+                f"{len(self.dictionary):,} words. Evaluate on data binarized with the checkpoint's dictionary: "
                 "fairseq-preprocess --srcdict DICT_OF_THE_TRAINING_DATA"
             )
         return state_dict
+
+    def _build_embedding(self, cfg: MemoryLanguageModelConfig) -> WordEmbedding:
+        width = cfg.decoder_input_dim or cfg.decoder_embed_dim
+        cuts, factor = (cutoffs(cfg), cfg.adaptive_softmax_factor) if cfg.adaptive_input else ([], 1.0)
+        return WordEmbedding(Bands(len(self.dictionary), width, cuts, factor), cfg.decoder_embed_dim)
+
+    def _build_output(self, cfg: MemoryLanguageModelConfig) -> None:
+        words, cuts = len(self.dictionary), cutoffs(cfg)
+        width = cfg.decoder_output_dim or cfg.decoder_input_dim or cfg.decoder_embed_dim
+        tied = None if cfg.untie_output else self.embed_tokens
+        self.output: Optional[FullSoftmax] = None
+        if cuts:
+            bands = Bands(words, width, cuts, cfg.adaptive_softmax_factor)
+            self.adaptive_softmax = AdaptiveSoftmax(bands, cfg.decoder_embed_dim, tied)
+        else:
+            self.output = FullSoftmax(words, width, cfg.decoder_embed_dim, tied)
 
     def _initialize(self) -> None:
         """Weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions see to themselves."""
@@ -194,9 +214,8 @@ class MemoryDecoder(FairseqDecoder):
             elif isinstance(module, nn.LayerNorm):
                 nn.init.normal_(module.weight, mean=1.0, std=0.02)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, FullSoftmax):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+            elif isinstance(module, (WordEmbedding, FullSoftmax, AdaptiveSoftmax)):
+                module.reset_parameters()
 
 
 def vocabulary_checksum(dictionary: Dictionary) -> Tensor:

@@ -160,7 +160,8 @@ class SegmentLanguageModelingTask(FairseqTask):
         """fairseq's iterator; for a split of streams, batches of consecutive segments.
 
         ``max_sentences`` is the number of streams a rank; without it, as many as ``max_tokens`` holds
-        segments, in evaluation no more than leave each stream its context. Options about sizes, shuffling and remainders do not apply to streams.
+        segments, in evaluation no more than leave each stream its context. Options about sizes,
+        shuffling and remainders do not apply to streams.
         """
         if not isinstance(dataset, SegmentDataset):  # prompts and texts to score
             return super().get_batch_iterator(

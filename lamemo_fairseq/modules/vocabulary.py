@@ -1,0 +1,225 @@
+"""Word embeddings in, word scores out: full and adaptive, tied or not.
+
+Frequent words come first in a dictionary. Cutoffs split it into bands; with a factor f, band i has embeddings f^i times
+narrower than the first (Grave et al. 2017, Baevski and Auli 2019).
+
+Shapes: B streams, N tokens, T = B N rows, V words, d model width, e width of a band's embeddings.
+"""
+
+import math
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Bands:
+    """How a dictionary is split: band i holds the words ``starts[i] .. ends[i]-1``, embedded in ``dims[i]`` numbers.
+
+    Bands of one width share a table; others have one each.
+
+    Raises:
+        ValueError: the cutoffs do not increase within the dictionary, or a band would have no width.
+    """
+
+    def __init__(self, words: int, dim: int, cutoffs: Sequence[int] = (), factor: float = 1.0):
+        if list(cutoffs) != sorted({c for c in cutoffs if 0 < c < words}):
+            raise ValueError(f"cutoffs {list(cutoffs)} must increase, and lie within the dictionary of {words:,} words")
+        self.starts = [0, *cutoffs]
+        self.ends = [*cutoffs, words]
+        self.dims = [int(dim // factor**i) for i in range(len(self.starts))]
+        if min(self.dims) < 1:
+            raise ValueError(
+                f"{len(self.starts)} bands do not fit: width {dim} divided by factor {factor} again and again "
+                "leaves nothing; use fewer cutoffs or a smaller factor"
+            )
+        self.shared = len(set(self.dims)) == 1
+        self.tables: List[Tuple[int, int]] = (
+            [(words, dim)]
+            if self.shared
+            else [(e - s, d) for s, e, d in zip(self.starts, self.ends, self.dims, strict=True)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def table_of(self, band: int) -> Tuple[int, slice]:
+        """Which table a band's rows are in, and where."""
+        if self.shared:
+            return 0, slice(self.starts[band], self.ends[band])
+        return band, slice(0, self.ends[band] - self.starts[band])
+
+
+class WordEmbedding(nn.Module):
+    """Embeddings, projected to the model's width where they are narrower, times ``sqrt(d)``."""
+
+    def __init__(self, bands: Bands, embed_dim: int):
+        super().__init__()
+        self.bands = bands
+        # No padding row: padding only ends a stream, where nothing that is scored can see it.
+        self.tables = nn.ModuleList(nn.Embedding(rows, dim) for rows, dim in bands.tables)
+        narrow = not bands.shared or bands.dims[0] != embed_dim
+        self.projections = nn.ParameterList(
+            nn.Parameter(torch.empty(embed_dim, dim)) for _, dim in (bands.tables if narrow else [])
+        )
+        self.scale = math.sqrt(embed_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``[B, N] -> [B, N, d]``."""
+        if self.bands.shared:
+            return self._embed(0, tokens) * self.scale
+        x = self._embed(0, tokens.clamp(max=self.bands.ends[0] - 1))
+        for i in range(1, len(self.bands)):
+            start, end = self.bands.starts[i], self.bands.ends[i]
+            # Every band embeds every token: cheaper on a GPU than asking which tokens it has.
+            banded = self._embed(i, (tokens - start).clamp(0, end - start - 1))
+            x = torch.where((tokens >= start).unsqueeze(-1), banded, x)
+        return x * self.scale
+
+    def reset_parameters(self) -> None:
+        """Weights N(0, .02)."""
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=0.02)
+
+    def _embed(self, table: int, rows: Tensor) -> Tensor:
+        x = self.tables[table](rows)
+        return F.linear(x, self.projections[table]) if len(self.projections) else x
+
+
+class _Output(nn.Module):
+    """Weights and biases of all words, band by band."""
+
+    def __init__(self, bands: Bands, embed_dim: int, tied: Optional[WordEmbedding]):
+        super().__init__()
+        if tied is not None and tied.bands.tables != bands.tables:
+            raise ValueError(
+                "the output layer cannot share the embeddings' weights, which have other shapes "
+                f"({tied.bands.tables}, the output needs {bands.tables}): give both the same width, cutoffs and factor "
+                "(--adaptive-input, --decoder-output-dim), or pass --untie-output"
+            )
+        self.bands = bands
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(rows, dim)) if tied is None else tied.tables[i].weight
+            for i, (rows, dim) in enumerate(bands.tables)
+        )
+        self.biases = nn.ParameterList(nn.Parameter(torch.empty(rows)) for rows, _ in bands.tables)
+        self.projections = nn.ParameterList()
+        if not bands.shared or bands.dims[0] != embed_dim:
+            # As released: the first band projects back on its own, the others share the embeddings' projections.
+            shared = tied is not None and len(tied.projections) > 0
+            self.projections.append(nn.Parameter(torch.empty(embed_dim, bands.dims[0])))
+            for i in range(1, len(bands)):
+                table, _ = bands.table_of(i)
+                new = nn.Parameter(torch.empty(embed_dim, bands.dims[i]))
+                self.projections.append(tied.projections[table] if tied is not None and shared else new)
+
+    def reset_parameters(self) -> None:
+        """Weights N(0, .02), biases 0."""
+        for weight in (*self.weights, *self.projections):
+            nn.init.normal_(weight, std=0.02)
+        for bias in self.biases:
+            nn.init.zeros_(bias)
+
+    def _project(self, features: Tensor, band: int) -> Tensor:
+        return features @ self.projections[band] if len(self.projections) else features
+
+    def _rows(self, band: int) -> Tuple[Tensor, Tensor]:
+        table, rows = self.bands.table_of(band)
+        return self.weights[table][rows], self.biases[table][rows]
+
+
+class FullSoftmax(_Output):
+    """Scores of all words."""
+
+    def __init__(self, words: int, output_dim: int, embed_dim: int, tied: Optional[WordEmbedding] = None):
+        super().__init__(Bands(words, output_dim), embed_dim, tied)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``[B, N, d] -> [B, N, V]``."""
+        return F.linear(self._project(features, 0), self.weights[0], self.biases[0])
+
+
+class AdaptiveSoftmax(_Output):
+    """A softmax over the first band and one entry for each other band, and a softmax within each of these.
+
+    fairseq's ``adaptive_loss`` calls it.
+    """
+
+    def __init__(self, bands: Bands, embed_dim: int, tied: Optional[WordEmbedding] = None):
+        super().__init__(bands, embed_dim, tied)
+        # Row -i (from the end) stands for band i, as in the released checkpoints.
+        self.cluster_weight = nn.Parameter(torch.empty(len(bands) - 1, bands.dims[0]))
+        self.cluster_bias = nn.Parameter(torch.empty(len(bands) - 1))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.cluster_weight, std=0.02)
+        nn.init.zeros_(self.cluster_bias)
+
+    def forward(self, features: Tensor, target: Tensor) -> Tuple[List[Tensor], List[Optional[Tensor]]]:
+        """Scores and targets of each softmax, whose cross-entropies add up to the loss.
+
+        Args:
+            features: ``[B, N, d]``.
+            target: ``[T]`` word ids.
+
+        Returns:
+            For the first band scores ``[T, C]``; for each other band those of its own words' rows, or None twice.
+        """
+        flat = features.reshape(-1, features.size(-1))
+        first = self.bands.ends[0]
+        band = self._band_of(target)
+        entry = torch.where(band > 0, first + len(self.bands) - 1 - band, target)
+        logits: List[Tensor] = [self._head(flat)]
+        targets: List[Optional[Tensor]] = [entry]
+        for i in range(1, len(self.bands)):
+            rows = (band == i).nonzero().squeeze(-1)
+            # fairseq's criterion ignores class 1, its padding, in every softmax: keep the words off it.
+            padded = F.pad(self._tail(flat[rows], i), (2, 0), value=-math.inf)
+            logits.append(padded)
+            targets.append(target[rows] - self.bands.starts[i] + 2 if len(rows) else None)
+        return logits, targets
+
+    def target_log_probs(self, features: Tensor, target: Tensor) -> Tensor:
+        """Log-probabilities ``[B, N]`` of the words *target*, in float32 or wider."""
+        words = target.reshape(-1)
+        logits, targets = self(features, words)
+        band = self._band_of(words)
+        log_probs = torch.zeros_like(words, dtype=logits[0].dtype)
+        for i, entry in enumerate(targets):
+            if entry is not None:
+                rows = (band == i).nonzero().squeeze(-1) if i else torch.arange(len(words), device=words.device)
+                log_probs = log_probs.index_add(0, rows, _pick(logits[i], entry))
+        return log_probs.view_as(target)
+
+    def log_probs(self, features: Tensor) -> Tensor:
+        """Log-probabilities ``[B, N, V]`` of all words, in float32 or wider."""
+        head = self._head(features).log_softmax(-1)
+        first = self.bands.ends[0]
+        parts = [head[..., :first]]
+        for i in range(1, len(self.bands)):
+            parts.append(self._tail(features, i).log_softmax(-1) + head[..., head.size(-1) - i].unsqueeze(-1))
+        return torch.cat(parts, dim=-1)
+
+    def _head(self, features: Tensor) -> Tensor:
+        weight, bias = self._rows(0)
+        weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
+        return _exact(F.linear(self._project(features.to(weight.dtype), 0), weight, bias))
+
+    def _tail(self, features: Tensor, band: int) -> Tensor:
+        weight, bias = self._rows(band)
+        return _exact(F.linear(self._project(features.to(weight.dtype), band), weight, bias))
+
+    def _band_of(self, target: Tensor) -> Tensor:
+        return torch.bucketize(target, torch.tensor(self.bands.starts[1:], device=target.device), right=True)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """Scores in float32 or wider: sums of losses overflow half precision."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _pick(logits: Tensor, target: Tensor) -> Tensor:
+    """Log-probabilities ``[T]`` of one class a row."""
+    return logits.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
