@@ -1,5 +1,5 @@
 """Registers the models."""
 
-from . import language_models
+from . import language_models, presets
 
-__all__ = ["language_models"]
+__all__ = ["language_models", "presets"]

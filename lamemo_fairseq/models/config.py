@@ -71,6 +71,9 @@ class MemoryLanguageModelConfig(FairseqDataclass):
     )
 
     tokens_per_sample: Optional[int] = II("task.tokens_per_sample")
+    preset_tokens_per_sample: Optional[int] = field(
+        default=None, metadata={"help": "segment length N where --tokens-per-sample does not say (presets set it)"}
+    )
 
 
 @dataclass

@@ -33,9 +33,10 @@ class MemoryDecoder(FairseqDecoder):
     def __init__(self, cfg: MemoryLanguageModelConfig, dictionary: Dictionary):
         super().__init__(dictionary)
         check(cfg)
-        if cfg.tokens_per_sample is None:
+        length = cfg.tokens_per_sample or cfg.preset_tokens_per_sample
+        if length is None:
             raise ValueError("the segment length is not known: pass --tokens-per-sample")
-        self.segment_length: int = cfg.tokens_per_sample
+        self.segment_length: int = length
         memory_class = MEMORIES[str(cfg.memory)]
         self.streams = StreamMemory(memory_class.state)
         width, heads = cfg.decoder_embed_dim, cfg.decoder_attention_heads

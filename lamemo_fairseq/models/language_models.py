@@ -1,5 +1,7 @@
 """The models that fairseq knows by name."""
 
+from typing import Dict, Tuple, Type
+
 from fairseq.models import FairseqLanguageModel, register_model
 
 from ..tasks.segment_language_modeling import SegmentLanguageModelingTask
@@ -25,16 +27,23 @@ class MemoryLanguageModel(FairseqLanguageModel):
         return cls(MemoryDecoder(cfg, task.target_dictionary))
 
 
-@register_model("lamemo_lm", dataclass=MemoryLanguageModelConfig)
 class LaMemoLanguageModel(MemoryLanguageModel):
     """LaMemo: look-ahead memory, disentangled positions (Ji et al. 2022)."""
 
 
-@register_model("transformer_xl_lm", dataclass=TransformerXLConfig)
 class TransformerXLLanguageModel(MemoryLanguageModel):
     """Transformer-XL: recurrent memory, relative positions (Dai et al. 2019)."""
 
 
-@register_model("relative_transformer_lm", dataclass=RelativeTransformerConfig)
 class RelativeTransformerLanguageModel(MemoryLanguageModel):
     """A Transformer with relative positions and no memory."""
+
+
+MODELS: Dict[str, Tuple[Type[MemoryLanguageModel], Type[MemoryLanguageModelConfig]]] = {
+    "lamemo_lm": (LaMemoLanguageModel, MemoryLanguageModelConfig),
+    "transformer_xl_lm": (TransformerXLLanguageModel, TransformerXLConfig),
+    "relative_transformer_lm": (RelativeTransformerLanguageModel, RelativeTransformerConfig),
+}
+
+for _name, (_model, _config) in MODELS.items():
+    register_model(_name, dataclass=_config)(_model)

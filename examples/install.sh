@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Make a virtual environment with everything that the examples and the tests need.
+#   bash examples/install.sh FOLDER      (PYTHON=python3.12 chooses the interpreter)
+# Ends at once if the folder is complete, and starts over if it was left half made.
+set -euo pipefail
+venv=${1:?usage: bash examples/install.sh FOLDER}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+
+"$python" - <<'CHECK' || exit 1
+import sys
+if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+    sys.exit(f"this is Python {sys.version.split()[0]}; fairseq needs 3.10 to 3.12: set PYTHON=/path/to/python3.11")
+CHECK
+
+stamp=$(cat "$root/constraints.txt" "$root/setup.py" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
+if [ "$(cat "$venv/complete" 2>/dev/null || true)" = "$stamp" ]; then
+    exit 0
+fi
+echo "== installing into $venv (some minutes the first time)"
+rm -rf "$venv"
+"$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" "$@"; }
+# torch first: what comes after is then content with it.
+pip torch
+if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    pip ve-fairseq
+else
+    pip fairseq-fixed # compiles for some minutes; its wheels do not cover Python 3.10
+fi
+pip numpy sentencepiece sacremoses pytest hypothesis ruff mypy matplotlib
+echo "$stamp" >"$venv/complete"

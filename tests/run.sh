@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The whole test suite, in a fresh clone or an old one: bash tests/run.sh [options of pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash examples/install.sh .venv
+bin=$PWD/.venv/bin
+echo "== format, lint, types"
+"$bin/ruff" format --check .
+"$bin/ruff" check .
+"$bin/mypy"
+echo "== tests"
+exec "$bin/python" -m pytest "$@"

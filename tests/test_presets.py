@@ -1,0 +1,35 @@
+"""Presets have the released models' sizes: their parameter counts are those of the released code."""
+
+import pytest
+import torch
+from fairseq.models import MODEL_DATACLASS_REGISTRY
+
+import lamemo_fairseq  # noqa: F401  (registers the models)
+from lamemo_fairseq.models.decoder import MemoryDecoder
+
+from .test_golden import dictionary_of
+
+WIKITEXT_WORDS, ENWIK8_SYMBOLS = 267_735, 204
+
+
+def parameters(name: str, words: int, **options) -> int:
+    config = MODEL_DATACLASS_REGISTRY[name](tokens_per_sample=None, **options)
+    with torch.device("meta"):  # sizes without the weights
+        decoder = MemoryDecoder(config, dictionary_of(words))
+    return sum(p.numel() for p in decoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "options", "count"),
+    [
+        ("transformer_xl_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305),
+        ("lamemo_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305 + 410),
+        ("transformer_xl_lm_wt103", WIKITEXT_WORDS, {"position_encoding": "shaw"}, 150_438_445),
+        ("relative_transformer_lm_wt103", WIKITEXT_WORDS, {"position_encoding": "absolute"}, 148_415_885),
+        ("transformer_xl_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436),
+        ("lamemo_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436 + 512),
+        ("lamemo_lm_text8", ENWIK8_SYMBOLS, {}, 41_055_436 + 512),
+    ],
+)
+def test_parameter_counts(name, words, options, count):
+    assert parameters(name, words, **options) == count
