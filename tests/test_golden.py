@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fairseq.data import Dictionary
 
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import MemoryDecoder
 from lamemo_fairseq.released import from_released, model_options
 
+from .helpers import dictionary_of
 from .released_rounding import round_as_released
 
 FOLDER = Path(os.environ.get("LAMEMO_GOLDEN_DIR") or Path(__file__).parent / "golden")
@@ -25,14 +25,6 @@ def cases():
     found = sorted(FOLDER.glob("*.npz"))
     assert found, f"no golden cases in {FOLDER}"
     return [pytest.param(path, id=path.name) for path in found]
-
-
-def dictionary_of(words: int) -> Dictionary:
-    dictionary = Dictionary()
-    for i in range(words - len(dictionary)):
-        dictionary.add_symbol(f"w{i}")
-    assert len(dictionary) == words
-    return dictionary
 
 
 def released_weights(case, prefix, layers):

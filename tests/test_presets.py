@@ -7,7 +7,7 @@ from fairseq.models import MODEL_DATACLASS_REGISTRY
 import lamemo_fairseq  # noqa: F401  (registers the models)
 from lamemo_fairseq.models.decoder import MemoryDecoder
 
-from .test_golden import dictionary_of
+from .helpers import dictionary_of
 
 WIKITEXT_WORDS, ENWIK8_SYMBOLS = 267_735, 204
 

@@ -108,10 +108,13 @@ def lookahead_attention(
     """
     slots, keys = q.size(-2), k.size(-2)
     scores = _scores(q, k, bias, offset=window.first - window.distances(slots).start)
+    position = window.first + torch.arange(keys, device=q.device)
     if not window.both_sides:
-        slot = torch.arange(slots, device=q.device).unsqueeze(1)
-        position = window.first + torch.arange(keys, device=q.device)
-        scores = _mask(scores, position <= slot)
+        scores = _mask(scores, position <= torch.arange(slots, device=q.device).unsqueeze(1))
+    if window.lengths is not None:
+        # The first current token stays visible, also to a stream that has ended and whose rows do not matter.
+        ended = position <= slots - window.lengths.clamp(min=1).unsqueeze(1)
+        scores = scores.masked_fill(ended[:, None, None], -math.inf)
     normalizer = _normalizer(scores)
     weights = F.dropout(_weights(scores, normalizer), dropout)
     return merge(stored, Attended(weights.to(v.dtype) @ v, normalizer))

@@ -32,12 +32,14 @@ class Attended(NamedTuple):
 class LookaheadWindow(NamedTuple):
     """Which key positions the memory slots attend to when they look ahead.
 
-    Slots stand at positions 0 .. m-1 and the first current token at m. The keys are the
-    positions ``first .. m``; ``both_sides`` lets a slot see those on its left as well.
+    Slots stand at positions 0 .. m-1 and the first current token at m. The keys are the positions ``first .. m``;
+    ``both_sides`` lets a slot see those on its left as well. There are as many keys as current tokens, at most
+    m, so that a stream which ends before the others in its batch looks ahead at fewer.
     """
 
     first: int
     both_sides: bool
+    lengths: Optional[Tensor] = None  # [B], current tokens that are not padding; None if none is padding
 
     def distances(self, slots: int) -> range:
         """The signed distances ``key - slot`` that *slots* slots meet, masked pairs left out."""

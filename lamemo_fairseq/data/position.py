@@ -18,6 +18,7 @@ class SegmentPosition:
     streams: Tuple[int, ...]  # the stream of each row
     index: int  # which segment of its stream, from 0
     last: bool = False  # whether the streams end with it
+    ragged: bool = False  # whether some rows are padded on the right
 
     @property
     def reading(self) -> Tuple[Any, ...]:

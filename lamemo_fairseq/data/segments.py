@@ -85,6 +85,7 @@ class SegmentDataset(FairseqDataset):
             segment_length=self.segment_length,
             streams=tuple(s.key.stream for s in samples),
             index=key.segment,
+            ragged=int(lengths.min()) < sources.size(1),
             last=key.segment == self.layout(key.num_streams).num_segments - 1,
         )
         return {

@@ -4,7 +4,7 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Callable, ClassVar, Dict, Generic, Sequence, Type, TypeVar
+from typing import Any, Callable, ClassVar, Dict, Generic, Optional, Sequence, Type, TypeVar
 
 from torch import Tensor, nn
 
@@ -75,9 +75,16 @@ class Memory(nn.Module, Generic[State]):
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, state: State, layers: Sequence[nn.Module], positions: PositionEncoding
+        self,
+        x: Tensor,
+        state: State,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
     ) -> tuple[Tensor, State]:
         """Pass the embeddings ``x [B, N, d]`` of a segment through the layers.
+
+        ``lengths [B]`` counts the tokens that are not padding, which is on the right; None if none is.
 
         Returns:
             The last layer's current rows ``[B, N, d]``, and the state for the next segment.

@@ -102,7 +102,7 @@ class MemoryDecoder(FairseqDecoder):
 
         Args:
             src_tokens: ``[B, N]`` word ids, padded on the right.
-            src_lengths: not used; padding is only ever seen by padding.
+            src_lengths: ``[B]`` tokens of each row that are not padding. None: all.
             position: which streams the rows belong to and where in them. The model then reads and keeps their
                 memory. None takes each row as a whole text of any length, read from an empty memory.
             encoder_out: not used; fairseq's generator passes it.
@@ -110,11 +110,15 @@ class MemoryDecoder(FairseqDecoder):
         Returns:
             Scores ``[B, N, V]`` (features ``[B, N, d]``), and None as language models have nothing else to report.
         """
-        features, _ = self.extract_features(src_tokens, position)
+        features, _ = self.extract_features(src_tokens, src_lengths, position)
         return self.output_layer(features), None
 
     def extract_features(
-        self, src_tokens: Tensor, position: Optional[SegmentPosition] = None, **unused: Any
+        self,
+        src_tokens: Tensor,
+        src_lengths: Optional[Tensor] = None,
+        position: Optional[SegmentPosition] = None,
+        **unused: Any,
     ) -> Tuple[Tensor, None]:
         """The last layer's rows ``[B, N, d]`` after the final dropout; arguments as for `forward`.
 
@@ -122,29 +126,35 @@ class MemoryDecoder(FairseqDecoder):
             MissingMemoryError: the segment before *position* has not been read.
         """
         if position is not None:
-            features, state = self.step(src_tokens, self.streams.read(position, self.training))
+            lengths = src_lengths if position.ragged else None
+            features, state = self.step(src_tokens, self.streams.read(position, self.training), lengths)
             self.streams.write(position, self.training, state)
             return features, None
         parts, text_state = [], None
-        for segment in src_tokens.split(self.segment_length, dim=1):
-            part, text_state = self.step(segment, text_state)
+        for start in range(0, src_tokens.size(1), self.segment_length):
+            segment = src_tokens[:, start : start + self.segment_length]
+            left = None if src_lengths is None else (src_lengths - start).clamp(0, segment.size(1))
+            part, text_state = self.step(segment, text_state, left)
             parts.append(part)
         return torch.cat(parts, dim=1), None
 
-    def step(self, tokens: Tensor, state: Optional[MemoryState]) -> Tuple[Tensor, MemoryState]:
+    def step(
+        self, tokens: Tensor, state: Optional[MemoryState], lengths: Optional[Tensor] = None
+    ) -> Tuple[Tensor, MemoryState]:
         """Read one segment.
 
         Args:
             tokens: ``[B, N]`` word ids.
             state: the memory before the segment, left as it is; None for an empty one.
+            lengths: ``[B]`` tokens that are not padding, which is on the right; None if none is.
 
         Returns:
             Features ``[B, N, d]`` after the final dropout, and the memory after the segment, without gradient.
         """
-        x = self.dropout(self.positions.embed(self.embed_tokens(tokens)))
+        x = self.dropout(self.positions.embed(self.embed_tokens(tokens), lengths))
         # The memory of a resumed run is still on the host.
         before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
-        x, after = self.memory(x, before, self.layers, self.positions)
+        x, after = self.memory(x, before, self.layers, self.positions, lengths)
         return self.dropout(x), after
 
     def output_layer(self, features: Tensor) -> Tensor:

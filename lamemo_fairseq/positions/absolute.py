@@ -13,9 +13,12 @@ from .base import POSITIONS, LayerBias, PositionEncoding, sinusoid
 class AbsolutePositions(PositionEncoding):
     """Position within the segment, counted down to 0 at its end as in the released model."""
 
-    def embed(self, x: Tensor) -> Tensor:
-        distances = torch.arange(x.size(1) - 1, -1, -1, device=x.device)
-        return x + sinusoid(self._clamp(distances), self.config.embed_dim, x.dtype)
+    def embed(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
+        from_end = torch.arange(x.size(1) - 1, -1, -1, device=x.device)
+        if lengths is not None:
+            from_end = (from_end + (lengths - x.size(1)).unsqueeze(1)).clamp(min=0)
+        table = sinusoid(self._clamp(from_end).flatten(), self.config.embed_dim, x.dtype)
+        return x + table.unflatten(0, from_end.shape)
 
     def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         return [LayerBias(RelativeBias(), None if ahead is None else RelativeBias())] * self.config.layers

@@ -43,8 +43,11 @@ class PositionEncoding(nn.Module):
         super().__init__()
         self.config = config
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Add positions to the embeddings ``[B, N, d]`` of a segment; most encodings leave them alone."""
+    def embed(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
+        """Add positions to the embeddings ``[B, N, d]`` of a segment; most encodings leave them alone.
+
+        ``lengths [B]`` counts the tokens that are not padding; None if none is.
+        """
         return x
 
     def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:

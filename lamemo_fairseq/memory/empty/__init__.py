@@ -1,7 +1,7 @@
 """No memory: each segment is read on its own."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Sequence, Type
+from typing import ClassVar, Optional, Sequence, Type
 
 from torch import Tensor, nn
 
@@ -25,7 +25,12 @@ class EmptyMemory(Memory[EmptyState]):
         return EmptyState()
 
     def forward(
-        self, x: Tensor, state: EmptyState, layers: Sequence[nn.Module], positions: PositionEncoding
+        self,
+        x: Tensor,
+        state: EmptyState,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
     ) -> tuple[Tensor, EmptyState]:
         for layer, bias in zip(layers, positions(x.size(1), None, x), strict=True):
             x, _ = layer(x, bias, x.size(1))

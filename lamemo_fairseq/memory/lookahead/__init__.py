@@ -7,7 +7,7 @@ Shapes: B streams, N current tokens, m <= M memory slots, H heads, D size of a h
 """
 
 from dataclasses import dataclass
-from typing import Callable, ClassVar, Dict, Sequence, Tuple, Type
+from typing import Callable, ClassVar, Dict, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +66,17 @@ class LookaheadMemory(Memory[LookaheadState]):
         )
 
     def forward(
-        self, x: Tensor, state: LookaheadState, layers: Sequence[nn.Module], positions: PositionEncoding
+        self,
+        x: Tensor,
+        state: LookaheadState,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
     ) -> tuple[Tensor, LookaheadState]:
         current, slots = x.size(1), state.embeddings.size(1)
-        window = WINDOWS[self.config.lookahead_window](slots, current) if slots > 0 else None
+        window = None
+        if slots > 0:
+            window = WINDOWS[self.config.lookahead_window](slots, current)._replace(lengths=lengths)
         biases = positions(slots + current, range(0) if window is None else window.distances(slots), x)
 
         rows = torch.cat([state.embeddings.to(x), x], dim=1)

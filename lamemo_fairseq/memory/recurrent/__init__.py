@@ -4,7 +4,7 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Sequence, Tuple, Type
+from typing import ClassVar, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,12 @@ class RecurrentMemory(Memory[RecurrentState]):
         return RecurrentState((x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers)
 
     def forward(
-        self, x: Tensor, state: RecurrentState, layers: Sequence[nn.Module], positions: PositionEncoding
+        self,
+        x: Tensor,
+        state: RecurrentState,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
     ) -> tuple[Tensor, RecurrentState]:
         current, slots = x.size(1), state.hidden[0].size(1)
         kept = []

@@ -1,0 +1,134 @@
+"""Small dictionaries, decoders and binarized data for the tests."""
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from fairseq.data import Dictionary, data_utils
+from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+
+from lamemo_fairseq.data.position import SegmentPosition
+from lamemo_fairseq.data.segments import SegmentDataset
+from lamemo_fairseq.data.streams import TokenSequence
+from lamemo_fairseq.models.config import MemoryLanguageModelConfig
+from lamemo_fairseq.models.decoder import MemoryDecoder
+
+USER_DIR = str(Path(__file__).parent.parent / "lamemo_fairseq")
+TASK = ["--user-dir", USER_DIR, "--task", "segment_language_modeling", "--cpu"]
+
+# Every combination of memory, positions and window that makes sense.
+VARIANTS = [
+    *(
+        ("lookahead", p, w)
+        for p in ("disentangled", "disentangled-content", "transformer-xl")
+        for w in ("right", "full")
+    ),
+    ("recurrent", "transformer-xl", "right"),
+    ("recurrent", "disentangled", "right"),
+    ("recurrent", "shaw", "right"),
+    ("none", "transformer-xl", "right"),
+    ("none", "shaw", "right"),
+    ("none", "absolute", "right"),
+]
+
+
+def dictionary_of(words: int) -> Dictionary:
+    dictionary = Dictionary()
+    for i in range(words - len(dictionary)):
+        dictionary.add_symbol(f"w{i}")
+    assert len(dictionary) == words
+    return dictionary
+
+
+def tiny_decoder(variant=VARIANTS[0], words=17, seed=0, dtype=torch.float64, **options) -> MemoryDecoder:
+    """A decoder small enough for hundreds of examples, in evaluation mode, without dropout."""
+    memory, positions, window = variant
+    defaults = {
+        "memory": memory,
+        "position_encoding": positions,
+        "lookahead_window": window,
+        "mem_len": 4,
+        "tokens_per_sample": 3,
+        "decoder_layers": 2,
+        "decoder_embed_dim": 8,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_embed_dim": 12,
+        "dropout": 0.0,
+    }
+    torch.manual_seed(seed)
+    decoder = MemoryDecoder(MemoryLanguageModelConfig(**{**defaults, **options}), dictionary_of(words))
+    with torch.no_grad():  # initial weights are so small that attention would hardly matter
+        for parameter in decoder.parameters():
+            parameter.mul_(10)
+    return decoder.to(dtype).eval()
+
+
+def random_tokens(streams: int, length: int, words=17, seed=0) -> torch.Tensor:
+    return torch.randint(4, words, (streams, length), generator=torch.Generator().manual_seed(seed))
+
+
+def read_streams(decoder: MemoryDecoder, tokens: torch.Tensor, split="valid", streams=None) -> torch.Tensor:
+    """Scores of ``tokens [B, T]`` read as streams, segment by segment, through the memory of streams."""
+    scores = []
+    for position, segment in segments_of(decoder, tokens, split, streams):
+        scores.append(decoder(segment, segment.ne(1).sum(1), position)[0])
+    return torch.cat(scores, dim=1)
+
+
+def segments_of(decoder: MemoryDecoder, tokens: torch.Tensor, split="valid", streams=None):
+    """The positions and tokens of all segments, in order."""
+    parts = tokens.split(decoder.segment_length, dim=1)
+    for index, segment in enumerate(parts):
+        position = SegmentPosition(
+            split=split,
+            epoch=1,
+            num_streams=100,
+            segment_length=decoder.segment_length,
+            streams=tuple(streams if streams is not None else range(len(tokens))),
+            index=index,
+            last=index == len(parts) - 1,
+            ragged=bool(segment.eq(1).any()),
+        )
+        yield position, segment
+
+
+def split_of(lines, segment_length, words=17, name="train", roll_seed=None) -> SegmentDataset:
+    """A dataset over lines given as lists of word ids."""
+
+    class Lines(list):
+        sizes = np.array([len(line) for line in lines], dtype=np.int64)
+
+    tensors = Lines(torch.tensor(line, dtype=torch.int64) for line in lines)
+    return SegmentDataset(TokenSequence(tensors, words, name), name, segment_length, pad=1, eos=2, roll_seed=roll_seed)
+
+
+def write_data(folder: Path, words=40, seed=0, **sizes: int) -> Path:
+    """A binarized corpus as fairseq-preprocess leaves it, its words following one another predictably.
+
+    Args:
+        sizes: tokens of each split.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    dictionary = dictionary_of(words)
+    dictionary.save(str(folder / "dict.txt"))
+    generator = np.random.default_rng(seed)
+    for split, size in sizes.items():
+        builder = MMapIndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=np.int32)
+        left = size
+        while left > 0:
+            length = min(left, int(generator.integers(1, 30)))
+            steps = generator.integers(1, 3, length - 1)
+            line = 4 + (int(generator.integers(words)) + np.cumsum(steps)) % (words - 4)
+            builder.add_item(torch.from_numpy(np.append(line, dictionary.eos())))
+            left -= length
+        builder.finalize(str(folder / f"{split}.idx"))
+        assert sum(data_utils.load_indexed_dataset(str(folder / split), dictionary).sizes) == size
+    return folder
+
+
+def run_command(main, *arguments) -> None:
+    """Call the main of a fairseq command with arguments."""
+    with mock.patch.object(sys, "argv", ["fairseq", *map(str, arguments)]):
+        main()
