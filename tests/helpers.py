@@ -26,7 +26,6 @@ VARIANTS = [
         for w in ("right", "full")
     ),
     ("recurrent", "transformer-xl", "right"),
-    ("recurrent", "disentangled", "right"),
     ("recurrent", "shaw", "right"),
     ("none", "transformer-xl", "right"),
     ("none", "shaw", "right"),

@@ -58,6 +58,11 @@ class DisentangledPositions(TransformerXLPositions):
     """
 
     def __init__(self, config: PositionConfig):
+        if not config.looks_ahead:
+            raise ValueError(
+                "--position-encoding disentangled and disentangled-content tell right from left, but without "
+                "look-ahead memory nothing attends to its right: take transformer-xl, or --memory lookahead"
+            )
         super().__init__(config)
         self.ahead_position_bias = nn.Parameter(torch.empty(config.heads, config.head_dim))
         # As released; N(0, .02) like the other biases is the natural alternative.

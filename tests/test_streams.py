@@ -1,0 +1,172 @@
+"""Splits are cut into streams, and streams into segments, without losing or doubling a token."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamemo_fairseq.data.iterator import SegmentBatchIterator
+from lamemo_fairseq.data.segments import SegmentKey
+from lamemo_fairseq.data.streams import StreamLayout, TokenSequence
+from lamemo_fairseq.memory import StreamMemory
+from lamemo_fairseq.memory.lookahead import LookaheadState
+
+from .helpers import split_of, tiny_decoder
+
+PAD, EOS = 1, 2
+texts = st.lists(st.lists(st.integers(4, 16), max_size=12), min_size=1, max_size=12).filter(lambda t: sum(map(len, t)))
+
+
+def numbered(count: int, line: int = 7):
+    """Lines whose tokens are all different."""
+    ids = list(range(4, 4 + count))
+    return [ids[i : i + line] for i in range(0, count, line)]
+
+
+def epoch_of(dataset, num_streams, epoch=1, shards=1):
+    """All batches of an epoch, shard by shard."""
+    return [
+        [dataset.collater([dataset[key] for key in keys]) for keys in iterator.ordered_batches(epoch)]
+        for iterator in (
+            SegmentBatchIterator(dataset, num_streams // shards, num_shards=shards, shard_id=i) for i in range(shards)
+        )
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=texts, streams=st.integers(1, 9), length=st.integers(1, 8), seed=st.sampled_from([None, 1]))
+def test_every_token_is_a_target_once(text, streams, length, seed):
+    tokens = [t for line in text for t in line]
+    streams = min(streams, len(tokens))
+    dataset = split_of(text, length, roll_seed=seed)
+    (batches,) = epoch_of(dataset, streams)
+    rows = {b: [] for b in range(streams)}
+    contexts = {b: [] for b in range(streams)}
+    for k, batch in enumerate(batches):
+        position = batch["net_input"]["position"]
+        assert position.index == k and position.last == (k == len(batches) - 1)
+        real = batch["target"].ne(PAD)
+        assert batch["ntokens"] == int(real.sum())
+        assert torch.equal(batch["net_input"]["src_lengths"], real.sum(1))
+        assert position.ragged == (not real.all())
+        for row, stream in enumerate(position.streams):
+            rows[stream] += batch["target"][row][real[row]].tolist()
+            contexts[stream] += batch["net_input"]["src_tokens"][row][real[row]].tolist()
+    layout = dataset.layout(streams)
+    for stream, row in rows.items():
+        start, stop = layout.bounds(stream)
+        own = tokens[start:stop]
+        if seed is None:
+            assert row == own
+            assert contexts[stream][0] == (tokens[start - 1] if start else EOS)
+        else:
+            assert any(row == own[i:] + own[:i] for i in range(len(own)))
+        assert contexts[stream][1:] == row[:-1]
+    assert sum(map(len, rows.values())) == len(tokens)
+
+
+def test_rolling_differs_by_epoch_and_seed_and_repeats():
+    def targets(seed, epoch):
+        dataset = split_of(numbered(400), 100, words=500, roll_seed=seed)
+        return dataset[SegmentKey(epoch, 1, 0, 0)].target.tolist()
+
+    assert targets(1, 1) == targets(1, 1)
+    assert targets(1, 1) != targets(1, 2)
+    assert targets(1, 1) != targets(2, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(tokens=st.integers(1, 10**9), streams=st.integers(1, 500), length=st.integers(1, 2000))
+def test_streams_are_contiguous_and_equal_within_a_token(tokens, streams, length):
+    layout = StreamLayout(tokens, streams, length)
+    bounds = [layout.bounds(i) for i in range(streams)]
+    assert bounds[0][0] == 0 and bounds[-1][1] == tokens
+    assert all(a[1] == b[0] for a, b in pairwise(bounds))
+    sizes = [b - a for a, b in bounds]
+    assert max(sizes) - min(sizes) <= 1
+    assert (layout.num_segments - 1) * length < max(sizes) <= layout.num_segments * length
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=texts, data=st.data())
+def test_reading_a_sequence_is_slicing_it(text, data):
+    tokens = [t for line in text for t in line]
+    start = data.draw(st.integers(0, len(tokens)))
+    stop = data.draw(st.integers(0, len(tokens)))
+    assert split_of(text, 3).tokens.read(start, stop).tolist() == tokens[start:stop]
+
+
+def test_a_word_id_beyond_the_dictionary_is_named():
+    sequence = split_of([[4, 5, 99]], 3, words=17, name="data-bin/train").tokens
+    assert isinstance(sequence, TokenSequence)
+    with pytest.raises(ValueError, match=r"data-bin/train holds the word id 99.*17 words.*--srcdict"):
+        sequence.read(0, 3)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_shards_read_the_streams_that_one_rank_would(shards):
+    dataset = split_of(numbered(103), 5, words=200)
+    (whole,) = epoch_of(dataset, 4)
+    parts = epoch_of(dataset, 4, shards=shards)
+    assert {len(part) for part in parts} == {len(whole)}
+    for k, batch in enumerate(whole):
+        rows = [row for part in parts for row in part[k]["target"].tolist()]
+        width = max(map(len, rows))
+        assert [r + [PAD] * (width - len(r)) for r in rows] == batch["target"].tolist()
+        assert sum(part[k]["ntokens"] for part in parts) == batch["ntokens"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_epoch_reaches_worker_processes(workers):
+    dataset = split_of(numbered(120), 10, words=200, roll_seed=3)
+    iterator = SegmentBatchIterator(dataset, 2, num_workers=workers, reuse_dataloader=True)
+    for epoch in (1, 2, 3):
+        (expected,) = epoch_of(dataset, 2, epoch=epoch)
+        read = list(iterator.next_epoch_itr())
+        assert iterator.epoch == epoch and len(read) == len(expected)
+        for got, want in zip(read, expected, strict=True):
+            assert got["net_input"]["position"] == want["net_input"]["position"]
+            assert torch.equal(got["target"], want["target"])
+
+
+def test_resuming_in_an_epoch_finds_its_place_and_its_memory():
+    dataset = split_of(numbered(60), 5, words=17 + 60)
+    decoder = tiny_decoder(words=77, tokens_per_sample=5).train()
+    iterator = SegmentBatchIterator(dataset, 2, memory=decoder.streams)
+    batches = iterator.next_epoch_itr()
+    for _ in range(3):
+        decoder(**next(batches)["net_input"])
+    saved = iterator.state_dict()
+    expected = decoder(**next(batches)["net_input"])[0]
+
+    fresh = tiny_decoder(words=77, tokens_per_sample=5).train()
+    resumed = SegmentBatchIterator(dataset, 2, memory=fresh.streams)
+    resumed.load_state_dict(saved)
+    batch = next(resumed.next_epoch_itr())
+    assert batch["net_input"]["position"].index == 3
+    assert torch.equal(fresh(**batch["net_input"])[0], expected)
+
+
+@pytest.mark.parametrize(("batch_size", "length"), [(3, 5), (2, 4)])
+def test_resuming_with_another_cut_is_refused(batch_size, length):
+    iterator = SegmentBatchIterator(split_of(numbered(60), 5, words=99), 2, memory=StreamMemory(LookaheadState))
+    batches = iterator.next_epoch_itr()
+    next(batches)
+    saved = iterator.state_dict()
+    other = SegmentBatchIterator(split_of(numbered(60), length, words=99), batch_size)
+    with pytest.raises(ValueError, match=r"2 streams in segments of 5.*--reset-dataloader"):
+        other.load_state_dict(saved)
+
+
+def test_another_rank_goes_on_from_an_empty_memory_and_says_so(caplog):
+    decoder = tiny_decoder(words=77, tokens_per_sample=5).train()
+    dataset = split_of(numbered(60), 5, words=77)
+    first = SegmentBatchIterator(dataset, 2, num_shards=2, shard_id=0, memory=decoder.streams)
+    batches = first.next_epoch_itr()
+    decoder(**next(batches)["net_input"])
+    second = SegmentBatchIterator(dataset, 2, num_shards=2, shard_id=1, memory=tiny_decoder(words=77).streams)
+    second.load_state_dict(first.state_dict())
+    assert "memory of streams 2..3" in caplog.text
+    assert second.memory.read(next(second.next_epoch_itr())["net_input"]["position"], training=True) is None
