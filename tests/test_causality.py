@@ -5,6 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.attention import Attended
+from lamemo_fairseq.memory.lookahead import WINDOWS
+
 from .helpers import VARIANTS, random_tokens, read_streams, tiny_decoder
 
 sizes = st.fixed_dictionaries(
@@ -68,9 +71,6 @@ def test_a_slot_that_looks_ahead_sees_the_first_current_token_and_no_later_one(w
 
     rows = torch.cat([state.embeddings, x], dim=1)
     biases = decoder.positions(6, range(-1 if window == "full" else 1, 4), x)
-    from lamemo_fairseq.attention import Attended
-    from lamemo_fairseq.memory.lookahead import WINDOWS
-
     held = Attended(state.outputs[0], state.normalizers[0])
     out, _ = decoder.layers[0](rows, biases[0], WINDOWS[window](3, 3), held, 3)
     (gradient,) = torch.autograd.grad(out[:, :3].sum(), x)

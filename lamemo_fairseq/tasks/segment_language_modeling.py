@@ -119,6 +119,8 @@ class SegmentLanguageModelingTask(FairseqTask):
         paths = utils.split_paths(self.cfg.data)
         folder = paths[(epoch - 1) % len(paths)]
         path = os.path.join(folder, split)
+        if os.path.exists(path + ".bin") and os.path.getsize(path + ".bin") == 0:
+            raise ValueError(f"{path} holds no tokens: was the text empty?")
         lines = data_utils.load_indexed_dataset(path, self.dictionary, self.cfg.dataset_impl, combine=combine)
         if lines is None:
             there = sorted(f[: -len(".idx")] for f in os.listdir(folder) if f.endswith(".idx"))
@@ -128,8 +130,6 @@ class SegmentLanguageModelingTask(FairseqTask):
                 "--gen-subset, or none with --disable-validation)"
             )
         tokens = TokenSequence(lines, len(self.dictionary), path)
-        if len(tokens) == 0:
-            raise ValueError(f"{path} holds no tokens")
         if self.segment_length is None:
             raise ValueError("the segment length is not known: pass --tokens-per-sample")
         rolls = self.cfg.roll and split == self.cfg.train_subset
@@ -268,6 +268,10 @@ class SegmentLanguageModelingTask(FairseqTask):
         """Continue the texts of a batch."""
         if constraints is not None:
             raise NotImplementedError("--constraints is for translation: a language model takes a prompt instead")
+        if "position" in sample["net_input"]:
+            raise NotImplementedError(
+                "a split of streams has no prompts to continue: give prompts to fairseq-interactive --input FILE"
+            )
         if prefix_tokens is None and sample["net_input"]["src_tokens"].nelement():
             prefix_tokens = sample["net_input"]["src_tokens"][:, 1:]  # without the leading eos
         with torch.no_grad():

@@ -1,0 +1,201 @@
+"""fairseq's own commands, from binarized data to figures."""
+
+import contextlib
+import io
+import logging
+import re
+
+import pytest
+import torch
+from fairseq_cli import eval_lm, generate, interactive, train, validate
+
+from .helpers import TASK, run_command, write_data
+
+MODEL = [
+    "--decoder-layers",
+    2,
+    "--decoder-embed-dim",
+    32,
+    "--decoder-attention-heads",
+    2,
+    "--decoder-ffn-embed-dim",
+    64,
+]
+TRAIN = [
+    *MODEL,
+    *["--optimizer", "adam", "--lr", 5e-3, "--lr-scheduler", "fixed", "--tokens-per-sample", 16, "--mem-len", 16],
+    *[
+        "--batch-size",
+        4,
+        "--no-epoch-checkpoints",
+        "--log-format",
+        "simple",
+        "--log-interval",
+        10,
+        "--dropout",
+        0.1,
+        "--num-workers",
+        0,
+    ],
+]
+VALID, TEST = 1500, 1201
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), train=6000, valid=VALID, test=TEST)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(data, tmp_path_factory):
+    """A model of each kind after 60 updates."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for arch in ("lamemo_lm", "transformer_xl_lm", "relative_transformer_lm"):
+        run_command(
+            train.cli_main,
+            data,
+            *TASK,
+            "--arch",
+            arch,
+            *TRAIN,
+            "--max-update",
+            60,
+            "--roll",
+            "--save-dir",
+            folder / arch,
+        )
+    return folder
+
+
+def printed(main, *arguments):
+    """What a command prints and logs."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    root = logging.getLogger()
+    for name in list(logging.root.manager.loggerDict):  # fairseq-train silences the loggers it finds
+        logging.getLogger(name).disabled = False
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(stream):
+            run_command(main, *arguments)
+    finally:
+        root.removeHandler(handler)
+    return stream.getvalue()
+
+
+def evaluate(data, path, *options):
+    """Tokens and base-2 loss that fairseq-eval-lm reports."""
+    text = printed(eval_lm.cli_main, data, *TASK, "--path", path, "--gen-subset", "test", "--num-workers", 0, *options)
+    tokens = re.search(r"Evaluated ([\d,]+) tokens", text).group(1)
+    return int(tokens.replace(",", "")), float(re.search(r"Loss \(base 2\): ([\d.]+)", text).group(1))
+
+
+def validated(data, path, *options):
+    """Tokens and base-2 loss that fairseq-validate reports."""
+    text = printed(
+        validate.cli_main, data, *TASK, "--path", path, "--valid-subset", "test", "--log-format", "simple",
+        "--num-workers", 0, *options,
+    )  # fmt: skip
+    loss, tokens = re.findall(r"loss ([\d.]+) .*wpb ([\d.]+)", text)[-1]
+    return int(tokens), float(loss)
+
+
+@pytest.mark.parametrize("arch", ["lamemo_lm", "transformer_xl_lm", "relative_transformer_lm"])
+def test_every_token_is_scored_once_and_commands_agree(arch, data, checkpoints):
+    path = checkpoints / arch / "checkpoint_last.pt"
+    for batch in (["--batch-size", 1], ["--batch-size", 7]):
+        tokens, loss = evaluate(data, path, *batch)
+        assert tokens == TEST
+        assert loss < 5.0  # log2 of 36 equally likely words is 5.17
+        assert validated(data, path, *batch) == (TEST, pytest.approx(loss, abs=1e-3))
+    assert evaluate(data, path)[0] == TEST
+
+
+def test_memory_helps_where_segments_are_short(data, checkpoints):
+    path = checkpoints / "lamemo_lm" / "checkpoint_last.pt"
+    usual = evaluate(data, path, "--batch-size", 1)
+    shorter = evaluate(data, path, "--batch-size", 1, "--tokens-per-sample", 5)
+    assert usual[0] == shorter[0] == TEST and usual[1] != shorter[1]
+
+
+def test_generation_continues_prompts_longer_than_a_segment(data, checkpoints, tmp_path, capsys):
+    prompt = " ".join(f"w{i}" for i in range(20))
+    (tmp_path / "prompts").write_text(f"{prompt}\nw3 w4\n")
+    options = [
+        "--path",
+        checkpoints / "lamemo_lm" / "checkpoint_last.pt",
+        "--beam",
+        2,
+        "--max-len-a",
+        1,
+        "--max-len-b",
+        8,
+    ]
+    run_command(
+        interactive.cli_main,
+        data,
+        *TASK,
+        *options,
+        "--input",
+        tmp_path / "prompts",
+        "--buffer-size",
+        2,
+        "--batch-size",
+        2,
+    )
+    continued = re.findall(r"^H-(\d)\t\S+\t(.*)$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert {row for row, _ in continued} == {"0", "1"}
+    for row, text in continued:
+        start = prompt if row == "0" else "w3 w4"
+        assert text.startswith(start) and len(text) > len(start)
+
+
+def last_checkpoint(folder):
+    return torch.load(folder / "checkpoint_last.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("arch", ["lamemo_lm", "transformer_xl_lm"])
+@pytest.mark.parametrize("extra", [[], ["--update-freq", 2]], ids=["plain", "update-freq"])
+def test_a_run_stopped_inside_an_epoch_goes_on_exactly(arch, extra, data, tmp_path):
+    def run(folder, updates):
+        run_command(
+            train.cli_main, data, *TASK, "--arch", arch, *TRAIN, *extra, "--roll", "--disable-validation",
+            *["--max-update", updates, "--save-dir", folder],
+        )  # fmt: skip
+
+    run(tmp_path / "whole", 30)
+    run(tmp_path / "parts", 13)
+    run(tmp_path / "parts", 30)
+    whole, parts = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts")
+    assert parts["optimizer_history"][-1]["num_updates"] == 30
+    for name, weight in whole["model"].items():
+        assert torch.equal(weight, parts["model"][name]), name
+
+
+def test_memory_in_a_checkpoint_matters(data, tmp_path):
+    """The test above can fail: without its memory, the resumed run takes another course."""
+    folder = tmp_path / "run"
+    arguments = [data, *TASK, "--arch", "lamemo_lm", *TRAIN, "--disable-validation", "--save-dir", folder]
+    run_command(train.cli_main, *arguments, "--max-update", 13)
+    stopped = last_checkpoint(folder)
+    run_command(train.cli_main, *arguments, "--max-update", 14)
+    exact = last_checkpoint(folder)["model"]
+    assert stopped["extra_state"]["train_iterator"].pop("memory") is not None
+    torch.save(stopped, folder / "checkpoint_last.pt")
+    run_command(train.cli_main, *arguments, "--max-update", 14)
+    other = last_checkpoint(folder)["model"]
+    assert any(not torch.equal(exact[name], other[name]) for name in exact)
+
+
+def test_generate_has_no_prompts_and_says_what_has(data, checkpoints):
+    with pytest.raises(NotImplementedError, match="fairseq-interactive"):
+        run_command(
+            generate.cli_main,
+            data,
+            *TASK,
+            "--path",
+            checkpoints / "lamemo_lm" / "checkpoint_last.pt",
+            "--batch-size",
+            2,
+        )
