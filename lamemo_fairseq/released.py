@@ -3,7 +3,7 @@
 Their ``r_net`` of all layers is one tensor here, their queries, keys and values one matrix a layer.
 """
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,18 @@ _LAYER = {
 }
 
 
+# Theirs -> ours, with a place for the number of the band; {output} is the softmax's name here.
+_BANDS = {
+    "word_emb.emb_layers.{}.weight": "embed_tokens.tables.{}.weight",
+    "word_emb.emb_projs.{}": "embed_tokens.projections.{}",
+    "crit.out_layers.{}.weight": "{output}.weights.{}",
+    "crit.out_layers.{}.bias": "{output}.biases.{}",
+    "crit.out_projs.{}": "{output}.projections.{}",
+    "crit.cluster_weight": "{output}.cluster_weight",
+    "crit.cluster_bias": "{output}.cluster_bias",
+}
+
+
 def from_released(released: Dict[str, Tensor], layers: int) -> Dict[str, Tensor]:
     """Weights under our decoder's names, from those under the released names."""
     ours = {f"positions.{name}": released[theirs] for theirs, name in _BIASES.items() if theirs in released}
@@ -54,21 +66,44 @@ def from_released(released: Dict[str, Tensor], layers: int) -> Dict[str, Tensor]
         prefix = f"layers.{i}."
         ours[f"{prefix}self_attn.qkv_proj.weight"] = _stack_qkv(released, prefix)
         ours.update({prefix + name: released[prefix + theirs] for theirs, name in _LAYER.items()})
-    output = "adaptive_softmax" if "crit.cluster_weight" in released else "output"
-    ours.update(_renamed(released, "word_emb.emb_layers.{}.weight", "embed_tokens.tables.{}.weight"))
-    ours.update(_renamed(released, "word_emb.emb_projs.{}", "embed_tokens.projections.{}"))
-    ours.update(_renamed(released, "crit.out_layers.{}.weight", f"{output}.weights.{{}}"))
-    ours.update(_renamed(released, "crit.out_layers.{}.bias", f"{output}.biases.{{}}"))
-    ours.update(_renamed(released, "crit.out_projs.{}", f"{output}.projections.{{}}"))
-    for name in ("cluster_weight", "cluster_bias"):
-        if f"crit.{name}" in released:
-            ours[f"{output}.{name}"] = released[f"crit.{name}"]
+    ours.update((name, released[theirs]) for theirs, name in _numbered("crit.cluster_weight" in released, released))
     return ours
 
 
-def _renamed(released: Dict[str, Tensor], theirs: str, ours: str) -> Dict[str, Tensor]:
-    """Numbered weights under another name."""
-    return {ours.format(i): released[theirs.format(i)] for i in range(MAX_BANDS) if theirs.format(i) in released}
+def to_released(ours: Dict[str, Tensor], layers: int, joined_qkv: bool) -> Dict[str, Tensor]:
+    """Weights under the released names, from those under our decoder's.
+
+    *joined_qkv* says whether they keep queries, keys and values in one matrix, as they do without look-ahead.
+    """
+    released = {theirs: ours[f"positions.{name}"] for theirs, name in _BIASES.items() if f"positions.{name}" in ours}
+    for i in range(layers):
+        prefix = f"layers.{i}."
+        if "positions.projection" in ours:
+            released[f"{prefix}dec_attn.r_net.weight"] = ours["positions.projection"][i]
+        qkv = ours[f"{prefix}self_attn.qkv_proj.weight"]
+        if joined_qkv:
+            released[f"{prefix}dec_attn.qkv_net.weight"] = qkv
+        else:
+            width = qkv.size(0) // 3
+            released[f"{prefix}dec_attn.q_net.weight"] = qkv[:width]
+            released[f"{prefix}dec_attn.kv_net.weight"] = qkv[width:]
+        released.update({prefix + theirs: ours[prefix + name] for theirs, name in _LAYER.items()})
+    adaptive = "adaptive_softmax.cluster_weight" in ours
+    released.update((theirs, ours[name]) for name, theirs in _numbered(adaptive, ours, ours_first=True))
+    return released
+
+
+def _numbered(adaptive: bool, there: Dict[str, Tensor], ours_first: bool = False) -> List[Tuple[str, str]]:
+    """Pairs (theirs, ours) of the weights of bands, or the other way round, whose first is in *there*."""
+    output = "adaptive_softmax" if adaptive else "output"
+    pairs = []
+    for theirs, ours in _BANDS.items():
+        for i in range(MAX_BANDS if "{}" in theirs else 1):
+            pair = (theirs.format(i), ours.format(i, output=output))
+            pair = pair[::-1] if ours_first else pair
+            if pair[0] in there:
+                pairs.append(pair)
+    return pairs
 
 
 def _stack_qkv(released: Dict[str, Tensor], prefix: str) -> Tensor:
@@ -81,24 +116,35 @@ def _stack_qkv(released: Dict[str, Tensor], prefix: str) -> Tensor:
 
 
 def model_options(config: Dict[str, Any]) -> Dict[str, Any]:
-    """Our options for a released configuration."""
+    """Our options for a released configuration.
+
+    Raises:
+        ValueError: a variant that is not known.
+    """
+    if config["attn_type"] not in ATTENTION_TYPES:
+        known = ", ".join(map(str, ATTENTION_TYPES))
+        raise ValueError(f"attn_type {config['attn_type']} is not known here; the known ones are {known}")
     memory, positions, window = ATTENTION_TYPES[config["attn_type"]]
+    cutoffs, div_val = list(config.get("cutoffs") or []), config.get("div_val", 1)
     return {
         "memory": memory,
         "position_encoding": positions,
         "lookahead_window": window,
         "mem_len": config["mem_len"],
-        "clamp_len": max(config["clamp_len"], 0),
-        "same_length": config["same_length"],
-        "adaptive_softmax_cutoff": ",".join(map(str, config["cutoffs"])) or None,
-        "adaptive_softmax_factor": float(config["div_val"]) if config["cutoffs"] else 1.0,
-        "adaptive_input": bool(config["cutoffs"]) and config["div_val"] > 1,
+        "clamp_len": max(config.get("clamp_len", 0), 0),
+        "same_length": bool(config.get("same_length", False)),
+        "adaptive_softmax_cutoff": ",".join(map(str, cutoffs)) or None,
+        "adaptive_softmax_factor": float(div_val) if cutoffs else 1.0,
+        "adaptive_input": bool(cutoffs) and div_val > 1,
+        "untie_output": not config.get("tie_weight", True),
         "decoder_layers": config["n_layer"],
         "decoder_embed_dim": config["d_model"],
-        "decoder_input_dim": config["d_embed"],
+        "decoder_input_dim": config.get("d_embed") or config["d_model"],
         "decoder_attention_heads": config["n_head"],
         "decoder_head_dim": config["d_head"],
         "decoder_ffn_embed_dim": config["d_inner"],
-        "decoder_normalize_before": config["pre_lnorm"],
+        "decoder_normalize_before": bool(config.get("pre_lnorm", False)),
+        "dropout": float(config.get("dropout", 0.1)),
+        "attention_dropout": float(config.get("dropatt", 0.0)),
         "tokens_per_sample": config["tgt_len"],
     }

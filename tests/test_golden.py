@@ -33,7 +33,7 @@ def released_weights(case, prefix, layers):
 
 
 def build(case, config) -> MemoryDecoder:
-    options = MemoryLanguageModelConfig(**model_options(config), dropout=0.0)
+    options = MemoryLanguageModelConfig(**{**model_options(config), "dropout": 0.0})
     decoder = MemoryDecoder(options, dictionary_of(config["vocab"])).double()
     weights = released_weights(case, "param/", config["n_layer"])
     missing, unexpected = decoder.load_state_dict(weights, strict=False)

@@ -3,7 +3,6 @@
 Shapes: L layers, H heads, D size of a head, T distances, d model width.
 """
 
-import math
 from dataclasses import dataclass
 from typing import List, NamedTuple, Optional
 
@@ -78,9 +77,13 @@ def sinusoid(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     has too few values to tell 800 positions apart.
     """
     exact = torch.promote_types(dtype, torch.float32)
-    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=exact) / dim
-    angles = positions.to(exact).unsqueeze(1) * torch.exp(-math.log(10000.0) * exponent)
+    angles = positions.to(exact).unsqueeze(1) * inverse_frequencies(dim, exact, positions.device)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :dim].to(dtype)
+
+
+def inverse_frequencies(dim: int, dtype: torch.dtype, device: Optional[torch.device] = None) -> Tensor:
+    """``10000^(-2i/dim)`` for i from 0 to ``dim/2 - 1``: ``[dim/2]``."""
+    return 10000.0 ** -(torch.arange(0, dim, 2, device=device, dtype=dtype) / dim)
 
 
 POSITIONS: Registry = Registry("position encoding")

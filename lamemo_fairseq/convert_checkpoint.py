@@ -1,0 +1,277 @@
+"""Checkpoints of the authors' code, or of the original Transformer-XL, to fairseq's and back.
+
+    python -m lamemo_fairseq.convert_checkpoint import RELEASED.pt FOLDER    writes checkpoint.pt and dict.txt
+    python -m lamemo_fairseq.convert_checkpoint export CHECKPOINT.pt RELEASED.pt --dictionary dict.txt
+
+A file from elsewhere is read as tensors and plain containers. Anything else in it is an error; nothing in it is run.
+"""
+
+import argparse
+import collections
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from fairseq.data import Dictionary
+from torch import Tensor
+
+from .models.decoder import vocabulary_checksum
+from .positions.base import inverse_frequencies
+from .released import ATTENTION_TYPES, from_released, model_options, to_released
+
+# fairseq's own words, which a released vocabulary lacks, are never predicted: their probability underflows to 0.
+NEVER = -1e4
+# What fairseq expects of a checkpoint that was never trained by it.
+NO_HISTORY = {
+    "criterion_name": "CrossEntropyCriterion",
+    "optimizer_name": None,
+    "lr_scheduler_state": {},
+    "num_updates": 0,
+}
+EOS, UNK = {"<eos>": "</s>"}, {"<unk>": "<unk>", "<UNK>": "<unk>"}
+
+
+class _Vocabulary:
+    """Takes the place of the released code's vocabulary object: its attributes, none of its code."""
+
+    idx2sym: List[str]
+
+
+def load_plain(path: str) -> Dict[str, Any]:
+    """Read a file of tensors and plain containers.
+
+    Raises:
+        ValueError: it is no such file, or holds something else.
+    """
+    # Namespaces and counters are data; a vocabulary is read as the stand-in above.
+    known: List[Any] = [argparse.Namespace, collections.Counter, collections.OrderedDict]
+    known += [(_Vocabulary, f"{module}.Vocab") for module in ("utils.vocabulary", "vocabulary")]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} is not a checkpoint of tensors and plain containers; nothing in it was run. If it is cut "
+            f"short, fetch it again; otherwise save it anew without the object named here: {reason}"
+        ) from None
+
+
+def words_of(vocabulary: Any) -> List[str]:
+    """The words of a released vocabulary, a list or the released code's object, in order."""
+    words = getattr(vocabulary, "idx2sym", vocabulary)
+    if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
+        raise ValueError("the vocabulary is no list of words: pass --vocabulary FILE, a word a line")
+    if len(set(words)) != len(words):
+        raise ValueError("the vocabulary holds a word twice")
+    return list(words)
+
+
+def fairseq_dictionary(words: List[str]) -> Dictionary:
+    """fairseq's dictionary for them: its own four symbols, then the others in their order."""
+    dictionary = Dictionary()
+    for word in words:
+        if word not in EOS and word not in UNK:
+            if word in dictionary.indices:
+                raise ValueError(f"the vocabulary holds fairseq's own symbol {word}")
+            dictionary.add_symbol(word)
+    return dictionary
+
+
+def row_order(words: List[str], dictionary: Dictionary) -> List[Optional[int]]:
+    """For each word of the dictionary its place among *words*, None for fairseq's own that these lack."""
+    places = {{**EOS, **UNK}.get(word, word): i for i, word in enumerate(words)}
+    return [places.get(symbol) for symbol in dictionary.symbols]
+
+
+def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[str, Any], Dictionary]:
+    """A fairseq checkpoint and its dictionary.
+
+    Args:
+        released: ``model_state`` under the released names, and ``model_config``.
+        words: the vocabulary.
+
+    Raises:
+        ValueError: something is missing, or does not fit together.
+    """
+    for key in ("model_state", "model_config"):
+        if key not in released:
+            raise ValueError(f"the released checkpoint lacks '{key}'; it holds {sorted(map(str, released))}")
+    config = dict(released["model_config"])
+    state: Dict[str, Tensor] = dict(released["model_state"])
+    dictionary = fairseq_dictionary(words)
+    order = row_order(words, dictionary)
+    if config.get("n_token", len(words)) != len(words):
+        raise ValueError(f"the model has {config['n_token']} words, the vocabulary {len(words)}")
+    cutoffs = list(config.get("cutoffs") or [])
+    options = model_options({**config, "cutoffs": _moved_cutoffs(cutoffs, order, len(dictionary) - len(words))})
+
+    weights = {f"decoder.{k}": v for k, v in from_released(state, config["n_layer"]).items()}
+    for name, weight in weights.items():
+        if _is_first_table(name):
+            weights[name] = _reordered(weight, order[: weight.size(0) + order.count(None)], name.split(".")[-2])
+    weights["decoder.vocabulary"] = vocabulary_checksum(dictionary)
+    mapped = to_released(from_released(state, config["n_layer"]), config["n_layer"], _joined(config))
+    rest = {k: v for k, v in state.items() if k not in mapped}
+    model = {"_name": "lamemo_lm", **options}
+    checkpoint: Dict[str, Any] = {
+        "args": None,
+        "cfg": {
+            "model": model,
+            "task": {"_name": "segment_language_modeling", "data": None, "tokens_per_sample": config["tgt_len"]},
+            "criterion": {"_name": "cross_entropy", "sentence_avg": False},
+        },
+        "model": weights,
+        "criterion": None,
+        "optimizer_history": [NO_HISTORY],
+        "task_state": {},
+        "extra_state": {
+            "train_iterator": {"epoch": 1, "iterations_in_epoch": 0},
+            "released": {"model_config": config, "vocab": words, "rest": rest},
+        },
+        "last_optimizer_state": None,
+    }
+    return checkpoint, dictionary
+
+
+def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dict[str, Any]:
+    """A released checkpoint, of an imported model or of one trained here. Its vocabulary is a plain list.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or its dictionary another one.
+    """
+    ours = {k.removeprefix("decoder."): v for k, v in checkpoint["model"].items()}
+    if int(ours.get("vocabulary", -1)) != int(vocabulary_checksum(dictionary)):
+        raise ValueError("the checkpoint was trained with another dictionary: pass its own as --dictionary")
+    options = dict(checkpoint["cfg"]["model"])
+    imported = (checkpoint.get("extra_state") or {}).get("released")
+    if imported:
+        config, words, rest = (imported[key] for key in ("model_config", "vocab", "rest"))
+        order = row_order(words, dictionary)
+        for name, weight in ours.items():
+            if _is_first_table(name):
+                ours[name] = _restored(weight, order[: weight.size(0)])
+    else:
+        words = ["<eos>" if symbol == "</s>" else symbol for symbol in dictionary.symbols]
+        config = released_config(options, len(words))
+        rest = _buffers(config, ours["embed_tokens.tables.0.weight"].dtype)
+    state = {**to_released(ours, config["n_layer"], _joined(config)), **rest}
+    return {"model_config": config, "model_state": state, "vocab": words}
+
+
+def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
+    """The released configuration for our options."""
+    kind = tuple(str(options[k]) for k in ("memory", "position_encoding", "lookahead_window"))
+    types = {names: number for number, names in ATTENTION_TYPES.items()}
+    if kind not in types:
+        raise ValueError(f"the released code has no model with {' and '.join(kind[:2])}")
+    cutoffs = [int(c) for c in (options["adaptive_softmax_cutoff"] or "").split(",") if c]
+    embed_dim, heads = options["decoder_embed_dim"], options["decoder_attention_heads"]
+    bands = len(cutoffs) + 1
+    return {
+        "attn_type": types[kind],
+        "n_token": words,
+        "n_layer": options["decoder_layers"],
+        "n_head": heads,
+        "d_model": embed_dim,
+        "d_head": options["decoder_head_dim"] or embed_dim // heads,
+        "d_inner": options["decoder_ffn_embed_dim"],
+        "d_embed": options["decoder_input_dim"] or embed_dim,
+        "dropout": options["dropout"],
+        "dropatt": options["attention_dropout"],
+        "tie_weight": not options["untie_output"],
+        "tie_projs": [False] + [True] * (bands - 1),
+        "div_val": int(options["adaptive_softmax_factor"]),
+        "cutoffs": cutoffs,
+        "pre_lnorm": options["decoder_normalize_before"],
+        "tgt_len": options["tokens_per_sample"] or options["preset_tokens_per_sample"],
+        "ext_len": 0,
+        "mem_len": options["mem_len"] if kind[0] != "none" else 0,
+        "same_length": options["same_length"],
+        "clamp_len": options["clamp_len"] or -1,
+    }
+
+
+def _moved_cutoffs(cutoffs: List[int], order: List[Optional[int]], added: int) -> List[int]:
+    """Cutoffs behind the symbols that fairseq puts in front; words must stay in their band."""
+    if cutoffs and any(place is not None and place >= cutoffs[0] for place in order[:4]):
+        raise ValueError(f"<eos> or <unk> is not among the first {cutoffs[0]} words: the bands would have to change")
+    return [c + added for c in cutoffs]
+
+
+def _is_first_table(name: str) -> bool:
+    """Whether a weight has a row for each word of the first band, among which are fairseq's own symbols."""
+    return name.endswith((".tables.0.weight", ".weights.0", ".biases.0"))
+
+
+def _reordered(weight: Tensor, order: List[Optional[int]], kind: str) -> Tensor:
+    rows = weight.new_full((len(order), *weight.shape[1:]), NEVER if kind == "biases" else 0.0)
+    ours = [i for i, place in enumerate(order) if place is not None]
+    rows[ours] = weight[[place for place in order if place is not None]]
+    return rows
+
+
+def _restored(weight: Tensor, order: List[Optional[int]]) -> Tensor:
+    rows = weight.new_empty((len(order) - order.count(None), *weight.shape[1:]))
+    ours = [i for i, place in enumerate(order) if place is not None]
+    rows[[place for place in order if place is not None]] = weight[ours]
+    return rows
+
+
+def _joined(config: Dict[str, Any]) -> bool:
+    return config["attn_type"] in (0, 1)
+
+
+def _buffers(config: Dict[str, Any], dtype: torch.dtype) -> Dict[str, Tensor]:
+    """What the released code keeps beside its weights: frequencies, and unused constants of its look-ahead layers."""
+    buffers = {}
+    if config["attn_type"] != 1:
+        buffers["pos_emb.inv_freq"] = inverse_frequencies(config["d_model"], dtype)
+    if ATTENTION_TYPES[config["attn_type"]][0] == "lookahead":
+        for i in range(config["n_layer"]):
+            for mode in ("train", "eval"):
+                buffers[f"layers.{i}.dec_attn.{mode}_logits_constant"] = torch.zeros(1, 1, 1, 1, dtype=dtype)
+    return buffers
+
+
+def _save(data: Any, path: Path) -> None:
+    """Write beside, then rename: an interrupted run leaves no half file."""
+    part = path.with_name(path.name + ".part")
+    torch.save(data, part)
+    os.replace(part, path)
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_fairseq = commands.add_parser("import", help="released checkpoint to fairseq's")
+    to_fairseq.add_argument("released")
+    to_fairseq.add_argument("folder")
+    to_fairseq.add_argument("--vocabulary", help="a word a line, where the checkpoint holds none")
+    back = commands.add_parser("export", help="fairseq checkpoint to a released one")
+    back.add_argument("checkpoint")
+    back.add_argument("released")
+    back.add_argument("--dictionary", required=True, help="dict.txt of the checkpoint's data")
+    args = parser.parse_args(arguments)
+    try:
+        if args.command == "import":
+            released = load_plain(args.released)
+            vocabulary = released.get("vocab")
+            if args.vocabulary:
+                vocabulary = Path(args.vocabulary).read_text(encoding="utf-8").splitlines()
+            checkpoint, dictionary = import_checkpoint(released, words_of(vocabulary))
+            folder = Path(args.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            dictionary.save(str(folder / "dict.txt"))
+            _save(checkpoint, folder / "checkpoint.pt")
+        else:
+            _save(export_checkpoint(load_plain(args.checkpoint), Dictionary.load(args.dictionary)), Path(args.released))
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert_checkpoint: {error}")
+
+
+if __name__ == "__main__":
+    main()

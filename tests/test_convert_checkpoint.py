@@ -1,0 +1,182 @@
+"""Released checkpoints become fairseq's, give the released losses, and come back bit by bit."""
+
+import argparse
+import json
+import math
+import os
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fairseq.data import Dictionary
+from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+from fairseq_cli import eval_lm
+
+from lamemo_fairseq.convert_checkpoint import load_plain, main
+
+from .helpers import TASK, run_command, tiny_decoder
+from .test_commands import printed
+from .test_golden import FOLDER
+
+SQUARE = Path(__file__).parent / "golden" / "attn3_square.npz"
+CASES = [pytest.param(p, id=p.name) for p in sorted(FOLDER.glob("*.npz"))]
+
+
+def released(path, row=0):
+    """A case as its authors' code would save it, the first token of a row being the end of a sentence."""
+    case = np.load(path)
+    config = json.loads(str(case["config"]))
+    words = [f"word{i}" for i in range(config["vocab"])]
+    words[case["tokens"][row, 0]] = "<eos>"
+    state = {k[len("param/") :]: torch.from_numpy(case[k]) for k in case.files if k.startswith("param/")}
+    config = {**config, "n_token": config["vocab"], "tie_weight": True, "dropout": 0.0}
+    return case, words, {"model_config": config, "model_state": state, "vocab": words}
+
+
+def fits(words, config):
+    return not config["cutoffs"] or words.index("<eos>") < config["cutoffs"][0]
+
+
+@pytest.mark.parametrize("path", CASES)
+def test_an_imported_model_has_the_released_loss_and_comes_back(path, tmp_path):
+    case, words, checkpoint = released(path)
+    if not fits(words, checkpoint["model_config"]):
+        case, words, checkpoint = released(path, row=1)
+    row = words.index("<eos>") == case["tokens"][1, 0] and words.index("<eos>") != case["tokens"][0, 0]
+    if not fits(words, checkpoint["model_config"]):
+        pytest.skip("both rows begin with a word outside the first band")
+    torch.save(checkpoint, tmp_path / "released.pt")
+    main(["import", str(tmp_path / "released.pt"), str(tmp_path)])
+
+    dictionary = Dictionary.load(str(tmp_path / "dict.txt"))
+    tokens = [dictionary.index("</s>" if words[t] == "<eos>" else words[t]) for t in case["tokens"][int(row), 1:]]
+    builder = MMapIndexedDatasetBuilder(str(tmp_path / "test.bin"), dtype=np.int32)
+    builder.add_item(torch.tensor(tokens))
+    builder.finalize(str(tmp_path / "test.idx"))
+    text = printed(
+        eval_lm.cli_main, tmp_path, *TASK, "--path", tmp_path / "checkpoint.pt", "--batch-size", 1, "--num-workers", 0
+    )
+    segments = len(case["seg_lens"])
+    nll = np.concatenate([case[f"nll/{k}"][int(row)] for k in range(segments)])
+    assert float(text.split("Loss (base 2): ")[1].split(",")[0]) == pytest.approx(nll.mean() / math.log(2), abs=1e-4)
+
+    main(
+        [
+            "export",
+            str(tmp_path / "checkpoint.pt"),
+            str(tmp_path / "back.pt"),
+            "--dictionary",
+            str(tmp_path / "dict.txt"),
+        ]
+    )
+    back = load_plain(tmp_path / "back.pt")
+    assert back["model_config"] == checkpoint["model_config"] and back["vocab"] == words
+    assert set(back["model_state"]) == set(checkpoint["model_state"])
+    for name, weight in checkpoint["model_state"].items():
+        assert torch.equal(back["model_state"][name], weight), name
+
+
+def test_a_model_trained_here_can_be_exported_and_imported_again(tmp_path):
+    decoder = tiny_decoder(dtype=torch.float32)
+    decoder.dictionary.save(str(tmp_path / "dict.txt"))
+    weights = {f"decoder.{k}": v for k, v in decoder.state_dict().items()}
+    options = {
+        **{"memory": "lookahead", "position_encoding": "disentangled", "lookahead_window": "right", "mem_len": 4},
+        **{"decoder_layers": 2, "decoder_embed_dim": 8, "decoder_attention_heads": 2, "decoder_head_dim": None},
+        **{"decoder_ffn_embed_dim": 12, "decoder_input_dim": None, "adaptive_softmax_cutoff": None},
+        **{"adaptive_softmax_factor": 1.0, "untie_output": False, "decoder_normalize_before": False, "dropout": 0.0},
+        **{"attention_dropout": 0.0, "same_length": False, "clamp_len": 0, "tokens_per_sample": 3},
+    }
+    torch.save({"model": weights, "cfg": {"model": options}, "extra_state": {}}, tmp_path / "trained.pt")
+    main(
+        [
+            "export",
+            str(tmp_path / "trained.pt"),
+            str(tmp_path / "released.pt"),
+            "--dictionary",
+            str(tmp_path / "dict.txt"),
+        ]
+    )
+    exported = load_plain(tmp_path / "released.pt")
+    assert exported["model_config"]["attn_type"] == 3 and exported["model_config"]["n_token"] == 17
+    assert torch.equal(exported["model_state"]["r_r_bias_future"], decoder.positions.ahead_position_bias)
+    frequencies = exported["model_state"]["pos_emb.inv_freq"]
+    torch.testing.assert_close(frequencies, 1 / 10000 ** (torch.arange(0, 8, 2) / 8))
+
+
+class Vocab:
+    """Looks like the released code's vocabulary once it is saved under that name."""
+
+    def __init__(self, words):
+        self.idx2sym = words
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_the_released_vocabulary_object_is_read_without_its_code(tmp_path, monkeypatch):
+    _, words, checkpoint = released(SQUARE)
+    monkeypatch.setattr(Vocab, "__module__", "utils.vocabulary")
+    module = types.ModuleType("utils.vocabulary")
+    module.Vocab = Vocab
+    monkeypatch.setitem(sys.modules, "utils", types.ModuleType("utils"))
+    monkeypatch.setitem(sys.modules, "utils.vocabulary", module)
+    saved = {**checkpoint, "vocab": Vocab(words), "args": argparse.Namespace(lr=1.0)}
+    torch.save(saved, tmp_path / "released.pt")
+    monkeypatch.delitem(sys.modules, "utils.vocabulary")
+    main(["import", str(tmp_path / "released.pt"), str(tmp_path / "out")])
+    assert (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_foreign_objects_are_refused_and_not_run(tmp_path):
+    _, _, checkpoint = released(SQUARE)
+    torch.save({**checkpoint, "vocab": Evil(tmp_path / "ran")}, tmp_path / "released.pt")
+    with pytest.raises(SystemExit, match="not a checkpoint of tensors and plain containers; nothing in it was run"):
+        main(["import", str(tmp_path / "released.pt"), str(tmp_path / "out")])
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("model_config"), "lacks 'model_config'"),
+        (lambda c: c.pop("vocab"), "pass --vocabulary FILE"),
+        (lambda c: c["vocab"].pop(), "has 23 words, the vocabulary 22"),
+        (lambda c: c["vocab"].__setitem__(0, c["vocab"][1]), "holds a word twice"),
+        (
+            lambda c: c["model_config"].update(attn_type=7),
+            "attn_type 7 is not known here; the known ones are 0, 1, 2, 3",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message, tmp_path):
+    _, _, checkpoint = released(SQUARE)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "released.pt")
+    with pytest.raises(SystemExit, match=message):
+        main(["import", str(tmp_path / "released.pt"), str(tmp_path / "out")])
+
+
+def test_a_file_cut_short_is_named(tmp_path):
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(SystemExit, match="cut short"):
+        main(["import", str(tmp_path / "cut.pt"), str(tmp_path / "out")])
+
+
+def test_export_with_another_dictionary_is_refused(tmp_path):
+    _, _, checkpoint = released(SQUARE)
+    torch.save(checkpoint, tmp_path / "released.pt")
+    main(["import", str(tmp_path / "released.pt"), str(tmp_path)])
+    (tmp_path / "dict.txt").write_text("other 1\n")
+    with pytest.raises(SystemExit, match="trained with another dictionary"):
+        run_command(
+            lambda: main(["export", str(tmp_path / "checkpoint.pt"), "x", "--dictionary", str(tmp_path / "dict.txt")])
+        )
