@@ -25,7 +25,7 @@ from .released import ATTENTION_TYPES, from_released, model_options, to_released
 # fairseq's own words, which a released vocabulary lacks, are never predicted: their probability underflows to 0.
 NEVER = -1e4
 # What fairseq expects of a checkpoint that was never trained by it.
-NO_HISTORY = {
+NO_HISTORY: Dict[str, Any] = {
     "criterion_name": "CrossEntropyCriterion",
     "optimizer_name": None,
     "lr_scheduler_state": {},

@@ -199,3 +199,36 @@ def test_generate_has_no_prompts_and_says_what_has(data, checkpoints):
             "--batch-size",
             2,
         )
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("lamemo_lm", []), ("transformer_xl_lm", []), ("transformer_xl_lm", ["--position-encoding", "shaw"])],
+    ids=["lamemo", "transformer-xl", "shaw"],
+)
+def test_memory_and_segments_of_another_length_at_test_time(arch, options, data, tmp_path):
+    run_command(
+        train.cli_main, data, *TASK, "--arch", arch, *TRAIN, *options, "--max-update", 20, "--save-dir", tmp_path,
+        "--disable-validation",
+    )  # fmt: skip
+    path = tmp_path / "checkpoint_last.pt"
+    usual = evaluate(data, path, "--batch-size", 2)
+    for mem_len, length in ((40, 5), (3, 32), (100, 16)):
+        longer = ["--batch-size", 2, "--model-overrides", f"{{'mem_len': {mem_len}}}", "--tokens-per-sample", length]
+        tokens, loss = evaluate(data, path, *longer)
+        assert tokens == TEST and abs(loss - usual[1]) < 0.5 and loss != usual[1]
+        assert validated(data, path, *longer) == (TEST, pytest.approx(loss, abs=1e-3))
+
+
+@pytest.mark.parametrize("criterion", ["cross_entropy", "adaptive_loss"])
+def test_training_and_scoring_with_an_adaptive_softmax(criterion, data, tmp_path):
+    adaptive = ["--adaptive-softmax-cutoff", "10,20", "--adaptive-softmax-factor", 2, "--adaptive-input"]
+    run_command(
+        train.cli_main, data, *TASK, "--arch", "lamemo_lm", *TRAIN, *adaptive, "--criterion", criterion,
+        "--ddp-backend", "legacy_ddp", "--max-update", 40, "--save-dir", tmp_path, "--disable-validation",
+    )  # fmt: skip
+    path = tmp_path / "checkpoint_last.pt"
+    tokens, loss = evaluate(data, path, "--batch-size", 3)
+    assert tokens == TEST and loss < 5.0
+    assert evaluate(data, path, "--batch-size", 3, "--softmax-batch", 7) == (TEST, pytest.approx(loss, abs=1e-3))
+    assert validated(data, path, "--batch-size", 3) == (TEST, pytest.approx(loss, abs=1e-3))

@@ -3,13 +3,16 @@
 Shapes: L layers, H heads, D size of a head, T distances.
 """
 
-from typing import List, Optional
+import logging
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import RelativeBias
 from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding
+
+logger = logging.getLogger(__name__)
 
 
 @POSITIONS.register("shaw")
@@ -35,6 +38,7 @@ class ShawPositions(PositionEncoding):
         self.distance_bias = nn.Parameter(torch.empty(layers, distances, heads))
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
+        self._told = False
 
     def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         trained = self.distance_embedding.size(1)
@@ -42,7 +46,18 @@ class ShawPositions(PositionEncoding):
         row = (torch.arange(causal, device=like.device) + trained - causal).clamp(min=trained - told_apart)
         table = self.distance_embedding[:, row].transpose(1, 2)
         score = self.distance_bias[:, row].transpose(1, 2)
+        if causal > trained and not self._told:
+            logger.info("distances of %d and more use the farthest learned one, %d", trained, trained - 1)
+            self._told = True
         return [
             LayerBias(RelativeBias(content=u, table=e, score=b), None)
             for u, e, b in zip(self.content_bias, table, score, strict=True)
         ]
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the learned distances as they are, also where this model reads longer or shorter segments."""
+        for name in ("distance_embedding", "distance_bias"):
+            current, saved = getattr(self, name), state_dict.get(prefix + name)
+            if saved is not None and saved.dim() == current.dim() and saved.shape[1] != current.shape[1]:
+                setattr(self, name, nn.Parameter(current.new_empty(saved.shape)))
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,114 @@
+"""Full and adaptive softmax, and fairseq's two criterions over them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq.criterions.adaptive_loss import AdaptiveLoss
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamemo_fairseq.models.language_models import LaMemoLanguageModel
+from lamemo_fairseq.modules.vocabulary import Bands, WordEmbedding
+
+from .helpers import random_tokens, tiny_decoder
+
+PAD, WORDS = 1, 17
+SOFTMAXES = {
+    "full": {},
+    "full, narrow": {"decoder_input_dim": 4},
+    "full, untied": {"untie_output": True, "decoder_output_dim": 6},
+    "adaptive": {"adaptive_softmax_cutoff": "6,11"},
+    "adaptive, narrow": {"adaptive_softmax_cutoff": "6,11", "decoder_input_dim": 4},
+    "adaptive, divided": {"adaptive_softmax_cutoff": "6,11", "adaptive_softmax_factor": 2.0, "adaptive_input": True},
+    "adaptive, untied": {"adaptive_softmax_cutoff": "6,11", "adaptive_softmax_factor": 2.0, "untie_output": True},
+}
+softmaxes = pytest.mark.parametrize("options", SOFTMAXES.values(), ids=SOFTMAXES.keys())
+adaptive_ones = pytest.mark.parametrize(
+    "options",
+    [o for o in SOFTMAXES.values() if "adaptive_softmax_cutoff" in o],
+    ids=[n for n in SOFTMAXES if "adapt" in n],
+)
+
+
+def every_word_once():
+    """Targets holding every word, the padding among them as padding."""
+    return torch.arange(WORDS).view(1, WORDS)
+
+
+def loss_of(criterion_class, decoder, target):
+    task = SimpleNamespace(target_dictionary=decoder.dictionary)
+    criterion = criterion_class(task, sentence_avg=False)
+    position = None
+    sample = {
+        "net_input": {"src_tokens": random_tokens(*target.shape), "position": position},
+        "target": target,
+        "ntokens": int(target.ne(PAD).sum()),
+    }
+    decoder.zero_grad()
+    loss, _, _ = criterion(LaMemoLanguageModel(decoder), sample)
+    loss.sum().backward()
+    return loss.sum().detach(), {name: p.grad for name, p in decoder.named_parameters()}
+
+
+@adaptive_ones
+def test_both_criterions_give_the_same_loss_and_gradients(options):
+    decoder = tiny_decoder(words=WORDS, **options)
+    target = every_word_once()
+    adaptive, adaptive_gradients = loss_of(AdaptiveLoss, decoder, target)
+    plain, gradients = loss_of(CrossEntropyCriterion, decoder, target)
+    torch.testing.assert_close(adaptive, plain, rtol=1e-12, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(adaptive_gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@softmaxes
+def test_probabilities_add_up_to_one(options):
+    decoder = tiny_decoder(words=WORDS, **options)
+    output = decoder(random_tokens(2, 5))
+    probabilities = decoder.get_normalized_probs(output, log_probs=False)
+    assert probabilities.shape == (2, 5, WORDS)
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 5, dtype=torch.float64))
+    torch.testing.assert_close(probabilities.log(), decoder.get_normalized_probs(output, log_probs=True))
+
+
+@softmaxes
+def test_a_sample_needs_its_targets_alone(options):
+    decoder = tiny_decoder(words=WORDS, **options)
+    target = every_word_once()
+    output = decoder(random_tokens(*target.shape))
+    everything = decoder.get_normalized_probs(output, log_probs=True).gather(2, target.unsqueeze(-1))
+    wanted = decoder.get_normalized_probs(output, log_probs=True, sample={"target": target}).gather(
+        2, target.unsqueeze(-1)
+    )
+    torch.testing.assert_close(wanted, everything, rtol=1e-12, atol=1e-12)
+
+
+@given(cuts=st.lists(st.integers(1, 29), max_size=4, unique=True).map(sorted), factor=st.sampled_from([1.0, 2.0]))
+@settings(max_examples=50, deadline=None)
+def test_embedding_by_bands(cuts, factor):
+    bands = Bands(30, 32, cuts, factor)
+    embedding = WordEmbedding(bands, 8).double()
+    embedding.reset_parameters()
+    tokens = torch.arange(30)
+    found = embedding(tokens)
+    for band in range(len(bands)):
+        table, rows = bands.table_of(band)
+        expected = embedding.tables[table].weight[rows] @ embedding.projections[table].T * 8**0.5
+        torch.testing.assert_close(found[bands.starts[band] : bands.ends[band]], expected)
+
+
+@softmaxes
+def test_tied_weights_are_one_parameter(options):
+    decoder = tiny_decoder(words=WORDS, **options)
+    output = decoder.output or decoder.adaptive_softmax
+    same = output.weights[0] is decoder.embed_tokens.tables[0].weight
+    assert same == (not options.get("untie_output", False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_precision_add_up_in_float32(dtype):
+    decoder = tiny_decoder(words=WORDS, dtype=dtype, **SOFTMAXES["adaptive, divided"])
+    logits, _ = decoder.adaptive_softmax(decoder(random_tokens(1, 6))[0], random_tokens(1, 6).view(-1))
+    assert {t.dtype for t in logits} == {torch.float32}
