@@ -4,7 +4,7 @@
 #   QUICKSTART_UPDATES=20 bash examples/quickstart.sh   a short one, to see that everything works
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-updates=${QUICKSTART_UPDATES:-1000}
+updates=${QUICKSTART_UPDATES:-700}
 work=work/quickstart
 step="the installation"
 trap 'echo "quickstart: $step failed; the lines above say why. Run it again to start over." >&2' ERR

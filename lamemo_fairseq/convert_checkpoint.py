@@ -113,7 +113,7 @@ def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[
     for name, weight in weights.items():
         if _is_first_table(name):
             weights[name] = _reordered(weight, order[: weight.size(0) + order.count(None)], name.split(".")[-2])
-    weights["decoder.vocabulary"] = vocabulary_checksum(dictionary)
+    weights["decoder.dictionary_version"] = vocabulary_checksum(dictionary)
     mapped = to_released(from_released(state, config["n_layer"]), config["n_layer"], _joined(config))
     rest = {k: v for k, v in state.items() if k not in mapped}
     model = {"_name": "lamemo_lm", **options}
@@ -144,7 +144,7 @@ def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dic
         ValueError: the checkpoint is of another model, or its dictionary another one.
     """
     ours = {k.removeprefix("decoder."): v for k, v in checkpoint["model"].items()}
-    if int(ours.get("vocabulary", -1)) != int(vocabulary_checksum(dictionary)):
+    if int(ours.get("dictionary_version", -1)) != int(vocabulary_checksum(dictionary)):
         raise ValueError("the checkpoint was trained with another dictionary: pass its own as --dictionary")
     options = dict(checkpoint["cfg"]["model"])
     imported = (checkpoint.get("extra_state") or {}).get("released")

@@ -232,3 +232,12 @@ def test_training_and_scoring_with_an_adaptive_softmax(criterion, data, tmp_path
     assert tokens == TEST and loss < 5.0
     assert evaluate(data, path, "--batch-size", 3, "--softmax-batch", 7) == (TEST, pytest.approx(loss, abs=1e-3))
     assert validated(data, path, "--batch-size", 3) == (TEST, pytest.approx(loss, abs=1e-3))
+
+
+def test_a_moving_average_of_the_weights_is_kept_and_resumed(data, tmp_path):
+    arguments = [data, *TASK, "--arch", "lamemo_lm", *TRAIN, "--disable-validation", "--store-ema", "--ema-decay", 0.5]
+    for updates in (3, 6):
+        run_command(train.cli_main, *arguments, "--max-update", updates, "--save-dir", tmp_path)
+    saved = last_checkpoint(tmp_path)
+    name = "decoder.layers.0.feed_forward.fc1.weight"
+    assert not torch.equal(saved["extra_state"]["ema"][name], saved["model"][name])

@@ -37,7 +37,7 @@ def build(case, config) -> MemoryDecoder:
     decoder = MemoryDecoder(options, dictionary_of(config["vocab"])).double()
     weights = released_weights(case, "param/", config["n_layer"])
     missing, unexpected = decoder.load_state_dict(weights, strict=False)
-    assert not unexpected and set(missing) <= {"vocabulary"}, (missing, unexpected)
+    assert not unexpected and set(missing) <= {"dictionary_version"}, (missing, unexpected)
     return decoder
 
 

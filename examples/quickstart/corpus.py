@@ -7,9 +7,11 @@ comes first and left out later: no paragraph of the validation or test text stan
 """
 
 import sys
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Iterator
 
 SHARES = {"train": 0.90, "valid": 0.05, "test": 0.05}
 
@@ -27,16 +29,16 @@ def paragraphs() -> Iterator[str]:
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [p.encode() for p in paragraphs()]
-    total, end, start = sum(map(len, texts)), 0.0, 0
-    for split, share in SHARES.items():
-        end += share * total
-        part = []
-        while start < len(texts) and sum(map(len, texts[:start])) < end:
-            part.append(texts[start])
-            start += 1
-        (folder / f"{split}.txt").write_bytes(b"".join(part))
-        print(f"{folder / split}.txt: {sum(map(len, part)):,} bytes")
+    texts = [paragraph.encode() for paragraph in paragraphs()]
+    ends = list(accumulate(map(len, texts)))
+    start, share = 0, 0.0
+    for split in SHARES:
+        share += SHARES[split]
+        stop = bisect_left(ends, share * ends[-1]) + 1
+        part = b"".join(texts[start:stop])
+        (folder / f"{split}.txt").write_bytes(part)
+        print(f"{split}: {len(part):,} bytes")
+        start = stop
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ class MemoryDecoder(FairseqDecoder):
             DecoderLayer(layer, memory_class.attention(attention)) for _ in range(cfg.decoder_layers)
         )
         self._build_output(cfg)
-        self.register_buffer("vocabulary", vocabulary_checksum(dictionary))
+        # fairseq's moving average leaves alone what has "version" in its name, and fails on other integers.
+        self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
         self._initialize()
 
     def forward(
@@ -190,8 +191,8 @@ class MemoryDecoder(FairseqDecoder):
         Raises:
             ValueError: the checkpoint's dictionary is not this one.
         """
-        saved = state_dict.get(f"{name}.vocabulary")
-        if saved is not None and int(saved) != int(self.vocabulary):
+        saved = state_dict.get(f"{name}.dictionary_version")
+        if saved is not None and int(saved) != int(self.dictionary_version):
             raise ValueError(
                 "the checkpoint was trained with another dictionary than this data's dict.txt of "
                 f"{len(self.dictionary):,} words. Evaluate on data binarized with the checkpoint's dictionary: "
