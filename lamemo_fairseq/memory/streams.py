@@ -31,11 +31,8 @@ class StreamMemory:
         self._readings: Dict[Tuple[str, bool], Tuple[Any, ...]] = {}
         self._states: Dict[Tuple[str, bool], Dict[int, Optional[MemoryState]]] = {}
 
-    def __deepcopy__(self, memo: Any) -> "StreamMemory":
-        # A copied model (an averaged one, say) has read nothing yet.
-        return StreamMemory(self._state)
-
     def __reduce__(self) -> Tuple[Any, ...]:
+        # A copied or stored model (an averaged one, say) has read nothing yet.
         return (StreamMemory, (self._state,))
 
     def read(self, position: SegmentPosition, training: bool) -> Optional[MemoryState]:
