@@ -16,9 +16,13 @@ from lamemo_fairseq.models.decoder import MemoryDecoder
 from lamemo_fairseq.released import from_released, model_options
 
 from .helpers import dictionary_of
-from .released_rounding import round_as_released
+from .released_rounding import FIGURES_FINGERPRINT, float32_fingerprint, round_as_released
 
 FOLDER = Path(os.environ.get("LAMEMO_GOLDEN_DIR") or Path(__file__).parent / "golden")
+
+
+# Where the released code computes in float32 inside, which shows beyond the eighth digit.
+LOOKAHEAD = (3, 31, 32, 33)
 
 
 def cases():
@@ -52,6 +56,8 @@ def assert_close(actual, expected, what, tolerance):
 def test_golden(path, monkeypatch):
     """As released, to the last digits: with the float32 roundings that the released code has inside."""
     attention_type = json.loads(str(np.load(path)["config"]))["attn_type"]
+    if attention_type in LOOKAHEAD and float32_fingerprint() != FIGURES_FINGERPRINT:
+        pytest.skip("this machine rounds exp and log in float32 otherwise than the one that made the figures")
     round_as_released(monkeypatch, masks_in_float32=attention_type not in (1, 2))
     compare(path, 1e-9)
 
