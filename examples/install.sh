@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make a virtual environment with everything that the examples and the tests need.
 #   bash examples/install.sh FOLDER      (PYTHON=python3.12 chooses the interpreter)
-# Ends at once if the folder is complete, and starts over if it was left half made.
+# Ends at once if the folder is complete, and starts over if it was left half made. A folder that
+# this script did not make is left alone.
 set -euo pipefail
 venv=${1:?usage: bash examples/install.sh FOLDER}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -14,11 +15,18 @@ if not (3, 10) <= sys.version_info[:2] <= (3, 12):
 CHECK
 
 stamp=$(cat "$root/constraints.txt" "$root/setup.py" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
-if [ "$(cat "$venv/complete" 2>/dev/null || true)" = "$stamp" ]; then
-    exit 0
+mark=$venv/made-by-install.sh # there from the start, and empty until the end
+if [ -e "$venv" ]; then
+    if [ ! -e "$mark" ]; then
+        echo "$venv is there already and was not made by this script: move it away, or name another folder" >&2
+        exit 1
+    fi
+    if [ "$(cat "$mark")" = "$stamp" ]; then exit 0; fi
+    rm -rf "$venv"
 fi
 echo "== installing into $venv (some minutes the first time)"
-rm -rf "$venv"
+mkdir -p "$venv"
+: >"$mark"
 "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" "$@"; }
 # torch first: what comes after is then content with it.
@@ -29,4 +37,4 @@ else
     pip fairseq-fixed # compiles for some minutes; its wheels do not cover Python 3.10
 fi
 pip numpy sentencepiece sacremoses pytest hypothesis ruff mypy matplotlib
-echo "$stamp" >"$venv/complete"
+echo "$stamp" >"$mark"

@@ -11,6 +11,7 @@ trap 'echo "quickstart: $step failed; the lines above say why. Run it again to s
 
 bash examples/install.sh .venv
 export PATH=$PWD/.venv/bin:$PATH
+export OMP_WAIT_POLICY=passive # torch's threads otherwise spin, ten times slower if another program wants a core
 # A terminal gets fairseq's progress bars, a log file plain lines.
 if [ -t 1 ]; then bars=(--log-format tqdm); else bars=(--log-format simple); fi
 
