@@ -173,6 +173,26 @@ def test_a_run_stopped_inside_an_epoch_goes_on_exactly(arch, extra, data, tmp_pa
         assert torch.equal(weight, parts["model"][name]), name
 
 
+@pytest.mark.parametrize("arch", ["lamemo_lm", "transformer_xl_lm"])
+def test_neither_validation_nor_stops_over_several_epochs_change_a_weight(arch, tmp_path):
+    """Sixteen segments an epoch: one run goes through, the other stops inside an epoch and at the end of one."""
+    small = write_data(tmp_path / "data", train=1000, valid=200)
+
+    def run(folder, updates, *options):
+        run_command(
+            train.cli_main, small, *TASK, "--arch", arch, *TRAIN, "--roll", *options,
+            *["--max-update", updates, "--save-dir", folder],
+        )  # fmt: skip
+
+    run(tmp_path / "whole", 40, "--disable-validation")
+    for updates in (21, 32, 40):
+        run(tmp_path / "parts", updates, "--validate-interval-updates", 3, "--save-interval-updates", 5)
+    whole, parts = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts")
+    assert whole["extra_state"]["train_iterator"]["epoch"] == 3
+    for name, weight in whole["model"].items():
+        assert torch.equal(weight, parts["model"][name]), name
+
+
 def test_memory_in_a_checkpoint_matters(data, tmp_path):
     """The test above can fail: without its memory, the resumed run takes another course."""
     folder = tmp_path / "run"

@@ -28,6 +28,16 @@ def test_streams_give_what_whole_texts_give(variant):
     torch.testing.assert_close(read_streams(decoder, tokens), decoder(tokens)[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+def test_whole_texts_do_not_depend_on_their_neighbours(variant):
+    decoder = tiny_decoder(variant)
+    tokens, lengths = random_tokens(3, 11), torch.tensor([11, 7, 2])
+    together = decoder(tokens.masked_fill(torch.arange(11) >= lengths.unsqueeze(1), 1), lengths)[0]
+    for row, length in enumerate(lengths.tolist()):
+        alone = decoder(tokens[row : row + 1, :length])[0]
+        torch.testing.assert_close(together[row : row + 1, :length], alone, rtol=0, atol=1e-12)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     variant=st.sampled_from(VARIANTS),
@@ -140,6 +150,16 @@ def test_memory_is_let_go_where_streams_end(variant):
 
 
 @memories
+def test_memory_of_segments_long_past_is_let_go(variant):
+    decoder = tiny_decoder(variant)
+    segments = list(segments_of(decoder, random_tokens(2, 60)))
+    for position, segment in segments[:-1]:
+        forward(decoder, segment, position)
+    with pytest.raises(MissingMemoryError):
+        forward(decoder, segments[1][1], segments[1][0])
+
+
+@memories
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))], ids=["deepcopy", "pickle"])
 def test_a_copied_model_has_read_nothing(variant, copied):
     decoder = tiny_decoder(variant).train()
@@ -170,6 +190,14 @@ def test_normalizers_stay_in_float32_or_wider(dtype):
     assert {t.dtype for t in (state.embeddings, *state.outputs)} == {dtype}
 
 
+def test_probabilities_are_computed_in_float32_or_wider():
+    decoder = tiny_decoder(dtype=torch.bfloat16)
+    scores = decoder(random_tokens(2, 3))
+    assert scores[0].dtype == torch.bfloat16
+    for log_probs in (True, False):
+        assert decoder.get_normalized_probs(scores, log_probs).dtype == torch.float32
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_every_parameter_has_a_gradient_from_the_first_segment_on(variant, layers):
@@ -182,12 +210,17 @@ def test_every_parameter_has_a_gradient_from_the_first_segment_on(variant, layer
 
 @memories
 def test_recomputed_activations_give_the_same_gradients(variant):
+    passes = []
+
     def gradients(checkpoint):
         decoder = tiny_decoder(variant, checkpoint_activations=checkpoint, decoder_layers=3).train()
+        passes.append(0)
+        decoder.layers[1].feed_forward.register_forward_hook(lambda *_: passes.append(passes.pop() + 1))
         scores = read_streams(decoder, random_tokens(2, 9), split="train")
         scores.logsumexp(-1).sum().backward()
         return {name: p.grad for name, p in decoder.named_parameters()}
 
     plain, recomputed = gradients(False), gradients(True)
+    assert passes == [3, 6]  # once a segment, and twice when the backward pass runs the layer again
     for name in plain:
         torch.testing.assert_close(recomputed[name], plain[name], rtol=1e-12, atol=1e-12)

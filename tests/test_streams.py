@@ -77,6 +77,28 @@ def test_rolling_differs_by_epoch_and_seed_and_repeats():
     assert targets(1, 1) != targets(2, 1)
 
 
+def test_streams_roll_apart():
+    """One offset for all would read them in step, and their seams at once."""
+    dataset = split_of(numbered(400), 100, words=500, roll_seed=1)
+    offsets = {dataset[SegmentKey(1, 4, 0, stream)].target[0] - 4 - 100 * stream for stream in range(4)}
+    assert len(offsets) == 4
+
+
+def test_every_row_of_an_epoch_has_an_id_of_its_own():
+    (batches,) = epoch_of(split_of(numbered(40), 3, words=99), 4)
+    ids = torch.cat([batch["id"] for batch in batches]).tolist()
+    assert len(set(ids)) == len(ids) == 4 * 4
+
+
+def test_looking_at_the_first_batch_leaves_the_iterator_where_it_is():
+    iterator = SegmentBatchIterator(split_of(numbered(60), 5, words=99), 2)
+    batches = iterator.next_epoch_itr()
+    next(batches)
+    assert iterator.first_batch["net_input"]["position"].index == 0
+    assert next(batches)["net_input"]["position"].index == 1
+    assert iterator.iterations_in_epoch == 2
+
+
 @settings(max_examples=200, deadline=None)
 @given(tokens=st.integers(1, 10**9), streams=st.integers(1, 500), length=st.integers(1, 2000))
 def test_streams_are_contiguous_and_equal_within_a_token(tokens, streams, length):
