@@ -3,7 +3,7 @@
 ``--user-dir`` imports this package; importing it registers its task and models.
 """
 
-from . import models, tasks
+from . import host, models, tasks
 
 __version__ = "0.1.0"
-__all__ = ["models", "tasks"]
+__all__ = ["host", "models", "tasks"]

@@ -1,16 +1,15 @@
 """Batches of consecutive segments, in order, each rank reading its own streams."""
 
-import logging
 from collections.abc import Sequence
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from fairseq.data.iterators import EpochBatchIterator
 
+from ..host.ranks import gather_rows
+from ..memory.base import MemoryState
 from ..memory.streams import StreamMemory
 from .position import SegmentPosition
 from .segments import SegmentDataset, SegmentKey
-
-logger = logging.getLogger(__name__)
 
 
 class SegmentBatches(Sequence):
@@ -43,6 +42,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         batch_size: streams a rank.
         num_shards, shard_id: number of ranks, and this one.
         memory: the memory of the model that trains on it, None for evaluation.
+        update_freq: segments an update.
         kwargs: as for fairseq's iterator.
     """
 
@@ -53,11 +53,14 @@ class SegmentBatchIterator(EpochBatchIterator):
         num_shards: int = 1,
         shard_id: int = 0,
         memory: Optional[StreamMemory] = None,
+        update_freq: int = 1,
         **kwargs: Any,
     ):
         self.layout = dataset.layout(batch_size * num_shards)
         self.streams = range(shard_id * batch_size, (shard_id + 1) * batch_size)
         self.memory = memory
+        self.update_freq = update_freq
+        self._gathered: Optional[Tuple[SegmentPosition, MemoryState]] = None
         super().__init__(
             dataset=dataset,
             collate_fn=dataset.collater,
@@ -83,46 +86,85 @@ class SegmentBatchIterator(EpochBatchIterator):
         keys: List[SegmentKey] = self.frozen_batches[0]
         return self.collate_fn([self.dataset[key] for key in keys])
 
+    def gather_memory(self) -> None:
+        """Bring the memory of every rank to the first one, which alone saves. Every rank has to call it."""
+        position = self._last_position()
+        if position is None or self.memory is None:
+            return
+        state = self.memory.saved(position)
+        if state is None:
+            raise RuntimeError(
+                f"there is no memory after segment {position.index} of {position.named_streams()} to save"
+            )
+        rows = iter(gather_rows(state.tensors(), self.num_shards))
+        self._gathered = (position, state.map(lambda _: next(rows))) if self.shard_id == 0 else None
+
     def state_dict(self) -> Dict[str, Any]:
+        """What a checkpoint needs to go on: the place in the epoch, how the data was cut, the memory of all streams.
+
+        With several ranks, after `gather_memory`.
+        """
         saved = super().state_dict()
-        saved["streams"] = {"count": self.layout.num_streams, "segment_length": self.layout.segment_length}
-        done = saved["iterations_in_epoch"]
-        if done > 0 and self.memory is not None:
-            saved["memory"] = self.memory.saved(self._position(saved["epoch"], done - 1))
-            saved["memory_streams"] = list(self.streams)
+        saved["layout"] = self._layout_options()
+        position = self._last_position()
+        if position is not None and self.memory is not None:
+            if self.num_shards == 1:
+                self.gather_memory()
+            if self._gathered is None or self._gathered[0] != position:
+                raise RuntimeError("the memory of the other ranks was not gathered before saving")
+            saved["memory"] = self._gathered[1].to_dict()
+            self._gathered = None
         return saved
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Go on where a checkpoint stopped.
+
+        Raises:
+            ValueError: inside an epoch, and this run cuts the data otherwise, or the memory is not there.
+        """
         done = state_dict.get("iterations_in_epoch", 0)
         if done > 0:
-            self._check_layout(state_dict.get("streams"))
+            self._check_layout(state_dict.get("layout"), done)
             if self.memory is not None:
-                position = self._position(state_dict["epoch"], done - 1)
-                self.memory.restore(position, self._saved_memory(state_dict))
+                if state_dict.get("memory") is None:
+                    raise ValueError(
+                        "the checkpoint stopped inside an epoch but does not hold the memory that the streams had: "
+                        "pass --reset-dataloader to begin the data anew"
+                    )
+                rows = slice(self.streams.start, self.streams.stop)
+                self.memory.restore(self._position(state_dict["epoch"], done - 1), state_dict["memory"], rows)
         super().load_state_dict(state_dict)
 
-    def _check_layout(self, saved: Optional[Dict[str, int]]) -> None:
-        current = {"count": self.layout.num_streams, "segment_length": self.layout.segment_length}
-        if saved == current:
-            return
-        before = (
-            f"{saved['count']} streams in segments of {saved['segment_length']}" if saved else "another kind of batches"
-        )
-        raise ValueError(
-            f"the checkpoint stopped inside an epoch that it read as {before}, and this run reads "
-            f"{current['count']} streams in segments of {current['segment_length']}: resume with the same --batch-size "
-            "times ranks and --tokens-per-sample, or pass --reset-dataloader to begin the data anew"
-        )
+    def _layout_options(self) -> Dict[str, Any]:
+        """What the place in an epoch and the memory depend on, by the names of the options."""
+        return {
+            "--batch-size times ranks": self.layout.num_streams,
+            "--tokens-per-sample": self.layout.segment_length,
+            "the number of tokens of the split": self.layout.num_tokens,
+            "--roll with its --seed": self.dataset.roll_seed,
+            **({} if self.memory is None else self.memory.options),
+        }
 
-    def _saved_memory(self, state_dict: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-        if state_dict.get("memory") is not None and state_dict["memory_streams"] == list(self.streams):
-            return state_dict["memory"]
-        logger.warning(
-            "the checkpoint does not hold the memory of streams %d..%d: they go on from an empty memory",
-            self.streams[0],
-            self.streams[-1],
-        )
-        return None
+    def _check_layout(self, saved: Optional[Dict[str, Any]], done: int) -> None:
+        current = self._layout_options()
+        saved = saved or {}
+        other = [
+            f"{name} is {value}, there it was {saved.get(name, 'not recorded')}"
+            for name, value in current.items()
+            if name not in saved or saved[name] != value
+        ]
+        if not other and done % self.update_freq:
+            other = [f"--update-freq is {self.update_freq}, which does not divide the {done} segments already read"]
+        if other:
+            raise ValueError(
+                f"the checkpoint stopped inside an epoch, and this run would not go on with the same streams: "
+                f"{'; '.join(other)}. Resume with the former values, or pass --reset-dataloader to begin the data anew"
+            )
+
+    def _last_position(self) -> Optional[SegmentPosition]:
+        """The segment read last, None at the edge of an epoch."""
+        done = 0 if self.end_of_epoch() else self.iterations_in_epoch
+        return self._position(self.epoch, done - 1) if done > 0 else None
 
     def _position(self, epoch: int, index: int) -> SegmentPosition:
         return SegmentPosition(

@@ -1,7 +1,7 @@
 """Where a batch of segments stands in its streams."""
 
 from dataclasses import dataclass
-from typing import Any, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 
 @dataclass(frozen=True)
@@ -24,3 +24,10 @@ class SegmentPosition:
     def reading(self) -> Tuple[Any, ...]:
         """What tells one pass over some streams from another."""
         return (self.split, self.epoch, self.num_streams, self.segment_length, self.streams)
+
+    def named_streams(self, streams: Optional[Sequence[int]] = None) -> str:
+        """The streams of the batch, or some of them, for a message."""
+        named = self.streams if streams is None else streams
+        several = "streams" if len(named) > 1 else "stream"
+        listed = f"{named[0]}..{named[-1]}" if len(named) > 8 else ", ".join(map(str, named))
+        return f"{several} {listed}"

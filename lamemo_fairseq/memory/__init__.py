@@ -2,6 +2,6 @@
 
 from . import empty, lookahead, recurrent  # noqa: F401  (each registers itself)
 from .base import MEMORIES, Memory, MemoryConfig, MemoryState
-from .streams import MissingMemoryError, StreamMemory
+from .streams import DivergenceError, MissingMemoryError, StreamMemory
 
-__all__ = ["MEMORIES", "Memory", "MemoryConfig", "MemoryState", "MissingMemoryError", "StreamMemory"]
+__all__ = ["MEMORIES", "DivergenceError", "Memory", "MemoryConfig", "MemoryState", "MissingMemoryError", "StreamMemory"]

@@ -4,8 +4,9 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Callable, ClassVar, Dict, Generic, Optional, Sequence, Type, TypeVar
+from typing import Any, Callable, ClassVar, Dict, Generic, List, Optional, Sequence, Type, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..modules import SelfAttention
@@ -28,6 +29,22 @@ class MemoryState:
                 for value in (getattr(self, f.name) for f in fields(self))
             )
         )
+
+    def tensors(self) -> List[Tensor]:
+        """All tensors, in the order in which `map` meets them."""
+        found: List[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
+        return found
+
+    def finite(self) -> Optional[Tensor]:
+        """Which streams hold neither NaN nor infinity: ``[B]`` booleans, None if there are no tensors."""
+        finite = [t.isfinite().flatten(1).all(1) for t in self.tensors()]
+        return torch.stack(finite).all(0) if finite else None
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain containers and tensors, for a checkpoint."""

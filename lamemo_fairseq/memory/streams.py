@@ -5,7 +5,7 @@ overflow, a dummy batch on a rank that has none. So nothing here depends on the 
 names its streams and where it stands in them, and gets exactly the memory of that place.
 """
 
-from typing import Any, Dict, Optional, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
 
 from ..data.position import SegmentPosition
 from .base import MemoryState
@@ -13,6 +13,10 @@ from .base import MemoryState
 
 class MissingMemoryError(RuntimeError):
     """A segment was fed whose predecessor was not."""
+
+
+class DivergenceError(FloatingPointError):
+    """A loss or a memory is not a finite number."""
 
 
 class StreamMemory:
@@ -24,16 +28,18 @@ class StreamMemory:
 
     Args:
         state: the class of the states, for reading saved ones.
+        options: what a saved memory depends on, by the names of the options.
     """
 
-    def __init__(self, state: Type[MemoryState]) -> None:
+    def __init__(self, state: Type[MemoryState], options: Optional[Mapping[str, Any]] = None) -> None:
+        self.options: Dict[str, Any] = dict(options or {})
         self._state = state
         self._readings: Dict[Tuple[str, bool], Tuple[Any, ...]] = {}
         self._states: Dict[Tuple[str, bool], Dict[int, Optional[MemoryState]]] = {}
 
     def __reduce__(self) -> Tuple[Any, ...]:
         # A copied or stored model (an averaged one, say) has read nothing yet.
-        return (StreamMemory, (self._state,))
+        return (StreamMemory, (self._state, self.options))
 
     def read(self, position: SegmentPosition, training: bool) -> Optional[MemoryState]:
         """The memory before the segment at *position*, None standing for an empty one.
@@ -48,7 +54,7 @@ class StreamMemory:
         states = self._states.get(key, {})
         if self._readings.get(key) != position.reading or position.index not in states:
             raise MissingMemoryError(
-                f"no memory for segment {position.index} of streams {_brief(position.streams)} of '{position.split}' "
+                f"no memory for segment {position.index} of {position.named_streams()} of '{position.split}' "
                 f"(epoch {position.epoch}): segment {position.index - 1} of the same streams has to be fed first"
             )
         for index in [i for i in states if i < position.index]:
@@ -56,24 +62,52 @@ class StreamMemory:
         return states[position.index]
 
     def write(self, position: SegmentPosition, training: bool, state: MemoryState) -> None:
-        """Keep the memory after the segment at *position*, unless its streams end there."""
-        if not position.last:
-            self._states[position.split, training][position.index + 1] = state
+        """Keep the memory after the segment at *position*, unless its streams end there.
 
-    def saved(self, position: SegmentPosition) -> Optional[Dict[str, Any]]:
-        """The training memory after the segment at *position*, for a checkpoint: on the host, in plain containers."""
+        Raises:
+            DivergenceError: in evaluation, the memory is not finite. (In training asking would make the host wait for
+                the device; the task watches the loss instead.)
+        """
+        if position.last:
+            return
+        self._states[position.split, training][position.index + 1] = state
+        if not training:
+            self.check(position, training)
+
+    def check(self, position: SegmentPosition, training: bool) -> None:
+        """Look for NaN and infinity in the memory after the segment at *position*.
+
+        Raises:
+            DivergenceError: with the streams that hold them.
+        """
+        broken = self.diverged_streams(position, training)
+        if broken:
+            raise DivergenceError(
+                f"NaN or infinity in the memory of {position.named_streams(broken)} of '{position.split}' "
+                f"after segment {position.index} (epoch {position.epoch})"
+            )
+
+    def diverged_streams(self, position: SegmentPosition, training: bool) -> List[int]:
+        """The streams whose memory after the segment at *position*, or before it, is not finite."""
+        if self._readings.get((position.split, training)) != position.reading:
+            return []
+        states = self._states[position.split, training]
+        for state in (states.get(position.index), states.get(position.index + 1)):
+            finite = None if state is None else state.finite()
+            if finite is not None and not finite.all():
+                return [stream for stream, ok in zip(position.streams, finite.tolist(), strict=True) if not ok]
+        return []
+
+    def saved(self, position: SegmentPosition) -> Optional[MemoryState]:
+        """The training memory after the segment at *position*, None if there is none."""
         key = (position.split, True)
-        state = self._states.get(key, {}).get(position.index + 1)
-        if state is None or self._readings[key] != position.reading:
+        if self._readings.get(key) != position.reading:
             return None
-        return state.map(lambda t: t.cpu()).to_dict()
+        return self._states[key].get(position.index + 1)
 
-    def restore(self, position: SegmentPosition, saved: Optional[Dict[str, Any]]) -> None:
-        """Go on training after the segment at *position*, from saved memory (None: from an empty one)."""
+    def restore(self, position: SegmentPosition, saved: Mapping[str, Any], streams: slice) -> None:
+        """Go on training after the segment at *position*, from these *streams* of a saved memory."""
         key = (position.split, True)
+        state = self._state.from_dict(dict(saved)).map(lambda t: t[streams].clone())
         self._readings[key] = position.reading
-        self._states[key] = {position.index + 1: None if saved is None else self._state.from_dict(saved)}
-
-
-def _brief(streams: Tuple[int, ...]) -> str:
-    return f"{streams[0]}..{streams[-1]}" if len(streams) > 3 else ", ".join(map(str, streams))
+        self._states[key] = {position.index + 1: state}

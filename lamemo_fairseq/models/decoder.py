@@ -38,10 +38,10 @@ class MemoryDecoder(FairseqDecoder):
             raise ValueError("the segment length is not known: pass --tokens-per-sample")
         self.segment_length: int = length
         memory_class = MEMORIES[str(cfg.memory)]
-        self.streams = StreamMemory(memory_class.state)
         width, heads = cfg.decoder_embed_dim, cfg.decoder_attention_heads
         head_dim = cfg.decoder_head_dim or width // heads
         mem_len = cfg.mem_len if memory_class.remembers else 0
+        self.streams = StreamMemory(memory_class.state, {"--memory": str(cfg.memory), "--mem-len": mem_len})
 
         self.embed_tokens = self._build_embedding(cfg)
         self.dropout = nn.Dropout(cfg.dropout)

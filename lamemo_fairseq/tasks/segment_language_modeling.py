@@ -3,7 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Dict, Optional, Tuple
+from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
 import torch
 from fairseq import utils
@@ -27,6 +27,9 @@ from omegaconf import II
 from ..data.iterator import SegmentBatchIterator
 from ..data.segments import SegmentDataset
 from ..data.streams import TokenSequence
+from ..faults import LossWatch, retry_out_of_memory
+from ..host.ranks import several_ranks, sum_eval_lm
+from ..memory import DivergenceError
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
         "dataset.dataset_impl"
     )
     train_subset: str = II("dataset.train_subset")
+    update_freq: List[int] = II("optimization.update_freq")
 
 
 @register_task("segment_language_modeling", dataclass=SegmentLanguageModelingConfig)
@@ -66,6 +70,7 @@ class SegmentLanguageModelingTask(FairseqTask):
             raise ValueError(f"--tokens-per-sample is {cfg.tokens_per_sample}, it must be positive")
         self.dictionary = dictionary
         self.segment_length: Optional[int] = cfg.tokens_per_sample
+        self.losses = LossWatch()
         self._decoder: Any = None
         self._iterators: Dict[Any, SegmentBatchIterator] = {}
 
@@ -209,6 +214,7 @@ class SegmentLanguageModelingTask(FairseqTask):
                 num_shards=num_shards,
                 shard_id=shard_id,
                 memory=self._decoder.streams if training and self._decoder is not None else None,
+                update_freq=self._update_freq(epoch) if training else 1,
                 seed=seed,
                 num_workers=num_workers,
                 epoch=epoch,
@@ -216,6 +222,52 @@ class SegmentLanguageModelingTask(FairseqTask):
                 reuse_dataloader=True,
             )
         return self._iterators[key]
+
+    def train_step(
+        self,
+        sample: Dict[str, Any],
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Forward and backward on a batch, once more if the device runs out of memory.
+
+        Raises:
+            DivergenceError: the loss of the batch before was not a finite number.
+        """
+        inputs = sample["net_input"]
+
+        def step(forward: Any) -> Any:
+            return super(SegmentLanguageModelingTask, self).train_step(
+                sample, model, forward, optimizer, update_num, ignore_grad, **kwargs
+            )
+
+        def advance() -> None:
+            with torch.no_grad():
+                self._decoder.extract_features(**inputs)
+
+        result = retry_out_of_memory(step, criterion, model, advance, alone=not several_ranks())
+        self.losses.check()
+        self.losses.note(result[0], inputs["position"], update_num + 1, self._decoder.streams)
+        return result
+
+    def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any, **kwargs: Any) -> Any:
+        """The loss of a batch.
+
+        Raises:
+            DivergenceError: it is not a finite number.
+        """
+        result = super().valid_step(sample, model, criterion, **kwargs)
+        if not torch.isfinite(result[0]).all():
+            position = sample["net_input"]["position"]
+            raise DivergenceError(
+                f"NaN or infinity in the loss of segment {position.index} of {position.named_streams()} of "
+                f"'{position.split}': the weights have diverged"
+            )
+        return result
 
     def eval_lm_dataloader(
         self,
@@ -235,6 +287,7 @@ class SegmentLanguageModelingTask(FairseqTask):
                 "--context-window does not apply to a model with memory, whose memory is the context: leave it out, "
                 "and choose the memory length with --model-overrides \"{'mem_len': M}\""
             )
+        sum_eval_lm()
         return self.get_batch_iterator(
             dataset,
             max_tokens=max_tokens,
@@ -276,6 +329,10 @@ class SegmentLanguageModelingTask(FairseqTask):
             prefix_tokens = sample["net_input"]["src_tokens"][:, 1:]  # without the leading eos
         with torch.no_grad():
             return generator.generate(models, sample, prefix_tokens=prefix_tokens, bos_token=self.dictionary.eos())
+
+    def _update_freq(self, epoch: int) -> int:
+        every = self.cfg.update_freq
+        return every[min(epoch, len(every)) - 1]
 
     def max_positions(self) -> Optional[Tuple[int, ...]]:
         return None  # streams have no length limit

@@ -1,0 +1,118 @@
+"""What a training step does when the device runs out of memory, or a loss is not a number."""
+
+import logging
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import torch
+from fairseq import utils
+from torch import Tensor, nn
+
+from .data.position import SegmentPosition
+from .memory import DivergenceError, StreamMemory
+
+logger = logging.getLogger(__name__)
+
+StepResult = Tuple[Tensor, Any, Dict[str, Any]]
+
+
+class LossWatch:
+    """Finds a loss that is not finite without making the host wait for the device.
+
+    fairseq's trainer waits for the device once an update, when it looks at the gradients. So a loss is noted
+    as it comes, and looked at after the next one, or before a checkpoint is saved. When the trainer stops at bad
+    gradients, it runs the same batch once more, and that is the next one.
+    """
+
+    def __init__(self) -> None:
+        self._noted: Optional[Tuple[Tensor, SegmentPosition, int, StreamMemory]] = None
+
+    def note(self, loss: Tensor, position: SegmentPosition, update: int, streams: StreamMemory) -> None:
+        """Remember the *loss* of a segment, and during which update it arose (counted from 1)."""
+        self._noted = (loss.detach().isfinite().all(), position, update, streams)
+
+    def check(self) -> None:
+        """Look at the loss noted last.
+
+        Raises:
+            DivergenceError: it is not finite; with the update, the segment, and the streams whose memory is not either.
+        """
+        if self._noted is None:
+            return
+        finite, position, update, streams = self._noted
+        self._noted = None
+        if not finite:
+            broken = streams.diverged_streams(position, training=True)
+            where = position.named_streams(broken or None)
+            memory = ", nor is their memory" if broken else ""
+            raise DivergenceError(
+                f"NaN or infinity in update {update}, epoch {position.epoch}: the loss of segment {position.index} of "
+                f"{where} of '{position.split}' is not finite{memory}. Go on from an earlier checkpoint with "
+                "--restore-file and a lower --lr, a lower --clip-norm, or without --fp16"
+            )
+
+
+def retry_out_of_memory(
+    step: Callable[[Callable[..., Any]], StepResult],
+    criterion: Callable[..., Any],
+    model: nn.Module,
+    advance: Callable[[], Any],
+    alone: bool,
+) -> StepResult:
+    """Run a training step, and run it once more, with the same random numbers, if the device's memory does not suffice.
+
+    fairseq drops the batch instead; the trainer still does if the second try fails as well, or if the first
+    has left gradients that cannot be told from those of earlier batches.
+
+    Args:
+        step: forward and backward, given the criterion.
+        criterion: computes the loss of a batch.
+        model: whose parameters take the gradients.
+        advance: reads the segment without gradients, so that the memory moves on although the batch is dropped.
+        alone: whether this is the only rank; others would wait for a second backward's gradients.
+
+    Returns:
+        What the step returns.
+    """
+    random_state = utils.get_rng_state()
+    untouched = alone and all(p.grad is None for p in model.parameters())
+
+    def again() -> None:
+        if untouched:
+            for parameter in model.parameters():
+                parameter.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        utils.set_rng_state(random_state)
+
+    result, error, has_loss = _attempt(step, criterion)
+    if error is not None and (untouched or not has_loss):
+        logger.warning("%s: trying the batch once more", error)
+        again()
+        result, error, has_loss = _attempt(step, criterion)
+    if error is None:
+        return result
+    if not has_loss:
+        again()
+        advance()
+    raise error
+
+
+def _attempt(
+    step: Callable[[Callable[..., Any]], StepResult], criterion: Callable[..., Any]
+) -> Tuple[Any, Optional[RuntimeError], bool]:
+    """The result of a step, or how the memory ran out, and whether the forward pass had ended."""
+    has_loss = False
+
+    def forward(*args: Any) -> Any:
+        nonlocal has_loss
+        computed = criterion(*args)
+        has_loss = True
+        return computed
+
+    try:
+        return step(forward), None, has_loss
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        # Its frames would keep what fills the memory.
+        return None, error.with_traceback(None), has_loss

@@ -1,0 +1,158 @@
+"""Checkpoints that hold the memory of every rank, replace the former one only when complete, and show damage.
+
+A checkpoint is the zip file that torch writes, with a checksum of all before it as the archive's comment, where readers
+of zip files pass over it. So every tool of fairseq reads it, and one cut short or with a byte changed is refused.
+"""
+
+import hashlib
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
+
+from .stand_in import stand_in
+
+_END = b"PK\x05\x06"  # begins the last record of a zip file, 22 bytes if there is no comment
+_END_LENGTH = 22
+_PREFIX = b"lamemo-fairseq sha256 "
+_SEAL_LENGTH = len(_PREFIX) + 64
+
+
+class DamagedCheckpointError(ValueError):
+    """A file is not what was once saved."""
+
+
+def seal(path: Path) -> None:
+    """Add the checksum of its contents to a file that torch wrote."""
+    with path.open("r+b") as file:
+        file.seek(-_END_LENGTH, os.SEEK_END)
+        end = file.read()
+        if not (end.startswith(_END) and end.endswith(b"\0\0")):
+            raise ValueError(f"{path} is not a file that torch.save wrote")
+        file.seek(-2, os.SEEK_END)
+        file.write(_SEAL_LENGTH.to_bytes(2, "little"))
+        file.write(_PREFIX)
+    digest = _digest(path, path.stat().st_size)
+    with path.open("ab") as file:
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def verify(path: Path) -> None:
+    """Check a file against the checksum that `seal` added, or else against those that torch wrote for each part.
+
+    Files of torch's oldest format have none.
+
+    Raises:
+        DamagedCheckpointError: naming the file and others to go on from.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(4)
+        file.seek(-min(size, _SEAL_LENGTH), os.SEEK_END)
+        tail = file.read()
+    if size > _SEAL_LENGTH and tail.startswith(_PREFIX):
+        if _digest(path, size - 64) != tail[-64:]:
+            raise _damaged(path, "its checksum does not match")
+    elif size < _END_LENGTH:
+        raise _damaged(path, f"it has {size} bytes")
+    elif head == b"PK\x03\x04":
+        if not (tail[-_END_LENGTH:].startswith(_END) and tail.endswith(b"\0\0")):
+            raise _damaged(path, "its end is missing")
+        try:
+            part = zipfile.ZipFile(path).testzip()
+        except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
+            raise _damaged(path, str(error)) from error
+        if part is not None:
+            raise _damaged(path, f"the checksum of its part {part} does not match")
+
+
+def _digest(path: Path, length: int) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while length > 0 and (block := file.read(min(length, 1 << 22))):
+            digest.update(block)
+            length -= len(block)
+    return digest.hexdigest().encode()
+
+
+def _damaged(path: Path, why: str) -> DamagedCheckpointError:
+    others = sorted(path.parent.glob("*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    names = ", ".join(p.name for p in others if p.name != path.name and p.name != "crash.pt")
+    instead = f"one of {names}" if names else "another one"
+    return DamagedCheckpointError(
+        f"the checkpoint {path} is damaged: {why}. Go on from {instead} with --restore-file, or move it away"
+    )
+
+
+@stand_in(checkpoint_utils, "load_checkpoint_to_cpu")
+def load_checkpoint_to_cpu(original: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
+    """fairseq loads what torch can make sense of, and where that is nothing, does not say in which file."""
+    local = Path(PathManager.get_local_path(path))
+    if local.is_file():
+        verify(local)
+    try:
+        return original(path, *args, **kwargs)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of fairseq: {type(error).__name__}: {error}") from error
+
+
+@stand_in(checkpoint_utils, "torch_persistent_save")
+def torch_persistent_save(original: Callable[..., Any], obj: Any, filename: str, async_write: bool = False) -> Any:
+    """fairseq's writes have no checksum, and on a full disk append a second try to the first."""
+    if async_write or not isinstance(filename, str) or not PathManager.supports_rename(filename):
+        return original(obj, filename, async_write=async_write)
+
+    def write(unfinished: Path) -> None:
+        torch.save(obj, unfinished)
+        seal(unfinished)
+
+    _replace(Path(filename), write)
+
+
+class _PathManager(PathManager):
+    """fairseq copies over a checkpoint in place; a run killed there would be left without its last one."""
+
+    @staticmethod
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Optional[bool]:
+        if not PathManager.supports_rename(dst_path) or (os.path.exists(dst_path) and not overwrite):
+            return PathManager.copy(src_path, dst_path, overwrite=overwrite)
+
+        def write(unfinished: Path) -> None:
+            shutil.copyfile(src_path, unfinished)
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+
+        _replace(Path(dst_path), write)
+        return True
+
+
+checkpoint_utils.PathManager = _PathManager
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside *path*, and only when that is complete put it there."""
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+@stand_in(checkpoint_utils, "save_checkpoint")
+def save_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
+    """fairseq asks the first rank alone for its state; before, each rank brings it the memory of its streams."""
+    if hasattr(epoch_itr, "gather_memory") and not cfg.no_save:
+        trainer.task.losses.check()
+        epoch_itr.gather_memory()
+    return original(cfg, trainer, epoch_itr, val_loss)

@@ -1,0 +1,145 @@
+"""Several ranks: what one of them knows, brought to the others."""
+
+import io
+import pickle
+from typing import Any, Callable, Dict, Iterable, Iterator, List
+
+import torch
+import torch.distributed as dist
+from fairseq.distributed import utils as distributed_utils
+from torch import Tensor
+
+from .stand_in import stand_in
+
+
+def gather_rows(tensors: List[Tensor], ranks: int) -> List[Tensor]:
+    """The rows of every rank's *tensors*, in order of rank, on the host.
+
+    One tensor at a time, so that the first rank's device holds the others' copies of one alone. Every rank has
+    to call it, with tensors of the same shapes and dtypes.
+
+    Returns:
+        For each tensor ``[B, ...]`` one of ``[ranks * B, ...]``; on other ranks than the first, what they gave.
+
+    Raises:
+        RuntimeError: the shapes differ.
+    """
+    if ranks == 1:
+        return [t.cpu() for t in tensors]
+    mine = [(tuple(t.shape), str(t.dtype)) for t in tensors]
+    shapes: List[Any] = [None] * ranks
+    dist.all_gather_object(shapes, mine)
+    if any(other != mine for other in shapes):
+        raise RuntimeError(f"the ranks hold memories of different shapes: {shapes}")
+    return [_gather(t, ranks) for t in tensors]
+
+
+def _gather(tensor: Tensor, ranks: int) -> Tensor:
+    # As bytes, since not every backend knows every dtype.
+    rows = tensor.to(_device()).contiguous().view(torch.uint8)
+    first = dist.get_rank() == 0
+    parts = [torch.empty_like(rows) for _ in range(ranks)] if first else None
+    if rows.numel() > 0:
+        dist.gather(rows, parts)
+    return torch.cat(parts).cpu().view(tensor.dtype) if parts is not None else tensor
+
+
+def sum_over_ranks(*values: float) -> List[float]:
+    """Sums of numbers over all ranks."""
+    total = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+@stand_in(distributed_utils, "_broadcast_object_slow")
+def broadcast_object(
+    original: Callable[..., Any], obj: Any, src_rank: int, group: Any, dist_device: torch.device
+) -> Any:
+    """At a resume the first rank sends the checkpoint to the others.
+
+    They read it with torch.load, which since torch 2.6 refuses what fairseq puts into it. The sender is a rank
+    of the same job, so there is nothing to refuse.
+    """
+    if _loads_what_it_saves():
+        return original(obj, src_rank, group, dist_device)
+    held = [obj]
+    dist.broadcast_object_list(held, src=src_rank, group=group, device=dist_device)
+    return held[0]
+
+
+def _loads_what_it_saves() -> bool:
+    buffer = io.BytesIO()
+    torch.save(distributed_utils._TensorPlaceholder(0), buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer)
+    except pickle.UnpicklingError:
+        return False
+    return True
+
+
+@stand_in(distributed_utils, "all_gather_list")
+def all_gather_list(
+    original: Callable[..., List[Any]], data: Any, group: Any = None, max_size: int = 16384
+) -> List[Any]:
+    """fairseq-validate collects one record a batch with it.
+
+    fairseq's needs a GPU, and fails where the records outgrow ``--all-gather-list-size``, which those of a
+    long split do.
+    """
+    gathered: List[Any] = [None] * distributed_utils.get_world_size(group or distributed_utils.get_global_group())
+    dist.all_gather_object(gathered, _to_host(data), group=group)
+    return gathered
+
+
+def _to_host(data: Any) -> Any:
+    from fairseq import utils
+
+    return utils.move_to_cpu(data)
+
+
+def sum_eval_lm() -> None:
+    """Let fairseq-eval-lm, which logs the first rank's share of a split, log the sum over ranks."""
+    from fairseq_cli import eval_lm
+
+    if not hasattr(eval_lm.eval_lm, "__wrapped__"):
+        stand_in(eval_lm, "eval_lm")(_eval_lm)
+
+
+def _eval_lm(
+    original: Callable[..., Dict[str, float]], models: Any, source_dictionary: Any, batch_iterator: Any, **options: Any
+) -> Dict[str, float]:
+    if not several_ranks():
+        return original(models, source_dictionary, batch_iterator, **options)
+    for name in ("post_process", "output_word_probs", "output_word_stats"):
+        if options.get(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} would report the words of the first rank alone: run fairseq-eval-lm on one"
+            )
+    own = _Counted(batch_iterator)
+    loss = original(models, source_dictionary, own, **options)["loss"]
+    loss_sum, tokens = sum_over_ranks(float(loss) * own.tokens, own.tokens)
+    loss = loss_sum / tokens
+    return {"loss": loss, "perplexity": 2**loss}
+
+
+class _Counted:
+    """Batches whose ``ntokens``, which fairseq-eval-lm adds up, count those of every rank."""
+
+    def __init__(self, batches: Iterable[Dict[str, Any]]):
+        self.batches = batches
+        self.tokens = 0
+
+    def __iter__(self) -> Iterator[Dict[str, Any]]:
+        for batch in self.batches:
+            self.tokens += batch["ntokens"]
+            (total,) = sum_over_ranks(batch["ntokens"])
+            yield {**batch, "ntokens": int(total)}

@@ -1,0 +1,20 @@
+"""Putting a function in the place of one of fairseq's."""
+
+import functools
+from types import ModuleType
+from typing import Any, Callable
+
+
+def stand_in(module: ModuleType, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function takes the place of ``module.name``, and gets what was there as its first argument."""
+    original = getattr(module, name)
+
+    def put(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def stands_in(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        setattr(module, name, stands_in)
+        return stands_in
+
+    return put

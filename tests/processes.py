@@ -1,0 +1,255 @@
+"""Training runs in processes of their own, which a test may kill, and what they computed to the last bit.
+
+A process is forked from one that has imported everything, so that it starts in a moment.
+"""
+
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence, Set, Tuple
+
+import torch
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.processes_preload"])
+
+Fault = Callable[[], None]
+Record = Dict[Tuple[int, str], Set[str]]
+
+
+def train_in_processes(
+    arguments: Sequence[object], folder: Path, ranks: int = 1, fault: Optional[Fault] = None, dtype: str = "float32"
+) -> List[int]:
+    """Run ``fairseq-train`` with *arguments* and ``--save-dir folder/checkpoints``; what it computes is noted in *folder*.
+
+    Args:
+        fault: called in every process before the command, to arrange that something goes wrong.
+
+    Returns:
+        The exit code of every rank. When one ends otherwise than by 0, the others are killed, as launchers do.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    workers = [
+        _FORKS.Process(target=_train, args=([str(a) for a in arguments], folder, rank, ranks, port, fault, dtype))
+        for rank in range(ranks)
+    ]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + 240
+    while any(w.is_alive() for w in workers):
+        if any(w.exitcode not in (None, 0) for w in workers) or time.monotonic() > deadline:
+            time.sleep(0.2)  # the others may be about to fail by themselves
+            for worker in workers:
+                worker.kill()
+        time.sleep(0.02)
+    return [w.exitcode for w in workers]  # type: ignore[misc]
+
+
+def output_of(folder: Path, rank: int = 0) -> str:
+    """What a rank printed."""
+    return (folder / f"output{rank}").read_text()
+
+
+def computed(folder: Path) -> Record:
+    """Losses and gradient norms of each rank's updates, as hexadecimal floats; more than one if a resumed run differs."""
+    record: Record = {}
+    for path in sorted(folder.glob("computed*")):
+        for line in path.read_text().splitlines():
+            update, what, value = line.split()
+            record.setdefault((int(update), f"{path.name} {what}"), set()).add(value)
+    return record
+
+
+def weights(folder: Path, name: str = "checkpoint_last.pt") -> Dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / name, weights_only=False)["model"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Every update has the same losses and gradient norms, and the final weights are equal, to the last bit."""
+    expected = computed(one)
+    assert expected and all(len(values) == 1 for values in expected.values())
+    assert computed(other) == expected
+    wanted, found = weights(one), weights(other)
+    assert wanted.keys() == found.keys()
+    for name, weight in wanted.items():
+        assert torch.equal(weight, found[name]), name
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def _train(
+    arguments: List[str], folder: Path, rank: int, ranks: int, port: int, fault: Optional[Fault], dtype: str
+) -> None:
+    from fairseq_cli import train
+
+    from .helpers import run_command
+
+    output = os.open(folder / f"output{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    torch.set_default_dtype(getattr(torch, dtype))
+    _note_what_is_computed(folder / f"computed{rank}")
+    if fault is not None:
+        fault()
+    several = [
+        "--distributed-world-size", ranks, "--distributed-rank", rank, "--distributed-backend", "gloo",
+        "--distributed-init-method", f"tcp://localhost:{port}", "--distributed-no-spawn", "--ddp-backend", "legacy_ddp",
+    ]  # fmt: skip
+    run_command(
+        train.cli_main, *arguments, "--save-dir", folder / "checkpoints", *(several if ranks > 1 else []),
+        "--log-interval", 1, "--log-format", "simple", "--num-workers", 0,
+    )  # fmt: skip
+
+
+def _note_what_is_computed(path: Path) -> None:
+    from fairseq.trainer import Trainer
+
+    from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingTask
+
+    task_step, clip = SegmentLanguageModelingTask.train_step, Trainer.clip_grad_norm
+    losses: List[str] = []
+
+    def note_loss(self, sample, model, criterion, optimizer, update_num, *args, **kwargs):
+        result = task_step(self, sample, model, criterion, optimizer, update_num, *args, **kwargs)
+        losses.append(float(result[0].detach()).hex())
+        return result
+
+    def note_norm(self, *args):
+        norm = clip(self, *args)
+        with path.open("a") as file:
+            for i, loss in enumerate(losses):
+                file.write(f"{self.get_num_updates()} loss{i} {loss}\n")
+            file.write(f"{self.get_num_updates()} norm {float(norm).hex()}\n")
+        losses.clear()
+        return norm
+
+    SegmentLanguageModelingTask.train_step, Trainer.clip_grad_norm = note_loss, note_norm
+
+
+def fault(arrange: Callable[..., None]) -> Callable[..., Fault]:
+    """Decorator: calling the function with options gives a fault, which can be sent to another process."""
+
+    @functools.wraps(arrange)
+    def with_options(*args, **kwargs) -> Fault:
+        return functools.partial(_arrange, arrange.__name__, args, kwargs)
+
+    _ARRANGEMENTS[arrange.__name__] = arrange
+    return with_options
+
+
+_ARRANGEMENTS: Dict[str, Callable[..., None]] = {}
+
+
+def _arrange(name: str, args: tuple, kwargs: dict) -> None:
+    _ARRANGEMENTS[name](*args, **kwargs)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@fault
+def killed_after_update(update: int) -> None:
+    """Between an update and what follows it: validation, saving, the next one."""
+    from fairseq.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def dying(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        if self.get_num_updates() == update:
+            die()
+        return result
+
+    Trainer.train_step = dying
+
+
+@fault
+def killed_inside_update(update: int) -> None:
+    """After the backward pass, before the weights change."""
+    from fairseq.trainer import Trainer
+
+    clip = Trainer.clip_grad_norm
+
+    def dying(self, *args):
+        if self.get_num_updates() + 1 == update:
+            die()
+        return clip(self, *args)
+
+    Trainer.clip_grad_norm = dying
+
+
+@fault
+def killed_in_validation(batch: int) -> None:
+    """At the n-th batch of validation of the run."""
+    from fairseq.trainer import Trainer
+
+    step, count = Trainer.valid_step, [0]
+
+    def dying(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] == batch:
+            die()
+        return step(self, *args, **kwargs)
+
+    Trainer.valid_step = dying
+
+
+@fault
+def killed_after_saving(times: int) -> None:
+    from fairseq import checkpoint_utils
+
+    save, count = checkpoint_utils.save_checkpoint, [0]
+
+    def dying(*args):
+        result = save(*args)
+        count[0] += 1
+        if count[0] == times:
+            die()
+        return result
+
+    checkpoint_utils.save_checkpoint = dying
+
+
+@fault
+def killed_while_writing(times: int) -> None:
+    """With half of a checkpoint written."""
+    write, count = torch.save, [0]
+
+    def dying(obj, path, *args, **kwargs):
+        write(obj, path, *args, **kwargs)
+        count[0] += 1
+        if count[0] == times:
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    torch.save = dying
+
+
+@fault
+def killed_while_copying(times: int) -> None:
+    """With half of a checkpoint copied, such as from the best to the last one."""
+    copy, count = shutil.copyfile, [0]
+
+    def dying(source, target, **kwargs):
+        copy(source, target, **kwargs)
+        count[0] += 1
+        if count[0] == times:
+            os.truncate(target, os.path.getsize(target) // 2)
+            die()
+        return target
+
+    shutil.copyfile = dying
