@@ -26,7 +26,7 @@ Record = Dict[Tuple[int, str], Set[str]]
 def train_in_processes(
     arguments: Sequence[object], folder: Path, ranks: int = 1, fault: Optional[Fault] = None, dtype: str = "float32"
 ) -> List[int]:
-    """Run ``fairseq-train`` with *arguments* and ``--save-dir folder/checkpoints``; what it computes is noted in *folder*.
+    """Run ``fairseq-train`` with *arguments*; checkpoints, output and what it computes go to *folder*.
 
     Args:
         fault: called in every process before the command, to arrange that something goes wrong.
@@ -58,7 +58,7 @@ def output_of(folder: Path, rank: int = 0) -> str:
 
 
 def computed(folder: Path) -> Record:
-    """Losses and gradient norms of each rank's updates, as hexadecimal floats; more than one if a resumed run differs."""
+    """Losses and gradient norms of each rank's updates, in hexadecimal; more than one if a resumed run differs."""
     record: Record = {}
     for path in sorted(folder.glob("computed*")):
         for line in path.read_text().splitlines():
@@ -101,6 +101,9 @@ def _train(
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
     torch.set_default_dtype(getattr(torch, dtype))
+    if dtype == "float64":  # fairseq asks for the norm of gradients in float32, which torch refuses
+        norm = torch.norm
+        torch.norm = lambda *args, dtype=None, **kwargs: norm(*args, **kwargs)
     _note_what_is_computed(folder / f"computed{rank}")
     if fault is not None:
         fault()

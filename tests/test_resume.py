@@ -1,11 +1,13 @@
 """A run killed at any moment and started again computes what a run that was never stopped computes, to the last bit."""
 
+import shutil
+
 import pytest
 import torch
 
 from . import processes
 from .helpers import TASK, write_data
-from .processes import assert_same_run, train_in_processes
+from .processes import assert_same_run, computed, output_of, train_in_processes, weights
 
 MODEL = [
     "--decoder-layers", 2, "--decoder-embed-dim", 16, "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 32,
@@ -98,3 +100,103 @@ def test_killed_with_other_options(options, arch, ranks, streams, data, whole, t
             for folder in (reference, tmp_path)
         ]
         assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """A run of two ranks that has saved inside its first epoch."""
+    folder = tmp_path_factory.mktemp("stopped")
+    command = arguments(data, "--roll", "--max-update", 5, streams=2)
+    assert train_in_processes(command, folder, ranks=2) == [0, 0]
+    return folder
+
+
+def resumed(stopped, data, folder, *options, ranks=2, streams=2, **kwargs):
+    shutil.copytree(stopped / "checkpoints", folder / "checkpoints")
+    return train_in_processes(arguments(data, *options, streams=streams), folder, ranks, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "streams", "message"),
+    [
+        (["--roll"], 2, 3, "--batch-size times ranks is 6, there it was 4"),
+        (["--roll"], 1, 2, "--batch-size times ranks is 2, there it was 4"),
+        (["--roll", "--tokens-per-sample", 8], 2, 2, "--tokens-per-sample is 8, there it was 16"),
+        (["--roll", "--mem-len", 10], 2, 2, "--mem-len is 10, there it was 24"),
+        ([], 2, 2, "--roll with its --seed is None, there it was 1"),
+        (["--roll", "--seed", 3], 2, 2, "--roll with its --seed is 3, there it was 1"),
+        (["--roll", "--update-freq", 2], 2, 2, "--update-freq is 2, which does not divide the 5 segments already read"),
+        (["--roll", "--train-subset", "valid"], 2, 2, "the number of tokens of the split is 240, there it was 691"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)[:20],
+)
+def test_another_layout_is_refused(options, ranks, streams, message, data, stopped, tmp_path):
+    options = [*options, "--disable-validation"]
+    assert 0 not in resumed(stopped, data, tmp_path, *options, ranks=ranks, streams=streams)
+    output = output_of(tmp_path)
+    assert message in output and "or pass --reset-dataloader" in output
+    assert computed(tmp_path) == {}
+    again = [*options, "--reset-dataloader", "--max-update", 7]
+    assert train_in_processes(arguments(data, *again, streams=streams), tmp_path, ranks) == [0] * ranks
+
+
+def test_another_memory_is_refused(data, stopped, tmp_path):
+    """Were the architectures' weights the same, their memories would not be."""
+    itself = torch.load(stopped / "checkpoints" / "checkpoint_last.pt", weights_only=False)
+    saved = itself["extra_state"]["train_iterator"]
+    saved["layout"]["--memory"] = "recurrent"
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(itself, tmp_path / "checkpoints" / "checkpoint_last.pt")
+    assert 0 not in train_in_processes(arguments(data, "--roll", streams=2), tmp_path, ranks=2)
+    assert "--memory is lookahead, there it was recurrent" in output_of(tmp_path)
+
+
+@pytest.mark.parametrize(("ranks", "streams"), [(1, 4), (4, 1)])
+def test_the_same_streams_go_on_over_another_number_of_ranks(ranks, streams, data, tmp_path):
+    options = ["--roll", "--dropout", 0, "--disable-validation"]
+    command = [*options, "--max-update", 5]
+    split = tmp_path / "stopped"
+    assert train_in_processes(arguments(data, *command, streams=2), split, 2, dtype="float64") == [0, 0]
+    assert resumed(split, data, tmp_path / "two", *options, dtype="float64") == [0, 0]
+    assert (
+        resumed(split, data, tmp_path / "other", *options, ranks=ranks, streams=streams, dtype="float64") == [0] * ranks
+    )
+    one, other = weights(tmp_path / "two"), weights(tmp_path / "other")
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-10)
+
+
+def test_resetting_the_dataloader_starts_from_the_first_segment_and_an_empty_memory(data, stopped, tmp_path):
+    """The same as a run whose checkpoint was saved with the same weights at the edge of an epoch."""
+    options = ["--roll", "--max-update", 9, "--disable-validation"]
+    assert resumed(stopped, data, tmp_path / "reset", *options, "--reset-dataloader") == [0, 0]
+    itself = torch.load(stopped / "checkpoints" / "checkpoint_last.pt", weights_only=False)
+    itself["extra_state"]["train_iterator"] = {"version": 2, "epoch": 1, "iterations_in_epoch": 0, "shuffle": True}
+    (tmp_path / "edge" / "checkpoints").mkdir(parents=True)
+    torch.save(itself, tmp_path / "edge" / "checkpoints" / "checkpoint_last.pt")
+    assert train_in_processes(arguments(data, *options, streams=2), tmp_path / "edge", 2) == [0, 0]
+    assert_same_run(tmp_path / "reset", tmp_path / "edge")
+
+
+def test_a_checkpoint_without_its_memory_is_refused(data, stopped, tmp_path):
+    itself = torch.load(stopped / "checkpoints" / "checkpoint_last.pt", weights_only=False)
+    del itself["extra_state"]["train_iterator"]["memory"]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(itself, tmp_path / "checkpoints" / "checkpoint_last.pt")
+    assert 0 not in train_in_processes(arguments(data, "--roll", streams=2), tmp_path, ranks=2)
+    assert "does not hold the memory that the streams had" in output_of(tmp_path)
+
+
+def test_memory_in_a_checkpoint_matters(data, stopped, tmp_path):
+    """Tests of exact resuming can fail: with the memory of another rank, the run takes another course."""
+    options = ["--roll", "--disable-validation", "--max-update", 6]
+    itself = torch.load(stopped / "checkpoints" / "checkpoint_last.pt", weights_only=False)
+    memory = itself["extra_state"]["train_iterator"]["memory"]
+    assert memory["embeddings"].shape == (4, 24, 16)
+    memory["embeddings"] = memory["embeddings"].flip(0)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(itself, tmp_path / "checkpoints" / "checkpoint_last.pt")
+    assert train_in_processes(arguments(data, *options, streams=2), tmp_path, ranks=2) == [0, 0]
+    exact = tmp_path / "exact"
+    assert resumed(stopped, data, exact, *options) == [0, 0]
+    assert computed(exact) != computed(tmp_path)

@@ -5,8 +5,10 @@ of zip files pass over it. So every tool of fairseq reads it, and one cut short 
 """
 
 import hashlib
+import logging
 import os
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -16,6 +18,8 @@ from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
 from .stand_in import stand_in
+
+logger = logging.getLogger(__name__)
 
 _END = b"PK\x05\x06"  # begins the last record of a zip file, 22 bytes if there is no comment
 _END_LENGTH = 22
@@ -115,7 +119,21 @@ def torch_persistent_save(original: Callable[..., Any], obj: Any, filename: str,
         torch.save(obj, unfinished)
         seal(unfinished)
 
+    started = time.monotonic()
     _replace(Path(filename), write)
+    logger.info(
+        "%s: %.1f MB, of which the memory of the streams %.1f MB; written and sealed in %.1f s",
+        filename,
+        os.path.getsize(filename) / 1e6,
+        _size_of_memory(obj) / 1e6,
+        time.monotonic() - started,
+    )
+
+
+def _size_of_memory(obj: Any) -> int:
+    memory = obj.get("extra_state", {}).get("train_iterator", {}).get("memory") or {}
+    tensors = (t for value in memory.values() for t in (value if isinstance(value, tuple) else (value,)))
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class _PathManager(PathManager):

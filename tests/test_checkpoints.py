@@ -1,0 +1,151 @@
+"""Checkpoints replace the former one only when complete, show every damage, and stay readable by other tools."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from unittest import mock
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from fairseq_cli import train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamemo_fairseq.host.checkpoints import DamagedCheckpointError, seal, verify
+
+from .helpers import TASK, run_command, write_data
+
+TRAIN = [
+    *TASK, "--arch", "lamemo_lm", "--decoder-layers", 2, "--decoder-embed-dim", 8, "--decoder-attention-heads", 2,
+    "--decoder-ffn-embed-dim", 8, "--tokens-per-sample", 8, "--mem-len", 8, "--batch-size", 2, "--optimizer", "adam",
+    "--lr", 1e-3, "--disable-validation", "--num-workers", 0,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), train=400, valid=60)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """Checkpoints of the third, sixth and last update."""
+    folder = tmp_path_factory.mktemp("run")
+    run_command(train.cli_main, data, *TRAIN, "--save-dir", folder, "--max-update", 8, "--save-interval-updates", 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(run):
+    return (run / "checkpoint_last.pt").read_bytes()
+
+
+def refused(path, content) -> bool:
+    path.write_bytes(content)
+    try:
+        verify(path)
+    except DamagedCheckpointError as error:
+        assert str(path) in str(error) and "--restore-file" in str(error)
+        return True
+    return False
+
+
+@settings(max_examples=400, deadline=None)
+@given(where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_any_changed_byte_is_refused(original, tmp_path_factory, where, flip):
+    content = bytearray(original)
+    content[int(where * len(content))] ^= flip
+    assert refused(tmp_path_factory.getbasetemp() / "changed.pt", content)
+
+
+def test_any_changed_byte_of_the_seal_is_refused(original, tmp_path):
+    for position in range(len(original) - 200, len(original)):
+        content = bytearray(original)
+        content[position] ^= 1
+        assert refused(tmp_path / "changed.pt", content), position
+
+
+@settings(max_examples=200, deadline=None)
+@given(where=st.one_of(st.floats(0, 1, exclude_max=True), st.integers(-200, -1)))
+def test_any_cut_is_refused(original, tmp_path_factory, where):
+    length = int(where * len(original)) if isinstance(where, float) else len(original) + where
+    assert refused(tmp_path_factory.getbasetemp() / "cut.pt", original[:length])
+
+
+def test_files_without_a_seal_are_held_to_the_checksums_of_torch(original, tmp_path):
+    path = tmp_path / "plain.pt"
+    weight = torch.arange(1000.0)
+    torch.save({"weight": weight}, path)
+    content = path.read_bytes()
+    assert not refused(path, content)
+    middle = content.index(weight.numpy().tobytes()) + 2000
+    assert refused(path, content[:middle] + b"?" + content[middle + 1 :])
+    assert refused(path, content[:-1])
+
+
+def test_only_files_of_torch_are_sealed(tmp_path):
+    path = tmp_path / "text.pt"
+    path.write_text("a text that is longer than the end of an archive")
+    with pytest.raises(ValueError, match=r"text.pt is not a file that torch.save wrote"):
+        seal(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "emptied", "replaced"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_loads(damage, data, run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    last = tmp_path / "checkpoint_last.pt"
+    content = last.read_bytes()
+    half = len(content) // 2
+    last.write_bytes(
+        {
+            "cut": content[:half],
+            "changed": content[:half] + bytes([content[half] ^ 64]) + content[half + 1 :],
+            "emptied": b"",
+            "replaced": b"no checkpoint at all, but something that is long enough to be one",
+        }[damage]
+    )
+    command = [data, *TRAIN, "--save-dir", tmp_path, "--max-update", 8]
+    with pytest.raises(ValueError, match=r"checkpoint_last.pt (is damaged|is no checkpoint)") as refusal:
+        run_command(train.cli_main, *command)
+    if damage != "replaced":
+        assert "checkpoint_1_6.pt" in str(refusal.value)
+    run_command(train.cli_main, *command, "--restore-file", tmp_path / "checkpoint_1_6.pt")
+    expected = torch.load(run / "checkpoint_last.pt", weights_only=False)["model"]
+    for name, weight in torch.load(last, weights_only=False)["model"].items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_a_full_disk_leaves_the_former_checkpoint(data, run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    save = torch.save
+
+    def full(obj, path):
+        save(obj, path)
+        os.truncate(path, 1000)
+        raise OSError(28, "No space left on device", str(path))
+
+    with mock.patch.object(torch, "save", full), pytest.raises(OSError, match="No space left"):
+        run_command(train.cli_main, data, *TRAIN, "--save-dir", tmp_path, "--max-update", 10)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_tools_read_a_sealed_checkpoint(run):
+    """torch without this package, with its safe loading; fairseq; anything that reads zip files."""
+    path = run / "checkpoint_last.pt"
+    code = f"import torch; print(sorted(torch.load({str(path)!r}, weights_only=True, mmap=True)))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert "'extra_state', 'last_optimizer_state', 'model'" in printed.stdout
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)])
+    assert sum(p.numel() for p in model.parameters()) > 0
+    assert zipfile.ZipFile(path).testzip() is None
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match=r"weights.pt is no checkpoint of fairseq"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))
