@@ -4,6 +4,7 @@ A process is forked from one that has imported everything, so that it starts in 
 """
 
 import functools
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -122,7 +123,7 @@ def _note_what_is_computed(path: Path) -> None:
 
     from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingTask
 
-    task_step, clip = SegmentLanguageModelingTask.train_step, Trainer.clip_grad_norm
+    task_step, clip, zero = SegmentLanguageModelingTask.train_step, Trainer.clip_grad_norm, Trainer.zero_grad
     losses: List[str] = []
 
     def note_loss(self, sample, model, criterion, optimizer, update_num, *args, **kwargs):
@@ -139,7 +140,12 @@ def _note_what_is_computed(path: Path) -> None:
         losses.clear()
         return norm
 
-    SegmentLanguageModelingTask.train_step, Trainer.clip_grad_norm = note_loss, note_norm
+    def forget(self):  # what was computed before the update began is no part of it
+        losses.clear()
+        zero(self)
+
+    SegmentLanguageModelingTask.train_step = note_loss
+    Trainer.clip_grad_norm, Trainer.zero_grad = note_norm, forget
 
 
 def fault(arrange: Callable[..., None]) -> Callable[..., Fault]:
@@ -147,17 +153,13 @@ def fault(arrange: Callable[..., None]) -> Callable[..., Fault]:
 
     @functools.wraps(arrange)
     def with_options(*args, **kwargs) -> Fault:
-        return functools.partial(_arrange, arrange.__name__, args, kwargs)
+        return functools.partial(_arrange, arrange.__module__, arrange.__name__, args, kwargs)
 
-    _ARRANGEMENTS[arrange.__name__] = arrange
     return with_options
 
 
-_ARRANGEMENTS: Dict[str, Callable[..., None]] = {}
-
-
-def _arrange(name: str, args: tuple, kwargs: dict) -> None:
-    _ARRANGEMENTS[name](*args, **kwargs)
+def _arrange(module: str, name: str, args: tuple, kwargs: dict) -> None:
+    getattr(importlib.import_module(module), name).__wrapped__(*args, **kwargs)
 
 
 def die() -> None:
