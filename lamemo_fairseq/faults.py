@@ -24,10 +24,12 @@ class LossWatch:
     """
 
     def __init__(self) -> None:
+        self.updates = 0  # the update noted last
         self._noted: Optional[Tuple[Tensor, SegmentPosition, int, StreamMemory]] = None
 
     def note(self, loss: Tensor, position: SegmentPosition, update: int, streams: StreamMemory) -> None:
         """Remember the *loss* of a segment, and during which update it arose (counted from 1)."""
+        self.updates = update
         self._noted = (loss.detach().isfinite().all(), position, update, streams)
 
     def check(self) -> None:

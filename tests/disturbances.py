@@ -169,3 +169,52 @@ def out_of_memory_in_the_backward_pass(every: int = 3) -> None:
         return embed(self, Failing.apply(x))
 
     MemoryDecoder.output_layer = output_layer
+
+
+@fault
+def memory_spoilt(update: int, stream: int) -> None:
+    """Before an update one stream's memory holds a NaN."""
+
+    def spoil(trainer, samples):
+        if trainer.get_num_updates() + 1 == update:
+            position = samples[0]["net_input"]["position"]
+            state = trainer.get_model().decoder.streams.read(position, training=True)
+            state.tensors()[0][stream, 1] = float("nan")
+
+    _before_every_update(spoil)
+
+
+@fault
+def weights_spoilt(update: int) -> None:
+    """Before an update a weight is infinite."""
+
+    def spoil(trainer, samples):
+        if trainer.get_num_updates() + 1 == update:
+            trainer.get_model().decoder.layers[0].feed_forward.fc1.weight.data[0] = float("inf")
+
+    _before_every_update(spoil)
+
+
+@fault
+def weights_spoilt_after(update: int) -> None:
+    """An update leaves a weight that is no number."""
+    from fairseq.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def spoiling(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        if self.get_num_updates() == update:
+            self.get_model().decoder.layers[0].feed_forward.fc1.weight.data[0] = float("nan")
+        return result
+
+    Trainer.train_step = spoiling
+
+
+@fault
+def gradients_thrown_away(update: int) -> None:
+    """As in mixed precision, where the trainer takes a loss that is not finite for an overflow, and goes on."""
+    from fairseq.trainer import Trainer
+
+    weights_spoilt.__wrapped__(update)
+    Trainer.clip_grad_norm = lambda self, clip_norm: torch.tensor(1.0)

@@ -29,7 +29,31 @@ def train_in_processes(
 ) -> List[int]:
     """Run ``fairseq-train`` with *arguments*; checkpoints, output and what it computes go to *folder*.
 
+    The rest is as for `run_in_processes`.
+    """
+    backend = ["--ddp-backend", "legacy_ddp"] if ranks > 1 else []
+    return run_in_processes(
+        "train",
+        [*arguments, *backend, "--save-dir", folder / "checkpoints", "--log-interval", 1, "--log-format", "simple"],
+        folder,
+        ranks,
+        fault,
+        dtype,
+    )
+
+
+def run_in_processes(
+    command: str,
+    arguments: Sequence[object],
+    folder: Path,
+    ranks: int = 1,
+    fault: Optional[Fault] = None,
+    dtype: str = "float32",
+) -> List[int]:
+    """Run a command of fairseq in one process a rank.
+
     Args:
+        command: its name among the modules of ``fairseq_cli``.
         fault: called in every process before the command, to arrange that something goes wrong.
 
     Returns:
@@ -38,7 +62,9 @@ def train_in_processes(
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     workers = [
-        _FORKS.Process(target=_train, args=([str(a) for a in arguments], folder, rank, ranks, port, fault, dtype))
+        _FORKS.Process(
+            target=_run, args=(command, [str(a) for a in arguments], folder, rank, ranks, port, fault, dtype)
+        )
         for rank in range(ranks)
     ]
     for worker in workers:
@@ -89,11 +115,16 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _train(
-    arguments: List[str], folder: Path, rank: int, ranks: int, port: int, fault: Optional[Fault], dtype: str
+def _run(
+    command: str,
+    arguments: List[str],
+    folder: Path,
+    rank: int,
+    ranks: int,
+    port: int,
+    fault: Optional[Fault],
+    dtype: str,
 ) -> None:
-    from fairseq_cli import train
-
     from .helpers import run_command
 
     output = os.open(folder / f"output{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -110,12 +141,10 @@ def _train(
         fault()
     several = [
         "--distributed-world-size", ranks, "--distributed-rank", rank, "--distributed-backend", "gloo",
-        "--distributed-init-method", f"tcp://localhost:{port}", "--distributed-no-spawn", "--ddp-backend", "legacy_ddp",
+        "--distributed-init-method", f"tcp://localhost:{port}", "--distributed-no-spawn",
     ]  # fmt: skip
-    run_command(
-        train.cli_main, *arguments, "--save-dir", folder / "checkpoints", *(several if ranks > 1 else []),
-        "--log-interval", 1, "--log-format", "simple", "--num-workers", 0,
-    )  # fmt: skip
+    main = importlib.import_module(f"fairseq_cli.{command}").cli_main
+    run_command(main, *arguments, *(several if ranks > 1 else []), "--num-workers", 0)
 
 
 def _note_what_is_computed(path: Path) -> None:

@@ -1,10 +1,12 @@
 """fairseq's command line."""
 
 import importlib.util
+import os
 import sys
 from argparse import Namespace
 from typing import Any, Callable, Optional, Sequence
 
+import torch
 from fairseq import options
 
 from .stand_in import stand_in
@@ -14,10 +16,26 @@ from .stand_in import stand_in
 def parse_args_and_arch(
     original: Callable[..., Any], parser: Any, input_args: Optional[Sequence[str]] = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """fairseq takes ``--bf16`` for a TPU's, from the days before GPUs had it, and then looks for torch_xla."""
+    """Two things that fairseq concludes from the command line and its environment."""
     parsed = original(parser, input_args, *args, **kwargs)
-    given = sys.argv[1:] if input_args is None else input_args
     namespace: Namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+    # --bf16 it takes for a TPU's, from the days before GPUs had it, and then looks for torch_xla.
+    given = sys.argv[1:] if input_args is None else input_args
     if getattr(namespace, "tpu", False) and "--tpu" not in given and importlib.util.find_spec("torch_xla") is None:
         namespace.tpu = False
+    # Ranks that torchrun starts it finds on GPUs alone; on CPUs each would train for itself.
+    on_cpu = getattr(namespace, "cpu", False) or not torch.cuda.is_available()
+    if on_cpu and launched_ranks() > 1 and getattr(namespace, "distributed_init_method", "") is None:
+        namespace.distributed_init_method = "env://"
+        namespace.distributed_world_size = launched_ranks()
+        namespace.distributed_rank = int(os.environ["RANK"])
+        namespace.distributed_no_spawn = True
+        namespace.distributed_backend = "gloo"
+        if hasattr(namespace, "ddp_backend"):
+            namespace.ddp_backend = "legacy_ddp"  # fairseq's other ones ask for a GPU
     return parsed
+
+
+def launched_ranks() -> int:
+    """How many processes torchrun has started for this job, 1 if it was not torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1

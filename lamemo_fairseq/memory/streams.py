@@ -62,30 +62,9 @@ class StreamMemory:
         return states[position.index]
 
     def write(self, position: SegmentPosition, training: bool, state: MemoryState) -> None:
-        """Keep the memory after the segment at *position*, unless its streams end there.
-
-        Raises:
-            DivergenceError: in evaluation, the memory is not finite. (In training asking would make the host wait for
-                the device; the task watches the loss instead.)
-        """
-        if position.last:
-            return
-        self._states[position.split, training][position.index + 1] = state
-        if not training:
-            self.check(position, training)
-
-    def check(self, position: SegmentPosition, training: bool) -> None:
-        """Look for NaN and infinity in the memory after the segment at *position*.
-
-        Raises:
-            DivergenceError: with the streams that hold them.
-        """
-        broken = self.diverged_streams(position, training)
-        if broken:
-            raise DivergenceError(
-                f"NaN or infinity in the memory of {position.named_streams(broken)} of '{position.split}' "
-                f"after segment {position.index} (epoch {position.epoch})"
-            )
+        """Keep the memory after the segment at *position*, unless its streams end there."""
+        if not position.last:
+            self._states[position.split, training][position.index + 1] = state
 
     def diverged_streams(self, position: SegmentPosition, training: bool) -> List[int]:
         """The streams whose memory after the segment at *position*, or before it, is not finite."""

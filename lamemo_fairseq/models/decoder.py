@@ -12,7 +12,7 @@ from fairseq.models import FairseqDecoder
 from torch import Tensor, nn
 
 from ..data.position import SegmentPosition
-from ..memory import MEMORIES, MemoryConfig, MemoryState, StreamMemory
+from ..memory import MEMORIES, DivergenceError, MemoryConfig, MemoryState, StreamMemory
 from ..modules import AttentionConfig, DecoderLayer, LayerConfig
 from ..modules.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from ..positions import POSITIONS, PositionConfig
@@ -125,11 +125,15 @@ class MemoryDecoder(FairseqDecoder):
 
         Raises:
             MissingMemoryError: the segment before *position* has not been read.
+            DivergenceError: in evaluation, a row is not finite. (In training, asking would make the host wait for the
+                device; there the task watches the loss.)
         """
         if position is not None:
             lengths = src_lengths if position.ragged else None
             features, state = self.step(src_tokens, self.streams.read(position, self.training), lengths)
             self.streams.write(position, self.training, state)
+            if not self.training:
+                _check_finite(features, position)
             return features, None
         parts, text_state = [], None
         for start in range(0, src_tokens.size(1), self.segment_length):
@@ -228,6 +232,16 @@ class MemoryDecoder(FairseqDecoder):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, (WordEmbedding, FullSoftmax, AdaptiveSoftmax)):
                 module.reset_parameters()
+
+
+def _check_finite(features: Tensor, position: SegmentPosition) -> None:
+    finite = features.isfinite().flatten(1).all(1)
+    if not finite.all():
+        broken = [stream for stream, ok in zip(position.streams, finite.tolist(), strict=True) if not ok]
+        raise DivergenceError(
+            f"NaN or infinity in the last layer for {position.named_streams(broken)} of '{position.split}', segment "
+            f"{position.index}: the weights have diverged, or do not fit into this precision"
+        )
 
 
 def vocabulary_checksum(dictionary: Dictionary) -> Tensor:

@@ -28,6 +28,7 @@ from ..data.iterator import SegmentBatchIterator
 from ..data.segments import SegmentDataset
 from ..data.streams import TokenSequence
 from ..faults import LossWatch, retry_out_of_memory
+from ..host.options import launched_ranks
 from ..host.ranks import several_ranks, sum_eval_lm
 from ..memory import DivergenceError
 
@@ -81,6 +82,12 @@ class SegmentLanguageModelingTask(FairseqTask):
         Raises:
             FileNotFoundError: there is none.
         """
+        if launched_ranks() > 1 and not several_ranks():
+            raise ValueError(
+                f"torchrun has started {launched_ranks()} processes, of which fairseq takes each for a job of its own: "
+                "pass --distributed-world-size with the number of ranks, or on CPUs in a YAML the options "
+                "that the README gives"
+            )
         if not cfg.data:
             raise ValueError("no data: pass the folder that fairseq-preprocess wrote")
         path = os.path.join(utils.split_paths(cfg.data)[0], "dict.txt")
@@ -260,12 +267,15 @@ class SegmentLanguageModelingTask(FairseqTask):
         Raises:
             DivergenceError: it is not a finite number.
         """
-        result = super().valid_step(sample, model, criterion, **kwargs)
+        try:
+            result = super().valid_step(sample, model, criterion, **kwargs)
+        except DivergenceError as error:
+            raise DivergenceError(f"after update {self.losses.updates}: {error}") from error
         if not torch.isfinite(result[0]).all():
             position = sample["net_input"]["position"]
             raise DivergenceError(
-                f"NaN or infinity in the loss of segment {position.index} of {position.named_streams()} of "
-                f"'{position.split}': the weights have diverged"
+                f"after update {self.losses.updates}: NaN or infinity in the loss of segment {position.index} of "
+                f"{position.named_streams()} of '{position.split}'"
             )
         return result
 

@@ -1,0 +1,82 @@
+"""A loss or a memory that is not a finite number stops the run, and says in which update and which streams."""
+
+import shutil
+
+import pytest
+import torch
+from fairseq_cli import eval_lm, validate
+
+from lamemo_fairseq.memory import DivergenceError
+
+from . import disturbances
+from .helpers import TASK, random_tokens, run_command, segments_of, tiny_decoder, write_data
+from .processes import output_of, train_in_processes
+
+TRAIN = [
+    "--decoder-layers", 2, "--decoder-embed-dim", 16, "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 32,
+    "--tokens-per-sample", 16, "--mem-len", 24, "--optimizer", "adam", "--lr", 5e-3, "--no-epoch-checkpoints",
+    "--max-update", 10, "--save-interval-updates", 5, "--batch-size", 4,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), train=4 * 16 * 8, valid=150)
+
+
+def train(data, folder, fault, *options, arch="lamemo_lm"):
+    return train_in_processes([data, *TASK, "--arch", arch, *TRAIN, *options], folder, fault=fault)
+
+
+@pytest.mark.parametrize("arch", ["lamemo_lm", "transformer_xl_lm"])
+def test_memory_of_one_stream(arch, data, tmp_path):
+    fault = disturbances.memory_spoilt(update=4, stream=2)
+    assert train(data, tmp_path, fault, "--disable-validation", arch=arch) == [1]
+    message = "in update 4, epoch 1: the loss of segment 3 of stream 2 of 'train' is not finite, nor is their memory"
+    assert message in output_of(tmp_path)
+    assert not (tmp_path / "checkpoints" / "checkpoint_last.pt").exists()
+
+
+@pytest.mark.parametrize("fault", [disturbances.weights_spoilt, disturbances.gradients_thrown_away])
+def test_weights(fault, data, tmp_path):
+    assert train(data, tmp_path, fault(update=7), "--disable-validation") == [1]
+    assert "NaN or infinity in update 7, epoch 1: the loss of segment 6 of streams 0, 1, 2, 3" in output_of(tmp_path)
+    saved = torch.load(tmp_path / "checkpoints" / "checkpoint_last.pt", weights_only=False)
+    assert saved["optimizer_history"][-1]["num_updates"] == 5
+
+
+def test_nothing_is_saved_after_a_loss_that_nobody_has_looked_at(data, tmp_path):
+    """The last update before a save."""
+    assert train(data, tmp_path, disturbances.gradients_thrown_away(update=5), "--disable-validation") == [1]
+    assert "NaN or infinity in update 5" in output_of(tmp_path)
+    assert not (tmp_path / "checkpoints" / "checkpoint_last.pt").exists()
+
+
+def test_validation(data, tmp_path):
+    assert train(data, tmp_path, disturbances.weights_spoilt_after(update=5)) == [1]
+    assert "after update 5: NaN or infinity in the last layer for streams 0, 1, 2, 3 of 'valid'" in output_of(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["eval_lm", "validate"])
+def test_evaluation(command, data, tmp_path):
+    assert train(data, tmp_path, None, "--disable-validation") == [0]
+    path = tmp_path / "checkpoints" / "checkpoint_last.pt"
+    shutil.copy(path, tmp_path / "sound.pt")
+    saved = torch.load(path, weights_only=False)
+    saved["model"]["decoder.layers.0.self_attn.out_proj.weight"][3] = float("nan")
+    torch.save(saved, path)
+    main = {"eval_lm": eval_lm, "validate": validate}[command].cli_main
+    subset = ["--gen-subset" if command == "eval_lm" else "--valid-subset", "valid"]
+    options = [data, *TASK, "--batch-size", 3, "--num-workers", 0, *subset, "--path"]
+    with pytest.raises(DivergenceError, match="for streams 0, 1, 2 of 'valid', segment 0: the weights have diverged"):
+        run_command(main, *options, path)
+    run_command(main, *options, tmp_path / "sound.pt")
+
+
+def test_one_stream_in_evaluation():
+    decoder = tiny_decoder()
+    (first, tokens), (second, others), *_ = segments_of(decoder, random_tokens(3, 9))
+    decoder(tokens, None, first)
+    decoder.streams.read(second, training=False).tensors()[0][1, 0, 0] = float("inf")
+    with pytest.raises(DivergenceError, match="for stream 1 of 'valid', segment 1"):
+        decoder(others, None, second)

@@ -1,0 +1,107 @@
+"""Several ranks read the streams that one rank with as many would, and report the sum of what they computed."""
+
+import re
+
+import pytest
+import torch
+
+from .helpers import TASK, write_data
+from .processes import computed, output_of, run_in_processes, train_in_processes, weights
+
+MODEL = [
+    "--decoder-layers", 2, "--decoder-embed-dim", 16, "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 32,
+    "--tokens-per-sample", 16, "--mem-len", 24, "--dropout", 0,
+]  # fmt: skip
+TRAIN = [*MODEL, "--optimizer", "adam", "--lr", 5e-3, "--no-epoch-checkpoints", "--max-update", 24, "--clip-norm", 0.5]
+TEST = 1201  # tokens, for no number of streams below divisible
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """An epoch is eleven segments; the last one is one token for the first stream, and padding for the others."""
+    return write_data(tmp_path_factory.mktemp("data"), train=4 * 16 * 10 + 1, valid=150, test=TEST)
+
+
+def train(data, folder, ranks, *options, arch="lamemo_lm"):
+    command = [data, *TASK, "--arch", arch, *TRAIN, "--batch-size", 4 // ranks, *options]
+    assert train_in_processes(command, folder, ranks, dtype="float64") == [0] * ranks, output_of(folder)[-2000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(data, tmp_path_factory):
+    done = {}
+
+    def run(*options, **kwargs):
+        key = (*options, *kwargs.items())
+        if key not in done:
+            done[key] = train(data, tmp_path_factory.mktemp("one"), 1, *options, **kwargs)
+        return done[key]
+
+    return run
+
+
+def losses_and_norms(folder):
+    """By update and batch, the sum of losses over ranks; by update, the gradient norm, the same on every rank."""
+    losses, norms = {}, {}
+    for (update, name), (value,) in computed(folder).items():
+        what, value = name.split()[1], float.fromhex(value)
+        if what == "norm":
+            assert norms.setdefault(update, value) == value
+        else:
+            losses[update, what] = losses.get((update, what), 0) + value
+    return losses, norms
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("lamemo_lm", ("--roll",)), ("lamemo_lm", ("--update-freq", 3)), ("transformer_xl_lm", ("--roll",))],
+    ids=["roll", "update-freq", "transformer-xl"],
+)
+def test_ranks_equal_one_rank_with_their_streams(arch, options, ranks, data, one_rank, tmp_path):
+    expected, found = one_rank(*options, arch=arch), train(data, tmp_path, ranks, *options, arch=arch)
+    for one, several in zip(losses_and_norms(expected), losses_and_norms(found), strict=True):
+        assert several == pytest.approx(one, rel=1e-10, abs=1e-10)
+    others = weights(found)
+    for name, weight in weights(expected).items():
+        torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-10)
+    reported = [
+        re.findall(r"valid on 'valid' subset \| loss ([\d.]+) .* wpb ([\d.]+)", output_of(folder))
+        for folder in (expected, found)
+    ]
+    assert reported[0] and reported[0] == reported[1]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("streams", [1, 5])
+def test_evaluation_is_the_sum_over_ranks(ranks, streams, data, one_rank, tmp_path):
+    """Of as many streams on one rank."""
+    path = one_rank("--roll", arch="lamemo_lm") / "checkpoints" / "checkpoint_last.pt"
+
+    def evaluate(folder, ranks, streams):
+        command = [data, *TASK, "--path", path, "--gen-subset", "test", "--batch-size", streams]
+        assert run_in_processes("eval_lm", command, folder, ranks) == [0] * ranks
+        text = output_of(folder)
+        tokens = re.search(r"Evaluated ([\d,]+) tokens", text).group(1)
+        return int(tokens.replace(",", "")), re.search(
+            r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", text
+        ).groups()
+
+    def validate(folder, ranks, streams):
+        command = [data, *TASK, "--path", path, "--valid-subset", "test", "--batch-size", streams]
+        assert run_in_processes("validate", [*command, "--log-format", "simple"], folder, ranks) == [0] * ranks
+        loss, tokens = re.findall(r"loss ([\d.]+) .*wpb ([\d.]+)", output_of(folder))[-1]
+        return float(tokens), loss
+
+    one, several = (evaluate(tmp_path / f"eval{n}", n, ranks * streams // n) for n in (1, ranks))
+    assert one[0] == TEST and several == one
+    one, several = (validate(tmp_path / f"valid{n}", n, ranks * streams // n) for n in (1, ranks))
+    assert one[0] == TEST and several == one
+
+
+def test_what_lists_words_asks_for_one_rank(data, one_rank, tmp_path):
+    path = one_rank("--roll", arch="lamemo_lm") / "checkpoints" / "checkpoint_last.pt"
+    command = [data, *TASK, "--path", path, "--gen-subset", "test", "--batch-size", 2, "--output-word-probs"]
+    assert 0 not in run_in_processes("eval_lm", command, tmp_path, ranks=2)
+    assert "--output-word-probs would report the words of the first rank alone" in output_of(tmp_path)
