@@ -24,13 +24,17 @@ class LossWatch:
     """
 
     def __init__(self) -> None:
-        self.updates = 0  # the update noted last
+        self._update = 0
         self._noted: Optional[Tuple[Tensor, SegmentPosition, int, StreamMemory]] = None
 
     def note(self, loss: Tensor, position: SegmentPosition, update: int, streams: StreamMemory) -> None:
         """Remember the *loss* of a segment, and during which update it arose (counted from 1)."""
-        self.updates = update
+        self._update = update
         self._noted = (loss.detach().isfinite().all(), position, update, streams)
+
+    def when(self) -> str:
+        """The update noted last, to begin a message with; nothing if there was none."""
+        return f"after update {self._update}: " if self._update else ""
 
     def check(self) -> None:
         """Look at the loss noted last.

@@ -171,24 +171,41 @@ def test_resuming_in_an_epoch_finds_its_place_and_its_memory():
     assert torch.equal(fresh(**batch["net_input"])[0], expected)
 
 
-@pytest.mark.parametrize(("batch_size", "length"), [(3, 5), (2, 4)])
-def test_resuming_with_another_cut_is_refused(batch_size, length):
-    iterator = SegmentBatchIterator(split_of(numbered(60), 5, words=99), 2, memory=StreamMemory(LookaheadState))
-    batches = iterator.next_epoch_itr()
-    next(batches)
-    saved = iterator.state_dict()
-    other = SegmentBatchIterator(split_of(numbered(60), length, words=99), batch_size)
-    with pytest.raises(ValueError, match=r"2 streams in segments of 5.*--reset-dataloader"):
+@pytest.mark.parametrize(
+    ("batch_size", "length", "tokens", "seed", "message"),
+    [
+        (3, 5, 60, None, "--batch-size times ranks is 3, there it was 2"),
+        (2, 4, 60, None, "--tokens-per-sample is 4, there it was 5"),
+        (2, 5, 61, None, "the number of tokens of the split is 61, there it was 60"),
+        (2, 5, 60, 1, "--roll with its --seed is 1, there it was None"),
+    ],
+)
+def test_resuming_with_another_cut_is_refused(batch_size, length, tokens, seed, message):
+    saved = inside_an_epoch(split_of(numbered(60), 5, words=99)).state_dict()
+    other = SegmentBatchIterator(split_of(numbered(tokens), length, words=99, roll_seed=seed), batch_size)
+    with pytest.raises(ValueError, match=rf"{message}.*--reset-dataloader"):
         other.load_state_dict(saved)
 
 
-def test_another_rank_goes_on_from_an_empty_memory_and_says_so(caplog):
-    decoder = tiny_decoder(words=77, tokens_per_sample=5).train()
-    dataset = split_of(numbered(60), 5, words=77)
-    first = SegmentBatchIterator(dataset, 2, num_shards=2, shard_id=0, memory=decoder.streams)
-    batches = first.next_epoch_itr()
-    decoder(**next(batches)["net_input"])
-    second = SegmentBatchIterator(dataset, 2, num_shards=2, shard_id=1, memory=tiny_decoder(words=77).streams)
-    second.load_state_dict(first.state_dict())
-    assert "memory of streams 2..3" in caplog.text
-    assert second.memory.read(next(second.next_epoch_itr())["net_input"]["position"], training=True) is None
+def inside_an_epoch(dataset, shards=1):
+    """An iterator over two streams a rank, of a decoder that has read a segment."""
+    decoder = tiny_decoder(words=99, tokens_per_sample=5).train()
+    iterator = SegmentBatchIterator(dataset, 2, num_shards=shards, memory=decoder.streams)
+    decoder(**next(iterator.next_epoch_itr())["net_input"])
+    return iterator
+
+
+def test_nothing_is_saved_without_the_memory():
+    dataset = split_of(numbered(60), 5, words=99)
+    with pytest.raises(RuntimeError, match="the memory of the other ranks was not gathered"):
+        inside_an_epoch(dataset, shards=2).state_dict()
+    iterator = inside_an_epoch(dataset)
+    iterator.memory = StreamMemory(LookaheadState)
+    with pytest.raises(RuntimeError, match="there is no memory after segment 0 of streams 0, 1 to save"):
+        iterator.state_dict()
+
+
+def test_a_checkpoint_of_another_kind_of_batches_is_refused():
+    iterator = SegmentBatchIterator(split_of(numbered(60), 5, words=99), 2)
+    with pytest.raises(ValueError, match=r"--batch-size times ranks is 2, there it was not recorded"):
+        iterator.load_state_dict({"version": 2, "epoch": 1, "iterations_in_epoch": 3, "shuffle": True})

@@ -108,7 +108,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         saved["layout"] = self._layout_options()
         position = self._last_position()
         if position is not None and self.memory is not None:
-            if self.num_shards == 1:
+            if self._gathered is None and self.num_shards == 1:
                 self.gather_memory()
             if self._gathered is None or self._gathered[0] != position:
                 raise RuntimeError("the memory of the other ranks was not gathered before saving")

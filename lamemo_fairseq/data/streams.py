@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .binarized import check_ids
+
 
 class TokenSequence:
     """The lines of a fairseq dataset, read as one long sequence.
@@ -32,11 +34,7 @@ class TokenSequence:
         tokens = np.concatenate([np.asarray(self.lines[i], dtype=np.int64) for i in range(first, last + 1)])
         skipped = int(self.ends[first - 1]) if first > 0 else 0
         tokens = tokens[start - skipped : stop - skipped]
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.num_words:
-            raise ValueError(
-                f"{self.name} holds the word id {tokens.max()}, but dict.txt has {self.num_words} words: "
-                "binarize the text again with this dictionary (fairseq-preprocess --srcdict)"
-            )
+        check_ids(tokens, self.name, self.num_words)
         return tokens
 
 

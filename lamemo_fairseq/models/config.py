@@ -1,6 +1,7 @@
 """Options of the models, under fairseq's names where fairseq has one."""
 
 # No postponed annotations, and typing's Optional: fairseq turns these dataclasses into a parser.
+import math
 from dataclasses import dataclass, field
 from typing import List, Optional
 
@@ -126,7 +127,7 @@ def check(cfg: MemoryLanguageModelConfig) -> None:
         raise ValueError(
             "--adaptive-input and --adaptive-softmax-factor divide the dictionary at --adaptive-softmax-cutoff: pass it"
         )
-    if cfg.adaptive_softmax_factor < 1:
+    if not 1 <= cfg.adaptive_softmax_factor < math.inf:
         raise ValueError(f"--adaptive-softmax-factor is {cfg.adaptive_softmax_factor}, it must be at least 1")
     cutoffs(cfg)
     _check_memory(cfg)

@@ -17,13 +17,13 @@ from fairseq.data import (
     PadDataset,
     PrependTokenDataset,
     StripTokenDataset,
-    data_utils,
 )
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II
 
+from ..data.binarized import load_dictionary, load_lines
 from ..data.iterator import SegmentBatchIterator
 from ..data.segments import SegmentDataset
 from ..data.streams import TokenSequence
@@ -81,6 +81,7 @@ class SegmentLanguageModelingTask(FairseqTask):
 
         Raises:
             FileNotFoundError: there is none.
+            ValueError: it cannot be read, or torchrun's processes do not know of each other.
         """
         if launched_ranks() > 1 and not several_ranks():
             raise ValueError(
@@ -91,12 +92,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         if not cfg.data:
             raise ValueError("no data: pass the folder that fairseq-preprocess wrote")
         path = os.path.join(utils.split_paths(cfg.data)[0], "dict.txt")
-        if not os.path.exists(path):
-            raise FileNotFoundError(
-                f"no dictionary at {path}: binarize the text with fairseq-preprocess --only-source --destdir "
-                f"{os.path.dirname(path)}"
-            )
-        dictionary = Dictionary.load(path)
+        dictionary = load_dictionary(path)
         logger.info("dictionary: %d types", len(dictionary))
         return cls(cfg, dictionary, **kwargs)
 
@@ -126,21 +122,12 @@ class SegmentLanguageModelingTask(FairseqTask):
 
         Raises:
             FileNotFoundError: there is no such split.
-            ValueError: it holds no tokens.
+            ValueError: it holds no tokens, or is damaged.
         """
         paths = utils.split_paths(self.cfg.data)
         folder = paths[(epoch - 1) % len(paths)]
         path = os.path.join(folder, split)
-        if os.path.exists(path + ".bin") and os.path.getsize(path + ".bin") == 0:
-            raise ValueError(f"{path} holds no tokens: was the text empty?")
-        lines = data_utils.load_indexed_dataset(path, self.dictionary, self.cfg.dataset_impl, combine=combine)
-        if lines is None:
-            there = sorted(f[: -len(".idx")] for f in os.listdir(folder) if f.endswith(".idx"))
-            raise FileNotFoundError(
-                f"no split '{split}' in {folder}, which holds {', '.join(there) or 'none'}: binarize it with "
-                "fairseq-preprocess --only-source --srcdict dict.txt (or choose another with --valid-subset, "
-                "--gen-subset, or none with --disable-validation)"
-            )
+        lines = load_lines(folder, split, self.dictionary, self.cfg.dataset_impl, combine)
         tokens = TokenSequence(lines, len(self.dictionary), path)
         if self.segment_length is None:
             raise ValueError("the segment length is not known: pass --tokens-per-sample")
@@ -270,11 +257,11 @@ class SegmentLanguageModelingTask(FairseqTask):
         try:
             result = super().valid_step(sample, model, criterion, **kwargs)
         except DivergenceError as error:
-            raise DivergenceError(f"after update {self.losses.updates}: {error}") from error
+            raise DivergenceError(f"{self.losses.when()}{error}") from error
         if not torch.isfinite(result[0]).all():
             position = sample["net_input"]["position"]
             raise DivergenceError(
-                f"after update {self.losses.updates}: NaN or infinity in the loss of segment {position.index} of "
+                f"{self.losses.when()}NaN or infinity in the loss of segment {position.index} of "
                 f"{position.named_streams()} of '{position.split}'"
             )
         return result
