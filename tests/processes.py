@@ -31,7 +31,7 @@ def train_in_processes(
 
     The rest is as for `run_in_processes`.
     """
-    backend = ["--ddp-backend", "legacy_ddp"] if ranks > 1 else []
+    backend = ["--ddp-backend", "legacy_ddp"] if ranks > 1 and "--cpu" in arguments else []
     return run_in_processes(
         "train",
         [*arguments, *backend, "--save-dir", folder / "checkpoints", "--log-interval", 1, "--log-format", "simple"],
@@ -140,11 +140,14 @@ def _run(
     if fault is not None:
         fault()
     several = [
-        "--distributed-world-size", ranks, "--distributed-rank", rank, "--distributed-backend", "gloo",
-        "--distributed-init-method", f"tcp://localhost:{port}", "--distributed-no-spawn",
+        "--distributed-rank", rank, "--device-id", rank, "--distributed-no-spawn",
+        "--distributed-backend", "gloo" if "--cpu" in arguments else "nccl",
+        "--distributed-init-method", f"tcp://localhost:{port}",
     ]  # fmt: skip
     main = importlib.import_module(f"fairseq_cli.{command}").cli_main
-    run_command(main, *arguments, *(several if ranks > 1 else []), "--num-workers", 0)
+    run_command(
+        main, *arguments, "--distributed-world-size", ranks, *(several if ranks > 1 else []), "--num-workers", 0
+    )
 
 
 def _note_what_is_computed(path: Path) -> None:

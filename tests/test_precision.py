@@ -1,0 +1,133 @@
+"""Every precision that fairseq trains in ends within 2% of the loss of float32. What needs a GPU is skipped without."""
+
+import math
+
+import pytest
+import torch
+
+from . import processes
+from .helpers import TASK, write_data
+from .processes import computed, output_of, train_in_processes, weights
+
+MODEL = [
+    "--decoder-layers", 3, "--decoder-embed-dim", 64, "--decoder-attention-heads", 4, "--decoder-ffn-embed-dim", 128,
+    "--tokens-per-sample", 32, "--mem-len", 48, "--dropout", 0.1,
+]  # fmt: skip
+TRAIN = [
+    *MODEL, "--optimizer", "adam", "--lr", 2e-3, "--lr-scheduler", "inverse_sqrt", "--warmup-updates", 20,
+    "--clip-norm", 0.5, "--roll", "--no-epoch-checkpoints", "--disable-validation", "--batch-size", 4,
+]  # fmt: skip
+ON_GPU = [option for option in TASK if option != "--cpu"]
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), train=20_000)
+
+
+@pytest.fixture(scope="module")
+def losses(data, tmp_path_factory):
+    """Losses a token in nats, update by update, by device, precision and architecture."""
+    done = {}
+
+    def run(task, updates, arch, *precision):
+        key = (*task, updates, arch, *precision)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("run")
+            command = [data, *task, "--arch", arch, *TRAIN, "--max-update", updates, *precision]
+            assert train_in_processes(command, folder) == [0], output_of(folder)[-3000:]
+            done[key] = losses_of(folder)
+            memory = saved_memory(folder)
+            if "normalizers" in memory:
+                assert {t.dtype for t in memory["normalizers"]} == {torch.float32}
+        return done[key]
+
+    return run
+
+
+def losses_of(folder):
+    found = {
+        update: float.fromhex(value) / (4 * 32)
+        for (update, name), values in sorted(computed(folder).items())
+        if "loss" in name
+        for value in values
+    }
+    assert found and all(math.isfinite(loss) for loss in found.values())
+    return list(found.values())
+
+
+def saved_memory(folder):
+    saved = torch.load(folder / "checkpoints" / "checkpoint_last.pt", weights_only=False)
+    return saved["extra_state"]["train_iterator"]["memory"]
+
+
+def last(values):
+    """The mean of the last fifth."""
+    part = values[-len(values) // 5 :]
+    return sum(part) / len(part)
+
+
+@pytest.mark.parametrize("arch", ["lamemo_lm", "transformer_xl_lm"])
+def test_bf16_on_a_cpu(arch, losses):
+    exact = losses(TASK, 100, arch)
+    assert last(exact) < 0.6 * exact[0]
+    assert last(losses(TASK, 100, arch, "--bf16")) == pytest.approx(last(exact), rel=0.02)
+
+
+@gpu
+@pytest.mark.parametrize("arch", ["lamemo_lm", "transformer_xl_lm"])
+@pytest.mark.parametrize(
+    "precision", [["--fp16"], ["--memory-efficient-fp16"], ["--bf16"], ["--amp"]], ids=lambda p: p[0][2:]
+)
+def test_on_a_gpu(precision, arch, losses):
+    exact, other = (losses(ON_GPU, 300, arch, *options) for options in ([], precision))
+    assert last(exact) < 0.5 * exact[0]
+    print(f"{arch} {precision[0]}: {last(other):.4f}, float32 {last(exact):.4f}")
+    assert last(other) == pytest.approx(last(exact), rel=0.02)
+
+
+@gpu
+def test_a_batch_that_overflows_is_tried_again_with_the_same_memory(data, tmp_path):
+    command = [data, *ON_GPU, "--arch", "lamemo_lm", *TRAIN, "--max-update", 30]
+    assert train_in_processes([*command, "--amp"], tmp_path / "plain") == [0]
+    assert train_in_processes([*command, "--amp", "--fp16-init-scale", 2**24], tmp_path / "high") == [0]
+    assert "AMP: overflow detected" in output_of(tmp_path / "high")
+    first = computed(tmp_path / "high")[0, "computed0 loss0"]
+    assert first == computed(tmp_path / "plain")[0, "computed0 loss0"] and len(first) == 1
+    assert losses_of(tmp_path / "high") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-2)
+
+
+@gpu
+def test_training_goes_on_after_overflows_in_fp16(data, tmp_path):
+    command = [data, *ON_GPU, "--arch", "lamemo_lm", *TRAIN, "--max-update", 100]
+    assert train_in_processes([*command, "--fp16", "--fp16-init-scale", 2**30], tmp_path) == [0]
+    assert "gradient overflow detected" in output_of(tmp_path)
+    assert math.isfinite(sum(float(t.float().sum()) for t in saved_memory(tmp_path)["outputs"]))
+
+
+@gpus
+@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["float32", "bf16"])
+def test_two_gpus_compute_what_one_does_and_go_on_after_a_kill(precision, data, tmp_path):
+    command = [data, *ON_GPU, "--arch", "lamemo_lm", *TRAIN, *precision, "--max-update", 60, "--dropout", 0]
+    command += ["--save-interval-updates", 20]
+    assert train_in_processes([*command, "--batch-size", 4], tmp_path / "one") == [0]
+    two = [*command, "--batch-size", 2]
+    assert train_in_processes(two, tmp_path / "two", ranks=2) == [0, 0]
+    assert 0 not in train_in_processes(two, tmp_path / "killed", 2, processes.killed_after_update(33))
+    assert train_in_processes(two, tmp_path / "killed", ranks=2) == [0, 0]
+
+    def curve(folder):
+        sums = {}
+        for (update, name), values in computed(folder).items():
+            if "loss" in name:
+                sums[update] = sums.get(update, 0) + sum(map(float.fromhex, values)) / len(values)
+        return [sums[update] for update in sorted(sums)]
+
+    tolerance = 0.02 if precision else 1e-3
+    print(max(abs(a / b - 1) for a, b in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True)))
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=tolerance)
+    assert curve(tmp_path / "killed") == pytest.approx(curve(tmp_path / "two"), rel=tolerance)
+    assert weights(tmp_path / "killed").keys() == weights(tmp_path / "two").keys()
+    assert [t.size(0) for t in saved_memory(tmp_path / "two")["outputs"]] == [4, 4]
