@@ -131,6 +131,8 @@ def _run(
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    if "--cpu" in arguments:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # parts of fairseq use a GPU where there is one
     torch.set_num_threads(1)
     torch.set_default_dtype(getattr(torch, dtype))
     if dtype == "float64":  # fairseq asks for the norm of gradients in float32, which torch refuses

@@ -2,6 +2,7 @@
 
 import argparse
 
+import numpy as np
 import pytest
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq_cli import eval_lm, train
@@ -75,6 +76,48 @@ def test_text_that_fills_no_segment(data, tmp_path):
 def test_no_number_of_streams(data, tmp_path):
     with pytest.raises(ValueError, match=r"pass --batch-size.*--max-tokens 7 .*segment of 8"):
         train_on(data, tmp_path / "run", sizes=("--tokens-per-sample", 8, "--max-tokens", 7))
+
+
+def opened(data, split="train"):
+    config = SegmentLanguageModelingConfig(data=str(data), tokens_per_sample=8, train_subset="train", dataset_impl=None)
+    return SegmentLanguageModelingTask.setup_task(config).load_dataset(split)
+
+
+@pytest.mark.parametrize(("word", "named"), [(40, 40), (-1, -1)])
+def test_a_word_that_the_dictionary_does_not_have_is_found_before_training(data, word, named):
+    """Although only the last token is wrong, which would be read at the end of the first epoch."""
+    stored = np.fromfile(data / "train.bin", dtype=np.int32)
+    stored[-1] = word
+    stored.tofile(data / "train.bin")
+    with pytest.raises(ValueError, match=rf"train holds the word id {named}, but dict.txt has 40 words"):
+        opened(data)
+
+
+def test_numbers_that_are_no_ids(data):
+    index = bytearray((data / "train.idx").read_bytes())
+    index[17] = 6  # of floating point
+    (data / "train.idx").write_bytes(index)
+    with pytest.raises(ValueError, match=r"train holds numbers of type float64, not word ids"):
+        opened(data)
+
+
+@pytest.mark.parametrize("end", [".idx", ".bin"])
+def test_half_a_split(data, end):
+    (data / f"train{end}").unlink()
+    with pytest.raises(ValueError, match=rf"train is damaged: {end} is missing"):
+        opened(data)
+
+
+def test_a_split_joined_from_parts_is_looked_over_in_all_of_them(data):
+    write_data(data, train1=50)
+    assert len(opened(data).tokens) == 200
+    with (data / "train1.bin").open("ab") as file:
+        file.write(b"?")
+    config = SegmentLanguageModelingConfig(data=str(data), tokens_per_sample=8, train_subset="train", dataset_impl=None)
+    task = SegmentLanguageModelingTask.setup_task(config)
+    task.load_dataset("train")
+    with pytest.raises(ValueError, match=r"train1 is damaged: .bin has 201 bytes, of 200"):
+        task.load_dataset("train", combine=True)
 
 
 @pytest.mark.parametrize("words", [48, 40], ids=["other size", "other words"])

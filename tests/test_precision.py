@@ -92,7 +92,8 @@ def test_on_a_gpu(precision, arch, losses):
 def test_a_batch_that_overflows_is_tried_again_with_the_same_memory(data, tmp_path):
     command = [data, *ON_GPU, "--arch", "lamemo_lm", *TRAIN, "--max-update", 30]
     assert train_in_processes([*command, "--amp"], tmp_path / "plain") == [0]
-    assert train_in_processes([*command, "--amp", "--fp16-init-scale", 2**24], tmp_path / "high") == [0]
+    high = ["--amp", "--fp16-init-scale", 2**24, "--amp-batch-retries", 30]
+    assert train_in_processes([*command, *high], tmp_path / "high") == [0]
     assert "AMP: overflow detected" in output_of(tmp_path / "high")
     first = computed(tmp_path / "high")[0, "computed0 loss0"]
     assert first == computed(tmp_path / "plain")[0, "computed0 loss0"] and len(first) == 1
