@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Set, Tuple
@@ -194,6 +195,12 @@ def fault(arrange: Callable[..., None]) -> Callable[..., Fault]:
 
 def _arrange(module: str, name: str, args: tuple, kwargs: dict) -> None:
     getattr(importlib.import_module(module), name).__wrapped__(*args, **kwargs)
+
+
+@fault
+def killed_after_seconds(seconds: float) -> None:
+    """From outside, wherever the run is by then."""
+    threading.Timer(seconds, die).start()
 
 
 def die() -> None:

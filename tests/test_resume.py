@@ -1,5 +1,7 @@
 """A run killed at any moment and started again computes what a run that was never stopped computes, to the last bit."""
 
+import os
+import random
 import shutil
 
 import pytest
@@ -18,6 +20,7 @@ TRAIN = [
     "--no-epoch-checkpoints", "--max-update", 24, "--save-interval-updates", 5, "--keep-interval-updates", 2,
     "--valid-subset", "valid,valid1",
 ]  # fmt: skip
+KILLS = int(os.environ.get("LAMEMO_KILLS", "6"))
 SEGMENTS = 11  # an epoch, with four streams; the last one is shorter
 TOKENS = 4 * (SEGMENTS * 16 - 3) - 1
 
@@ -56,6 +59,7 @@ FAULTS = {
     "during validation": processes.killed_in_validation(9),
     "right after a save": processes.killed_after_saving(2),
     "right after the save at the epoch's edge": processes.killed_after_saving(3),
+    "right after the last save": processes.killed_after_saving(7),
     "while writing the first checkpoint": processes.killed_while_writing(1),
     "while writing a later checkpoint": processes.killed_while_writing(3),
     "while copying a checkpoint": processes.killed_while_copying(2),
@@ -69,6 +73,20 @@ def test_killed(name, data, whole, tmp_path):
     assert train_in_processes(command, tmp_path, fault=FAULTS[name]) == [-9]
     assert train_in_processes(command, tmp_path) == [0]
     assert_same_run(whole("--roll"), tmp_path)
+
+
+def test_killed_again_and_again(data, whole, tmp_path):
+    """At any moment, until one of the runs comes to the end."""
+    long = ("--roll", "--max-update", 120)
+    command = arguments(data, *long, "--save-interval-updates", 2, "--validate-interval-updates", 3)
+    moments = random.Random(1)
+    exits, reached = [], set()
+    for _ in range(KILLS):
+        exits += train_in_processes(command, tmp_path, fault=processes.killed_after_seconds(moments.uniform(1, 3)))
+        reached.add(max((update for update, _ in computed(tmp_path)), default=-1))
+    print(f"{exits.count(-9)} kills, in updates {sorted(reached)}")
+    assert train_in_processes(command, tmp_path) == [0] and set(exits) <= {-9, 0}
+    assert_same_run(whole(*long), tmp_path)
 
 
 @pytest.mark.parametrize(

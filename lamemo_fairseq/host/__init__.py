@@ -1,9 +1,9 @@
 """What fairseq, the host of this plugin, does not do for a model that carries state, or does wrong on today's torch.
 
-Importing the package puts the pieces in place. Each stands in for one function of fairseq, says why beside it, and
-leaves to that function whatever it does right.
+Importing the package, or for a few setting up the task, puts the pieces in place. Each stands in for one
+function of fairseq, says why beside it, and leaves to that function whatever it does right.
 """
 
-from . import checkpoints, options, ranks
+from . import checkpoints, options, ranks, training
 
-__all__ = ["checkpoints", "options", "ranks"]
+__all__ = ["checkpoints", "options", "ranks", "training"]

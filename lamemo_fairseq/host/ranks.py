@@ -110,7 +110,7 @@ def sum_eval_lm() -> None:
     """Let fairseq-eval-lm, which logs the first rank's share of a split, log the sum over ranks."""
     from fairseq_cli import eval_lm
 
-    if not hasattr(eval_lm.eval_lm, "__wrapped__"):
+    if not hasattr(eval_lm.eval_lm, "__wrapped__"):  # not yet
         stand_in(eval_lm, "eval_lm")(_eval_lm)
 
 

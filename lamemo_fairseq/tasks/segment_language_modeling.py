@@ -30,6 +30,7 @@ from ..data.streams import TokenSequence
 from ..faults import LossWatch, retry_out_of_memory
 from ..host.options import launched_ranks
 from ..host.ranks import several_ranks, sum_eval_lm
+from ..host.training import stop_where_the_run_has_ended
 from ..memory import DivergenceError
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class SegmentLanguageModelingTask(FairseqTask):
             FileNotFoundError: there is none.
             ValueError: it cannot be read, or torchrun's processes do not know of each other.
         """
+        stop_where_the_run_has_ended()
         if launched_ranks() > 1 and not several_ranks():
             raise ValueError(
                 f"torchrun has started {launched_ranks()} processes, of which fairseq takes each for a job of its own: "

@@ -1,0 +1,29 @@
+"""The training loop of fairseq-train."""
+
+import logging
+import sys
+from typing import Any, Callable
+
+from .stand_in import stand_in
+
+logger = logging.getLogger(__name__)
+
+
+def stop_where_the_run_has_ended() -> None:
+    """Let a run that has reached ``--max-update`` end when it is started again, as schedulers do after a lost node.
+
+    fairseq looks at ``--max-update`` after an update, so that every start adds one.
+    """
+    for name in ("fairseq_cli.train", "__main__"):
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, "validate_and_save") and not hasattr(module, "_stops_at_the_end"):
+            setattr(module, "_stops_at_the_end", True)  # noqa: B010
+            stand_in(module, "train")(_train)
+
+
+def _train(original: Callable[..., Any], cfg: Any, trainer: Any, *args: Any) -> Any:
+    limit, updates = cfg.optimization.max_update, trainer.get_num_updates()
+    if limit and updates >= limit:
+        logger.info("nothing left to do: the checkpoint has %d updates, and --max-update is %d", updates, limit)
+        return [None], True
+    return original(cfg, trainer, *args)
