@@ -92,6 +92,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         # fairseq's moving average leaves alone what has "version" in its name, and fails on other integers.
         self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
         self._initialize()
+        self.for_inference = False
 
     def forward(
         self,
@@ -184,6 +185,10 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         decoding = self.decoding_state(incremental_state)
         if decoding is not None:
             decoding.reorder(new_order)
+
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        """fairseq calls this before it generates or evaluates with a loaded model."""
+        self.for_inference = True
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Scores ``[B, N, V]`` of features ``[B, N, d]``; an adaptive softmax leaves them as they are."""
