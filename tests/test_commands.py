@@ -208,19 +208,6 @@ def test_memory_in_a_checkpoint_matters(data, tmp_path):
     assert any(not torch.equal(exact[name], other[name]) for name in exact)
 
 
-def test_generate_has_no_prompts_and_says_what_has(data, checkpoints):
-    with pytest.raises(NotImplementedError, match="fairseq-interactive"):
-        run_command(
-            generate.cli_main,
-            data,
-            *TASK,
-            "--path",
-            checkpoints / "lamemo_lm" / "checkpoint_last.pt",
-            "--batch-size",
-            2,
-        )
-
-
 @pytest.mark.parametrize(
     ("arch", "options"),
     [("lamemo_lm", []), ("transformer_xl_lm", []), ("transformer_xl_lm", ["--position-encoding", "shaw"])],
