@@ -120,11 +120,11 @@ def test_hub_in_three_lines(arch, data, checkpoints):
     assert sampled[0].startswith(text) and len(sampled) == 2
     assert model.decode(model.encode(text)) == text
     scored = model.score(text)
-    assert len(scored["tokens"]) == len(scored["positional_scores"]) == 63
+    assert len(scored["tokens"]) == len(scored["positional_scores"]) == 64
     assert model.score(text)["positional_scores"].equal(scored["positional_scores"])
     generated = model.generate([model.encode(text)], beam=2, max_len_b=5)[0][0]
     whole = generated["positional_scores"]
-    torch.testing.assert_close(whole[:63], scored["positional_scores"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(whole[:64], scored["positional_scores"], rtol=0, atol=1e-4)
 
     def allowed(row, tokens):
         return [7, 8]

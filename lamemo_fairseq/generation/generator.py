@@ -84,7 +84,9 @@ class PromptGenerator(SequenceGenerator):
         if kwargs.get("match_source_len"):
             raise ValueError("--match-source-len is for translation: pass --max-len-a and --max-len-b instead")
         if kwargs.get("lm_model") is not None:
-            raise ValueError("--lm-path adds a language model to a translation model: pass both to --path, separated by :")
+            raise ValueError(
+                "--lm-path adds a language model to a translation model: pass both to --path, separated by :"
+            )
         super().__init__(PromptedEnsemble(models), tgt_dict, **kwargs)
 
     @torch.no_grad()
@@ -140,9 +142,7 @@ class PromptGenerator(SequenceGenerator):
             self.model.bar = None
             self.max_len_a, self.max_len_b = factors
         log_probs = torch.stack([r.log_probs for r in read]).logsumexp(0) - math.log(len(read))
-        return [
-            self._with_prompt(prompts[i, 1:n], log_probs[i, : n - 1], hypotheses[i]) for i, n in enumerate(lengths)
-        ]
+        return [self._with_prompt(prompts[i, 1:n], log_probs[i, : n - 1], hypotheses[i]) for i, n in enumerate(lengths)]
 
     def _with_prompt(
         self, prompt: Tensor, log_probs: Tensor, hypotheses: List[Dict[str, Tensor]]

@@ -92,7 +92,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         # fairseq's moving average leaves alone what has "version" in its name, and fails on other integers.
         self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
         self._initialize()
-        self.for_inference = False
+        self.for_inference = False  # whether fairseq has prepared the model for it
 
     def forward(
         self,
@@ -185,10 +185,6 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         decoding = self.decoding_state(incremental_state)
         if decoding is not None:
             decoding.reorder(new_order)
-
-    def prepare_for_inference_(self, cfg: Any) -> None:
-        """fairseq calls this before it generates or evaluates with a loaded model."""
-        self.for_inference = True
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Scores ``[B, N, V]`` of features ``[B, N, d]``; an adaptive softmax leaves them as they are."""

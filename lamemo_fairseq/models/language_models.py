@@ -28,6 +28,10 @@ class MemoryLanguageModel(FairseqLanguageModel):
             )
         return cls(MemoryDecoder(cfg, task.target_dictionary))
 
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        super().prepare_for_inference_(cfg)
+        self.decoder.for_inference = True
+
     @classmethod
     def from_pretrained(
         cls,
