@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from fairseq_cli import eval_lm, generate, interactive, train, validate
+from fairseq_cli import eval_lm, interactive, train, validate
 
 from .helpers import TASK, run_command, write_data
 

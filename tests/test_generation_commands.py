@@ -127,7 +127,7 @@ def test_hub_in_three_lines(arch, data, checkpoints):
     torch.testing.assert_close(whole[:64], scored["positional_scores"], rtol=0, atol=1e-4)
 
     def allowed(row, tokens):
-        return [7, 8]
+        return [2, 7, 8]
 
     only = model.sample("w1", beam=2, max_len_b=6, prefix_allowed_tokens_fn=allowed)
     assert only.startswith("w1") and set(only.split()[1:]) <= {"w3", "w4"}

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from lamemo_fairseq.models.incremental import DecodingState
-
 from .helpers import VARIANTS, random_tokens, tiny_decoder
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

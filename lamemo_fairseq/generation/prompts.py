@@ -17,10 +17,12 @@ class PromptDataset(FairseqDataset):
     Args:
         texts: word ids, one tensor a text.
         dictionary: the words.
+        with_end: whether an end-of-sentence token after each text is among the targets.
     """
 
-    def __init__(self, texts: Sequence[Tensor], dictionary: Dictionary):
+    def __init__(self, texts: Sequence[Tensor], dictionary: Dictionary, with_end: bool = False):
         super().__init__()
+        self.with_end = with_end
         self.texts = texts
         self.pad, self.eos = dictionary.pad(), dictionary.eos()
         self.sizes = np.array([len(self._text(i)) + 1 for i in range(len(texts))], dtype=np.int64)
@@ -39,10 +41,12 @@ class PromptDataset(FairseqDataset):
         source = data_utils.collate_tokens([s["source"] for s in samples], self.pad, pad_to_length=pad_to_length)
         lengths = torch.tensor([len(s["source"]) for s in samples])
         target = torch.cat([source[:, 1:], source.new_full((len(source), 1), self.pad)], dim=1)
+        if self.with_end:
+            target[torch.arange(len(source)), lengths - 1] = self.eos
         return {
             "id": torch.tensor([s["id"] for s in samples]),
             "nsentences": len(samples),
-            "ntokens": int(lengths.sum()) - len(samples),
+            "ntokens": int(target.ne(self.pad).sum()),
             "net_input": {"src_tokens": source, "src_lengths": lengths},
             "target": target,
         }

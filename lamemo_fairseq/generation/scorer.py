@@ -19,7 +19,7 @@ def stream_log_probs(
     """Read ``tokens [B, L]`` into *state*, of each row as many as *lengths* says.
 
     Yields:
-        Log-probabilities ``[B, k]`` of *target*, in float32 or wider, part by part; beyond a row's length they mean nothing.
+        Log-probabilities ``[B, k]`` of *target*, in float32 or wider; those beyond a row's length mean nothing.
     """
     for start in range(0, max(lengths), TOKENS_AT_ONCE):
         part = slice(start, min(start + TOKENS_AT_ONCE, max(lengths)))

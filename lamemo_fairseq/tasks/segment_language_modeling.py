@@ -159,10 +159,11 @@ class SegmentLanguageModelingTask(FairseqTask):
         as_streams = kwargs.pop("as_streams", False)
         if isinstance(dataset, SegmentDataset) and not as_streams and getattr(self._decoder, "for_inference", False):
             # Of the commands that prepare a model for inference, fairseq-generate alone comes here: it wants prompts.
-            dataset = PromptDataset(dataset.tokens.lines, self.dictionary)
+            dataset = PromptDataset(dataset.tokens.lines, self.dictionary, with_end=True)
         if not isinstance(dataset, SegmentDataset):  # prompts and texts to score
             if max_tokens is not None:  # a text is read in parts, so that a long one is a batch of its own
                 max_tokens = max([max_tokens, *map(int, dataset.sizes)])
+            kwargs["required_batch_size_multiple"] = 1  # with another, fairseq drops texts at the end
             return super().get_batch_iterator(
                 dataset,
                 max_tokens=max_tokens,
