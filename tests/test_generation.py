@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from lamemo_fairseq.generation.sampler import Sampler, draw
 from lamemo_fairseq.generation import PromptDataset, PromptGenerator, StreamingScorer
 from lamemo_fairseq.models.incremental import DecodingState
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
@@ -173,3 +174,36 @@ def test_options_without_meaning_here_say_so():
         generate([model], prompts_of([3]), max_len_b=0, min_len=2)
     with pytest.raises(ValueError, match="--lm-path"):
         PromptGenerator([model], dictionary_of(17), lm_model=model)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+@torch.no_grad()
+def test_the_sampler_reads_on_as_the_pass_over_segments_does(variant):
+    model = model_of(variant)
+    prompts, lengths = random_tokens(3, 10), [10, 1, 6]
+    state = DecodingState(model.decoder, 3)
+    state.read(prompts[:, :-1], [n - 1 for n in lengths])
+    last = torch.stack([prompts[row, n - 1] for row, n in enumerate(lengths)])
+    found = Sampler(model, state, choose=lambda log_p: draw(log_p, temperature=0))(last, 15)
+    for row, n in enumerate(lengths):
+        text = torch.cat([prompts[row, :n], found[row]]).unsqueeze(0)
+        scores = model.decoder.output_layer(whole_segments(model.decoder, text))[0, n - 1 : -1]
+        assert torch.equal(scores.argmax(-1), found[row])
+
+
+def test_drawn_words_follow_the_probabilities_asked_for():
+    torch.manual_seed(0)
+    probs = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
+
+    def frequencies(**options):
+        return draw(probs.log().expand(40_000, -1), **options).bincount(minlength=5) / 40_000
+
+    def expected(weights):
+        return torch.tensor(weights) / sum(weights)
+
+    close = {"rtol": 0, "atol": 0.015}
+    torch.testing.assert_close(frequencies(), probs, **close)
+    torch.testing.assert_close(frequencies(temperature=2.0), expected([p**0.5 for p in probs.tolist()]), **close)
+    torch.testing.assert_close(frequencies(top_k=2), expected([0.5, 0.25, 0.0, 0.0, 0.0]), **close)
+    torch.testing.assert_close(frequencies(top_p=0.8), expected([0.5, 0.25, 0.15, 0.0, 0.0]), **close)
+    assert frequencies(temperature=0)[0] == 1

@@ -8,10 +8,10 @@ from typing import Any, Callable, Dict, Optional, Sequence
 import torch
 from torch import Tensor
 
-from ..models.incremental import DecodingState
+from ..models.incremental import DecodingState, layer_step
 
 # Attention reads the cache up to a multiple of this many tokens of the segment: a graph each.
-COLUMNS_A_GRAPH = 128
+COLUMNS_A_GRAPH = 256
 
 
 def draw(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -45,7 +45,7 @@ class Sampler:
         state: what it has read, without each text's last token. It is read on in place.
         choose: log-probabilities ``[B, V]`` to words ``[B]``, in tensor operations only.
         graphs: replay steps as CUDA graphs; None does so on a GPU.
-        compiled: compile the layers with torch.compile, which takes a minute and pays on long texts.
+        compiled: compile the layers with torch.compile, which takes its time and pays on long texts.
     """
 
     def __init__(
@@ -59,7 +59,8 @@ class Sampler:
         self.model, self.state, self.choose = model, state, choose
         self.words = state.cache.tokens.new_zeros(len(state.cache.places), 1)
         self.graphs = self.words.is_cuda if graphs is None else graphs
-        self._step = torch.compile(self._next, dynamic=False) if compiled else self._next
+        if compiled:
+            state.layer_step = torch.compile(layer_step, dynamic=False)
         self._recorded: Dict[int, Any] = {}
 
     @torch.no_grad()
@@ -109,7 +110,7 @@ class Sampler:
 
     def _replay(self, end: int) -> None:
         if not self.graphs:
-            self.words.copy_(self._step(end).unsqueeze(1))
+            self.words.copy_(self._next(end).unsqueeze(1))
             return
         if end not in self._recorded:
             self._recorded[end] = self._record(end)
@@ -122,10 +123,10 @@ class Sampler:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self._step(end)
+                self._next(end)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.words.copy_(self._step(end).unsqueeze(1))
+            self.words.copy_(self._next(end).unsqueeze(1))
         self.words.copy_(words)
         return graph

@@ -3,7 +3,7 @@
 Shapes: B rows, N tokens of a segment, M memory slots, k new tokens, d model width.
 """
 
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class DecodingState:
         self.cache: SegmentCache = decoder.memory.cache.empty(decoder.memory, rows, self.length, like)
         # The same in every step: sinusoids and their projections are computed once a text, not once a token.
         self.biases: List[RelativeBias] = [b.causal for b in decoder.positions(self.mem_len + self.length, None, like)]
+        self.layer_step: Callable[..., Tuple[Tensor, LayerTrace]] = layer_step
         self.seen = 0  # tokens of fairseq's generator that have been read
 
     def read(self, tokens: Tensor, counts: Optional[Sequence[int]] = None) -> Tensor:
@@ -95,29 +96,41 @@ class DecodingState:
         oldest = self.mem_len - cache.slots
         cache.record_embeddings(x, column)
         for i, layer in enumerate(self.decoder.layers):
-            attn = layer.self_attn
-
-            def attend(normed: Tensor, attn=attn, i=i) -> tuple[Tensor, LayerTrace]:
-                q, k, v = attn.project(normed, normed.size(1))
-                put(cache.keys[i], k, column, 2)
-                put(cache.values[i], v, column, 2)
-                attended = cached_attention(
-                    q,
-                    cache.keys[i][:, :, first:end],
-                    cache.values[i][:, :, first:end],
-                    self.biases[i],
-                    query,
-                    oldest,
-                    first,
-                    attn.config.span,
-                    cache.needs_normalizers,
-                )
-                return attn.merge_heads(attended.output), LayerTrace(*attended)
-
-            x, trace = layer.around(x, attend)
+            columns = (cache.keys[i], cache.values[i], column, slice(first, end))
+            x, trace = self.layer_step(layer, x, *columns, self.biases[i], query, oldest, cache.needs_normalizers)
             cache.record(i, trace, column)
         return x
 
     def reorder(self, order: Tensor) -> None:
         """Row i goes on from row ``order[i]``."""
         self.cache.reorder(order)
+
+
+def layer_step(
+    layer: Any,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    column: Tensor,
+    looked_at: slice,
+    bias: RelativeBias,
+    query: Tensor,
+    oldest: Tensor,
+    need_normalizer: bool,
+) -> Tuple[Tensor, LayerTrace]:
+    """New rows ``x [B, k, d]`` through one layer; their keys and values go into *column* ``[B, k]`` of the cache.
+
+    A function of tensors, the same for every layer, so that it is compiled once.
+    """
+    attn = layer.self_attn
+
+    def attend(normed: Tensor) -> Tuple[Tensor, LayerTrace]:
+        q, k, v = attn.project(normed, normed.size(1))
+        put(keys, k, column, 2)
+        put(values, v, column, 2)
+        seen = (keys[:, :, looked_at], values[:, :, looked_at])
+        span = attn.config.span
+        attended = cached_attention(q, *seen, bias, query, oldest, looked_at.start, span, need_normalizer)
+        return attn.merge_heads(attended.output), LayerTrace(*attended)
+
+    return layer.around(x, attend)
