@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from lamemo_fairseq.generation.sampler import Sampler, draw
 from lamemo_fairseq.generation import PromptDataset, PromptGenerator, StreamingScorer
+from lamemo_fairseq.generation.sampler import Sampler, draw
 from lamemo_fairseq.models.incremental import DecodingState
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
 
