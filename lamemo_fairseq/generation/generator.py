@@ -77,8 +77,12 @@ class PromptGenerator(SequenceGenerator):
 
     A hypothesis is the prompt and what follows, as fairseq gives it for language models; scores include the
     prompt's. ``--max-len-a`` times the prompt's length plus ``--max-len-b`` new words are generated at most.
-    Takes the arguments of fairseq's `SequenceGenerator`.
+    Takes the arguments of fairseq's `SequenceGenerator`. Blocks of repeated n-grams and a function of allowed
+    words see the prompt's last word and what follows.
     """
+
+    max_len_a: float
+    max_len_b: int
 
     def __init__(self, models: Sequence[Any], tgt_dict: Any, **kwargs: Any):
         if kwargs.get("match_source_len"):

@@ -62,8 +62,9 @@ class LookaheadCache(SegmentCache):
             place.copy_(new) if rows is None else place.index_copy_(0, rows, new.to(buffer.dtype))
 
         x = torch.cat([held(self.embeddings[0], 1), first], dim=1)
-        for i, (layer, bias) in enumerate(zip(layers[:-1], biases, strict=False)):
-            attn: Any = layer.self_attn
+        refreshed_layers: Sequence[Any] = layers[:-1]
+        for i, (layer, bias) in enumerate(zip(refreshed_layers, biases, strict=False)):
+            attn = layer.self_attn
             stored = Attended(held(self.outputs[i], 2), held(self.normalizers[i], 2))
 
             def refresh(normed: Tensor, attn=attn, bias=bias, stored=stored, i=i) -> tuple[Tensor, None]:
