@@ -8,7 +8,8 @@ from typing import Any, Callable, Dict, Optional, Sequence
 import torch
 from torch import Tensor
 
-from ..models.incremental import DecodingState, layer_step
+from ..models.incremental import DecodingState
+from .step import fastest_step
 
 # Attention reads the cache up to a multiple of this many tokens of the segment: a graph each.
 COLUMNS_A_GRAPH = 256
@@ -59,8 +60,10 @@ class Sampler:
         self.model, self.state, self.choose = model, state, choose
         self.words = state.cache.tokens.new_zeros(len(state.cache.places), 1)
         self.graphs = self.words.is_cuda if graphs is None else graphs
+        if self.graphs:
+            state.layer_step = fastest_step(state)
         if compiled:
-            state.layer_step = torch.compile(layer_step, dynamic=False)
+            state.layer_step = torch.compile(state.layer_step, dynamic=False)
         self._recorded: Dict[int, Any] = {}
 
     @torch.no_grad()

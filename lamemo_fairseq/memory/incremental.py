@@ -24,11 +24,11 @@ class Place(NamedTuple):
     open: bool = False  # whether the slots are ready for this segment
 
 
-class LayerTrace(NamedTuple):
-    """What passed through one layer's attention for k new tokens."""
+class Record(NamedTuple):
+    """Where a layer writes what the next refresh needs of the tokens."""
 
-    output: Tensor  # [B, H, k, D], before the output projection
-    normalizer: Tensor  # [B, H, k]
+    outputs: Tensor  # [B, H, M + N, D], read-outs before the output projection
+    normalizers: Tensor  # [B, H, M + N]
 
 
 @dataclass
@@ -46,7 +46,6 @@ class SegmentCache:
 
     # Fields besides keys and values with one column a slot or token, and the dimension of the columns.
     columns: ClassVar[Dict[str, int]] = {}
-    needs_normalizers: ClassVar[bool] = False
 
     @classmethod
     def empty(cls, memory: Any, rows: int, segment_length: int, like: Tensor) -> "SegmentCache":
@@ -82,8 +81,9 @@ class SegmentCache:
     def record_embeddings(self, embeddings: Tensor, column: Tensor) -> None:
         """Keep what the next refresh needs of new embeddings ``[B, k, d]``, at columns ``[B, k]``."""
 
-    def record(self, layer: int, trace: LayerTrace, column: Tensor) -> None:
-        """Keep what the next refresh needs of a layer."""
+    def record(self, layer: int) -> Optional[Record]:
+        """The buffers that a layer records the tokens' read-outs in, None if nothing needs them."""
+        return None
 
     def close(self, rows: Optional[Tensor], mem_len: int) -> None:
         """The segment of *rows* is full: its last columns become the slots."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attention import RelativeBias
 from ..attention.cached import cached_attention
-from ..memory.incremental import LayerTrace, SegmentCache, put
+from ..memory.incremental import Record, SegmentCache, put
 
 # Longer prompts are read in parts of this size, which bounds the scores held at a time.
 TOKENS_AT_ONCE = 256
@@ -36,7 +36,7 @@ class DecodingState:
         self.cache: SegmentCache = decoder.memory.cache.empty(decoder.memory, rows, self.length, like)
         # The same in every step: sinusoids and their projections are computed once a text, not once a token.
         self.biases: List[RelativeBias] = [b.causal for b in decoder.positions(self.mem_len + self.length, None, like)]
-        self.layer_step: Callable[..., Tuple[Tensor, LayerTrace]] = layer_step
+        self.layer_step: Callable[..., Tensor] = layer_step
         self.seen = 0  # tokens of fairseq's generator that have been read
 
     def read(self, tokens: Tensor, counts: Optional[Sequence[int]] = None) -> Tensor:
@@ -97,8 +97,7 @@ class DecodingState:
         cache.record_embeddings(x, column)
         for i, layer in enumerate(self.decoder.layers):
             columns = (cache.keys[i], cache.values[i], column, slice(first, end))
-            x, trace = self.layer_step(layer, x, *columns, self.biases[i], query, oldest, cache.needs_normalizers)
-            cache.record(i, trace, column)
+            x = self.layer_step(layer, x, *columns, self.biases[i], query, oldest, cache.record(i))
         return x
 
     def reorder(self, order: Tensor) -> None:
@@ -116,21 +115,24 @@ def layer_step(
     bias: RelativeBias,
     query: Tensor,
     oldest: Tensor,
-    need_normalizer: bool,
-) -> Tuple[Tensor, LayerTrace]:
+    record: Optional[Record],
+) -> Tensor:
     """New rows ``x [B, k, d]`` through one layer; their keys and values go into *column* ``[B, k]`` of the cache.
 
     A function of tensors, the same for every layer, so that it is compiled once.
     """
     attn = layer.self_attn
 
-    def attend(normed: Tensor) -> Tuple[Tensor, LayerTrace]:
+    def attend(normed: Tensor) -> Tuple[Tensor, None]:
         q, k, v = attn.project(normed, normed.size(1))
         put(keys, k, column, 2)
         put(values, v, column, 2)
         seen = (keys[:, :, looked_at], values[:, :, looked_at])
         span = attn.config.span
-        attended = cached_attention(q, *seen, bias, query, oldest, looked_at.start, span, need_normalizer)
-        return attn.merge_heads(attended.output), LayerTrace(*attended)
+        attended = cached_attention(q, *seen, bias, query, oldest, looked_at.start, span, record is not None)
+        if record is not None:
+            put(record.outputs, attended.output, column, 2)
+            put(record.normalizers, attended.normalizer, column, 2)
+        return attn.merge_heads(attended.output), None
 
-    return layer.around(x, attend)
+    return layer.around(x, attend)[0]

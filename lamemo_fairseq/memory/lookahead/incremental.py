@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...attention import BACKENDS, Attended
 from ...positions import PositionEncoding
-from ..incremental import LayerTrace, SegmentCache, put
+from ..incremental import Record, SegmentCache, put
 from .windows import WINDOWS
 
 
@@ -24,7 +24,6 @@ class LookaheadCache(SegmentCache):
     normalizers: List[Tensor] = field(default_factory=list)  # a layer but the last: [B, H, M + N]
 
     columns: ClassVar[Dict[str, int]] = {"embeddings": 1, "outputs": 2, "normalizers": 2}
-    needs_normalizers: ClassVar[bool] = True
 
     @classmethod
     def empty(cls, memory: Any, rows: int, segment_length: int, like: Tensor) -> "LookaheadCache":
@@ -92,7 +91,5 @@ class LookaheadCache(SegmentCache):
     def record_embeddings(self, embeddings: Tensor, column: Tensor) -> None:
         put(self.embeddings[0], embeddings, column, 1)
 
-    def record(self, layer: int, trace: LayerTrace, column: Tensor) -> None:
-        if layer < len(self.outputs):
-            put(self.outputs[layer], trace.output, column, 2)
-            put(self.normalizers[layer], trace.normalizer, column, 2)
+    def record(self, layer: int) -> Optional[Record]:
+        return Record(self.outputs[layer], self.normalizers[layer]) if layer < len(self.outputs) else None
