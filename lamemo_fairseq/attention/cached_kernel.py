@@ -24,8 +24,8 @@ NEVER = tl.constexpr(-1e30)  # below every score, and unlike -inf safe to subtra
 @triton.jit
 def _partial(
     qkv_ptr, k_ptr, v_ptr, content_ptr, position_ptr, table_ptr, column_ptr, oldest_ptr, acc_ptr, top_ptr, sum_ptr,
-    scale, heads, columns, row_stride, head_stride, distance_stride, share,
-    D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr,
+    heads, columns, row_stride, head_stride, distance_stride, share,
+    scale: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     bh, split = tl.program_id(0), tl.program_id(1)
     b, h = bh // heads, bh % heads
@@ -68,8 +68,8 @@ def _partial(
 def _join(
     qkv_ptr, k_ptr, v_ptr, content_ptr, position_ptr, table_ptr, column_ptr, acc_ptr, top_ptr, sum_ptr,
     out_ptr, record_ptr, normalizer_ptr,
-    scale, heads, columns, row_stride, head_stride, distance_stride,
-    D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, RECORD: tl.constexpr,
+    heads, columns, row_stride, head_stride, distance_stride,
+    scale: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(0)
     b, h = bh // heads, bh % heads
@@ -135,13 +135,14 @@ def cached_attention(
     acc = torch.empty(rows * heads * splits, wide, device=qkv.device, dtype=torch.float32)
     top, total = acc.new_empty(rows * heads * splits), acc.new_empty(rows * heads * splits)
     out = qkv.new_empty(rows, heads * size)
-    sizes = (1 / math.sqrt(size), heads, columns, qkv.stride(0), table.stride(0), table.stride(1))
+    sizes = (heads, columns, qkv.stride(0), table.stride(0), table.stride(1))
+    scale = 1 / math.sqrt(size)
     given = (qkv, keys, values, bias.content, bias.position, table, column)
     _partial[(rows * heads, splits)](
-        *given, oldest, acc, top, total, *sizes, share, D=size, BD=wide, S=splits, BLOCK_C=BLOCK
+        *given, oldest, acc, top, total, *sizes, share, scale=scale, D=size, BD=wide, S=splits, BLOCK_C=BLOCK
     )
     kept = (keys, keys) if record is None else (record.outputs, record.normalizers)
     _join[(rows * heads,)](
-        *given, acc, top, total, out, *kept, *sizes, D=size, BD=wide, S=splits, RECORD=record is not None
+        *given, acc, top, total, out, *kept, *sizes, scale=scale, D=size, BD=wide, S=splits, RECORD=record is not None
     )
     return out
