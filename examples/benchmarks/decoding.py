@@ -4,7 +4,8 @@
     python examples/benchmarks/decoding.py --device cuda --batch 1 64 # in bfloat16, steps replayed as graphs
 
 First both ways must agree. Recomputing is measured for the memory alone (M + 1 rows a token, as the authors' code
-generates) and for memory and segment (M + N/2 rows in the mean), which gives the very outputs of the cache. The model has the released enwik8 sizes and random weights: speed does not depend on them.
+generates) and for memory and segment (M + N/2 rows in the mean), which gives the very outputs of the cache. The
+model has the released enwik8 sizes and random weights: speed does not depend on them.
 """
 
 import argparse
