@@ -49,7 +49,7 @@ echo "== $step"
 prompt="The statement"
 echo "$prompt" | python preprocess/byte_lines.py |
     fairseq-interactive "$work/data-bin" "${task[@]}" --path "$work/lamemo_lm/checkpoint_best.pt" \
-        --sampling --sampling-topp 0.9 --beam 1 --max-len-a 1 --max-len-b 150 --min-len 100 --seed 1 \
+        --sampling --sampling-topp 0.9 --beam 1 --max-len-b 150 --min-len 100 --seed 1 \
         >"$work/continuation.log" 2>&1 || { tail -n 20 "$work/continuation.log"; false; }
 echo "LaMemo goes on from \"$prompt\":"
 grep -P "^D-\d+\t" "$work/continuation.log" | cut -f3 | python preprocess/byte_lines.py --decode

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from fairseq_cli import eval_lm, generate, interactive, train, validate
+from fairseq_cli import eval_lm, interactive, train, validate
 
 from .helpers import TASK, run_command, write_data
 
@@ -173,19 +173,6 @@ def test_neither_validation_nor_stops_over_several_epochs_change_a_weight(arch, 
     assert whole["extra_state"]["train_iterator"]["epoch"] == 3
     for name, weight in whole["model"].items():
         assert torch.equal(weight, parts["model"][name]), name
-
-
-def test_generate_has_no_prompts_and_says_what_has(data, checkpoints):
-    with pytest.raises(NotImplementedError, match="fairseq-interactive"):
-        run_command(
-            generate.cli_main,
-            data,
-            *TASK,
-            "--path",
-            checkpoints / "lamemo_lm" / "checkpoint_last.pt",
-            "--batch-size",
-            2,
-        )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..modules import SelfAttention
 from ..positions import PositionEncoding
 from ..registry import Registry
+from .incremental import SegmentCache
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Memory(nn.Module, Generic[State]):
 
     attention: ClassVar[Type[SelfAttention]] = SelfAttention
     state: ClassVar[Type[MemoryState]] = MemoryState
+    cache: ClassVar[Type[SegmentCache]] = SegmentCache  # what token-by-token decoding keeps
     looks_ahead: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
 

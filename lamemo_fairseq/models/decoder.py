@@ -8,7 +8,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 from fairseq.data import Dictionary
-from fairseq.models import FairseqDecoder
+from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor, nn
 
 from ..data.position import SegmentPosition
@@ -17,12 +17,13 @@ from ..modules import AttentionConfig, DecoderLayer, LayerConfig
 from ..modules.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from ..positions import POSITIONS, PositionConfig
 from .config import MemoryLanguageModelConfig, check, cutoffs
+from .incremental import DecodingState
 
 # Generation and scoring cut long inputs into segments themselves, so nothing has to be truncated.
 UNLIMITED = 10**9
 
 
-class MemoryDecoder(FairseqDecoder):
+class MemoryDecoder(FairseqIncrementalDecoder):
     """A decoder whose memory and positions are chosen by name.
 
     Args:
@@ -91,6 +92,7 @@ class MemoryDecoder(FairseqDecoder):
         # fairseq's moving average leaves alone what has "version" in its name, and fails on other integers.
         self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
         self._initialize()
+        self.for_inference = False  # whether fairseq has prepared the model for it
 
     def forward(
         self,
@@ -98,6 +100,7 @@ class MemoryDecoder(FairseqDecoder):
         src_lengths: Optional[Tensor] = None,
         position: Optional[SegmentPosition] = None,
         encoder_out: Any = None,
+        incremental_state: Optional[Dict[str, Any]] = None,
     ) -> Tuple[Tensor, None]:
         """Scores of the word after each token, or with an adaptive softmax the features that it takes.
 
@@ -107,11 +110,13 @@ class MemoryDecoder(FairseqDecoder):
             position: which streams the rows belong to and where in them. The model then reads and keeps their
                 memory. None takes each row as a whole text of any length, read from an empty memory.
             encoder_out: not used; fairseq's generator passes it.
+            incremental_state: what has been read of *src_tokens* before. Only the tokens beyond are read, and scored:
+                N is their number.
 
         Returns:
             Scores ``[B, N, V]`` (features ``[B, N, d]``), and None as language models have nothing else to report.
         """
-        features, _ = self.extract_features(src_tokens, src_lengths, position)
+        features, _ = self.extract_features(src_tokens, src_lengths, position, incremental_state)
         return self.output_layer(features), None
 
     def extract_features(
@@ -119,6 +124,7 @@ class MemoryDecoder(FairseqDecoder):
         src_tokens: Tensor,
         src_lengths: Optional[Tensor] = None,
         position: Optional[SegmentPosition] = None,
+        incremental_state: Optional[Dict[str, Any]] = None,
         **unused: Any,
     ) -> Tuple[Tensor, None]:
         """The last layer's rows ``[B, N, d]`` after the final dropout; arguments as for `forward`.
@@ -128,6 +134,14 @@ class MemoryDecoder(FairseqDecoder):
             DivergenceError: in evaluation, a row is not finite. (In training, asking would make the host wait for the
                 device; there the task watches the loss.)
         """
+        if incremental_state is not None:
+            decoding = self.decoding_state(incremental_state)
+            if decoding is None:
+                decoding = DecodingState(self, src_tokens.size(0))
+                self.set_decoding_state(incremental_state, decoding)
+            new = src_tokens[:, decoding.seen :]
+            decoding.seen = src_tokens.size(1)
+            return decoding.read(new), None
         if position is not None:
             lengths = src_lengths if position.ragged else None
             features, state = self.step(src_tokens, self.streams.read(position, self.training), lengths)
@@ -161,6 +175,20 @@ class MemoryDecoder(FairseqDecoder):
         before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
         x, after = self.memory(x, before, self.layers, self.positions, lengths)
         return self.dropout(x), after
+
+    def decoding_state(self, incremental_state: Dict[str, Any]) -> Optional[DecodingState]:
+        """What this model has read of a batch, None if nothing yet."""
+        return self.get_incremental_state(incremental_state, "decoding")
+
+    def set_decoding_state(self, incremental_state: Dict[str, Any], decoding: DecodingState) -> None:
+        """Let decoding with *incremental_state* go on from what has been read."""
+        self.set_incremental_state(incremental_state, "decoding", decoding)
+
+    def reorder_incremental_state(self, incremental_state: Dict[str, Any], new_order: Tensor) -> None:
+        """Row i goes on from what row ``new_order[i]`` has read."""
+        decoding = self.decoding_state(incremental_state)
+        if decoding is not None:
+            decoding.reorder(new_order)
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Scores ``[B, N, V]`` of features ``[B, N, d]``; an adaptive softmax leaves them as they are."""

@@ -4,7 +4,7 @@ Shapes: B streams, R rows going in, Q rows coming out, d model width.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable
 
 from fairseq import utils
 from torch import Tensor, nn
@@ -61,8 +61,16 @@ class DecoderLayer(nn.Module):
         return self._forward(rows, *attention_args)
 
     def _forward(self, rows: Tensor, *attention_args: Any) -> tuple[Tensor, Any]:
+        return self.around(rows, lambda normed: self.self_attn(normed, *attention_args))
+
+    def attention_input(self, rows: Tensor) -> Tensor:
+        """What the attention is given of ``rows [B, R, d]``."""
+        return self.self_attn_layer_norm(rows) if self.config.normalize_before else rows
+
+    def around(self, rows: Tensor, attend: Callable[[Tensor], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+        """The layer with another attention: *attend* gets its input and returns what `forward` expects of it."""
         before = self.config.normalize_before
-        attended, carried = self.self_attn(self.self_attn_layer_norm(rows) if before else rows, *attention_args)
+        attended, carried = attend(self.attention_input(rows))
         x = rows[:, rows.size(1) - attended.size(1) :] + self.dropout(attended)
         if not before:
             x = self.self_attn_layer_norm(x)

@@ -8,15 +8,7 @@ from typing import Any, ClassVar, Dict, List, Optional, Tuple
 import torch
 from fairseq import utils
 from fairseq.data import (
-    AppendTokenDataset,
     Dictionary,
-    IdDataset,
-    ListDataset,
-    NestedDictionaryDataset,
-    NumelDataset,
-    PadDataset,
-    PrependTokenDataset,
-    StripTokenDataset,
 )
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -28,6 +20,7 @@ from ..data.iterator import SegmentBatchIterator
 from ..data.segments import SegmentDataset
 from ..data.streams import TokenSequence
 from ..faults import LossWatch, retry_out_of_memory
+from ..generation import PromptDataset, PromptGenerator, StreamingScorer
 from ..host.options import launched_ranks
 from ..host.ranks import several_ranks, sum_eval_lm
 from ..host.training import stop_where_the_run_has_ended
@@ -162,9 +155,16 @@ class SegmentLanguageModelingTask(FairseqTask):
 
         ``max_sentences`` is the number of streams a rank; without it, as many as ``max_tokens`` holds
         segments, in evaluation no more than leave each stream its context. Options about sizes,
-        shuffling and remainders do not apply to streams.
+        shuffling and remainders do not apply to streams. For fairseq-generate, the lines of the split as prompts.
         """
+        as_streams = kwargs.pop("as_streams", False)
+        if isinstance(dataset, SegmentDataset) and not as_streams and getattr(self._decoder, "for_inference", False):
+            # Of the commands that prepare a model for inference, fairseq-generate alone comes here: it wants prompts.
+            dataset = PromptDataset(dataset.tokens.lines, self.dictionary, with_end=True)
         if not isinstance(dataset, SegmentDataset):  # prompts and texts to score
+            if max_tokens is not None:  # a text is read in parts, so that a long one is a batch of its own
+                max_tokens = max([max_tokens, *map(int, dataset.sizes)])
+            kwargs["required_batch_size_multiple"] = 1  # with another, fairseq drops texts at the end
             return super().get_batch_iterator(
                 dataset,
                 max_tokens=max_tokens,
@@ -295,23 +295,28 @@ class SegmentLanguageModelingTask(FairseqTask):
             shard_id=shard_id,
             num_workers=num_workers,
             data_buffer_size=data_buffer_size,
+            as_streams=True,
         ).next_epoch_itr(shuffle=False)
 
-    def build_dataset_for_inference(self, src_tokens: Any, src_lengths: Any, **kwargs: Any) -> NestedDictionaryDataset:
+    def build_dataset_for_inference(self, src_tokens: Any, src_lengths: Any, **kwargs: Any) -> PromptDataset:
         """Whole texts to score or continue, each read from an empty memory after an end-of-sentence token."""
-        pad, eos = self.dictionary.pad(), self.dictionary.eos()
-        texts = StripTokenDataset(ListDataset(src_tokens, src_lengths), eos)
-        sources = PrependTokenDataset(texts, eos)
-        return NestedDictionaryDataset(
-            {
-                "id": IdDataset(),
-                "net_input": {
-                    "src_tokens": PadDataset(sources, pad_idx=pad, left_pad=False),
-                    "src_lengths": NumelDataset(sources, reduce=False),
-                },
-                "target": PadDataset(AppendTokenDataset(texts, pad), pad_idx=pad, left_pad=False),
-            },
-            sizes=[torch.as_tensor(src_lengths).numpy()],
+        return PromptDataset(src_tokens, self.dictionary)
+
+    def build_generator(
+        self,
+        models: Any,
+        args: Any,
+        seq_gen_cls: Any = None,
+        extra_gen_cls_kwargs: Any = None,
+        prefix_allowed_tokens_fn: Any = None,
+    ) -> Any:
+        """A generator that reads prompts into the memory first, or with ``score_reference`` a scorer."""
+        if getattr(args, "score_reference", False):
+            return StreamingScorer(self.target_dictionary)
+        if getattr(args, "print_alignment", None):
+            raise ValueError("--print-alignment is for translation: a language model aligns nothing")
+        return super().build_generator(
+            models, args, seq_gen_cls or PromptGenerator, extra_gen_cls_kwargs, prefix_allowed_tokens_fn
         )
 
     def inference_step(
@@ -320,14 +325,8 @@ class SegmentLanguageModelingTask(FairseqTask):
         """Continue the texts of a batch."""
         if constraints is not None:
             raise NotImplementedError("--constraints is for translation: a language model takes a prompt instead")
-        if "position" in sample["net_input"]:
-            raise NotImplementedError(
-                "a split of streams has no prompts to continue: give prompts to fairseq-interactive --input FILE"
-            )
-        if prefix_tokens is None and sample["net_input"]["src_tokens"].nelement():
-            prefix_tokens = sample["net_input"]["src_tokens"][:, 1:]  # without the leading eos
         with torch.no_grad():
-            return generator.generate(models, sample, prefix_tokens=prefix_tokens, bos_token=self.dictionary.eos())
+            return generator.generate(models, sample, prefix_tokens=prefix_tokens)
 
     def _update_freq(self, epoch: int) -> int:
         every = self.cfg.update_freq

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Memory, MemoryState
+from ..incremental import SegmentCache
+from .incremental import EmptyCache
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class EmptyMemory(Memory[EmptyState]):
     """The row of the tables without memory."""
 
     state: ClassVar[Type[MemoryState]] = EmptyState
+    cache: ClassVar[Type[SegmentCache]] = EmptyCache
     remembers: ClassVar[bool] = False
 
     def initial_state(self, x: Tensor) -> EmptyState:

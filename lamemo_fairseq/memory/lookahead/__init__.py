@@ -7,16 +7,19 @@ Shapes: B streams, N current tokens, m <= M memory slots, H heads, D size of a h
 """
 
 from dataclasses import dataclass
-from typing import Callable, ClassVar, Dict, Optional, Sequence, Tuple, Type
+from typing import ClassVar, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
 
-from ...attention import Attended, LookaheadWindow, RelativeBias
+from ...attention import Attended, RelativeBias
 from ...modules import SelfAttention
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Memory, MemoryConfig, MemoryState, last_rows
+from ..incremental import SegmentCache
 from .attention import LookaheadSelfAttention
+from .incremental import LookaheadCache
+from .windows import WINDOWS
 
 
 @dataclass(frozen=True)
@@ -28,25 +31,13 @@ class LookaheadState(MemoryState):
     normalizers: Tuple[Tensor, ...]  # a layer: [B, H, m], logsumexp of the scores, float32 or wider
 
 
-def right_window(slots: int, current: int) -> LookaheadWindow:
-    """Keys to the right of a slot, but those it met in earlier segments: the last ``min(m, N)``."""
-    return LookaheadWindow(first=slots - min(slots, current) + 1, both_sides=False)
-
-
-def full_window(slots: int, current: int) -> LookaheadWindow:
-    """The same keys, on both sides of a slot (the paper's ablation)."""
-    return LookaheadWindow(first=slots - min(slots, current) + 1, both_sides=True)
-
-
-WINDOWS: Dict[str, Callable[[int, int], LookaheadWindow]] = {"right": right_window, "full": full_window}
-
-
 @MEMORIES.register("lookahead")
 class LookaheadMemory(Memory[LookaheadState]):
     """Refreshes every slot once a segment."""
 
     attention: ClassVar[Type[SelfAttention]] = LookaheadSelfAttention
     state: ClassVar[Type[MemoryState]] = LookaheadState
+    cache: ClassVar[Type[SegmentCache]] = LookaheadCache
     looks_ahead: ClassVar[bool] = True
 
     def __init__(self, config: MemoryConfig):

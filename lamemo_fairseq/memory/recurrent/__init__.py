@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Memory, MemoryState, last_rows
+from ..incremental import SegmentCache
+from .incremental import RecurrentCache
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class RecurrentMemory(Memory[RecurrentState]):
     """Segment-level recurrence."""
 
     state: ClassVar[Type[MemoryState]] = RecurrentState
+    cache: ClassVar[Type[SegmentCache]] = RecurrentCache
 
     def initial_state(self, x: Tensor) -> RecurrentState:
         return RecurrentState((x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers)

@@ -1,0 +1,137 @@
+"""Decoding with a cached memory against recomputing the memory for every token, in one run.
+
+    python examples/benchmarks/decoding.py                            # on the CPU
+    python examples/benchmarks/decoding.py --device cuda --batch 1 64 # in bfloat16, steps replayed as graphs
+
+First both ways must agree. Recomputing is measured for the memory alone (M + 1 rows a token, as the authors' code
+generates) and for memory and segment (M + N/2 rows in the mean), which gives the very outputs of the cache. The
+model has the released enwik8 sizes and random weights: speed does not depend on them.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from fairseq.data import Dictionary
+
+from lamemo_fairseq.generation.sampler import Sampler, draw
+from lamemo_fairseq.models.config import MemoryLanguageModelConfig
+from lamemo_fairseq.models.decoder import MemoryDecoder
+from lamemo_fairseq.models.incremental import DecodingState
+from lamemo_fairseq.models.language_models import MemoryLanguageModel
+from lamemo_fairseq.models.presets import SETTINGS
+
+WORDS = 208
+MEMORIES = {"lookahead": "disentangled", "recurrent": "transformer-xl"}
+
+
+def build(memory: str, length: int) -> MemoryLanguageModel:
+    sizes = {**SETTINGS["enwik8"], "mem_len": length, "preset_tokens_per_sample": length}
+    dictionary = Dictionary()
+    for i in range(WORDS - len(dictionary)):
+        dictionary.add_symbol(str(i))
+    torch.manual_seed(1)
+    cfg = MemoryLanguageModelConfig(
+        memory=memory, position_encoding=MEMORIES[memory], tokens_per_sample=length, **sizes
+    )
+    return MemoryLanguageModel(MemoryDecoder(cfg, dictionary)).eval()
+
+
+def synchronized() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def filled(model: MemoryLanguageModel, tokens: torch.Tensor) -> DecodingState:
+    state = DecodingState(model.decoder, len(tokens))
+    state.read(tokens)
+    return state
+
+
+def disagreement(model: MemoryLanguageModel, tokens: torch.Tensor) -> float:
+    """Largest difference of features over the next segment: token by token against the pass over it."""
+    length = model.decoder.segment_length
+    state, memory = filled(model, tokens[:, : 2 * length]), None
+    for segment in tokens.split(length, dim=1):
+        expected, memory = model.decoder.step(segment, memory)
+    found = [state.read(tokens[:, i : i + 1]) for i in range(2 * length, 3 * length)]
+    return float((torch.cat(found, dim=1) - expected).abs().max())
+
+
+def recomputing(model: MemoryLanguageModel, tokens: torch.Tensor, count: int, again: int) -> float:
+    """Tokens/s of a batch where each token refreshes the whole memory, and passes again with *again* others before it.
+
+    With 0 as the authors' code generates, M + 1 rows a token through all layers; with the segment's tokens so far
+    it gives what the cached way gives.
+    """
+    memory = None
+    for segment in tokens.split(model.decoder.segment_length, dim=1):
+        _, memory = model.decoder.step(segment, memory)
+    seconds = []
+    for _ in range(count + 1):
+        start = synchronized()
+        features, _ = model.decoder.step(tokens[:, : again + 1], memory)
+        scores = model.decoder.output_layer(features[:, -1:])
+        draw(model.get_normalized_probs((scores, None), True)[:, 0], top_p=0.95)
+        seconds.append(synchronized() - start)
+    return len(tokens) / statistics.median(seconds[1:])
+
+
+def cached(model: MemoryLanguageModel, tokens: torch.Tensor, segments: int, compiled: bool) -> list[float]:
+    """Tokens/s of a batch in each of some successive segments, the refresh included."""
+    state = filled(model, tokens[:, :-1])
+    sampler = Sampler(model, state, choose=lambda p: draw(p, top_p=0.95), compiled=compiled)
+    length, last, rates = model.decoder.segment_length, tokens[:, -1], []
+    last = sampler(last, length)[:, -1]  # records the graphs
+    size = state.cache.size()
+    for _ in range(segments):
+        start = synchronized()
+        last = sampler(last, length)[:, -1]
+        rates.append(len(tokens) * length / (synchronized() - start))
+    assert state.cache.size() == size
+    print(f"  cache: {size / 2**20 / len(tokens):.1f} MiB a row, the same after {segments} more segments")
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--length", type=int, default=512, help="memory M and segment N")
+    parser.add_argument("--segments", type=int, default=4)
+    parser.add_argument("--compile", action="store_true", help="compile the layers as well")
+    args = parser.parse_args()
+    on_gpu = args.device == "cuda"
+    machine = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}, enwik8 sizes, M = N = {args.length}", flush=True)
+    for memory in MEMORIES:
+        model = build(memory, args.length).to(args.device)
+        tokens = torch.randint(4, WORDS, (2, 3 * args.length), device=args.device)
+        error = disagreement(model, tokens)
+        assert error < 1e-3, f"{memory}: cached and recomputed features differ by {error}"
+        print(f"{memory}: both ways agree to {error:.1e} in float32", flush=True)
+        model = model.bfloat16() if on_gpu else model
+        for batch in args.batch:
+            tokens = torch.randint(4, WORDS, (batch, 2 * args.length), device=args.device)
+            count = 20 if on_gpu else 5
+            slow = recomputing(model, tokens, count, 0), recomputing(model, tokens, count, args.length // 2)
+            rates = cached(model, tokens, args.segments, args.compile)
+            rate = statistics.median(rates)
+            print(
+                f"  batch {batch}: cached {rate:,.0f} tokens/s ({', '.join(f'{r:,.0f}' for r in rates)} by segment)\n"
+                f"    recomputing the memory: {slow[0]:,.1f} tokens/s, ratio {rate / slow[0]:.1f}\n"
+                f"    and the half segment before: {slow[1]:,.1f} tokens/s, ratio {rate / slow[1]:.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

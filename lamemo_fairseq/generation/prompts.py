@@ -1,0 +1,66 @@
+"""Texts to continue or to score, as fairseq's generator and scorer are given them."""
+
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
+import torch
+from fairseq.data import Dictionary, FairseqDataset, data_utils
+from torch import Tensor
+
+
+class PromptDataset(FairseqDataset):
+    """Each text after an end-of-sentence token, on its own.
+
+    Texts of any length, with end-of-sentence tokens anywhere in them; one at the very end is what fairseq's
+    dictionaries add to a line, and is left out.
+
+    Args:
+        texts: word ids, one tensor a text.
+        dictionary: the words.
+        with_end: whether an end-of-sentence token after each text is among the targets.
+    """
+
+    def __init__(self, texts: Sequence[Tensor], dictionary: Dictionary, with_end: bool = False):
+        super().__init__()
+        self.with_end = with_end
+        self.texts = texts
+        self.pad, self.eos = dictionary.pad(), dictionary.eos()
+        self.sizes = np.array([len(self._text(i)) + 1 for i in range(len(texts))], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        text = self._text(index)
+        return {"id": index, "source": torch.cat([text.new_tensor([self.eos]), text])}
+
+    def collater(self, samples: List[Dict[str, Any]], pad_to_length: Optional[int] = None) -> Dict[str, Any]:
+        """A batch: ``src_tokens [B, L]`` padded on the right, and as targets the same without the first token."""
+        if not samples:
+            return {}
+        source = data_utils.collate_tokens([s["source"] for s in samples], self.pad, pad_to_length=pad_to_length)
+        lengths = torch.tensor([len(s["source"]) for s in samples])
+        target = torch.cat([source[:, 1:], source.new_full((len(source), 1), self.pad)], dim=1)
+        if self.with_end:
+            target[torch.arange(len(source)), lengths - 1] = self.eos
+        return {
+            "id": torch.tensor([s["id"] for s in samples]),
+            "nsentences": len(samples),
+            "ntokens": int(target.ne(self.pad).sum()),
+            "net_input": {"src_tokens": source, "src_lengths": lengths},
+            "target": target,
+        }
+
+    def num_tokens(self, index: int) -> int:
+        return int(self.sizes[index])
+
+    def size(self, index: int) -> int:
+        return int(self.sizes[index])
+
+    def ordered_indices(self) -> Any:
+        """Similar lengths together, the longest first: what does not fit fails at once."""
+        return np.argsort(-self.sizes, kind="stable")
+
+    def _text(self, index: int) -> Tensor:
+        text = torch.as_tensor(self.texts[index]).long()
+        return text[:-1] if len(text) > 0 and text[-1] == self.eos else text

@@ -1,0 +1,71 @@
+"""Log-probabilities of texts of any length, streamed through memory.
+
+Shapes: B rows, L tokens of the longest, k tokens at a time.
+"""
+
+import math
+from typing import Any, Dict, Iterator, List, Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.incremental import TOKENS_AT_ONCE, DecodingState
+from .progress import counter
+
+
+def stream_log_probs(
+    model: Any, state: DecodingState, tokens: Tensor, target: Tensor, lengths: Sequence[int]
+) -> Iterator[Tensor]:
+    """Read ``tokens [B, L]`` into *state*, of each row as many as *lengths* says.
+
+    Yields:
+        Log-probabilities ``[B, k]`` of *target*, in float32 or wider; those beyond a row's length mean nothing.
+    """
+    for start in range(0, max(lengths), TOKENS_AT_ONCE):
+        part = slice(start, min(start + TOKENS_AT_ONCE, max(lengths)))
+        left = [min(max(n - start, 0), part.stop - start) for n in lengths]
+        features = state.read(tokens[:, part], left)
+        words = target[:, part]
+        probs = model.get_normalized_probs((state.decoder.output_layer(features), None), True, {"target": words})
+        yield probs.gather(-1, words.unsqueeze(-1)).squeeze(-1)
+
+
+class StreamingScorer:
+    """fairseq's `SequenceScorer`, but a text's length costs no memory.
+
+    Args:
+        dictionary: the words.
+    """
+
+    def __init__(self, dictionary: Any):
+        self.pad, self.eos = dictionary.pad(), dictionary.eos()
+        self.symbols_to_strip_from_output = {self.eos}
+
+    @torch.no_grad()
+    def generate(self, models: Sequence[Any], sample: Dict[str, Any], **kwargs: Any) -> List[List[Dict[str, Any]]]:
+        """Score the batch's targets; several models are averaged as fairseq averages them."""
+        source, target = sample["net_input"]["src_tokens"], sample["target"]
+        counts = target.ne(self.pad).sum(1).tolist()
+        logs = []
+        for model in models:
+            model.eval()
+            state = DecodingState(model.decoder, len(source))
+            with counter(max(counts), "scored") as bar:
+                parts = [target.new_zeros(len(target), 0, dtype=torch.float32)]
+                for part in stream_log_probs(model, state, source, target, counts):
+                    parts.append(part)
+                    bar.update(part.size(1))
+            logs.append(torch.cat(parts[1:] or parts, dim=1))
+        together = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
+        return [
+            [
+                {
+                    "tokens": target[row, :count],
+                    "score": together[row, :count].sum() / max(count, 1),
+                    "attention": None,
+                    "alignment": None,
+                    "positional_scores": together[row, :count],
+                }
+            ]
+            for row, count in enumerate(counts)
+        ]

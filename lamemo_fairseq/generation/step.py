@@ -1,0 +1,47 @@
+"""A layer's step for one new token a row, by the fastest means there are."""
+
+from typing import Any, Callable, Optional
+
+from torch import Tensor
+
+from ..attention import RelativeBias
+from ..memory.incremental import Record
+from ..models.incremental import DecodingState, layer_step
+
+
+def fastest_step(state: DecodingState) -> Callable[..., Tensor]:
+    """The kernel's where Triton is installed and the positions are sinusoids, else the plain one."""
+    bias = state.biases[0]
+    sinusoids = bias.table is not None and bias.position is not None and bias.score is None
+    if not sinusoids or state.decoder.layers[0].self_attn.config.span is not None:
+        return layer_step
+    try:
+        from ..attention import cached_kernel  # noqa: F401  (whether Triton is there)
+    except ImportError:
+        return layer_step
+    return kernel_step
+
+
+def kernel_step(
+    layer: Any,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    column: Tensor,
+    looked_at: slice,
+    bias: RelativeBias,
+    query: Tensor,
+    oldest: Tensor,
+    record: Optional[Record],
+) -> Tensor:
+    """As `layer_step`, for one new token a row."""
+    from ..attention.cached_kernel import cached_attention
+
+    attn = layer.self_attn
+
+    def attend(normed: Tensor) -> tuple[Tensor, None]:
+        qkv = attn.qkv_proj(normed)[:, 0]
+        output = cached_attention(qkv, keys, values, bias, query[:, 0], oldest, looked_at.stop, record)
+        return attn.out_proj(output.unsqueeze(1)), None
+
+    return layer.around(x, attend)[0]

@@ -1,0 +1,151 @@
+"""What token-by-token decoding keeps: keys and values of the slots and of the segment's tokens so far.
+
+Every row has its own place in its segment, so that prompts of any lengths share a batch. Column c of a buffer
+holds a slot if c < M and the segment's token c - M otherwise; slots stand next to the tokens, at the right end of
+the first M columns. Buffers are written in place and never grow, so that a step can be replayed as a graph.
+
+Shapes: B rows, N tokens of a segment, m <= M memory slots, H heads, D size of a head, d model width, k new tokens.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..positions import PositionEncoding
+
+
+class Place(NamedTuple):
+    """Where one row stands."""
+
+    tokens: int = 0  # of its segment that it has read, less than N
+    slots: int = 0  # m
+    open: bool = False  # whether the slots are ready for this segment
+
+
+class Record(NamedTuple):
+    """Where a layer writes what the next refresh needs of the tokens."""
+
+    outputs: Tensor  # [B, H, M + N, D], read-outs before the output projection
+    normalizers: Tensor  # [B, H, M + N]
+
+
+@dataclass
+class SegmentCache:
+    """Base of all caches, and the whole of one whose slots are frozen.
+
+    A memory that refreshes its slots overrides `open`, and `record` for what the refresh needs of the tokens.
+    """
+
+    keys: List[Tensor]  # a layer: [B, H, M + N, D]
+    values: List[Tensor]
+    tokens: Tensor  # [B] int64, as in `places`
+    slots: Tensor  # [B] int64, as in `places`
+    places: List[Place] = field(default_factory=list)
+
+    # Fields besides keys and values with one column a slot or token, and the dimension of the columns.
+    columns: ClassVar[Dict[str, int]] = {}
+
+    @classmethod
+    def empty(cls, memory: Any, rows: int, segment_length: int, like: Tensor) -> "SegmentCache":
+        """The cache of *rows* texts of which nothing has been read; *like* gives device and dtype."""
+        config = memory.config
+        size = (rows, config.heads, config.mem_len + segment_length, config.head_dim)
+        return cls(
+            keys=[like.new_zeros(size) for _ in range(config.layers)],
+            values=[like.new_zeros(size) for _ in range(config.layers)],
+            tokens=torch.zeros(rows, dtype=torch.int64, device=like.device),
+            slots=torch.zeros(rows, dtype=torch.int64, device=like.device),
+            places=[Place()] * rows,
+        )
+
+    def open(
+        self,
+        rows: Optional[Tensor],
+        slots: int,
+        first: Tensor,
+        memory: Any,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        segment_length: int,
+    ) -> None:
+        """Make the slots ready for a new segment.
+
+        Args:
+            rows: ``[b]`` the rows that begin one, None for all.
+            slots: m, at least 1, the same for all of them.
+            first: ``[b, 1, d]`` the segments' first embeddings.
+        """
+
+    def record_embeddings(self, embeddings: Tensor, column: Tensor) -> None:
+        """Keep what the next refresh needs of new embeddings ``[B, k, d]``, at columns ``[B, k]``."""
+
+    def record(self, layer: int) -> Optional[Record]:
+        """The buffers that a layer records the tokens' read-outs in, None if nothing needs them."""
+        return None
+
+    def close(self, rows: Optional[Tensor], mem_len: int) -> None:
+        """The segment of *rows* is full: its last columns become the slots."""
+        for dim, buffers in ((2, self.keys), (2, self.values), *self._recorded()):
+            for buffer in buffers:
+                some = buffer if rows is None else buffer[rows]
+                kept = some.narrow(dim, buffer.size(dim) - mem_len, mem_len).clone()
+                place = buffer.narrow(dim, 0, mem_len)
+                place.copy_(kept) if rows is None else place.index_copy_(0, rows, kept)
+
+    def advance(self, counts: Sequence[int], mem_len: int, segment_length: int) -> None:
+        """Row b has read ``counts[b]`` more tokens; segments that are full are closed."""
+        full = [b for b, count in enumerate(counts) if self.places[b].tokens + count == segment_length]
+        if full:
+            self.close(self.index(full), mem_len)
+        for b, count in enumerate(counts):
+            place = self.places[b]
+            if place.tokens + count == segment_length:
+                self.places[b] = Place(0, min(mem_len, place.slots + segment_length), False)
+            elif count:
+                self.places[b] = place._replace(tokens=place.tokens + count)
+        self.sync()
+
+    def sync(self) -> None:
+        """Bring the device's places in line with the host's."""
+        self.tokens.copy_(torch.tensor([p.tokens for p in self.places]))
+        self.slots.copy_(torch.tensor([p.slots for p in self.places]))
+
+    def index(self, rows: Sequence[int]) -> Optional[Tensor]:
+        """Rows as an index, None if they are all."""
+        return None if len(rows) == len(self.places) else torch.tensor(rows, device=self.tokens.device)
+
+    def reorder(self, order: Tensor) -> None:
+        """Row i goes on from what row ``order[i]`` has read; rows may be repeated and left out."""
+        rows = order.tolist()
+        if rows == list(range(len(self.places))):
+            return
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                setattr(self, f.name, value.index_select(0, order))
+            elif f.name != "places":
+                setattr(self, f.name, [t.index_select(0, order) for t in value])
+        self.places = [self.places[row] for row in rows]
+
+    def size(self) -> int:
+        """Bytes that are kept."""
+        tensors = [v for f in fields(self) for v in _tensors(getattr(self, f.name))]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _recorded(self) -> List[Any]:
+        return [(dim, _tensors(getattr(self, name))) for name, dim in self.columns.items()]
+
+
+def put(buffer: Tensor, new: Tensor, column: Tensor, dim: int) -> None:
+    """Write ``new`` into *buffer* at columns ``[B, k]`` along *dim*."""
+    shape = [1] * new.dim()
+    shape[0], shape[dim] = column.shape
+    buffer.scatter_(dim, column.view(shape).expand(new.shape), new.to(buffer.dtype))
+
+
+def _tensors(value: Any) -> List[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for t in value if isinstance(t, Tensor)]

@@ -1,0 +1,95 @@
+"""What decoding keeps of look-ahead memory, and the refresh of the slots once a segment.
+
+Shapes: B rows, b of them, N tokens of a segment, m <= M memory slots, H heads, D size of a head, d model width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Dict, List, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...attention import BACKENDS, Attended
+from ...positions import PositionEncoding
+from ..incremental import Record, SegmentCache, put
+from .windows import WINDOWS
+
+
+@dataclass
+class LookaheadCache(SegmentCache):
+    """Besides keys and values, the fields of `LookaheadState` for slots and tokens alike."""
+
+    embeddings: List[Tensor] = field(default_factory=list)  # one: [B, M + N, d]
+    outputs: List[Tensor] = field(default_factory=list)  # a layer but the last: [B, H, M + N, D]
+    normalizers: List[Tensor] = field(default_factory=list)  # a layer but the last: [B, H, M + N]
+
+    columns: ClassVar[Dict[str, int]] = {"embeddings": 1, "outputs": 2, "normalizers": 2}
+
+    @classmethod
+    def empty(cls, memory: Any, rows: int, segment_length: int, like: Tensor) -> "LookaheadCache":
+        base = SegmentCache.empty(memory, rows, segment_length, like)
+        refreshed, width = memory.config.layers - 1, memory.config.mem_len + segment_length
+        exact = torch.promote_types(like.dtype, torch.float32)
+        return cls(
+            **vars(base),
+            embeddings=[like.new_zeros(rows, width, like.size(-1))],
+            outputs=[torch.zeros_like(base.keys[0]) for _ in range(refreshed)],
+            normalizers=[base.keys[0].new_zeros(base.keys[0].shape[:-1], dtype=exact) for _ in range(refreshed)],
+        )
+
+    def open(
+        self,
+        rows: Optional[Tensor],
+        slots: int,
+        first: Tensor,
+        memory: Any,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        segment_length: int,
+    ) -> None:
+        """Refresh the slots: they depend on the memory and on the segment's first token alone."""
+        # The first token decides the refresh however long the segment will be, so it is taken to be whole.
+        window = WINDOWS[memory.config.lookahead_window](slots, segment_length)
+        mem_len = memory.config.mem_len
+        biases = positions(slots + 1, window.distances(slots), first)
+
+        def held(buffer: Tensor, dim: int) -> Tensor:
+            return (buffer if rows is None else buffer[rows]).narrow(dim, mem_len - slots, slots)
+
+        def hold(buffer: Tensor, new: Tensor) -> None:
+            place = buffer.narrow(2, mem_len - slots, slots)
+            place.copy_(new) if rows is None else place.index_copy_(0, rows, new.to(buffer.dtype))
+
+        x = torch.cat([held(self.embeddings[0], 1), first], dim=1)
+        refreshed_layers: Sequence[Any] = layers[:-1]
+        for i, (layer, bias) in enumerate(zip(refreshed_layers, biases, strict=False)):
+            attn = layer.self_attn
+            stored = Attended(held(self.outputs[i], 2), held(self.normalizers[i], 2))
+
+            def refresh(normed: Tensor, attn=attn, bias=bias, stored=stored, i=i) -> tuple[Tensor, None]:
+                q, k, v = attn.project(normed, slots + 1)
+                current = attn.causal(q[:, :, slots:], k, v, bias, need_normalizer=False)
+                ahead = slice(window.first, slots + 1)
+                refreshed = BACKENDS[attn.config.backend].lookahead_attention(
+                    q[:, :, :slots], k[:, :, ahead], v[:, :, ahead], bias.ahead, window, stored
+                )
+                for buffer, new in (
+                    (self.keys[i], k[:, :, :slots]),
+                    (self.values[i], v[:, :, :slots]),
+                    (self.outputs[i], refreshed.output),
+                    (self.normalizers[i], refreshed.normalizer),
+                ):
+                    hold(buffer, new)
+                return attn.merge_heads(torch.cat([refreshed.output, current.output], dim=2)), None
+
+            x, _ = layer.around(x, refresh)
+        last: Any = layers[-1]
+        _, k, v = last.self_attn.project(last.attention_input(x[:, :slots]), 0)
+        hold(self.keys[-1], k)
+        hold(self.values[-1], v)
+
+    def record_embeddings(self, embeddings: Tensor, column: Tensor) -> None:
+        put(self.embeddings[0], embeddings, column, 1)
+
+    def record(self, layer: int) -> Optional[Record]:
+        return Record(self.outputs[layer], self.normalizers[layer]) if layer < len(self.outputs) else None

@@ -1,0 +1,178 @@
+"""fairseq-interactive, fairseq-generate and the hub, from a checkpoint to text."""
+
+import io
+import re
+import sys
+import threading
+
+import pytest
+import sentencepiece
+import torch
+from fairseq_cli import generate, interactive, train
+
+from lamemo_fairseq.models import language_models
+
+from .helpers import TASK, dictionary_of, run_command, write_data
+from .test_commands import TRAIN, evaluate
+
+ARCHS = ["lamemo_lm", "transformer_xl_lm", "relative_transformer_lm"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), train=3000, test=300)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for arch in ARCHS:
+        run_command(
+            train.cli_main, data, *TASK, "--arch", arch, *TRAIN, "--max-update", 30, "--disable-validation",
+            "--save-dir", folder / arch,
+        )  # fmt: skip
+    return folder
+
+
+def hypotheses(text):
+    return re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", text, flags=re.MULTILINE)
+
+
+def ask(data, path, prompts, capsys, monkeypatch, *options):
+    """What fairseq-interactive answers to lines of its standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(p + "\n" for p in prompts).encode())))
+    run_command(interactive.cli_main, data, *TASK, "--path", path, *options)
+    return hypotheses(capsys.readouterr().out)
+
+
+PROMPTS = ["w3 w4", "", " ".join(f"w{i % 30}" for i in range(70)), "w1 w2 </s> w3 </s> </s> w5 w6 </s>"]
+BEST_OF = ["--buffer-size", 4, "--batch-size", 4, "--max-len-b", 20, "--min-len", 3]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--beam", 3, "--nbest", 2],
+        ["--sampling", "--beam", 2, "--nbest", 2, "--sampling-topk", 5, "--temperature", 0.7],
+        ["--sampling", "--beam", 2, "--nbest", 2, "--sampling-topp", 0.9],
+        ["--beam", 4, "--nbest", 2, "--diverse-beam-groups", 2],
+        ["--beam", 2, "--nbest", 2, "--fp16"],
+        ["--beam", 2, "--nbest", 2, "--no-repeat-ngram-size", 2],
+    ],
+    ids=["beam", "top-k", "top-p", "diverse", "fp16", "ngram"],
+)
+def test_interactive_continues_prompts_of_any_length(arch, options, data, checkpoints, capsys, monkeypatch):
+    path = checkpoints / arch / "checkpoint_last.pt"
+    found = ask(data, path, PROMPTS, capsys, monkeypatch, *BEST_OF, *options)
+    assert [int(row) for row, _, _ in found] == [0, 0, 1, 1, 2, 2, 3, 3]
+    for row, _, text in found:
+        # Words of the dictionary only: fairseq leaves end-of-sentence symbols out of what it prints.
+        prompt, words = PROMPTS[int(row)].replace("</s>", "").split(), text.split()
+        assert words[: len(prompt)] == prompt and 3 <= len(words) - len(prompt) <= 20
+
+
+def test_prompts_from_a_file_and_more_new_words_for_longer_prompts(data, checkpoints, tmp_path, capsys):
+    (tmp_path / "prompts").write_text("".join(f"{p}\n" for p in PROMPTS))
+    run_command(
+        interactive.cli_main, data, *TASK, "--path", checkpoints / "lamemo_lm" / "checkpoint_last.pt",
+        *["--input", tmp_path / "prompts", "--buffer-size", 4, "--max-tokens", 50, "--max-len-a", 1, "--max-len-b", 2],
+        *["--min-len", 2, "--unkpen", 1],
+    )  # fmt: skip
+    for row, _, text in hypotheses(capsys.readouterr().out):
+        prompt = PROMPTS[int(row)].replace("</s>", "").split()
+        assert len(prompt) + 2 <= len(text.split()) <= 2 * len(PROMPTS[int(row)].split()) + 2
+
+
+@pytest.mark.parametrize("prefix", [[], ["--prefix-size", 3]], ids=["lines", "beginnings"])
+def test_generate_continues_the_lines_of_a_split(prefix, data, checkpoints, capsys):
+    run_command(
+        generate.cli_main, data, *TASK, "--path", checkpoints / "lamemo_lm" / "checkpoint_last.pt", "--batch-size", 7,
+        *["--beam", 2, "--max-len-b", 5, *prefix],
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    lines = {int(i): line.split() for i, line in re.findall(r"^T-(\d+)\t(.*)$", text, flags=re.MULTILINE)}
+    found = hypotheses(text)
+    assert sorted(lines) == list(range(len(lines))) == sorted(int(row) for row, _, _ in found)
+    for row, _, continued in found:
+        prompt = lines[int(row)][:3] if prefix else lines[int(row)]
+        assert continued.split()[: len(prompt)] == prompt and len(continued.split()) <= len(prompt) + 5
+
+
+def test_generate_scores_the_lines_of_a_split(data, checkpoints, capsys):
+    run_command(
+        generate.cli_main, data, *TASK, "--path", checkpoints / "lamemo_lm" / "checkpoint_last.pt", "--batch-size", 7,
+        "--score-reference",
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    lines = dict(re.findall(r"^T-(\d+)\t(.*)$", text, flags=re.MULTILINE))
+    assert lines and {row: found for row, _, found in hypotheses(text)} == lines
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_hub_in_three_lines(arch, data, checkpoints):
+    model = language_models.MODELS[arch][0].from_pretrained(
+        str(checkpoints / arch), checkpoint_file="checkpoint_last.pt", data_name_or_path=str(data)
+    )
+    text = "w1 w2\nw5 " + " ".join(f"w{i % 30}" for i in range(60))
+    torch.manual_seed(1)
+    sampled = model.sample([text, ""], sampling=True, beam=1, max_len_b=30)
+    assert sampled[0].startswith(text) and len(sampled) == 2
+    assert model.decode(model.encode(text)) == text
+    scored = model.score(text)
+    assert len(scored["tokens"]) == len(scored["positional_scores"]) == 64
+    assert model.score(text)["positional_scores"].equal(scored["positional_scores"])
+    generated = model.generate([model.encode(text)], beam=2, max_len_b=5)[0][0]
+    whole = generated["positional_scores"]
+    torch.testing.assert_close(whole[:64], scored["positional_scores"], rtol=0, atol=1e-4)
+
+    def allowed(row, tokens):
+        return [2, 7, 8]
+
+    only = model.sample("w1", beam=2, max_len_b=6, prefix_allowed_tokens_fn=allowed)
+    assert only.startswith("w1") and set(only.split()[1:]) <= {"w3", "w4"}
+
+
+def test_hub_scores_what_evaluation_scores(data, checkpoints):
+    """A split as one document: the tokens of whole segments have the log-probabilities of fairseq-eval-lm."""
+    folder = checkpoints / "lamemo_lm"
+    model = language_models.LaMemoLanguageModel.from_pretrained(str(folder), "checkpoint_last.pt", str(data))
+    lines = model.task.load_dataset("test").tokens.lines
+    document = torch.cat([lines[i] for i in range(len(lines))])
+    scores = model.generate([document], score_reference=True)[0][0]["positional_scores"]
+    tokens, loss = evaluate(data, folder / "checkpoint_last.pt", "--batch-size", 1)
+    # The last of the document's end-of-sentence tokens is left out, and its last segment is not a whole one.
+    assert tokens == len(scores) + 1
+    assert -float(scores.mean()) / 0.6931 == pytest.approx(loss, abs=0.03)
+
+
+def test_hub_calls_at_the_same_time_are_apart(data, checkpoints):
+    folder = str(checkpoints / "lamemo_lm")
+    model = language_models.LaMemoLanguageModel.from_pretrained(folder, "checkpoint_last.pt", str(data))
+    texts = [" ".join(f"w{(i * k) % 30}" for i in range(50)) for k in (1, 7)]
+    alone = [model.score(text)["positional_scores"] for text in texts]
+    found = {}
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: model.score(texts[i])["positional_scores"]}))
+        for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found[i].equal(alone[i]) for i in range(2))
+
+
+def test_hub_with_a_tokenizer_and_pieces(data, checkpoints, tmp_path):
+    words = [" ".join(dictionary_of(40).symbols[4:])] * 30
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_prefix=str(tmp_path / "m"), vocab_size=16, hard_vocab_limit=False
+    )
+    model = language_models.LaMemoLanguageModel.from_pretrained(
+        str(checkpoints / "lamemo_lm"), "checkpoint_last.pt", str(data),
+        tokenizer="moses", bpe="sentencepiece", sentencepiece_model=str(tmp_path / "m.model"),
+    )  # fmt: skip
+    assert model.tokenizer is not None and model.bpe is not None
+    pieces = model.apply_bpe(model.tokenize("w1, w2"))
+    assert "\u2581" in pieces and model.detokenize(model.remove_bpe(pieces)) == "w1, w2"
+    assert isinstance(model.sample("w1", sampling=True, max_len_b=4), str)
