@@ -205,7 +205,7 @@ def saved_checkpoint(sound, tmp_path_factory):
     return folder / "checkpoint_last.pt"
 
 
-@settings(max_examples=60 * MORE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25 * MORE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(how=st.sampled_from(HOW), seed=st.integers(0, 10**6))
 def test_fuzz_checkpoints(how, seed, sound, saved_checkpoint, tmp_path):
     path = tmp_path / "checkpoint_last.pt"
