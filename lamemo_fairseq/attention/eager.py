@@ -4,7 +4,7 @@ Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances, m 
 """
 
 import math
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,35 @@ def lookahead_attention(
     normalizer = _normalizer(scores)
     weights = F.dropout(_weights(scores, normalizer), dropout)
     return merge(stored, Attended(weights.to(v.dtype) @ v, normalizer))
+
+
+def memory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    biases: Tuple[RelativeBias, RelativeBias],
+    window: LookaheadWindow,
+    stored: Attended,
+    span: Optional[int] = None,
+    dropout: float = 0.0,
+) -> Attended:
+    """Slots look ahead and current tokens attend to everything before them, in one call.
+
+    Args:
+        q, k, v: ``[B, H, R, D]``, m slots and then the current tokens.
+        biases: that of the causal attention and that of the look-ahead.
+        window, stored: as for `lookahead_attention`.
+        span, dropout: as for `causal_attention`.
+
+    Returns:
+        Read-outs ``[B, H, R, D]`` and normalisers ``[B, H, R]``, the slots' ones merged.
+    """
+    slots = stored.output.size(2)
+    causal, ahead = biases
+    keys = slice(window.first, slots + 1)
+    refreshed = lookahead_attention(q[:, :, :slots], k[:, :, keys], v[:, :, keys], ahead, window, stored, dropout)
+    current = causal_attention(q[:, :, slots:], k, v, causal, span, dropout)
+    return Attended(*(torch.cat(pair, dim=2) for pair in zip(refreshed, current, strict=True)))
 
 
 def merge(stored: Attended, new: Attended) -> Attended:
