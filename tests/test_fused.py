@@ -26,8 +26,9 @@ def small_tiles(monkeypatch):
     """Small enough that the sizes below need several; on a GPU the tiles are the real ones."""
     if not GPU:
         few = tiles.Tiles(*[tiles.Tile(16, 32, 4, 1)] * 3)
-        monkeypatch.setattr(tiles, "SINGLE", few)
-        monkeypatch.setattr(tiles, "HALF", dict.fromkeys(tiles.HALF, few))
+        for table in (tiles.SINGLE, tiles.HALF):
+            for block in table:
+                monkeypatch.setitem(table, block, few)
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +152,16 @@ def test_rows_of_a_larger_tensor(case):
 
     exact, plain = run(case, eager, torch.float64), run(case, eager, torch.float32)
     assert_as_eager(run(case, fused, torch.float32, within), plain, exact, torch.float32)
+
+
+def test_plain_attention_is_pytorchs(monkeypatch):
+    """Without positions, memory and normaliser, PyTorch's own kernel does it."""
+    case = Case(19, 19, 8, parts="")
+    q, k, v, *_ = (t.float() for t in case.tensors() if t is not None)
+    expected = eager.causal_attention(q, k, v, RelativeBias())
+    monkeypatch.setattr(api, "attend", None)
+    found = fused.causal_attention(q, k, v, RelativeBias(), need_normalizer=False)
+    assert error(found.output, expected.output.double()) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["right", "full"])

@@ -39,7 +39,7 @@ def fused_or_error(q: Tensor) -> ModuleType:
     reason = why_not_fused(q)
     if reason is not None:
         raise ValueError(
-            f"--attention-backend fused cannot run here: {reason}. Pass --attention-backend auto, which then takes eager"
+            f"--attention-backend fused cannot run here: {reason}; pass --attention-backend auto or eager"
         )
     return _fused()
 

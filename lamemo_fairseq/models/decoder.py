@@ -98,6 +98,7 @@ class MemoryDecoder(FairseqDecoder):
         src_lengths: Optional[Tensor] = None,
         position: Optional[SegmentPosition] = None,
         encoder_out: Any = None,
+        target: Optional[Tensor] = None,
     ) -> Tuple[Tensor, None]:
         """Scores of the word after each token, or with an adaptive softmax the features that it takes.
 
@@ -107,10 +108,17 @@ class MemoryDecoder(FairseqDecoder):
             position: which streams the rows belong to and where in them. The model then reads and keeps their
                 memory. None takes each row as a whole text of any length, read from an empty memory.
             encoder_out: not used; fairseq's generator passes it.
+            target: ``[B, N]`` the word after each token. Then the sum of their losses is returned in place of
+                scores, which are never held all at once (`criterions/chunked_cross_entropy.py`).
 
         Returns:
             Scores ``[B, N, V]`` (features ``[B, N, d]``), and None as language models have nothing else to report.
         """
+        if target is not None:
+            output: Any = self.adaptive_softmax if self.output is None else self.output
+            plan = output.plan(target)
+            features, _ = self.extract_features(src_tokens, src_lengths, position)
+            return output.loss(features, target, plan, self.dictionary.pad()), None
         features, _ = self.extract_features(src_tokens, src_lengths, position)
         return self.output_layer(features), None
 

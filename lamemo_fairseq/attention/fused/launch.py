@@ -169,8 +169,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
 
 def _position_scores(x: Inputs, layout: Layout) -> Tuple[Tensor, Tensor, Tensor]:
     """Unscaled position scores ``[chunks, H, B, C, W]``, and the queries and the table they were made from."""
-    batch, heads, queries, size = x.q.shape
-    table = x.bias.table
+    table, queries = x.bias.table, x.q.size(2)
     assert table is not None
     # [H, B, Q, D]: then one product serves all streams of a head.
     position_q = x.q.transpose(0, 1)

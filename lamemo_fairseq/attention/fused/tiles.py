@@ -22,15 +22,18 @@ class Tiles(NamedTuple):
     query: Tile
 
 
-# By the padded size of a head; half precision.
+# By the padded size of a head.
 HALF: Dict[int, Tiles] = {
-    64: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
-    128: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
+    64: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
+    128: Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
 # float32 multiplies without tensor cores, to stay exact.
-SINGLE = Tiles(*[Tile(32, 32, 4, 1)] * 3)
+SINGLE: Dict[int, Tiles] = {
+    64: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1)),
+    128: Tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
+}
 
 
 def tiles_for(block_d: int, dtype: torch.dtype) -> Tiles:
     """Tiles for heads padded to *block_d* (16, 32, 64 or 128) elements of *dtype*."""
-    return SINGLE if dtype == torch.float32 else HALF[max(block_d, 64)]
+    return (SINGLE if dtype == torch.float32 else HALF)[max(block_d, 64)]
