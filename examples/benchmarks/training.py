@@ -40,8 +40,22 @@ SIZES: dict[str, tuple[str, int, int, list[str]]] = {
         "enwik8",
         208,
         16,
-        "--decoder-layers 4 --decoder-embed-dim 128 --decoder-attention-heads 4 --decoder-head-dim 32 "
-        "--decoder-ffn-embed-dim 256 --mem-len 64 --tokens-per-sample 64".split(),
+        [
+            "--decoder-layers",
+            "4",
+            "--decoder-embed-dim",
+            "128",
+            "--decoder-attention-heads",
+            "4",
+            "--decoder-head-dim",
+            "32",
+            "--decoder-ffn-embed-dim",
+            "256",
+            "--mem-len",
+            "64",
+            "--tokens-per-sample",
+            "64",
+        ],
     ),
 }
 PLAIN = ["--position-encoding", "absolute"]
@@ -49,9 +63,12 @@ PLAIN = ["--position-encoding", "absolute"]
 PATHS: dict[str, tuple[str, list[str]]] = {
     "lamemo-eager": ("lamemo_lm", ["--attention-backend", "eager"]),
     "lamemo-fused": ("lamemo_lm", ["--attention-backend", "fused"]),
+    "lamemo-graphs": ("lamemo_lm", ["--attention-backend", "fused", "--cuda-graphs"]),
     "txl-eager": ("transformer_xl_lm", ["--attention-backend", "eager"]),
     "txl-fused": ("transformer_xl_lm", ["--attention-backend", "fused"]),
+    "txl-graphs": ("transformer_xl_lm", ["--attention-backend", "fused", "--cuda-graphs"]),
     "plain": ("relative_transformer_lm", ["--attention-backend", "auto", *PLAIN]),
+    "plain-graphs": ("relative_transformer_lm", ["--attention-backend", "auto", "--cuda-graphs", *PLAIN]),
 }
 TRAINING = (
     "--task segment_language_modeling --criterion chunked_cross_entropy --optimizer adam --lr 2.5e-4 --clip-norm 0.25 "
@@ -130,34 +147,38 @@ def build(size: str, path: str, dtype: Any, device: str, layers: int | None = No
     parser = options.get_training_parser("segment_language_modeling")
     arguments = ["none", "--task", "segment_language_modeling", *model_options(size, path)]
     args = options.parse_args_and_arch(parser, [*arguments, "--dropout", "0"])
-    args.decoder_layers = layers or args.decoder_layers
-    args.tokens_per_sample = args.tokens_per_sample or args.preset_tokens_per_sample
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     cfg = convert_namespace_to_omegaconf(args).model
-    cfg.tokens_per_sample = args.tokens_per_sample
+    cfg.decoder_layers = layers or cfg.decoder_layers
+    length = args.tokens_per_sample or cfg.preset_tokens_per_sample
+    cfg.tokens_per_sample = length
     dictionary = Dictionary()
     for i in range(words - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
     torch.manual_seed(0)
     model = MemoryDecoder(cfg, dictionary).to(device=device, dtype=dtype)
-    segments = 2 + max(1, cfg.mem_len // args.tokens_per_sample)
-    tokens = torch.randint(4, words, (streams, 1 + segments * args.tokens_per_sample), device=device)
-    return model, tokens, args.tokens_per_sample
+    segments = 3 + max(1, cfg.mem_len // length)
+    tokens = torch.randint(4, words, (streams, 1 + segments * length), device=device)
+    return model, tokens, length
 
 
 def step(model: Any, tokens: Any, start: int, length: int, state: Any) -> tuple[Any, Any]:
     output = model.adaptive_softmax if model.output is None else model.output
     target = tokens[:, start + 1 : start + length + 1]
     plan = output.plan(target)
-    features, state = model.step(tokens[:, start : start + length], state)
+    source = tokens[:, start : start + length]
+    if model.graphs is None:
+        features, state = model.step(source, state)
+    else:
+        features, state = model.graphs(model.step, model, source, state)
     loss = output.loss(features, target, plan, 1)
-    (loss / target.numel()).backward()
+    loss.backward()
     return loss.detach() / target.numel(), state
 
 
 def check(size: str, path: str, device: str) -> dict[str, Any]:
-    """Loss and gradients of the second segment in two layers, against eager attention in float32."""
+    """Loss and gradients of the last segment, its memory full, in two layers, against eager attention in float32."""
     import torch
 
     half = torch.float16 if device == "cuda" else torch.float32
@@ -168,8 +189,9 @@ def check(size: str, path: str, device: str) -> dict[str, Any]:
             for module in model.modules():
                 if hasattr(module, "config") and hasattr(module.config, "backend"):
                     object.__setattr__(module.config, "backend", of)
+            model.graphs = None
         state = None
-        for index in range(2):
+        for index in range(tokens.size(1) // length):
             model.zero_grad()
             loss, state = step(model, tokens[:4], index * length, length, state)
         found[name] = [loss.float(), *(p.grad.float() for p in model.parameters())]
@@ -254,10 +276,11 @@ def main() -> None:
 
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"{device}, {versions}\n| size | path | tok/s | peak GiB | share of peak | error (allowed) |\n|---|---|---|---|---|---|")
+    print(f"{device}, {versions}")
+    print("| size | path | tok/s | peak GiB | share of peak | error (allowed) |\n|---|---|---|---|---|---|")
     results: dict[str, Any] = {"device": device, "versions": versions}
     for size in args.sizes:
-        _, words, streams, options = SIZES[size]
+        _, words, streams, _ = SIZES[size]
         length = 64 if size == "quickstart" else 150 if "wt103" in size else 512
         with tempfile.TemporaryDirectory() as folder:
             write_data(Path(folder), words, streams * length * (args.steps + 2))

@@ -38,9 +38,7 @@ def fused_or_error(q: Tensor) -> ModuleType:
     """
     reason = why_not_fused(q)
     if reason is not None:
-        raise ValueError(
-            f"--attention-backend fused cannot run here: {reason}; pass --attention-backend auto or eager"
-        )
+        raise ValueError(f"--attention-backend fused cannot run here: {reason}; pass --attention-backend auto or eager")
     return _fused()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data.position import SegmentPosition
 from ..memory import MEMORIES, MemoryConfig, MemoryState, StreamMemory
 from ..modules import AttentionConfig, DecoderLayer, LayerConfig
+from ..modules.graphs import SegmentGraphs
 from ..modules.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from ..positions import POSITIONS, PositionConfig
 from .config import MemoryLanguageModelConfig, check, cutoffs
@@ -39,6 +40,7 @@ class MemoryDecoder(FairseqDecoder):
         self.segment_length: int = length
         memory_class = MEMORIES[str(cfg.memory)]
         self.streams = StreamMemory(memory_class.state)
+        self.graphs = SegmentGraphs() if cfg.cuda_graphs else None
         width, heads = cfg.decoder_embed_dim, cfg.decoder_attention_heads
         head_dim = cfg.decoder_head_dim or width // heads
         mem_len = cfg.mem_len if memory_class.remembers else 0
@@ -136,7 +138,11 @@ class MemoryDecoder(FairseqDecoder):
         """
         if position is not None:
             lengths = src_lengths if position.ragged else None
-            features, state = self.step(src_tokens, self.streams.read(position, self.training), lengths)
+            before = self.streams.read(position, self.training)
+            if self.graphs is not None and lengths is None:
+                features, state = self.graphs(self.step, self, src_tokens, before)
+            else:
+                features, state = self.step(src_tokens, before, lengths)
             self.streams.write(position, self.training, state)
             return features, None
         parts, text_state = [], None

@@ -1,0 +1,119 @@
+"""Training segments as CUDA graphs: one launch for the layers' forward pass, and one for the backward.
+
+The host needs longer to launch the kernels of a small segment than the GPU needs to run them. A graph records them once.
+
+Shapes: B streams, N tokens of a segment, d model width.
+"""
+
+import logging
+from typing import Any, Callable, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[[Tensor, Any], Tuple[Tensor, Any]]
+WARM_UP = 3  # passes before recording, in which kernels are compiled and workspaces allocated
+
+
+class SegmentGraphs:
+    """Runs a step of a decoder, from a graph where it can.
+
+    A graph is recorded when two training segments in a row have the same shapes, which is so once the memory is full.
+    Anything else runs as it is: evaluation, ragged segments, autocast. Only a recording's last forward pass can be
+    followed by a backward pass.
+    """
+
+    def __init__(self) -> None:
+        self._last: Any = None
+        self._recorded: Any = None
+        self._recording: Optional[_Recording] = None
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return (SegmentGraphs, ())  # a copied or stored model records anew
+
+    def __call__(self, step: Step, module: nn.Module, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
+        """``step(tokens, state)``: features ``[B, N, d]`` and the state after the segment."""
+        usable = module.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type)
+        if state is None or not usable or not tokens.is_cuda:
+            return step(tokens, state)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        # A parameter that moved would be read at its old place.
+        signature = (tokens.shape, [t.shape for t in _tensors(state)], [p.data_ptr() for p in parameters])
+        if signature == self._recorded:
+            assert self._recording is not None
+            return self._recording(tokens, state)
+        if signature != self._last:
+            self._last = signature
+            return step(tokens, state)
+        self._recording = None  # frees the old one's memory first
+        self._recording = _Recording(step, parameters, tokens, state)
+        self._recorded = signature
+        logger.info("recorded a CUDA graph for segments of %s tokens", " x ".join(map(str, tokens.shape)))
+        return self._recording(tokens, state)
+
+
+class _Recording:
+    def __init__(self, step: Step, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any):
+        self.tokens = tokens.clone()
+        self.state = state.map(lambda t: t.to(tokens.device, copy=True))
+        self.passes = 0
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                features, _ = step(self.tokens, self.state)
+                found = torch.autograd.grad(features, parameters, torch.ones_like(features), allow_unused=True)
+        torch.cuda.current_stream().wait_stream(stream)
+        # The output layer's own parameters take no part.
+        self.parameters = [p for p, g in zip(parameters, found, strict=True) if g is not None]
+        del features, found
+        torch.cuda.synchronize()
+
+        # Other threads may use the GPU meanwhile, those that load data for one.
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward_graph, capture_error_mode="thread_local"):
+            features, after = step(self.tokens, self.state)
+        self.grad = torch.empty_like(features)
+        with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), capture_error_mode="thread_local"):
+            grads = torch.autograd.grad(features, self.parameters, self.grad)
+            # One tensor, so that a step copies once.
+            self.grads = torch.cat([g.flatten() for g in grads])
+        self.features, self.after = features.detach(), after
+
+    def __call__(self, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
+        return _Replay.apply(self, tokens, state, *self.parameters)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, tokens: Tensor, state: Any, *parameters: Tensor) -> Tuple[Tensor, Any]:
+        recording.tokens.copy_(tokens)
+        torch._foreach_copy_(_tensors(recording.state), _tensors(state))
+        recording.forward_graph.replay()
+        recording.passes += 1
+        ctx.recording, ctx.number = recording, recording.passes
+        # Copies, as the next replay writes over what this one made.
+        return recording.features.clone(), recording.after.map(torch.clone)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
+        recording = ctx.recording
+        if ctx.number != recording.passes:
+            raise RuntimeError(
+                "another segment was read between a segment's forward and backward pass, and a CUDA graph keeps the "
+                "activations of the last one only: leave out --cuda-graphs"
+            )
+        recording.grad.copy_(grad)
+        recording.backward_graph.replay()
+        sizes = [p.numel() for p in recording.parameters]
+        parts = recording.grads.clone().split(sizes)
+        return (None, None, None, *(g.view_as(p) for g, p in zip(parts, recording.parameters, strict=True)))
+
+
+def _tensors(state: Any) -> List[Tensor]:
+    values = state.to_dict().values()
+    return [t for value in values for t in (value if isinstance(value, tuple) else (value,))]
