@@ -265,7 +265,7 @@ def test_long_memories_take_memory_in_proportion():
         case = Case(slots, 512, 64, "right")
         part = api._ahead(slots, slice(0, 512), RelativeBias(), case.window, Attended(None, None))
         rows = torch.empty(1, 1, slots, 64, device="meta"), torch.empty(1, 1, 512, 64, device="meta")
-        inputs = function._inputs(part, rows[0], rows[1], rows[1], part.bias, 0.0, None)._replace(stored=None)
+        inputs = function._inputs(part, rows[0], rows[1], rows[1], part.bias, 1.0, 0.0, None)._replace(stored=None)
         layout = launch.Layout.of(inputs)
         assert layout.chunk * layout.chunks >= slots
         assert layout.width <= 1024

@@ -35,13 +35,13 @@ def compile_all(head: int, dtype: str) -> dict:
     found = {}
     for name in KERNELS:
         kernel = getattr(kernels, name)
-        tile = tile_of.get(name, tiles.Tile(32, 32, 4, 2))
+        tile = tile_of.get(name, tiles.Tile(64 if name == "clear_kernel" else 32, 32, 4, 2))
         constants = {
             "D": head,
             "BLOCK_D": block,
             "BLOCK_Q": tile.queries,
             "BLOCK_K": tile.keys,
-            "BLOCK_W": 128,
+            "BLOCK_W": 256,
             **flags,
         }
         constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
@@ -82,7 +82,7 @@ def cuobjdump() -> str:
     return str(carried) if carried.exists() else shutil.which("cuobjdump") or ""
 
 
-@pytest.mark.parametrize(("head", "dtype"), [(41, "bf16"), (64, "bf16"), (128, "bf16"), (64, "fp32")])
+@pytest.mark.parametrize(("head", "dtype"), [(48, "bf16"), (64, "bf16"), (128, "bf16"), (64, "fp32")])
 def test_no_spills(head, dtype):
     pytest.importorskip("triton")
     if not cuobjdump() or not os.access(cuobjdump(), os.X_OK):

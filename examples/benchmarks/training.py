@@ -129,8 +129,9 @@ def train(size: str, path: str, steps: int, device: str, folder: str, extra: lis
         raise RuntimeError(log.getvalue()[-3000:])
     # The last line is about the epoch.
     found = {"tok/s": statistics.median(speeds[len(speeds) // 2 : -1] or speeds[-1:])}
-    if device == "cuda":
-        found["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    if device == "cuda":  # fairseq resets the peak at every step, and logs what was left
+        left = [float(s) for s in re.findall(r'"gb_free": "([\d.]+)"', log.getvalue())]
+        found["peak GiB"] = torch.cuda.get_device_properties(0).total_memory / 2**30 - min(left)
     return found
 
 

@@ -4,6 +4,7 @@ Shapes: T tokens, V words, d width.
 """
 
 import importlib.util
+import math
 from functools import cache
 from typing import Any, Optional, Tuple
 
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .aligned import padded
 
 # Scores held at once: 1 GiB in half precision. Fewer cost more passes over the gradient of the weights.
 CHUNK_SCORES = 1 << 29
@@ -44,14 +47,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         width, exact = features.size(1), torch.promote_types(features.dtype, torch.float32)
         learns = any(ctx.needs_input_grad)
-        x, w = _aligned(features), _aligned(weight)
+        x, w, b = features, weight, bias.to(weight.dtype)
+        if features.element_size() == 2:
+            # Whatever is padded gets a probability of zero, and no gradient.
+            x, w, b = padded(x), padded(w, 2), F.pad(b, (0, -len(b) % 8), value=-math.inf)
         loss = features.new_zeros((), dtype=exact)
         d_x = torch.empty_like(x) if learns else x
         d_w = torch.zeros(w.shape, dtype=exact, device=w.device) if learns else w
-        d_b = torch.zeros(bias.shape, dtype=exact, device=w.device)
+        d_b = torch.zeros(b.shape, dtype=exact, device=w.device)
         rows = max(1, CHUNK_SCORES // len(w))
         for part, words, d_part in zip(x.split(rows), target.split(rows), d_x.split(rows), strict=True):
-            scores = F.linear(part, w, bias.to(w.dtype))
+            scores = F.linear(part, w, b)
             nll, d_scores = _softmax_gradient(scores, words, ignored, learns)
             loss += nll
             if learns:
@@ -59,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_product(d_w, d_scores, part)
                 d_b += d_scores.sum(0, dtype=exact)
         if learns:
-            ctx.save_for_backward(d_x[:, :width], d_w[:, :width], d_b)
+            ctx.save_for_backward(d_x[:, :width], d_w[: len(weight), :width], d_b[: len(weight)])
             ctx.dtypes = features.dtype, weight.dtype, bias.dtype
         return loss
 
@@ -101,9 +107,3 @@ def _add_product(total: Tensor, d_scores: Tensor, features: Tensor) -> None:
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """Half-precision rows padded to 16 bytes, which fast products need."""
-    short = -t.size(1) % 8
-    return F.pad(t, (0, short)) if short and t.element_size() == 2 else t.contiguous()

@@ -1,6 +1,6 @@
 """Training segments as CUDA graphs: one launch for the layers' forward pass, and one for the backward.
 
-The host needs longer to launch the kernels of a small segment than the GPU needs to run them. A graph records them once.
+The host needs longer to launch the kernels of a small segment than the GPU needs to run them; a graph records them.
 
 Shapes: B streams, N tokens of a segment, d model width.
 """
@@ -30,6 +30,7 @@ class SegmentGraphs:
         self._last: Any = None
         self._recorded: Any = None
         self._recording: Optional[_Recording] = None
+        self._parameters: Optional[List[nn.Parameter]] = None
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return (SegmentGraphs, ())  # a copied or stored model records anew
@@ -39,7 +40,7 @@ class SegmentGraphs:
         usable = module.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type)
         if state is None or not usable or not tokens.is_cuda:
             return step(tokens, state)
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = self._parameters_of(module)
         # A parameter that moved would be read at its old place.
         signature = (tokens.shape, [t.shape for t in _tensors(state)], [p.data_ptr() for p in parameters])
         if signature == self._recorded:
@@ -53,6 +54,12 @@ class SegmentGraphs:
         self._recorded = signature
         logger.info("recorded a CUDA graph for segments of %s tokens", " x ".join(map(str, tokens.shape)))
         return self._recording(tokens, state)
+
+    def _parameters_of(self, module: nn.Module) -> List[nn.Parameter]:
+        """Collected once: walking through all modules takes as long as many launches."""
+        if self._parameters is None:
+            self._parameters = [p for p in module.parameters() if p.requires_grad]
+        return self._parameters
 
 
 class _Recording:

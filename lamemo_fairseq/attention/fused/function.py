@@ -3,10 +3,12 @@
 Shapes: B streams, H heads, R rows, D size of a head.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, List, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -30,28 +32,42 @@ class Part:
 def attend(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], dropout: float) -> Attended:
     """Read-outs ``[B, H, R, D]`` and normalisers ``[B, H, R]`` of the parts, whose queries together are q."""
     seed = torch.randint(1 << 31, (1,), device=q.device, dtype=torch.int32) if dropout > 0 else None
+    size, scale = q.size(-1), 1 / math.sqrt(q.size(-1))
+    if q.element_size() == 2 and size % 8:  # rows of 16 bytes, for fast loads and products
+        q, k, v = (_widened(t) for t in (q, k, v))
+        parts = [_widened_part(part) for part in parts]
     biases = [tensor for part in parts for tensor in part.bias]
-    output, normalizer = _Attend.apply(parts, dropout, seed, q, k, v, *biases)
-    return Attended(output, normalizer)
+    output, normalizer = _Attend.apply(parts, scale, dropout, seed, q, k, v, *biases)
+    return Attended(output[..., :size], normalizer)
 
 
 def _inputs(
-    part: Part, q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias, dropout: float, seed: Any
+    part: Part, q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias, scale: float, dropout: float, seed: Any
 ) -> launch.Inputs:
     rows, keys = part.queries, part.keys
     stored = None if part.stored is None else (part.stored.output, part.stored.normalizer)
     return launch.Inputs(
-        q[:, :, rows], k[:, :, keys], v[:, :, keys], bias, part.band, part.first, stored, dropout, seed
+        q[:, :, rows], k[:, :, keys], v[:, :, keys], bias, part.band, part.first, stored, scale, dropout, seed
     )
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parts: Sequence[Part], dropout: float, seed: Any, q: Tensor, k: Tensor, v: Tensor, *biases):
+    def forward(
+        ctx: Any,
+        parts: Sequence[Part],
+        scale: float,
+        dropout: float,
+        seed: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *biases,
+    ):
         output = _rows_like(q)
         normalizers, saved = [], []
         for part, bias in zip(parts, _grouped(biases), strict=True):
-            inputs = _inputs(part, q, k, v, bias, dropout, seed)
+            inputs = _inputs(part, q, k, v, bias, scale, dropout, seed)
             normalizer, kept = launch.forward(inputs, output[:, :, part.queries])
             normalizers.append(normalizer)
             saved.append(kept.new)
@@ -59,7 +75,8 @@ class _Attend(torch.autograd.Function):
             n for _, n in sorted(zip((p.queries.start for p in parts), normalizers, strict=True), key=lambda x: x[0])
         ]
         normalizer = in_order[0] if len(parts) == 1 else torch.cat(in_order, dim=2)
-        ctx.parts, ctx.dropout, ctx.seed = [_without_tensors(p) for p in parts], dropout, seed
+        ctx.parts, ctx.scale = [_without_tensors(p) for p in parts], scale
+        ctx.dropout, ctx.seed = dropout, seed
         # Tensors that take no gradient, beside those that do: all of them must not change before the backward pass.
         held = [(p.first, *(p.stored or (None, None))) for p in parts]
         ctx.save_for_backward(q, k, v, output, *biases, *saved, *(t for three in held for t in three))
@@ -80,7 +97,7 @@ class _Attend(torch.autograd.Function):
             stored = None if stored_output is None else Attended(stored_output, stored_normalizer)
             part = Part(part.queries, part.keys, part.band, biases[n], first, stored)
             rows, keys = part.queries, part.keys
-            inputs = _inputs(part, q, k, v, biases[n], ctx.dropout, ctx.seed)
+            inputs = _inputs(part, q, k, v, biases[n], ctx.scale, ctx.dropout, ctx.seed)
             found = launch.backward(
                 inputs,
                 launch.Saved(output[:, :, rows], news[n]),
@@ -93,7 +110,18 @@ class _Attend(torch.autograd.Function):
             gradients += [
                 None if b is None or g is None else g.to(b.dtype) for b, g in zip(biases[n], found, strict=True)
             ]
-        return None, None, None, dq, dk, dv, *gradients
+        return None, None, None, None, dq, dk, dv, *gradients
+
+
+def _widened(t: Any) -> Any:
+    return None if t is None else F.pad(t, (0, -t.size(-1) % 8))
+
+
+def _widened_part(part: Part) -> Part:
+    content, position, table, score = part.bias
+    bias = RelativeBias(_widened(content), _widened(position), _widened(table), score)
+    stored = None if part.stored is None else part.stored._replace(output=_widened(part.stored.output))
+    return replace(part, bias=bias, stored=stored)
 
 
 def _rows_like(t: Tensor) -> Tensor:

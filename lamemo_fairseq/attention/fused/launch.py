@@ -4,7 +4,6 @@ Shapes: B streams, H heads, Q queries, K keys, D size of a head, T rows of the d
 W columns of position scores.
 """
 
-import math
 from typing import NamedTuple, Optional, Tuple
 
 import torch
@@ -52,12 +51,9 @@ class Inputs(NamedTuple):
     band: Band
     first: Optional[Tensor]  # [B], the first key that is visible to a stream
     stored: Optional[Tuple[Tensor, Tensor]]  # what the queries held: [B, H, Q, D] and [B, H, Q]
+    scale: float
     dropout: float
     seed: Optional[Tensor]  # one integer on the device
-
-    @property
-    def scale(self) -> float:
-        return 1 / math.sqrt(self.q.size(-1))
 
 
 class Layout(NamedTuple):
@@ -132,10 +128,10 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     geometry = _geometry(x, layout)
     low, high = x.band.limits
     rows = layout.chunks * layout.chunk
-    kernels.clear_kernel[(triton.cdiv(rows, 32), triton.cdiv(layout.width, 128), batch * heads)](
+    kernels.clear_kernel[(triton.cdiv(rows, 64), triton.cdiv(layout.width, 256), batch * heads)](
         scores, x.first, *_score_strides(scores),
         heads, queries, keys, layout.width, low, high, layout.chunk, geometry["shift"],
-        BLOCK_Q=32, BLOCK_W=128, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
+        BLOCK_Q=64, BLOCK_W=256, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
     )  # fmt: skip
     tile = all_tiles.key
     kernels.key_kernel[(triton.cdiv(keys, tile.keys), batch * heads)](

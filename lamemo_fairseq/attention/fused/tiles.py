@@ -24,7 +24,7 @@ class Tiles(NamedTuple):
 
 # By the padded size of a head.
 HALF: Dict[int, Tiles] = {
-    64: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
+    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     128: Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
 # float32 multiplies without tensor cores, to stay exact.
