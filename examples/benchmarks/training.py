@@ -12,6 +12,8 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
+import os
 import platform
 import re
 import statistics
@@ -25,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+FORK = multiprocessing.get_context("fork")
 CUTOFFS = "20000,40000,200000"
 # name: preset, words, streams, options
 SIZES: dict[str, tuple[str, int, int, list[str]]] = {
@@ -158,7 +161,8 @@ def build(size: str, path: str, dtype: Any, device: str, layers: int | None = No
     for i in range(words - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
     torch.manual_seed(0)
-    model = MemoryDecoder(cfg, dictionary).to(device=device, dtype=dtype)
+    with torch.device(device):
+        model = MemoryDecoder(cfg, dictionary).to(device=device, dtype=dtype)
     segments = 3 + max(1, cfg.mem_len // length)
     tokens = torch.randint(4, words, (streams, 1 + segments * length), device=device)
     return model, tokens, length
@@ -268,32 +272,32 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help="a JSON file to write")
     parser.add_argument("--options", default="", help="more options of fairseq-train")
     parser.add_argument("--no-parts", action="store_true")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(one(args)))
-        return
+    import fairseq_cli.train  # noqa: F401  (once, for all processes)
     import torch
 
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    device = platform.processor() or platform.machine()
+    if args.device == "cuda":  # asked of another program: a process that has used CUDA cannot be forked
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        device = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{device}, {versions}")
     print("| size | path | tok/s | peak GiB | share of peak | error (allowed) |\n|---|---|---|---|---|---|")
-    results: dict[str, Any] = {"device": device, "versions": versions}
+    results: dict[str, Any] = {"device": device, "versions": versions, "command": sys.argv[1:]}
     for size in args.sizes:
         _, words, streams, _ = SIZES[size]
         length = 64 if size == "quickstart" else 150 if "wt103" in size else 512
         with tempfile.TemporaryDirectory() as folder:
             write_data(Path(folder), words, streams * length * (args.steps + 2))
             for path in args.paths:
-                command = [sys.executable, __file__, size, "--one", f"{path}:{folder}", "--device", args.device]
-                command += ["--steps", str(args.steps), f"--options={args.options}"]
-                command += ["--no-parts"] if args.no_parts else []
-                ran = subprocess.run(command, capture_output=True, text=True)
-                if ran.returncode:
-                    print(f"| {size} | {path} | failed |\n{ran.stderr[-1500:]}", flush=True)
+                process = FORK.Process(target=one, args=(args, size, path, folder))
+                process.start()
+                process.join()
+                if process.exitcode:
+                    log = (Path(folder) / "log").read_text()
+                    print(f"| {size} | {path} | failed |\n{log[-1500:]}", flush=True)
                     continue
-                found = json.loads(ran.stdout.splitlines()[-1])
+                found = json.loads((Path(folder) / "found").read_text())
                 results[f"{size} {path}"] = found
                 off = f"{found['check']['error']:.1e} ({found['check']['allowed']:.1e})"
                 if not found["check"]["ok"]:
@@ -309,9 +313,11 @@ def main() -> None:
         args.result.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def one(args: argparse.Namespace) -> dict[str, Any]:
-    path, folder = args.one.split(":", 1)
-    size = args.sizes[0]
+def one(args: argparse.Namespace, size: str, path: str, folder: str) -> None:
+    """Everything about one path, in a process of its own; what it prints goes to a file."""
+    log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     found: dict[str, Any] = {"check": check(size, path, args.device)}
     if found["check"]["ok"]:
         found["work"] = work_per_token(size, path, SIZES[size][2])
@@ -323,7 +329,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         found |= train(size, path, args.steps, args.device, folder, args.options.split())
-    return found
+    (Path(folder) / "found").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
