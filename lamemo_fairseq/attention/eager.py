@@ -4,7 +4,7 @@ Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances, m 
 """
 
 import math
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,36 @@ def relative_shift(by_distance: Tensor, offset: int, keys: int) -> Tensor:
         ``[..., Q, K]``. Pairs whose column lies outside the table hold other pairs' scores
         and have to be masked.
     """
+    queries, distances = by_distance.shape[-2:]
+    if offset + keys >= queries + distances:  # the last row would read on behind the end
+        by_distance = F.pad(by_distance, (0, 1))
+    return _RelativeShift.apply(by_distance.contiguous(), offset, keys)
+
+
+class _RelativeShift(torch.autograd.Function):
+    """A view whose rows begin one entry further to the left each: no copy forward, and a single one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, by_distance: Tensor, offset: int, keys: int) -> Tensor:
+        ctx.shape, ctx.offset = by_distance.shape, offset
+        return _skewed(by_distance, offset, keys)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
+        by_distance = grad.new_zeros(ctx.shape)
+        keys = grad.size(-1)
+        # With T keys the last entry of a row is the first of the next, and only one of the two is ever seen.
+        _skewed(by_distance, ctx.offset, keys - 1).copy_(grad[..., :-1])
+        _skewed(by_distance, ctx.offset + keys - 1, 1).add_(grad[..., -1:])
+        return by_distance, None, None
+
+
+def _skewed(by_distance: Tensor, offset: int, keys: int) -> Tensor:
+    """``[.., Q, T] -> [.., Q, keys]`` over the same entries; row i begins at column ``offset - i``."""
     *lead, queries, distances = by_distance.shape
-    # One more column makes a row T+1 long, so that reading on in rows of T moves one to the left each row.
-    flat = F.pad(by_distance, (0, 1)).flatten(-2)
-    shifted = flat.narrow(-1, offset, queries * distances).view(*lead, queries, distances)
-    return shifted.narrow(-1, 0, keys)
+    strides = (*by_distance.stride()[:-2], distances - 1, 1)
+    start = by_distance.storage_offset() + offset
+    return by_distance.as_strided((*lead, queries, keys), strides, start)
 
 
 def _scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int) -> Tensor:
@@ -144,8 +169,9 @@ def memory_attention(
     slots = stored.output.size(2)
     causal, ahead = biases
     keys = slice(window.first, slots + 1)
-    refreshed = lookahead_attention(q[:, :, :slots], k[:, :, keys], v[:, :, keys], ahead, window, stored, dropout)
-    current = causal_attention(q[:, :, slots:], k, v, causal, span, dropout)
+    q_slots, q_current = q.split([slots, q.size(2) - slots], dim=2)
+    refreshed = lookahead_attention(q_slots, k[:, :, keys], v[:, :, keys], ahead, window, stored, dropout)
+    current = causal_attention(q_current, k, v, causal, span, dropout)
     return Attended(*(torch.cat(pair, dim=2) for pair in zip(refreshed, current, strict=True)))
 
 
