@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig, check
+from lamemo_fairseq.modules.graphs import run_on_aliases
 
 from .helpers import random_tokens, segments_of, tiny_decoder
 
@@ -16,6 +17,23 @@ def test_graphs_and_recomputed_activations_exclude_each_other():
 
 def test_without_a_gpu_nothing_is_recorded():
     assert torch.equal(*(losses(cuda_graphs, "cpu")[0] for cuda_graphs in (False, True)))
+
+
+@pytest.mark.parametrize("adaptive", [{}, {"adaptive_softmax_cutoff": "6", "adaptive_input": True}])
+def test_aliases_of_parameters_stand_in_for_all_of_them(adaptive):
+    decoder = tiny_decoder(**adaptive).train()
+    tokens, parameters = random_tokens(2, 3), list(decoder.parameters())
+    _, state = decoder.step(tokens, None)
+    expected, _ = decoder.step(tokens, state)
+    leaves, (features, _) = run_on_aliases(decoder.step, decoder, parameters, tokens, state)
+    assert torch.equal(features, expected)
+    wanted = torch.autograd.grad(expected.square().sum(), parameters, allow_unused=True)
+    found = torch.autograd.grad(features.square().sum(), leaves, allow_unused=True)
+    assert any(g is not None for g in wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
+    leaf_of = {leaf.data_ptr() for leaf in leaves}
+    assert leaf_of == {p.data_ptr() for p in parameters}
 
 
 def losses(cuda_graphs, device, length=18, dtype=torch.float64):

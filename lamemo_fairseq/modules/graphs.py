@@ -50,7 +50,7 @@ class SegmentGraphs:
             self._last = signature
             return step(tokens, state)
         self._recording = None  # frees the old one's memory first
-        self._recording = _Recording(step, parameters, tokens, state)
+        self._recording = _Recording(step, module, parameters, tokens, state)
         self._recorded = signature
         logger.info("recorded a CUDA graph for segments of %s tokens", " x ".join(map(str, tokens.shape)))
         return self._recording(tokens, state)
@@ -63,7 +63,7 @@ class SegmentGraphs:
 
 
 class _Recording:
-    def __init__(self, step: Step, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any):
+    def __init__(self, step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any):
         self.tokens = tokens.clone()
         self.state = state.map(lambda t: t.to(tokens.device, copy=True))
         self.passes = 0
@@ -71,21 +71,22 @@ class _Recording:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                features, _ = step(self.tokens, self.state)
-                found = torch.autograd.grad(features, parameters, torch.ones_like(features), allow_unused=True)
+                leaves, (features, _) = run_on_aliases(step, module, parameters, self.tokens, self.state)
+                found = torch.autograd.grad(features, leaves, torch.ones_like(features), allow_unused=True)
         torch.cuda.current_stream().wait_stream(stream)
         # The output layer's own parameters take no part.
-        self.parameters = [p for p, g in zip(parameters, found, strict=True) if g is not None]
-        del features, found
+        used = [n for n, g in enumerate(found) if g is not None]
+        self.parameters = [parameters[n] for n in used]
+        del features, found, leaves
         torch.cuda.synchronize()
 
         # Other threads may use the GPU meanwhile, those that load data for one.
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward_graph, capture_error_mode="thread_local"):
-            features, after = step(self.tokens, self.state)
+            leaves, (features, after) = run_on_aliases(step, module, parameters, self.tokens, self.state)
         self.grad = torch.empty_like(features)
         with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), capture_error_mode="thread_local"):
-            grads = torch.autograd.grad(features, self.parameters, self.grad)
+            grads = torch.autograd.grad(features, [leaves[n] for n in used], self.grad)
             # One tensor, so that a step copies once.
             self.grads = torch.cat([g.flatten() for g in grads])
         self.features, self.after = features.detach(), after
@@ -98,7 +99,8 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, tokens: Tensor, state: Any, *parameters: Tensor) -> Tuple[Tensor, Any]:
         recording.tokens.copy_(tokens)
-        torch._foreach_copy_(_tensors(recording.state), _tensors(state))
+        for held, given in zip(_tensors(recording.state), _tensors(state), strict=True):
+            held.copy_(given)
         recording.forward_graph.replay()
         recording.passes += 1
         ctx.recording, ctx.number = recording, recording.passes
@@ -119,6 +121,31 @@ class _Replay(torch.autograd.Function):
         sizes = [p.numel() for p in recording.parameters]
         parts = recording.grads.clone().split(sizes)
         return (None, None, None, *(g.view_as(p) for g, p in zip(parts, recording.parameters, strict=True)))
+
+
+def run_on_aliases(
+    step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any
+) -> Tuple[List[Tensor], Tuple[Tensor, Any]]:
+    """``step(tokens, state)`` on other leaves over the parameters' memory, and these leaves.
+
+    A parameter is tied to the stream of any graph of operations that is still alive, such as that of the last loss,
+    and a recording must not touch another stream.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    leaves = [p.detach().requires_grad_() for p in parameters]
+    replaced = {f"module.{names[id(p)]}": leaf for p, leaf in zip(parameters, leaves, strict=True)}
+    return leaves, torch.func.functional_call(_Call(step, module), replaced, (tokens, state))
+
+
+class _Call(nn.Module):
+    """A method of a module as a module, which is what can be called on other parameters."""
+
+    def __init__(self, method: Step, module: nn.Module):
+        super().__init__()
+        self.method, self.module = method, module
+
+    def forward(self, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
+        return self.method(tokens, state)
 
 
 def _tensors(state: Any) -> List[Tensor]:

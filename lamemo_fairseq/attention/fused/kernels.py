@@ -107,8 +107,8 @@ def forward_kernel(
         b_o = tl.load(p_stored + b * s_sb + h * s_sh + i[:, None] * s_si + d[None, :], m_o, other=0.0)
         greater = tl.maximum(b_held, b_new)
         kept, added = tl.exp(b_held - greater), tl.exp(b_new - greater)
-        alpha = kept / (kept + added + eps)
-        b_out = alpha[:, None] * b_o.to(tl.float32) + (1 - alpha)[:, None] * b_out
+        # Not 1 - alpha, which would round away the eps.
+        b_out = (kept[:, None] * b_o.to(tl.float32) + (added + eps)[:, None] * b_out) / (kept + added + eps)[:, None]
         tl.store(p_new + row, b_new, m_i)
         b_new = greater + tl.log(kept + added)
     tl.store(p_merged + row, b_new, m_i)
