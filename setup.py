@@ -22,6 +22,8 @@ setup(
             "ve-fairseq>=0.12.3; python_version >= '3.11'",
             "fairseq-fixed; python_version < '3.11'",
         ],
+        # torch's GPU builds bring it; the fused attention needs nothing else.
+        "fused": ["triton; platform_system == 'Linux'"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "matplotlib"],
     },
 )

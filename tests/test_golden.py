@@ -36,9 +36,9 @@ def released_weights(case, prefix, layers):
     return from_released(arrays, layers)
 
 
-def build(case, config) -> MemoryDecoder:
-    options = MemoryLanguageModelConfig(**{**model_options(config), "dropout": 0.0})
-    decoder = MemoryDecoder(options, dictionary_of(config["vocab"])).double()
+def build(case, config, dtype=torch.float64, backend="eager") -> MemoryDecoder:
+    chosen = {**model_options(config), "dropout": 0.0, "attention_backend": backend}
+    decoder = MemoryDecoder(MemoryLanguageModelConfig(**chosen), dictionary_of(config["vocab"])).to(dtype)
     weights = released_weights(case, "param/", config["n_layer"])
     missing, unexpected = decoder.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"dictionary_version"}, (missing, unexpected)
@@ -46,7 +46,7 @@ def build(case, config) -> MemoryDecoder:
 
 
 def assert_close(actual, expected, what, tolerance):
-    actual, expected = actual.detach().numpy(), np.asarray(expected)
+    actual, expected = actual.detach().cpu().numpy(), np.asarray(expected)
     assert actual.shape == expected.shape, what
     error = np.abs(actual - expected).max() / np.abs(expected).max()
     assert error <= tolerance, f"{what}: off by {error:.2e} of the largest entry"
@@ -68,11 +68,18 @@ def test_golden_without_rounding(path):
     compare(path, 2e-6)
 
 
-def compare(path, tolerance):
+@pytest.mark.parametrize("path", cases())
+def test_golden_fused(path):
+    """The fused kernels, in float32."""
+    pytest.importorskip("triton", reason="the fused backend needs Triton")
+    compare(path, 1e-4, torch.float32, "fused", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compare(path, tolerance, dtype=torch.float64, backend="eager", device="cpu"):
     case = np.load(path)
     config = json.loads(str(case["config"]))
-    decoder = build(case, config)
-    tokens = torch.from_numpy(case["tokens"])
+    decoder = build(case, config, dtype, backend).to(device)
+    tokens = torch.from_numpy(case["tokens"]).to(device)
     state, start = None, 0
     for k, length in enumerate(case["seg_lens"].tolist()):
         features, state = decoder.step(tokens[:, start : start + length], state)

@@ -9,7 +9,9 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.criterions.chunked_cross_entropy import ChunkedCrossEntropyCriterion
 from lamemo_fairseq.models.language_models import LaMemoLanguageModel
+from lamemo_fairseq.modules import chunked_loss
 from lamemo_fairseq.modules.vocabulary import Bands, WordEmbedding
 
 from .helpers import random_tokens, tiny_decoder
@@ -61,6 +63,41 @@ def test_both_criterions_give_the_same_loss_and_gradients(options):
     torch.testing.assert_close(adaptive, plain, rtol=1e-12, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(adaptive_gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@softmaxes
+@pytest.mark.parametrize("chunk", [1, 40, 10**9])
+def test_chunked_criterion_gives_the_same_loss_and_gradients(options, chunk, monkeypatch):
+    """However many tokens are scored at once, with padding, and with bands that no target is in."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_SCORES", chunk)
+    decoder = tiny_decoder(words=WORDS, **options)
+    for target in (every_word_once(), torch.tensor([[4, 1], [5, 3]])):
+        chunked, chunked_gradients = loss_of(ChunkedCrossEntropyCriterion, decoder, target)
+        plain, gradients = loss_of(CrossEntropyCriterion, decoder, target)
+        torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=0)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(chunked_gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("words", [7, 5000])
+def test_softmax_kernel(words):
+    softmax_kernel = pytest.importorskip("lamemo_fairseq.modules.softmax_kernel")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scores = torch.randn(6, words, generator=torch.Generator().manual_seed(0)).to(device)
+    target = torch.tensor([0, 1, words - 1, 3, 1, 5], device=device)
+    exact = scores.double().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(exact, target, ignore_index=PAD, reduction="none")
+    losses.sum().backward()
+    in_place = torch.full((6, words + 3), float("nan"), device=device)[:, :words].copy_(scores)
+    found = softmax_kernel.softmax_gradient_(in_place, target, PAD, True)
+    torch.testing.assert_close(found.double(), losses.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(in_place.double(), exact.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_chunked_criterion_has_no_losses_of_single_tokens():
+    criterion = ChunkedCrossEntropyCriterion(SimpleNamespace(target_dictionary=tiny_decoder().dictionary), False)
+    with pytest.raises(NotImplementedError, match="--criterion cross_entropy"):
+        criterion(None, {}, reduce=False)
 
 
 @softmaxes

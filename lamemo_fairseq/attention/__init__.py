@@ -1,14 +1,18 @@
-"""Attention backends by name. A backend offers ``causal_attention`` and ``lookahead_attention``."""
+"""Attention backends by name.
 
-from types import ModuleType
+A backend offers ``causal_attention``, ``lookahead_attention`` and ``memory_attention``, as `eager.py` describes them.
+"""
+
+from typing import Any
 
 from ..registry import Registry
 from . import eager
+from .choice import Choice, fused_or_eager, fused_or_error
 from .types import Attended, LookaheadWindow, RelativeBias
 
-BACKENDS: Registry[ModuleType] = Registry("attention backend")
+BACKENDS: Registry[Any] = Registry("attention backend")
 BACKENDS.register("eager")(eager)
-# A fused backend registers here; `auto` then prefers it where it can run.
-BACKENDS.register("auto")(eager)
+BACKENDS.register("fused")(Choice(fused_or_error))
+BACKENDS.register("auto")(Choice(fused_or_eager))
 
 __all__ = ["BACKENDS", "Attended", "LookaheadWindow", "RelativeBias"]

@@ -4,7 +4,7 @@ Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances, m 
 """
 
 import math
-from typing import Optional
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,36 @@ def relative_shift(by_distance: Tensor, offset: int, keys: int) -> Tensor:
         ``[..., Q, K]``. Pairs whose column lies outside the table hold other pairs' scores
         and have to be masked.
     """
+    queries, distances = by_distance.shape[-2:]
+    if offset + keys >= queries + distances:  # the last row would read on behind the end
+        by_distance = F.pad(by_distance, (0, 1))
+    return _RelativeShift.apply(by_distance.contiguous(), offset, keys)
+
+
+class _RelativeShift(torch.autograd.Function):
+    """A view whose rows begin one entry further to the left each: no copy forward, and a single one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, by_distance: Tensor, offset: int, keys: int) -> Tensor:
+        ctx.shape, ctx.offset = by_distance.shape, offset
+        return _skewed(by_distance, offset, keys)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
+        by_distance = grad.new_zeros(ctx.shape)
+        keys = grad.size(-1)
+        # With T keys the last entry of a row is the first of the next, and only one of the two is ever seen.
+        _skewed(by_distance, ctx.offset, keys - 1).copy_(grad[..., :-1])
+        _skewed(by_distance, ctx.offset + keys - 1, 1).add_(grad[..., -1:])
+        return by_distance, None, None
+
+
+def _skewed(by_distance: Tensor, offset: int, keys: int) -> Tensor:
+    """``[.., Q, T] -> [.., Q, keys]`` over the same entries; row i begins at column ``offset - i``."""
     *lead, queries, distances = by_distance.shape
-    # One more column makes a row T+1 long, so that reading on in rows of T moves one to the left each row.
-    flat = F.pad(by_distance, (0, 1)).flatten(-2)
-    shifted = flat.narrow(-1, offset, queries * distances).view(*lead, queries, distances)
-    return shifted.narrow(-1, 0, keys)
+    strides = (*by_distance.stride()[:-2], distances - 1, 1)
+    start = by_distance.storage_offset() + offset
+    return by_distance.as_strided((*lead, queries, keys), strides, start)
 
 
 def _scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int) -> Tensor:
@@ -118,6 +143,36 @@ def lookahead_attention(
     normalizer = _normalizer(scores)
     weights = F.dropout(_weights(scores, normalizer), dropout)
     return merge(stored, Attended(weights.to(v.dtype) @ v, normalizer))
+
+
+def memory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    biases: Tuple[RelativeBias, RelativeBias],
+    window: LookaheadWindow,
+    stored: Attended,
+    span: Optional[int] = None,
+    dropout: float = 0.0,
+) -> Attended:
+    """Slots look ahead and current tokens attend to everything before them, in one call.
+
+    Args:
+        q, k, v: ``[B, H, R, D]``, m slots and then the current tokens.
+        biases: that of the causal attention and that of the look-ahead.
+        window, stored: as for `lookahead_attention`.
+        span, dropout: as for `causal_attention`.
+
+    Returns:
+        Read-outs ``[B, H, R, D]`` and normalisers ``[B, H, R]``, the slots' ones merged.
+    """
+    slots = stored.output.size(2)
+    causal, ahead = biases
+    keys = slice(window.first, slots + 1)
+    q_slots, q_current = q.split([slots, q.size(2) - slots], dim=2)
+    refreshed = lookahead_attention(q_slots, k[:, :, keys], v[:, :, keys], ahead, window, stored, dropout)
+    current = causal_attention(q_current, k, v, causal, span, dropout)
+    return Attended(*(torch.cat(pair, dim=2) for pair in zip(refreshed, current, strict=True)))
 
 
 def merge(stored: Attended, new: Attended) -> Attended:

@@ -32,6 +32,9 @@ class MemoryLanguageModelConfig(FairseqDataclass):
     attention_backend: ChoiceEnum(BACKENDS.names()) = field(  # type: ignore[valid-type]
         default="auto", metadata={"help": "implementation of the attention"}
     )
+    cuda_graphs: bool = field(
+        default=False, metadata={"help": "record training segments as CUDA graphs: faster where launches take long"}
+    )
 
     decoder_layers: int = field(default=6, metadata={"help": "number of layers"})
     decoder_embed_dim: int = field(default=512, metadata={"help": "width of the model"})
@@ -129,6 +132,8 @@ def check(cfg: MemoryLanguageModelConfig) -> None:
         )
     if not 1 <= cfg.adaptive_softmax_factor < math.inf:
         raise ValueError(f"--adaptive-softmax-factor is {cfg.adaptive_softmax_factor}, it must be at least 1")
+    if cfg.cuda_graphs and cfg.checkpoint_activations:
+        raise ValueError("--cuda-graphs cannot record --checkpoint-activations: pass one of the two")
     cutoffs(cfg)
     _check_memory(cfg)
 

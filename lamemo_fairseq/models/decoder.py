@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data.position import SegmentPosition
 from ..memory import MEMORIES, DivergenceError, MemoryConfig, MemoryState, StreamMemory
 from ..modules import AttentionConfig, DecoderLayer, LayerConfig
+from ..modules.graphs import SegmentGraphs
 from ..modules.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from ..positions import POSITIONS, PositionConfig
 from .config import MemoryLanguageModelConfig, check, cutoffs
@@ -39,6 +40,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             raise ValueError("the segment length is not known: pass --tokens-per-sample")
         self.segment_length: int = length
         memory_class = MEMORIES[str(cfg.memory)]
+        self.graphs = SegmentGraphs() if cfg.cuda_graphs else None
         width, heads = cfg.decoder_embed_dim, cfg.decoder_attention_heads
         head_dim = cfg.decoder_head_dim or width // heads
         mem_len = cfg.mem_len if memory_class.remembers else 0
@@ -101,6 +103,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         position: Optional[SegmentPosition] = None,
         encoder_out: Any = None,
         incremental_state: Optional[Dict[str, Any]] = None,
+        target: Optional[Tensor] = None,
     ) -> Tuple[Tensor, None]:
         """Scores of the word after each token, or with an adaptive softmax the features that it takes.
 
@@ -112,10 +115,17 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             encoder_out: not used; fairseq's generator passes it.
             incremental_state: what has been read of *src_tokens* before. Only the tokens beyond are read, and scored:
                 N is their number.
+            target: ``[B, N]`` the word after each token. Then the sum of their losses is returned in place of
+                scores, which are never held all at once (`criterions/chunked_cross_entropy.py`).
 
         Returns:
             Scores ``[B, N, V]`` (features ``[B, N, d]``), and None as language models have nothing else to report.
         """
+        if target is not None:
+            output: Any = self.adaptive_softmax if self.output is None else self.output
+            plan = output.plan(target)
+            features, _ = self.extract_features(src_tokens, src_lengths, position)
+            return output.loss(features, target, plan, self.dictionary.pad()), None
         features, _ = self.extract_features(src_tokens, src_lengths, position, incremental_state)
         return self.output_layer(features), None
 
@@ -144,7 +154,11 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             return decoding.read(new), None
         if position is not None:
             lengths = src_lengths if position.ragged else None
-            features, state = self.step(src_tokens, self.streams.read(position, self.training), lengths)
+            before = self.streams.read(position, self.training)
+            if self.graphs is not None and lengths is None:
+                features, state = self.graphs(self.step, self, src_tokens, before)
+            else:
+                features, state = self.step(src_tokens, before, lengths)
             self.streams.write(position, self.training, state)
             if not self.training:
                 _check_finite(features, position)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..attention import BACKENDS, Attended
 from ..positions import LayerBias
+from . import aligned
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class SelfAttention(nn.Module):
     def project(self, rows: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the last rows, keys and values of all: ``[B, H, Q or R, D]`` each."""
         if queries == rows.size(1):
-            q, k, v = self.qkv_proj(rows).chunk(3, dim=-1)
+            q, k, v = aligned.linear(rows, self.qkv_proj.weight).chunk(3, dim=-1)
         else:
             width = self.config.heads * self.config.head_dim
             q_weight, kv_weight = self.qkv_proj.weight.split([width, 2 * width])
-            q = nn.functional.linear(rows[:, rows.size(1) - queries :], q_weight)
-            k, v = nn.functional.linear(rows, kv_weight).chunk(2, dim=-1)
+            q = aligned.linear(rows[:, rows.size(1) - queries :], q_weight)
+            k, v = aligned.linear(rows, kv_weight).chunk(2, dim=-1)
         return self._split_heads(q), self._split_heads(k), self._split_heads(v)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
@@ -61,7 +62,7 @@ class SelfAttention(nn.Module):
 
     def merge_heads(self, heads: Tensor) -> Tensor:
         """``[B, H, Q, D] -> [B, Q, d]`` through the output projection."""
-        return self.out_proj(heads.transpose(1, 2).flatten(2))
+        return aligned.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight)
 
     @property
     def _dropout(self) -> float:

@@ -10,6 +10,8 @@ from fairseq import utils
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import aligned
+
 
 @dataclass(frozen=True)
 class LayerConfig:
@@ -35,7 +37,9 @@ class FeedForward(nn.Module):
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation_dropout(self.activation_fn(self.fc1(x))))
+        hidden = aligned.linear(x, self.fc1.weight, self.fc1.bias, keep_padding=True)
+        hidden = self.activation_dropout(self.activation_fn(hidden))
+        return aligned.linear(hidden, self.fc2.weight, self.fc2.bias)
 
 
 class DecoderLayer(nn.Module):

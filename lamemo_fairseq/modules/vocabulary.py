@@ -7,11 +7,13 @@ Shapes: B streams, N tokens, T = B N rows, V words, d model width, e width of a 
 """
 
 import math
-from typing import List, Optional, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .chunked_loss import linear_cross_entropy
 
 
 class Bands:
@@ -139,6 +141,14 @@ class FullSoftmax(_Output):
         """``[B, N, d] -> [B, N, V]``."""
         return F.linear(self._project(features, 0), self.weights[0], self.biases[0])
 
+    def plan(self, target: Tensor) -> None:
+        """Nothing has to be known of the targets beforehand."""
+
+    def loss(self, features: Tensor, target: Tensor, plan: None, ignored: int) -> Tensor:
+        """Sum of the negative log-likelihoods of *target* ``[B, N]`` but for those *ignored*, a float32 scalar."""
+        flat = self._project(features.flatten(0, 1), 0)
+        return linear_cross_entropy(flat, self.weights[0], self.biases[0], target.reshape(-1), ignored)
+
 
 class AdaptiveSoftmax(_Output):
     """A softmax over the first band and one entry for each other band, and a softmax within each of these.
@@ -181,6 +191,24 @@ class AdaptiveSoftmax(_Output):
             targets.append(target[rows] - self.bands.starts[i] + 2 if len(rows) else None)
         return logits, targets
 
+    def plan(self, target: Tensor) -> "BandPlan":
+        """Sort targets ``[B, N]`` by band; called before the layers, so that the counts are there in time."""
+        return BandPlan(self._band_of(target.reshape(-1)), len(self.bands))
+
+    def loss(self, features: Tensor, target: Tensor, plan: "BandPlan", ignored: int) -> Tensor:
+        """Sum of the negative log-likelihoods of *target* ``[B, N]`` but for those *ignored*, a float32 scalar."""
+        flat, words = features.flatten(0, 1), target.reshape(-1)
+        first = self.bands.ends[0]
+        # Padding is a word of the first band, where it can be told apart from every other entry.
+        entry = torch.where(plan.band > 0, first + len(self.bands) - 1 - plan.band, words)
+        weight, bias = self._head_rows()
+        loss = linear_cross_entropy(self._project(flat, 0), weight, bias, entry, ignored)
+        for i, rows in plan.rows():
+            weight, bias = self._rows(i)
+            of_band = words[rows] - self.bands.starts[i]
+            loss = loss + linear_cross_entropy(self._project(flat[rows], i), weight, bias, of_band)
+        return loss
+
     def target_log_probs(self, features: Tensor, target: Tensor) -> Tensor:
         """Log-probabilities ``[B, N]`` of the words *target*, in float32 or wider."""
         words = target.reshape(-1)
@@ -203,9 +231,12 @@ class AdaptiveSoftmax(_Output):
         return torch.cat(parts, dim=-1)
 
     def _head(self, features: Tensor) -> Tensor:
-        weight, bias = self._rows(0)
-        weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
+        weight, bias = self._head_rows()
         return _exact(F.linear(self._project(features.to(weight.dtype), 0), weight, bias))
+
+    def _head_rows(self) -> Tuple[Tensor, Tensor]:
+        weight, bias = self._rows(0)
+        return torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
 
     def _tail(self, features: Tensor, band: int) -> Tensor:
         weight, bias = self._rows(band)
@@ -213,6 +244,38 @@ class AdaptiveSoftmax(_Output):
 
     def _band_of(self, target: Tensor) -> Tensor:
         return torch.bucketize(target, torch.tensor(self.bands.starts[1:], device=target.device), right=True)
+
+
+class BandPlan:
+    """Which rows belong to which band.
+
+    The counts decide shapes, so the host needs them. It asks before the layers are computed and reads them
+    after, when they have long arrived: the device is never waited for.
+
+    Args:
+        band: ``[T]``, the band of each row.
+        bands: how many there are.
+    """
+
+    def __init__(self, band: Tensor, bands: int):
+        self.band = band
+        self._order = band.argsort(stable=True)
+        counts = torch.zeros(bands, dtype=torch.long, device=band.device)
+        counts = counts.scatter_add_(0, band, torch.ones_like(band))
+        self._arrived = None
+        if counts.is_cuda:
+            self._counts = torch.empty(bands, dtype=torch.long, pin_memory=True).copy_(counts, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._counts = counts
+
+    def rows(self) -> Iterator[Tuple[int, Tensor]]:
+        """Bands but the first, and the rows ``[t]`` of each: with none, its weights still get a gradient."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        parts = self._order.split(self._counts.tolist())
+        return ((i, rows) for i, rows in enumerate(parts) if i > 0)
 
 
 def _exact(logits: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Shapes: B streams, R = m + N rows, m memory slots, N current tokens, H heads, D 
 
 from typing import Optional
 
-import torch
 from torch import Tensor
 
 from ...attention import BACKENDS, Attended, LookaheadWindow
@@ -34,14 +33,12 @@ class LookaheadSelfAttention(SelfAttention):
         """
         if stored is None:
             return super().forward(rows, bias, current)
-        slots = rows.size(1) - current
         q, k, v = self.project(rows, rows.size(1))
-        attended = self.causal(q[:, :, slots:], k, v, bias, need_normalizer=True)
-        if window is not None:
-            ahead = slice(window.first, slots + 1)
-            refreshed = BACKENDS[self.config.backend].lookahead_attention(
-                q[:, :, :slots], k[:, :, ahead], v[:, :, ahead], bias.ahead, window, stored, self._dropout
+        if window is None:
+            attended = self.causal(q, k, v, bias, need_normalizer=True)
+        else:
+            attended = BACKENDS[self.config.backend].memory_attention(
+                q, k, v, (bias.causal, bias.ahead), window, stored, self.config.span, self._dropout
             )
-            attended = Attended(*(torch.cat(pair, dim=2) for pair in zip(refreshed, attended, strict=True)))
         carried = Attended(*(last_rows(t, self.config.mem_len, dim=2) for t in attended))
         return self.merge_heads(attended.output), carried

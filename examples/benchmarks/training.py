@@ -1,0 +1,338 @@
+"""Whole training steps through fairseq-train: tokens/s, peak memory, share of peak, time by part.
+
+    python examples/benchmarks/training.py enwik8            # on a GPU; --device cpu on a CPU
+    python examples/benchmarks/training.py wt103-adaptive wt103-full
+
+Every path runs in a process of its own on the same synthetic tokens. Its losses and gradients are compared with the
+eager path's in float32 first; a path that is off gets no figures.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+FORK = multiprocessing.get_context("fork")
+CUTOFFS = "20000,40000,200000"
+# name: preset, words, streams, options
+SIZES: dict[str, tuple[str, int, int, list[str]]] = {
+    "enwik8": ("enwik8", 208, 20, []),
+    "enwik8-2": ("enwik8", 208, 2, []),
+    "enwik8-2048": ("enwik8", 208, 20, ["--mem-len", "2048"]),
+    "enwik8-8192": ("enwik8", 208, 20, ["--mem-len", "8192"]),
+    "enwik8-80": ("enwik8", 208, 80, []),
+    "wt103-adaptive": ("wt103", 267_735, 64, ["--adaptive-softmax-cutoff", CUTOFFS]),
+    "wt103-full": ("wt103", 267_735, 64, []),
+    "wt103-adaptive-256": ("wt103", 267_735, 256, ["--adaptive-softmax-cutoff", CUTOFFS]),
+    "quickstart": (
+        "enwik8",
+        208,
+        16,
+        [
+            "--decoder-layers",
+            "4",
+            "--decoder-embed-dim",
+            "128",
+            "--decoder-attention-heads",
+            "4",
+            "--decoder-head-dim",
+            "32",
+            "--decoder-ffn-embed-dim",
+            "256",
+            "--mem-len",
+            "64",
+            "--tokens-per-sample",
+            "64",
+        ],
+    ),
+}
+PLAIN = ["--position-encoding", "absolute"]
+# name: architecture, options
+PATHS: dict[str, tuple[str, list[str]]] = {
+    "lamemo-eager": ("lamemo_lm", ["--attention-backend", "eager"]),
+    "lamemo-fused": ("lamemo_lm", ["--attention-backend", "fused"]),
+    "lamemo-graphs": ("lamemo_lm", ["--attention-backend", "fused", "--cuda-graphs"]),
+    "txl-eager": ("transformer_xl_lm", ["--attention-backend", "eager"]),
+    "txl-fused": ("transformer_xl_lm", ["--attention-backend", "fused"]),
+    "txl-graphs": ("transformer_xl_lm", ["--attention-backend", "fused", "--cuda-graphs"]),
+    "plain": ("relative_transformer_lm", ["--attention-backend", "auto", *PLAIN]),
+    "plain-graphs": ("relative_transformer_lm", ["--attention-backend", "auto", "--cuda-graphs", *PLAIN]),
+}
+TRAINING = (
+    "--task segment_language_modeling --criterion chunked_cross_entropy --optimizer adam --lr 2.5e-4 --clip-norm 0.25 "
+    "--disable-validation --no-save --no-progress-bar --log-format json --num-workers 2 --max-epoch 1"
+)
+PARTS = {
+    "attention": r"forward_kernel|key_kernel|query_kernel|delta_kernel|clear_kernel|flash|fmha",
+    "products": r"gemm|cutlass|nvjet|cublas|splitK",
+    "loss": r"softmax|nll",
+    "layer norm": r"layer_norm|LayerNorm|GammaBeta",
+    "copies": r"copy|Memcpy|Memset|CatArray|cat_|fill",
+    "optimizer": r"multi_tensor|adam",
+}
+
+
+def write_data(folder: Path, words: int, tokens: int) -> None:
+    """Random words, more frequent ones first (their ranks uniform in the logarithm)."""
+    import numpy as np
+    import torch
+    from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+
+    folder.mkdir(parents=True, exist_ok=True)
+    count = words - 4  # fairseq adds its own symbols, and none more at a multiple of 8
+    (folder / "dict.txt").write_text("".join(f"w{i} {count - i}\n" for i in range(count)))
+    ranks = (words - 4) ** np.random.default_rng(0).random(tokens)
+    builder = MMapIndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.int32)
+    for line in np.array_split(4 + ranks.astype(np.int64).clip(0, words - 5), max(1, tokens // 1000)):
+        builder.add_item(torch.from_numpy(line))
+    builder.finalize(str(folder / "train.idx"))
+
+
+def model_options(size: str, path: str) -> list[str]:
+    preset, _, streams, options = SIZES[size]
+    arch, more = PATHS[path]
+    if arch == "relative_transformer_lm" and "--mem-len" in options:
+        at = options.index("--mem-len")
+        options = options[:at] + options[at + 2 :]
+    return ["--arch", f"{arch}_{preset}", "--batch-size", str(streams), *options, *more]
+
+
+def train(size: str, path: str, steps: int, device: str, folder: str, extra: list[str]) -> dict[str, Any]:
+    """fairseq-train on the size; its own words per second once the memory is full."""
+    import torch
+    from fairseq import utils
+    from fairseq_cli import train as fairseq_train
+
+    sys.argv = ["fairseq-train", folder, "--user-dir", str(ROOT / "lamemo_fairseq"), *TRAINING.split()]
+    sys.argv += ["--max-update", str(steps), "--log-interval", "10" if steps >= 40 else "1", *model_options(size, path)]
+    sys.argv += ["--cpu"] if device == "cpu" else ["--fp16"]
+    sys.argv += extra
+    log = io.StringIO()
+    utils.import_user_module(argparse.Namespace(user_dir=str(ROOT / "lamemo_fairseq")))
+    logging.getLogger().addHandler(logging.StreamHandler(log))
+    with contextlib.redirect_stdout(sys.stderr):
+        fairseq_train.cli_main()
+    speeds = [float(s) for s in re.findall(r'"wps": "([\d.]+)"', log.getvalue())]
+    if len(speeds) < 3:
+        raise RuntimeError(log.getvalue()[-3000:])
+    # The last line is about the epoch.
+    found = {"tok/s": statistics.median(speeds[len(speeds) // 2 : -1] or speeds[-1:])}
+    if device == "cuda":  # fairseq resets the peak at every step, and logs what was left
+        left = [float(s) for s in re.findall(r'"gb_free": "([\d.]+)"', log.getvalue())]
+        found["peak GiB"] = torch.cuda.get_device_properties(0).total_memory / 2**30 - min(left)
+        if "--cuda-graphs" in sys.argv:  # what a graph owns counts as reserved only
+            found["peak GiB"] = torch.cuda.memory_reserved() / 2**30
+    return found
+
+
+def build(size: str, path: str, dtype: Any, device: str, layers: int | None = None) -> tuple[Any, Any, int]:
+    """A decoder of the size, its streams' tokens and the segment length."""
+    import torch
+    from fairseq import options, utils
+    from fairseq.data import Dictionary
+
+    utils.import_user_module(argparse.Namespace(user_dir=str(ROOT / "lamemo_fairseq")))
+    from lamemo_fairseq.models.decoder import MemoryDecoder
+
+    _, words, streams, _ = SIZES[size]
+    parser = options.get_training_parser("segment_language_modeling")
+    arguments = ["none", "--task", "segment_language_modeling", *model_options(size, path)]
+    args = options.parse_args_and_arch(parser, [*arguments, "--dropout", "0"])
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    cfg = convert_namespace_to_omegaconf(args).model
+    cfg.decoder_layers = layers or cfg.decoder_layers
+    length = args.tokens_per_sample or cfg.preset_tokens_per_sample
+    cfg.tokens_per_sample = length
+    dictionary = Dictionary()
+    for i in range(words - len(dictionary)):
+        dictionary.add_symbol(f"w{i}")
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = MemoryDecoder(cfg, dictionary).to(device=device, dtype=dtype)
+    segments = 3 + max(1, cfg.mem_len // length)
+    tokens = torch.randint(4, words, (streams, 1 + segments * length), device=device)
+    return model, tokens, length
+
+
+def step(model: Any, tokens: Any, start: int, length: int, state: Any) -> tuple[Any, Any]:
+    output = model.adaptive_softmax if model.output is None else model.output
+    target = tokens[:, start + 1 : start + length + 1]
+    plan = output.plan(target)
+    source = tokens[:, start : start + length]
+    if model.graphs is None:
+        features, state = model.step(source, state)
+    else:
+        features, state = model.graphs(model.step, model, source, state)
+    loss = output.loss(features, target, plan, 1)
+    loss.backward()
+    return loss.detach() / target.numel(), state
+
+
+def check(size: str, path: str, device: str) -> dict[str, Any]:
+    """Loss and gradients of the last segment, its memory full, in two layers, against eager attention in float32."""
+    import torch
+
+    half = torch.float16 if device == "cuda" else torch.float32
+    found = {}
+    for name, of, dtype in (("exact", "eager", torch.float32), ("plain", "eager", half), ("path", "", half)):
+        model, tokens, length = build(size, path, dtype, device, layers=2)
+        if of:
+            for module in model.modules():
+                if hasattr(module, "config") and hasattr(module.config, "backend"):
+                    object.__setattr__(module.config, "backend", of)
+            model.graphs = None
+        state = None
+        for index in range(tokens.size(1) // length):
+            model.zero_grad()
+            loss, state = step(model, tokens[:4], index * length, length, state)
+        found[name] = [loss.float(), *(p.grad.float() for p in model.parameters())]
+
+    def error(name: str) -> float:
+        return max(
+            float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(found[name], found["exact"], strict=True)
+        )
+
+    off, allowed = error("path"), 2 * error("plain") + 1e-3
+    return {"error": off, "allowed": allowed, "ok": off <= allowed}
+
+
+def parts(size: str, path: str, steps: int = 3) -> dict[str, float]:
+    """GPU milliseconds a step by part, forward and backward, from the profiler."""
+    import torch
+
+    model, tokens, length = build(size, path, torch.float16, "cuda")
+    model.train()
+    state = None
+    for index in range(tokens.size(1) // length):
+        model.zero_grad()
+        _, state = step(model, tokens, index * length, length, state)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            model.zero_grad()
+            step(model, tokens, 0, length, state)
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        model.zero_grad()
+        step(model, tokens, 0, length, state)
+    host = time.perf_counter() - start
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - start
+    found: dict[str, float] = {}
+    kernels: dict[str, float] = {}
+    for event in profile.key_averages():
+        milliseconds = event.self_device_time_total / 1e3 / steps
+        part = next((p for p, pattern in PARTS.items() if re.search(pattern, event.key)), "elementwise and rest")
+        found[part] = found.get(part, 0) + milliseconds
+        kernels[event.key[:70]] = milliseconds
+    top = sorted(kernels.items(), key=lambda x: -x[1])[:14]
+    found["all kernels"] = sum(kernels.values())
+    return {**found, "host": host * 1e3 / steps, "wall": wall * 1e3 / steps, "top": top}  # type: ignore[dict-item]
+
+
+def work_per_token(size: str, path: str, streams: int) -> float:
+    """Floating-point operations of a training step a token, matrix products alone, dead memory branch left out."""
+    model, _, length = build(size, path, None, "meta")
+    cfg, lookahead = model.layers[0].self_attn.config, PATHS[path][0] == "lamemo_lm"
+    layers, width, inner = len(model.layers), cfg.embed_dim, cfg.heads * cfg.head_dim
+    ffn, memory = model.layers[0].feed_forward.fc1.out_features, cfg.mem_len
+    per_row = 2 * (2 * width * inner + 2 * width * ffn)  # query, output, feed-forward
+    key_value, pairs = 2 * 2 * width * inner, memory + length / 2
+    position = 0 if PATHS[path][1][-1] == "absolute" else 1
+    total = layers * (per_row + key_value * (1 + memory / length) + 2 * inner * pairs * (2 + position))
+    if lookahead:
+        slots, keys = memory / length, min(memory, length)
+        total += (layers - 1) * slots * (per_row + 2 * inner * 3 * (keys if memory > length else keys / 2))
+    words = SIZES[size][1] if model.output is not None else model.adaptive_softmax.bands.ends[0]
+    return 3 * (total + 2 * width * words)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="training steps of every path, side by side")
+    parser.add_argument("sizes", nargs="*", default=["enwik8"], help=", ".join(SIZES))
+    parser.add_argument("--paths", nargs="*", default=list(PATHS))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--peak", type=float, default=790, help="TFLOP/s of the device in large products")
+    parser.add_argument("--result", type=Path, help="a JSON file to write")
+    parser.add_argument("--options", default="", help="more options of fairseq-train")
+    parser.add_argument("--no-parts", action="store_true")
+    args = parser.parse_args()
+    import fairseq_cli.train  # noqa: F401  (once, for all processes)
+    import torch
+
+    device = platform.processor() or platform.machine()
+    if args.device == "cuda":  # asked of another program: a process that has used CUDA cannot be forked
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        device = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{device}, {versions}")
+    print("| size | path | tok/s | peak GiB | share of peak | error (allowed) |\n|---|---|---|---|---|---|")
+    results: dict[str, Any] = {"device": device, "versions": versions, "command": sys.argv[1:]}
+    for size in args.sizes:
+        _, words, streams, _ = SIZES[size]
+        length = 64 if size == "quickstart" else 150 if "wt103" in size else 512
+        with tempfile.TemporaryDirectory() as folder:
+            write_data(Path(folder), words, streams * length * (args.steps + 2))
+            for path in args.paths:
+                process = FORK.Process(target=one, args=(args, size, path, folder))
+                process.start()
+                process.join()
+                if process.exitcode:
+                    log = (Path(folder) / "log").read_text()
+                    print(f"| {size} | {path} | failed |\n{log[-1500:]}", flush=True)
+                    continue
+                found = json.loads((Path(folder) / "found").read_text())
+                results[f"{size} {path}"] = found
+                off = f"{found['check']['error']:.1e} ({found['check']['allowed']:.1e})"
+                if not found["check"]["ok"]:
+                    print(f"| {size} | {path} | off | | | {off} |", flush=True)
+                    continue
+                share = found["tok/s"] * found["work"] / args.peak / 1e12
+                peak = f"{found['peak GiB']:.1f}" if "peak GiB" in found else ""
+                share_text = f"{share:.1%}" if args.device == "cuda" else ""
+                print(f"| {size} | {path} | {found['tok/s']:,.0f} | {peak} | {share_text} | {off} |", flush=True)
+                for name, value in found.get("parts", {}).items():
+                    print(f"    {name}: {value if isinstance(value, list) else round(value, 2)}", flush=True)
+    if args.result:
+        args.result.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def one(args: argparse.Namespace, size: str, path: str, folder: str) -> None:
+    """Everything about one path, in a process of its own; what it prints goes to a file."""
+    log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    found: dict[str, Any] = {"check": check(size, path, args.device)}
+    if found["check"]["ok"]:
+        found["work"] = work_per_token(size, path, SIZES[size][2])
+        if args.device == "cuda":
+            import torch
+
+            if not args.no_parts:
+                found["parts"] = parts(size, path)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        found |= train(size, path, args.steps, args.device, folder, args.options.split())
+    (Path(folder) / "found").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Several banded attentions over one set of projections, as one differentiable function.
+
+Shapes: B streams, H heads, R rows, D size of a head.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, List, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..types import Attended, RelativeBias
+from . import launch
+from .launch import Band
+
+
+@dataclass(frozen=True)
+class Part:
+    """One attention: which queries read which keys, and how. The first part of a list reads all keys."""
+
+    queries: slice
+    keys: slice
+    band: Band
+    bias: RelativeBias
+    first: Optional[Tensor] = None
+    stored: Optional[Attended] = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], dropout: float) -> Attended:
+    """Read-outs ``[B, H, R, D]`` and normalisers ``[B, H, R]`` of the parts, whose queries together are q."""
+    seed = torch.randint(1 << 31, (1,), device=q.device, dtype=torch.int32) if dropout > 0 else None
+    size, scale = q.size(-1), 1 / math.sqrt(q.size(-1))
+    if q.element_size() == 2 and size % 8:  # rows of 16 bytes, for fast loads and products
+        q, k, v = (_widened(t) for t in (q, k, v))
+        parts = [_widened_part(part) for part in parts]
+    biases = [tensor for part in parts for tensor in part.bias]
+    output, normalizer = _Attend.apply(parts, scale, dropout, seed, q, k, v, *biases)
+    return Attended(output[..., :size], normalizer)
+
+
+def _inputs(
+    part: Part, q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias, scale: float, dropout: float, seed: Any
+) -> launch.Inputs:
+    rows, keys = part.queries, part.keys
+    stored = None if part.stored is None else (part.stored.output, part.stored.normalizer)
+    return launch.Inputs(
+        q[:, :, rows], k[:, :, keys], v[:, :, keys], bias, part.band, part.first, stored, scale, dropout, seed
+    )
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        parts: Sequence[Part],
+        scale: float,
+        dropout: float,
+        seed: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *biases,
+    ):
+        output = _rows_like(q)
+        normalizers, saved = [], []
+        for part, bias in zip(parts, _grouped(biases), strict=True):
+            inputs = _inputs(part, q, k, v, bias, scale, dropout, seed)
+            normalizer, kept = launch.forward(inputs, output[:, :, part.queries])
+            normalizers.append(normalizer)
+            saved.append(kept.new)
+        in_order = [
+            n for _, n in sorted(zip((p.queries.start for p in parts), normalizers, strict=True), key=lambda x: x[0])
+        ]
+        normalizer = in_order[0] if len(parts) == 1 else torch.cat(in_order, dim=2)
+        ctx.parts, ctx.scale = [_without_tensors(p) for p in parts], scale
+        ctx.dropout, ctx.seed = dropout, seed
+        # Tensors that take no gradient, beside those that do: all of them must not change before the backward pass.
+        held = [(p.first, *(p.stored or (None, None))) for p in parts]
+        ctx.save_for_backward(q, k, v, output, *biases, *saved, *(t for three in held for t in three))
+        ctx.mark_non_differentiable(normalizer)
+        return output, normalizer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any):
+        count = len(ctx.parts)
+        q, k, v, output, *rest = ctx.saved_tensors
+        biases, rest = _grouped(rest[: 4 * count]), rest[4 * count :]
+        news, held = rest[:count], [rest[count + 3 * n : count + 3 * n + 3] for n in range(count)]
+        dq, dk, dv = _rows_like(q), _rows_like(k), _rows_like(v)
+        gradients: List[Optional[Tensor]] = []
+        for n, part in enumerate(ctx.parts):
+            first, stored_output, stored_normalizer = held[n]
+            stored = None if stored_output is None else Attended(stored_output, stored_normalizer)
+            part = Part(part.queries, part.keys, part.band, biases[n], first, stored)
+            rows, keys = part.queries, part.keys
+            inputs = _inputs(part, q, k, v, biases[n], ctx.scale, ctx.dropout, ctx.seed)
+            found = launch.backward(
+                inputs,
+                launch.Saved(output[:, :, rows], news[n]),
+                grad[:, :, rows],
+                dq[:, :, rows],
+                dk[:, :, keys],
+                dv[:, :, keys],
+                add=n > 0,
+            )
+            gradients += [
+                None if b is None or g is None else g.to(b.dtype) for b, g in zip(biases[n], found, strict=True)
+            ]
+        return None, None, None, None, dq, dk, dv, *gradients
+
+
+def _widened(t: Any) -> Any:
+    return None if t is None else F.pad(t, (0, -t.size(-1) % 8))
+
+
+def _widened_part(part: Part) -> Part:
+    content, position, table, score = part.bias
+    bias = RelativeBias(_widened(content), _widened(position), _widened(table), score)
+    stored = None if part.stored is None else part.stored._replace(output=_widened(part.stored.output))
+    return replace(part, bias=bias, stored=stored)
+
+
+def _rows_like(t: Tensor) -> Tensor:
+    """An empty ``[B, H, R, D]`` whose heads lie side by side, as projections have them."""
+    batch, heads, rows, size = t.shape
+    return t.new_empty(batch, rows, heads, size).transpose(1, 2)
+
+
+def _grouped(biases: Sequence[Optional[Tensor]]) -> List[RelativeBias]:
+    return [RelativeBias(*biases[n : n + 4]) for n in range(0, len(biases), 4)]
+
+
+def _without_tensors(part: Part) -> Part:
+    return Part(part.queries, part.keys, part.band, RelativeBias())

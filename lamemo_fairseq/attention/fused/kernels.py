@@ -1,0 +1,297 @@
+"""Triton kernels of banded attention with position scores, forward and backward.
+
+Shapes: B streams, H heads, Q queries, K keys, D size of a head, W columns of position scores.
+Names: p_ pointer, s_ stride (in elements), b_ tile, m_ mask. The last dimension of every tensor is contiguous.
+
+Query i sees key j if ``low <= j - i <= high`` and ``j >= first[b]``. Its position score stands in UNSHIFTED layout:
+queries are cut into chunks of C, and in row ``i`` of chunk ``c`` the score of key j is in column
+``j - i % C + min(shift - c C, C - 1)``. So the skew costs nothing but pointer arithmetic. See README.md.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _position_pointers(p_scores, i, j, s_chunk, s_row, C, shift, CHUNKED: tl.constexpr):
+    """Where the position score of each pair stands; i and j broadcast against each other."""
+    if CHUNKED:
+        chunk = i // C
+        i = i - chunk * C
+        return p_scores + chunk.to(tl.int64) * s_chunk + i * s_row + (j - i + tl.minimum(shift - chunk * C, C - 1))
+    return p_scores + i * s_row + (j - i + shift)
+
+
+@triton.jit
+def _visible(i, j, Q, K, low, high, first):
+    return (i < Q) & (j < K) & (j - i >= low) & (j - i <= high) & (j >= first)
+
+
+@triton.jit
+def _kept(seed, i, j, K, dropout):
+    """Which attention weights dropout keeps: the same in every kernel, for a pair's number and the head's seed."""
+    return tl.rand(seed, i * K + j) >= dropout
+
+
+@triton.jit
+def forward_kernel(
+    p_q, p_k, p_v, p_content, p_scores, p_first, p_seed, p_stored, p_held, p_out, p_merged, p_new,
+    s_qb, s_qh, s_qi, s_kb, s_kh, s_kj, s_vb, s_vh, s_vj, s_pc, s_ph, s_pb, s_pi,
+    s_sb, s_sh, s_si, s_ob, s_oh, s_oi,
+    H, Q, K, low, high, C, shift, scale, dropout, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    CONTENT: tl.constexpr, POSITION: tl.constexpr, FIRST: tl.constexpr, STORED: tl.constexpr,
+    DROPOUT: tl.constexpr, CHUNKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys of a block of queries, then the merge with what the queries held.
+
+    Writes the (merged) read-out, the (merged) normaliser, and with STORED also the normaliser of the keys alone.
+    """
+    block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    i0 = block * BLOCK_Q
+    i, d = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    m_i, m_d = i < Q, d < D
+    # [BLOCK_Q, BLOCK_D]
+    b_q = tl.load(p_q + b * s_qb + h * s_qh + i[:, None] * s_qi + d[None, :], m_i[:, None] & m_d[None, :], other=0.0)
+    if CONTENT:
+        b_u = tl.load(p_content + h * D + d, m_d, other=0.0)
+        b_q = (b_q.to(tl.float32) + b_u.to(tl.float32)[None, :]).to(b_q.dtype)
+    p_k += b * s_kb + h * s_kh
+    p_v += b * s_vb + h * s_vh
+    if POSITION:
+        p_scores += h * s_ph + b * s_pb
+    first = tl.load(p_first + b) if FIRST else 0
+    seed = tl.load(p_seed) + bh if DROPOUT else 0
+    b_top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], tl.float32)
+    b_out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+
+    start = tl.maximum(tl.maximum(i0 + low, first), 0) // BLOCK_K * BLOCK_K
+    stop = tl.minimum(K, i0 + BLOCK_Q + high)
+    for j0 in range(start, stop, BLOCK_K):
+        j = j0 + tl.arange(0, BLOCK_K)
+        m_j = j < K
+        # [BLOCK_D, BLOCK_K]
+        b_k = tl.load(p_k + j[None, :] * s_kj + d[:, None], m_d[:, None] & m_j[None, :], other=0.0)
+        # [BLOCK_Q, BLOCK_K]
+        b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
+        m_s = _visible(i[:, None], j[None, :], Q, K, low, high, first)
+        if POSITION:
+            at = _position_pointers(p_scores, i[:, None], j[None, :], s_pc, s_pi, C, shift, CHUNKED)
+            b_s += tl.load(at, m_s, other=0.0).to(tl.float32)
+        b_s = tl.where(m_s, b_s * (scale * LOG2E), -float("inf"))
+        top = tl.maximum(b_top, tl.max(b_s, 1))
+        # A row that has seen nothing yet has no maximum to subtract.
+        finite = tl.where(top == -float("inf"), 0.0, top)
+        b_w = tl.exp2(b_s - finite[:, None])
+        shrink = tl.exp2(b_top - finite)
+        b_sum = b_sum * shrink + tl.sum(b_w, 1)
+        if DROPOUT:
+            b_w = tl.where(_kept(seed, i[:, None], j[None, :], K, dropout), b_w / (1 - dropout), 0.0)
+        # [BLOCK_K, BLOCK_D]
+        b_v = tl.load(p_v + j[:, None] * s_vj + d[None, :], m_j[:, None] & m_d[None, :], other=0.0)
+        b_out = b_out * shrink[:, None] + tl.dot(b_w.to(b_v.dtype), b_v, input_precision=PRECISION)
+        b_top = top
+
+    b_sum = tl.where(m_i, b_sum, 1.0)
+    b_out = b_out / b_sum[:, None]
+    b_new = (b_top + tl.log2(b_sum)) * LN2
+    row = bh * Q + i
+    if STORED:
+        b_held = tl.load(p_held + row, m_i, other=0.0)
+        m_o = m_i[:, None] & m_d[None, :]
+        b_o = tl.load(p_stored + b * s_sb + h * s_sh + i[:, None] * s_si + d[None, :], m_o, other=0.0)
+        greater = tl.maximum(b_held, b_new)
+        kept, added = tl.exp(b_held - greater), tl.exp(b_new - greater)
+        # Not 1 - alpha, which would round away the eps.
+        b_out = (kept[:, None] * b_o.to(tl.float32) + (added + eps)[:, None] * b_out) / (kept + added + eps)[:, None]
+        tl.store(p_new + row, b_new, m_i)
+        b_new = greater + tl.log(kept + added)
+    tl.store(p_merged + row, b_new, m_i)
+    at = p_out + b * s_ob + h * s_oh + i[:, None] * s_oi + d[None, :]
+    tl.store(at, b_out.to(p_out.dtype.element_ty), m_i[:, None] & m_d[None, :])
+
+
+@triton.jit
+def delta_kernel(
+    p_out, p_grad, p_stored, p_held, p_new, p_delta, p_lse,
+    s_ob, s_oh, s_oi, s_gb, s_gh, s_gi, s_sb, s_sh, s_si,
+    H, Q, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """Two numbers a row, with which ``dS = exp(S - lse) (dO . V - delta)`` (README.md has the derivation)."""
+    block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    i, d = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    m_i = i < Q
+    m_o = m_i[:, None] & (d < D)[None, :]
+    # [BLOCK_Q, BLOCK_D]
+    b_g = tl.load(p_grad + b * s_gb + h * s_gh + i[:, None] * s_gi + d[None, :], m_o, other=0.0).to(tl.float32)
+    b_o = tl.load(p_out + b * s_ob + h * s_oh + i[:, None] * s_oi + d[None, :], m_o, other=0.0).to(tl.float32)
+    row = bh * Q + i
+    delta = tl.sum(b_g * b_o, 1)
+    lse = tl.load(p_new + row, m_i, other=0.0)
+    if STORED:
+        b_o = tl.load(p_stored + b * s_sb + h * s_sh + i[:, None] * s_si + d[None, :], m_o, other=0.0)
+        held = tl.load(p_held + row, m_i, other=0.0)
+        greater = tl.maximum(held, lse)
+        kept, added = tl.exp(held - greater), tl.exp(lse - greater)
+        total, rest = kept + added + eps, added + eps
+        fresh = (delta - kept / total * tl.sum(b_g * b_o.to(tl.float32), 1)) * total / rest
+        delta = added / rest * delta + eps / rest * fresh
+        lse += tl.log(total) - tl.log(rest)
+    tl.store(p_delta + row, delta, m_i)
+    tl.store(p_lse + row, lse * LOG2E, m_i)
+
+
+@triton.jit
+def clear_kernel(
+    p_scores, p_first, s_pc, s_ph, s_pb, s_pi,
+    H, Q, K, W, low, high, C, shift,
+    BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, FIRST: tl.constexpr, CHUNKED: tl.constexpr,
+):  # fmt: skip
+    """Write 0 wherever the buffer of position scores holds no visible pair, padding rows of the last chunk included."""
+    block_i, block_t, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, h = bh // H, bh % H
+    i, t = block_i * BLOCK_Q + tl.arange(0, BLOCK_Q), block_t * BLOCK_W + tl.arange(0, BLOCK_W)
+    p_scores += h * s_ph + b * s_pb
+    chunk = i // C
+    local = i - chunk * C
+    if CHUNKED:
+        shift = tl.minimum(shift - chunk * C, C - 1)
+        p_scores += (chunk.to(tl.int64) * s_pc)[:, None]
+        j = t[None, :] + (local - shift)[:, None]
+        rows = (Q + C - 1) // C * C
+    else:
+        j = t[None, :] + (local - shift)[:, None]
+        rows = Q
+    first = tl.load(p_first + b) if FIRST else 0
+    m_s = _visible(i[:, None], j, Q, K, low, high, first) & (j >= 0)
+    at = p_scores + local[:, None] * s_pi + t[None, :]
+    zero = tl.zeros([BLOCK_Q, BLOCK_W], p_scores.dtype.element_ty)
+    tl.store(at, zero, (i < rows)[:, None] & (t < W)[None, :] & (m_s == 0))
+
+
+@triton.jit
+def key_kernel(
+    p_q, p_k, p_v, p_content, p_scores, p_first, p_seed, p_grad, p_delta, p_lse, p_dk, p_dv,
+    s_qb, s_qh, s_qi, s_kb, s_kh, s_kj, s_vb, s_vh, s_vj, s_pc, s_ph, s_pb, s_pi,
+    s_gb, s_gh, s_gi, s_dkb, s_dkh, s_dkj, s_dvb, s_dvh, s_dvj,
+    H, Q, K, low, high, C, shift, scale, dropout,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    CONTENT: tl.constexpr, POSITION: tl.constexpr, FIRST: tl.constexpr, ADD: tl.constexpr,
+    DROPOUT: tl.constexpr, CHUNKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of keys and values; each pair's score gradient takes the place of its position score.
+
+    ADD adds to what ``dk`` and ``dv`` hold already.
+    """
+    block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    j0 = block * BLOCK_K
+    j, d = j0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    m_d = d < D
+    m_k = (j < K)[:, None] & m_d[None, :]
+    # [BLOCK_K, BLOCK_D]
+    b_k = tl.load(p_k + b * s_kb + h * s_kh + j[:, None] * s_kj + d[None, :], m_k, other=0.0)
+    b_v = tl.load(p_v + b * s_vb + h * s_vh + j[:, None] * s_vj + d[None, :], m_k, other=0.0)
+    if CONTENT:
+        b_u = tl.load(p_content + h * D + d, m_d, other=0.0).to(tl.float32)
+    p_q += b * s_qb + h * s_qh
+    p_grad += b * s_gb + h * s_gh
+    p_scores += h * s_ph + b * s_pb
+    p_delta += bh * Q
+    p_lse += bh * Q
+    first = tl.load(p_first + b) if FIRST else 0
+    seed = tl.load(p_seed) + bh if DROPOUT else 0
+    b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+
+    start = tl.maximum(j0 - high, 0) // BLOCK_Q * BLOCK_Q
+    stop = tl.minimum(Q, j0 + BLOCK_K - low)
+    if j0 + BLOCK_K <= first:
+        stop = 0
+    for i0 in range(start, stop, BLOCK_Q):
+        i = i0 + tl.arange(0, BLOCK_Q)
+        m_i = i < Q
+        # [BLOCK_Q, BLOCK_D]
+        b_q = tl.load(p_q + i[:, None] * s_qi + d[None, :], m_i[:, None] & m_d[None, :], other=0.0)
+        if CONTENT:
+            b_q = (b_q.to(tl.float32) + b_u[None, :]).to(b_q.dtype)
+        # [BLOCK_K, BLOCK_Q]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        m_s = _visible(i[None, :], j[:, None], Q, K, low, high, first)
+        at = _position_pointers(p_scores, i[None, :], j[:, None], s_pc, s_pi, C, shift, CHUNKED)
+        if POSITION:
+            b_s += tl.load(at, m_s, other=0.0).to(tl.float32)
+        lse = tl.load(p_lse + i, m_i, other=0.0)
+        b_w = tl.where(m_s, tl.exp2(b_s * (scale * LOG2E) - lse[None, :]), 0.0)
+        b_g = tl.load(p_grad + i[:, None] * s_gi + d[None, :], m_i[:, None] & m_d[None, :], other=0.0)
+        # [BLOCK_K, BLOCK_Q]
+        b_dw = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)
+        if DROPOUT:
+            kept = _kept(seed, i[None, :], j[:, None], K, dropout)
+            b_dw = tl.where(kept, b_dw / (1 - dropout), 0.0)
+            b_dropped = tl.where(kept, b_w / (1 - dropout), 0.0)
+        else:
+            b_dropped = b_w
+        b_dv += tl.dot(b_dropped.to(b_g.dtype), b_g, input_precision=PRECISION)
+        delta = tl.load(p_delta + i, m_i, other=0.0)
+        b_ds = (b_w * (b_dw - delta[None, :])).to(b_q.dtype)
+        tl.store(at, b_ds, m_s)
+        b_dk += tl.dot(b_ds, b_q, input_precision=PRECISION)
+
+    b_dk *= scale
+    at_k = p_dk + b * s_dkb + h * s_dkh + j[:, None] * s_dkj + d[None, :]
+    at_v = p_dv + b * s_dvb + h * s_dvh + j[:, None] * s_dvj + d[None, :]
+    if ADD:
+        b_dk += tl.load(at_k, m_k, other=0.0).to(tl.float32)
+        b_dv += tl.load(at_v, m_k, other=0.0).to(tl.float32)
+    tl.store(at_k, b_dk.to(p_dk.dtype.element_ty), m_k)
+    tl.store(at_v, b_dv.to(p_dv.dtype.element_ty), m_k)
+
+
+@triton.jit
+def query_kernel(
+    p_k, p_scores, p_first, p_by_position, p_dq, p_du,
+    s_kb, s_kh, s_kj, s_pc, s_ph, s_pb, s_pi, s_rc, s_rh, s_rb, s_ri, s_dqb, s_dqh, s_dqi,
+    H, Q, K, low, high, C, shift, scale, blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    POSITION: tl.constexpr, FIRST: tl.constexpr, CHUNKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of queries from the score gradients, and their sums over the block for the two biases."""
+    block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    i0 = block * BLOCK_Q
+    i, d = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    m_q = (i < Q)[:, None] & (d < D)[None, :]
+    p_k += b * s_kb + h * s_kh
+    p_scores += h * s_ph + b * s_pb
+    first = tl.load(p_first + b) if FIRST else 0
+    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    start = tl.maximum(tl.maximum(i0 + low, first), 0) // BLOCK_K * BLOCK_K
+    stop = tl.minimum(K, i0 + BLOCK_Q + high)
+    for j0 in range(start, stop, BLOCK_K):
+        j = j0 + tl.arange(0, BLOCK_K)
+        m_s = _visible(i[:, None], j[None, :], Q, K, low, high, first)
+        at = _position_pointers(p_scores, i[:, None], j[None, :], s_pc, s_pi, C, shift, CHUNKED)
+        b_ds = tl.load(at, m_s, other=0.0)
+        # [BLOCK_K, BLOCK_D]
+        b_k = tl.load(p_k + j[:, None] * s_kj + d[None, :], (j < K)[:, None] & (d < D)[None, :], other=0.0)
+        b_dq += tl.dot(b_ds, b_k, input_precision=PRECISION)
+    b_dq *= scale
+    # [B, H, blocks, 2, D]
+    p_du += (bh * blocks + block) * 2 * D
+    tl.store(p_du + d, tl.sum(b_dq, 0), d < D)
+    if POSITION:
+        chunk = i // C
+        at = p_by_position + h * s_rh + b * s_rb + chunk.to(tl.int64) * s_rc + (i - chunk * C) * s_ri
+        b_r = tl.load(at[:, None] + d[None, :], m_q, other=0.0).to(tl.float32) * scale
+        tl.store(p_du + D + d, tl.sum(b_r, 0), d < D)
+        b_dq += b_r
+    at = p_dq + b * s_dqb + h * s_dqh + i[:, None] * s_dqi + d[None, :]
+    tl.store(at, b_dq.to(p_dq.dtype.element_ty), m_q)

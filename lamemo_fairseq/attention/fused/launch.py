@@ -1,0 +1,253 @@
+"""From tensors to kernel launches: one banded attention forward, and its gradients.
+
+Shapes: B streams, H heads, Q queries, K keys, D size of a head, T rows of the distance table, C queries of a chunk,
+W columns of position scores.
+"""
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from ..eager import INTERPOLATION_EPS
+from ..types import RelativeBias
+from . import kernels
+from .tiles import tiles_for
+
+UNBOUNDED = 1 << 30
+
+
+class Band(NamedTuple):
+    """Which pairs see each other, and where the table holds their distance.
+
+    Query i sees key j if ``low <= j - i <= high``; the pair's row of the table is ``shift + j - i``.
+    """
+
+    low: int
+    high: int
+    shift: int
+
+    @property
+    def limits(self) -> Tuple[int, int]:
+        return max(self.low, -UNBOUNDED), min(self.high, UNBOUNDED)
+
+
+class Saved(NamedTuple):
+    """What a backward pass needs of a forward one besides its inputs."""
+
+    output: Tensor  # [B, H, Q, D], merged
+    new: Tensor  # [B, H, Q], normaliser of the keys alone
+
+
+class Inputs(NamedTuple):
+    """One banded attention."""
+
+    q: Tensor  # [B, H, Q, D]
+    k: Tensor  # [B, H, K, D]
+    v: Tensor
+    bias: RelativeBias
+    band: Band
+    first: Optional[Tensor]  # [B], the first key that is visible to a stream
+    stored: Optional[Tuple[Tensor, Tensor]]  # what the queries held: [B, H, Q, D] and [B, H, Q]
+    scale: float
+    dropout: float
+    seed: Optional[Tensor]  # one integer on the device
+
+
+class Layout(NamedTuple):
+    """How position scores are laid out: queries in chunks, so that a row holds only distances that its chunk meets."""
+
+    chunk: int  # C
+    chunks: int
+    width: int  # W, a multiple of 8
+
+    @classmethod
+    def of(cls, x: Inputs) -> "Layout":
+        queries, keys = x.q.size(2), x.k.size(2)
+        chunk = min(_round_up(keys, 64), queries) if queries >= 2 * keys else queries
+        distances = x.band.shift + min(keys, x.band.high + 1) if chunk == queries else keys + chunk - 1
+        return cls(chunk, -(-queries // chunk), _round_up(distances, 8))
+
+    def starts(self, shift: int) -> Tuple[int, ...]:
+        """The table's row in column 0 of each chunk."""
+        return tuple(max(0, shift - (c + 1) * self.chunk + 1) for c in range(self.chunks))
+
+
+def forward(x: Inputs, out: Tensor) -> Tuple[Tensor, Saved]:
+    """Attend, writing the read-outs into ``out [B, H, Q, D]``; returns the normalisers ``[B, H, Q]`` as well."""
+    x, layout = _contiguous(x), Layout.of(x)
+    batch, heads, queries, size = x.q.shape
+    scores = _position_scores(x, layout)[0] if x.bias.table is not None else None
+    merged = x.q.new_empty(batch, heads, queries, dtype=torch.float32)
+    new = merged if x.stored is None else torch.empty_like(merged)
+    held_out, held = (None, None) if x.stored is None else x.stored
+    tile = tiles_for(_block(size), x.q.dtype).forward
+    kernels.forward_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
+        x.q, x.k, x.v, x.bias.content, scores, x.first, x.seed, held_out, held, out, merged, new,
+        *_strides(x.q), *_strides(x.k), *_strides(x.v), *_score_strides(scores), *_strides(held_out), *_strides(out),
+        **_geometry(x, layout), scale=x.scale, dropout=x.dropout, eps=INTERPOLATION_EPS, **_block_sizes(x, tile),
+        CONTENT=x.bias.content is not None, POSITION=scores is not None, FIRST=x.first is not None,
+        STORED=x.stored is not None, DROPOUT=x.dropout > 0, CHUNKED=layout.chunks > 1,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return merged, Saved(out, new)
+
+
+def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, add: bool) -> RelativeBias:
+    """Gradients of one banded attention.
+
+    Args:
+        grad: gradient of the read-outs ``[B, H, Q, D]``.
+        dq: written.
+        dk, dv: written, or with *add* added to.
+
+    Returns:
+        The gradients of the bias, None where it has none, in float32 but for the table.
+    """
+    x, layout = _contiguous(x), Layout.of(x)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    batch, heads, queries, size = x.q.shape
+    keys, table = x.k.size(2), x.bias.table
+    all_tiles = tiles_for(_block(size), x.q.dtype)
+    delta, lse = torch.empty_like(saved.new), torch.empty_like(saved.new)
+    held_out, held = (None, None) if x.stored is None else x.stored
+    kernels.delta_kernel[(triton.cdiv(queries, 32), batch * heads)](
+        saved.output, grad, held_out, held, saved.new, delta, lse,
+        *_strides(saved.output), *_strides(grad), *_strides(held_out),
+        heads, queries, INTERPOLATION_EPS,
+        D=size, BLOCK_D=_block(size), BLOCK_Q=32, STORED=x.stored is not None,
+    )  # fmt: skip
+
+    # The buffer of position scores becomes the one of score gradients, pair by pair.
+    if table is None:
+        scores, position_q, padded = _score_buffer(x, layout), None, None
+    else:
+        scores, position_q, padded = _position_scores(x, layout)
+    geometry = _geometry(x, layout)
+    low, high = x.band.limits
+    rows = layout.chunks * layout.chunk
+    kernels.clear_kernel[(triton.cdiv(rows, 64), triton.cdiv(layout.width, 256), batch * heads)](
+        scores, x.first, *_score_strides(scores),
+        heads, queries, keys, layout.width, low, high, layout.chunk, geometry["shift"],
+        BLOCK_Q=64, BLOCK_W=256, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
+    )  # fmt: skip
+    tile = all_tiles.key
+    kernels.key_kernel[(triton.cdiv(keys, tile.keys), batch * heads)](
+        x.q, x.k, x.v, x.bias.content, scores, x.first, x.seed, grad, delta, lse, dk, dv,
+        *_strides(x.q), *_strides(x.k), *_strides(x.v), *_score_strides(scores), *_strides(grad),
+        *_strides(dk), *_strides(dv),
+        **geometry, scale=x.scale, dropout=x.dropout, **_block_sizes(x, tile),
+        CONTENT=x.bias.content is not None, POSITION=table is not None, FIRST=x.first is not None, ADD=add,
+        DROPOUT=x.dropout > 0, CHUNKED=layout.chunks > 1, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+    by_position = d_table = None
+    if table is not None:
+        by_position, d_table = _position_gradients(x, layout, scores, position_q, padded)
+    tile = all_tiles.query
+    blocks = triton.cdiv(queries, tile.queries)
+    sums = x.q.new_empty(batch, heads, blocks, 2, size, dtype=torch.float32)
+    kernels.query_kernel[(blocks, batch * heads)](
+        x.k, scores, x.first, by_position, dq, sums,
+        *_strides(x.k), *_score_strides(scores), *_score_strides(by_position), *_strides(dq),
+        **geometry, scale=x.scale, blocks=blocks, **_block_sizes(x, tile),
+        POSITION=table is not None, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    d_content, d_position = sums.sum((0, 2)).unbind(1)
+    d_score = None
+    if x.bias.score is not None:  # chunks are for slots, and no position encoding with scores has slots
+        d_score = scores.sum((0, 2, 3), dtype=torch.float32)[:, : x.bias.score.size(1)] * x.scale
+    return RelativeBias(d_content, d_position, d_table, d_score)
+
+
+def _position_scores(x: Inputs, layout: Layout) -> Tuple[Tensor, Tensor, Tensor]:
+    """Unscaled position scores ``[chunks, H, B, C, W]``, and the queries and the table they were made from."""
+    table, queries = x.bias.table, x.q.size(2)
+    assert table is not None
+    # [H, B, Q, D]: then one product serves all streams of a head.
+    position_q = x.q.transpose(0, 1)
+    if x.bias.position is not None:
+        position_q = position_q + x.bias.position[:, None, None]
+    position_q = position_q.to(x.q.dtype)
+    rows = layout.chunks * layout.chunk
+    position_q = F.pad(position_q, (0, 0, 0, rows - queries)).unflatten(2, (layout.chunks, layout.chunk))
+    position_q = position_q.permute(2, 0, 1, 3, 4).contiguous()
+    starts = layout.starts(x.band.shift)
+    padded = F.pad(table.to(x.q.dtype), (0, 0, 0, max(0, max(starts) + layout.width - table.size(1))))
+    scores = _score_buffer(x, layout)
+    for c, start in enumerate(starts):
+        by_distance = padded[:, start : start + layout.width].transpose(1, 2)
+        flat_q, flat = position_q[c].flatten(1, 2), scores[c].flatten(1, 2)
+        if x.bias.score is None:
+            torch.bmm(flat_q, by_distance, out=flat)
+        else:
+            score = F.pad(x.bias.score.to(x.q.dtype), (0, padded.size(1) - table.size(1)))
+            torch.baddbmm(score[:, None, start : start + layout.width], flat_q, by_distance, out=flat)
+    return scores, position_q, padded
+
+
+def _position_gradients(
+    x: Inputs, layout: Layout, scores: Tensor, position_q: Optional[Tensor], padded: Optional[Tensor]
+) -> Tuple[Tensor, Tensor]:
+    """From score gradients ``[chunks, H, B, C, W]``: unscaled ones of the queries, and those of the table."""
+    assert position_q is not None and padded is not None and x.bias.table is not None
+    starts = layout.starts(x.band.shift)
+    by_position = torch.empty_like(position_q)
+    several = torch.zeros_like(padded, dtype=torch.float32) if layout.chunks > 1 else None
+    for c, start in enumerate(starts):
+        flat = scores[c].flatten(1, 2)
+        rows = slice(start, start + layout.width)
+        torch.bmm(flat, padded[:, rows], out=by_position[c].flatten(1, 2))
+        d_rows = torch.bmm(flat.transpose(1, 2), position_q[c].flatten(1, 2))
+        if several is not None:
+            several[:, rows] += d_rows
+    d_table = d_rows if several is None else several
+    return by_position, d_table[:, : x.bias.table.size(1)] * x.scale
+
+
+def _score_buffer(x: Inputs, layout: Layout) -> Tensor:
+    batch, heads = x.q.shape[:2]
+    return x.q.new_empty(layout.chunks, heads, batch, layout.chunk, layout.width)
+
+
+def _geometry(x: Inputs, layout: Layout) -> dict:
+    low, high = x.band.limits
+    shift = x.band.shift if layout.chunks > 1 else min(x.band.shift, layout.chunk - 1)
+    sizes = {"H": x.q.size(1), "Q": x.q.size(2), "K": x.k.size(2)}
+    return {**sizes, "low": low, "high": high, "C": layout.chunk, "shift": shift}
+
+
+def _block_sizes(x: Inputs, tile: tuple) -> dict:
+    precision = "ieee" if x.q.dtype == torch.float32 else "tf32"  # no other dtype has a choice
+    size = x.q.size(-1)
+    return {"D": size, "BLOCK_D": _block(size), "BLOCK_Q": tile[0], "BLOCK_K": tile[1], "PRECISION": precision}
+
+
+def _contiguous(x: Inputs) -> Inputs:
+    """What the kernels assume of strides."""
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.q, x.k, x.v))
+    content = x.bias.content
+    bias = x.bias if content is None else x.bias._replace(content=content.contiguous())
+    stored = x.stored
+    if stored is not None:
+        stored = (stored[0] if stored[0].stride(-1) == 1 else stored[0].contiguous(), stored[1].float().contiguous())
+    return x._replace(q=q, k=k, v=v, bias=bias, stored=stored)
+
+
+def _block(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _strides(t: Optional[Tensor]) -> Tuple[int, ...]:
+    return (0, 0, 0) if t is None else t.stride()[:3]
+
+
+def _score_strides(t: Optional[Tensor]) -> Tuple[int, ...]:
+    return (0, 0, 0, 0) if t is None else t.stride()[:4]

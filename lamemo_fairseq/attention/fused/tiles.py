@@ -1,0 +1,39 @@
+"""Tile sizes of the kernels, chosen on an H200 (`python examples/benchmarks/tiles.py` compares others)."""
+
+from typing import Dict, NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """A kernel's block of queries, block of keys, warps and pipeline stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """One tile for each kernel that loops over pairs."""
+
+    forward: Tile
+    key: Tile
+    query: Tile
+
+
+# By the padded size of a head.
+HALF: Dict[int, Tiles] = {
+    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
+}
+# float32 multiplies without tensor cores, to stay exact.
+SINGLE: Dict[int, Tiles] = {
+    64: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1)),
+    128: Tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
+}
+
+
+def tiles_for(block_d: int, dtype: torch.dtype) -> Tiles:
+    """Tiles for heads padded to *block_d* (16, 32, 64 or 128) elements of *dtype*."""
+    return (SINGLE if dtype == torch.float32 else HALF)[max(block_d, 64)]

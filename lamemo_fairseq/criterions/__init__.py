@@ -1,0 +1,5 @@
+"""Losses."""
+
+from . import chunked_cross_entropy
+
+__all__ = ["chunked_cross_entropy"]

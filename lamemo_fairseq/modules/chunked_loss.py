@@ -1,0 +1,109 @@
+"""Cross-entropy of a linear layer without a score for every token and word at once.
+
+Shapes: T tokens, V words, d width.
+"""
+
+import importlib.util
+import math
+from functools import cache
+from typing import Any, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .aligned import padded
+
+# Scores held at once: 1 GiB in half precision. Fewer cost more passes over the gradient of the weights.
+CHUNK_SCORES = 1 << 29
+
+
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, bias: Tensor, target: Tensor, ignored: Optional[int] = None
+) -> Tensor:
+    """Sum of the negative log-likelihoods (nats) of *target*, a float32 (or wider) scalar.
+
+    Scores are made for some tokens at a time, and their gradients at once, so that memory does not grow with T V. It is
+    what `torch.nn.functional.linear_cross_entropy` of torch 2.13 does, here for all versions, with larger chunks, and
+    with widths that break alignment padded for the products.
+
+    Args:
+        features: ``[T, d]``.
+        weight, bias: ``[V, d]`` and ``[V]``.
+        target: ``[T]`` word ids.
+        ignored: the id whose tokens count nothing.
+    """
+    if torch.is_autocast_enabled(features.device.type):
+        half = torch.get_autocast_dtype(features.device.type)
+        features, weight = features.to(half), weight.to(half)
+    return _LinearCrossEntropy.apply(features, weight, bias, target, ignored)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, target: Tensor, ignored: Optional[int]
+    ) -> Tensor:
+        width, exact = features.size(1), torch.promote_types(features.dtype, torch.float32)
+        learns = any(ctx.needs_input_grad)
+        x, w, b = features, weight, bias.to(weight.dtype)
+        if features.element_size() == 2:
+            # Whatever is padded gets a probability of zero, and no gradient.
+            x, w, b = padded(x), padded(w, 2), F.pad(b, (0, -len(b) % 8), value=-math.inf)
+        loss = features.new_zeros((), dtype=exact)
+        d_x = torch.empty_like(x) if learns else x
+        d_w = torch.zeros(w.shape, dtype=exact, device=w.device) if learns else w
+        d_b = torch.zeros(b.shape, dtype=exact, device=w.device)
+        rows = max(1, CHUNK_SCORES // len(w))
+        for part, words, d_part in zip(x.split(rows), target.split(rows), d_x.split(rows), strict=True):
+            scores = F.linear(part, w, b)
+            nll, d_scores = _softmax_gradient(scores, words, ignored, learns)
+            loss += nll
+            if learns:
+                torch.mm(d_scores, w, out=d_part)
+                _add_product(d_w, d_scores, part)
+                d_b += d_scores.sum(0, dtype=exact)
+        if learns:
+            ctx.save_for_backward(d_x[:, :width], d_w[: len(weight), :width], d_b[: len(weight)])
+            ctx.dtypes = features.dtype, weight.dtype, bias.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        found = (
+            (t * grad).to(dtype) if needed else None
+            for t, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+        )
+        return (*found, None, None)
+
+
+def _softmax_gradient(scores: Tensor, target: Tensor, ignored: Optional[int], learns: bool) -> Tuple[Tensor, Tensor]:
+    """The summed loss, and its gradient with respect to scores ``[T, V]``, which may be overwritten."""
+    if scores.is_cuda and scores.dtype != torch.float64 and _has_triton():
+        from .softmax_kernel import softmax_gradient_
+
+        return softmax_gradient_(scores, target, -1 if ignored is None else ignored, learns).sum(), scores
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    log_probs = scores.log_softmax(-1, dtype=exact)
+    counted = torch.ones_like(target, dtype=exact) if ignored is None else target.ne(ignored).to(exact)
+    loss = -(log_probs.gather(1, target.unsqueeze(1)).squeeze(1) * counted).sum()
+    if not learns:
+        return loss, scores
+    probs = log_probs.exp_()
+    probs.scatter_add_(1, target.unsqueeze(1), -torch.ones_like(counted).unsqueeze(1))
+    return loss, (probs.mul_(counted.unsqueeze(1))).to(scores.dtype)
+
+
+def _add_product(total: Tensor, d_scores: Tensor, features: Tensor) -> None:
+    """``total += d_scores^T features``, summed in the dtype of *total* where PyTorch can."""
+    if total.dtype != features.dtype and features.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        total += torch.mm(d_scores.t(), features, out_dtype=total.dtype)
+    else:
+        total += d_scores.t() @ features
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

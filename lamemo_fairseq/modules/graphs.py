@@ -1,0 +1,153 @@
+"""Training segments as CUDA graphs: one launch for the layers' forward pass, and one for the backward.
+
+The host needs longer to launch the kernels of a small segment than the GPU needs to run them; a graph records them.
+
+Shapes: B streams, N tokens of a segment, d model width.
+"""
+
+import logging
+from typing import Any, Callable, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[[Tensor, Any], Tuple[Tensor, Any]]
+WARM_UP = 3  # passes before recording, in which kernels are compiled and workspaces allocated
+
+
+class SegmentGraphs:
+    """Runs a step of a decoder, from a graph where it can.
+
+    A graph is recorded when two training segments in a row have the same shapes, which is so once the memory is full.
+    Anything else runs as it is: evaluation, ragged segments, autocast. Only a recording's last forward pass can be
+    followed by a backward pass.
+    """
+
+    def __init__(self) -> None:
+        self._last: Any = None
+        self._recorded: Any = None
+        self._recording: Optional[_Recording] = None
+        self._parameters: Optional[List[nn.Parameter]] = None
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return (SegmentGraphs, ())  # a copied or stored model records anew
+
+    def __call__(self, step: Step, module: nn.Module, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
+        """``step(tokens, state)``: features ``[B, N, d]`` and the state after the segment."""
+        usable = module.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type)
+        if state is None or not usable or not tokens.is_cuda:
+            return step(tokens, state)
+        parameters = self._parameters_of(module)
+        # A parameter that moved would be read at its old place.
+        signature = (tokens.shape, [t.shape for t in _tensors(state)], [p.data_ptr() for p in parameters])
+        if signature == self._recorded:
+            assert self._recording is not None
+            return self._recording(tokens, state)
+        if signature != self._last:
+            self._last = signature
+            return step(tokens, state)
+        self._recording = None  # frees the old one's memory first
+        self._recording = _Recording(step, module, parameters, tokens, state)
+        self._recorded = signature
+        logger.info("recorded a CUDA graph for segments of %s tokens", " x ".join(map(str, tokens.shape)))
+        return self._recording(tokens, state)
+
+    def _parameters_of(self, module: nn.Module) -> List[nn.Parameter]:
+        """Collected once: walking through all modules takes as long as many launches."""
+        if self._parameters is None:
+            self._parameters = [p for p in module.parameters() if p.requires_grad]
+        return self._parameters
+
+
+class _Recording:
+    def __init__(self, step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any):
+        self.tokens = tokens.clone()
+        self.state = state.map(lambda t: t.to(tokens.device, copy=True))
+        self.passes = 0
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                leaves, (features, _) = run_on_aliases(step, module, parameters, self.tokens, self.state)
+                found = torch.autograd.grad(features, leaves, torch.ones_like(features), allow_unused=True)
+        torch.cuda.current_stream().wait_stream(stream)
+        # The output layer's own parameters take no part.
+        used = [n for n, g in enumerate(found) if g is not None]
+        self.parameters = [parameters[n] for n in used]
+        del features, found, leaves
+        torch.cuda.synchronize()
+
+        # Other threads may use the GPU meanwhile, those that load data for one.
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward_graph, capture_error_mode="thread_local"):
+            leaves, (features, after) = run_on_aliases(step, module, parameters, self.tokens, self.state)
+        self.grad = torch.empty_like(features)
+        with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), capture_error_mode="thread_local"):
+            grads = torch.autograd.grad(features, [leaves[n] for n in used], self.grad)
+            # One tensor, so that a step copies once.
+            self.grads = torch.cat([g.flatten() for g in grads])
+        self.features, self.after = features.detach(), after
+
+    def __call__(self, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
+        return _Replay.apply(self, tokens, state, *self.parameters)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, tokens: Tensor, state: Any, *parameters: Tensor) -> Tuple[Tensor, Any]:
+        recording.tokens.copy_(tokens)
+        for held, given in zip(_tensors(recording.state), _tensors(state), strict=True):
+            held.copy_(given)
+        recording.forward_graph.replay()
+        recording.passes += 1
+        ctx.recording, ctx.number = recording, recording.passes
+        # Copies, as the next replay writes over what this one made.
+        return recording.features.clone(), recording.after.map(torch.clone)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
+        recording = ctx.recording
+        if ctx.number != recording.passes:
+            raise RuntimeError(
+                "another segment was read between a segment's forward and backward pass, and a CUDA graph keeps the "
+                "activations of the last one only: leave out --cuda-graphs"
+            )
+        recording.grad.copy_(grad)
+        recording.backward_graph.replay()
+        sizes = [p.numel() for p in recording.parameters]
+        parts = recording.grads.clone().split(sizes)
+        return (None, None, None, *(g.view_as(p) for g, p in zip(parts, recording.parameters, strict=True)))
+
+
+def run_on_aliases(
+    step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any
+) -> Tuple[List[Tensor], Tuple[Tensor, Any]]:
+    """``step(tokens, state)`` on other leaves over the parameters' memory, and these leaves.
+
+    A parameter is tied to the stream of any graph of operations that is still alive, such as that of the last loss,
+    and a recording must not touch another stream.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    leaves = [p.detach().requires_grad_() for p in parameters]
+    replaced = {f"module.{names[id(p)]}": leaf for p, leaf in zip(parameters, leaves, strict=True)}
+    return leaves, torch.func.functional_call(_Call(step, module), replaced, (tokens, state))
+
+
+class _Call(nn.Module):
+    """A method of a module as a module, which is what can be called on other parameters."""
+
+    def __init__(self, method: Step, module: nn.Module):
+        super().__init__()
+        self.method, self.module = method, module
+
+    def forward(self, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
+        return self.method(tokens, state)
+
+
+def _tensors(state: Any) -> List[Tensor]:
+    values = state.to_dict().values()
+    return [t for value in values for t in (value if isinstance(value, tuple) else (value,))]

@@ -1,0 +1,274 @@
+"""Fused attention against eager attention in float64: output, normaliser and every gradient.
+
+Without a GPU the kernels run in Triton's interpreter, in float32 and float16 (its bfloat16 is wrong).
+"""
+
+import math
+from typing import NamedTuple, Optional
+
+import pytest
+import torch
+
+from lamemo_fairseq.attention import Attended, LookaheadWindow, RelativeBias, eager
+
+pytest.importorskip("triton", reason="the fused backend needs Triton")
+from lamemo_fairseq.attention import fused
+from lamemo_fairseq.attention.fused import api, function, launch, tiles
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+NAMES = ("output", "normalizer", "q", "k", "v", "content", "position", "table", "score")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Small enough that the sizes below need several; on a GPU the tiles are the real ones."""
+    if not GPU:
+        few = tiles.Tiles(*[tiles.Tile(16, 32, 4, 1)] * 3)
+        for table in (tiles.SINGLE, tiles.HALF):
+            for block in table:
+                monkeypatch.setitem(table, block, few)
+
+
+@pytest.fixture(autouse=True)
+def nan_buffers(monkeypatch):
+    """A buffer that is not written in full, or read before it is, shows."""
+
+    def filled(allocate, *args, **kwargs):
+        made = allocate(*args, **kwargs)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        allocate = getattr(owner, name)
+        # A function, not a partial: it has to become a method of Tensor.
+        monkeypatch.setattr(owner, name, lambda *a, _allocate=allocate, **k: filled(_allocate, *a, **k))
+
+
+class Case(NamedTuple):
+    queries: int
+    keys: int
+    size: int
+    kind: str = "causal"  # or right, full
+    span: Optional[int] = None
+    ragged: bool = False
+    parts: str = "content position table"
+    heads: int = 2
+    streams: int = 2
+
+    @property
+    def window(self) -> LookaheadWindow:
+        lengths = torch.tensor([self.keys, max(self.keys - 3, 0)], device=DEVICE) if self.ragged else None
+        return LookaheadWindow(self.queries - self.keys + 1, self.kind == "full", lengths)
+
+    @property
+    def distances(self) -> int:
+        return self.keys if self.kind == "causal" else len(self.window.distances(self.queries))
+
+    def tensors(self, seed=0):
+        """q, k, v, the parts of the bias, the gradient of the output, and what was stored, in float64."""
+        generator = torch.Generator().manual_seed(seed)
+        b, h, d = self.streams, self.heads, self.size
+        rows = [(b, h, self.queries, d), (b, h, self.keys, d), (b, h, self.keys, d)]
+        bias = {"content": (h, d), "position": (h, d), "table": (h, self.distances, d), "score": (h, self.distances)}
+        shapes = [*rows, *(s if p in self.parts else None for p, s in bias.items()), rows[0], rows[0], rows[0][:3]]
+        return [
+            None if s is None else torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE) for s in shapes
+        ]
+
+    def call(self, backend, q, k, v, bias, output, normalizer, dropout=0.0):
+        if self.kind == "causal":
+            return backend.causal_attention(q, k, v, bias, self.span, dropout)
+        stored = Attended(output, normalizer)
+        return backend.lookahead_attention(q, k, v, bias, self.window, stored, dropout)
+
+
+CASES = [
+    Case(1, 1, 1),
+    Case(1, 40, 8),
+    Case(37, 37, 41),
+    Case(17, 50, 16, span=9),
+    Case(33, 33, 5, span=2),
+    Case(20, 33, 128, heads=1),
+    Case(9, 20, 7, parts=""),
+    Case(18, 35, 6, parts="content table score"),
+    Case(19, 19, 6, parts="table"),
+    Case(1, 1, 4, "right"),
+    Case(37, 37, 41, "right"),
+    Case(40, 33, 8, "right", ragged=True),
+    Case(150, 40, 8, "right", ragged=True),  # several chunks, the last one ragged
+    Case(130, 1, 8, "right"),
+    Case(36, 20, 8, "full"),
+    Case(100, 33, 8, "full", ragged=True),
+    Case(36, 36, 8, "right", parts=""),
+]
+
+
+def run(case, backend, dtype, wrap=lambda t: t, dropout=0.0):
+    q, k, v, *bias, grad, output, normalizer = case.tensors()
+    inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (q, k, v, *bias)]
+    stored = output.to(dtype), normalizer.to(torch.promote_types(dtype, torch.float32))
+    rows = [wrap(t) for t in inputs[:3]]
+    attended = case.call(backend, *rows, RelativeBias(*inputs[3:]), *stored, dropout)
+    attended.output.backward(grad.to(dtype))
+    return dict(
+        zip(NAMES, [attended.output, attended.normalizer, *(t if t is None else t.grad for t in inputs)], strict=True)
+    )
+
+
+def error(found, reference):
+    """Relative, but to a half an entry where entries are smaller (some gradients are zero)."""
+    found, reference = found.detach().double(), reference.detach()
+    return float((found - reference).norm() / reference.norm().clamp(min=0.5 * reference.numel() ** 0.5))
+
+
+def assert_as_eager(found, plain, exact, dtype, floor=8.0):
+    """No further from float64 than a small multiple of the plain path in the same dtype is."""
+    for name in NAMES:
+        if exact[name] is None:
+            assert found[name] is None
+            continue
+        assert found[name].dtype == plain[name].dtype, name
+        allowed = 2 * error(plain[name], exact[name]) + floor * torch.finfo(dtype).eps
+        assert error(found[name], exact[name]) <= allowed, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in c))
+def test_as_eager(case, dtype):
+    exact = run(case, eager, torch.float64)
+    assert_as_eager(run(case, fused, dtype), run(case, eager, dtype), exact, dtype)
+
+
+@pytest.mark.parametrize("case", [Case(37, 37, 41), Case(40, 33, 8, "right")], ids=str)
+def test_rows_of_a_larger_tensor(case):
+    """Queries, keys and values may be views with any strides; nothing beside them is read."""
+
+    def within(t):
+        b, h, r, d = t.shape
+        larger = torch.full((b, r + 2, h, d + 3), math.nan, dtype=t.dtype, device=t.device)
+        larger[:, 1:-1, :, 1 : d + 1] = t.transpose(1, 2)
+        return larger[:, 1:-1, :, 1 : d + 1].transpose(1, 2)
+
+    exact, plain = run(case, eager, torch.float64), run(case, eager, torch.float32)
+    assert_as_eager(run(case, fused, torch.float32, within), plain, exact, torch.float32)
+
+
+def test_plain_attention_is_pytorchs(monkeypatch):
+    """Without positions, memory and normaliser, PyTorch's own kernel does it."""
+    case = Case(19, 19, 8, parts="")
+    q, k, v, *_ = (t.float() for t in case.tensors() if t is not None)
+    expected = eager.causal_attention(q, k, v, RelativeBias())
+    monkeypatch.setattr(api, "attend", None)
+    found = fused.causal_attention(q, k, v, RelativeBias(), need_normalizer=False)
+    assert error(found.output, expected.output.double()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["right", "full"])
+@pytest.mark.parametrize(("slots", "current", "ragged"), [(20, 20, False), (35, 12, True), (5, 33, False)])
+def test_memory_attention(slots, current, ragged, kind):
+    """Slots and current tokens in one call, whose gradients share rows."""
+    generator = torch.Generator().manual_seed(0)
+    rows, keys = slots + current, min(slots, current)
+    lengths = torch.tensor([current, max(current - 5, 1)], device=DEVICE) if ragged else None
+    window = LookaheadWindow(slots - keys + 1, kind == "full", lengths)
+    shapes = [(2, 2, rows, 6)] * 3 + [
+        (2, 6),
+        (2, 6),
+        (2, rows, 6),
+        (2, 6),
+        (2, 6),
+        (2, len(window.distances(slots)), 6),
+    ]
+    shapes += [(2, 2, rows, 6), (2, 2, slots, 6), (2, 2, slots)]
+    drawn = [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE) for s in shapes]
+
+    def attend(backend, dtype):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in drawn[:9]]
+        biases = RelativeBias(*inputs[3:6]), RelativeBias(*inputs[6:9])
+        stored = Attended(*(t.to(dtype) for t in drawn[10:]))
+        attended = backend.memory_attention(*inputs[:3], biases, window, stored, 30)
+        attended.output.backward(drawn[9].to(dtype))
+        return [*attended, *(t.grad for t in inputs)]
+
+    for found, exact in zip(attend(fused, torch.float32), attend(eager, torch.float64), strict=True):
+        assert error(found, exact) < 5e-6
+
+
+@pytest.mark.parametrize("case", [Case(17, 24, 24), Case(24, 20, 24, "right")], ids=str)
+def test_dropout(case):
+    """The weights that are dropped in the forward pass are those of the backward pass."""
+    q, k, v, *bias, grad, output, normalizer = case.tensors()
+    single = [None if t is None else t.float() for t in (q, k, v, *bias)]
+    stored = (torch.zeros_like(output).float(), torch.full_like(normalizer, -math.inf).float())
+
+    def attend(backend, q, k, v, *bias, stored=stored, dropout=0.4):
+        torch.manual_seed(3)
+        return case.call(backend, q, k, v, RelativeBias(*bias), *stored, dropout)
+
+    # Keys' weights one by one: identity values read them out.
+    eye = torch.eye(case.keys, case.size, device=DEVICE).expand(2, 2, -1, -1).contiguous()
+    weights = attend(eager, single[0], single[1], eye, *single[3:], dropout=0.0).output[..., : case.keys]
+    dropped = attend(fused, single[0], single[1], eye, *single[3:]).output[..., : case.keys]
+    seen = weights > 0
+    kept = dropped != 0
+    assert 0.5 < kept[seen].float().mean() < 0.7
+    torch.testing.assert_close(dropped[kept], weights[kept] / 0.6)
+    assert not torch.equal(kept[0, 0], kept[0, 1]) and not torch.equal(kept[0, 0], kept[1, 0])
+
+    inputs = [t.detach().double().requires_grad_() for t in (q, k, v, *bias) if t is not None]
+    mask = (kept / 0.6).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager.F, "dropout", lambda weights, p: weights * mask)
+        held = (output, normalizer)
+        exact = attend(eager, *inputs, stored=held).output
+        exact.backward(grad)
+    halves = [t.detach().float().requires_grad_() for t in inputs]
+    found = attend(fused, *halves, stored=(output.float(), normalizer.float())).output
+    found.backward(grad.float())
+    assert error(found, exact) < 1e-5
+    for one, other in zip(halves, inputs, strict=True):
+        assert error(one.grad, other.grad) < 1e-5
+
+
+def test_stored_read_outs_far_ahead_or_behind():
+    """The released eps is part of the result and of its gradients, also where it decides."""
+    case = Case(33, 33, 8, "right")
+    q, k, v, *bias, grad, output, normalizer = case.tensors()
+    output.zero_()
+    shifted = normalizer + torch.linspace(-40, 40, normalizer.size(-1), dtype=torch.float64, device=DEVICE)
+    results = []
+    for backend, dtype in ((fused, torch.float32), (eager, torch.float64)):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v, *bias) if t is not None]
+        stored = output.to(dtype), shifted.to(dtype)
+        attended = case.call(backend, *inputs[:3], RelativeBias(*inputs[3:]), *stored)
+        attended.output.backward(grad.to(dtype))
+        results.append([*attended, *(t.grad for t in inputs)])
+    for found, exact in zip(*results, strict=True):
+        assert error(found, exact) < 1e-5
+    # The last slots see next to nothing new: with nothing stored, their read-outs and gradients are nearly eps alone.
+    (output, _, d_q, *_), (exact_output, _, exact_d_q, *_) = ([t[:, :, 27:] for t in r[:3]] for r in results)
+    for found, exact in ((output, exact_output), (d_q, exact_d_q)):
+        assert 0 < exact.abs().max() < 1e-5
+        assert float((found - exact).norm() / exact.norm()) < 1e-3
+
+
+def test_no_double_backward_in_silence():
+    case = Case(3, 3, 4)
+    q, k, v, *_ = (t.float().requires_grad_() for t in case.tensors() if t is not None)
+    output = fused.causal_attention(q, k, v, RelativeBias()).output
+    (grad,) = torch.autograd.grad((output**2).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_long_memories_take_memory_in_proportion():
+    """No tensor of position scores grows with slots times distances."""
+    for slots in (512, 2048, 8192):
+        case = Case(slots, 512, 64, "right")
+        part = api._ahead(slots, slice(0, 512), RelativeBias(), case.window, Attended(None, None))
+        rows = torch.empty(1, 1, slots, 64, device="meta"), torch.empty(1, 1, 512, 64, device="meta")
+        inputs = function._inputs(part, rows[0], rows[1], rows[1], part.bias, 1.0, 0.0, None)._replace(stored=None)
+        layout = launch.Layout.of(inputs)
+        assert layout.chunk * layout.chunks >= slots
+        assert layout.width <= 1024
