@@ -271,9 +271,37 @@ def test_training_with_the_chunked_criterion(tmp_path):
         for criterion in ("cross_entropy", "chunked_cross_entropy"):
             folder = tmp_path / f"{name}-{criterion}"
             arguments = [data, *TASK, "--arch", "lamemo_lm", *options, "--criterion", criterion, "--batch-size", 4]
-            arguments += "--tokens-per-sample 8 --mem-len 8 --decoder-layers 2 --decoder-embed-dim 8".split()
-            arguments += "--decoder-attention-heads 2 --decoder-ffn-embed-dim 8 --dropout 0 --max-update 5".split()
-            arguments += "--optimizer adam --lr 0.01 --no-epoch-checkpoints --num-workers 0 --log-format none".split()
+            arguments += [
+                "--tokens-per-sample",
+                "8",
+                "--mem-len",
+                "8",
+                "--decoder-layers",
+                "2",
+                "--decoder-embed-dim",
+                "8",
+            ]
+            arguments += [
+                "--decoder-attention-heads",
+                "2",
+                "--decoder-ffn-embed-dim",
+                "8",
+                "--dropout",
+                "0",
+                "--max-update",
+                "5",
+            ]
+            arguments += [
+                "--optimizer",
+                "adam",
+                "--lr",
+                "0.01",
+                "--no-epoch-checkpoints",
+                "--num-workers",
+                "0",
+                "--log-format",
+                "none",
+            ]
             run_command(train.cli_main, *arguments, "--save-dir", folder)
             weights.append(torch.load(folder / "checkpoint_last.pt", weights_only=False)["model"])
         for key, value in weights[0].items():
