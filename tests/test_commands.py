@@ -215,3 +215,48 @@ def test_a_moving_average_of_the_weights_is_kept_and_resumed(data, tmp_path):
     saved = last_checkpoint(tmp_path)
     name = "decoder.layers.0.feed_forward.fc1.weight"
     assert not torch.equal(saved["extra_state"]["ema"][name], saved["model"][name])
+
+
+def test_training_with_the_chunked_criterion(tmp_path):
+    """The same training as with fairseq's cross_entropy, for both softmaxes, through fairseq-train."""
+    data = write_data(tmp_path / "data", words=40, train=600, valid=100)
+    for name, options in (("full", []), ("adaptive", ["--adaptive-softmax-cutoff", "10,20"])):
+        weights = []
+        for criterion in ("cross_entropy", "chunked_cross_entropy"):
+            folder = tmp_path / f"{name}-{criterion}"
+            arguments = [data, *TASK, "--arch", "lamemo_lm", *options, "--criterion", criterion, "--batch-size", 4]
+            arguments += [
+                "--tokens-per-sample",
+                "8",
+                "--mem-len",
+                "8",
+                "--decoder-layers",
+                "2",
+                "--decoder-embed-dim",
+                "8",
+            ]
+            arguments += [
+                "--decoder-attention-heads",
+                "2",
+                "--decoder-ffn-embed-dim",
+                "8",
+                "--dropout",
+                "0",
+                "--max-update",
+                "5",
+            ]
+            arguments += [
+                "--optimizer",
+                "adam",
+                "--lr",
+                "0.01",
+                "--no-epoch-checkpoints",
+                "--num-workers",
+                "0",
+                "--log-format",
+                "none",
+            ]
+            run_command(train.cli_main, *arguments, "--save-dir", folder)
+            weights.append(torch.load(folder / "checkpoint_last.pt", weights_only=False)["model"])
+        for key, value in weights[0].items():
+            torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
