@@ -7,9 +7,7 @@ from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
 import torch
 from fairseq import utils
-from fairseq.data import (
-    Dictionary,
-)
+from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
