@@ -35,6 +35,11 @@ def _before_every_update(disturb: Callable[[Any, List[Any]], None], on_rank: int
     Trainer.train_step = disturbed
 
 
+def _feed(trainer: Any, samples: List[Any]) -> None:
+    for sample in samples:
+        trainer.task.train_step(sample, trainer.model, trainer.criterion, trainer.optimizer, trainer.get_num_updates())
+
+
 @fault
 def hub_calls() -> None:
     """Somebody scores and continues a text with the model that is being trained."""
@@ -69,10 +74,7 @@ def batches_fed_twice() -> None:
 
     def feed(trainer, samples):
         trainer._set_seed()
-        for sample in samples:
-            trainer.task.train_step(
-                sample, trainer.model, trainer.criterion, trainer.optimizer, trainer.get_num_updates()
-            )
+        _feed(trainer, samples)
         _strike("batch fed before")
 
     _before_every_update(feed)
@@ -84,10 +86,7 @@ def looked_at_by_the_nan_detector() -> None:
         from fairseq.nan_detector import NanDetector
 
         with NanDetector(trainer.get_model()):
-            for sample in samples:
-                trainer.task.train_step(
-                    sample, trainer.model, trainer.criterion, trainer.optimizer, trainer.get_num_updates()
-                )
+            _feed(trainer, samples)
         _strike("NaN detector")
 
     _before_every_update(look)
