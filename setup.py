@@ -24,6 +24,6 @@ setup(
         ],
         # torch's GPU builds bring it; the fused attention needs nothing else.
         "fused": ["triton; platform_system == 'Linux'"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "matplotlib"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "matplotlib"],
     },
 )

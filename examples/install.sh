@@ -36,7 +36,7 @@ if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; the
 else
     pip fairseq-fixed # compiles for some minutes; its wheels do not cover Python 3.10
 fi
-pip numpy sentencepiece sacremoses pytest hypothesis ruff mypy matplotlib
+pip numpy sentencepiece sacremoses pytest pytest-xdist hypothesis ruff mypy matplotlib
 # torch's GPU builds bring the Triton that they need; with others the tests interpret its kernels on the CPU.
 "$venv/bin/python" -c 'import triton' 2>/dev/null || pip triton==3.9.0
 echo "$stamp" >"$mark"

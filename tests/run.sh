@@ -9,4 +9,5 @@ echo "== format, lint, types"
 "$bin/ruff" check .
 "$bin/mypy"
 echo "== tests"
-exec "$bin/python" -m pytest "$@"
+# Two files at a time: most tests run on one core.
+exec "$bin/python" -m pytest -n 2 --dist loadfile "$@"
