@@ -42,7 +42,7 @@ class SegmentGraphs:
             return step(tokens, state)
         parameters = self._parameters_of(module)
         # A parameter that moved would be read at its old place.
-        signature = (tokens.shape, [t.shape for t in _tensors(state)], [p.data_ptr() for p in parameters])
+        signature = (tokens.shape, [t.shape for t in state.tensors()], [p.data_ptr() for p in parameters])
         if signature == self._recorded:
             assert self._recording is not None
             return self._recording(tokens, state)
@@ -99,7 +99,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, tokens: Tensor, state: Any, *parameters: Tensor) -> Tuple[Tensor, Any]:
         recording.tokens.copy_(tokens)
-        for held, given in zip(_tensors(recording.state), _tensors(state), strict=True):
+        for held, given in zip(recording.state.tensors(), state.tensors(), strict=True):
             held.copy_(given)
         recording.forward_graph.replay()
         recording.passes += 1
@@ -146,8 +146,3 @@ class _Call(nn.Module):
 
     def forward(self, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
         return self.method(tokens, state)
-
-
-def _tensors(state: Any) -> List[Tensor]:
-    values = state.to_dict().values()
-    return [t for value in values for t in (value if isinstance(value, tuple) else (value,))]
