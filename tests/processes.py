@@ -80,9 +80,10 @@ def run_in_processes(
     return [w.exitcode for w in workers]  # type: ignore[misc]
 
 
-def output_of(folder: Path, rank: int = 0) -> str:
-    """What a rank printed."""
-    return (folder / f"output{rank}").read_text()
+def output_of(folder: Path, rank: Optional[int] = None) -> str:
+    """What a rank printed; without one, what all of them did, of whom the first to fail may be any."""
+    files = [folder / f"output{rank}"] if rank is not None else sorted(folder.glob("output*"))
+    return "".join(file.read_text() for file in files)
 
 
 def computed(folder: Path) -> Record:
