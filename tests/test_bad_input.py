@@ -181,7 +181,7 @@ def test_unknown_names_on_the_command_line(data, tmp_path, option, known, capsys
         ({"memory": "nothing"}, r"unknown memory 'nothing'; the known ones are lookahead, none, recurrent"),
         ({"position_encoding": "nothing"}, r"unknown position encoding 'nothing'; .* disentangled, .*transformer-xl"),
         ({"attention_backend": "nothing"}, r"unknown attention backend 'nothing'; .* auto, eager"),
-        ({"lookahead_window": "nothing"}, r"unknown look-ahead window 'nothing'; .* right, full"),
+        ({"lookahead_window": "nothing"}, r"unknown --lookahead-window 'nothing'; .* right, full"),
         ({"mem_len": 0}, r"--mem-len is 0, .*--memory none"),
         ({"mem_len": -5}, r"--mem-len is -5, .*positive"),
         ({"decoder_embed_dim": 10, "decoder_attention_heads": 4}, r"10 does not divide into 4.*--decoder-head-dim"),

@@ -23,9 +23,9 @@ def test_without_a_gpu_nothing_is_recorded():
 def test_aliases_of_parameters_stand_in_for_all_of_them(adaptive):
     decoder = tiny_decoder(**adaptive).train()
     tokens, parameters = random_tokens(2, 3), list(decoder.parameters())
-    _, state = decoder.step(tokens, None)
-    expected, _ = decoder.step(tokens, state)
-    leaves, (features, _) = run_on_aliases(decoder.step, decoder, parameters, tokens, state)
+    _, state, _ = decoder.step(tokens, None)
+    expected, _, _ = decoder.step(tokens, state)
+    leaves, (features, _) = run_on_aliases(decoder.step_without_losses, decoder, parameters, tokens, state)
     assert torch.equal(features, expected)
     wanted = torch.autograd.grad(expected.square().sum(), parameters, allow_unused=True)
     found = torch.autograd.grad(features.square().sum(), leaves, allow_unused=True)
@@ -70,7 +70,7 @@ def test_a_second_forward_before_the_backward_is_an_error():
     tokens = random_tokens(2, 16).to("cuda")
     state = None
     for segment in tokens.split(decoder.segment_length, dim=1)[:4]:
-        first, state = decoder.graphs(decoder.step, decoder, segment, state)
-    decoder.graphs(decoder.step, decoder, segment, state)
+        first, state = decoder.graphs(decoder.step_without_losses, decoder, segment, state)
+    decoder.graphs(decoder.step_without_losses, decoder, segment, state)
     with pytest.raises(RuntimeError, match="leave out --cuda-graphs"):
         first.sum().backward()

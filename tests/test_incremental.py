@@ -25,7 +25,7 @@ def whole_segments(decoder, tokens):
     filled = torch.cat([tokens, random_tokens(len(tokens), -total % length, seed=9)], dim=1)
     state, parts = None, []
     for segment in filled.split(length, dim=1):
-        part, state = decoder.step(segment, state)
+        part, state, _ = decoder.step(segment, state)
         parts.append(part)
     return torch.cat(parts, dim=1)[:, :total]
 

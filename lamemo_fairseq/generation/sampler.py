@@ -94,7 +94,7 @@ class Sampler:
         """As the cache's `advance`; within a segment the host need not tell the device anything."""
         cache = self.state.cache
         if any(place.tokens + 1 == self.state.length for place in cache.places):
-            cache.advance(ones, self.state.mem_len, self.state.length)
+            cache.advance(ones, self.state.network)
         else:
             cache.places = [place._replace(tokens=place.tokens + 1) for place in cache.places]
             cache.tokens.add_(1)

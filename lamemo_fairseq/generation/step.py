@@ -1,6 +1,6 @@
 """A layer's step for one new token a row, by the fastest means there are."""
 
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 from torch import Tensor
 
@@ -10,9 +10,12 @@ from ..models.incremental import DecodingState, layer_step
 
 
 def fastest_step(state: DecodingState) -> Callable[..., Tensor]:
-    """The kernel's where Triton is installed and the positions are sinusoids, else the plain one."""
+    """The kernel's where it is installed and does all that positions and memory want, else the plain one."""
     bias = state.biases[0]
     sinusoids = bias.table is not None and bias.position is not None and bias.score is None
+    record = state.cache.record(0)
+    if record.inputs is not None or record.context is not None:
+        return layer_step
     if not sinusoids or state.decoder.layers[0].self_attn.config.span is not None:
         return layer_step
     try:
@@ -32,7 +35,7 @@ def kernel_step(
     bias: RelativeBias,
     query: Tensor,
     oldest: Tensor,
-    record: Optional[Record],
+    record: Record,
 ) -> Tensor:
     """As `layer_step`, for one new token a row."""
     from ..attention.cached_kernel import cached_attention
@@ -41,7 +44,8 @@ def kernel_step(
 
     def attend(normed: Tensor) -> tuple[Tensor, None]:
         qkv = attn.qkv_proj(normed)[:, 0]
-        output = cached_attention(qkv, keys, values, bias, query[:, 0], oldest, looked_at.stop, record)
+        kept = None if record.outputs is None else record
+        output = cached_attention(qkv, keys, values, bias, query[:, 0], oldest, looked_at.stop, kept)
         return attn.out_proj(output.unsqueeze(1)), None
 
     return layer.around(x, attend)[0]

@@ -3,10 +3,25 @@
 Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any, Callable, ClassVar, Dict, Generic, List, Optional, Sequence, Type, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import (
+    Any,
+    Callable,
+    ClassVar,
+    Dict,
+    Generic,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    TypeVar,
+)
 
 import torch
+from fairseq.dataclass import FairseqDataclass
 from torch import Tensor, nn
 
 from ..modules import SelfAttention
@@ -62,6 +77,29 @@ class MemoryState:
         return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in saved.items()})
 
 
+@dataclass
+class MemoryOptions(FairseqDataclass):
+    """Base of a memory's own options: every model has those of all memories, under the fields' names."""
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            ValueError: with the option's name and the remedy.
+        """
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The model that fairseq knows a memory by."""
+
+    name: str  # as in --arch
+    class_name: str  # in models/language_models.py
+    summary: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # options whose default differs
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # likewise, in a released setting
+
+
 @dataclass(frozen=True)
 class MemoryConfig:
     """Sizes and choices that a memory is built from."""
@@ -70,7 +108,18 @@ class MemoryConfig:
     layers: int
     heads: int
     head_dim: int
-    lookahead_window: str = "right"
+    embed_dim: int
+    segment_length: int  # N
+    options: Any  # of the memory's own class of options
+
+
+class Passage(NamedTuple):
+    """What comes of a segment."""
+
+    features: Tensor  # [B, N, d], the last layer's current rows
+    state: Any  # for the next segment, without gradient
+    # Scalars by name, to be added to the loss of every token; in training only, and all of them in every segment.
+    losses: Dict[str, Tensor] = {}
 
 
 State = TypeVar("State", bound=MemoryState)
@@ -79,15 +128,33 @@ State = TypeVar("State", bound=MemoryState)
 class Memory(nn.Module, Generic[State]):
     """Base of all memories; a decoder has one."""
 
+    architecture: ClassVar[Architecture]
+    options: ClassVar[Type[MemoryOptions]] = MemoryOptions
     attention: ClassVar[Type[SelfAttention]] = SelfAttention
     state: ClassVar[Type[MemoryState]] = MemoryState
     cache: ClassVar[Type[SegmentCache]] = SegmentCache  # what token-by-token decoding keeps
     looks_ahead: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
+    has_losses: ClassVar[bool] = False  # whether passages have losses
+    records: ClassVar[bool] = True  # whether --cuda-graphs may record its segments
+    layout: ClassVar[Tuple[str, ...]] = ()  # own options that a saved state depends on
 
     def __init__(self, config: MemoryConfig):
         super().__init__()
         self.config = config
+
+    @property
+    def slots(self) -> int:
+        """Rows that come before a segment's tokens, at most."""
+        return self.config.mem_len
+
+    @property
+    def period(self) -> int:
+        """Tokens from one change of the memory to the next."""
+        return self.config.segment_length
+
+    def reset_parameters(self) -> None:
+        """Initialise what is not as in other modules: weights N(0, .02), biases 0."""
 
     def initial_state(self, x: Tensor) -> State:
         """The state before the first segment, for streams embedded like ``x [B, N, d]``."""
@@ -100,13 +167,10 @@ class Memory(nn.Module, Generic[State]):
         layers: Sequence[nn.Module],
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
-    ) -> tuple[Tensor, State]:
+    ) -> Passage:
         """Pass the embeddings ``x [B, N, d]`` of a segment through the layers.
 
         ``lengths [B]`` counts the tokens that are not padding, which is on the right; None if none is.
-
-        Returns:
-            The last layer's current rows ``[B, N, d]``, and the state for the next segment.
         """
         raise NotImplementedError
 

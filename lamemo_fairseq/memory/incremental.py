@@ -24,11 +24,21 @@ class Place(NamedTuple):
     open: bool = False  # whether the slots are ready for this segment
 
 
-class Record(NamedTuple):
-    """Where a layer writes what the next refresh needs of the tokens."""
+class Network(NamedTuple):
+    """What a memory's rows pass through."""
 
-    outputs: Tensor  # [B, H, M + N, D], read-outs before the output projection
-    normalizers: Tensor  # [B, H, M + N]
+    memory: Any  # a `Memory`
+    layers: Sequence[nn.Module]
+    positions: PositionEncoding
+
+
+class Record(NamedTuple):
+    """What a layer has to do with a memory besides attending to its slots; None leaves a part out."""
+
+    outputs: Optional[Tensor] = None  # [B, H, M + N, D], to write the read-outs in, before the output projection
+    normalizers: Optional[Tensor] = None  # [B, H, M + N], to write their normalisers in; where there are outputs
+    inputs: Optional[Tensor] = None  # [B, M + N, d], to write the rows in that go into the layer
+    context: Any = None  # what `SelfAttention.combine` adds to the read-outs
 
 
 @dataclass
@@ -48,10 +58,10 @@ class SegmentCache:
     columns: ClassVar[Dict[str, int]] = {}
 
     @classmethod
-    def empty(cls, memory: Any, rows: int, segment_length: int, like: Tensor) -> "SegmentCache":
+    def empty(cls, memory: Any, rows: int, like: Tensor) -> "SegmentCache":
         """The cache of *rows* texts of which nothing has been read; *like* gives device and dtype."""
         config = memory.config
-        size = (rows, config.heads, config.mem_len + segment_length, config.head_dim)
+        size = (rows, config.heads, memory.slots + memory.period, config.head_dim)
         return cls(
             keys=[like.new_zeros(size) for _ in range(config.layers)],
             values=[like.new_zeros(size) for _ in range(config.layers)],
@@ -60,16 +70,7 @@ class SegmentCache:
             places=[Place()] * rows,
         )
 
-    def open(
-        self,
-        rows: Optional[Tensor],
-        slots: int,
-        first: Tensor,
-        memory: Any,
-        layers: Sequence[nn.Module],
-        positions: PositionEncoding,
-        segment_length: int,
-    ) -> None:
+    def open(self, rows: Optional[Tensor], slots: int, first: Tensor, network: Network) -> None:
         """Make the slots ready for a new segment.
 
         Args:
@@ -81,12 +82,13 @@ class SegmentCache:
     def record_embeddings(self, embeddings: Tensor, column: Tensor) -> None:
         """Keep what the next refresh needs of new embeddings ``[B, k, d]``, at columns ``[B, k]``."""
 
-    def record(self, layer: int) -> Optional[Record]:
-        """The buffers that a layer records the tokens' read-outs in, None if nothing needs them."""
-        return None
+    def record(self, layer: int) -> Record:
+        """What a layer records of the tokens, or adds to them."""
+        return Record()
 
-    def close(self, rows: Optional[Tensor], mem_len: int) -> None:
-        """The segment of *rows* is full: its last columns become the slots."""
+    def close(self, rows: Optional[Tensor], slots: int, network: Network) -> None:
+        """The segment of *rows*, which had *slots* slots, is full: its last columns become the slots."""
+        mem_len = network.memory.slots
         for dim, buffers in ((2, self.keys), (2, self.values), *self._recorded()):
             for buffer in buffers:
                 some = buffer if rows is None else buffer[rows]
@@ -94,11 +96,15 @@ class SegmentCache:
                 place = buffer.narrow(dim, 0, mem_len)
                 place.copy_(kept) if rows is None else place.index_copy_(0, rows, kept)
 
-    def advance(self, counts: Sequence[int], mem_len: int, segment_length: int) -> None:
+    def advance(self, counts: Sequence[int], network: Network) -> None:
         """Row b has read ``counts[b]`` more tokens; segments that are full are closed."""
-        full = [b for b, count in enumerate(counts) if self.places[b].tokens + count == segment_length]
-        if full:
-            self.close(self.index(full), mem_len)
+        mem_len, segment_length = network.memory.slots, network.memory.period
+        full: Dict[int, List[int]] = {}
+        for b, count in enumerate(counts):
+            if self.places[b].tokens + count == segment_length:
+                full.setdefault(self.places[b].slots, []).append(b)
+        for slots, rows in full.items():
+            self.close(self.index(rows), slots, network)
         for b, count in enumerate(counts):
             place = self.places[b]
             if place.tokens + count == segment_length:

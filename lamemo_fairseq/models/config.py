@@ -2,19 +2,43 @@
 
 # No postponed annotations, and typing's Optional: fairseq turns these dataclasses into a parser.
 import math
-from dataclasses import dataclass, field
-from typing import List, Optional
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, List, Optional, Type, TypeVar
 
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from ..attention import BACKENDS
-from ..memory import MEMORIES
-from ..memory.lookahead import WINDOWS
+from ..memory import MEMORIES, MemoryOptions
 from ..positions import POSITIONS
 
+Config = TypeVar("Config", bound=FairseqDataclass)
 
+
+def with_defaults(config: Type[Config], name: str, **defaults: Any) -> Type[Config]:
+    """A subclass of a config whose options have other *defaults*."""
+    types = {f.name: f.type for f in fields(config)}
+    return make_dataclass(
+        name,
+        [(key, types[key], field(default=value)) for key, value in defaults.items()],
+        bases=(config,),
+        namespace={"__module__": config.__module__},
+    )
+
+
+def _with_options_of_memories(config: Type[Config]) -> Type[Config]:
+    """The config with every memory's own options."""
+    own = [f for name in MEMORIES.names() for f in fields(MEMORIES[name].options) if f.name != "_name"]
+    return make_dataclass(
+        config.__name__,
+        [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in own],
+        bases=(config,),
+        namespace={"__module__": config.__module__},
+    )
+
+
+@_with_options_of_memories
 @dataclass
 class MemoryLanguageModelConfig(FairseqDataclass):
     memory: ChoiceEnum(MEMORIES.names()) = field(  # type: ignore[valid-type]
@@ -24,9 +48,6 @@ class MemoryLanguageModelConfig(FairseqDataclass):
         default="disentangled", metadata={"help": "how attention knows distances and directions"}
     )
     mem_len: int = field(default=150, metadata={"help": "memory slots M a layer"})
-    lookahead_window: ChoiceEnum(list(WINDOWS)) = field(  # type: ignore[valid-type]
-        default="right", metadata={"help": "which side of a memory slot it looks ahead at"}
-    )
     clamp_len: int = field(default=0, metadata={"help": "largest distance told apart (0: no limit)"})
     same_length: bool = field(default=False, metadata={"help": "let every token see the same number of tokens, M"})
     attention_backend: ChoiceEnum(BACKENDS.names()) = field(  # type: ignore[valid-type]
@@ -80,21 +101,10 @@ class MemoryLanguageModelConfig(FairseqDataclass):
     )
 
 
-@dataclass
-class TransformerXLConfig(MemoryLanguageModelConfig):
-    memory: ChoiceEnum(MEMORIES.names()) = field(  # type: ignore[valid-type]
-        default="recurrent", metadata={"help": "what is carried from one segment to the next"}
-    )
-    position_encoding: ChoiceEnum(POSITIONS.names()) = field(  # type: ignore[valid-type]
-        default="transformer-xl", metadata={"help": "how attention knows distances and directions"}
-    )
-
-
-@dataclass
-class RelativeTransformerConfig(TransformerXLConfig):
-    memory: ChoiceEnum(MEMORIES.names()) = field(  # type: ignore[valid-type]
-        default="none", metadata={"help": "what is carried from one segment to the next"}
-    )
+def memory_options(cfg: MemoryLanguageModelConfig) -> MemoryOptions:
+    """The options of the chosen memory alone."""
+    options = MEMORIES[str(cfg.memory)].options
+    return options(**{f.name: getattr(cfg, f.name) for f in fields(options) if f.name != "_name"})
 
 
 def check(cfg: MemoryLanguageModelConfig) -> None:
@@ -163,6 +173,9 @@ def _check_memory(cfg: MemoryLanguageModelConfig) -> None:
             "--position-encoding absolute numbers the tokens of one segment, so that memory rows would share "
             f"the positions of current ones: take another encoding, or --memory none instead of {cfg.memory}"
         )
+    if cfg.cuda_graphs and not MEMORIES[str(cfg.memory)].records:
+        raise ValueError(f"--cuda-graphs cannot record --memory {cfg.memory}: leave it out")
+    memory_options(cfg).check()
     if not remembers and cfg.same_length:
         raise ValueError("--same-length lets every token see --mem-len tokens, but --memory none has none")
 

@@ -12,16 +12,19 @@ from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor, nn
 
 from ..data.position import SegmentPosition
-from ..memory import MEMORIES, DivergenceError, MemoryConfig, MemoryState, StreamMemory
+from ..memory import MEMORIES, DivergenceError, MemoryConfig, MemoryState, Passage, StreamMemory
 from ..modules import AttentionConfig, DecoderLayer, LayerConfig
 from ..modules.graphs import SegmentGraphs
 from ..modules.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from ..positions import POSITIONS, PositionConfig
-from .config import MemoryLanguageModelConfig, check, cutoffs
+from .config import MemoryLanguageModelConfig, check, cutoffs, memory_options
 from .incremental import DecodingState
 
 # Generation and scoring cut long inputs into segments themselves, so nothing has to be truncated.
 UNLIMITED = 10**9
+
+# What a model returns beside its scores: losses by name, of memories that have some.
+Extra = Optional[Dict[str, Tensor]]
 
 
 class MemoryDecoder(FairseqIncrementalDecoder):
@@ -44,10 +47,22 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         width, heads = cfg.decoder_embed_dim, cfg.decoder_attention_heads
         head_dim = cfg.decoder_head_dim or width // heads
         mem_len = cfg.mem_len if memory_class.remembers else 0
-        self.streams = StreamMemory(memory_class.state, {"--memory": str(cfg.memory), "--mem-len": mem_len})
+        layout = {"--" + name.replace("_", "-"): getattr(cfg, name) for name in memory_class.layout}
+        self.streams = StreamMemory(memory_class.state, {"--memory": str(cfg.memory), "--mem-len": mem_len, **layout})
 
         self.embed_tokens = self._build_embedding(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
+        self.memory = memory_class(
+            MemoryConfig(
+                mem_len=mem_len,
+                layers=cfg.decoder_layers,
+                heads=heads,
+                head_dim=head_dim,
+                embed_dim=width,
+                segment_length=self.segment_length,
+                options=memory_options(cfg),
+            )
+        )
         self.positions = POSITIONS[str(cfg.position_encoding)](
             PositionConfig(
                 layers=cfg.decoder_layers,
@@ -55,18 +70,9 @@ class MemoryDecoder(FairseqIncrementalDecoder):
                 heads=heads,
                 head_dim=head_dim,
                 looks_ahead=memory_class.looks_ahead,
-                trained_distances=self.segment_length + mem_len,
+                trained_distances=self.memory.slots + self.memory.period,
                 clamp_len=cfg.clamp_len,
                 dropout=cfg.dropout,
-            )
-        )
-        self.memory = memory_class(
-            MemoryConfig(
-                mem_len=mem_len,
-                layers=cfg.decoder_layers,
-                heads=heads,
-                head_dim=head_dim,
-                lookahead_window=str(cfg.lookahead_window),
             )
         )
         attention = AttentionConfig(
@@ -104,7 +110,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         encoder_out: Any = None,
         incremental_state: Optional[Dict[str, Any]] = None,
         target: Optional[Tensor] = None,
-    ) -> Tuple[Tensor, None]:
+    ) -> Tuple[Tensor, Extra]:
         """Scores of the word after each token, or with an adaptive softmax the features that it takes.
 
         Args:
@@ -119,15 +125,15 @@ class MemoryDecoder(FairseqIncrementalDecoder):
                 scores, which are never held all at once (`criterions/chunked_cross_entropy.py`).
 
         Returns:
-            Scores ``[B, N, V]`` (features ``[B, N, d]``), and None as language models have nothing else to report.
+            Scores ``[B, N, V]`` (features ``[B, N, d]``), and in training the losses of memories that have some.
         """
         if target is not None:
             output: Any = self.adaptive_softmax if self.output is None else self.output
             plan = output.plan(target)
-            features, _ = self.extract_features(src_tokens, src_lengths, position)
-            return output.loss(features, target, plan, self.dictionary.pad()), None
-        features, _ = self.extract_features(src_tokens, src_lengths, position, incremental_state)
-        return self.output_layer(features), None
+            features, extra = self.extract_features(src_tokens, src_lengths, position)
+            return output.loss(features, target, plan, self.dictionary.pad()), extra
+        features, extra = self.extract_features(src_tokens, src_lengths, position, incremental_state)
+        return self.output_layer(features), extra
 
     def extract_features(
         self,
@@ -136,8 +142,8 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         position: Optional[SegmentPosition] = None,
         incremental_state: Optional[Dict[str, Any]] = None,
         **unused: Any,
-    ) -> Tuple[Tensor, None]:
-        """The last layer's rows ``[B, N, d]`` after the final dropout; arguments as for `forward`.
+    ) -> Tuple[Tensor, Extra]:
+        """The last layer's rows ``[B, N, d]`` after the final dropout, and losses; arguments as for `forward`.
 
         Raises:
             MissingMemoryError: the segment before *position* has not been read.
@@ -156,24 +162,22 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             lengths = src_lengths if position.ragged else None
             before = self.streams.read(position, self.training)
             if self.graphs is not None and lengths is None:
-                features, state = self.graphs(self.step, self, src_tokens, before)
+                passage = Passage(*self.graphs(self.step_without_losses, self, src_tokens, before))
             else:
-                features, state = self.step(src_tokens, before, lengths)
-            self.streams.write(position, self.training, state)
+                passage = self.step(src_tokens, before, lengths)
+            self.streams.write(position, self.training, passage.state)
             if not self.training:
-                _check_finite(features, position)
-            return features, None
+                _check_finite(passage.features, position)
+            return passage.features, passage.losses if self.memory.has_losses else None
         parts, text_state = [], None
         for start in range(0, src_tokens.size(1), self.segment_length):
             segment = src_tokens[:, start : start + self.segment_length]
             left = None if src_lengths is None else (src_lengths - start).clamp(0, segment.size(1))
-            part, text_state = self.step(segment, text_state, left)
+            part, text_state, _ = self.step(segment, text_state, left)
             parts.append(part)
         return torch.cat(parts, dim=1), None
 
-    def step(
-        self, tokens: Tensor, state: Optional[MemoryState], lengths: Optional[Tensor] = None
-    ) -> Tuple[Tensor, MemoryState]:
+    def step(self, tokens: Tensor, state: Optional[MemoryState], lengths: Optional[Tensor] = None) -> Passage:
         """Read one segment.
 
         Args:
@@ -182,13 +186,17 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             lengths: ``[B]`` tokens that are not padding, which is on the right; None if none is.
 
         Returns:
-            Features ``[B, N, d]`` after the final dropout, and the memory after the segment, without gradient.
+            Features ``[B, N, d]`` after the final dropout, the memory after the segment, and the memory's losses.
         """
         x = self.dropout(self.positions.embed(self.embed_tokens(tokens), lengths))
         # The memory of a resumed run is still on the host.
         before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
-        x, after = self.memory(x, before, self.layers, self.positions, lengths)
-        return self.dropout(x), after
+        passage = self.memory(x, before, self.layers, self.positions, lengths)
+        return passage._replace(features=self.dropout(passage.features))
+
+    def step_without_losses(self, tokens: Tensor, state: Optional[MemoryState]) -> Tuple[Tensor, MemoryState]:
+        """What a CUDA graph records of `step`."""
+        return self.step(tokens, state)[:2]
 
     def decoding_state(self, incremental_state: Dict[str, Any]) -> Optional[DecodingState]:
         """What this model has read of a batch, None if nothing yet."""
@@ -263,7 +271,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             self.output = FullSoftmax(words, width, cfg.decoder_embed_dim, tied)
 
     def _initialize(self) -> None:
-        """Weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions see to themselves."""
+        """Weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions and memories see to themselves."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -274,6 +282,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, (WordEmbedding, FullSoftmax, AdaptiveSoftmax)):
                 module.reset_parameters()
+        self.memory.reset_parameters()
 
 
 def _check_finite(features: Tensor, position: SegmentPosition) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attention import RelativeBias
 from ..attention.cached import cached_attention
-from ..memory.incremental import Record, SegmentCache, put
+from ..memory.incremental import Network, Record, SegmentCache, put
 
 # Longer prompts are read in parts of this size, which bounds the scores held at a time.
 TOKENS_AT_ONCE = 256
@@ -30,10 +30,11 @@ class DecodingState:
 
     def __init__(self, decoder: Any, rows: int):
         self.decoder = decoder
-        self.mem_len: int = decoder.memory.config.mem_len
-        self.length: int = decoder.segment_length
+        self.mem_len: int = decoder.memory.slots
+        self.length: int = decoder.memory.period
+        self.network = Network(decoder.memory, decoder.layers, decoder.positions)
         like = decoder.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=decoder.dictionary_version.device))
-        self.cache: SegmentCache = decoder.memory.cache.empty(decoder.memory, rows, self.length, like)
+        self.cache: SegmentCache = decoder.memory.cache.empty(decoder.memory, rows, like)
         # The same in every step: sinusoids and their projections are computed once a text, not once a token.
         self.biases: List[RelativeBias] = [b.causal for b in decoder.positions(self.mem_len + self.length, None, like)]
         self.layer_step: Callable[..., Tensor] = layer_step
@@ -66,12 +67,12 @@ class DecodingState:
         first = self.mem_len - max(p.slots for p in active)
         end = self.mem_len + max(p.tokens for p in active) + tokens.size(1)
         x = self.step(x, first, min(end, self.mem_len + self.length))
-        cache.advance(counts, self.mem_len, self.length)
+        cache.advance(counts, self.network)
         return x
 
     def open(self, first: Tensor, counts: Sequence[int]) -> None:
         """Refresh the memory of rows whose segment begins with the embeddings ``first [B, 1, d]``."""
-        cache, decoder = self.cache, self.decoder
+        cache = self.cache
         groups: Dict[int, List[int]] = {}
         for row, (place, count) in enumerate(zip(cache.places, counts, strict=True)):
             if count > 0 and not place.open:
@@ -80,7 +81,7 @@ class DecodingState:
             index = cache.index(rows)
             if slots > 0:
                 begin = first if index is None else first[index]
-                cache.open(index, slots, begin, decoder.memory, decoder.layers, decoder.positions, self.length)
+                cache.open(index, slots, begin, self.network)
             for row in rows:
                 cache.places[row] = cache.places[row]._replace(open=True)
 
@@ -115,13 +116,15 @@ def layer_step(
     bias: RelativeBias,
     query: Tensor,
     oldest: Tensor,
-    record: Optional[Record],
+    record: Record,
 ) -> Tensor:
     """New rows ``x [B, k, d]`` through one layer; their keys and values go into *column* ``[B, k]`` of the cache.
 
     A function of tensors, the same for every layer, so that it is compiled once.
     """
     attn = layer.self_attn
+    if record.inputs is not None:
+        put(record.inputs, x, column, 1)
 
     def attend(normed: Tensor) -> Tuple[Tensor, None]:
         q, k, v = attn.project(normed, normed.size(1))
@@ -129,10 +132,10 @@ def layer_step(
         put(values, v, column, 2)
         seen = (keys[:, :, looked_at], values[:, :, looked_at])
         span = attn.config.span
-        attended = cached_attention(q, *seen, bias, query, oldest, looked_at.start, span, record is not None)
-        if record is not None:
+        attended = cached_attention(q, *seen, bias, query, oldest, looked_at.start, span, record.outputs is not None)
+        if record.outputs is not None and record.normalizers is not None:
             put(record.outputs, attended.output, column, 2)
             put(record.normalizers, attended.normalizer, column, 2)
-        return attn.merge_heads(attended.output), None
+        return attn.merge_heads(attn.combine(q, attended.output, record.context)), None
 
     return layer.around(x, attend)[0]

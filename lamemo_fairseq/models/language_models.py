@@ -6,8 +6,9 @@ from fairseq import hub_utils
 from fairseq.models import FairseqLanguageModel, register_model
 
 from ..generation import LanguageModelHub
+from ..memory import MEMORIES
 from ..tasks.segment_language_modeling import SegmentLanguageModelingTask
-from .config import MemoryLanguageModelConfig, RelativeTransformerConfig, TransformerXLConfig
+from .config import MemoryLanguageModelConfig, with_defaults
 from .decoder import MemoryDecoder
 
 
@@ -53,23 +54,20 @@ class MemoryLanguageModel(FairseqLanguageModel):
         return LanguageModelHub(loaded["args"], loaded["task"], loaded["models"])
 
 
-class LaMemoLanguageModel(MemoryLanguageModel):
-    """LaMemo: look-ahead memory, disentangled positions (Ji et al. 2022)."""
+MODELS: Dict[str, Tuple[Type[MemoryLanguageModel], Type[MemoryLanguageModelConfig]]] = {}
+"""Of every architecture the model, importable from here by its name, and its config."""
+
+for _memory in MEMORIES.names():
+    _architecture = MEMORIES[_memory].architecture
+    _namespace = {"__doc__": _architecture.summary, "__module__": __name__}
+    _model = type(_architecture.class_name, (MemoryLanguageModel,), _namespace)
+    _config = with_defaults(
+        MemoryLanguageModelConfig, f"{_architecture.class_name}Config", memory=_memory, **_architecture.defaults
+    )
+    globals()[_architecture.class_name] = _model
+    register_model(_architecture.name, dataclass=_config)(_model)
+    MODELS[_architecture.name] = (_model, _config)
 
 
-class TransformerXLLanguageModel(MemoryLanguageModel):
-    """Transformer-XL: recurrent memory, relative positions (Dai et al. 2019)."""
-
-
-class RelativeTransformerLanguageModel(MemoryLanguageModel):
-    """A Transformer with relative positions and no memory."""
-
-
-MODELS: Dict[str, Tuple[Type[MemoryLanguageModel], Type[MemoryLanguageModelConfig]]] = {
-    "lamemo_lm": (LaMemoLanguageModel, MemoryLanguageModelConfig),
-    "transformer_xl_lm": (TransformerXLLanguageModel, TransformerXLConfig),
-    "relative_transformer_lm": (RelativeTransformerLanguageModel, RelativeTransformerConfig),
-}
-
-for _name, (_model, _config) in MODELS.items():
-    register_model(_name, dataclass=_config)(_model)
+def __getattr__(name: str) -> Type[MemoryLanguageModel]:
+    raise AttributeError(f"module {__name__} has no attribute '{name}'")  # tells type checkers that there may be more

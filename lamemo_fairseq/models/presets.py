@@ -3,13 +3,13 @@
 A preset is a model of its own with other defaults, so that it works on the command line and in a hydra YAML.
 """
 
-from dataclasses import field, make_dataclass
-from typing import Any, Dict, Type
+from typing import Any, Dict
 
 from fairseq.models import register_model
 
-from .config import MemoryLanguageModelConfig
-from .language_models import MODELS, MemoryLanguageModel
+from ..memory import MEMORIES
+from .config import with_defaults
+from .language_models import MODELS
 
 _CHARACTERS: Dict[str, Any] = {
     "decoder_layers": 12,
@@ -36,13 +36,8 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
 }
 
 
-def _register(model: Type[MemoryLanguageModel], config: Type[MemoryLanguageModelConfig], name: str, data: str) -> None:
-    types = {f.name: f.type for f in config.__dataclass_fields__.values()}
-    fields = [(key, types[key], field(default=value)) for key, value in SETTINGS[data].items()]
-    preset = make_dataclass(f"{config.__name__}_{data}", fields, bases=(config,), namespace={"__module__": __name__})
-    register_model(f"{name}_{data}", dataclass=preset)(type(f"{model.__name__}_{data}", (model,), {}))
-
-
 for _name, (_model, _config) in MODELS.items():
-    for _data in SETTINGS:
-        _register(_model, _config, _name, _data)
+    _presets = MEMORIES[str(_config().memory)].architecture.presets
+    for _data, _sizes in SETTINGS.items():
+        _preset = with_defaults(_config, f"{_config.__name__}_{_data}", **{**_sizes, **_presets.get(_data, {})})
+        register_model(f"{_name}_{_data}", dataclass=_preset)(type(f"{_model.__name__}_{_data}", (_model,), {}))

@@ -4,7 +4,7 @@ Shapes: B streams, R rows (memory, then current), Q queries, H heads, D size of 
 """
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from torch import Tensor, nn
 
@@ -59,6 +59,10 @@ class SelfAttention(nn.Module):
         return backend.causal_attention(
             q, k, v, bias.causal, self.config.span, self._dropout, need_normalizer=need_normalizer
         )
+
+    def combine(self, q: Tensor, read_out: Tensor, context: Any) -> Tensor:
+        """The read-outs ``[B, H, Q, D]`` of queries with what a memory's *context* adds to them, here nothing."""
+        return read_out
 
     def merge_heads(self, heads: Tensor) -> Tensor:
         """``[B, H, Q, D] -> [B, Q, d]`` through the output projection."""

@@ -10,9 +10,11 @@ from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II
 
+from ..criterions.memory_losses import PREFIX, WithMemoryLosses
 from ..data.binarized import load_dictionary, load_lines
 from ..data.iterator import SegmentBatchIterator
 from ..data.segments import SegmentDataset
@@ -243,6 +245,8 @@ class SegmentLanguageModelingTask(FairseqTask):
             with torch.no_grad():
                 self._decoder.extract_features(**inputs)
 
+        if self._decoder.memory.has_losses:
+            criterion = WithMemoryLosses(criterion)
         result = retry_out_of_memory(step, criterion, model, advance, alone=not several_ranks())
         self.losses.check()
         self.losses.note(result[0], inputs["position"], update_num + 1, self._decoder.streams)
@@ -265,6 +269,14 @@ class SegmentLanguageModelingTask(FairseqTask):
                 f"{position.named_streams()} of '{position.split}'"
             )
         return result
+
+    def reduce_metrics(self, logging_outputs: List[Dict[str, Any]], criterion: Any) -> None:
+        """Log the criterion's figures and the memory's losses a token, in nats or what their papers have."""
+        super().reduce_metrics(logging_outputs, criterion)
+        size = sum(logged.get("sample_size", 0) for logged in logging_outputs)
+        for name in {name for logged in logging_outputs for name in logged if name.startswith(PREFIX)}:
+            total = sum(logged.get(name, 0) for logged in logging_outputs)
+            metrics.log_scalar(name, total / size, size, round=5)
 
     def eval_lm_dataloader(
         self,

@@ -6,7 +6,7 @@ from typing import ClassVar, Optional, Sequence, Type
 from torch import Tensor, nn
 
 from ...positions import PositionEncoding
-from ..base import MEMORIES, Memory, MemoryState
+from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage
 from ..incremental import SegmentCache
 from .incremental import EmptyCache
 
@@ -20,6 +20,12 @@ class EmptyState(MemoryState):
 class EmptyMemory(Memory[EmptyState]):
     """The row of the tables without memory."""
 
+    architecture: ClassVar[Architecture] = Architecture(
+        name="relative_transformer_lm",
+        class_name="RelativeTransformerLanguageModel",
+        summary="A Transformer with relative positions and no memory.",
+        defaults={"position_encoding": "transformer-xl"},
+    )
     state: ClassVar[Type[MemoryState]] = EmptyState
     cache: ClassVar[Type[SegmentCache]] = EmptyCache
     remembers: ClassVar[bool] = False
@@ -34,7 +40,7 @@ class EmptyMemory(Memory[EmptyState]):
         layers: Sequence[nn.Module],
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
-    ) -> tuple[Tensor, EmptyState]:
+    ) -> Passage:
         for layer, bias in zip(layers, positions(x.size(1), None, x), strict=True):
             x, _ = layer(x, bias, x.size(1))
-        return x, state
+        return Passage(x, state)

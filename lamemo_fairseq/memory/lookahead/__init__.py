@@ -12,13 +12,14 @@ from typing import ClassVar, Optional, Sequence, Tuple, Type
 import torch
 from torch import Tensor, nn
 
-from ...attention import Attended, RelativeBias
+from ...attention import Attended, LookaheadWindow, RelativeBias
 from ...modules import SelfAttention
 from ...positions import PositionEncoding
-from ..base import MEMORIES, Memory, MemoryConfig, MemoryState, last_rows
+from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows
 from ..incremental import SegmentCache
 from .attention import LookaheadSelfAttention
 from .incremental import LookaheadCache
+from .options import LookaheadOptions
 from .windows import WINDOWS
 
 
@@ -35,16 +36,16 @@ class LookaheadState(MemoryState):
 class LookaheadMemory(Memory[LookaheadState]):
     """Refreshes every slot once a segment."""
 
+    architecture: ClassVar[Architecture] = Architecture(
+        name="lamemo_lm",
+        class_name="LaMemoLanguageModel",
+        summary="LaMemo: look-ahead memory, disentangled positions (Ji et al. 2022).",
+    )
+    options: ClassVar[Type[LookaheadOptions]] = LookaheadOptions
     attention: ClassVar[Type[SelfAttention]] = LookaheadSelfAttention
     state: ClassVar[Type[MemoryState]] = LookaheadState
     cache: ClassVar[Type[SegmentCache]] = LookaheadCache
     looks_ahead: ClassVar[bool] = True
-
-    def __init__(self, config: MemoryConfig):
-        super().__init__(config)
-        if config.lookahead_window not in WINDOWS:
-            known = ", ".join(WINDOWS)
-            raise ValueError(f"unknown look-ahead window '{config.lookahead_window}'; the known ones are {known}")
 
     def initial_state(self, x: Tensor) -> LookaheadState:
         batch, heads, size = x.size(0), self.config.heads, self.config.head_dim
@@ -56,6 +57,10 @@ class LookaheadMemory(Memory[LookaheadState]):
             normalizers=(x.new_empty(batch, heads, 0, dtype=exact),) * refreshed,
         )
 
+    def window(self, slots: int, current: int) -> LookaheadWindow:
+        """The keys that *slots* slots look ahead at in a segment of *current* tokens."""
+        return WINDOWS[str(self.config.options.lookahead_window)](slots, current)
+
     def forward(
         self,
         x: Tensor,
@@ -63,11 +68,11 @@ class LookaheadMemory(Memory[LookaheadState]):
         layers: Sequence[nn.Module],
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
-    ) -> tuple[Tensor, LookaheadState]:
+    ) -> Passage:
         current, slots = x.size(1), state.embeddings.size(1)
         window = None
         if slots > 0:
-            window = WINDOWS[self.config.lookahead_window](slots, current)._replace(lengths=lengths)
+            window = self.window(slots, current)._replace(lengths=lengths)
         biases = positions(slots + current, range(0) if window is None else window.distances(slots), x)
 
         rows = torch.cat([state.embeddings.to(x), x], dim=1)
@@ -81,7 +86,7 @@ class LookaheadMemory(Memory[LookaheadState]):
                 normalizers.append(carried.normalizer)
         if self.training and (window is None or len(layers) == 1):
             rows = rows + _no_contribution(biases[0].ahead)
-        return rows, LookaheadState(embeddings, tuple(outputs), tuple(normalizers))
+        return Passage(rows, LookaheadState(embeddings, tuple(outputs), tuple(normalizers)))
 
 
 def _no_contribution(ahead: RelativeBias) -> Tensor:

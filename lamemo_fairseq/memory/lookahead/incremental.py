@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Dict, List, Optional, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...attention import BACKENDS, Attended
-from ...positions import PositionEncoding
-from ..incremental import Record, SegmentCache, put
-from .windows import WINDOWS
+from ..incremental import Network, Record, SegmentCache, put
 
 
 @dataclass
@@ -26,9 +24,9 @@ class LookaheadCache(SegmentCache):
     columns: ClassVar[Dict[str, int]] = {"embeddings": 1, "outputs": 2, "normalizers": 2}
 
     @classmethod
-    def empty(cls, memory: Any, rows: int, segment_length: int, like: Tensor) -> "LookaheadCache":
-        base = SegmentCache.empty(memory, rows, segment_length, like)
-        refreshed, width = memory.config.layers - 1, memory.config.mem_len + segment_length
+    def empty(cls, memory: Any, rows: int, like: Tensor) -> "LookaheadCache":
+        base = SegmentCache.empty(memory, rows, like)
+        refreshed, width = memory.config.layers - 1, memory.slots + memory.period
         exact = torch.promote_types(like.dtype, torch.float32)
         return cls(
             **vars(base),
@@ -37,21 +35,12 @@ class LookaheadCache(SegmentCache):
             normalizers=[base.keys[0].new_zeros(base.keys[0].shape[:-1], dtype=exact) for _ in range(refreshed)],
         )
 
-    def open(
-        self,
-        rows: Optional[Tensor],
-        slots: int,
-        first: Tensor,
-        memory: Any,
-        layers: Sequence[nn.Module],
-        positions: PositionEncoding,
-        segment_length: int,
-    ) -> None:
+    def open(self, rows: Optional[Tensor], slots: int, first: Tensor, network: Network) -> None:
         """Refresh the slots: they depend on the memory and on the segment's first token alone."""
         # The first token decides the refresh however long the segment will be, so it is taken to be whole.
-        window = WINDOWS[memory.config.lookahead_window](slots, segment_length)
-        mem_len = memory.config.mem_len
-        biases = positions(slots + 1, window.distances(slots), first)
+        memory, layers = network.memory, network.layers
+        window, mem_len = memory.window(slots, memory.period), memory.slots
+        biases = network.positions(slots + 1, window.distances(slots), first)
 
         def held(buffer: Tensor, dim: int) -> Tensor:
             return (buffer if rows is None else buffer[rows]).narrow(dim, mem_len - slots, slots)
@@ -91,5 +80,5 @@ class LookaheadCache(SegmentCache):
     def record_embeddings(self, embeddings: Tensor, column: Tensor) -> None:
         put(self.embeddings[0], embeddings, column, 1)
 
-    def record(self, layer: int) -> Optional[Record]:
-        return Record(self.outputs[layer], self.normalizers[layer]) if layer < len(self.outputs) else None
+    def record(self, layer: int) -> Record:
+        return Record(self.outputs[layer], self.normalizers[layer]) if layer < len(self.outputs) else Record()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...positions import PositionEncoding
-from ..base import MEMORIES, Memory, MemoryState, last_rows
+from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows
 from ..incremental import SegmentCache
 from .incremental import RecurrentCache
 
@@ -26,6 +26,12 @@ class RecurrentState(MemoryState):
 class RecurrentMemory(Memory[RecurrentState]):
     """Segment-level recurrence."""
 
+    architecture: ClassVar[Architecture] = Architecture(
+        name="transformer_xl_lm",
+        class_name="TransformerXLLanguageModel",
+        summary="Transformer-XL: recurrent memory, relative positions (Dai et al. 2019).",
+        defaults={"position_encoding": "transformer-xl"},
+    )
     state: ClassVar[Type[MemoryState]] = RecurrentState
     cache: ClassVar[Type[SegmentCache]] = RecurrentCache
 
@@ -39,7 +45,7 @@ class RecurrentMemory(Memory[RecurrentState]):
         layers: Sequence[nn.Module],
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
-    ) -> tuple[Tensor, RecurrentState]:
+    ) -> Passage:
         current, slots = x.size(1), state.hidden[0].size(1)
         kept = []
         biases = positions(slots + current, None, x)
@@ -47,4 +53,4 @@ class RecurrentMemory(Memory[RecurrentState]):
             rows = torch.cat([past.to(x), x], dim=1)
             kept.append(last_rows(rows, self.config.mem_len))
             x, _ = layer(rows, bias, current)
-        return x, RecurrentState(tuple(kept))
+        return Passage(x, RecurrentState(tuple(kept)))

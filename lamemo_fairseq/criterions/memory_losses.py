@@ -1,0 +1,32 @@
+"""The losses that a memory is trained by, added to whatever criterion trains the rest."""
+
+from typing import Any, Dict, Tuple
+
+from torch import Tensor, nn
+
+PREFIX = "memory_"  # of their names in the log
+
+
+class WithMemoryLosses:
+    """A criterion plus the losses that the model's memory returned in the same forward pass.
+
+    They are means over tokens, so that they weigh as much as the criterion's own loss on every token, whatever
+    ``--update-freq`` and the number of ranks.
+    """
+
+    def __init__(self, criterion: Any):
+        self.criterion = criterion
+
+    def __call__(self, model: nn.Module, sample: Dict[str, Any], **kwargs: Any) -> Tuple[Tensor, Any, Dict[str, Any]]:
+        """As the criterion: the summed loss, what to divide it by, and what to log."""
+        outputs = []
+        # A hook sees what any data-parallel wrapper returns, and any criterion's call.
+        handle = model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        try:
+            loss, sample_size, logged = self.criterion(model, sample, **kwargs)
+        finally:
+            handle.remove()
+        for name, value in (outputs[-1][1] or {}).items():
+            loss = loss + value * sample_size
+            logged[PREFIX + name] = value.detach() * sample_size
+        return loss, sample_size, logged
