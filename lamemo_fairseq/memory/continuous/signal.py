@@ -24,7 +24,7 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class Signal:
-    """``x(t) = B^T psi(t)``, a row of width d for every t in [0, 1], where 1 is now (sections 3.1 and 3.2 of the paper).
+    """``x(t) = B^T psi(t)``: a row of width d for every t in [0, 1], where 1 is now (the paper's sections 3.1 and 3.2).
 
     Its coefficients are ``B [B, J, d]``, in float32 or wider: ``B = (F F^T + penalty I)^-1 F X`` for rows X at points
     whose basis functions are the columns of F.
