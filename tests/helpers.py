@@ -31,7 +31,6 @@ VARIANTS = [
     ("none", "shaw", "right"),
     ("none", "absolute", "right"),
     ("continuous", "transformer-xl", "right"),
-    ("continuous", "shaw", "right"),
 ]
 
 

@@ -277,7 +277,7 @@ def test_sticky_samples_are_where_attention_is():
         return Density(mean.view(1, 1, -1), sigma.square().view(1, 1, -1))
 
     points = sticky_points(density((0.2, 0.02), (0.8, 0.02), (0.8, 0.02)), 300)[0]
-    assert (points.diff() > 0).all() and 0 <= points[0] and points[-1] <= 1
+    assert (points.diff() > 0).all() and points[0] >= 0 and points[-1] <= 1
     near = [int(((points - mode).abs() < 0.06).sum()) for mode in (0.2, 0.8)]
     assert near == [pytest.approx(100, abs=2), pytest.approx(200, abs=2)]
     # One wide density over the whole interval samples evenly, and a narrow one at a bin's width.
@@ -340,7 +340,7 @@ def test_streams_without_a_signal_yet_stay_without():
 
 def test_the_kl_term_leaves_out_padding():
     decoder = decoder_of().train()
-    *_, (position, last) = segments_of(decoder, random_tokens(2, 12))
+    *_, (_, last) = segments_of(decoder, random_tokens(2, 12))
     state = None
     for segment in random_tokens(2, 9, seed=5).split(3, dim=1):
         _, state, _ = decoder.step(segment, state)
@@ -351,6 +351,18 @@ def test_the_kl_term_leaves_out_padding():
     both = decoder.step(padded, state, torch.tensor([3, 3])).losses["kl"]
     torch.testing.assert_close(both, (losses[0]["kl"] + losses[1]["kl"]) / 2)
     assert decoder.eval().step(last, state).losses == {}
+
+
+@pytest.mark.parametrize(
+    "options", [{"position_encoding": "shaw"}, {"mem_len": 0}, {"memory_sampling": "even"}], ids=str
+)
+@torch.no_grad()
+def test_decoding_with_other_options(options):
+    decoder = decoder_of(**options)
+    tokens, incremental = random_tokens(2, 18), {}
+    for end in range(1, 19):
+        scores, _ = decoder(tokens[:, :end], incremental_state=incremental)
+        torch.testing.assert_close(scores[:, 0], decoder(tokens[:, :end])[0][:, -1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
