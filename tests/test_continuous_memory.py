@@ -379,6 +379,12 @@ def test_half_precision_keeps_the_signal_in_float32(dtype):
     assert (one - other).abs().max() < 0.05 * one.abs().max()
 
 
+def test_a_run_goes_on_with_the_same_basis_alone():
+    """The coefficients of one mean nothing in another; how they are updated may change."""
+    names = set(decoder_of().streams.options)
+    assert names == {"--memory", "--mem-len", "--num-basis-functions", "--basis-widths"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
