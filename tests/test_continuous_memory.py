@@ -365,15 +365,25 @@ def test_decoding_with_other_options(options):
         torch.testing.assert_close(scores[:, 0], decoder(tokens[:, :end])[0][:, -1], rtol=0, atol=1e-9)
 
 
+@torch.no_grad()
+def test_the_fused_backend_does_the_short_term_part():
+    pytest.importorskip("triton")
+    eager, fused = (decoder_of(dtype=torch.float32, attention_backend=name) for name in ("eager", "fused"))
+    tokens = random_tokens(2, 12)
+    torch.testing.assert_close(fused(tokens)[0], eager(tokens)[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_the_signal_in_float32(dtype):
-    exact, decoder = decoder_of(dtype=torch.float32), decoder_of(dtype=dtype)
+def test_half_precision_keeps_the_signal_in_float32(dtype, autocast):
+    exact, decoder = decoder_of(dtype=torch.float32), decoder_of(dtype=torch.float32 if autocast else dtype)
     states = [None, None]
     for segment in random_tokens(2, 30).split(3, dim=1):
-        (_, states[0], _), (features, states[1], _) = (
-            d.step(segment, s) for d, s in zip((exact, decoder), states, strict=True)
-        )
-    assert features.dtype == dtype and {c.dtype for c in states[1].coefficients} == {torch.float32}
+        _, states[0], _ = exact.step(segment, states[0])
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            features, states[1], _ = decoder.step(segment, states[1])
+    assert autocast or features.dtype == dtype
+    assert {c.dtype for c in states[1].coefficients} == {torch.float32}
     # The first layer's rows are embeddings, so that its signal differs by their rounding and its samples' places.
     one, other = (s.coefficients[0] for s in states)
     assert (one - other).abs().max() < 0.05 * one.abs().max()
