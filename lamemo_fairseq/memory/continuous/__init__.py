@@ -10,8 +10,8 @@ left the slots, as one continuous signal of fixed size (`signal.py`), which quer
 - Queries are the short-term attention's, without its biases; W_k, W_v, w_mu, w_sigma and an output projection are a
   layer's own, w_mu and w_sigma shared by its heads and without bias: so in both.
 - Rows and samples stand in the middles of equal parts of their interval, as in the authors' first fit; the paper's
-  t = i / L is half a part later. The zeros that they fit beyond [0, 1] are left out, and so is their optional
-  convolutional gate, which would need a gradient through the signal.
+  t = i / L is half a part later. The zeros that they fit beyond [0, 1] are left out, and so is the convolutional gate
+  on the rows, an option that both of their configurations switch on: it would need a gradient through the signal.
 - Sticky samples are quantiles, not draws (`sampling.py`).
 - The KL term is the mean over layers, heads and tokens, and is 0 before there is a signal.
 
