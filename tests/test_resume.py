@@ -21,6 +21,7 @@ TRAIN = [
     "--no-epoch-checkpoints", "--max-update", 24, "--save-interval-updates", 5, "--keep-interval-updates", 2,
     "--valid-subset", "valid,valid1",
 ]  # fmt: skip
+CONTINUOUS = ["--num-basis-functions", 8, "--basis-widths", "0.1,0.3", "--memory-samples", 9]
 KILLS = int(os.environ.get("LAMEMO_KILLS", "6"))
 SEGMENTS = 11  # an epoch, with four streams; the last one is shorter
 TOKENS = 4 * (SEGMENTS * 16 - 3) - 1
@@ -99,6 +100,7 @@ def test_killed_again_and_again(data, whole, tmp_path):
         (["--roll", "--update-freq", 3], "lamemo_lm", 1, 4),
         (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 1, 4),
         (["--checkpoint-activations"], "lamemo_lm", 1, 4),
+        ([*CONTINUOUS, "--checkpoint-activations"], "infinity_former_lm", 1, 4),
         (["--roll"], "lamemo_lm", 2, 2),
         (["--update-freq", 2], "transformer_xl_lm", 2, 2),
         (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 3, 1),

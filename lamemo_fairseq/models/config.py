@@ -162,10 +162,10 @@ def cutoffs(cfg: MemoryLanguageModelConfig) -> List[int]:
 
 
 def _check_memory(cfg: MemoryLanguageModelConfig) -> None:
-    remembers = MEMORIES[str(cfg.memory)].remembers
-    if remembers and cfg.mem_len <= 0:
+    remembers, least = MEMORIES[str(cfg.memory)].remembers, MEMORIES[str(cfg.memory)].least_slots
+    if remembers and cfg.mem_len < least:
         raise ValueError(
-            f"--mem-len is {cfg.mem_len}, but --memory {cfg.memory} needs at least one slot: "
+            f"--mem-len is {cfg.mem_len}, but --memory {cfg.memory} needs at least {least}: "
             "pass a positive length, or --memory none"
         )
     if remembers and str(cfg.position_encoding) == "absolute":
@@ -176,8 +176,8 @@ def _check_memory(cfg: MemoryLanguageModelConfig) -> None:
     if cfg.cuda_graphs and not MEMORIES[str(cfg.memory)].records:
         raise ValueError(f"--cuda-graphs cannot record --memory {cfg.memory}: leave it out")
     memory_options(cfg).check()
-    if not remembers and cfg.same_length:
-        raise ValueError("--same-length lets every token see --mem-len tokens, but --memory none has none")
+    if cfg.same_length and (not remembers or cfg.mem_len == 0):
+        raise ValueError(f"--same-length lets every token see --mem-len tokens, but --memory {cfg.memory} has none")
 
 
 def _option(name: str) -> str:
