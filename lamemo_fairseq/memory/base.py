@@ -135,7 +135,7 @@ class Memory(nn.Module, Generic[State]):
     cache: ClassVar[Type[SegmentCache]] = SegmentCache  # what token-by-token decoding keeps
     looks_ahead: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
-    least_slots: ClassVar[int] = 1  # the smallest --mem-len that makes sense
+    smallest_mem_len: ClassVar[int] = 1  # the smallest --mem-len that makes sense
     has_losses: ClassVar[bool] = False  # whether passages have losses
     records: ClassVar[bool] = True  # whether --cuda-graphs may record its segments
     layout: ClassVar[Tuple[str, ...]] = ()  # own options that a saved state depends on

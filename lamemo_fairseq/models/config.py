@@ -162,7 +162,7 @@ def cutoffs(cfg: MemoryLanguageModelConfig) -> List[int]:
 
 
 def _check_memory(cfg: MemoryLanguageModelConfig) -> None:
-    remembers, least = MEMORIES[str(cfg.memory)].remembers, MEMORIES[str(cfg.memory)].least_slots
+    remembers, least = MEMORIES[str(cfg.memory)].remembers, MEMORIES[str(cfg.memory)].smallest_mem_len
     if remembers and cfg.mem_len < least:
         raise ValueError(
             f"--mem-len is {cfg.mem_len}, but --memory {cfg.memory} needs at least {least}: "

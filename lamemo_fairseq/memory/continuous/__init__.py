@@ -64,7 +64,7 @@ class ContinuousMemory(Memory[ContinuousState]):
     attention: ClassVar[Type[SelfAttention]] = ContinuousSelfAttention
     state: ClassVar[Type[MemoryState]] = ContinuousState
     cache: ClassVar[Type[SegmentCache]] = ContinuousCache
-    least_slots: ClassVar[int] = 0
+    smallest_mem_len: ClassVar[int] = 0
     has_losses: ClassVar[bool] = True
     records: ClassVar[bool] = False
     layout: ClassVar[Tuple[str, ...]] = ("num_basis_functions", "basis_widths")
