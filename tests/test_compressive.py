@@ -1,9 +1,12 @@
 """The Compressive Transformer's memory: against the paper, where its gradients go, what it keeps."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from fairseq.dataclass import ChoiceEnum
+from fairseq_cli import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +16,8 @@ from lamemo_fairseq.models.decoder import MemoryDecoder
 from lamemo_fairseq.models.incremental import DecodingState
 
 from .compressive_paper import Paper
-from .helpers import dictionary_of, random_tokens, tiny_decoder
+from .helpers import TASK, dictionary_of, random_tokens, tiny_decoder, write_data
+from .test_commands import TRAIN, evaluate, printed
 from .test_incremental import whole_segments
 
 SIZES = [
@@ -226,6 +230,18 @@ def test_a_fused_backend_gives_the_same():
         torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-4 * float(eager.abs().max()))
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS.names())
+def test_recomputed_activations_compress_the_same(compression):
+    found = []
+    for recomputed in (False, True):
+        decoder = decoder_of(compression, checkpoint_activations=recomputed, **SIZES[0]).train()
+        passages = list(read_by_segments(decoder, random_tokens(2, 20)))
+        loss = sum(p.features.square().sum() + sum(p.losses.values()) for p in passages)
+        found.append([*passages[-1].state.tensors(), *torch.autograd.grad(loss, list(decoder.layers.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("compression", "loss"), KINDS)
 def test_half_precision(compression, loss, dtype):
@@ -274,3 +290,21 @@ def test_what_a_saved_memory_depends_on_is_stored_as_plain_values():
     expected = {"--memory": "compressive", "--mem-len": 4, "--compressed-len": 3, "--compression-rate": 2}
     assert decoder.streams.options == {**expected, "--compression": "conv"}
     assert {type(value) for value in decoder.streams.options.values()} == {int, str}
+
+
+def test_commands_train_the_compression_and_evaluate_with_other_sizes(tmp_path):
+    data = write_data(tmp_path / "data", train=1200, valid=100, test=301)
+    sizes = ["--mem-len", 10, "--compressed-len", 6, "--compression-rate", 4]
+    log = printed(
+        train.cli_main, data, *TASK, "--arch", "compressive_transformer_lm", *TRAIN, *sizes, "--update-freq", 2,
+        "--max-update", 6, "--save-dir", tmp_path,
+    )  # fmt: skip
+    assert float(re.search(r"memory_compression=?\W*([\d.]+)", log).group(1)) > 0
+    path = tmp_path / "checkpoint_last.pt"
+    biases = {k: v for k, v in torch.load(path, weights_only=False)["model"].items() if k.endswith("conv.bias")}
+    assert len(biases) == 2 and all(bias.count_nonzero() for bias in biases.values())  # they were 0
+    (tokens, loss), other = (
+        evaluate(data, path, "--batch-size", 2, "--model-overrides", str(overrides))
+        for overrides in ({}, {"mem_len": 30, "compressed_len": 20})
+    )
+    assert tokens == other[0] == 301 and loss != other[1]
