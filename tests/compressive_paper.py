@@ -14,26 +14,24 @@ def softmax(scores):
     return exp / exp.sum()
 
 
-def layer_norm(x, gain, bias):
-    return (x - x.mean()) / math.sqrt(x.var() + 1e-5) * gain + bias
-
-
 class Paper:
-    """A post-norm decoder that reads one stream.
+    """A decoder that reads one stream.
 
     Args:
         weights: of a `MemoryDecoder`, as numpy arrays.
         sizes: layers, heads, M, C, r.
         compression, loss: as the options have them.
         clamp, span: farthest distance told apart, and number of rows seen.
+        before: whether layers normalise what goes into their blocks, instead of what comes out as in the paper.
     """
 
     def __init__(
-        self, weights, layers, heads, mem_len, compressed_len, rate, compression, loss, clamp=10**9, span=10**9
-    ):
+        self, weights, layers, heads, mem_len, compressed_len, rate, compression, loss,
+        clamp=10**9, span=10**9, before=False,
+    ):  # fmt: skip
         self.weights, self.layers, self.heads = weights, layers, heads
         self.mem_len, self.compressed_len, self.rate = mem_len, compressed_len, rate
-        self.compression, self.loss, self.clamp, self.span = compression, loss, clamp, span
+        self.compression, self.loss, self.clamp, self.span, self.before = compression, loss, clamp, span, before
         self.memory = [[] for _ in range(layers)]
         self.compressed = [[] for _ in range(layers)]
 
@@ -48,7 +46,10 @@ class Paper:
         for layer in range(self.layers):
             keys = self.compressed[layer] + self.memory[layer] + rows
             used = np.zeros(len(keys))
-            attended = [self.attend(layer, keys, len(keys) - len(rows) + i, used) for i in range(len(rows))]
+            attended = [
+                self.attend(layer, self.going_in(layer, keys), len(keys) - len(rows) + i, used)
+                for i in range(len(rows))
+            ]
             used /= len(rows) * self.heads
             leaving, usage = [], []
             waiting = self.memory[layer] + rows
@@ -93,11 +94,22 @@ class Paper:
         return np.array([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
 
     def feed_forward(self, layer, x, attended):
-        w = {k[len(f"layers.{layer}.") :]: v for k, v in self.weights.items() if k.startswith(f"layers.{layer}.")}
-        x = layer_norm(x + attended, w["self_attn_layer_norm.weight"], w["self_attn_layer_norm.bias"])
-        hidden = np.maximum(w["feed_forward.fc1.weight"] @ x + w["feed_forward.fc1.bias"], 0)
-        y = w["feed_forward.fc2.weight"] @ hidden + w["feed_forward.fc2.bias"]
-        return layer_norm(x + y, w["final_layer_norm.weight"], w["final_layer_norm.bias"])
+        x = x + attended if self.before else self.norm(layer, "self_attn_layer_norm", x + attended)
+        fc1, fc2 = (
+            [self.weights[f"layers.{layer}.feed_forward.{name}.{what}"] for what in ("weight", "bias")]
+            for name in ("fc1", "fc2")
+        )
+        normed = self.norm(layer, "final_layer_norm", x) if self.before else x
+        y = fc2[0] @ np.maximum(fc1[0] @ normed + fc1[1], 0) + fc2[1]
+        return x + y if self.before else self.norm(layer, "final_layer_norm", x + y)
+
+    def going_in(self, layer, rows):
+        """What the attention is given of rows."""
+        return [self.norm(layer, "self_attn_layer_norm", row) for row in rows] if self.before else rows
+
+    def norm(self, layer, name, x):
+        gain, bias = (self.weights[f"layers.{layer}.{name}.{what}"] for what in ("weight", "bias"))
+        return (x - x.mean()) / math.sqrt(x.var() + 1e-5) * gain + bias
 
     def compress(self, layer, old, usage):
         groups = [old[i : i + self.rate] for i in range(0, len(old), self.rate)]
@@ -135,6 +147,7 @@ class Paper:
             kernel, bias = self.weights[name + "weight"], self.weights[name + "bias"]
             decoded = [kernel[:, :, j].T @ row + bias for row in new for j in range(self.rate)]
             return np.mean([(a - b) ** 2 for a, b in zip(old, decoded, strict=True)])
+        rows, old, new = (self.going_in(layer, part) for part in (rows, old, new))
         differences = []
         for w_q, w_k, w_v in self.projections(layer):
             for h in rows:

@@ -75,6 +75,10 @@ def test_equals_the_paper(compression, loss, sizes, monkeypatch):
     assert_equals_paper(decoder_of(compression, loss, **sizes))
 
 
+def test_equals_the_paper_with_norms_before():
+    assert_equals_paper(decoder_of(decoder_normalize_before=True, **SIZES[2]), before=True)
+
+
 def test_equals_the_paper_where_distances_are_limited():
     decoder = decoder_of("most-used", "none", clamp_len=3, same_length=True, decoder_layers=3, **SIZES[2])
     assert_equals_paper(decoder, clamp=3, span=6)

@@ -51,16 +51,17 @@ class CompressiveCache(SegmentCache):
         def held(buffer: Tensor, dim: int) -> Tensor:
             return (buffer if rows is None else buffer[rows]).narrow(dim, memory.slots - slots, slots + length)
 
-        biases = network.positions(slots + length, None, self.inputs[0])
+        watches = memory.watches and leaving > 0
+        biases = network.positions(slots + length, None, self.inputs[0]) if watches else ()
         layers: Any = network.layers
-        for i, (layer, bias) in enumerate(zip(layers, biases, strict=True)):
+        for i, layer in enumerate(layers):
             attn, inputs = layer.self_attn, held(self.inputs[i], 1)
             new = inputs[:, :0]
             if leaving:
                 used = None
-                if memory.watches:
+                if watches:
                     q, _, _ = attn.project(layer.attention_input(inputs[:, slots:]), length)
-                    used = usage(q, held(self.keys[i], 2), bias.causal, attn.config.span, old)
+                    used = usage(q, held(self.keys[i], 2), biases[i].causal, attn.config.span, old)
                 new = memory.compressions[i](inputs[:, old], used)
             _, k, v = attn.project(layer.attention_input(new), 0)
             for buffer, dim, made in ((self.inputs[i], 1, new), (self.keys[i], 2, k), (self.values[i], 2, v)):
