@@ -18,7 +18,7 @@ from lamemo_fairseq.models.decoder import MemoryDecoder
 USER_DIR = str(Path(__file__).parent.parent / "lamemo_fairseq")
 TASK = ["--user-dir", USER_DIR, "--task", "segment_language_modeling", "--cpu"]
 
-# Every combination of memory, positions and window that makes sense.
+# Every combination of memory, positions and window that makes sense, and some of memories with more choices.
 VARIANTS = [
     *(
         ("lookahead", p, w)
@@ -30,8 +30,14 @@ VARIANTS = [
     ("none", "transformer-xl", "right"),
     ("none", "shaw", "right"),
     ("none", "absolute", "right"),
+    ("compressive", "transformer-xl", "conv"),
+    ("compressive", "transformer-xl", "most-used"),
+    ("compressive", "shaw", "most-used"),
     ("continuous", "transformer-xl", "right"),
 ]
+
+# The option that the third part of a variant is for, where it is not the window.
+CHOICES = {"compressive": "compression"}
 
 
 def dictionary_of(words: int) -> Dictionary:
@@ -44,15 +50,17 @@ def dictionary_of(words: int) -> Dictionary:
 
 def tiny_decoder(variant=VARIANTS[0], words=17, seed=0, dtype=torch.float64, **options) -> MemoryDecoder:
     """A decoder small enough for hundreds of examples, in evaluation mode, without dropout."""
-    memory, positions, window = variant
+    memory, positions, choice = variant
     defaults = {
         "memory": memory,
         "position_encoding": positions,
-        "lookahead_window": window,
+        CHOICES.get(memory, "lookahead_window"): choice,
         "num_basis_functions": 6,
         "basis_widths": "0.1,0.3",
         "memory_samples": 7,
         "mem_len": 4,
+        "compressed_len": 3,
+        "compression_rate": 2,
         "tokens_per_sample": 3,
         "decoder_layers": 2,
         "decoder_embed_dim": 8,

@@ -31,6 +31,10 @@ def parameters(name: str, words: int, **options) -> int:
         ("infinity_former_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305 + 16 * (3 * 410 * 410 + 2 * 76)),
         ("lamemo_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436 + 512),
         ("lamemo_lm_text8", ENWIK8_SYMBOLS, {}, 41_055_436 + 512),
+        # Transformer-XL and, in every layer, a convolution over r rows.
+        ("compressive_transformer_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305 + 16 * (3 * 410 + 1) * 410),
+        ("compressive_transformer_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436 + 12 * (4 * 512 + 1) * 512),
+        ("compressive_transformer_lm_text8", ENWIK8_SYMBOLS, {"compression": "most-used"}, 41_055_436),
     ],
 )
 def test_parameter_counts(name, words, options, count):

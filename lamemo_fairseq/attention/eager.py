@@ -75,6 +75,17 @@ def _scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
+def causal_scores(q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int] = None) -> Tensor:
+    """What `causal_attention` takes the softmax of: ``[B, H, Q, K]``, minus infinity for keys that are not seen."""
+    queries, keys = q.size(-2), k.size(-2)
+    scores = _scores(q, k, bias, offset=queries - 1)
+    if queries == 1 and span is None:
+        return scores
+    query = torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
+    distance = query - torch.arange(keys, device=q.device)
+    return _mask(scores, (distance < 0) if span is None else (distance < 0) | (distance >= span))
+
+
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -97,12 +108,7 @@ def causal_attention(
     Returns:
         The read-out, and the normaliser without a gradient.
     """
-    queries, keys = q.size(-2), k.size(-2)
-    scores = _scores(q, k, bias, offset=queries - 1)
-    if queries > 1 or span is not None:
-        query = torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
-        distance = query - torch.arange(keys, device=q.device)
-        scores = _mask(scores, (distance < 0) if span is None else (distance < 0) | (distance >= span))
+    scores = causal_scores(q, k, bias, span)
     weights, normalizer = _softmax(scores) if need_normalizer else (scores.softmax(-1), scores.new_empty(0))
     return Attended(F.dropout(weights, dropout).to(v.dtype) @ v, normalizer.detach())
 

@@ -8,7 +8,7 @@ Shapes: B rows, N tokens of a segment, m <= M memory slots, H heads, D size of a
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class Place(NamedTuple):
     tokens: int = 0  # of its segment that it has read, less than N
     slots: int = 0  # m
     open: bool = False  # whether the slots are ready for this segment
+    compressed: int = 0  # how many of the slots, the oldest, stand for several rows each
 
 
 class Network(NamedTuple):
@@ -87,7 +88,10 @@ class SegmentCache:
         return Record()
 
     def close(self, rows: Optional[Tensor], slots: int, network: Network) -> None:
-        """The segment of *rows*, which had *slots* slots, is full: its last columns become the slots."""
+        """The segment of *rows*, which had *slots* slots, is full: its last columns become the slots.
+
+        As many of them were compressed in all these rows; `places` still holds where they stood.
+        """
         mem_len = network.memory.slots
         for dim, buffers in ((2, self.keys), (2, self.values), *self._recorded()):
             for buffer in buffers:
@@ -96,19 +100,23 @@ class SegmentCache:
                 place = buffer.narrow(dim, 0, mem_len)
                 place.copy_(kept) if rows is None else place.index_copy_(0, rows, kept)
 
+    def following(self, place: Place, network: Network) -> Place:
+        """Where a row that stood at *place* stands when its segment is full."""
+        return Place(0, min(network.memory.slots, place.slots + network.memory.period), False)
+
     def advance(self, counts: Sequence[int], network: Network) -> None:
         """Row b has read ``counts[b]`` more tokens; segments that are full are closed."""
-        mem_len, segment_length = network.memory.slots, network.memory.period
-        full: Dict[int, List[int]] = {}
+        segment_length = network.memory.period
+        full: Dict[Tuple[int, int], List[int]] = {}
         for b, count in enumerate(counts):
             if self.places[b].tokens + count == segment_length:
-                full.setdefault(self.places[b].slots, []).append(b)
-        for slots, rows in full.items():
+                full.setdefault((self.places[b].slots, self.places[b].compressed), []).append(b)
+        for (slots, _), rows in full.items():
             self.close(self.index(rows), slots, network)
         for b, count in enumerate(counts):
             place = self.places[b]
             if place.tokens + count == segment_length:
-                self.places[b] = Place(0, min(mem_len, place.slots + segment_length), False)
+                self.places[b] = self.following(place, network)
             elif count:
                 self.places[b] = place._replace(tokens=place.tokens + count)
         self.sync()

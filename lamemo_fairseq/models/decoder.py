@@ -4,6 +4,7 @@ Shapes: B streams, N tokens of a segment, V words, d model width.
 """
 
 import zlib
+from enum import Enum
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -47,7 +48,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         width, heads = cfg.decoder_embed_dim, cfg.decoder_attention_heads
         head_dim = cfg.decoder_head_dim or width // heads
         mem_len = cfg.mem_len if memory_class.remembers else 0
-        layout = {"--" + name.replace("_", "-"): getattr(cfg, name) for name in memory_class.layout}
+        layout = {"--" + name.replace("_", "-"): _plain(getattr(cfg, name)) for name in memory_class.layout}
         self.streams = StreamMemory(memory_class.state, {"--memory": str(cfg.memory), "--mem-len": mem_len, **layout})
 
         self.embed_tokens = self._build_embedding(cfg)
@@ -80,7 +81,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             heads=heads,
             head_dim=head_dim,
             dropout=cfg.attention_dropout,
-            span=mem_len if cfg.same_length else None,
+            span=self.memory.slots if cfg.same_length else None,
             mem_len=mem_len,
             backend=str(cfg.attention_backend),
             options=memory_options(cfg),
@@ -284,6 +285,11 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             elif isinstance(module, (WordEmbedding, FullSoftmax, AdaptiveSoftmax)):
                 module.reset_parameters()
         self.memory.reset_parameters()
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as a checkpoint may hold it: the choices that hydra makes cannot be stored."""
+    return str(value) if isinstance(value, Enum) else value
 
 
 def _check_finite(features: Tensor, position: SegmentPosition) -> None:

@@ -1,0 +1,92 @@
+"""What trains the compression, by name (Rae et al. 2020, section 3.2.1 and algorithm 2).
+
+Gradients reach the compression alone: whatever else a loss is computed from is held constant.
+
+Shapes: B streams, N current tokens, K compressed rows, r compression rate, H heads, D size of a head, d model width.
+"""
+
+from typing import Any, ClassVar, Type
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...registry import Registry
+
+
+class CompressionLoss(nn.Module):
+    """Base of all losses; every layer has one of its own."""
+
+    trains: ClassVar[bool] = True
+
+    def __init__(self, rate: int, embed_dim: int):
+        super().__init__()
+
+    def forward(self, layer: nn.Module, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """How much is lost in each stream: ``[B]``, in float32 or wider.
+
+        Args:
+            layer: the `DecoderLayer` that the rows go into.
+            rows: ``[B, N, d]`` the current rows going into it, constant.
+            old: ``[B, K r, d]`` rows that leave the memory, constant.
+            new: ``[B, K, d]`` what they are compressed to.
+        """
+        raise NotImplementedError
+
+
+LOSSES: Registry[Type[CompressionLoss]] = Registry("--compression-loss")
+
+
+@LOSSES.register("none")
+class NoLoss(CompressionLoss):
+    """For compressions without weights."""
+
+    trains: ClassVar[bool] = False
+
+
+@LOSSES.register("attention-reconstruction")
+class AttentionReconstruction(CompressionLoss):
+    """``mean (attn(h, old) - attn(h, new))^2`` over tokens and components (algorithm 2).
+
+    ``attn`` is the layer's own attention by content alone, before its output projection: no positions and no biases.
+    The paper has the norm of the whole difference; the mean square does not grow with the sizes.
+    """
+
+    def forward(self, layer: nn.Module, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        # Other tensors stand in for the weights. Detaching these themselves would freeze them for good.
+        constant = {f"layer.{name}": p.detach() for name, p in layer.named_parameters()}
+        seen, approximated = torch.func.functional_call(_ContentAttention(layer), constant, (rows, old, new))
+        return _square_distance(seen, approximated)
+
+
+@LOSSES.register("auto-encoding")
+class AutoEncoding(CompressionLoss):
+    """``mean (old - decoded(new))^2`` over rows and components, decoded by a transposed convolution of stride r."""
+
+    def __init__(self, rate: int, embed_dim: int):
+        super().__init__(rate, embed_dim)
+        self.decoder = nn.ConvTranspose1d(embed_dim, embed_dim, rate, stride=rate)
+
+    def forward(self, layer: nn.Module, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        return _square_distance(old, self.decoder(new.transpose(1, 2)).transpose(1, 2))
+
+
+class _ContentAttention(nn.Module):
+    """A layer's attention to old and to compressed rows: read-outs ``[B, H, N, D]`` of both."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, rows: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        every = self.layer.attention_input(torch.cat([old, new.to(rows), rows], dim=1))
+        q, k, v = self.layer.self_attn.project(every, rows.size(1))
+        sizes = [old.size(1), new.size(1), rows.size(1)]
+        (old_k, new_k, _), (old_v, new_v, _) = k.split(sizes, dim=2), v.split(sizes, dim=2)
+        seen = F.scaled_dot_product_attention(q, old_k, old_v)
+        return seen, F.scaled_dot_product_attention(q, new_k, new_v)
+
+
+def _square_distance(one: Tensor, other: Tensor) -> Tensor:
+    exact = torch.promote_types(one.dtype, torch.float32)
+    return (one.to(exact) - other.to(exact)).square().flatten(1).mean(1)

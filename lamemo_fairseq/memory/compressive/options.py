@@ -1,0 +1,46 @@
+"""The compressive memory's own options."""
+
+# No postponed annotations: fairseq turns these dataclasses into a parser.
+import math
+from dataclasses import dataclass, field
+
+from fairseq.dataclass import ChoiceEnum
+
+from ..base import MemoryOptions
+from .compressions import COMPRESSIONS
+from .losses import LOSSES
+
+
+@dataclass
+class CompressiveOptions(MemoryOptions):
+    compressed_len: int = field(default=75, metadata={"help": "compressed slots C a layer, beside --mem-len others"})
+    compression_rate: int = field(default=3, metadata={"help": "rows r that become one compressed slot"})
+    compression: ChoiceEnum(COMPRESSIONS.names()) = field(  # type: ignore[valid-type]
+        default="conv", metadata={"help": "how rows that leave the memory are compressed"}
+    )
+    compression_loss: ChoiceEnum(LOSSES.names()) = field(  # type: ignore[valid-type]
+        default="attention-reconstruction",
+        metadata={"help": "what trains a compression that has weights; others have no loss"},
+    )
+    compression_loss_weight: float = field(
+        default=1.0, metadata={"help": "factor of that loss, a mean over tokens, components and layers"}
+    )
+
+    def check(self) -> None:
+        compression = COMPRESSIONS[str(self.compression)]
+        loss = LOSSES[str(self.compression_loss)]
+        if self.compressed_len < 0:
+            raise ValueError(f"--compressed-len is {self.compressed_len}, it must be positive, or 0 for no such slots")
+        if self.compression_rate < 2:
+            raise ValueError(
+                f"--compression-rate is {self.compression_rate}, it must be at least 2: "
+                "for a memory that is not compressed, pass --memory recurrent"
+            )
+        if not 0 < self.compression_loss_weight < math.inf:
+            raise ValueError(f"--compression-loss-weight is {self.compression_loss_weight}, it must be positive")
+        if compression.trains and not loss.trains:
+            trained = ", ".join(name for name in LOSSES.names() if LOSSES[name].trains)
+            raise ValueError(
+                f"--compression {self.compression} has weights, which --compression-loss {self.compression_loss} never "
+                f"trains, nor does the language model's loss: pass one of {trained}"
+            )
