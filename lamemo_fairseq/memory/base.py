@@ -111,6 +111,7 @@ class MemoryConfig:
     embed_dim: int
     segment_length: int  # N
     options: Any  # of the memory's own class of options
+    dropout: float = 0.0
 
 
 class Passage(NamedTuple):
@@ -135,6 +136,7 @@ class Memory(nn.Module, Generic[State]):
     cache: ClassVar[Type[SegmentCache]] = SegmentCache  # what token-by-token decoding keeps
     looks_ahead: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
+    smallest_mem_len: ClassVar[int] = 1  # 0 where something else is remembered than slots
     has_losses: ClassVar[bool] = False  # whether passages have losses
     records: ClassVar[bool] = True  # whether --cuda-graphs may record its segments
     layout: ClassVar[Tuple[str, ...]] = ()  # own options that a saved state depends on

@@ -162,18 +162,17 @@ def cutoffs(cfg: MemoryLanguageModelConfig) -> List[int]:
 
 
 def _check_memory(cfg: MemoryLanguageModelConfig) -> None:
-    remembers = MEMORIES[str(cfg.memory)].remembers
-    if remembers and cfg.mem_len <= 0:
-        raise ValueError(
-            f"--mem-len is {cfg.mem_len}, but --memory {cfg.memory} needs at least one slot: "
-            "pass a positive length, or --memory none"
-        )
+    memory = MEMORIES[str(cfg.memory)]
+    remembers, smallest = memory.remembers, memory.smallest_mem_len
+    if remembers and cfg.mem_len < smallest:
+        remedy = "at least one slot: pass a positive length, or --memory none" if smallest else "0 slots or more"
+        raise ValueError(f"--mem-len is {cfg.mem_len}, but --memory {cfg.memory} needs {remedy}")
     if remembers and str(cfg.position_encoding) == "absolute":
         raise ValueError(
             "--position-encoding absolute numbers the tokens of one segment, so that memory rows would share "
             f"the positions of current ones: take another encoding, or --memory none instead of {cfg.memory}"
         )
-    if cfg.cuda_graphs and not MEMORIES[str(cfg.memory)].records:
+    if cfg.cuda_graphs and not memory.records:
         raise ValueError(f"--cuda-graphs cannot record --memory {cfg.memory}: leave it out")
     memory_options(cfg).check()
     if not remembers and cfg.same_length:
