@@ -30,6 +30,8 @@ VARIANTS = [
     ("none", "transformer-xl", "right"),
     ("none", "shaw", "right"),
     ("none", "absolute", "right"),
+    ("token", "transformer-xl", "right"),
+    ("token", "disentangled-content", "right"),
 ]
 
 
@@ -49,6 +51,7 @@ def tiny_decoder(variant=VARIANTS[0], words=17, seed=0, dtype=torch.float64, **o
         "position_encoding": positions,
         "lookahead_window": window,
         "mem_len": 4,
+        "memory_tokens": 2,
         "tokens_per_sample": 3,
         "decoder_layers": 2,
         "decoder_embed_dim": 8,

@@ -63,7 +63,7 @@ def _skewed(by_distance: Tensor, offset: int, keys: int) -> Tensor:
 def relative_scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int) -> Tensor:
     """Scores ``[B, H, Q, K]`` before masking, scaled by ``1 / sqrt(D)``, in float32 or wider.
 
-    Query i and key j are at the distance of the table's row ``offset - i + j``; a pair without such a row has any score.
+    Query i and key j are at the distance of the table's row ``offset - i + j``; a pair without one has any score.
     """
     scale = 1 / math.sqrt(q.size(-1))
     content_q = q if bias.content is None else q + bias.content.unsqueeze(1)
