@@ -56,8 +56,13 @@ def losses_and_norms(folder):
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
     ("arch", "options"),
-    [("lamemo_lm", ("--roll",)), ("lamemo_lm", ("--update-freq", 3)), ("transformer_xl_lm", ("--roll",))],
-    ids=["roll", "update-freq", "transformer-xl"],
+    [
+        ("lamemo_lm", ("--roll",)),
+        ("lamemo_lm", ("--update-freq", 3)),
+        ("transformer_xl_lm", ("--roll",)),
+        ("recurrent_memory_transformer_lm", ("--bptt-segments", 2)),
+    ],
+    ids=["roll", "update-freq", "transformer-xl", "memory tokens"],
 )
 def test_ranks_equal_one_rank_with_their_streams(arch, options, ranks, data, one_rank, tmp_path):
     expected, found = one_rank(*options, arch=arch), train(data, tmp_path, ranks, *options, arch=arch)
