@@ -333,6 +333,13 @@ def test_options_that_make_no_sense(variant, options, message):
         tiny_decoder(variant, **options)
 
 
+def test_a_saved_memory_depends_on_the_number_of_tokens_and_of_cached_rows():
+    decoder = tiny_decoder(PLAIN, memory_tokens=5, mem_len=0)
+    assert decoder.streams.options == {"--memory": "token", "--mem-len": 0, "--memory-tokens": 5}
+    _, state, _ = decoder.step(random_tokens(2, 3), None)
+    assert state.tokens.shape == (2, 5, 8) and {t.shape for t in state.hidden} == {(2, 0, 8)}
+
+
 def test_commands_with_another_segment_length_at_test_time(tmp_path):
     data = write_data(tmp_path / "data", train=600, valid=60, test=301)
     run_command(
