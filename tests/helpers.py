@@ -31,7 +31,6 @@ VARIANTS = [
     ("none", "shaw", "right"),
     ("none", "absolute", "right"),
     ("token", "transformer-xl", "right"),
-    ("token", "disentangled-content", "right"),
 ]
 
 

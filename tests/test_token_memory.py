@@ -195,6 +195,15 @@ def test_initial_tokens_learn_whenever_a_stream_begins_and_have_a_zero_gradient_
             assert bool(gradient.abs().max() > 0) == (position.index == 0)
 
 
+@pytest.mark.parametrize("options", [{"decoder_layers": 1}, {"memory_tokens": 1}, {}], ids=str)
+def test_every_parameter_has_a_gradient_where_directions_are_told_apart(options):
+    decoder = tiny_decoder(DISENTANGLED, **options).train()
+    for position, segment in segments_of(decoder, random_tokens(2, 6), split="train"):
+        decoder.zero_grad()
+        decoder(segment, position=position)[0].logsumexp(-1).sum().backward()
+        assert [name for name, p in decoder.named_parameters() if p.grad is None] == []
+
+
 def test_more_segments_an_update_change_the_gradient_alone():
     """The features are the same however the tokens are cut into updates."""
     one, three = (tiny_decoder(PLAIN, tokens_per_sample=2 * k, bptt_segments=k) for k in (1, 3))
