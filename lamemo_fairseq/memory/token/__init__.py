@@ -14,7 +14,6 @@ from typing import ClassVar, List, Optional, Sequence, Tuple, Type
 import torch
 from torch import Tensor, nn
 
-from ...attention import RelativeBias
 from ...modules import SelfAttention
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows
@@ -108,7 +107,11 @@ class TokenMemory(Memory[TokenState]):
         for segment in x.split(self.period, dim=1):
             features, tokens, hidden = self._pass(segment, tokens, hidden, layers, positions)
             parts.append(features)
-        return Passage(torch.cat(parts, dim=1), TokenState(last_rows(tokens, tokens.size(1)), hidden))
+        features = torch.cat(parts, dim=1)
+        if self.training:
+            # Data-parallel reducers wait for a gradient of every parameter, and these are read where a stream begins.
+            features = features + 0.0 * self.initial_tokens.sum()
+        return Passage(features, TokenState(last_rows(tokens, tokens.size(1)), hidden))
 
     def _pass(
         self,
@@ -129,16 +132,4 @@ class TokenMemory(Memory[TokenState]):
             kept.append(last_rows(torch.cat([past, rows[:, size : size + current]], dim=1), self.config.mem_len))
             rows = torch.cat([past, rows], dim=1)
             rows, _ = layer(rows, bias, blocks._replace(last=i == len(layers) - 1))
-        features, written = rows[:, :current], self.dropout(rows[:, current:])
-        if self.training:
-            features = features + self._no_contribution(biases[0].ahead)
-        return features, written, tuple(kept)
-
-    def _no_contribution(self, ahead: Optional[RelativeBias]) -> Tensor:
-        """Zero, with a gradient of zero for what this segment may not have used.
-
-        Data-parallel reducers wait for a gradient of every parameter. The initial tokens have one where a stream
-        begins, biases to the right where what a block has seen reaches a loss.
-        """
-        used = [self.initial_tokens, *(p for p in (ahead or ())[:2] if p is not None)]
-        return 0.0 * torch.stack([p.sum() for p in used]).sum()
+        return rows[:, :current], self.dropout(rows[:, current:]), tuple(kept)
