@@ -30,6 +30,7 @@ VARIANTS = [
     ("none", "transformer-xl", "right"),
     ("none", "shaw", "right"),
     ("none", "absolute", "right"),
+    ("continuous", "transformer-xl", "right"),
     ("token", "transformer-xl", "right"),
 ]
 
@@ -49,6 +50,9 @@ def tiny_decoder(variant=VARIANTS[0], words=17, seed=0, dtype=torch.float64, **o
         "memory": memory,
         "position_encoding": positions,
         "lookahead_window": window,
+        "num_basis_functions": 6,
+        "basis_widths": "0.1,0.3",
+        "memory_samples": 7,
         "mem_len": 4,
         "memory_tokens": 2,
         "tokens_per_sample": 3,

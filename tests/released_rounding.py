@@ -55,8 +55,7 @@ def round_as_released(monkeypatch, masks_in_float32: bool = True):
 
     monkeypatch.setattr(eager, "lookahead_attention", lookahead_attention)
     monkeypatch.setattr(eager, "_mask", mask)
-    monkeypatch.setattr(eager, "_normalizer", _normalizer)
-    monkeypatch.setattr(eager, "_weights", lambda scores, normalizer: scores.softmax(-1))
+    monkeypatch.setattr(eager, "_softmax", lambda scores: (scores.softmax(-1), _normalizer(scores)))
     monkeypatch.setattr(eager, "merge", _merge)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 
 import pytest
@@ -20,6 +21,7 @@ TRAIN = [
     "--no-epoch-checkpoints", "--max-update", 24, "--save-interval-updates", 5, "--keep-interval-updates", 2,
     "--valid-subset", "valid,valid1",
 ]  # fmt: skip
+CONTINUOUS = ["--num-basis-functions", 8, "--basis-widths", "0.1,0.3", "--memory-samples", 9]
 KILLS = int(os.environ.get("LAMEMO_KILLS", "6"))
 SEGMENTS = 11  # an epoch, with four streams; the last one is shorter
 TOKENS = 4 * (SEGMENTS * 16 - 3) - 1
@@ -99,6 +101,7 @@ def test_killed_again_and_again(data, whole, tmp_path):
         (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 1, 4),
         (["--checkpoint-activations"], "lamemo_lm", 1, 4),
         (["--roll", "--bptt-segments", 2], "recurrent_memory_transformer_lm", 1, 4),
+        ([*CONTINUOUS, "--checkpoint-activations"], "infinity_former_lm", 1, 4),
         (["--roll"], "lamemo_lm", 2, 2),
         (["--update-freq", 2], "transformer_xl_lm", 2, 2),
         (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 3, 1),
@@ -119,6 +122,37 @@ def test_killed_with_other_options(options, arch, ranks, streams, data, whole, t
             for folder in (reference, tmp_path)
         ]
         assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+def test_the_loss_scale_grows_at_the_same_update(data, whole, tmp_path):
+    """The last save before the kill is no multiple of the window away from a growth."""
+    # Of the three ways to train in fp16, the others need a GPU.
+    precision = ("--fp16", "--memory-efficient-fp16", "--fp16-init-scale", 64, "--fp16-scale-window", 7)
+    command = arguments(data, *precision)
+    assert train_in_processes(command, tmp_path, fault=processes.killed_after_update(11)) == [-9]
+    assert train_in_processes(command, tmp_path) == [0]
+    assert_same_run(whole(*precision), tmp_path)
+    scales = [re.findall(r"loss_scale=(\d+)", output_of(f)) for f in (whole(*precision), tmp_path)]
+    assert len(set(scales[0])) > 2 and scales[1][-3:] == scales[0][-3:]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_weights_behind_rounded_ones_are_kept(ranks, data, whole, tmp_path):
+    command = arguments(data, "--bf16", streams=2)
+    assert -9 in train_in_processes(command, tmp_path, ranks, fault=processes.killed_after_update(7))
+    assert train_in_processes(command, tmp_path, ranks) == [0] * ranks
+    assert_same_run(whole("--bf16", ranks=ranks, streams=2), tmp_path)
+
+
+def test_patience_waits_as_long(data, tmp_path):
+    """At a learning rate of next to nothing no validation is better than the first by the metric of tokens a batch."""
+    options = ["--patience", 3, "--max-update", 60, "--validate-interval-updates", 5, "--lr", 1e-9]
+    command = arguments(data, *options, "--best-checkpoint-metric", "wpb")
+    assert train_in_processes(command, tmp_path / "whole") == [0]
+    assert train_in_processes(command, tmp_path / "killed", fault=processes.killed_after_update(12)) == [-9]
+    assert train_in_processes(command, tmp_path / "killed") == [0]
+    last = [max(update for update, _ in computed(tmp_path / name)) for name in ("whole", "killed")]
+    assert last[0] == last[1] < 60
 
 
 @pytest.fixture(scope="module")

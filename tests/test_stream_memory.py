@@ -13,7 +13,7 @@ from lamemo_fairseq.memory import MissingMemoryError
 
 from .helpers import VARIANTS, random_tokens, read_streams, segments_of, tiny_decoder
 
-MEMORIES = [VARIANTS[0], ("recurrent", "transformer-xl", "right"), ("token", "transformer-xl", "right")]
+MEMORIES = [VARIANTS[0], *((name, "transformer-xl", "right") for name in ("recurrent", "continuous", "token"))]
 memories = pytest.mark.parametrize("variant", MEMORIES, ids="-".join)
 
 

@@ -326,7 +326,7 @@ def test_half_precision_is_as_near_as_its_rounding(dtype):
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
-        (PLAIN, {"mem_len": -1}, r"--mem-len is -1, but --memory token needs 0 slots or more"),
+        (PLAIN, {"mem_len": -1}, r"--mem-len is -1, but --memory token needs at least 0"),
         (PLAIN, {"memory_tokens": 0}, r"--memory-tokens is 0, it must be at least 1"),
         (PLAIN, {"bptt_segments": 0}, r"--bptt-segments is 0, it must be at least 1"),
         (PLAIN, {"bptt_segments": 2}, r"--tokens-per-sample 3 .* --bptt-segments 2 .* pass a multiple"),

@@ -1,4 +1,4 @@
-"""Whole training steps through fairseq-train: tokens/s, peak memory, share of peak, time by part.
+"""Whole training steps through fairseq-train: tokens/s, peak memory, share of peak, time by part; and evaluation.
 
     python examples/benchmarks/training.py enwik8            # on a GPU; --device cpu on a CPU
     python examples/benchmarks/training.py wt103-adaptive wt103-full
@@ -29,6 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 FORK = multiprocessing.get_context("fork")
 CUTOFFS = "20000,40000,200000"
+QUICKSTART = (
+    "--decoder-layers 4 --decoder-embed-dim 128 --decoder-attention-heads 4 --decoder-head-dim 32 "
+    "--decoder-ffn-embed-dim 256 --mem-len 64 --tokens-per-sample 64"
+)
+COLUMNS = ("size", "path", "tok/s", "evaluation", "peak GiB", "share of peak", "error (allowed)")
 # name: preset, words, streams, options
 SIZES: dict[str, tuple[str, int, int, list[str]]] = {
     "enwik8": ("enwik8", 208, 20, []),
@@ -39,27 +44,7 @@ SIZES: dict[str, tuple[str, int, int, list[str]]] = {
     "wt103-adaptive": ("wt103", 267_735, 64, ["--adaptive-softmax-cutoff", CUTOFFS]),
     "wt103-full": ("wt103", 267_735, 64, []),
     "wt103-adaptive-256": ("wt103", 267_735, 256, ["--adaptive-softmax-cutoff", CUTOFFS]),
-    "quickstart": (
-        "enwik8",
-        208,
-        16,
-        [
-            "--decoder-layers",
-            "4",
-            "--decoder-embed-dim",
-            "128",
-            "--decoder-attention-heads",
-            "4",
-            "--decoder-head-dim",
-            "32",
-            "--decoder-ffn-embed-dim",
-            "256",
-            "--mem-len",
-            "64",
-            "--tokens-per-sample",
-            "64",
-        ],
-    ),
+    "quickstart": ("enwik8", 208, 16, QUICKSTART.split()),
 }
 PLAIN = ["--position-encoding", "absolute"]
 # name: architecture, options
@@ -176,11 +161,12 @@ def step(model: Any, tokens: Any, start: int, length: int, state: Any) -> tuple[
     plan = output.plan(target)
     source = tokens[:, start : start + length]
     if model.graphs is None:
-        features, state = model.step(source, state)
+        features, state, _ = model.step(source, state)
     else:
-        features, state = model.graphs(model.step, model, source, state)
+        features, state = model.graphs(model.step_without_losses, model, source, state)
     loss = output.loss(features, target, plan, 1)
-    loss.backward()
+    if loss.requires_grad:
+        loss.backward()
     return loss.detach() / target.numel(), state
 
 
@@ -210,6 +196,24 @@ def check(size: str, path: str, device: str) -> dict[str, Any]:
 
     off, allowed = error("path"), 2 * error("plain") + 1e-3
     return {"error": off, "allowed": allowed, "ok": off <= allowed}
+
+
+def evaluate(size: str, path: str, device: str, segments: int = 5) -> float:
+    """Tokens per second of reading with a full memory and computing the loss."""
+    import torch
+
+    model, tokens, length = build(size, path, torch.float16 if device == "cuda" else torch.float32, device)
+    model.eval()
+    state, seconds = None, []
+    with torch.no_grad():
+        full = tokens.size(1) // length - 1
+        for index in range(full + segments):
+            started = time.perf_counter()
+            _, state = step(model, tokens, min(index, full) * length, length, state)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    return tokens.size(0) * length / statistics.median(seconds[full:])
 
 
 def parts(size: str, path: str, steps: int = 3) -> dict[str, float]:
@@ -284,7 +288,7 @@ def main() -> None:
         device = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{device}, {versions}")
-    print("| size | path | tok/s | peak GiB | share of peak | error (allowed) |\n|---|---|---|---|---|---|")
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     results: dict[str, Any] = {"device": device, "versions": versions, "command": sys.argv[1:]}
     for size in args.sizes:
         _, words, streams, _ = SIZES[size]
@@ -303,12 +307,13 @@ def main() -> None:
                 results[f"{size} {path}"] = found
                 off = f"{found['check']['error']:.1e} ({found['check']['allowed']:.1e})"
                 if not found["check"]["ok"]:
-                    print(f"| {size} | {path} | off | | | {off} |", flush=True)
+                    print(f"| {size} | {path} | off | | | | {off} |", flush=True)
                     continue
                 share = found["tok/s"] * found["work"] / args.peak / 1e12
                 peak = f"{found['peak GiB']:.1f}" if "peak GiB" in found else ""
                 share_text = f"{share:.1%}" if args.device == "cuda" else ""
-                print(f"| {size} | {path} | {found['tok/s']:,.0f} | {peak} | {share_text} | {off} |", flush=True)
+                speeds = f"{found['tok/s']:,.0f} | {found['evaluation tok/s']:,.0f}"
+                print(f"| {size} | {path} | {speeds} | {peak} | {share_text} | {off} |", flush=True)
                 for name, value in found.get("parts", {}).items():
                     print(f"    {name}: {value if isinstance(value, list) else round(value, 2)}", flush=True)
     if args.result:
@@ -323,6 +328,7 @@ def one(args: argparse.Namespace, size: str, path: str, folder: str) -> None:
     found: dict[str, Any] = {"check": check(size, path, args.device)}
     if found["check"]["ok"]:
         found["work"] = work_per_token(size, path, SIZES[size][2])
+        found["evaluation tok/s"] = evaluate(size, path, args.device)
         if args.device == "cuda":
             import torch
 

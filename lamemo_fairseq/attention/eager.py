@@ -9,6 +9,7 @@ from typing import Any, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .types import Attended, LookaheadWindow, RelativeBias
 
@@ -73,7 +74,7 @@ def relative_scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int) -> Te
         by_distance = (position_q * scale) @ bias.table.transpose(-1, -2)
         if bias.score is not None:
             by_distance = by_distance + scale * bias.score.unsqueeze(1)
-        scores = scores + relative_shift(by_distance, offset, k.size(-2))
+        scores.add_(relative_shift(by_distance, offset, k.size(-2)))
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -105,9 +106,8 @@ def causal_attention(
         query = torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
         distance = query - torch.arange(keys, device=q.device)
         scores = _mask(scores, (distance < 0) if span is None else (distance < 0) | (distance >= span))
-    weights = F.dropout(scores.softmax(-1), dropout)
-    normalizer = _normalizer(scores.detach()) if need_normalizer else scores.new_empty(0)
-    return Attended(weights.to(v.dtype) @ v, normalizer)
+    weights, normalizer = _softmax(scores) if need_normalizer else (scores.softmax(-1), scores.new_empty(0))
+    return Attended(F.dropout(weights, dropout).to(v.dtype) @ v, normalizer.detach())
 
 
 def lookahead_attention(
@@ -142,10 +142,9 @@ def lookahead_attention(
     if window.lengths is not None:
         # The first current token stays visible, also to a stream that has ended and whose rows do not matter.
         ended = position <= slots - window.lengths.clamp(min=1).unsqueeze(1)
-        scores = scores.masked_fill(ended[:, None, None], -math.inf)
-    normalizer = _normalizer(scores)
-    weights = F.dropout(_weights(scores, normalizer), dropout)
-    return merge(stored, Attended(weights.to(v.dtype) @ v, normalizer))
+        scores = _mask(scores, ended[:, None, None])
+    weights, normalizer = _softmax(scores)
+    return merge(stored, Attended(F.dropout(weights, dropout).to(v.dtype) @ v, normalizer))
 
 
 def memory_attention(
@@ -189,12 +188,30 @@ def merge(stored: Attended, new: Attended) -> Attended:
 
 
 def _mask(scores: Tensor, hidden: Tensor) -> Tensor:
-    return scores.masked_fill(hidden, -math.inf)
+    return scores.masked_fill_(hidden, -math.inf)
 
 
-def _normalizer(scores: Tensor) -> Tensor:
-    return scores.logsumexp(-1)
+def _softmax(scores: Tensor) -> Tuple[Tensor, Tensor]:
+    """Softmax ``[.., K]`` and logsumexp ``[..]`` of the last dimension."""
+    return _Softmax.apply(scores)
 
 
-def _weights(scores: Tensor, normalizer: Tensor) -> Tensor:
-    return (scores - normalizer.unsqueeze(-1)).exp()
+class _Softmax(torch.autograd.Function):
+    """One exponential a score for both, and nothing but the weights kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tuple[Tensor, Tensor]:
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(weights)
+        ctx.set_materialize_grads(False)
+        # The largest weight is exp(largest score - logsumexp), at least 1 / K.
+        return weights, scores.amax(-1) - weights.amax(-1).log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Optional[Tensor], normalizer_grad: Optional[Tensor]) -> Optional[Tensor]:
+        (weights,) = ctx.saved_tensors
+        if grad is None:
+            return None if normalizer_grad is None else weights * normalizer_grad.unsqueeze(-1)
+        found = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+        return found if normalizer_grad is None else found.addcmul_(weights, normalizer_grad.unsqueeze(-1))

@@ -18,6 +18,7 @@ from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
 from .stand_in import stand_in
+from .training_state import training_state
 
 logger = logging.getLogger(__name__)
 
@@ -173,4 +174,5 @@ def save_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, epoch_
     if hasattr(epoch_itr, "gather_memory") and not cfg.no_save:
         trainer.task.losses.check()
         epoch_itr.gather_memory()
+        trainer.task.training_state = training_state(trainer)
     return original(cfg, trainer, epoch_itr, val_loss)

@@ -136,7 +136,7 @@ class Memory(nn.Module, Generic[State]):
     cache: ClassVar[Type[SegmentCache]] = SegmentCache  # what token-by-token decoding keeps
     looks_ahead: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
-    smallest_mem_len: ClassVar[int] = 1  # 0 where something else is remembered than slots
+    smallest_mem_len: ClassVar[int] = 1  # the smallest --mem-len that makes sense
     has_losses: ClassVar[bool] = False  # whether passages have losses
     records: ClassVar[bool] = True  # whether --cuda-graphs may record its segments
     layout: ClassVar[Tuple[str, ...]] = ()  # own options that a saved state depends on

@@ -162,21 +162,22 @@ def cutoffs(cfg: MemoryLanguageModelConfig) -> List[int]:
 
 
 def _check_memory(cfg: MemoryLanguageModelConfig) -> None:
-    memory = MEMORIES[str(cfg.memory)]
-    remembers, smallest = memory.remembers, memory.smallest_mem_len
-    if remembers and cfg.mem_len < smallest:
-        remedy = "at least one slot: pass a positive length, or --memory none" if smallest else "0 slots or more"
-        raise ValueError(f"--mem-len is {cfg.mem_len}, but --memory {cfg.memory} needs {remedy}")
+    remembers, least = MEMORIES[str(cfg.memory)].remembers, MEMORIES[str(cfg.memory)].smallest_mem_len
+    if remembers and cfg.mem_len < least:
+        raise ValueError(
+            f"--mem-len is {cfg.mem_len}, but --memory {cfg.memory} needs at least {least}: "
+            "pass a positive length, or --memory none"
+        )
     if remembers and str(cfg.position_encoding) == "absolute":
         raise ValueError(
             "--position-encoding absolute numbers the tokens of one segment, so that memory rows would share "
             f"the positions of current ones: take another encoding, or --memory none instead of {cfg.memory}"
         )
-    if cfg.cuda_graphs and not memory.records:
+    if cfg.cuda_graphs and not MEMORIES[str(cfg.memory)].records:
         raise ValueError(f"--cuda-graphs cannot record --memory {cfg.memory}: leave it out")
     memory_options(cfg).check()
-    if not remembers and cfg.same_length:
-        raise ValueError("--same-length lets every token see --mem-len tokens, but --memory none has none")
+    if cfg.same_length and (not remembers or cfg.mem_len == 0):
+        raise ValueError(f"--same-length lets every token see --mem-len tokens, but --memory {cfg.memory} has none")
 
 
 def _option(name: str) -> str:

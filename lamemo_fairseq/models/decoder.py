@@ -84,6 +84,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             span=mem_len if cfg.same_length else None,
             mem_len=mem_len,
             backend=str(cfg.attention_backend),
+            options=memory_options(cfg),
         )
         layer = LayerConfig(
             embed_dim=width,

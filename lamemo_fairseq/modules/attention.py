@@ -24,6 +24,7 @@ class AttentionConfig:
     span: Optional[int] = None  # keys a query sees at most (None: all)
     mem_len: int = 0
     backend: str = "auto"
+    options: Any = None  # of the memory's own class of options
 
 
 class SelfAttention(nn.Module):

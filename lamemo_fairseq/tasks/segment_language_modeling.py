@@ -66,6 +66,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         self.dictionary = dictionary
         self.segment_length: Optional[int] = cfg.tokens_per_sample
         self.losses = LossWatch()
+        self.training_state: Dict[str, Any] = {}  # of the trainer, for the checkpoint being saved
         self._decoder: Any = None
         self._iterators: Dict[Any, SegmentBatchIterator] = {}
 
@@ -277,6 +278,10 @@ class SegmentLanguageModelingTask(FairseqTask):
         for name in {name for logged in logging_outputs for name in logged if name.startswith(PREFIX)}:
             total = sum(logged.get(name, 0) for logged in logging_outputs)
             metrics.log_scalar(name, total / size, size, round=5)
+
+    def get_checkpoint_dict(self) -> Dict[str, Any]:
+        """What fairseq puts into a checkpoint for a task."""
+        return {type(self).__name__: self.training_state}
 
     def eval_lm_dataloader(
         self,

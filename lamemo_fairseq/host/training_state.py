@@ -1,0 +1,90 @@
+"""What fairseq's trainer holds and does not save, so that a resumed run would go on otherwise than one never stopped.
+
+These are the float32 weights behind those of ``--fp16`` and ``--bf16``, which fairseq makes anew from the rounded ones;
+when the loss scale last changed, and with ``--amp`` the scale itself; and how long ``--patience`` has waited.
+"""
+
+import logging
+import sys
+from typing import Any, Callable, Dict, Iterator, List, Set
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
+from torch import Tensor
+
+from .stand_in import stand_in
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = ("best", "num_runs")  # attributes that fairseq gives its function
+
+
+def training_state(trainer: Any) -> Dict[str, Any]:
+    """Tensors and plain containers, for a checkpoint."""
+    state: Dict[str, Any] = {}
+    masters = _masters(trainer.optimizer)
+    if masters:
+        state["masters"] = torch.cat([master.flatten() for master in masters])
+    scaler = getattr(trainer.optimizer, "scaler", None)
+    if isinstance(scaler, DynamicLossScaler):
+        state["scaler"] = {name: vars(scaler)[name] for name in _counted(scaler)}
+    elif scaler is not None:
+        state["scaler"] = scaler.state_dict()
+    for function in _early_stopping():
+        state["patience"] = {name: getattr(function, name) for name in _PATIENCE if hasattr(function, name)}
+    return state
+
+
+def restore_training_state(trainer: Any, state: Dict[str, Any]) -> None:
+    """Go on from what `training_state` gave, as far as this run has the same."""
+    if "masters" in state:
+        _restore_masters(trainer, state["masters"])
+    scaler, saved = getattr(trainer.optimizer, "scaler", None), state.get("scaler", {})
+    if isinstance(scaler, DynamicLossScaler) and saved.keys() == _counted(scaler):
+        vars(scaler).update(saved)
+    elif scaler is not None and saved and saved.keys() == scaler.state_dict().keys():
+        scaler.load_state_dict(saved)
+    for function in _early_stopping():
+        vars(function).update(state.get("patience", {}))
+
+
+def _masters(optimizer: Any) -> List[Tensor]:
+    """The float32 weights, one tensor a device or one a parameter, in the order of the parameters."""
+    held = getattr(optimizer, "fp32_params", [])
+    return [p.data for p in (held.values() if isinstance(held, dict) else held)]
+
+
+def _restore_masters(trainer: Any, saved: Tensor) -> None:
+    masters = _masters(trainer.optimizer)
+    if not masters:
+        return
+    rounded = torch.cat([p.data.flatten() for p in trainer.optimizer.fp16_params])
+    saved = saved.to(rounded.device)
+    # Weights may have been changed since, those of an averaged checkpoint for one.
+    if saved.shape != rounded.shape or not torch.equal(saved.to(rounded.dtype), rounded):
+        logger.warning("the float32 weights in the checkpoint are not those of its model: they begin from the model's")
+        return
+    for master, part in zip(masters, saved.split([m.numel() for m in masters]), strict=True):
+        master.copy_(part.view_as(master))
+
+
+def _counted(scaler: DynamicLossScaler) -> Set[str]:
+    return {name for name in vars(scaler) if name == "loss_scale" or name.startswith("_")}
+
+
+def _early_stopping() -> Iterator[Callable[..., Any]]:
+    for name in ("fairseq_cli.train", "__main__"):
+        function = getattr(sys.modules.get(name), "should_stop_early", None)
+        if function is not None:
+            yield function
+
+
+@stand_in(checkpoint_utils, "load_checkpoint")
+def load_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, **kwargs: Any) -> Any:
+    """fairseq's, and then the rest of the state, unless the optimizer or the meters begin anew."""
+    extra_state, epoch_itr = original(cfg, trainer, **kwargs)
+    state = (extra_state or {}).get(type(trainer.task).__name__)
+    if state and not cfg.reset_optimizer and not cfg.reset_meters:
+        restore_training_state(trainer, state)
+    return extra_state, epoch_itr

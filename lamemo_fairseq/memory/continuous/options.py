@@ -1,0 +1,70 @@
+"""The continuous memory's own options."""
+
+# No postponed annotations: fairseq turns these dataclasses into a parser.
+import math
+from dataclasses import dataclass, field
+
+from fairseq.dataclass import ChoiceEnum
+
+from ..base import MemoryOptions
+from .basis import RadialBasis
+from .sampling import SAMPLINGS
+
+
+@dataclass
+class ContinuousOptions(MemoryOptions):
+    num_basis_functions: int = field(
+        default=512, metadata={"help": "radial basis functions that a continuous memory is made of"}
+    )
+    basis_widths: str = field(
+        default="0.01,0.05", metadata={"help": "comma separated standard deviations of the radial basis functions"}
+    )
+    ridge_penalty: float = field(
+        default=1.0, metadata={"help": "penalty of the ridge regression that fits a continuous memory"}
+    )
+    contraction_factor: float = field(
+        default=0.75, metadata={"help": "part of a continuous memory that its past is squeezed into, tau"}
+    )
+    memory_samples: int = field(
+        default=512, metadata={"help": "samples of the past that a continuous memory is fitted to again"}
+    )
+    memory_sampling: ChoiceEnum(list(SAMPLINGS)) = field(  # type: ignore[valid-type]
+        default="sticky", metadata={"help": "where a continuous memory is sampled: where attention was, or evenly"}
+    )
+    kl_weight: float = field(
+        default=1e-6, metadata={"help": "weight of the KL divergence of a continuous attention from a narrow one"}
+    )
+    kl_sigma: float = field(default=0.05, metadata={"help": "standard deviation of that narrow attention, sigma_0"})
+
+    def basis(self) -> RadialBasis:
+        """The basis that the options name."""
+        return RadialBasis(self.num_basis_functions, tuple(float(width) for width in self.basis_widths.split(",")))
+
+    def check(self) -> None:
+        if str(self.memory_sampling) not in SAMPLINGS:
+            known = ", ".join(SAMPLINGS)
+            raise ValueError(f"unknown --memory-sampling '{self.memory_sampling}'; the known ones are {known}")
+        try:
+            widths = self.basis().widths
+        except ValueError:
+            raise ValueError(f"--basis-widths '{self.basis_widths}': pass numbers such as 0.01,0.05") from None
+        if not all(0 < width < math.inf for width in widths):
+            raise ValueError(f"--basis-widths '{self.basis_widths}': every width must be positive")
+        if self.num_basis_functions <= 0 or self.num_basis_functions % len(widths):
+            raise ValueError(
+                f"--num-basis-functions is {self.num_basis_functions}, it must be a positive multiple of the number of "
+                f"--basis-widths, {len(widths)}: every centre has a function of each width"
+            )
+        if not 0 < self.ridge_penalty < math.inf:
+            raise ValueError(f"--ridge-penalty is {self.ridge_penalty}, it must be positive")
+        if not 0 < self.contraction_factor < 1:
+            raise ValueError(
+                f"--contraction-factor is {self.contraction_factor}, it must lie between 0 and 1: the past takes that "
+                "part of the memory, and new rows the rest"
+            )
+        if self.memory_samples <= 0:
+            raise ValueError(f"--memory-samples is {self.memory_samples}, it must be positive")
+        if not 0 <= self.kl_weight < math.inf:
+            raise ValueError(f"--kl-weight is {self.kl_weight}: pass 0 for no such loss, or a positive weight")
+        if not 0 < self.kl_sigma < math.inf:
+            raise ValueError(f"--kl-sigma is {self.kl_sigma}, it must be positive")

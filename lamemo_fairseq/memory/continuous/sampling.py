@@ -1,0 +1,51 @@
+"""Where the past signal is sampled before it is squeezed, by name.
+
+Shapes: B streams, H heads, Q queries, S samples.
+"""
+
+from typing import Callable, Dict, NamedTuple
+
+import torch
+from torch import Tensor
+
+BINS = 128  # of the histogram over [0, 1], as in the authors' code
+# Added to the probability of every bin: rounding then moves no sample far through bins that nothing attended to.
+FLOOR = 1e-6
+
+
+class Density(NamedTuple):
+    """Where in [0, 1] each query attends to, in float32 or wider."""
+
+    mean: Tensor  # [B, H, Q]
+    variance: Tensor  # [B, H, Q]
+
+
+def midpoints(count: int, like: Tensor) -> Tensor:
+    """The middles of *count* equal parts of [0, 1]: ``[count]``."""
+    return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count
+
+
+def even_points(density: Density, count: int) -> Tensor:
+    """The same distance from one sample to the next: ``[S]``."""
+    return midpoints(count, density.mean)
+
+
+def sticky_points(density: Density, count: int) -> Tensor:
+    """More samples where more queries attended (section 3.3 of the paper): ``[B, S]``, ascending.
+
+    The paper draws them from a histogram of the last segment's attention over equal bins, summed over heads
+    and queries. Here they are the quantiles of that histogram at the middles of S equal parts, which is where sorted
+    draws are expected: the same for a token decoded alone and for one in a batch, and without noise.
+    """
+    edges = torch.linspace(0, 1, BINS + 1, device=density.mean.device, dtype=density.mean.dtype)
+    z = (edges - density.mean.flatten(1).unsqueeze(-1)) * (0.5 / density.variance.flatten(1).unsqueeze(-1)).sqrt()
+    mass = (0.5 * torch.erf(z).diff(dim=-1)).sum(1)  # [B, bins]
+    probability = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny) + FLOOR
+    below = torch.cat([torch.zeros_like(mass[:, :1]), probability.cumsum(-1)], dim=-1)  # [B, bins + 1]
+    level = midpoints(count, mass) * below[:, -1:]  # [B, S]
+    index = (torch.searchsorted(below, level, right=True) - 1).clamp(0, BINS - 1)
+    inside = (level - below.gather(-1, index)) / probability.gather(-1, index)
+    return (index + inside.clamp(0, 1)) / BINS
+
+
+SAMPLINGS: Dict[str, Callable[[Density, int], Tensor]] = {"sticky": sticky_points, "even": even_points}
