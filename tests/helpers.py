@@ -34,6 +34,7 @@ VARIANTS = [
     ("compressive", "transformer-xl", "most-used"),
     ("compressive", "shaw", "most-used"),
     ("continuous", "transformer-xl", "right"),
+    ("token", "transformer-xl", "right"),
 ]
 
 # The option that the third part of a variant is for, where it is not the window.
@@ -61,6 +62,7 @@ def tiny_decoder(variant=VARIANTS[0], words=17, seed=0, dtype=torch.float64, **o
         "mem_len": 4,
         "compressed_len": 3,
         "compression_rate": 2,
+        "memory_tokens": 2,
         "tokens_per_sample": 3,
         "decoder_layers": 2,
         "decoder_embed_dim": 8,

@@ -140,13 +140,16 @@ def test_fuzz_dictionaries(lines, encoding, tmp_path):
 
 numbers = st.one_of(st.integers(-2, 12), st.just(None))
 OPTIONS = {
-    "memory": st.sampled_from(["lookahead", "recurrent", "none", "other", ""]),
+    "memory": st.sampled_from(["lookahead", "recurrent", "token", "none", "other", ""]),
     "position_encoding": st.sampled_from(
         ["disentangled", "disentangled-content", "transformer-xl", "shaw", "absolute", "other"]
     ),
     "lookahead_window": st.sampled_from(["right", "full", "left"]),
     "attention_backend": st.sampled_from(["auto", "eager", "other"]),
     "mem_len": st.integers(-2, 9),
+    "memory_tokens": st.integers(-1, 3),
+    "memory_reads_cache": st.booleans(),
+    "bptt_segments": st.integers(-1, 3),
     "clamp_len": st.integers(-2, 9),
     "same_length": st.booleans(),
     "decoder_layers": st.integers(-1, 3),

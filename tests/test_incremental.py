@@ -1,5 +1,7 @@
 """Token-by-token decoding against the pass over whole segments."""
 
+import copy
+
 import pytest
 import torch
 
@@ -30,18 +32,27 @@ def whole_segments(decoder, tokens):
     return torch.cat(parts, dim=1)[:, :total]
 
 
+def rounding(decoder, tokens, scores):
+    """How far float32 takes the pass over segments from float64."""
+    exact = copy.deepcopy(decoder).double()
+    return float((exact.output_layer(whole_segments(exact, tokens)) - scores).abs().max())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 @torch.no_grad()
 def test_every_token_equals_the_pass_over_segments(variant, options, dtype):
-    if options.get("same_length") and variant[0] == "none":
-        pytest.skip("without memory there is no such option")
+    if options.get("same_length") and variant[0] in ("none", "token"):
+        pytest.skip("this memory refuses the option")
     decoder = tiny_decoder(variant, dtype=dtype, **options)
     tokens = random_tokens(2, 23)
     expected = decoder.output_layer(whole_segments(decoder, tokens))
+    tolerance = TOLERANCE[dtype]
+    if dtype == torch.float32 and variant[0] == "token":  # its own output is the next segment's input
+        tolerance = max(tolerance, 10 * rounding(decoder, tokens, expected))
     incremental = {}
     for end in range(1, 24):
         scores, _ = decoder(tokens[:, :end], incremental_state=incremental)
         assert scores.shape[1] == 1
-        torch.testing.assert_close(scores[:, 0], expected[:, end - 1], rtol=0, atol=TOLERANCE[dtype])
+        torch.testing.assert_close(scores[:, 0], expected[:, end - 1], rtol=0, atol=tolerance)

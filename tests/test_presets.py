@@ -25,6 +25,7 @@ def parameters(name: str, words: int, **options) -> int:
         ("transformer_xl_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305),
         ("lamemo_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305 + 410),
         ("transformer_xl_lm_wt103", WIKITEXT_WORDS, {"position_encoding": "shaw"}, 150_438_445),
+        ("recurrent_memory_transformer_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305 + 10 * 410),
         ("relative_transformer_lm_wt103", WIKITEXT_WORDS, {"position_encoding": "absolute"}, 148_415_885),
         ("transformer_xl_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436),
         # An output projection, W_k and W_v, and w_mu and w_sigma a layer.

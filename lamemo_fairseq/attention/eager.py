@@ -61,8 +61,11 @@ def _skewed(by_distance: Tensor, offset: int, keys: int) -> Tensor:
     return by_distance.as_strided((*lead, queries, keys), strides, start)
 
 
-def _scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int) -> Tensor:
-    """Scores ``[B, H, Q, K]`` before masking, scaled by ``1 / sqrt(D)``, in float32 or wider."""
+def relative_scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int) -> Tensor:
+    """Scores ``[B, H, Q, K]`` before masking, scaled by ``1 / sqrt(D)``, in float32 or wider.
+
+    Query i and key j are at the distance of the table's row ``offset - i + j``; a pair without one has any score.
+    """
     scale = 1 / math.sqrt(q.size(-1))
     content_q = q if bias.content is None else q + bias.content.unsqueeze(1)
     scores = (content_q * scale) @ k.transpose(-1, -2)
@@ -78,7 +81,7 @@ def _scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int) -> Tensor:
 def causal_scores(q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int] = None) -> Tensor:
     """What `causal_attention` takes the softmax of: ``[B, H, Q, K]``, minus infinity for keys that are not seen."""
     queries, keys = q.size(-2), k.size(-2)
-    scores = _scores(q, k, bias, offset=queries - 1)
+    scores = relative_scores(q, k, bias, offset=queries - 1)
     if queries == 1 and span is None:
         return scores
     query = torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
@@ -138,7 +141,7 @@ def lookahead_attention(
         The merged read-outs and normalisers.
     """
     slots, keys = q.size(-2), k.size(-2)
-    scores = _scores(q, k, bias, offset=window.first - window.distances(slots).start)
+    scores = relative_scores(q, k, bias, offset=window.first - window.distances(slots).start)
     position = window.first + torch.arange(keys, device=q.device)
     if not window.both_sides:
         scores = _mask(scores, position <= torch.arange(slots, device=q.device).unsqueeze(1))

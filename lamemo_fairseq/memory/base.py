@@ -111,6 +111,7 @@ class MemoryConfig:
     embed_dim: int
     segment_length: int  # N
     options: Any  # of the memory's own class of options
+    dropout: float = 0.0
 
 
 class Passage(NamedTuple):

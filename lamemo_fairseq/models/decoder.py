@@ -62,6 +62,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
                 embed_dim=width,
                 segment_length=self.segment_length,
                 options=memory_options(cfg),
+                dropout=cfg.dropout,
             )
         )
         self.positions = POSITIONS[str(cfg.position_encoding)](

@@ -27,6 +27,9 @@ class MemoryLanguageModel(FairseqLanguageModel):
                 f"a model with memory reads consecutive segments, which {type(task).__name__} does not feed: "
                 f"pass --task {SegmentLanguageModelingTask.NAME}"
             )
+        if task.cfg.tokens_per_sample is not None:
+            # In evaluation it may differ from the trained one; prompts and texts are cut as the streams are.
+            cfg.tokens_per_sample = task.cfg.tokens_per_sample
         return cls(MemoryDecoder(cfg, task.target_dictionary))
 
     def prepare_for_inference_(self, cfg: Any) -> None:

@@ -20,15 +20,15 @@ class ShawPositions(PositionEncoding):
     """``(q + u_l) . k + q . E_l[i - j] + b_l[i - j]``, all learned for each layer l.
 
     Distances beyond the trained ``N + M``, or beyond ``clamp_len``, use the farthest one below. There is none
-    to the right, so that look-ahead memory is refused.
+    to the right, so that memory which attends there is refused.
     """
 
     def __init__(self, config: PositionConfig):
         super().__init__(config)
         if config.looks_ahead:
             raise ValueError(
-                "--position-encoding shaw has no distances to the right, which look-ahead memory needs: "
-                "take disentangled, or --memory recurrent"
+                "--position-encoding shaw has no distances to the right, which look-ahead memory and memory tokens "
+                "need: take disentangled or transformer-xl, or --memory recurrent"
             )
         layers, heads, size = config.layers, config.heads, config.head_dim
         distances = config.trained_distances

@@ -1,0 +1,372 @@
+"""Memory tokens against a computation written from the paper, and what is their own: gradient, cache, segments.
+
+Shapes: one stream; n tokens of a segment, K memory tokens, m cached rows, H heads, D size of a head, d model width.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fairseq_cli import eval_lm, train
+
+from lamemo_fairseq.models.incremental import DecodingState
+
+from .helpers import TASK, random_tokens, read_streams, run_command, segments_of, tiny_decoder, write_data
+from .test_commands import evaluate
+from .test_incremental import whole_segments
+
+PLAIN, DISENTANGLED = ("token", "transformer-xl", "right"), ("token", "disentangled-content", "right")
+ODD = {
+    "decoder_embed_dim": 10, "decoder_attention_heads": 3, "decoder_head_dim": 3, "decoder_ffn_embed_dim": 7,
+    "memory_tokens": 3, "tokens_per_sample": 5, "mem_len": 0,
+}  # fmt: skip
+SEGMENTED = {"tokens_per_sample": 6, "bptt_segments": 3, "memory_tokens": 3}
+
+
+class Paper:
+    """The model in numpy, a stream, a query and a head at a time."""
+
+    def __init__(self, decoder, reads_cache=False):
+        self.w = {name: p.detach().numpy() for name, p in decoder.named_parameters()}
+        self.layers, self.heads = len(decoder.layers), len(self.w["positions.content_bias"])
+        self.reads_cache = reads_cache
+        self.distances = {}
+
+    def embedding(self, words):
+        table = self.w["embed_tokens.tables.0.weight"]
+        return np.array([table[word] * math.sqrt(table.shape[1]) for word in words])
+
+    def distance(self, layer, distance):
+        """``W_r sinusoid(distance)``: ``[H, D]``."""
+        weight = self.w["positions.projection"][layer]
+        width = weight.shape[1]
+        angles = [distance / 10000 ** (2 * i / width) for i in range(width // 2)]
+        return (weight @ np.array([math.sin(a) for a in angles] + [math.cos(a) for a in angles])).reshape(
+            self.heads, -1
+        )
+
+    def score(self, layer, head, i, j, q, k):
+        u, v, distance = self.w["positions.content_bias"], self.w["positions.position_bias"], i - j
+        if j > i and "positions.ahead_position_bias" in self.w:
+            u, v, distance = self.w["positions.ahead_content_bias"], self.w["positions.ahead_position_bias"], j - i
+        r = self.distance(layer, distance)[head]
+        return ((q + u[head]) @ k + (q + v[head]) @ r) / math.sqrt(len(q))
+
+    def norm(self, layer, name, x):
+        weight, bias = (self.w[f"layers.{layer}.{name}.{part}"] for part in ("weight", "bias"))
+        return np.array([(row - row.mean()) / math.sqrt(row.var() + 1e-5) * weight + bias for row in x])
+
+    def feed_forward(self, layer, x):
+        w1, b1, w2, b2 = (
+            self.w[f"layers.{layer}.feed_forward.{n}"] for n in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+        )
+        return np.maximum(x @ w1.T + b1, 0) @ w2.T + b2
+
+    def seen(self, i, m, size, n):
+        """The rows that row i of ``[cache; read; x; write]`` attends to."""
+        cache, begin, end = list(range(m)), m + size, m + size + n
+        if i < begin:
+            return (cache if self.reads_cache else []) + list(range(m, begin))
+        if i < end:
+            return list(range(i + 1))
+        return (cache if self.reads_cache else []) + list(range(m, end + size))
+
+    def segment(self, x, tokens, cache):
+        """Features ``[n, d]``, memory tokens written ``[K, d]``, and the rows ``[m + n, d]`` into every layer."""
+        n, size, rows, entered = len(x), len(tokens), np.concatenate([tokens, x, tokens]), []
+        for layer in range(self.layers):
+            m = len(cache[layer])
+            entered.append(np.concatenate([cache[layer], rows[size : size + n]]))
+            everything = np.concatenate([cache[layer], rows])
+            qkv = (everything @ self.w[f"layers.{layer}.self_attn.qkv_proj.weight"].T).reshape(len(everything), 3, -1)
+            q, k, v = (qkv[:, part].reshape(len(everything), self.heads, -1) for part in range(3))
+            attended = np.zeros((len(rows), *q.shape[1:]))
+            for i in range(m, len(everything)):
+                for h in range(self.heads):
+                    seen = self.seen(i, m, size, n)
+                    scores = np.array([self.score(layer, h, i, j, q[i, h], k[j, h]) for j in seen])
+                    weights = np.exp(scores - scores.max())
+                    attended[i - m, h] = weights @ v[seen, h] / weights.sum()
+            out = attended.reshape(len(rows), -1) @ self.w[f"layers.{layer}.self_attn.out_proj.weight"].T
+            rows = self.norm(layer, "self_attn_layer_norm", rows + out)
+            rows = self.norm(layer, "final_layer_norm", rows + self.feed_forward(layer, rows))
+        return rows[size : size + n], rows[size + n :], entered
+
+    def text(self, embedded, period, mem_len):
+        """Features of a text, and the memory tokens and cache behind it."""
+        tokens = self.w["memory.initial_tokens"]
+        cache = [embedded[:0]] * self.layers
+        features = []
+        for start in range(0, len(embedded), period):
+            part, tokens, entered = self.segment(embedded[start : start + period], tokens, cache)
+            cache = [rows[max(len(rows) - mem_len, 0) :] for rows in entered]
+            features.append(part)
+        return np.concatenate(features), tokens, cache
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        (PLAIN, {}),
+        (PLAIN, {"mem_len": 7}),
+        (PLAIN, {"mem_len": 4, "memory_reads_cache": True, "memory_tokens": 1}),
+        (DISENTANGLED, {"mem_len": 7, "memory_reads_cache": True}),
+        (DISENTANGLED, {"tokens_per_sample": 10, "bptt_segments": 2, "mem_len": 3, "decoder_layers": 3}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_four_segments_equal_the_papers_computation(variant, options):
+    options = {**ODD, **options}
+    decoder = tiny_decoder(variant, **options)
+    words = random_tokens(2, 18)
+    state, parts = None, []
+    for segment in words.split(decoder.segment_length, dim=1):
+        part, state, _ = decoder.step(segment, state)
+        parts.append(part)
+    paper = Paper(decoder, options.get("memory_reads_cache", False))
+    for row in range(2):
+        expected, tokens, cache = paper.text(paper.embedding(words[row]), 5, options["mem_len"])
+        np.testing.assert_allclose(torch.cat(parts, dim=1)[row].numpy(), expected, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(state.tokens[row].numpy(), tokens, rtol=0, atol=1e-9)
+        for hidden, rows in zip(state.hidden, cache, strict=True):
+            np.testing.assert_allclose(hidden[row].numpy(), rows, rtol=0, atol=1e-9)
+
+
+def differences(function, at, step=1e-6):
+    """The gradient of a scalar function by central differences."""
+    gradient = np.zeros_like(at)
+    for index in np.ndindex(at.shape):
+        values = []
+        for sign in (1, -1):
+            moved = at.copy()
+            moved[index] += sign * step
+            values.append(function(moved))
+        gradient[index] = (values[0] - values[1]) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize(("variant", "mem_len"), [(PLAIN, 4), (DISENTANGLED, 0)], ids=str)
+def test_gradient_flows_through_memory_tokens_to_an_earlier_segment(variant, mem_len):
+    """By finite differences in the paper's computation, for embeddings and initial tokens; the cache is a constant."""
+    sizes = {"decoder_embed_dim": 6, "decoder_attention_heads": 2, "memory_tokens": 2, "mem_len": mem_len}
+    decoder = tiny_decoder(variant, **{**ODD, **sizes, "tokens_per_sample": 6, "bptt_segments": 3})
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.mul_(0.4)  # so that differences are exact enough
+    paper = Paper(decoder)
+    words = random_tokens(1, 6)
+    embedded = paper.embedding(words[0])
+    weights = np.random.default_rng(0).normal(size=(2, 6))
+    frozen, cache = [], [embedded[:0]] * 2
+    tokens = initial = paper.w["memory.initial_tokens"]
+    for start in range(0, 6, 2):
+        frozen.append(cache)
+        _, tokens, entered = paper.segment(embedded[start : start + 2], tokens, cache)
+        cache = [rows[max(len(rows) - mem_len, 0) :] for rows in entered]
+
+    def loss(x, tokens):
+        """Of the third segment's tokens alone."""
+        for start, cache in zip(range(0, 6, 2), frozen, strict=True):
+            features, tokens, _ = paper.segment(x[start : start + 2], tokens, cache)
+        return float((weights * features).sum())
+
+    x = torch.tensor(embedded).unsqueeze(0).requires_grad_()
+    features = decoder.memory(x, decoder.memory.initial_state(x), decoder.layers, decoder.positions).features
+    learned = decoder.memory.initial_tokens
+    found, found_initial = torch.autograd.grad((features[0, 4:] * torch.tensor(weights)).sum(), (x, learned))
+    for gradient, expected in (
+        (found[0].numpy(), differences(lambda x: loss(x, initial), embedded)),
+        (found_initial.numpy(), differences(lambda tokens: loss(embedded, tokens), initial)),
+    ):
+        assert np.abs(expected[:2]).max() > 1e-4
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_initial_tokens_learn_whenever_a_stream_begins_and_have_a_zero_gradient_elsewhere():
+    decoder = tiny_decoder(PLAIN).train()
+    for epoch in (1, 2, 3):
+        for position, segment in segments_of(decoder, random_tokens(2, 9, seed=epoch), split="train"):
+            decoder.zero_grad()
+            decoder(segment, position=replace(position, epoch=epoch))[0].logsumexp(-1).sum().backward()
+            gradient = decoder.memory.initial_tokens.grad
+            assert bool(gradient.abs().max() > 0) == (position.index == 0)
+
+
+@pytest.mark.parametrize("options", [{"decoder_layers": 1}, {"memory_tokens": 1}, {}], ids=str)
+def test_every_parameter_has_a_gradient_where_directions_are_told_apart(options):
+    decoder = tiny_decoder(DISENTANGLED, **options).train()
+    for position, segment in segments_of(decoder, random_tokens(2, 6), split="train"):
+        decoder.zero_grad()
+        decoder(segment, position=position)[0].logsumexp(-1).sum().backward()
+        assert [name for name, p in decoder.named_parameters() if p.grad is None] == []
+
+
+def test_more_segments_an_update_change_the_gradient_alone():
+    """The features are the same however the tokens are cut into updates."""
+    one, three = (tiny_decoder(PLAIN, tokens_per_sample=2 * k, bptt_segments=k) for k in (1, 3))
+    assert one.memory.period == three.memory.period == 2
+    tokens = random_tokens(2, 17)
+    torch.testing.assert_close(read_streams(one, tokens), read_streams(three, tokens), rtol=0, atol=1e-12)
+    reached = []
+    for decoder in (one, three):
+        x = decoder.embed_tokens(tokens[:, :6]).detach().requires_grad_()
+        state, parts = decoder.memory.initial_state(x), []
+        for part in x.split(decoder.segment_length, dim=1):
+            passage = decoder.memory(part, state, decoder.layers, decoder.positions)
+            state = passage.state
+            parts.append(passage.features)
+        (gradient,) = torch.autograd.grad(torch.cat(parts, dim=1)[:, 4:].logsumexp(-1).sum(), x)
+        reached.append([bool(part.abs().max() > 0) for part in gradient.split(2, dim=1)])
+    assert reached == [[False, False, True], [True, True, True]]
+
+
+OPTIONS = [
+    {"mem_len": 0},
+    {"mem_len": 0, "tokens_per_sample": 4, "bptt_segments": 2, "memory_tokens": 1, "decoder_layers": 1},
+    {"mem_len": 5, "memory_reads_cache": True, **SEGMENTED},
+    {"mem_len": 1, "tokens_per_sample": 2, "bptt_segments": 2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@torch.no_grad()
+def test_decoding_of_ragged_rows_and_reordered_beams(options):
+    """With segments shorter than an update, without a cache, and with a cache that memory tokens read."""
+    decoder = tiny_decoder(DISENTANGLED, **options)
+    lengths = [0, 1, 17, 3, 8, 2, 16]
+    tokens = random_tokens(len(lengths), 30)
+    state = DecodingState(decoder, len(lengths))
+    state.read(tokens[:, : max(lengths)], lengths)
+    read, generator = list(lengths), torch.Generator().manual_seed(0)
+    for _ in range(10):
+        order = torch.randint(len(read), (len(read),), generator=generator)
+        state.reorder(order)
+        tokens, read = tokens[order], [read[row] for row in order]
+        expected = whole_segments(decoder, tokens)
+        new = torch.stack([tokens[row, n] for row, n in enumerate(read)]).unsqueeze(1)
+        features = state.read(new)
+        for row, n in enumerate(read):
+            torch.testing.assert_close(features[row, 0], expected[row, n], rtol=0, atol=1e-9)
+        read = [n + 1 for n in read]
+
+
+@torch.no_grad()
+def test_segments_inside_an_update_are_causal_and_rows_do_not_depend_on_their_neighbours():
+    decoder = tiny_decoder(PLAIN, **SEGMENTED)
+    tokens = random_tokens(3, 15)
+    expected = read_streams(decoder, tokens)
+    for changed in range(15):
+        other = tokens.clone()
+        other[:, changed] = 4 + (other[:, changed] - 3) % 13
+        found = read_streams(decoder, other)
+        torch.testing.assert_close(found[:, :changed], expected[:, :changed], rtol=0, atol=1e-12)
+        assert not torch.equal(found[:, changed], expected[:, changed])
+    lengths = torch.tensor([15, 10, 1])
+    padded = tokens.masked_fill(torch.arange(15) >= lengths.unsqueeze(1), 1)
+    for found in (read_streams(decoder, padded), decoder(padded, lengths)[0]):
+        for row, length in enumerate(lengths.tolist()):
+            torch.testing.assert_close(found[row, :length], expected[row, :length], rtol=0, atol=1e-12)
+
+
+def test_recomputed_activations_give_the_same_gradients_through_segments():
+    def gradients(**options):
+        decoder = tiny_decoder(PLAIN, **SEGMENTED, **options).train()
+        read_streams(decoder, random_tokens(2, 12), split="train").logsumexp(-1).sum().backward()
+        return {name: p.grad for name, p in decoder.named_parameters()}
+
+    recomputed = gradients(checkpoint_activations=True)
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_the_fused_backend_reads_the_tokens():
+    pytest.importorskip("triton", reason="the fused backend needs Triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    passes = []
+    for backend in ("eager", "fused"):
+        decoder = tiny_decoder(PLAIN, dtype=torch.float32, attention_backend=backend, **SEGMENTED).to(device).train()
+        with torch.no_grad():
+            for p in decoder.parameters():
+                p.mul_(0.3)
+        scores = decoder.step(random_tokens(2, 6).to(device), None).features
+        scores.logsumexp(-1).sum().backward()
+        passes.append((scores, {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}))
+    (eager, gradients), (fused, others) = passes
+    torch.testing.assert_close(fused, eager, rtol=0, atol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_memory_tokens_are_dropped_out_where_they_are_read_and_where_they_are_written():
+    decoder = tiny_decoder(PLAIN, dropout=0.5).train()
+    rows = []
+    decoder.layers[0].register_forward_hook(lambda module, inputs, output: rows.append(inputs[0]))
+    _, state, _ = decoder.step(random_tokens(2, 3), None)
+    read, write = rows[0][:, :2], rows[0][:, -2:]
+    assert not torch.equal(read, write)
+    for dropped in (read, write, state.tokens):
+        assert 0.2 < dropped.eq(0).double().mean() < 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_near_as_its_rounding(dtype):
+    decoder, half = (tiny_decoder(PLAIN, dtype=t, mem_len=3) for t in (torch.float32, dtype))
+    with torch.no_grad():
+        for one in (decoder, half):
+            for p in one.parameters():
+                p.mul_(0.2)
+        found, expected = (whole_segments(d, random_tokens(2, 12)) for d in (half, decoder))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=60 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "message"),
+    [
+        (PLAIN, {"mem_len": -1}, r"--mem-len is -1, but --memory token needs at least 0"),
+        (PLAIN, {"memory_tokens": 0}, r"--memory-tokens is 0, it must be at least 1"),
+        (PLAIN, {"bptt_segments": 0}, r"--bptt-segments is 0, it must be at least 1"),
+        (PLAIN, {"bptt_segments": 2}, r"--tokens-per-sample 3 .* --bptt-segments 2 .* pass a multiple"),
+        (PLAIN, {"same_length": True}, r"--same-length .* leave it out, or --memory recurrent"),
+        (PLAIN, {"cuda_graphs": True}, r"--cuda-graphs cannot record --memory token"),
+        (("token", "shaw", "right"), {}, r"shaw has no distances to the right.*memory tokens"),
+        (("token", "absolute", "right"), {}, r"--position-encoding absolute .* instead of token"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(variant, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_decoder(variant, **options)
+
+
+def test_a_saved_memory_depends_on_the_number_of_tokens_and_of_cached_rows():
+    decoder = tiny_decoder(PLAIN, memory_tokens=5, mem_len=0)
+    assert decoder.streams.options == {"--memory": "token", "--mem-len": 0, "--memory-tokens": 5}
+    _, state, _ = decoder.step(random_tokens(2, 3), None)
+    assert state.tokens.shape == (2, 5, 8) and {t.shape for t in state.hidden} == {(2, 0, 8)}
+
+
+def test_commands_with_another_segment_length_at_test_time(tmp_path):
+    data = write_data(tmp_path / "data", train=600, valid=60, test=301)
+    run_command(
+        train.cli_main, data, *TASK, "--arch", "recurrent_memory_transformer_lm", "--decoder-layers", 2,
+        "--decoder-embed-dim", 8, "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 8, "--batch-size", 4,
+        "--tokens-per-sample", 16, "--bptt-segments", 2, "--memory-tokens", 3, "--mem-len", 5, "--optimizer", "adam",
+        "--lr", 0.03, "--max-update", 12, "--save-dir", tmp_path, "--disable-validation", "--num-workers", 0,
+    )  # fmt: skip
+    path = tmp_path / "checkpoint_last.pt"
+    usual = evaluate(data, path, "--batch-size", 2)
+    assert usual[0] == 301
+
+    def other(length, overrides):
+        options = ["--tokens-per-sample", length, "--model-overrides", str(overrides)]
+        return evaluate(data, path, "--batch-size", 2, *options)
+
+    assert other(8, {"bptt_segments": 1}) == usual  # the same segments, one at a time
+    tokens, loss = other(10, {"bptt_segments": 1, "mem_len": 40})
+    assert tokens == 301 and loss != usual[1]
+    with pytest.raises(ValueError, match=r"--tokens-per-sample 5 .*--bptt-segments 2 .*--model-overrides"):
+        run_command(eval_lm.cli_main, data, *TASK, "--path", path, "--gen-subset", "test", "--tokens-per-sample", 5)
