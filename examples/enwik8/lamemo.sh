@@ -6,7 +6,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 GPUS=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
-if [ $((40 % GPUS)) -ne 0 ]; then echo "40 streams do not divide into $GPUS GPUs: set CUDA_VISIBLE_DEVICES" >&2; exit 1; fi
+if [ $((40 % GPUS)) -ne 0 ]; then
+    echo "40 streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
+    exit 1
+fi
 fairseq-train data-bin/enwik8 --user-dir lamemo_fairseq --task segment_language_modeling --tokens-per-sample 512 \
     --roll --criterion chunked_cross_entropy --optimizer adam --lr 0.00025 --lr-scheduler cosine --max-update 50000 \
     --clip-norm 0.5 --fp16 --batch-size-valid 16 --validate-interval-updates 1000 --save-interval-updates 1000 \

@@ -148,7 +148,7 @@ def visible() -> List[str]:
 
 
 def jobs(plan: Plan, runs: List[table.Run], args: argparse.Namespace) -> List[str]:
-    """A line for SLURM for each run that is missing; a shrunk table is one job, as all its rows depend on each other."""
+    """A line for SLURM for each run that is missing; a shrunk table is one job, as its rows depend on each other."""
     shared = [str(args.table), "--out", str(plan.out)]
     if args.set:
         shared += ["--set", *args.set]

@@ -1,4 +1,4 @@
-"""Several calls of fairseq-eval-lm for the price of one start: each in a fork of a process that has imported everything.
+"""Several calls of fairseq-eval-lm at the price of one start, each in a fork of a process that has imported everything.
 
 Used by the runner: `python -m examples.tables.evaluate JOBS.json`, a list of objects with `arguments` (those of
 fairseq-eval-lm), `log` and `result`, the files to write.

@@ -103,7 +103,7 @@ def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]
         What went wrong, a message for each run that failed; the others are complete.
     """
     todo = check(plan, runs)
-    free: "Queue[Slot]" = Queue()
+    free: Queue[Slot] = Queue()
     for slot in slots:
         free.put(slot)
     with tqdm(total=len(runs), initial=len(runs) - len(todo), desc=plan.table.title, unit="run", leave=True) as bar:

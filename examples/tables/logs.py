@@ -37,8 +37,8 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
 
     Returns:
         ``parameters``; ``tokens_per_second``, the median over log intervals, the first after each start left out where
-        there are others; ``tokens_an_update``; ``device_memory_gib``, the largest peak that was logged (None on a CPU); ``updates``; and ``curve``,
-        one ``[update, base-2 loss]`` a validation.
+        there are others; ``tokens_an_update``; ``device_memory_gib``, the largest peak that was logged (None on a CPU);
+        ``updates``; and ``curve``, one ``[update, base-2 loss]`` a validation.
 
     Raises:
         LogError: there are no parameters in it.

@@ -11,10 +11,8 @@ from .folder import ROOT
 from .table import Evaluation, Run, Table, find
 
 # Where an option belongs that several groups have: the first one owns it.
-GROUPS = (
-    "common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion", "optimizer",
-    "lr_scheduler",
-)  # fmt: skip
+GROUPS = ("common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion")
+GROUPS += ("optimizer", "lr_scheduler")
 NAMED = {
     "task": "task",
     "arch": "model",
@@ -69,7 +67,10 @@ def script(table: Table, row: str, folder: Path, name: str) -> str:
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")/{up}"
 GPUS=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
-if [ $(({table.streams} % GPUS)) -ne 0 ]; then echo "{table.streams} streams do not divide into $GPUS GPUs: set CUDA_VISIBLE_DEVICES" >&2; exit 1; fi
+if [ $(({table.streams} % GPUS)) -ne 0 ]; then
+    echo "{table.streams} streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
+    exit 1
+fi
 {commands.shell("fairseq-train", train)}
 # On one GPU: several would cut the split into more streams.
 CUDA_VISIBLE_DEVICES=$(echo "${{CUDA_VISIBLE_DEVICES:-0}}" | cut -d, -f1) \

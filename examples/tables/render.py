@@ -23,7 +23,7 @@ def collect(plan: Plan, runs: Sequence[Run]) -> Dict[str, List[Result]]:
     for run in runs:
         if plan.complete(run):
             folder = plan.folder(run)
-            found[run.row].append({**read_json(folder.results), "starts": _starts(folder.starts)})
+            found[run.row].append({**(read_json(folder.results) or {}), "starts": _starts(folder.starts)})
     return found
 
 

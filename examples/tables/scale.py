@@ -1,7 +1,7 @@
 """Shrinks all rows of a table alike to a budget in minutes.
 
-Sizes, data and streams stay as they are. What shrinks, for every row to the same number: the updates, with the schedules
-counted in them; and the part of a split that an evaluation reads, the first of so many equal ones.
+Sizes, data and streams stay as they are. What shrinks, for every row to the same number: the updates, with the
+schedules counted in them; and the part of a split that an evaluation reads, the first of so many equal ones.
 """
 
 import math
@@ -93,7 +93,7 @@ def measure(plan: Plan, runs: Sequence[Run], slot: Slot) -> Dict[str, Any]:
         folder = plan.out / "rates" / name
         changes = {
             **plan.changes,
-            **{option: None for option in SHRUNK},
+            **dict.fromkeys(SHRUNK),
             "max-update": PROBE_UPDATES,
             "log-interval": 1,
             "no-save": True,
@@ -130,6 +130,7 @@ def note(scale: Dict[str, Any]) -> str:
     asked, changes, shards = scale["asked"], scale["changes"], scale["shards"]
     read = f"Evaluations read the first of {shards} equal parts of a split. " if shards > 1 else ""
     return (
-        f"Shrunk by --scale {asked['minutes']} to {changes['max-update']:,} of {scale['of_updates']:,} updates, every row alike. "
-        f"{read}Sizes and data are those of the table. These figures compare the rows at this budget; they reproduce nothing."
+        f"Shrunk by --scale {asked['minutes']:g} to {changes['max-update']:,} of {scale['of_updates']:,} updates, every "
+        f"row alike. {read}Sizes and data are those of the table. These figures compare the rows at this budget; they "
+        "reproduce nothing."
     )

@@ -235,7 +235,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         return UNLIMITED
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Any], name: str) -> Dict[str, Any]:
-        """Refuse weights that were trained on other words, and leave out those that only a memory uses where there is none.
+        """Refuse weights that were trained on other words; without memory, leave out those that only a memory uses.
 
         So a model trained with memory can be evaluated without: ``--model-overrides "{'memory': 'none'}"``.
 
