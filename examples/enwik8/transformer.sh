@@ -17,5 +17,6 @@ fairseq-train data-bin/enwik8 --user-dir lamemo_fairseq --task segment_language_
     --arch relative_transformer_lm_enwik8 --batch-size $((40 / GPUS)) --seed 1 \
     --save-dir checkpoints/enwik8/transformer
 # On one GPU: several would cut the split into more streams.
-CUDA_VISIBLE_DEVICES=$(echo "${CUDA_VISIBLE_DEVICES:-0}" | cut -d, -f1) fairseq-eval-lm data-bin/enwik8 --user-dir lamemo_fairseq --task segment_language_modeling --num-workers 2 \
+export CUDA_VISIBLE_DEVICES=$(echo "${CUDA_VISIBLE_DEVICES:-0}" | cut -d, -f1)
+fairseq-eval-lm data-bin/enwik8 --user-dir lamemo_fairseq --task segment_language_modeling --num-workers 2 \
     --log-format json --path checkpoints/enwik8/transformer/checkpoint_best.pt --gen-subset test --batch-size 16

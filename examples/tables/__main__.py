@@ -77,7 +77,7 @@ def act(args: argparse.Namespace) -> int:
         return 0
     if args.scale is not None and args.scale <= 0:
         raise table.TableError(f"--scale is {args.scale}, it must be a positive number of minutes")
-    places = [] if args.render else slots(args, changes)
+    places = [] if args.render else slots(args, plan.on_cpu)
     if args.scale is not None:
         plan = scale.shrink(plan, runs, places, args.scale)
     failed = execute(plan, runs, places) if places else []
@@ -122,13 +122,13 @@ def options(given: List[str]) -> Dict[str, Any]:
     return found
 
 
-def slots(args: argparse.Namespace, changes: Dict[str, Any]) -> List[Slot]:
+def slots(args: argparse.Namespace, on_cpu: bool) -> List[Slot]:
     """Where runs can be run, one at a time in each.
 
     Raises:
         TableError: there are not enough GPUs for one.
     """
-    if changes.get("cpu"):
+    if on_cpu:
         return [Slot()] * max(1, args.jobs)
     devices = args.devices.split(",") if args.devices else visible()
     found = [Slot(tuple(devices[i : i + args.gpus])) for i in range(0, len(devices) - args.gpus + 1, args.gpus)]
@@ -153,7 +153,7 @@ def jobs(plan: Plan, runs: List[table.Run], args: argparse.Namespace) -> List[st
     if args.set:
         shared += ["--set", *args.set]
     log = plan.out / "slurm-%j.log"
-    gpus = 0 if plan.changes.get("cpu") else plan.gpus
+    gpus = 0 if plan.on_cpu else plan.gpus
     name = table_name(args.table)
     if args.scale is not None:
         chosen = (["--only", *args.only] if args.only else []) + (

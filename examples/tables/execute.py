@@ -31,6 +31,10 @@ class Plan:
     shards: int = 1  # evaluations read the first of as many parts of a split
     scale: Optional[Dict[str, Any]] = None  # how the table was shrunk
 
+    @property
+    def on_cpu(self) -> bool:
+        return bool({**self.table.options, **self.changes}.get("cpu"))
+
     def folder(self, run: Run) -> RunFolder:
         return RunFolder(self.out / run.row / f"seed-{run.seed}")
 

@@ -105,7 +105,8 @@ def _memory(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> An
             axis.plot(sweep.lengths, points, marker=".", label=plan.table.rows[name].title)
         axis.set_xlabel("memory length at test time")
         axis.set_ylabel(f"{sweep.subset} {label}")
-        axis.set_ylim(bottom=0 if label != panels[0][0] else None)
+        if keys != panels[0][1]:
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     axes[0].legend(fontsize=8)
     figure.suptitle(plan.table.title, fontsize=10)
     return figure

@@ -11,8 +11,8 @@ from .folder import ROOT
 from .table import Evaluation, Run, Table, find
 
 # Where an option belongs that several groups have: the first one owns it.
-GROUPS = ("common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion")
-GROUPS += ("optimizer", "lr_scheduler")
+GROUPS = ["common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion"]
+GROUPS += ["optimizer", "lr_scheduler"]
 NAMED = {
     "task": "task",
     "arch": "model",
@@ -73,7 +73,7 @@ if [ $(({table.streams} % GPUS)) -ne 0 ]; then
 fi
 {commands.shell("fairseq-train", train)}
 # On one GPU: several would cut the split into more streams.
-CUDA_VISIBLE_DEVICES=$(echo "${{CUDA_VISIBLE_DEVICES:-0}}" | cut -d, -f1) \
+export CUDA_VISIBLE_DEVICES=$(echo "${{CUDA_VISIBLE_DEVICES:-0}}" | cut -d, -f1)
 {lines(table, row, name)[1]}
 """
 

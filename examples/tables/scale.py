@@ -62,7 +62,7 @@ def decide(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: floa
     rates = measure(plan, runs, slots[0])
     seconds = 60 * minutes * len(slots)
     an_update = {row: rate["tokens_an_update"] / rate["tokens_per_second"] for row, rate in rates.items()}
-    updates = int(TRAINING * seconds / sum(an_update[run.row] for run in runs))
+    updates = round(TRAINING * seconds / sum(an_update[run.row] for run in runs))
     updates = max(1, min(updates, full["max-update"]))
     part = updates / full["max-update"]
     changes: Dict[str, Any] = {
@@ -118,7 +118,10 @@ def _shards(plan: Plan, runs: Sequence[Run], tokens: float) -> int:
     options = commands.training_options(plan.table, runs[0].row, plan.changes)
     data = str(options.get("data", plan.table.data))
     dictionary = load_dictionary(str(Path(data) / "dict.txt"))
-    largest = max(int(load_lines(data, subset, dictionary, None, False).sizes.sum()) for subset in subsets)
+    largest = 0
+    for subset in subsets:
+        lines = load_lines(data, subset, dictionary, None, False)  # their sizes are a view of a file that it holds
+        largest = max(largest, int(lines.sizes.sum()))
     streams = int(plan.table.evaluation.options.get("batch-size", 1))
     segment = int(options.get("tokens-per-sample") or 512)
     longest = max(1, largest // (streams * segment * 4))
@@ -130,7 +133,7 @@ def note(scale: Dict[str, Any]) -> str:
     asked, changes, shards = scale["asked"], scale["changes"], scale["shards"]
     read = f"Evaluations read the first of {shards} equal parts of a split. " if shards > 1 else ""
     return (
-        f"Shrunk by --scale {asked['minutes']:g} to {changes['max-update']:,} of {scale['of_updates']:,} updates, every "
-        f"row alike. {read}Sizes and data are those of the table. These figures compare the rows at this budget; they "
-        "reproduce nothing."
+        f"Shrunk by --scale {asked['minutes']:g} to {changes['max-update']:,} of {scale['of_updates']:,} updates, "
+        f"every row alike. {read}Sizes and data are those of the table. These figures compare the rows at this budget; "
+        "they reproduce nothing."
     )
