@@ -1,5 +1,6 @@
 """Plots of a table: a bar a row, learning curves, lengths at test time. Needs matplotlib."""
 
+import logging
 from pathlib import Path
 from statistics import mean
 from typing import Any, Dict, List, Sequence, Tuple
@@ -19,6 +20,7 @@ def pyplot() -> Any:
         import matplotlib
     except ImportError:
         raise TableError("plots need matplotlib: pip install matplotlib") from None
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     matplotlib.use("agg")
     from matplotlib import pyplot
 
