@@ -83,11 +83,11 @@ def _writer(folder: Path) -> str:
 
 
 def title(table: Table, row: str) -> str:
-    """What a recipe is, with the published figures."""
+    """What a recipe is, with the reported figures."""
     found = find(table, row)
     splits = table.evaluation.subsets
-    paper = render.published(found, splits)
-    return f"{table.title}, {found.title}" + (f" (published {' / '.join(splits)}: {paper})" if paper else "")
+    paper = render.reported(found, splits)
+    return f"{table.title}, {found.title}" + (f" (reported {' / '.join(splits)}: {paper})" if paper else "")
 
 
 def hydra(table: Table, row: str, folder: Path, name: str) -> str:

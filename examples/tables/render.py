@@ -67,7 +67,7 @@ def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, An
         line: Dict[str, Any] = {"row": name, "title": row.title, "seeds": len(results[name])}
         for subset in plan.table.evaluation.subsets:
             line.update(_spread(subset, values(plan, results[name], Evaluation(subset))))
-            line[f"{subset} published"] = getattr(row.paper, subset, None)
+            line[f"{subset} reported"] = getattr(row.paper, subset, None)
         line.update(_spread("parameters", trained(results[name], "parameters")[:1]))
         line.update(_spread("tokens/s", trained(results[name], "tokens_per_second")))
         line.update(_spread("memory GiB", memory(results[name])))
@@ -130,12 +130,12 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     table = plan.table
     digits = MEASURES[table.measure][2]
     splits = table.evaluation.subsets
-    head = ["model", *splits, "published " + " / ".join(splits), "parameters", "tokens/s", "memory GiB", "seeds"]
+    head = ["model", *splits, "reported " + " / ".join(splits), "parameters", "tokens/s", "memory GiB", "seeds"]
     lines = [
         [
             row.title,
             *(shown(values(plan, results[name], Evaluation(subset)), digits) for subset in splits),
-            published(row, splits),
+            reported(row, splits),
             shown(trained(results[name], "parameters")[:1], 0),
             shown(trained(results[name], "tokens_per_second"), 0),
             shown(memory(results[name]), 2),
@@ -153,7 +153,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     parts += _sweeps(plan, results, digits)
     sources = {row.paper.source: None for row in table.rows.values() if row.paper.source}
     if sources:
-        parts.append("Published: " + "; ".join(sources) + ".")
+        parts.append("Reported: " + "; ".join(sources) + ".")
     lacking = [run.name for run in runs if not plan.complete(run)]
     if lacking:
         parts.append(f"Not complete: {', '.join(lacking)}.")
@@ -186,7 +186,7 @@ def shown(found: List[float], digits: int) -> str:
     return f"{middle} ± {stdev(found):,.{digits}f}" if len(found) > 1 else middle
 
 
-def published(row: Row, splits: Sequence[str]) -> str:
+def reported(row: Row, splits: Sequence[str]) -> str:
     """The figures that a row's paper gives."""
     cells = [getattr(row.paper, split, None) for split in splits]
     return " / ".join("-" if c is None else f"{c:g}" for c in cells) if any(c is not None for c in cells) else ""

@@ -14,7 +14,7 @@ class TableError(ValueError):
 
 @dataclass
 class Figures:
-    """Figures published for a row, in the measure of the table, and where they are from."""
+    """Figures reported for a row, in the measure of the table, and where they are from."""
 
     valid: Optional[float] = None
     test: Optional[float] = None
