@@ -427,6 +427,28 @@ def test_recipes_say_what_tables_say(path, monkeypatch):
     assert "\n\n".join(recipes.lines(loaded, "lamemo", runner.table_name(path))) in readme
 
 
+def test_a_shell_recipe_shares_the_streams_of_the_table(tmp_path, capsys):
+    """Run with stand-ins for fairseq's commands, and for the Python that counts GPUs."""
+    for name, text in {
+        "python": "echo $DEVICES",
+        "fairseq-train": 'echo train "$@"',
+        "fairseq-eval-lm": 'echo "eval on $CUDA_VISIBLE_DEVICES" "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICES": "4", "CUDA_VISIBLE_DEVICES": "3,2,1,0"}
+    recipe = ["bash", str(ROOT / "examples" / "enwik8" / "lamemo.sh")]
+    done = subprocess.run(recipe, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
+    loaded = table.load(ROOT / "examples" / "enwik8" / "table.yaml")
+    train = commands.train(loaded, table.Run("lamemo", 1), "checkpoints/enwik8/lamemo", {}, gpus=4)
+    best = "checkpoints/enwik8/lamemo/checkpoint_best.pt"
+    test = commands.evaluate(loaded, "lamemo", best, table.Evaluation("test"), {})
+    assert done.stdout.splitlines() == [" ".join(["train", *train]), " ".join(["eval on 3", *test])]
+    environment["DEVICES"] = "3"
+    done = subprocess.run(recipe, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "40 streams do not divide into 3 GPUs" in done.stderr and not done.stdout
+
+
 def test_hydra_recipes_train_what_the_command_line_trains(monkeypatch):
     """fairseq makes the same configuration of both."""
     from fairseq import options
