@@ -16,11 +16,11 @@ def pyplot() -> Any:
     Raises:
         TableError: it is not installed.
     """
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         import matplotlib
     except ImportError:
         raise TableError("plots need matplotlib: pip install matplotlib") from None
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     matplotlib.use("agg")
     from matplotlib import pyplot
 

@@ -1,10 +1,9 @@
 """Rows as recipes: a shell script and a YAML for fairseq-hydra-train, both from the row's command line."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple, get_origin
 
 import yaml
-from omegaconf import OmegaConf
 
 from . import commands, render
 from .folder import ROOT
@@ -103,24 +102,19 @@ def hydra(table: Table, row: str, folder: Path, name: str) -> str:
 
 def config(table: Table, row: str, name: str) -> Dict[str, Any]:
     """The options of a row in hydra's groups."""
-    from fairseq import options, utils
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
     given = {**commands.training_options(table, row, {}), "batch-size": table.streams, "seed": table.seeds[0]}
     given["save-dir"] = checkpoints(name, row)
-    arguments = [table.data, *commands.flags(given)]
-    utils.import_user_module(_UserDir(str(given["user-dir"])))
-    parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=arguments)
-    whole = convert_namespace_to_omegaconf(parsed)
+    groups = _groups(given)
     found: Dict[str, Any] = {group: {} for group in GROUPS}
     for option, group in NAMED.items():
         if option in given:
             found[group]["_name"] = given[option]
-    for option in given:
-        key = option.replace("-", "_")
-        if option not in NAMED and given[option] not in (None, False):
-            owner = _owner(whole, key)
-            found[owner][key] = _plain(whole[owner][key])
+    for option, value in given.items():
+        if option not in NAMED and value not in (None, False):
+            key = option.replace("-", "_")
+            owner = _owner(groups, key)
+            several = get_origin(groups[owner].__dataclass_fields__[key].type) is list
+            found[owner][key] = [value] if several and not isinstance(value, list) else value
     found["task"]["data"] = "???"
     here = "${oc.env:PWD}/"
     found["common"]["user_dir"] = here + found["common"]["user_dir"]
@@ -128,20 +122,31 @@ def config(table: Table, row: str, name: str) -> Dict[str, Any]:
     return {group: held for group, held in found.items() if held}
 
 
+def _groups(given: Dict[str, Any]) -> Dict[str, Any]:
+    """The dataclass of each group of fairseq's configuration, with the choices of *given*."""
+    from fairseq import criterions, models, optim, tasks, utils
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.optim import lr_scheduler
+
+    utils.import_user_module(_UserDir(str(given["user-dir"])))
+    named = {
+        "task": tasks.TASK_DATACLASS_REGISTRY,
+        "arch": models.MODEL_DATACLASS_REGISTRY,
+        "criterion": criterions.CRITERION_DATACLASS_REGISTRY,
+        "optimizer": optim.OPTIMIZER_DATACLASS_REGISTRY,
+        "lr-scheduler": lr_scheduler.LR_SCHEDULER_DATACLASS_REGISTRY,
+    }
+    found = {group: FairseqConfig.__dataclass_fields__[group].type for group in GROUPS if group not in NAMED.values()}
+    return {**found, **{NAMED[option]: known[given[option]] for option, known in named.items() if option in given}}
+
+
 class _UserDir:
     def __init__(self, user_dir: str):
         self.user_dir = user_dir
 
 
-def _owner(whole: Any, key: str) -> str:
-    owners: Sequence[str] = [group for group in GROUPS if whole.get(group) is not None and key in whole[group]]
+def _owner(groups: Dict[str, Any], key: str) -> str:
+    owners: Sequence[str] = [group for group in GROUPS if group in groups and key in groups[group].__dataclass_fields__]
     if not owners:
         raise KeyError(f"no group of fairseq's configuration has '{key}'")
     return owners[0]
-
-
-def _plain(value: Any) -> Any:
-    """A value as YAML holds it; members of fairseq's choices are their names."""
-    if OmegaConf.is_list(value):
-        return [_plain(v) for v in value]
-    return value if value is None or type(value) in (bool, int, float, str) else str(value)

@@ -137,9 +137,9 @@ def draw(models: Models, folder: Path) -> List[Path]:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     import matplotlib
 
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
