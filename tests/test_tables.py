@@ -19,7 +19,7 @@ import torch
 from examples.tables import __main__ as runner
 from examples.tables import commands, execute, folder, logs, process, recipes, render, scale, table
 
-from .helpers import write_data
+from .helpers import random_tokens, read_streams, tiny_decoder, write_data
 from .processes import _FORKS
 
 ROOT = Path(__file__).parent.parent
@@ -132,7 +132,7 @@ def test_a_table_is_run_once_and_rendered(tiny, capsys, monkeypatch):
 
     row = next(line for line in text.splitlines() if line.startswith("| LaMemo"))
     assert [cell.strip() for cell in row.split("|")][2:4] == [f"{lamemo[s]['loss']:.3f}" for s in ("valid", "test")]
-    assert "- / 1.25" in text and "Published: a paper." in text and (out / "table.md").read_text() in text
+    assert "- / 1.25" in text and "Reported: a paper." in text and (out / "table.md").read_text() in text
     with (out / "evaluations.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 6 and float(lines[-1]["loss"]) == lamemo["test-memory-32"]["loss"]
@@ -226,14 +226,17 @@ def test_two_runners_do_not_share_a_run(tiny, capsys):
     """A command that outlives its runner keeps the folder, as it inherits the lock."""
     held = folder.RunFolder(tiny.parent / "out" / "lamemo" / "seed-1")
     descriptor = held.lock()
-    child = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor])
+    arguments = (["sleep", "60"], tiny.parent / "log", {}, [descriptor])
+    command = threading.Thread(target=process.run, args=arguments)
+    command.start()
+    wait_for(lambda: process._ALIVE)
     os.close(descriptor)
     try:
         assert run(tiny, "--only", "lamemo") == 1
         assert "another process is at work there" in capsys.readouterr().err
     finally:
-        child.kill()
-        child.wait()
+        process.stop()
+        command.join()
     os.close(held.lock())
 
 
@@ -371,6 +374,20 @@ def test_a_scale_is_the_same_for_all_rows(tiny, monkeypatch, capsys):
     plan.table.rows["lamemo"].options["max-update"] = 7
     with pytest.raises(table.TableError, match="row 'lamemo' sets --max-update for itself"):
         scale.decide(plan, runs, [execute.Slot()], 2)
+
+
+@pytest.mark.parametrize("positions", ["disentangled", "disentangled-content", "transformer-xl"])
+def test_without_memory_every_segment_is_read_on_its_own(positions):
+    """What `without_memory` in the tables does to a trained LaMemo."""
+    lamemo = tiny_decoder(("lookahead", positions, "right"))
+    plain = tiny_decoder(("none", "transformer-xl", "right"), seed=1)
+    weights = {f"decoder.{name}": tensor for name, tensor in lamemo.state_dict().items()}
+    kept = plain.upgrade_state_dict_named(weights, "decoder")
+    plain.load_state_dict({name.removeprefix("decoder."): tensor for name, tensor in kept.items()})
+    tokens = random_tokens(2, 9)
+    alone = torch.cat([lamemo(segment)[0] for segment in tokens.split(3, dim=1)], dim=1)
+    assert torch.allclose(read_streams(plain, tokens), alone, rtol=0, atol=1e-12)
+    assert not torch.allclose(read_streams(lamemo, tokens), alone, rtol=0, atol=1e-3)
 
 
 def test_means_and_spreads():

@@ -39,7 +39,7 @@ def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
         figure = draw(plt, plan, results)
         if figure is not None:
             if plan.scale:
-                figure.text(0.01, 0.005, f"--scale {plan.scale['asked']['minutes']}: no reproduction", fontsize=7)
+                figure.text(0.01, 0.005, f"--scale {plan.scale['asked']['minutes']:g}: no reproduction", fontsize=7)
             figure.tight_layout()
             files.append(plan.out / f"{name}.svg")
             figure.savefig(files[-1])
