@@ -257,6 +257,20 @@ def test_a_failed_run_is_told_and_the_others_go_on(tiny, capsys, monkeypatch):
     assert not list(tiny.parent.glob("out/*/*/results.json"))
 
 
+def test_an_interrupt_ends_what_runs_and_starts_no_more(tiny, capsys, monkeypatch):
+    started = []
+
+    def sleep(command, arguments):
+        started.append(command)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return ["sleep", "60"]
+
+    monkeypatch.setattr(commands, "argv", sleep)
+    assert run(tiny) == 130
+    assert started == ["fairseq-train"] and not process._ALIVE
+    assert "goes on from the last checkpoints" in capsys.readouterr().err
+
+
 def test_a_changed_evaluation_is_done_again_without_training(tiny, monkeypatch):
     """Only the evaluations that are new or other ones count as missing."""
     plan = execute.Plan(table.load(tiny), tiny.parent / "out", {})

@@ -116,6 +116,8 @@ def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]
         def work(run: Run) -> Optional[str]:
             slot = free.get()
             try:
+                if process.STOPPED.is_set():
+                    return f"{run.name}: not started"
                 complete(plan, run, slot, board)
                 return None
             except (RunError, BusyError, logs.LogError) as error:
