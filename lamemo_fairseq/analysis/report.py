@@ -62,7 +62,8 @@ def figure1(models: Models) -> Lines:
     """Mean attention in bins of five, by offset into the memory and by distance from the query.
 
     The offset of a bin is that of its farthest key: -5 stands for the offsets -5 .. -1. The weights of a bin are added
-    up: a mean of .09 for each of five keys in a row, over all queries, would be more attention than there is.
+    up: a mean of .09 for each of five keys in a row, over all queries, would be more attention than there is. The paper's
+    points stand in both columns, as either may be meant.
     """
     lines = []
     for name, found in models.items():
@@ -76,7 +77,7 @@ def figure1(models: Models) -> Lines:
             lines.append(line)
     for name, values in PAPER.items():
         for offset, value in zip(OFFSETS, values, strict=True):
-            lines.append({"model": name, "offset": offset, "into memory": value, "from the query": None})
+            lines.append({"model": name, "offset": offset, "into memory": value, "from the query": value})
     return lines
 
 
@@ -195,10 +196,11 @@ def _draw_alpha(plt: Any, models: Models) -> Any:
         layers = found.mixing_layers
         ages = torch.stack([found.mixing.by_age(layer, found.segment_length) for layer in layers])
         for age, values in enumerate(ages.T, start=1):
-            axis.plot([layer + 1 for layer in layers], values, marker=".", label=f"written {age} segments ago")
+            axis.plot([layer + 1 for layer in layers], values, marker=".", label=str(age))
         axis.set_xlabel("layer")
         axis.set_ylabel("alpha, share kept")
         axis.set_ylim(0, 1)
         axis.set_title(name, fontsize=10)
-        axis.legend(fontsize=7)
+        axis.set_xticks([layer + 1 for layer in layers])
+        axis.legend(title="segments since written", fontsize=7, title_fontsize=7)
     return figure
