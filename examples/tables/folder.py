@@ -127,25 +127,23 @@ def environment(devices: Optional[str]) -> Dict[str, Any]:
     """Where a run is run; *devices* are those of CUDA it may use, None for a CPU."""
     names: List[str] = []
     if devices:
-        shown = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", f"--id={devices}"],
-            capture_output=True,
-            text=True,
-        )
-        names = shown.stdout.strip().splitlines() if shown.returncode == 0 else [f"CUDA {devices}"]
+        names = (
+            _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", f"--id={devices}") or f"CUDA {devices}"
+        ).splitlines()
     return {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_files": _git("status", "--porcelain", "--untracked-files=no"),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "changed_files": _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"),
         "device": ", ".join(names) or f"{_processor()}, {torch.get_num_threads()} threads",
         "host": platform.platform(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "fairseq": _fairseq()},
     }
 
 
-def _git(*arguments: str) -> Optional[str]:
+def _output(*command: str) -> Optional[str]:
+    """What a command prints, None if it fails or is not installed."""
     try:
-        found = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        found = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return found.stdout.strip() if found.returncode == 0 else None

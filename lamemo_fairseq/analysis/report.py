@@ -62,8 +62,8 @@ def figure1(models: Models) -> Lines:
     """Mean attention in bins of five, by offset into the memory and by distance from the query.
 
     The offset of a bin is that of its farthest key: -5 stands for the offsets -5 .. -1. The weights of a bin are added
-    up: a mean of .09 for each of five keys in a row, over all queries, would be more attention than there is. The paper's
-    points stand in both columns, as either may be meant.
+    up: if each point of the paper stood for one key, attention would add up to more than there is. The paper's points
+    stand in both columns, as either may be meant.
     """
     lines = []
     for name, found in models.items():
