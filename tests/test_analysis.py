@@ -8,7 +8,7 @@ import pytest
 import torch
 from fairseq_cli import eval_lm, train
 
-from lamemo_fairseq.analysis import Attention, Losses, Mixing, __main__, record
+from lamemo_fairseq.analysis import Attention, Losses, Mixing, __main__, record, report
 from lamemo_fairseq.attention import BACKENDS, eager
 
 from .helpers import TASK, VARIANTS, random_tokens, read_streams, run_command, segments_of, tiny_decoder, write_data
@@ -188,7 +188,8 @@ def test_one_command_from_checkpoints_to_figures(trained, capsys):
         assert (out / f"{name}.svg").read_text().startswith("<?xml") and (out / f"{name}.png").exists()
 
 
-def test_another_memory_length_and_a_part_of_the_split(trained, capsys):
+def test_another_memory_length_and_a_part_of_the_split(trained, capsys, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: [])  # takes most of the time
     path = trained / "lamemo_lm" / "checkpoint_last.pt"
     options = ["--mem-len", "24", "--tokens-per-sample", "4", "--segments", "9", "--batch-size", "2", "--cpu"]
     out = trained / "longer"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from examples.tables import __main__ as runner
-from examples.tables import commands, execute, folder, logs, process, render, scale, table
+from examples.tables import commands, execute, folder, logs, plots, process, render, scale, table
 
 from .helpers import random_tokens, read_streams, tiny_decoder, write_data
 from .processes import _FORKS
@@ -107,7 +107,9 @@ def read(path):
 def test_a_table_is_run_once_and_rendered(tiny, capsys, monkeypatch):
     """The second start finds nothing to do, and a changed option is refused before anything is run."""
     monkeypatch.setattr(process, "run", fork)
-    assert run(tiny, "--only", "lamemo") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "write", lambda *_: [])  # takes its time
+        assert run(tiny, "--only", "lamemo") == 0
     assert "Not complete: transformer_xl/seed-1." in capsys.readouterr().out
     assert run(tiny) == 0
     out = tiny.parent / "out"
@@ -138,6 +140,7 @@ def test_a_table_is_run_once_and_rendered(tiny, capsys, monkeypatch):
     for name in ("summary", "curves", "memory"):
         assert (out / f"{name}.svg").read_text().startswith("<?xml") and (out / f"{name}.png").stat().st_size > 5000
 
+    monkeypatch.setattr(plots, "write", lambda *_: [])
     monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run again"))
     assert run(tiny) == 0
     capsys.readouterr()
@@ -148,7 +151,7 @@ def test_a_table_is_run_once_and_rendered(tiny, capsys, monkeypatch):
 
 def test_a_killed_runner_goes_on_from_the_checkpoint(tiny, data, tmp_path, monkeypatch):
     """Killed with its training: the next start trains what is left, and ends where an undisturbed run ends."""
-    options = ["--only", "lamemo", "--set", "max-update=60", "save-interval-updates=5"]
+    options = ["--only", "lamemo", "--set", "max-update=30", "save-interval-updates=5"]
     argv = [sys.executable, "-m", "examples.tables", str(tiny), "--out", str(tmp_path / "killed"), *options]
     started = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     log = tmp_path / "killed" / "lamemo" / "seed-1" / "train.log"
@@ -159,10 +162,10 @@ def test_a_killed_runner_goes_on_from_the_checkpoint(tiny, data, tmp_path, monke
     assert not (log.parent / "trained.json").exists() and not (log.parent / "results.json").exists()
 
     monkeypatch.setattr(process, "run", fork)
-    plan = execute.Plan(table.load(tiny), tmp_path / "killed", {"max-update": 60, "save-interval-updates": 5})
+    plan = execute.Plan(table.load(tiny), tmp_path / "killed", {"max-update": 30, "save-interval-updates": 5})
     (one,) = table.runs(plan.table, ["lamemo"])
     only_train(plan, one)
-    assert "Loaded checkpoint" in log.read_text() and logs.training(log)["updates"] == 60
+    assert "Loaded checkpoint" in log.read_text() and logs.training(log)["updates"] == 30
     assert len(plan.folder(one).starts.read_text().splitlines()) == 2
     whole = execute.Plan(plan.table, tmp_path / "whole", plan.changes)
     only_train(whole, one)
