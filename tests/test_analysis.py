@@ -160,7 +160,8 @@ def test_one_command_from_checkpoints_to_figures(trained, capsys):
     positions = lines(out / "loss_by_position.csv")
     for name, arch in names.items():
         path = trained / arch / "checkpoint_last.pt"
-        text = printed(eval_lm.cli_main, data, *TASK, "--path", path, "--gen-subset", "valid", "--batch-size", 2)
+        options = ["--path", path, "--gen-subset", "valid", "--batch-size", 2, "--num-workers", 0]
+        text = printed(eval_lm.cli_main, data, *TASK, *options)
         expected = float(re.search(r"Loss \(base 2\): ([\d.]+)", text).group(1))
         assert f"{name}: loss {expected:.4f} bits over 333 tokens" in told
         own = [line for line in positions if line["model"] == name]
@@ -189,7 +190,7 @@ def test_one_command_from_checkpoints_to_figures(trained, capsys):
 
 
 def test_another_memory_length_and_a_part_of_the_split(trained, capsys, monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda *_: [])  # takes most of the time
+    monkeypatch.setattr(report, "draw", lambda *_: [])  # takes its time
     path = trained / "lamemo_lm" / "checkpoint_last.pt"
     options = ["--mem-len", "24", "--tokens-per-sample", "4", "--segments", "9", "--batch-size", "2", "--cpu"]
     out = trained / "longer"
