@@ -24,6 +24,8 @@ setup(
         ],
         # torch's GPU builds bring it; the fused attention needs nothing else.
         "fused": ["triton; platform_system == 'Linux'"],
+        # Pictures of the tables and of the analysis.
+        "plots": ["matplotlib"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "matplotlib"],
     },
 )

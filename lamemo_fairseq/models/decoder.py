@@ -3,6 +3,7 @@
 Shapes: B streams, N tokens of a segment, V words, d model width.
 """
 
+import logging
 import zlib
 from enum import Enum
 from typing import Any, Dict, Optional, Tuple
@@ -20,6 +21,8 @@ from ..modules.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedd
 from ..positions import POSITIONS, PositionConfig
 from .config import MemoryLanguageModelConfig, check, cutoffs, memory_options
 from .incremental import DecodingState
+
+logger = logging.getLogger(__name__)
 
 # Generation and scoring cut long inputs into segments themselves, so nothing has to be truncated.
 UNLIMITED = 10**9
@@ -243,7 +246,9 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         return UNLIMITED
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Any], name: str) -> Dict[str, Any]:
-        """Refuse weights that were trained on other words.
+        """Refuse weights that were trained on other words; without memory, leave out those that only a memory uses.
+
+        So a model trained with memory can be evaluated without: ``--model-overrides "{'memory': 'none'}"``.
 
         Raises:
             ValueError: the checkpoint's dictionary is not this one.
@@ -255,6 +260,12 @@ class MemoryDecoder(FairseqIncrementalDecoder):
                 f"{len(self.dictionary):,} words. Evaluate on data binarized with the checkpoint's dictionary: "
                 "fairseq-preprocess --srcdict DICT_OF_THE_TRAINING_DATA"
             )
+        if not self.memory.remembers:
+            unused = [k for k in state_dict if k.startswith((f"{name}.memory.", f"{name}.positions.ahead_"))]
+            for key in unused:
+                del state_dict[key]
+            if unused:
+                logger.info("--memory none leaves out weights of the checkpoint: %s", ", ".join(unused))
         return state_dict
 
     def _build_embedding(self, cfg: MemoryLanguageModelConfig) -> WordEmbedding:

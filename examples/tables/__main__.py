@@ -1,0 +1,184 @@
+"""From a table file to the table: trains and evaluates what is missing, then renders.
+
+python -m examples.tables examples/enwik8/table.yaml                      every row, on the GPUs that there are
+python -m examples.tables examples/enwik8/table.yaml --print lamemo       the commands of one row
+python -m examples.tables examples/enwik8/table.yaml --print-slurm        jobs for SLURM instead
+python -m examples.tables examples/enwik8/table.yaml --scale 60           all rows shrunk alike, to an hour
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import yaml
+
+from . import commands, folder, plots, process, recipes, render, scale, table
+from .execute import Plan, RunError, Slot, check, execute
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    args = parser().parse_args(given)
+    try:
+        return act(args)
+    except (table.TableError, folder.ChangedError, folder.BusyError, RunError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        process.stop()
+        print("stopped; the same command goes on from the last checkpoints", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m examples.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("table", type=Path, help="table file")
+    found.add_argument("--only", nargs="+", metavar="ROW", help="these rows only")
+    found.add_argument("--seeds", nargs="+", type=int, help="these seeds instead of the table's")
+    found.add_argument(
+        "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of fairseq-train for every row (cpu=true)"
+    )
+    found.add_argument("--out", type=Path, help="folder of the runs (default: work/tables/ and the table's folder)")
+    found.add_argument("--scale", type=float, metavar="MINUTES", help="shrink every row alike to this budget")
+    found.add_argument("--gpus", type=int, default=1, help="GPUs of one run, which share the table's streams")
+    found.add_argument("--devices", help="GPUs to use, such as 0,1,2,3 (default: all)")
+    found.add_argument("--jobs", type=int, default=1, help="runs side by side on a CPU (--set cpu=true)")
+    action = found.add_mutually_exclusive_group()
+    action.add_argument("--print", metavar="ROW", help="print the commands of a row and run nothing")
+    action.add_argument("--print-slurm", action="store_true", help="print jobs for what is missing and run nothing")
+    action.add_argument("--write-recipes", action="store_true", help="write ROW.sh and ROW.yaml beside the table file")
+    action.add_argument("--render", action="store_true", help="render what is complete and run nothing")
+    found.add_argument("--sbatch", metavar="OPTIONS", help='more options for --print-slurm, such as "--time 24:00:00"')
+    return found
+
+
+def act(args: argparse.Namespace) -> int:
+    """Do what the command line asks for."""
+    loaded = table.load(args.table)
+    name = table_name(args.table)
+    if args.print:
+        print("\n\n".join(recipes.lines(loaded, args.print, name, args.gpus)))
+        return 0
+    if args.write_recipes:
+        for file in recipes.write(loaded, args.table.parent, name):
+            print(file)
+        return 0
+    changes = options(args.set)
+    plan = Plan(loaded, args.out or default_out(name, args.scale), changes, args.gpus)
+    runs = table.runs(loaded, args.only, args.seeds)
+    if args.print_slurm:
+        print("\n".join(jobs(plan, runs, args)))
+        return 0
+    if args.scale is not None and args.scale <= 0:
+        raise table.TableError(f"--scale is {args.scale}, it must be a positive number of minutes")
+    places = [] if args.render else slots(args, plan.on_cpu)
+    if args.scale is not None:
+        plan = scale.shrink(plan, runs, places, args.scale)
+    failed = execute(plan, runs, places) if places else []
+    # Other rows and seeds of the same folder may be there already, or be run by other jobs.
+    everything = table.runs(loaded, None, sorted({*loaded.seeds, *(args.seeds or [])}))
+    print(render.write(plan, everything))
+    try:
+        plots.write(plan, everything)
+    except table.TableError as error:
+        print(f"no plots: {error}", file=sys.stderr)
+    for message in failed:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def table_name(path: Path) -> str:
+    """The folder of a table below examples/, with dashes: ``novels-bytes``."""
+    parts = path.resolve().parent.parts
+    below = parts[parts.index("examples") + 1 :] if "examples" in parts else parts[-1:]
+    return "-".join(below) if path.stem == "table" and below else path.stem
+
+
+def default_out(name: str, minutes: Optional[float]) -> Path:
+    return Path("work/tables") / (name if minutes is None else f"{name}-scale-{minutes:g}")
+
+
+def options(given: List[str]) -> Dict[str, Any]:
+    """``["cpu=true", "lr=1e-3"]`` as a dictionary.
+
+    Raises:
+        TableError: an entry has no ``=``, or is not the table's to give.
+    """
+    found: Dict[str, Any] = {}
+    for entry in given:
+        key, separator, value = entry.partition("=")
+        key = key.lstrip("-")
+        if not separator or not key:
+            raise table.TableError(f"--set {entry}: pass OPTION=VALUE, such as cpu=true or lr=0.001")
+        if key in ("batch-size", "seed", "save-dir"):
+            raise table.TableError(f"--set {key}: it follows from the table's streams, from --seeds and from --out")
+        found[key] = yaml.safe_load(value) if value else None
+    return found
+
+
+def slots(args: argparse.Namespace, on_cpu: bool) -> List[Slot]:
+    """Where runs can be run, one at a time in each.
+
+    Raises:
+        TableError: there are not enough GPUs for one.
+    """
+    if on_cpu:
+        return [Slot()] * max(1, args.jobs)
+    devices = args.devices.split(",") if args.devices else visible()
+    found = [Slot(tuple(devices[i : i + args.gpus])) for i in range(0, len(devices) - args.gpus + 1, args.gpus)]
+    if not found:
+        raise table.TableError(
+            f"--gpus {args.gpus}: there are {len(devices)} GPUs to use. On a CPU, pass --set cpu=true fp16=false"
+        )
+    return found
+
+
+def visible() -> List[str]:
+    """The GPUs that this process may use."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def jobs(plan: Plan, runs: List[table.Run], args: argparse.Namespace) -> List[str]:
+    """A line for SLURM for each run that is missing; a shrunk table is one job, as its rows depend on each other."""
+    shared = [str(args.table), "--out", str(plan.out)]
+    if args.set:
+        shared += ["--set", *args.set]
+    log = plan.out / "slurm-%j.log"
+    gpus = 0 if plan.on_cpu else plan.gpus
+    name = table_name(args.table)
+    if args.scale is not None:
+        chosen = (["--only", *args.only] if args.only else []) + (
+            ["--seeds", *map(str, args.seeds)] if args.seeds else []
+        )
+        whole = [*shared, *chosen, "--scale", f"{args.scale:g}", "--gpus", str(plan.gpus)]
+        return [f"mkdir -p {shlex.quote(str(plan.out))}", commands.slurm(name, whole, gpus, log, args.sbatch)]
+    missing = check(plan, runs)
+    lines = [
+        commands.slurm(
+            f"{name}-{run.row}-{run.seed}",
+            [*shared, "--only", run.row, "--seeds", str(run.seed), "--gpus", str(plan.gpus)],
+            gpus,
+            log,
+            args.sbatch,
+        )
+        for run in missing
+    ]
+    return [f"mkdir -p {shlex.quote(str(plan.out))}", *lines] if lines else ["# every run is complete: --render"]
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # as schedulers end a job
+    sys.exit(main())

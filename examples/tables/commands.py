@@ -1,0 +1,111 @@
+"""Command lines of fairseq for the runs of a table, as lists, for the shell, and for SLURM."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from .table import Evaluation, Run, Table, TableError, find
+
+# Options of training that evaluation shares.
+SHARED = ("user-dir", "task", "cpu", "num-workers", "log-format")
+MODULES = {"fairseq-train": "fairseq_cli.train", "fairseq-eval-lm": "fairseq_cli.eval_lm"}
+
+
+def flags(options: Mapping[str, Any]) -> List[str]:
+    """``{"roll": True, "lr": 0.1}`` as ``--roll --lr 0.1``; what is false or null is left out."""
+    found = []
+    for name, value in options.items():
+        if value is True:
+            found.append(f"--{name}")
+        elif value is not None and value is not False:
+            found += [f"--{name}", str(value)]
+    return found
+
+
+def training_options(table: Table, row: str, changes: Mapping[str, Any]) -> Dict[str, Any]:
+    """Options of fairseq-train for a row; *changes* come last and are the same for all rows."""
+    return {**table.options, **find(table, row).options, **changes}
+
+
+def streams_a_device(table: Table, gpus: int) -> int:
+    """``--batch-size`` on each of *gpus* devices, so that their number does not change the run.
+
+    Raises:
+        TableError: they cannot share the streams evenly.
+    """
+    if gpus < 1 or table.streams % gpus:
+        raise TableError(f"--gpus {gpus}: the {table.streams} streams of this table cannot be shared evenly")
+    return table.streams // gpus
+
+
+def train(
+    table: Table, run: Run, checkpoints: str, changes: Mapping[str, Any], gpus: int = 1, batch_size: Any = None
+) -> List[str]:
+    """The arguments of fairseq-train."""
+    options = {
+        **training_options(table, run.row, changes),
+        "batch-size": streams_a_device(table, gpus) if batch_size is None else batch_size,
+        "seed": run.seed,
+        "save-dir": checkpoints,
+    }
+    return [str(options.pop("data", table.data)), *flags(options)]
+
+
+def evaluate(
+    table: Table, row: str, checkpoint: str, evaluation: Evaluation, changes: Mapping[str, Any], shards: int = 1
+) -> List[str]:
+    """The arguments of fairseq-eval-lm; of *shards* equal parts of the streams the first is read."""
+    trained = training_options(table, row, changes)
+    options: Dict[str, Any] = {
+        **{name: trained[name] for name in SHARED if name in trained},
+        "path": checkpoint,
+        "gen-subset": evaluation.subset,
+        **table.evaluation.options,
+    }
+    if evaluation.mem_len is not None:
+        without = find(table, row).without_memory
+        nothing = table.evaluation.without_memory if without is None else without
+        options["model-overrides"] = str({"mem_len": evaluation.mem_len} if evaluation.mem_len else dict(nothing))
+    if evaluation.tokens_per_sample is not None:
+        options["tokens-per-sample"] = evaluation.tokens_per_sample
+    if shards > 1:
+        options.update({"num-shards": shards, "shard-id": 0})
+    return [str(trained.get("data", table.data)), *flags(options)]
+
+
+def argv(command: str, arguments: Sequence[str]) -> List[str]:
+    """A command of fairseq as this Python runs it."""
+    return [sys.executable, "-m", MODULES[command], *arguments]
+
+
+def shell(command: str, arguments: Sequence[str], width: int = 118) -> str:
+    """A command of fairseq for a shell, in lines that end in a backslash."""
+    lines, line = [], command
+    for word in _options(arguments):
+        if len(line) + len(word) + 3 > width:
+            lines.append(line + " \\")
+            line = "   "
+        line += " " + word
+    return "\n".join([*lines, line])
+
+
+def _options(arguments: Sequence[str]) -> List[str]:
+    """Options with their values, quoted."""
+    found: List[str] = []
+    for word in arguments:
+        # What is computed by the shell is to stay so.
+        quoted = word if word.startswith("$((") else shlex.quote(word)
+        if found and found[-1].startswith("--") and " " not in found[-1] and not word.startswith("--"):
+            found[-1] += " " + quoted
+        else:
+            found.append(quoted)
+    return found
+
+
+def slurm(job: str, arguments: Sequence[str], gpus: int, log: Path, extra: Optional[str]) -> str:
+    """A line for SLURM that runs a part of a table, and once more if the node is lost."""
+    script = f"python -m examples.tables {shlex.join(arguments)}"
+    devices = ["--gpus-per-node", str(gpus)] if gpus else []
+    words = ["sbatch", "--job-name", job, "--nodes", "1", *devices, "--requeue", "--output", str(log)]
+    return " ".join([shlex.join(words), *([extra] if extra else []), "--wrap", shlex.quote(script)])

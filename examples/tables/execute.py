@@ -1,0 +1,234 @@
+"""Runs what a table still lacks: trains, evaluates, and leaves results.json where a run is complete."""
+
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Queue
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from tqdm import tqdm
+
+from . import commands, logs, process
+from .folder import BusyError, RunFolder, data_identity, read_json, write_json
+from .table import Evaluation, Run, Table, evaluations, find
+
+
+class RunError(RuntimeError):
+    """A command of a run failed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table, and how to run it."""
+
+    table: Table
+    out: Path
+    changes: Dict[str, Any] = field(default_factory=dict)  # options of all rows, given on the command line
+    gpus: int = 1  # for each run
+    shards: int = 1  # evaluations read the first of as many parts of a split
+    scale: Optional[Dict[str, Any]] = None  # how the table was shrunk
+
+    @property
+    def on_cpu(self) -> bool:
+        return bool({**self.table.options, **self.changes}.get("cpu"))
+
+    def folder(self, run: Run) -> RunFolder:
+        return RunFolder(self.out / run.row / f"seed-{run.seed}")
+
+    def identity(self, run: Run) -> Dict[str, Any]:
+        """What a run's figures depend on, as JSON. The number of GPUs is no part of it."""
+        options = commands.training_options(self.table, run.row, self.changes)
+        data = str(options.pop("data", self.table.data))
+        return {
+            "row": run.row,
+            "seed": run.seed,
+            "streams": self.table.streams,
+            "options": {f"--{name}": value for name, value in options.items()},
+            "data": data_identity(data),
+        }
+
+    def evaluations(self, run: Run) -> List[Evaluation]:
+        return evaluations(self.table, find(self.table, run.row))
+
+    def evaluation_arguments(self, run: Run, evaluation: Evaluation, checkpoint: Path) -> List[str]:
+        return commands.evaluate(self.table, run.row, str(checkpoint), evaluation, self.changes, self.shards)
+
+    def evaluation_identity(self, run: Run, evaluation: Evaluation) -> List[str]:
+        return self.evaluation_arguments(run, evaluation, Path("checkpoint_best.pt"))[1:]
+
+    def missing(self, run: Run) -> List[Evaluation]:
+        """The evaluations that a run still lacks."""
+        folder, found = self.folder(run), []
+        for evaluation in self.evaluations(run):
+            held = read_json(folder.evaluated(evaluation.name))
+            if held is None or held["identity"] != self.evaluation_identity(run, evaluation):
+                found.append(evaluation)
+        return found
+
+    def complete(self, run: Run) -> bool:
+        folder = self.folder(run)
+        return folder.results.exists() and folder.trained.exists() and not self.missing(run)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one run at a time."""
+
+    devices: Tuple[str, ...] = ()  # of CUDA; none for a CPU
+
+    @property
+    def shown(self) -> Optional[str]:
+        return ",".join(self.devices) or None
+
+    def environment(self, count: Optional[int] = None) -> Dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.devices[:count])}
+
+
+def check(plan: Plan, runs: Sequence[Run]) -> List[Run]:
+    """The runs that are not complete, once it is known that none of the folders holds another run.
+
+    Raises:
+        ChangedError: one does.
+    """
+    for run in runs:
+        folder = plan.folder(run)
+        if folder.identity.exists():
+            folder.claim(plan.identity(run))
+    return [run for run in runs if not plan.complete(run)]
+
+
+def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]:
+    """Run what is missing, one run at a time in each slot.
+
+    Returns:
+        What went wrong, a message for each run that failed; the others are complete.
+    """
+    todo = check(plan, runs)
+    free: Queue[Slot] = Queue()
+    for slot in slots:
+        free.put(slot)
+    with tqdm(total=len(runs), initial=len(runs) - len(todo), desc=plan.table.title, unit="run", leave=True) as bar:
+        board = Board(bar)
+
+        def work(run: Run) -> Optional[str]:
+            slot = free.get()
+            try:
+                if process.STOPPED.is_set():
+                    return f"{run.name}: not started"
+                complete(plan, run, slot, board)
+                return None
+            except (RunError, BusyError, logs.LogError) as error:
+                return f"{run.name}: {error}"
+            finally:
+                board.done(run)
+                free.put(slot)
+
+        with ThreadPoolExecutor(len(slots)) as pool:
+            try:
+                return [message for message in pool.map(work, todo) if message is not None]
+            except BaseException:
+                process.stop()
+                raise
+
+
+def complete(plan: Plan, run: Run, slot: Slot, board: "Board") -> None:
+    """Train a run unless it is trained, do the evaluations that it lacks, and write its results.
+
+    Raises:
+        RunError: a command failed.
+        BusyError: another process has the run's folder.
+    """
+    folder = plan.folder(run)
+    lock = folder.lock()
+    try:
+        folder.claim(plan.identity(run))
+        if not folder.trained.exists():
+            _train(plan, run, folder, slot, lock, board)
+        missing = plan.missing(run)
+        if missing:
+            _evaluate(plan, run, folder, missing, slot, lock, board)
+        write_json(
+            folder.results,
+            {
+                "run": read_json(folder.identity),
+                "training": read_json(folder.trained),
+                "evaluations": {e.name: read_json(folder.evaluated(e.name)) for e in plan.evaluations(run)},
+                "scale": plan.scale,
+            },
+        )
+    finally:
+        os.close(lock)
+
+
+def _train(plan: Plan, run: Run, folder: RunFolder, slot: Slot, lock: int, board: "Board") -> None:
+    arguments = commands.train(plan.table, run, str(folder.checkpoints), plan.changes, max(1, len(slot.devices)))
+    argv = commands.argv("fairseq-train", arguments)
+    folder.note_start([["fairseq-train", *arguments]], slot.shown)
+    ended = process.run(
+        argv, folder.log, slot.environment(), [lock], lambda: board.show(run, logs.now(folder.log) or "starts")
+    )
+    if ended.code:
+        raise RunError(failure("fairseq-train", ended.code, folder.log))
+    valid = str(commands.training_options(plan.table, run.row, plan.changes).get("valid-subset", "valid"))
+    write_json(folder.trained, {**logs.training(folder.log, valid), "host_memory_gib": ended.memory_gib})
+
+
+def _evaluate(
+    plan: Plan, run: Run, folder: RunFolder, missing: List[Evaluation], slot: Slot, lock: int, board: "Board"
+) -> None:
+    jobs = folder.path / "evaluations" / "jobs.json"
+    log = folder.path / "evaluations" / "log"
+    wanted = [
+        {
+            "identity": plan.evaluation_identity(run, evaluation),
+            "arguments": plan.evaluation_arguments(run, evaluation, folder.checkpoint),
+            "log": str(folder.evaluated(evaluation.name).with_suffix(".log")),
+            "result": str(folder.evaluated(evaluation.name)),
+        }
+        for evaluation in missing
+    ]
+    write_json(jobs, wanted)
+    folder.note_start([["fairseq-eval-lm", *job["arguments"]] for job in wanted], slot.shown)
+
+    def watch() -> None:
+        left = len(plan.missing(run))
+        board.show(run, f"evaluation {len(missing) - left + 1} of {len(missing)}")
+
+    watch()
+    # One device: an evaluation on several would cut the split into other streams.
+    argv = [sys.executable, "-m", "examples.tables.evaluate", str(jobs)]
+    ended = process.run(argv, log, slot.environment(1), [lock], watch)
+    if ended.code:
+        failed = plan.missing(run)
+        inner = folder.evaluated(failed[0].name).with_suffix(".log") if failed else log
+        raise RunError(failure("fairseq-eval-lm", ended.code, inner if inner.exists() else log))
+
+
+def failure(command: str, code: int, log: Path) -> str:
+    """What to say of a command that failed."""
+    shown = "\n    ".join(logs.tail(log))
+    return (
+        f"{command} ended with {code}. The end of {log}:\n    {shown}\n  Start again to go on from the last checkpoint"
+    )
+
+
+class Board:
+    """One line that says where every run stands."""
+
+    def __init__(self, bar: Any):
+        self._bar = bar
+        self._lines: Dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def show(self, run: Run, words: str) -> None:
+        with self._lock:
+            self._lines[run.name] = words
+            self._bar.set_postfix_str("; ".join(f"{name}: {line}" for name, line in self._lines.items()))
+
+    def done(self, run: Run) -> None:
+        with self._lock:
+            self._lines.pop(run.name, None)
+            self._bar.update()

@@ -1,0 +1,167 @@
+"""The folder of one run: what it is, where it was run, and its results once it is complete."""
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class ChangedError(ValueError):
+    """A folder holds another run than the one that is asked for."""
+
+
+class BusyError(RuntimeError):
+    """Another process is at work in a folder."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is either complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def read_json(path: Path) -> Optional[Any]:
+    """The contents of a file that `write_json` wrote, None if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+class RunFolder:
+    """Files of a run, by name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.identity = path / "run.json"
+        self.starts = path / "starts.jsonl"
+        self.log = path / "train.log"
+        self.checkpoints = path / "checkpoints"
+        self.checkpoint = self.checkpoints / "checkpoint_best.pt"
+        self.trained = path / "trained.json"
+        self.results = path / "results.json"
+
+    def evaluated(self, name: str) -> Path:
+        return self.path / "evaluations" / f"{name}.json"
+
+    def claim(self, wanted: Dict[str, Any]) -> None:
+        """Say that the folder holds the run *wanted*.
+
+        Raises:
+            ChangedError: it holds another one; with what differs.
+        """
+        held = read_json(self.identity)
+        if held is None:
+            write_json(self.identity, wanted)
+        elif held != wanted:
+            raise ChangedError(
+                f"{self.path} holds another run: {'; '.join(differences(held, wanted))}. "
+                "Ask for the same, take another folder with --out, or move this one away"
+            )
+
+    def lock(self) -> int:
+        """Keep others out as long as the descriptor is open, here or in a process that inherits it.
+
+        Raises:
+            BusyError: another process has the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise BusyError(f"{self.path}: another process is at work there; wait for it, or end it") from None
+        return descriptor
+
+    def note_start(self, commands: List[List[str]], devices: Optional[str]) -> None:
+        """Add where and how the run is started, or started again."""
+        with self.starts.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"commands": commands, **environment(devices)}) + "\n")
+
+
+def differences(held: Any, wanted: Any, name: str = "") -> List[str]:
+    """Where two values read from JSON differ, in words."""
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        keys = list(dict.fromkeys([*held, *wanted]))
+        parts = [
+            differences(held.get(key), wanted.get(key), f"{name} {key}".strip())
+            for key in keys
+            if held.get(key) != wanted.get(key)
+        ]
+        return [words for part in parts for words in part]
+    return [f"{name} is {_shown(wanted)}, there it was {_shown(held)}"]
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else str(value)
+
+
+def data_identity(data: str) -> Dict[str, Any]:
+    """What tells one binarized corpus from another: its dictionary, and the size of its splits.
+
+    Raises:
+        FileNotFoundError: there is no such corpus.
+    """
+    folder = Path(data)
+    if not (folder / "dict.txt").exists():
+        raise FileNotFoundError(f"{folder} holds no dict.txt: prepare the data first, as the README of the table says")
+    words = hashlib.sha256((folder / "dict.txt").read_bytes()).hexdigest()[:16]
+    return {"dictionary": words, **{f"size of {p.name}": p.stat().st_size for p in sorted(folder.glob("*.bin"))}}
+
+
+def environment(devices: Optional[str]) -> Dict[str, Any]:
+    """Where a run is run; *devices* are those of CUDA it may use, None for a CPU."""
+    names: List[str] = []
+    if devices:
+        names = (
+            _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", f"--id={devices}") or f"CUDA {devices}"
+        ).splitlines()
+    return {
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "changed_files": _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"),
+        "device": ", ".join(names) or f"{_processor()}, {torch.get_num_threads()} threads",
+        "host": platform.platform(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "fairseq": _fairseq()},
+    }
+
+
+def _output(*command: str) -> Optional[str]:
+    """What a command prints, None if it fails or is not installed."""
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def _fairseq() -> str:
+    for name in ("ve-fairseq", "fairseq-fixed", "fairseq"):
+        try:
+            return f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,116 @@
+"""Figures from what fairseq's commands log, with ``--log-format json`` in training."""
+
+import json
+import re
+from pathlib import Path
+from statistics import median
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+_RECORD = re.compile(r"^[\d\-]+ [\d:]+ \| INFO \| (\w+) \| (\{.*\})\s*$")
+_PARAMETERS = re.compile(r"num\. shared model params: ([\d,]+)")
+_CAPACITY = re.compile(r"total memory = ([\d.]+) GB")
+_STARTED = "training on "
+_EVALUATED = re.compile(r"Evaluated ([\d,]+) tokens in ([\d.]+)s \(([\d.]+) tokens/s\)")
+_LOSS = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")
+
+
+class LogError(ValueError):
+    """A log does not hold what a finished run leaves there."""
+
+
+def records(path: Path) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """The JSON records of a log with their tags; ``start`` stands where a process began to train."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            found = _RECORD.match(line)
+            if found:
+                try:
+                    yield found.group(1), json.loads(found.group(2))
+                except ValueError:  # a line cut short by a kill
+                    continue
+            elif _STARTED in line:
+                yield "start", {}
+
+
+def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
+    """What a log of training says.
+
+    Returns:
+        ``parameters``; ``tokens_per_second``, the median over log intervals, the first after each start left out where
+        there are others; ``tokens_an_update``; ``device_memory_gib``, the largest peak that was logged (None on a CPU);
+        ``updates``; and ``curve``, one ``[update, base-2 loss]`` a validation.
+
+    Raises:
+        LogError: there are no parameters in it.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    parameters = _PARAMETERS.findall(text)
+    if not parameters:
+        raise LogError(f"{path} does not say how many parameters the model has")
+    speeds: List[float] = []
+    first: List[float] = []
+    free: List[float] = []
+    curve: Dict[int, float] = {}
+    updates, fresh, batch = 0, True, None
+    for tag, record in records(path):
+        if tag == "start":
+            fresh = True
+        elif tag == "train_inner":
+            updates = int(record["num_updates"])
+            if "wps" in record:
+                (first if fresh else speeds).append(float(record["wps"]))
+            fresh = False
+            batch = float(record["wpb"]) if "wpb" in record else batch
+            if "gb_free" in record:
+                free.append(float(record["gb_free"]))
+        elif tag == valid_subset:
+            # A resumed run repeats what it did after its checkpoint.
+            curve[int(record[f"{tag}_num_updates"])] = float(record[f"{tag}_loss"])
+    capacity = _CAPACITY.findall(text)
+    return {
+        "parameters": int(parameters[-1].replace(",", "")),
+        "tokens_per_second": median(speeds or first) if speeds or first else None,
+        "tokens_an_update": batch,
+        "device_memory_gib": round(float(capacity[-1]) - min(free), 2) if capacity and free else None,
+        "updates": max([updates, *curve]),
+        "curve": sorted([update, loss] for update, loss in curve.items()),
+    }
+
+
+def evaluation(path: Path) -> Dict[str, Any]:
+    """What a log of fairseq-eval-lm says: tokens, seconds, tokens/s, base-2 loss and perplexity.
+
+    Raises:
+        LogError: the command did not come to its end.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    evaluated, loss = _EVALUATED.findall(text), _LOSS.findall(text)
+    if not (evaluated and loss):
+        raise LogError(f"{path} has no figures: the evaluation did not come to its end")
+    tokens, seconds, speed = evaluated[-1]
+    return {
+        "tokens": int(tokens.replace(",", "")),
+        "seconds": float(seconds),
+        "tokens_per_second": float(speed),
+        "loss": float(loss[-1][0]),
+        "perplexity": float(loss[-1][1]),
+    }
+
+
+def tail(path: Path, lines: int = 12, size: int = 20_000) -> List[str]:
+    """The last lines of a file, which may still be written."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
+
+
+def now(path: Path) -> Optional[str]:
+    """Where a training stands, in a few words."""
+    for line in reversed(tail(path, lines=200)):
+        found = _RECORD.match(line)
+        if found and found.group(1) == "train_inner":
+            record = json.loads(found.group(2))
+            return f"update {record.get('num_updates')}, loss {record.get('loss')}, {record.get('wps')} tokens/s"
+    return None

@@ -1,0 +1,152 @@
+"""Rows as recipes: a shell script and a YAML for fairseq-hydra-train, both from the row's command line."""
+
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple, get_origin
+
+import yaml
+
+from . import commands, render
+from .folder import ROOT
+from .table import Evaluation, Run, Table, find
+
+# Where an option belongs that several groups have: the first one owns it.
+GROUPS = ["common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion"]
+GROUPS += ["optimizer", "lr_scheduler"]
+NAMED = {
+    "task": "task",
+    "arch": "model",
+    "criterion": "criterion",
+    "optimizer": "optimizer",
+    "lr-scheduler": "lr_scheduler",
+}
+
+
+def write(table: Table, folder: Path, name: str) -> List[Path]:
+    """Write the recipes of every row of the table called *name* to *folder*; returns the files."""
+    texts = written(table, folder.resolve().relative_to(ROOT), name)
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    return [folder / file for file in texts]
+
+
+def written(table: Table, folder: Path, name: str) -> Dict[str, str]:
+    """What stands in ROW.sh and ROW.yaml of every row; *folder* as seen from the root of the checkout."""
+    texts = {}
+    for row in table.rows:
+        texts[f"{row}.sh"] = script(table, row, folder, name)
+        texts[f"{row}.yaml"] = hydra(table, row, folder, name)
+    return texts
+
+
+def checkpoints(name: str, row: str) -> str:
+    """The folder that the recipes of a row save to."""
+    return f"checkpoints/{name}/{row}"
+
+
+def lines(table: Table, row: str, name: str, gpus: int = 1) -> Tuple[str, str]:
+    """Training, and evaluation on the test set, for a shell."""
+    saved = checkpoints(name, row)
+    train = commands.train(table, Run(row, table.seeds[0]), saved, {}, gpus)
+    test = Evaluation(table.evaluation.subsets[-1])
+    evaluate = commands.evaluate(table, row, f"{saved}/checkpoint_best.pt", test, {})
+    return commands.shell("fairseq-train", train), commands.shell("fairseq-eval-lm", evaluate)
+
+
+def script(table: Table, row: str, folder: Path, name: str) -> str:
+    """A row as a shell script."""
+    train = commands.train(
+        table, Run(row, table.seeds[0]), checkpoints(name, row), {}, batch_size=f"$(({table.streams} / GPUS))"
+    )
+    up = "/".join(".." for _ in folder.parts)
+    return f"""#!/usr/bin/env bash
+# {title(table, row)}.
+# Written by `{_writer(folder)}`.
+#   bash {folder}/{row}.sh                            the {table.streams} streams over all GPUs that there are
+#   CUDA_VISIBLE_DEVICES=0 bash {folder}/{row}.sh     on one
+set -euo pipefail
+cd "$(dirname "${{BASH_SOURCE[0]}}")/{up}"
+GPUS=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
+if [ $(({table.streams} % GPUS)) -ne 0 ]; then
+    echo "{table.streams} streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
+    exit 1
+fi
+{commands.shell("fairseq-train", train)}
+# On one GPU: several would cut the split into more streams.
+export CUDA_VISIBLE_DEVICES=$(echo "${{CUDA_VISIBLE_DEVICES:-0}}" | cut -d, -f1)
+{lines(table, row, name)[1]}
+"""
+
+
+def _writer(folder: Path) -> str:
+    return f"python -m examples.tables {folder}/table.yaml --write-recipes"
+
+
+def title(table: Table, row: str) -> str:
+    """What a recipe is, with the reported figures."""
+    found = find(table, row)
+    splits = table.evaluation.subsets
+    paper = render.reported(found, splits)
+    return f"{table.title}, {found.title}" + (f" (reported {' / '.join(splits)}: {paper})" if paper else "")
+
+
+def hydra(table: Table, row: str, folder: Path, name: str) -> str:
+    """A row as a YAML for fairseq-hydra-train, with the streams on one device."""
+    found = config(table, row, name)
+    head = [
+        f"# {title(table, row)}.",
+        f"# Written by `{_writer(folder)}`.",
+        f"#   fairseq-hydra-train --config-dir {folder} --config-name {row} task.data=$PWD/{table.data}",
+    ]
+    return "\n".join(head) + "\n\n" + yaml.safe_dump(found, sort_keys=False)
+
+
+def config(table: Table, row: str, name: str) -> Dict[str, Any]:
+    """The options of a row in hydra's groups."""
+    given = {**commands.training_options(table, row, {}), "batch-size": table.streams, "seed": table.seeds[0]}
+    given["save-dir"] = checkpoints(name, row)
+    groups = _groups(given)
+    found: Dict[str, Any] = {group: {} for group in GROUPS}
+    for option, group in NAMED.items():
+        if option in given:
+            found[group]["_name"] = given[option]
+    for option, value in given.items():
+        if option not in NAMED and value not in (None, False):
+            key = option.replace("-", "_")
+            owner = _owner(groups, key)
+            several = get_origin(groups[owner].__dataclass_fields__[key].type) is list
+            found[owner][key] = [value] if several and not isinstance(value, list) else value
+    found["task"]["data"] = "???"
+    here = "${oc.env:PWD}/"
+    found["common"]["user_dir"] = here + found["common"]["user_dir"]
+    found["checkpoint"]["save_dir"] = here + found["checkpoint"]["save_dir"]
+    return {group: held for group, held in found.items() if held}
+
+
+def _groups(given: Dict[str, Any]) -> Dict[str, Any]:
+    """The dataclass of each group of fairseq's configuration, with the choices of *given*."""
+    from fairseq import criterions, models, optim, tasks, utils
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.optim import lr_scheduler
+
+    utils.import_user_module(_UserDir(str(given["user-dir"])))
+    named = {
+        "task": tasks.TASK_DATACLASS_REGISTRY,
+        "arch": models.MODEL_DATACLASS_REGISTRY,
+        "criterion": criterions.CRITERION_DATACLASS_REGISTRY,
+        "optimizer": optim.OPTIMIZER_DATACLASS_REGISTRY,
+        "lr-scheduler": lr_scheduler.LR_SCHEDULER_DATACLASS_REGISTRY,
+    }
+    found = {group: FairseqConfig.__dataclass_fields__[group].type for group in GROUPS if group not in NAMED.values()}
+    return {**found, **{NAMED[option]: known[given[option]] for option, known in named.items() if option in given}}
+
+
+class _UserDir:
+    def __init__(self, user_dir: str):
+        self.user_dir = user_dir
+
+
+def _owner(groups: Dict[str, Any], key: str) -> str:
+    owners: Sequence[str] = [group for group in GROUPS if group in groups and key in groups[group].__dataclass_fields__]
+    if not owners:
+        raise KeyError(f"no group of fairseq's configuration has '{key}'")
+    return owners[0]

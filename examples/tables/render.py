@@ -1,0 +1,219 @@
+"""Results of a table as Markdown and CSV."""
+
+import csv
+import io
+import json
+import math
+import os
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Dict, Iterable, List, Optional, Sequence
+
+from . import scale
+from .execute import Plan
+from .folder import read_json
+from .table import MEASURES, Evaluation, Row, Run
+
+Result = Dict[str, Any]  # results.json
+
+
+def collect(plan: Plan, runs: Sequence[Run]) -> Dict[str, List[Result]]:
+    """The results of the complete runs, by row."""
+    found: Dict[str, List[Result]] = {name: [] for name in plan.table.rows}
+    for run in runs:
+        if plan.complete(run):
+            folder = plan.folder(run)
+            found[run.row].append({**(read_json(folder.results) or {}), "starts": _starts(folder.starts)})
+    return found
+
+
+def _starts(path: Path) -> List[Dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(plan: Plan, runs: Sequence[Run]) -> str:
+    """Write table.md, table.csv, evaluations.csv and curves.csv; returns the Markdown."""
+    results = collect(plan, runs)
+    text = markdown(plan, runs, results)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    _put(plan.out / "table.md", text)
+    _csv(plan.out / "table.csv", summaries(plan, results))
+    _csv(plan.out / "evaluations.csv", evaluation_lines(plan, results))
+    _csv(plan.out / "curves.csv", curve_lines(results))
+    return text
+
+
+def values(plan: Plan, results: List[Result], evaluation: Evaluation, key: Optional[str] = None) -> List[float]:
+    """A figure of an evaluation in all runs of a row; without a *key*, the measure of the table."""
+    key = key or MEASURES[plan.table.measure][0]
+    held = [r["evaluations"].get(evaluation.name) for r in results]
+    return [e[key] for e in held if e is not None and e[key] is not None]
+
+
+def trained(results: List[Result], key: str) -> List[float]:
+    """A figure of training in all runs of a row."""
+    return [r["training"][key] for r in results if r["training"][key] is not None]
+
+
+def memory(results: List[Result]) -> List[float]:
+    """Peak memory of training in GiB: of the device, on a CPU of the process."""
+    return trained(results, "device_memory_gib") or trained(results, "host_memory_gib")
+
+
+def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
+    """One line a row: means and spreads over the seeds."""
+    lines = []
+    for name, row in plan.table.rows.items():
+        line: Dict[str, Any] = {"row": name, "title": row.title, "seeds": len(results[name])}
+        for subset in plan.table.evaluation.subsets:
+            line.update(_spread(subset, values(plan, results[name], Evaluation(subset))))
+            line[f"{subset} reported"] = getattr(row.paper, subset, None)
+        line.update(_spread("parameters", trained(results[name], "parameters")[:1]))
+        line.update(_spread("tokens/s", trained(results[name], "tokens_per_second")))
+        line.update(_spread("memory GiB", memory(results[name])))
+        lines.append(line)
+    return lines
+
+
+def _spread(name: str, found: List[float]) -> Dict[str, Any]:
+    return {name: mean(found) if found else None, f"{name} spread": stdev(found) if len(found) > 1 else None}
+
+
+def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
+    """One line an evaluation of a run."""
+    lines = []
+    for name, runs in results.items():
+        for result in runs:
+            for evaluation in plan.evaluations(Run(name, result["run"]["seed"])):
+                held = result["evaluations"][evaluation.name]
+                lines.append(
+                    {
+                        "row": name,
+                        "seed": result["run"]["seed"],
+                        "subset": evaluation.subset,
+                        "mem_len": evaluation.mem_len,
+                        "tokens_per_sample": evaluation.tokens_per_sample,
+                        **{key: value for key, value in held.items() if key != "identity"},
+                    }
+                )
+    return lines
+
+
+def curve_lines(results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
+    """One line a validation: the base-2 loss."""
+    return [
+        {"row": name, "seed": result["run"]["seed"], "update": update, "valid loss": loss}
+        for name, runs in results.items()
+        for result in runs
+        for update, loss in result["training"]["curve"]
+    ]
+
+
+def _csv(path: Path, lines: List[Dict[str, Any]]) -> None:
+    text = io.StringIO()
+    if lines:
+        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    _put(path, text.getvalue())
+
+
+def _put(path: Path, text: str) -> None:
+    """Write a file that several jobs may write at once."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) -> str:
+    """The table, the lengths at test time, and what was run where."""
+    table = plan.table
+    digits = MEASURES[table.measure][2]
+    splits = table.evaluation.subsets
+    head = ["model", *splits, "reported " + " / ".join(splits), "parameters", "tokens/s", "memory GiB", "seeds"]
+    lines = [
+        [
+            row.title,
+            *(shown(values(plan, results[name], Evaluation(subset)), digits) for subset in splits),
+            reported(row, splits),
+            shown(trained(results[name], "parameters")[:1], 0),
+            shown(trained(results[name], "tokens_per_second"), 0),
+            shown(memory(results[name]), 2),
+            str(len(results[name])),
+        ]
+        for name, row in table.rows.items()
+    ]
+    parts = [
+        f"# {table.title}",
+        f"{MEASURES[table.measure][1].capitalize()}; mean and standard deviation over the seeds.",
+    ]
+    if plan.scale:
+        parts.append(scale.note(plan.scale))
+    parts.append(_grid([head, *lines]))
+    parts += _sweeps(plan, results, digits)
+    sources = {row.paper.source: None for row in table.rows.values() if row.paper.source}
+    if sources:
+        parts.append("Reported: " + "; ".join(sources) + ".")
+    lacking = [run.name for run in runs if not plan.complete(run)]
+    if lacking:
+        parts.append(f"Not complete: {', '.join(lacking)}.")
+    parts += _where(results)
+    return "\n\n".join(parts) + "\n"
+
+
+def _sweeps(plan: Plan, results: Dict[str, List[Result]], digits: int) -> Iterable[str]:
+    wanted = plan.table.evaluation
+    for what, option, sweep in (
+        ("Memory length", "mem_len", wanted.memory),
+        ("Segment length", "tokens_per_sample", wanted.segments),
+    ):
+        rows = {name: row for name, row in plan.table.rows.items() if row.sweeps}
+        if not sweep.lengths or not rows:
+            continue
+        at = [Evaluation(sweep.subset, **{option: length}) for length in sweep.lengths]
+        lines = [
+            [row.title, *(shown(values(plan, results[name], e), digits) for e in at)] for name, row in rows.items()
+        ]
+        grid = _grid([[f"{sweep.subset}, {what.lower()}", *map(str, sweep.lengths)], *lines])
+        yield f"## {what} at test time\n\n{grid}"
+
+
+def shown(found: List[float], digits: int) -> str:
+    """A mean with its spread, as a cell."""
+    if not found:
+        return ""
+    middle = f"{mean(found):,.{digits}f}"
+    return f"{middle} ± {stdev(found):,.{digits}f}" if len(found) > 1 else middle
+
+
+def reported(row: Row, splits: Sequence[str]) -> str:
+    """The figures that a row's paper gives."""
+    cells = [getattr(row.paper, split, None) for split in splits]
+    return " / ".join("-" if c is None else f"{c:g}" for c in cells) if any(c is not None for c in cells) else ""
+
+
+def _where(results: Dict[str, List[Result]]) -> Iterable[str]:
+    starts = [start for runs in results.values() for result in runs for start in result["starts"]]
+    for what, of in (
+        ("device", lambda s: s["device"]),
+        ("versions", lambda s: ", ".join(f"{k} {v}" for k, v in s["versions"].items())),
+        ("commit", lambda s: f"{(s['commit'] or 'unknown')[:10]}{' with changes' if s['changed_files'] else ''}"),
+    ):
+        found = sorted({of(start) for start in starts})
+        if found:
+            several = " (several: compare tokens/s and memory within one only)" if len(found) > 1 else ""
+            yield f"{what.capitalize()}: {'; '.join(found)}{several}."
+
+
+def _grid(lines: List[List[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(rows)
+
+
+def finite(number: Optional[float]) -> float:
+    """For plots, a hole where there is no figure."""
+    return math.nan if number is None else number

@@ -1,0 +1,139 @@
+"""Shrinks all rows of a table alike to a budget in minutes.
+
+Sizes, data and streams stay as they are. What shrinks, for every row to the same number: the updates, with the
+schedules counted in them; and the part of a split that an evaluation reads, the first of so many equal ones.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+from tqdm import tqdm
+
+from . import commands, logs, process
+from .execute import Plan, RunError, Slot, failure
+from .folder import ChangedError, read_json, write_json
+from .table import Run, TableError
+
+# What the minutes go to; the rest is validation during training, and starting processes.
+TRAINING, EVALUATION = 0.65, 0.2
+PROBE_UPDATES = 12
+VALIDATIONS = 5
+SCHEDULES = ("warmup-updates", "lr-period-updates")
+# Set by the runner when it shrinks a table.
+SHRUNK = ("max-update", "validate-interval-updates", "save-interval-updates", *SCHEDULES)
+NEVER = 10**6  # epochs
+
+
+def shrink(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float) -> Plan:
+    """The plan with all rows shrunk, as it was decided when the folder was begun, or else by rates measured now.
+
+    Raises:
+        ChangedError: the folder was begun with another budget, or other runs.
+        RunError: a row could not be trained for a few updates.
+    """
+    path = plan.out / "scale.json"
+    asked = {"minutes": minutes, "runs": [run.name for run in runs], "options": plan.changes}
+    held = read_json(path)
+    if held is None:
+        if not slots:
+            raise ChangedError(f"{plan.out} holds nothing to render")
+        held = {"asked": asked, **decide(plan, runs, slots, minutes)}
+        write_json(path, held)
+    elif held["asked"] != asked:
+        raise ChangedError(
+            f"{plan.out} was begun with --scale {held['asked']['minutes']} for {', '.join(held['asked']['runs'])} and "
+            f"--set {held['asked']['options']}: ask for the same, or take another folder with --out"
+        )
+    return replace(plan, changes={**plan.changes, **held["changes"]}, shards=held["shards"], scale=held)
+
+
+def decide(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float) -> Dict[str, Any]:
+    """What all rows get of a budget, as JSON."""
+    table = plan.table
+    for name, row in table.rows.items():
+        own = [option for option in SHRUNK if option in row.options]
+        if own:
+            raise TableError(f"--scale shrinks all rows alike, but row '{name}' sets --{own[0]} for itself")
+    full = {**table.options, **plan.changes}
+    if not isinstance(full.get("max-update"), int):
+        raise TableError("--scale shrinks --max-update, which the table's options do not set")
+    rates = measure(plan, runs, slots[0])
+    seconds = 60 * minutes * len(slots)
+    an_update = {row: rate["tokens_an_update"] / rate["tokens_per_second"] for row, rate in rates.items()}
+    updates = round(TRAINING * seconds / sum(an_update[run.row] for run in runs))
+    updates = max(1, min(updates, full["max-update"]))
+    part = updates / full["max-update"]
+    changes: Dict[str, Any] = {
+        "max-update": updates,
+        "validate-interval-updates": math.ceil(updates / VALIDATIONS),
+        "save-interval-updates": math.ceil(updates / VALIDATIONS),
+        "validate-interval": NEVER,
+        "save-interval": NEVER,
+        "max-valid-steps": max(8, updates // 25),
+        "log-interval": max(1, updates // 50),
+        **{name: max(1, round(full[name] * part)) for name in SCHEDULES if full.get(name)},
+    }
+    # Reading without a backward pass takes no longer than training, whatever the batch.
+    a_token = sum(len(plan.evaluations(run)) / rates[run.row]["tokens_per_second"] for run in runs)
+    tokens = EVALUATION * seconds / a_token
+    return {
+        "rates": rates,
+        "of_updates": full["max-update"],
+        "changes": changes,
+        "shards": _shards(plan, runs, tokens),
+    }
+
+
+def measure(plan: Plan, runs: Sequence[Run], slot: Slot) -> Dict[str, Any]:
+    """Tokens/s of every row over a few updates, and its tokens an update."""
+    rates = {}
+    for name in tqdm(list(dict.fromkeys(run.row for run in runs)), desc="measuring the rate", unit="row"):
+        folder = plan.out / "rates" / name
+        changes = {
+            **plan.changes,
+            **dict.fromkeys(SHRUNK),
+            "max-update": PROBE_UPDATES,
+            "log-interval": 1,
+            "no-save": True,
+            "disable-validation": True,
+        }
+        arguments = commands.train(plan.table, Run(name, 1), str(folder), changes, max(1, len(slot.devices)))
+        log = folder / "train.log"
+        log.unlink(missing_ok=True)
+        ended = process.run(commands.argv("fairseq-train", arguments), log, slot.environment())
+        if ended.code:
+            raise RunError(f"row '{name}': {failure('fairseq-train', ended.code, log)}")
+        found = logs.training(log)
+        rates[name] = {key: found[key] for key in ("tokens_per_second", "tokens_an_update")}
+    return rates
+
+
+def _shards(plan: Plan, runs: Sequence[Run], tokens: float) -> int:
+    """In how many parts to cut a split, so that the first has about so many *tokens*, and streams stay long enough."""
+    from lamemo_fairseq.data.binarized import load_dictionary, load_lines
+
+    subsets: List[str] = list(dict.fromkeys(e.subset for run in runs for e in plan.evaluations(run)))
+    options = commands.training_options(plan.table, runs[0].row, plan.changes)
+    data = str(options.get("data", plan.table.data))
+    dictionary = load_dictionary(str(Path(data) / "dict.txt"))
+    largest = 0
+    for subset in subsets:
+        lines = load_lines(data, subset, dictionary, None, False)  # their sizes are a view of a file that it holds
+        largest = max(largest, int(lines.sizes.sum()))
+    streams = int(plan.table.evaluation.options.get("batch-size", 1))
+    segment = int(options.get("tokens-per-sample") or 512)
+    longest = max(1, largest // (streams * segment * 4))
+    return max(1, min(math.ceil(largest / tokens), longest))
+
+
+def note(scale: Dict[str, Any]) -> str:
+    """What has to stand beside the figures of a shrunk table."""
+    asked, changes, shards = scale["asked"], scale["changes"], scale["shards"]
+    read = f"Evaluations read the first of {shards} equal parts of a split. " if shards > 1 else ""
+    return (
+        f"Shrunk by --scale {asked['minutes']:g} to {changes['max-update']:,} of {scale['of_updates']:,} updates, "
+        f"every row alike. {read}Sizes and data are those of the table. These figures compare the rows at this budget; "
+        "they reproduce nothing."
+    )

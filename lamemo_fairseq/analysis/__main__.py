@@ -1,0 +1,104 @@
+"""Figure 1 of the LaMemo paper and its like, from checkpoints: numbers as CSV, pictures as SVG and PNG.
+
+python -m lamemo_fairseq.analysis data-bin/wikitext-103 LaMemo=checkpoints/lamemo/checkpoint_best.pt \\
+    Transformer-XL=checkpoints/transformer_xl/checkpoint_best.pt --subset valid --out figures
+"""
+
+import argparse
+import itertools
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from fairseq import checkpoint_utils
+from tqdm import tqdm
+
+from . import report
+from .collect import Collected, collect
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    args = parser().parse_args(arguments)
+    logging.getLogger().setLevel(logging.INFO)
+    models: Dict[str, Collected] = {}
+    for given in args.models:
+        name, path = named(given)
+        if name in models:
+            print(f"error: two models are called '{name}': pass NAME=CHECKPOINT", file=sys.stderr)
+            return 1
+        models[name] = analyse(name, path, args)
+    print(summary(models))
+    files = report.write(models, args.out)
+    try:
+        files += report.draw(models, args.out)
+    except ImportError:
+        print("no pictures: they need matplotlib (pip install matplotlib)", file=sys.stderr)
+    print("\n".join(map(str, files)))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m lamemo_fairseq.analysis",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("data", help="folder of fairseq-preprocess")
+    found.add_argument("models", nargs="+", metavar="NAME=CHECKPOINT")
+    found.add_argument("--subset", default="valid")
+    found.add_argument("--out", type=Path, required=True, help="folder for CSV files and pictures")
+    found.add_argument("--batch-size", type=int, default=8, help="streams read side by side")
+    found.add_argument("--segments", type=int, help="read so many segments of every stream only")
+    found.add_argument("--mem-len", type=int, help="another memory length than in training")
+    found.add_argument("--tokens-per-sample", type=int, help="another segment length than in training")
+    found.add_argument("--cpu", action="store_true")
+    return found
+
+
+def named(given: str) -> Tuple[str, str]:
+    """``NAME=CHECKPOINT``; without a name, that of the checkpoint's folder."""
+    name, separator, path = given.partition("=")
+    return (name, path) if separator else (Path(given).resolve().parent.name, given)
+
+
+def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
+    """Read the split with a model.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or no such split.
+    """
+    overrides: Dict[str, Any] = {"data": args.data}
+    for option in ("mem_len", "tokens_per_sample"):
+        if getattr(args, option) is not None:
+            overrides[option] = getattr(args, option)
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides=overrides)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    model = models[0].to(device).eval()
+    dataset = task.load_dataset(args.subset)
+    batches = task.get_batch_iterator(dataset, max_sentences=args.batch_size, as_streams=True)
+    iterator = batches.next_epoch_itr(shuffle=False)
+    total = len(iterator) if args.segments is None else min(args.segments, len(iterator))
+    shown = tqdm(itertools.islice(iterator, total), total=total, desc=name, unit="segment")
+    return collect(model, shown, task.target_dictionary.pad(), device)
+
+
+def summary(models: Dict[str, Collected]) -> str:
+    """A line a model."""
+    lines = []
+    for name, found in models.items():
+        parts = [f"{name}: loss {found.losses.mean():.4f} bits over {int(found.losses.counts.sum()):,} tokens"]
+        if found.attending_layers:
+            weights = [found.attention.by_slot(layer).sum() for layer in found.attending_layers]
+            parts.append(f"{float(torch.stack(weights).mean()):.3f} of the attention on memory")
+        if found.mixing_layers:
+            ages = [found.mixing.by_age(layer, found.segment_length) for layer in found.mixing_layers]
+            values = ", ".join(f"{value:.3f}" for value in torch.stack(ages).mean(0).tolist())
+            parts.append(f"alpha by age {values}")
+        lines.append("; ".join(parts))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""A trained model reads a split; what its attention, its memory and its loss did on average.
+
+Shapes: B streams, H heads, N tokens of a segment, K keys, m memory slots, V words.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterable, List, Optional
+
+import torch
+from fairseq import utils
+from torch import Tensor
+
+from ..attention import LookaheadWindow
+from .recording import record
+
+
+class Attention:
+    """Sums of the weights that current tokens give to each key, over streams, heads and segments.
+
+    Only whole segments with a full memory count: those of the greatest K that is met.
+    """
+
+    def __init__(self) -> None:
+        self.sums: Dict[int, Tensor] = {}  # a layer: [N, K], float64
+        self.counts: Dict[int, int] = {}  # a layer: rows of weights in the sum
+
+    def add(self, layer: int, weights: Tensor) -> None:
+        held = self.sums.get(layer)
+        if held is None or weights.size(-1) > held.size(-1):
+            held = torch.zeros(weights.shape[2:], dtype=torch.float64)
+            self.sums[layer], self.counts[layer] = held, 0
+        if weights.shape[2:] == held.shape:
+            held += weights.double().sum((0, 1)).cpu()
+            self.counts[layer] += weights.size(0) * weights.size(1)
+
+    def mean(self, layer: int) -> Tensor:
+        """Mean weights ``[N, K]`` of a layer."""
+        return self.sums[layer] / self.counts[layer]
+
+    def by_distance(self, layer: int) -> Tensor:
+        """Mean weight at each distance ``0 .. K-1`` from the query, over the queries with a key there: ``[K]``."""
+        weights = self.mean(layer)
+        queries, keys = weights.shape
+        # Distance of query i, which stands at K - N + i, and key j.
+        distance = torch.arange(keys - queries, keys).unsqueeze(1) - torch.arange(keys)
+        seen = distance >= 0
+        sums = torch.zeros(keys, dtype=torch.float64).index_add_(0, distance[seen], weights[seen])
+        return sums / torch.bincount(distance[seen], minlength=keys)
+
+    def by_slot(self, layer: int) -> Tensor:
+        """Mean weight of each memory slot, oldest first, over all queries of a segment: ``[m]``."""
+        weights = self.mean(layer)
+        return weights[:, : weights.size(1) - weights.size(0)].mean(0)
+
+
+class Mixing:
+    """Sums of alpha, the share that a slot keeps of what it held, over streams, heads and segments."""
+
+    def __init__(self) -> None:
+        self.sums: Dict[int, Tensor] = {}  # a layer: [m], float64
+        self.counts: Dict[int, int] = {}
+
+    def add(self, layer: int, alpha: Tensor) -> None:
+        held = self.sums.get(layer)
+        if held is None or alpha.size(-1) > held.size(-1):
+            held = torch.zeros(alpha.size(-1), dtype=torch.float64)
+            self.sums[layer], self.counts[layer] = held, 0
+        if alpha.size(-1) == held.size(-1):
+            held += alpha.double().sum((0, 1)).cpu()
+            self.counts[layer] += alpha.size(0) * alpha.size(1)
+
+    def by_age(self, layer: int, segment_length: int) -> Tensor:
+        """Mean alpha of the slots written 1, 2, ... segments ago: ``[ceil(m / N)]``."""
+        alpha = self.sums[layer] / self.counts[layer]
+        age = (torch.arange(alpha.size(0), 0, -1) + segment_length - 1) // segment_length
+        sums = torch.zeros(int(age.max()), dtype=torch.float64).index_add_(0, age - 1, alpha)
+        return sums / torch.bincount(age - 1)
+
+
+class Losses:
+    """Sums of the loss at each position in the segment, in bits."""
+
+    def __init__(self, segment_length: int):
+        self.sums = torch.zeros(segment_length, dtype=torch.float64)
+        self.counts = torch.zeros(segment_length, dtype=torch.int64)
+
+    def add(self, log_probs: Tensor, target: Tensor, pad: int) -> None:
+        """Add log-probabilities ``[B, N, V]`` of the words ``target [B, N]``."""
+        found = log_probs.gather(2, target.unsqueeze(2)).squeeze(2).double()
+        real = target.ne(pad)
+        bits = -found.masked_fill(~real, 0).sum(0).cpu() / math.log(2)
+        self.sums[: bits.size(0)] += bits
+        self.counts[: bits.size(0)] += real.sum(0).cpu()
+
+    def by_position(self) -> Tensor:
+        """Mean loss ``[N]``."""
+        return self.sums / self.counts
+
+    def mean(self) -> float:
+        """The loss of the split."""
+        return float(self.sums.sum() / self.counts.sum())
+
+
+@dataclass
+class Collected:
+    """What was collected of one model."""
+
+    segment_length: int
+    layers: int
+    losses: Losses
+    attention: Attention = field(default_factory=Attention)
+    mixing: Mixing = field(default_factory=Mixing)
+    segments: int = 0
+
+    @property
+    def attending_layers(self) -> List[int]:
+        return sorted(self.attention.sums)
+
+    @property
+    def mixing_layers(self) -> List[int]:
+        return sorted(self.mixing.sums)
+
+
+class _Listener:
+    """Adds up what the decoder's attention tells, unless the batch is padded or its segment is short."""
+
+    def __init__(self, collected: Collected):
+        self.collected = collected
+        self.counts = False
+
+    def causal(self, layer: int, weights: Tensor) -> None:
+        if self.counts:
+            self.collected.attention.add(layer, weights)
+
+    def lookahead(self, layer: int, weights: Tensor, alpha: Tensor, window: LookaheadWindow) -> None:
+        if self.counts:
+            self.collected.mixing.add(layer, alpha)
+
+
+@torch.no_grad()
+def collect(
+    model: Any, batches: Iterable[Dict[str, Any]], pad: int, device: Optional[torch.device] = None
+) -> Collected:
+    """Read *batches* of consecutive segments, as the task feeds them, and average.
+
+    Args:
+        model: a language model of this package in evaluation mode.
+        batches: of a split, from its beginning.
+        pad: id of the padding symbol.
+        device: where the model is; None for the CPU.
+    """
+    decoder = model.decoder
+    collected = Collected(decoder.segment_length, len(decoder.layers), Losses(decoder.segment_length))
+    listener = _Listener(collected)
+    with record(decoder, listener):
+        for batch in batches:
+            if device is not None and device.type == "cuda":
+                batch = utils.move_to_cuda(batch, device=device)
+            inputs = batch["net_input"]
+            whole = inputs["src_tokens"].size(1) == collected.segment_length
+            listener.counts = whole and not inputs["position"].ragged
+            output = model(**inputs)
+            log_probs = model.get_normalized_probs(output, log_probs=True, sample=batch)
+            collected.losses.add(log_probs, batch["target"], pad)
+            collected.segments += 1
+    return collected

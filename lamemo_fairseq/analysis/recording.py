@@ -1,0 +1,121 @@
+"""An attention backend that shows its weights to a listener. Only the analysis registers and selects it.
+
+Its output is that of `eager`. The weights are what `eager` reads out of one-hot values: no formula stands twice.
+
+Shapes: B streams, H heads, Q queries, K keys, m memory slots.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Iterator, Optional, Protocol, Tuple
+
+import torch
+from torch import Tensor
+
+from ..attention import BACKENDS, Attended, LookaheadWindow, RelativeBias, eager
+
+
+class Listener(Protocol):
+    """What hears of attention, layer by layer, segment by segment."""
+
+    def causal(self, layer: int, weights: Tensor) -> None:
+        """Current tokens gave ``weights [B, H, Q, K]`` to slots and tokens; rows add up to 1."""
+
+    def lookahead(self, layer: int, weights: Tensor, alpha: Tensor, window: LookaheadWindow) -> None:
+        """Slots gave ``weights [B, H, m, K]`` to the keys of the *window*, and kept a share ``alpha [B, H, m]``."""
+
+
+class Recording:
+    """The backend; `record` gives it a decoder and a listener."""
+
+    def __init__(self) -> None:
+        self.listener: Optional[Listener] = None
+        self.layer = 0
+
+    def causal_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias, span: Optional[int] = None, *args: Any, **kwargs: Any
+    ) -> Attended:
+        self._tell_causal(q, k, bias, span)
+        return eager.causal_attention(q, k, v, bias, span, *args, **kwargs)
+
+    def lookahead_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: RelativeBias,
+        window: LookaheadWindow,
+        stored: Attended,
+        dropout: float = 0.0,
+    ) -> Attended:
+        self._tell_lookahead(q, k, bias, window, stored)
+        return eager.lookahead_attention(q, k, v, bias, window, stored, dropout)
+
+    def memory_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        biases: Tuple[RelativeBias, RelativeBias],
+        window: LookaheadWindow,
+        stored: Attended,
+        span: Optional[int] = None,
+        dropout: float = 0.0,
+    ) -> Attended:
+        slots = stored.output.size(2)
+        causal, ahead = biases
+        self._tell_lookahead(q[:, :, :slots], k[:, :, window.first : slots + 1], ahead, window, stored)
+        self._tell_causal(q[:, :, slots:], k, causal, span)
+        return eager.memory_attention(q, k, v, biases, window, stored, span, dropout)
+
+    def _tell_causal(self, q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int]) -> None:
+        if self.listener is not None:
+            read = eager.causal_attention(q, k, _one_hot(k), bias, span, need_normalizer=False)
+            self.listener.causal(self.layer, read.output)
+
+    def _tell_lookahead(
+        self, q: Tensor, k: Tensor, bias: RelativeBias, window: LookaheadWindow, stored: Attended
+    ) -> None:
+        if self.listener is None:
+            return
+        nothing = Attended(q.new_zeros(*q.shape[:3], k.size(2)), torch.full_like(stored.normalizer, -torch.inf))
+        new = eager.lookahead_attention(q, k, _one_hot(k), bias, window, nothing)
+        # The share of what was held, read out by interpolating one with zero.
+        one = stored.normalizer.new_ones(*stored.normalizer.shape, 1)
+        alpha = eager.merge(Attended(one, stored.normalizer), Attended(0 * one, new.normalizer)).output.squeeze(-1)
+        self.listener.lookahead(self.layer, new.output, alpha, window)
+
+
+def _one_hot(k: Tensor) -> Tensor:
+    """Values ``[B, H, K, K]`` that tell which key they belong to."""
+    return torch.eye(k.size(2), dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+
+
+_RECORDING = Recording()
+BACKENDS.register("recording")(_RECORDING)
+
+
+@contextmanager
+def record(decoder: Any, listener: Listener) -> Iterator[None]:
+    """Let *listener* hear of the attention of a decoder; afterwards the decoder is as before."""
+    attentions = [layer.self_attn for layer in decoder.layers]
+    configs = [attention.config for attention in attentions]
+
+    def enter(layer: int) -> Any:
+        def hook(*_: Any) -> None:
+            _RECORDING.layer = layer
+
+        return hook
+
+    hooks = [a.register_forward_pre_hook(enter(layer)) for layer, a in enumerate(attentions)]
+    try:
+        _RECORDING.listener = listener
+        for attention in attentions:
+            attention.config = replace(attention.config, backend="recording")
+        yield
+    finally:
+        _RECORDING.listener = None
+        for hook in hooks:
+            hook.remove()
+        for attention, config in zip(attentions, configs, strict=True):
+            attention.config = config

@@ -1,0 +1,206 @@
+"""What was collected of models, as CSV files and, with matplotlib, as pictures."""
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from .collect import Collected
+
+# Figure 1 of the LaMemo paper, read off the picture to within 3%: mean attention at the given offset into the context,
+# whose points are BIN apart.
+BIN = 5
+OFFSETS = (-100, -80, -65, -50, -40, -30, -20, -15, -10, -5)
+PAPER: Dict[str, Sequence[float]] = {
+    "LaMemo (paper)": (0.0128, 0.0122, 0.0111, 0.0114, 0.0119, 0.0127, 0.0157, 0.0198, 0.0258, 0.055),
+    "Transformer-XL (paper)": (0.0058, 0.0063, 0.0072, 0.0081, 0.0092, 0.0111, 0.0145, 0.0189, 0.0283, 0.09),
+}
+
+Models = Dict[str, Collected]
+Lines = List[Dict[str, Any]]
+
+
+def write(models: Models, folder: Path) -> List[Path]:
+    """Write the CSV files; returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "attention_by_distance": attention_by_distance(models),
+        "attention_by_slot": attention_by_slot(models),
+        "figure1": figure1(models),
+        "alpha": alpha(models),
+        "loss_by_position": loss_by_position(models),
+    }
+    files = []
+    for name, lines in tables.items():
+        if lines:
+            files.append(folder / f"{name}.csv")
+            with files[-1].open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(lines)
+    return files
+
+
+def attention_by_distance(models: Models) -> Lines:
+    """Mean weight of a key by its distance behind the query, over layers, heads and queries, and of each layer."""
+    return _by_layer(models, "distance", 0, lambda found, layer: found.attention.by_distance(layer))
+
+
+def attention_by_slot(models: Models) -> Lines:
+    """Mean weight of a memory slot by its offset from the segment, -1 being the youngest."""
+    lines = []
+    for name, found in models.items():
+        slots = _slots(found)
+        lines += _by_layer({name: found}, "offset", -slots, lambda f, layer: f.attention.by_slot(layer))
+    return _same_columns(lines)
+
+
+def figure1(models: Models) -> Lines:
+    """Mean attention in bins of five, by offset into the memory and by distance from the query.
+
+    The offset of a bin is that of its farthest key: -5 stands for the offsets -5 .. -1. The weights of a bin are added
+    up: if each point of the paper stood for one key, attention would add up to more than there is. The paper's points
+    stand in both columns, as either may be meant.
+    """
+    lines = []
+    for name, found in models.items():
+        by_slot, by_distance = _mean(found, "by_slot"), _mean(found, "by_distance")
+        for offset in range(-OFFSETS[0] // BIN * -BIN, 0, BIN):
+            line: Dict[str, Any] = {"model": name, "offset": offset, "into memory": None, "from the query": None}
+            if by_slot is not None and -offset <= len(by_slot):
+                line["into memory"] = float(by_slot[len(by_slot) + offset :][:BIN].sum())
+            if by_distance is not None and -offset < len(by_distance):
+                line["from the query"] = float(by_distance[-offset - BIN + 1 : -offset + 1].sum())
+            lines.append(line)
+    for name, values in PAPER.items():
+        for offset, value in zip(OFFSETS, values, strict=True):
+            lines.append({"model": name, "offset": offset, "into memory": value, "from the query": value})
+    return lines
+
+
+def alpha(models: Models) -> Lines:
+    """Mean share that a slot keeps of what it held, by layer and by the segments since it was written."""
+    lines = []
+    for name, found in models.items():
+        for layer in found.mixing_layers:
+            for age, value in enumerate(found.mixing.by_age(layer, found.segment_length).tolist(), start=1):
+                lines.append({"model": name, "layer": layer + 1, "age": age, "alpha": value})
+    return lines
+
+
+def loss_by_position(models: Models) -> Lines:
+    """Mean loss in bits of the tokens at each position in the segment, from 1."""
+    lines = []
+    for name, found in models.items():
+        counts = found.losses.counts.tolist()
+        for position, bits in enumerate(found.losses.by_position().tolist(), start=1):
+            if counts[position - 1]:
+                lines.append({"model": name, "position": position, "loss": bits, "tokens": counts[position - 1]})
+    return lines
+
+
+def _by_layer(models: Models, what: str, first: int, of: Any) -> Lines:
+    lines = []
+    for name, found in models.items():
+        layers = [of(found, layer) for layer in found.attending_layers]
+        if not layers:
+            continue
+        columns = torch.stack([torch.stack(layers).mean(0), *layers], dim=1).tolist()
+        names = ["mean", *(f"layer {layer + 1}" for layer in found.attending_layers)]
+        lines += [
+            {"model": name, what: first + i, **dict(zip(names, values, strict=True))}
+            for i, values in enumerate(columns)
+        ]
+    return _same_columns(lines)
+
+
+def _same_columns(lines: Lines) -> Lines:
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    return [{column: line.get(column) for column in columns} for line in lines]
+
+
+def _mean(found: Collected, what: str) -> Optional[Tensor]:
+    layers = [getattr(found.attention, what)(layer) for layer in found.attending_layers]
+    return torch.stack(layers).mean(0) if layers else None
+
+
+def _slots(found: Collected) -> int:
+    by_slot = _mean(found, "by_slot")
+    return 0 if by_slot is None else len(by_slot)
+
+
+def draw(models: Models, folder: Path) -> List[Path]:
+    """Draw the figures as SVG and PNG; returns the files.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    files: List[Path] = []
+
+    def save(name: str, figure: Any) -> None:
+        figure.tight_layout()
+        for suffix in (".svg", ".png"):
+            files.append(folder / f"{name}{suffix}")
+            figure.savefig(files[-1], dpi=150)
+        plt.close(figure)
+
+    save("figure1", _draw_figure1(plt, models))
+    save("loss_by_position", _draw_losses(plt, models))
+    if any(found.mixing_layers for found in models.values()):
+        save("alpha", _draw_alpha(plt, models))
+    return files
+
+
+def _draw_figure1(plt: Any, models: Models) -> Any:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True)
+    for axis, column in zip(axes, ("into memory", "from the query"), strict=True):
+        for name in dict.fromkeys(line["model"] for line in figure1(models)):
+            points = [line for line in figure1(models) if line["model"] == name and line[column] is not None]
+            style = "k" if name in PAPER else ""
+            marker = {"LaMemo (paper)": "^", "Transformer-XL (paper)": "v"}.get(name, ".")
+            line_style = ":" if name in PAPER else "-"
+            if points:
+                x, y = [p["offset"] for p in points], [p[column] for p in points]
+                color = {"color": style} if style else {}
+                axis.plot(x, y, marker=marker, linestyle=line_style, label=name, markersize=4, **color)
+        axis.set_xlabel(f"offset {column}")
+    axes[0].set_ylabel(f"mean attention, sum of {BIN} keys")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def _draw_losses(plt: Any, models: Models) -> Any:
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    for name, found in models.items():
+        losses = found.losses.by_position()
+        axis.plot(range(1, len(losses) + 1), losses, label=f"{name}, mean {found.losses.mean():.3f}")
+    axis.set_xlabel("position in the segment")
+    axis.set_ylabel("loss, bits")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _draw_alpha(plt: Any, models: Models) -> Any:
+    mixing = {name: found for name, found in models.items() if found.mixing_layers}
+    figure, axes = plt.subplots(1, len(mixing), figsize=(5 * len(mixing), 3.5), squeeze=False)
+    for axis, (name, found) in zip(axes[0], mixing.items(), strict=True):
+        layers = found.mixing_layers
+        ages = torch.stack([found.mixing.by_age(layer, found.segment_length) for layer in layers])
+        for age, values in enumerate(ages.T, start=1):
+            axis.plot([layer + 1 for layer in layers], values, marker=".", label=str(age))
+        axis.set_xlabel("layer")
+        axis.set_ylabel("alpha, share kept")
+        axis.set_ylim(0, 1)
+        axis.set_title(name, fontsize=10)
+        axis.set_xticks([layer + 1 for layer in layers])
+        axis.legend(title="segments since written", fontsize=7, title_fontsize=7)
+    return figure

@@ -1,0 +1,214 @@
+"""The analysis: what is recorded of attention is what eager attention computes, and sums are what they say."""
+
+import csv
+import math
+import re
+
+import pytest
+import torch
+from fairseq_cli import eval_lm, train
+
+from lamemo_fairseq.analysis import Attention, Losses, Mixing, __main__, record, report
+from lamemo_fairseq.attention import BACKENDS, eager
+
+from .helpers import TASK, VARIANTS, random_tokens, read_streams, run_command, segments_of, tiny_decoder, write_data
+from .processes import _FORKS
+from .test_commands import printed
+
+
+class Heard:
+    """A listener that keeps everything."""
+
+    def __init__(self):
+        self.weights, self.mixing = [], []
+
+    def causal(self, layer, weights):
+        self.weights.append((layer, weights))
+
+    def lookahead(self, layer, weights, alpha, window):
+        self.mixing.append((layer, weights, alpha, window))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+def test_recording_changes_nothing_and_weights_are_a_softmax(variant):
+    decoder = tiny_decoder(variant)
+    tokens = random_tokens(2, 14)
+    expected = read_streams(decoder, tokens)
+    configs = [layer.self_attn.config for layer in decoder.layers]
+    heard = Heard()
+    with torch.no_grad(), record(decoder, heard):
+        found = read_streams(decoder, tokens)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    assert [layer.self_attn.config for layer in decoder.layers] == configs
+    assert not any(layer.self_attn._forward_pre_hooks for layer in decoder.layers)
+    assert [layer for layer, _ in heard.weights] == [0, 1] * 5
+    for _, weights in heard.weights:
+        queries, keys = weights.shape[2:]
+        assert torch.allclose(weights.sum(-1), torch.ones(()).double(), rtol=0, atol=1e-12)
+        assert weights.min() >= 0 and (weights.triu(keys - queries + 1) == 0).all()
+    assert len(heard.mixing) == (
+        4 if variant[0] == "lookahead" else 0
+    )  # not before the first slot, not in the last layer
+    for _, weights, alpha, window in heard.mixing:
+        seen = weights.sum(-1)
+        assert torch.allclose(seen, torch.ones(()).double(), rtol=0, atol=1e-5)  # eps of the interpolation
+        assert (alpha > 0).all() and (alpha < 1).all()
+        if not window.both_sides:
+            position = window.first + torch.arange(weights.size(3))
+            assert (weights[:, :, position <= torch.arange(weights.size(2)).unsqueeze(1)] == 0).all()
+
+
+def test_weights_read_out_what_attention_reads_out():
+    """Weights times values are the output, with values that are not one-hot."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 4, generator=generator, dtype=torch.float64) for n in (5, 9, 9))
+    bias = eager.RelativeBias(table=torch.randn(3, 9, 4, generator=generator, dtype=torch.float64))
+    backend, heard = BACKENDS["recording"], Heard()
+    backend.listener, backend.layer = heard, 7
+    try:
+        for span in (None, 3):
+            output = backend.causal_attention(q, k, v, bias, span).output
+            layer, weights = heard.weights[-1]
+            assert layer == 7 and torch.allclose(weights @ v, output, rtol=0, atol=1e-12)
+    finally:
+        backend.listener = None
+
+
+@pytest.mark.parametrize("mem_len", [4, 7])
+def test_alpha_is_the_share_that_the_stored_normalisers_give(mem_len):
+    """The normaliser after a refresh is logaddexp of the stored one and the window's: alpha from the two alone."""
+    decoder = tiny_decoder(mem_len=mem_len, decoder_layers=3)
+    heard, state = Heard(), None
+    with torch.no_grad(), record(decoder, heard):
+        for _, segment in segments_of(decoder, random_tokens(2, 15)):
+            before = state
+            _, state = decoder.step(segment, state)
+            if before is None:
+                continue
+            for layer, held in enumerate(before.normalizers):
+                found_layer, _, alpha, _ = heard.mixing[layer - len(before.normalizers)]
+                slots = state.normalizers[layer].size(2) - segment.size(
+                    1
+                )  # of these slots the refreshed values are kept
+                merged = state.normalizers[layer][:, :, :slots]
+                kept = held[:, :, held.size(2) - slots :]
+                share = (kept - merged).exp()
+                assert found_layer == layer
+                assert torch.allclose(alpha[:, :, held.size(2) - slots :], share, rtol=2e-6, atol=0)
+    assert slots > 0
+
+
+def test_means_by_distance_slot_and_age():
+    """Against loops over queries and keys."""
+    weights = torch.rand(2, 3, 4, 10).tril(6)
+    attention = Attention()
+    attention.add(0, torch.rand(2, 3, 4, 7))  # before the memory was full
+    attention.add(0, weights)
+    attention.add(0, torch.rand(2, 3, 2, 8))  # a short segment
+    by_distance, by_slot = attention.by_distance(0), attention.by_slot(0)
+    for distance in range(10):
+        pairs = [weights[:, :, i, 6 + i - distance].mean() for i in range(4) if 6 + i - distance >= 0]
+        assert float(by_distance[distance]) == pytest.approx(float(sum(pairs) / len(pairs)), rel=1e-6)
+    assert by_slot.tolist() == pytest.approx(weights[..., :6].mean((0, 1, 2)).tolist(), rel=1e-6)
+
+    mixing = Mixing()
+    alpha = torch.rand(2, 3, 7)
+    mixing.add(1, alpha)
+    expected = [alpha[..., 4:], alpha[..., 1:4], alpha[..., :1]]  # slots written 1, 2, 3 segments of 3 ago
+    assert mixing.by_age(1, 3).tolist() == pytest.approx([float(a.mean()) for a in expected], rel=1e-6)
+
+
+def test_padding_does_not_count():
+    losses = Losses(3)
+    target = torch.tensor([[5, 6, 7], [5, 1, 1]])
+    log_probs = torch.full((2, 3, 9), -math.log(2))
+    log_probs[1] *= 3
+    losses.add(log_probs, target, pad=1)
+    losses.add(log_probs[:1, :2], target[:1, :2], pad=1)
+    assert losses.by_position().tolist() == pytest.approx([5 / 3, 1, 1]) and losses.counts.tolist() == [3, 2, 1]
+    assert losses.mean() == pytest.approx(8 / 6)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A LaMemo and a Transformer-XL after some updates, and their data."""
+    folder = tmp_path_factory.mktemp("analysis")
+    data = write_data(folder / "data", train=2000, valid=333)
+    for arch, options in (("lamemo_lm", []), ("transformer_xl_lm", ["--adaptive-softmax-cutoff", "10,20"])):
+        run_command(
+            train.cli_main, data, *TASK, "--arch", arch, "--decoder-layers", 2, "--decoder-embed-dim", 16,
+            "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 32, "--tokens-per-sample", 8, "--mem-len", 16,
+            "--batch-size", 4, "--optimizer", "adam", "--lr", 0.02, "--max-update", 10, "--no-epoch-checkpoints",
+            "--num-workers", 0, "--save-dir", folder / arch, *options,
+        )  # fmt: skip
+    return folder
+
+
+def lines(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_command_from_checkpoints_to_figures(trained, capsys):
+    """The loss is that of fairseq-eval-lm, which reads the same streams, and averages the positions."""
+    names = {"LaMemo": "lamemo_lm", "Transformer-XL": "transformer_xl_lm"}
+    models = [f"{name}={trained / arch / 'checkpoint_last.pt'}" for name, arch in names.items()]
+    out = trained / "figures"
+    data = str(trained / "data")
+    assert __main__.main([data, *models, "--out", str(out), "--batch-size", "2", "--cpu"]) == 0
+    told = capsys.readouterr().out
+    positions = lines(out / "loss_by_position.csv")
+    for name, arch in names.items():
+        path = trained / arch / "checkpoint_last.pt"
+        options = ["--path", path, "--gen-subset", "valid", "--batch-size", 2, "--num-workers", 0]
+        text = printed(eval_lm.cli_main, data, *TASK, *options)
+        expected = float(re.search(r"Loss \(base 2\): ([\d.]+)", text).group(1))
+        assert f"{name}: loss {expected:.4f} bits over 333 tokens" in told
+        own = [line for line in positions if line["model"] == name]
+        tokens = [int(line["tokens"]) for line in own]
+        assert len(own) == 8 and sum(tokens) == 333
+        mean = sum(float(line["loss"]) * n for line, n in zip(own, tokens, strict=True)) / 333
+        assert mean == pytest.approx(expected, abs=6e-5)
+
+    slots = [line for line in lines(out / "attention_by_slot.csv") if line["model"] == "LaMemo"]
+    assert [int(line["offset"]) for line in slots] == list(range(-16, 0))
+    layers = [float(slots[3][f"layer {i}"]) for i in (1, 2)]
+    assert float(slots[3]["mean"]) == pytest.approx(sum(layers) / 2)
+    figure = {(line["model"], int(line["offset"])): line for line in lines(out / "figure1.csv")}
+    assert float(figure["LaMemo", -10]["into memory"]) == pytest.approx(sum(float(s["mean"]) for s in slots[6:11]))
+    distances = [line for line in lines(out / "attention_by_distance.csv") if line["model"] == "LaMemo"]
+    near = sum(float(d["mean"]) for d in distances[1:6])
+    assert float(figure["LaMemo", -5]["from the query"]) == pytest.approx(near)
+    assert (
+        figure["LaMemo", -20]["into memory"] == ""
+        and float(figure["Transformer-XL (paper)", -5]["into memory"]) == 0.09
+    )
+    ages = lines(out / "alpha.csv")
+    assert [(line["model"], line["layer"], line["age"]) for line in ages] == [("LaMemo", "1", a) for a in "12"]
+    for name in ("figure1", "alpha", "loss_by_position"):
+        assert (out / f"{name}.svg").read_text().startswith("<?xml") and (out / f"{name}.png").exists()
+
+
+def test_another_memory_length_and_a_part_of_the_split(trained, capsys, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: [])  # takes its time
+    path = trained / "lamemo_lm" / "checkpoint_last.pt"
+    options = ["--mem-len", "24", "--tokens-per-sample", "4", "--segments", "9", "--batch-size", "2", "--cpu"]
+    out = trained / "longer"
+    assert __main__.main([str(trained / "data"), str(path), "--out", str(out), *options]) == 0
+    assert "lamemo_lm: loss" in (told := capsys.readouterr().out) and "over 72 tokens" in told
+    assert len(lines(out / "attention_by_slot.csv")) == 24 and lines(out / "alpha.csv")[-1]["age"] == "6"
+
+
+def test_two_models_need_two_names(trained, capsys):
+    path = str(trained / "lamemo_lm" / "checkpoint_last.pt")
+    assert __main__.main([str(trained / "data"), path, path, "--segments", "1", "--cpu", "--out", "unused"]) == 1
+    assert "two models are called 'lamemo_lm': pass NAME=CHECKPOINT" in capsys.readouterr().err
+
+
+def test_training_never_imports_the_analysis():
+    """In a process that has imported what fairseq-train imports, with this package."""
+    code = "import sys; m = sys.modules; sys.exit('lamemo_fairseq' not in m or 'lamemo_fairseq.analysis' in m)"
+    worker = _FORKS.Process(target=exec, args=(code,))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0

@@ -1,0 +1,119 @@
+"""Recipes in shell and hydra, which say what the tables say; and figures from logs."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from examples.tables import __main__ as runner
+from examples.tables import commands, logs, recipes, render, table
+
+ROOT = Path(__file__).parent.parent
+TABLES = sorted((ROOT / "examples").glob("**/table.yaml"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: runner.table_name(p))
+def test_recipes_say_what_tables_say(path, monkeypatch):
+    """The scripts and YAMLs in the repository are those that the runner writes; every table has its README."""
+    monkeypatch.chdir(ROOT)
+    loaded = table.load(path)
+    for name, text in recipes.written(loaded, path.parent.relative_to(ROOT), runner.table_name(path)).items():
+        assert (path.parent / name).read_text() == text, f"{name}: run --write-recipes"
+    readme = (path.parent / "README.md").read_text()
+    assert all(f"`{row}`" in readme for row in loaded.rows)
+    assert "\n\n".join(recipes.lines(loaded, "lamemo", runner.table_name(path))) in readme
+
+
+def test_a_shell_recipe_shares_the_streams_of_the_table(tmp_path, capsys):
+    """Run with stand-ins for fairseq's commands, and for the Python that counts GPUs."""
+    for name, text in {
+        "python": "echo $DEVICES",
+        "fairseq-train": 'echo train "$@"',
+        "fairseq-eval-lm": 'echo "eval on $CUDA_VISIBLE_DEVICES" "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICES": "4", "CUDA_VISIBLE_DEVICES": "3,2,1,0"}
+    recipe = ["bash", str(ROOT / "examples" / "enwik8" / "lamemo.sh")]
+    done = subprocess.run(recipe, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
+    loaded = table.load(ROOT / "examples" / "enwik8" / "table.yaml")
+    train = commands.train(loaded, table.Run("lamemo", 1), "checkpoints/enwik8/lamemo", {}, gpus=4)
+    best = "checkpoints/enwik8/lamemo/checkpoint_best.pt"
+    test = commands.evaluate(loaded, "lamemo", best, table.Evaluation("test"), {})
+    assert done.stdout.splitlines() == [" ".join(["train", *train]), " ".join(["eval on 3", *test])]
+    environment["DEVICES"] = "3"
+    done = subprocess.run(recipe, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "40 streams do not divide into 3 GPUs" in done.stderr and not done.stdout
+
+
+def test_hydra_recipes_train_what_the_command_line_trains(monkeypatch):
+    """fairseq makes the same configuration of both."""
+    from fairseq import options
+    from fairseq.dataclass.initialize import add_defaults, hydra_init
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf, open_dict
+
+    path = ROOT / "examples" / "enwik8" / "table.yaml"
+    loaded = table.load(path)
+    arguments = commands.train(loaded, table.Run("lamemo", 1), "checkpoints/enwik8/lamemo", {})
+    parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=arguments)
+    expected = OmegaConf.to_container(convert_namespace_to_omegaconf(parsed), resolve=True, enum_to_str=True)
+
+    monkeypatch.setenv("PWD", "")
+    hydra_init("lamemo")
+    with initialize_config_dir(str(path.parent), version_base="1.1"):
+        composed = compose("lamemo", overrides=["task.data=data-bin/enwik8"])
+        with open_dict(composed):
+            add_defaults(composed)
+    found = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    for group in recipes.GROUPS:
+        for key, value in found[group].items():
+            wanted = expected[group].get(key)
+            if key in ("user_dir", "save_dir"):
+                value = value.lstrip("/")
+            assert wanted == value or str(wanted) == str(value), (group, key, wanted, value)
+
+
+def test_means_and_spreads():
+    assert render.shown([3.0], 2) == "3.00" and render.shown([], 2) == ""
+    assert render.shown([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+
+
+def test_a_log_of_a_resumed_run(tmp_path):
+    """The first interval after a start is slow and left out; validations that are repeated count once."""
+    lines = [
+        "2026-01-01 00:00:00 | INFO | fairseq_cli.train | num. shared model params: 1,234 (num. trained: 1,234)",
+        "2026-01-01 00:00:00 | INFO | fairseq.utils | rank   0: capabilities =  9.0  ; total memory = 80.000 GB ; name",
+        "2026-01-01 00:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)",
+        inner(1, wps=10, free=60.0),
+        inner(2, wps=100, free=55.5),
+        valid(2, 3.5),
+        '2026-01-01 00:00:00 | INFO | train_inner | {"epoch": 1, "lo',
+        "2026-01-01 00:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)",
+        inner(2, wps=20, free=70.0),
+        valid(2, 3.4),
+        inner(3, wps=300, free=70.0),
+        valid(3, 3.0),
+    ]
+    (tmp_path / "log").write_text("\n".join(lines))
+    found = logs.training(tmp_path / "log")
+    assert found["parameters"] == 1234 and found["curve"] == [[2, 3.4], [3, 3.0]] and found["updates"] == 3
+    assert found["tokens_per_second"] == 200 and found["device_memory_gib"] == 24.5
+    (tmp_path / "log").write_text("nothing")
+    with pytest.raises(logs.LogError):
+        logs.training(tmp_path / "log")
+    with pytest.raises(logs.LogError):
+        logs.evaluation(tmp_path / "log")
+
+
+def inner(update, wps, free):
+    record = {"num_updates": str(update), "loss": "3", "wps": str(wps), "wpb": "64", "gb_free": str(free)}
+    return f"2026-01-01 00:00:00 | INFO | train_inner | {json.dumps(record)}"
+
+
+def valid(update, loss):
+    record = {"epoch": 1, "valid_loss": str(loss), "valid_num_updates": str(update)}
+    return f"2026-01-01 00:00:00 | INFO | valid | {json.dumps(record)}"

@@ -1,0 +1,406 @@
+"""The table runner: what it runs, resumes and refuses, what it renders."""
+
+import csv
+import json
+import os
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.tables import __main__ as runner
+from examples.tables import commands, execute, folder, logs, plots, process, render, scale, table
+
+from .helpers import random_tokens, read_streams, tiny_decoder, write_data
+from .processes import _FORKS
+
+ROOT = Path(__file__).parent.parent
+
+TINY = """
+title: Tiny
+data: {data}
+measure: bits-per-character
+streams: 4
+options:
+  user-dir: lamemo_fairseq
+  task: segment_language_modeling
+  tokens-per-sample: 16
+  mem-len: 16
+  decoder-layers: 2
+  decoder-embed-dim: 16
+  decoder-attention-heads: 2
+  decoder-ffn-embed-dim: 32
+  optimizer: adam
+  lr: 0.02
+  lr-scheduler: cosine
+  max-update: 12
+  no-epoch-checkpoints: true
+  num-workers: 0
+  cpu: true
+  log-format: json
+  log-interval: 1
+evaluation:
+  options: {{batch-size: 2}}
+  memory: {{subset: test, lengths: [0, 32]}}
+rows:
+  transformer_xl:
+    title: Transformer-XL
+    options: {{arch: transformer_xl_lm}}
+    paper: {{test: 1.25, source: a paper}}
+    sweeps: false
+  lamemo:
+    title: LaMemo
+    options: {{arch: lamemo_lm}}
+    without_memory: {{memory: none, position_encoding: transformer-xl}}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), train=3000, valid=300, test=250)
+
+
+@pytest.fixture
+def tiny(data, tmp_path, monkeypatch):
+    """A table file of two rows; nothing is stopped, and commands are found from the root."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    process.STOPPED.clear()
+    (tmp_path / "tiny.yaml").write_text(TINY.format(data=data))
+    return tmp_path / "tiny.yaml"
+
+
+def fork(argv, log, environment, keep_open=(), watch=lambda: None):
+    """`process.run` at a fraction of the time: in a fork of a process that has imported everything."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    worker = _FORKS.Process(target=_main, args=(argv[2], argv[3:], log))
+    worker.start()
+    worker.join()
+    return process.Ended(worker.exitcode, 0.5)
+
+
+def _main(module, arguments, log):
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
+
+
+def run(tiny, *arguments):
+    return runner.main([str(tiny), "--out", str(tiny.parent / "out"), *map(str, arguments)])
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_table_is_run_once_and_rendered(tiny, capsys, monkeypatch):
+    """The second start finds nothing to do, and a changed option is refused before anything is run."""
+    monkeypatch.setattr(process, "run", fork)
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "write", lambda *_: [])  # takes its time
+        assert run(tiny, "--only", "lamemo") == 0
+    assert "Not complete: transformer_xl/seed-1." in capsys.readouterr().out
+    assert run(tiny) == 0
+    out = tiny.parent / "out"
+    text = capsys.readouterr().out
+    held = {name: read(out / name / "seed-1" / "results.json") for name in ("transformer_xl", "lamemo")}
+    lamemo = held["lamemo"]["evaluations"]
+    assert list(lamemo) == ["valid", "test", "test-memory-0", "test-memory-32"]
+    assert list(held["transformer_xl"]["evaluations"]) == ["valid", "test"]
+    assert [e["tokens"] for e in lamemo.values()] == [300, 250, 250, 250]
+    assert len({e["loss"] for e in list(lamemo.values())[1:]}) == 3, "a memory length made no difference"
+    training = held["lamemo"]["training"]
+    assert training["parameters"] == held["transformer_xl"]["training"]["parameters"] + 16  # v'
+    # Validation and evaluation read the same tokens, in four streams and in two.
+    assert training["curve"] == [[12, pytest.approx(lamemo["valid"]["loss"], abs=0.02)]]
+    assert training["tokens_an_update"] == 64 and training["tokens_per_second"] > 0
+    assert training["host_memory_gib"] == 0.5 and training["device_memory_gib"] is None
+    assert 0.1 < lamemo["test"]["host_memory_gib"] < 4
+    start = json.loads((out / "lamemo" / "seed-1" / "starts.jsonl").read_text().splitlines()[0])
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    assert start["commands"][0][0] == "fairseq-train" and start["commit"] == commit
+
+    row = next(line for line in text.splitlines() if line.startswith("| LaMemo"))
+    assert [cell.strip() for cell in row.split("|")][2:4] == [f"{lamemo[s]['loss']:.3f}" for s in ("valid", "test")]
+    assert "- / 1.25" in text and "Reported: a paper." in text and (out / "table.md").read_text() in text
+    with (out / "evaluations.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6 and float(lines[-1]["loss"]) == lamemo["test-memory-32"]["loss"]
+    for name in ("summary", "curves", "memory"):
+        assert (out / f"{name}.svg").read_text().startswith("<?xml") and (out / f"{name}.png").stat().st_size > 5000
+
+    monkeypatch.setattr(plots, "write", lambda *_: [])
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run again"))
+    assert run(tiny) == 0
+    capsys.readouterr()
+    assert run(tiny, "--set", "lr=0.1") == 1
+    message = capsys.readouterr().err
+    assert "holds another run: options --lr is 0.1, there it was 0.02" in message and "--out" in message
+
+
+def test_a_killed_runner_goes_on_from_the_checkpoint(tiny, data, tmp_path, monkeypatch):
+    """Killed with its training: the next start trains what is left, and ends where an undisturbed run ends."""
+    options = ["--only", "lamemo", "--set", "max-update=30", "save-interval-updates=5"]
+    argv = [sys.executable, "-m", "examples.tables", str(tiny), "--out", str(tmp_path / "killed"), *options]
+    started = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    log = tmp_path / "killed" / "lamemo" / "seed-1" / "train.log"
+    wait_for(lambda: log.exists() and '"num_updates": "12"' in log.read_text(), started)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    wait_for(lambda: not locked(log.parent))
+    assert not (log.parent / "trained.json").exists() and not (log.parent / "results.json").exists()
+
+    monkeypatch.setattr(process, "run", fork)
+    plan = execute.Plan(table.load(tiny), tmp_path / "killed", {"max-update": 30, "save-interval-updates": 5})
+    (one,) = table.runs(plan.table, ["lamemo"])
+    only_train(plan, one)
+    assert "Loaded checkpoint" in log.read_text() and logs.training(log)["updates"] == 30
+    assert len(plan.folder(one).starts.read_text().splitlines()) == 2
+    whole = execute.Plan(plan.table, tmp_path / "whole", plan.changes)
+    only_train(whole, one)
+    weights = [
+        torch.load(p.folder(one).checkpoints / "checkpoint_last.pt", weights_only=False)["model"] for p in (plan, whole)
+    ]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def only_train(plan, one):
+    board = execute.Board(FakeBar())
+    held = plan.folder(one)
+    descriptor = held.lock()
+    held.claim(plan.identity(one))
+    execute._train(plan, one, held, execute.Slot(), descriptor, board)
+    os.close(descriptor)
+
+
+class FakeBar:
+    def set_postfix_str(self, text):
+        pass
+
+    def update(self):
+        pass
+
+
+def locked(path):
+    try:
+        os.close(folder.RunFolder(path).lock())
+        return False
+    except folder.BusyError:
+        return True
+
+
+def wait_for(condition, started=None):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert started is None or started.poll() is None, "it ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_process_and_its_memory(tmp_path):
+    code = "import sys; held = bytearray(300 << 20); print('done'); sys.exit(3)"
+    ended = process.run([sys.executable, "-c", code], tmp_path / "logs" / "log", {"NAME": "value"})
+    assert ended.code == 3 and 0.29 < ended.memory_gib < 0.6
+    assert (tmp_path / "logs" / "log").read_text() == "done\n"
+
+
+def test_a_stopped_runner_ends_its_processes(tmp_path):
+    threading.Timer(0.3, process.stop).start()
+    try:
+        assert process.run(["sleep", "60"], tmp_path / "log", {}).code == -signal.SIGTERM
+        assert process.run(["sleep", "60"], tmp_path / "log", {}).code == -signal.SIGTERM
+    finally:
+        process.STOPPED.clear()
+
+
+def test_two_runners_do_not_share_a_run(tiny, capsys):
+    """A command that outlives its runner keeps the folder, as it inherits the lock."""
+    held = folder.RunFolder(tiny.parent / "out" / "lamemo" / "seed-1")
+    descriptor = held.lock()
+    arguments = (["sleep", "60"], tiny.parent / "log", {}, [descriptor])
+    command = threading.Thread(target=process.run, args=arguments)
+    command.start()
+    wait_for(lambda: process._ALIVE)
+    os.close(descriptor)
+    try:
+        assert run(tiny, "--only", "lamemo") == 1
+        assert "another process is at work there" in capsys.readouterr().err
+    finally:
+        process.stop()
+        command.join()
+    os.close(held.lock())
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(tiny, capsys, monkeypatch):
+    tried = []
+
+    def fail(argv, log, *_):
+        tried.append(argv)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("RuntimeError: the GPU is on fire\n")
+        return process.Ended(1, 0.1)
+
+    monkeypatch.setattr(process, "run", fail)
+    assert run(tiny) == 1
+    message = capsys.readouterr().err
+    assert len(tried) == 2 and message.count("the GPU is on fire") == 2
+    assert "lamemo/seed-1: fairseq-train ended with 1" in message
+    assert not list(tiny.parent.glob("out/*/*/results.json"))
+
+
+def test_an_interrupt_ends_what_runs_and_starts_no_more(tiny, capsys, monkeypatch):
+    started = []
+
+    def sleep(command, arguments):
+        started.append(command)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return ["sleep", "60"]
+
+    monkeypatch.setattr(commands, "argv", sleep)
+    assert run(tiny) == 130
+    assert started == ["fairseq-train"] and not process._ALIVE
+    assert "goes on from the last checkpoints" in capsys.readouterr().err
+
+
+def test_a_changed_evaluation_is_done_again_without_training(tiny, monkeypatch):
+    """Only the evaluations that are new or other ones count as missing."""
+    plan = execute.Plan(table.load(tiny), tiny.parent / "out", {})
+    (one,) = table.runs(plan.table, ["lamemo"])
+    held = plan.folder(one)
+    for evaluation in plan.evaluations(one):
+        found = {"identity": plan.evaluation_identity(one, evaluation), "loss": 1.0}
+        folder.write_json(held.evaluated(evaluation.name), found)
+    folder.write_json(held.trained, {})
+    folder.write_json(held.results, {})
+    assert plan.complete(one)
+    plan.table.evaluation.memory.lengths.append(64)
+    assert [e.name for e in plan.missing(one)] == ["test-memory-64"]
+    plan.table.evaluation.options["batch-size"] = 1
+    assert len(plan.missing(one)) == 5
+
+
+def test_jobs_for_slurm_are_what_is_missing(tiny, capsys, data):
+    out = tiny.parent / "out"
+    assert run(tiny, "--print-slurm", "--seeds", 1, 2, "--sbatch", "--time 1:00:00", "--set", "cpu=false") == 0
+    made, *lines = capsys.readouterr().out.splitlines()
+    assert made == f"mkdir -p {out}" and len(lines) == 4 and not out.exists()
+    assert all(line.startswith("sbatch --job-name tiny-") and " --gpus-per-node 1 " in line for line in lines)
+    words = shlex.split(lines[-1])
+    assert words[-4:-2] == ["--time", "1:00:00"] and words[-2] == "--wrap" and "--requeue" in words
+    job = runner.parser().parse_args(shlex.split(words[-1])[3:])
+    assert (job.table, job.out, job.only, job.seeds, job.set) == (tiny, out, ["lamemo"], [2], ["cpu=false"])
+
+    held = folder.RunFolder(out / "transformer_xl" / "seed-1")
+    plan = execute.Plan(table.load(tiny), out, {"cpu": False})
+    one = table.Run("transformer_xl", 1)
+    held.claim(plan.identity(one))
+    for evaluation in plan.evaluations(one):
+        folder.write_json(held.evaluated(evaluation.name), {"identity": plan.evaluation_identity(one, evaluation)})
+    folder.write_json(held.trained, {})
+    folder.write_json(held.results, {})
+    assert run(tiny, "--print-slurm", "--set", "cpu=false") == 0
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]] == ["tiny-lamemo-1"]
+    assert run(tiny, "--print-slurm", "--scale", 5) == 0
+    (job,) = capsys.readouterr().out.splitlines()[1:]
+    assert "--scale 5" in job and "--gpus-per-node" not in job
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("measure: bits\n", "unknown measure 'bits'; the known ones are perplexity"),
+        ("measure: perplexity\nwrong: 1\n", "wrong"),
+        ("measure: perplexity\nrows: {}\n", "at least one row"),
+        ("measure: perplexity\noptions: {batch-size: 3}\n", "--batch-size is set by the runner"),
+    ],
+)
+def test_bad_table_files(text, message, tmp_path):
+    base = "title: t\ndata: d\nstreams: 2\n"
+    rows = "" if "rows" in text else "rows: {a: {title: A}}\n"
+    (tmp_path / "table.yaml").write_text(base + text + rows)
+    with pytest.raises(table.TableError, match=message):
+        table.load(tmp_path / "table.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nothing"], "no row 'nothing'; its rows are transformer_xl, lamemo"),
+        (["--set", "lr"], "pass OPTION=VALUE"),
+        (["--set", "batch-size=3"], "follows from the table's streams"),
+        (["--print", "lamemo", "--gpus", "3"], "the 4 streams of this table cannot be shared evenly"),
+        (["--set", "data=/nowhere"], "/nowhere holds no dict.txt"),
+        (["--scale", "0"], "positive number of minutes"),
+        (["--set", "cpu=false", "--devices", "0", "--gpus", "2"], "there are 1 GPUs to use"),
+    ],
+)
+def test_bad_arguments(arguments, message, tiny, capsys):
+    assert run(tiny, *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_gpus_share_the_streams_and_runs_the_gpus(tiny):
+    loaded = table.load(tiny)
+    arguments = commands.train(loaded, table.Run("lamemo", 1), "saved", {}, gpus=2)
+    assert arguments[arguments.index("--batch-size") + 1] == "2"
+    args = runner.parser().parse_args([str(tiny), "--devices", "4,5,6", "--gpus", "1"])
+    assert [slot.environment() for slot in runner.slots(args, False)] == [{"CUDA_VISIBLE_DEVICES": d} for d in "456"]
+    args.gpus = 2
+    (slot,) = runner.slots(args, False)
+    assert slot.environment() == {"CUDA_VISIBLE_DEVICES": "4,5"} and slot.environment(1)["CUDA_VISIBLE_DEVICES"] == "4"
+
+
+def test_a_scale_is_the_same_for_all_rows(tiny, monkeypatch, capsys):
+    """Rates are made up here; the slower row decides with the faster one how many updates both get."""
+    rates = {
+        "transformer_xl": {"tokens_per_second": 640.0, "tokens_an_update": 64.0},
+        "lamemo": {"tokens_per_second": 320.0, "tokens_an_update": 64.0},
+    }
+    monkeypatch.setattr(scale, "measure", lambda *_: rates)
+    changes = {"max-update": 50000, "warmup-updates": 1000}
+    plan = execute.Plan(table.load(tiny), tiny.parent / "out", changes)
+    runs = table.runs(plan.table)
+    shrunk = scale.shrink(plan, runs, [execute.Slot()], 2)
+    updates = 260  # 65% of 120 seconds at a tenth and two tenths of a second
+    assert shrunk.changes["max-update"] == updates
+    assert shrunk.changes["warmup-updates"] == round(1000 * updates / 50000)
+    for run_ in runs:
+        identity = shrunk.identity(run_)["options"]
+        assert identity["--max-update"] == updates and identity["--tokens-per-sample"] == 16
+    # Of 24 seconds, each of 2 + 4 evaluations reads as many tokens, at 640 or 320 a second.
+    assert shrunk.shards == -(-300 // min(300, int(24 / (2 / 640 + 4 / 320)))) == 1
+    assert scale.shrink(plan, runs, [execute.Slot()] * 4, 2).changes == shrunk.changes, "decided once"
+    with pytest.raises(folder.ChangedError, match="was begun with --scale 2"):
+        scale.shrink(plan, runs, [execute.Slot()], 3)
+    assert "reproduce nothing" in render.markdown(shrunk, runs, render.collect(shrunk, runs))
+
+    (tiny.parent / "out" / "scale.json").unlink()
+    assert scale.shrink(plan, runs, [execute.Slot()], 0.01).shards == 2  # streams keep four segments
+    plan.table.rows["lamemo"].options["max-update"] = 7
+    with pytest.raises(table.TableError, match="row 'lamemo' sets --max-update for itself"):
+        scale.decide(plan, runs, [execute.Slot()], 2)
+
+
+@pytest.mark.parametrize("positions", ["disentangled", "disentangled-content", "transformer-xl"])
+def test_without_memory_every_segment_is_read_on_its_own(positions):
+    """What `without_memory` in the tables does to a trained LaMemo."""
+    lamemo = tiny_decoder(("lookahead", positions, "right"))
+    plain = tiny_decoder(("none", "transformer-xl", "right"), seed=1)
+    weights = {f"decoder.{name}": tensor for name, tensor in lamemo.state_dict().items()}
+    kept = plain.upgrade_state_dict_named(weights, "decoder")
+    plain.load_state_dict({name.removeprefix("decoder."): tensor for name, tensor in kept.items()})
+    tokens = random_tokens(2, 9)
+    alone = torch.cat([lamemo(segment)[0] for segment in tokens.split(3, dim=1)], dim=1)
+    assert torch.allclose(read_streams(plain, tokens), alone, rtol=0, atol=1e-12)
+    assert not torch.allclose(read_streams(lamemo, tokens), alone, rtol=0, atol=1e-3)
