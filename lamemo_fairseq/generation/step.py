@@ -2,6 +2,7 @@
 
 from typing import Any, Callable, Optional
 
+import torch
 from torch import Tensor
 
 from ..attention import RelativeBias
@@ -10,10 +11,14 @@ from ..models.incremental import DecodingState, layer_step
 
 
 def fastest_step(state: DecodingState) -> Callable[..., Tensor]:
-    """The kernel's where Triton is installed and the positions are sinusoids, else the plain one."""
-    bias = state.biases[0]
+    """The kernel's where Triton is installed and the positions are sinusoids, else the plain one.
+
+    ``--attention-backend eager`` asks for the plain one, and the kernel's float32 would be too coarse for float64.
+    """
+    bias, config = state.biases[0], state.decoder.layers[0].self_attn.config
     sinusoids = bias.table is not None and bias.position is not None and bias.score is None
-    if not sinusoids or state.decoder.layers[0].self_attn.config.span is not None:
+    exact = config.backend == "eager" or state.cache.keys[0].dtype == torch.float64
+    if exact or not sinusoids or config.span is not None:
         return layer_step
     try:
         from ..attention import cached_kernel  # noqa: F401  (whether Triton is there)
