@@ -52,27 +52,25 @@ def test_a_word_is_drawn_from_what_fairseq_draws_it_from(tops, monkeypatch):
     log_probs[::2, EOS] = -math.inf
     given = []
 
-    def every(probs, count, replacement):
+    def first(probs, count, replacement):
         given.append(probs.clone())
-        return torch.arange(count).expand(len(probs), -1)
+        return torch.zeros(len(probs), count, dtype=torch.int64)
 
-    monkeypatch.setattr(torch, "multinomial", every)
+    monkeypatch.setattr(torch, "multinomial", first)
     for row in log_probs:
-        seen = len(row) if not tops else int(truncated(row[None], *tops_of(tops))[0].isfinite().sum())
-        _, words, _ = Sampling(WORDS, **prefixed(tops)).step(0, row.expand(1, seen, -1).clone(), None)
-        found, which = truncated(row[None], *tops_of(tops))
-        torch.testing.assert_close(
-            dense(found.exp(), which), dense(given[-1][:, :seen], words if tops else None), rtol=0, atol=1e-12
+        Sampling(WORDS, **{f"sampling_{name}": value for name, value in tops.items()}).step(
+            0, row[None, None].clone(), None
         )
+        found, words = truncated(row[None], *tops_of(tops))
+        ours, theirs = (probs[probs > 0].sort().values for probs in (found.exp(), given[-1]))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        if words is not None:
+            assert row[words][found.isfinite()].equal(found[found.isfinite()])
 
 
 def tops_of(tops):
     """As `truncated` takes them: fairseq looks at one of them only."""
     return (0, tops["topp"]) if "topp" in tops else (tops.get("topk", 0), 1.0)
-
-
-def prefixed(tops):
-    return {f"sampling_{name}": value for name, value in tops.items()}
 
 
 def pick_by_rank(monkeypatch):
@@ -196,15 +194,17 @@ def test_plain_sampling_alone_goes_past_fairseqs_loop(monkeypatch):
     assert loops(PromptGenerator(models[:1], WORDS, beam_size=2, search_strategy=DiverseBeamSearch(WORDS, 2, 0.5))) == 1
 
 
-def test_generation_stops_when_every_text_has_ended(monkeypatch):
-    model, texts, steps = model_of(), prompts_of([4, 7, 2]), []
+@pytest.mark.parametrize(("sampler", "asked"), [(Sampler, [1]), (ReplayedOnTheHost, [32])])
+def test_generation_stops_when_every_text_has_ended(sampler, asked, monkeypatch):
+    model, texts, counts = model_of(), prompts_of([4, 7, 2]), []
+    monkeypatch.setattr(sampling, "Sampler", sampler)
     original = Sampler.go_on
-    monkeypatch.setattr(Sampler, "go_on", lambda self, *a: (steps.append(len(a[0])), original(self, *a))[1])
+    monkeypatch.setattr(Sampler, "go_on", lambda self, *a: (counts.append(a[1]), original(self, *a))[1])
     only_end = ["<s>", *(f"w{i}" for i in range(13))]
     generator = sampler_of([model], beam_size=2, min_len=0, max_len_b=50, tokens_to_suppress=only_end, unk_penalty=1e4)
     for hypotheses in generator.generate([model], batch_of(texts)):
         assert all(h["tokens"][-1] == EOS for h in hypotheses)
-    assert steps == [6]
+    assert counts == asked
 
 
 def test_a_model_that_gives_no_probabilities_is_an_error():
