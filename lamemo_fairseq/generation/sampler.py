@@ -109,7 +109,7 @@ class Sampler:
         for i in range(count):
             self._begin_segments(ones)
             self._replay(self._columns())
-            self._advance(ones)
+            self.state.cache.advance(ones, self.state.mem_len, self.state.length)
             words[:, i] = self.words[:, 0]
             log_probs[:, i] = self.log_probs[:, 0]
         return Continuation(words, log_probs)
@@ -131,22 +131,17 @@ class Sampler:
         part = -(-read // COLUMNS_A_GRAPH) * COLUMNS_A_GRAPH if self.graphs else read
         return state.mem_len + min(part, state.length)
 
-    def _advance(self, ones: Sequence[int]) -> None:
-        """As the cache's `advance`; within a segment the host need not tell the device anything."""
-        cache = self.state.cache
-        if any(place.tokens + 1 == self.state.length for place in cache.places):
-            cache.advance(ones, self.state.mem_len, self.state.length)
-        else:
-            cache.places = [place._replace(tokens=place.tokens + 1) for place in cache.places]
-            cache.tokens.add_(1)
-
     def _embed(self) -> Tensor:
         decoder = self.state.decoder
         return decoder.positions.embed(decoder.embed_tokens(self.words), self.state.length - self.state.cache.tokens)
 
     def _next(self, end: int) -> Tuple[Tensor, Tensor]:
         """The next words ``[B, 1]`` and their log-probabilities."""
-        features = self.state.step(self._embed(), 0 if self.graphs else self._oldest(), end)
+        state = self.state
+        if self.graphs:
+            features = state.step(self._embed(), 0, end)
+        else:
+            features = state.step(self._embed(), self._oldest(), end, state.common_column())
         scores = self.state.decoder.output_layer(features)
         log_probs = self.adjust(self.model.get_normalized_probs((scores, None), True)[:, 0])
         words = self.choose(log_probs).unsqueeze(1)

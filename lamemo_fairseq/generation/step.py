@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..attention import RelativeBias
+from ..attention.cached import Columns
 from ..memory.incremental import Record
 from ..models.incremental import DecodingState, layer_step
 
@@ -32,11 +33,8 @@ def kernel_step(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    column: Tensor,
-    looked_at: slice,
+    columns: Columns,
     bias: RelativeBias,
-    query: Tensor,
-    oldest: Tensor,
     record: Optional[Record],
 ) -> Tensor:
     """As `layer_step`, for one new token a row."""
@@ -46,7 +44,8 @@ def kernel_step(
 
     def attend(normed: Tensor) -> tuple[Tensor, None]:
         qkv = attn.qkv_proj(normed)[:, 0]
-        output = cached_attention(qkv, keys, values, bias, query[:, 0], oldest, looked_at.stop, record)
+        query, oldest, end = columns.query[:, 0], columns.oldest, columns.end
+        output = cached_attention(qkv, keys, values, bias, query, oldest, end, record)
         return attn.out_proj(output.unsqueeze(1)), None
 
     return layer.around(x, attend)[0]

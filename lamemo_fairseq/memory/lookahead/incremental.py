@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import BACKENDS, Attended
+from ...attention.cached import Columns
 from ...positions import PositionEncoding
-from ..incremental import Record, SegmentCache, put
+from ..incremental import Record, SegmentCache
 from .windows import WINDOWS
 
 
@@ -88,8 +89,8 @@ class LookaheadCache(SegmentCache):
         hold(self.keys[-1], k)
         hold(self.values[-1], v)
 
-    def record_embeddings(self, embeddings: Tensor, column: Tensor) -> None:
-        put(self.embeddings[0], embeddings, column, 1)
+    def record_embeddings(self, embeddings: Tensor, columns: Columns) -> None:
+        columns.put(self.embeddings[0], embeddings, 1)
 
     def record(self, layer: int) -> Optional[Record]:
         return Record(self.outputs[layer], self.normalizers[layer]) if layer < len(self.outputs) else None
