@@ -35,7 +35,8 @@ class DecodingState:
         like = decoder.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=decoder.dictionary_version.device))
         self.cache: SegmentCache = decoder.memory.cache.empty(decoder.memory, rows, self.length, like)
         # The same in every step: sinusoids and their projections are computed once a text, not once a token.
-        self.biases: List[RelativeBias] = [b.causal for b in decoder.positions(self.mem_len + self.length, None, like)]
+        biases = decoder.positions(self.mem_len + self.length, None, like)
+        self.biases: List[RelativeBias] = [_laid_out(b.causal) for b in biases]
         self.layer_step: Callable[..., Tensor] = layer_step
         self.span: Optional[int] = decoder.layers[0].self_attn.config.span
         self.seen = 0  # tokens of fairseq's generator that have been read
@@ -111,6 +112,13 @@ class DecodingState:
     def reorder(self, order: Tensor) -> None:
         """Row i goes on from row ``order[i]``."""
         self.cache.reorder(order)
+
+
+def _laid_out(bias: RelativeBias) -> RelativeBias:
+    """On a CPU, distances next to each other: the product with one query reads a table a third faster so."""
+    if bias.table is None or bias.table.is_cuda:
+        return bias
+    return bias._replace(table=bias.table.transpose(1, 2).contiguous().transpose(1, 2))
 
 
 def layer_step(
