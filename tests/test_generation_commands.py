@@ -1,9 +1,14 @@
 """fairseq-interactive, fairseq-generate and the hub, from a checkpoint to text."""
 
 import io
+import os
+import pty
 import re
+import select
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import sentencepiece
@@ -42,7 +47,9 @@ def ask(data, path, prompts, capsys, monkeypatch, *options):
     """What fairseq-interactive answers to lines of its standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(p + "\n" for p in prompts).encode())))
     run_command(interactive.cli_main, data, *TASK, "--path", path, *options)
-    return hypotheses(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert "generated" not in captured.err
+    return hypotheses(captured.out)
 
 
 PROMPTS = ["w3 w4", "", " ".join(f"w{i % 30}" for i in range(70)), "w1 w2 </s> w3 </s> </s> w5 w6 </s>"]
@@ -82,6 +89,34 @@ def test_prompts_from_a_file_and_more_new_words_for_longer_prompts(data, checkpo
     for row, _, text in hypotheses(capsys.readouterr().out):
         prompt = PROMPTS[int(row)].replace("</s>", "").split()
         assert len(prompt) + 2 <= len(text.split()) <= 2 * len(PROMPTS[int(row)].split()) + 2
+
+
+def test_a_terminal_shows_how_far_a_long_generation_is(data, checkpoints, tmp_path):
+    """Also one that does not know its width. The command is ended once it has shown the counter."""
+    (tmp_path / "prompts").write_text("w1 w2\n")
+    command = [
+        sys.executable, "-m", "fairseq_cli.interactive", data, *TASK, "--input", tmp_path / "prompts",
+        "--path", checkpoints / "lamemo_lm" / "checkpoint_last.pt", "--min-len", 60_000, "--max-len-b", 60_000,
+        *["--sampling", "--beam", 1],
+    ]  # fmt: skip
+    terminal, other_end = pty.openpty()
+    process = subprocess.Popen([*map(str, command)], stdout=other_end, stderr=other_end)
+    os.close(other_end)
+    seen, shown, deadline = {}, "", time.monotonic() + 120
+    try:
+        while "generated" not in seen and time.monotonic() < deadline and process.poll() is None:
+            if select.select([terminal], [], [], 0.1)[0]:
+                shown += os.read(terminal, 65536).decode(errors="replace")
+            for mark in ("Type the input sentence", "generated"):
+                if mark in shown:
+                    seen.setdefault(mark, time.monotonic())
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+    assert re.search(r"generated: .* [1-9]\d*/60000 \[", shown), shown
+    # Who waits for less than two seconds sees nothing.
+    assert seen["generated"] - seen["Type the input sentence"] > 1
 
 
 @pytest.mark.parametrize("prefix", [[], ["--prefix-size", 3]], ids=["lines", "beginnings"])
