@@ -1,6 +1,8 @@
 """fairseq-interactive, fairseq-generate and the hub, from a checkpoint to text."""
 
+import importlib
 import io
+import itertools
 import os
 import pty
 import re
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 import sentencepiece
@@ -211,3 +214,61 @@ def test_hub_with_a_tokenizer_and_pieces(data, checkpoints, tmp_path):
     pieces = model.apply_bpe(model.tokenize("w1, w2"))
     assert "\u2581" in pieces and model.detokenize(model.remove_bpe(pieces)) == "w1, w2"
     assert isinstance(model.sample("w1", sampling=True, max_len_b=4), str)
+
+
+class PairMerges:
+    """Stands in for fastBPE where it is not installed: the same algorithm, written plainly.
+
+    Each line of *codes* is a pair of pieces that become one and how often it was seen, the most frequent pair first.
+    """
+
+    def __init__(self, codes):
+        with open(codes) as lines:
+            self.rank = {tuple(line.split()[:2]): i for i, line in enumerate(lines)}
+
+    def apply(self, sentences):
+        return [" ".join(self._split(word) for word in sentence.split()) for sentence in sentences]
+
+    def _split(self, word):
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while known := [pair for pair in itertools.pairwise(pieces) if pair in self.rank]:
+            best, merged = min(known, key=self.rank.__getitem__), []
+            for piece in pieces:
+                merged[-1:] = [merged[-1] + piece] if merged and (merged[-1], piece) == best else [*merged[-1:], piece]
+            pieces = merged
+        return "@@ ".join(pieces).removesuffix("</w>")
+
+
+def fast_bpe_module():
+    try:
+        return importlib.import_module("fastBPE")
+    except ImportError:
+        return types.SimpleNamespace(fastBPE=PairMerges)
+
+
+def test_hub_with_a_tokenizer_and_fastbpe(data, checkpoints, tmp_path, monkeypatch):
+    """With the package fastBPE if it is there."""
+    monkeypatch.setitem(sys.modules, "fastBPE", fast_bpe_module())
+    merges = [f"w {i}</w>" for i in range(10)] + ["w 1", "w 2", *(f"w{t} {i}</w>" for t in (1, 2) for i in range(10))]
+    (tmp_path / "codes").write_text("".join(f"{pair} {1000 - i}\n" for i, pair in enumerate(merges)))
+    options = {"tokenizer": "moses", "bpe": "fastbpe", "bpe_codes": str(tmp_path / "codes")}
+    folder = str(checkpoints / "lamemo_lm")
+    model = language_models.LaMemoLanguageModel.from_pretrained(folder, "checkpoint_last.pt", str(data), **options)
+    assert model.apply_bpe("w1 w13 w1w2 w45") == "w1 w13 w1@@ w2 w@@ 4@@ 5"
+    assert model.detokenize(model.remove_bpe(model.apply_bpe(model.tokenize("w1w2, w13")))) == "w1w2, w13"
+    text = "w1 w13\nw25 w7"
+    assert model.encode("").tolist() == [2]
+    assert model.encode(text).tolist() == [5, 17, 2, 29, 11, 2] and model.decode(model.encode(text)) == text
+    plain = language_models.LaMemoLanguageModel.from_pretrained(folder, "checkpoint_last.pt", str(data))
+    assert model.score(text)["positional_scores"].equal(plain.score(text)["positional_scores"])
+    assert model.sample(text, sampling=True, max_len_b=4).startswith(text)
+
+
+def test_a_missing_fastbpe_is_an_error_that_says_how_to_install_it(data, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastBPE", None)
+    (tmp_path / "codes").touch()
+    with pytest.raises(ImportError, match="--no-build-isolation fastBPE"):
+        language_models.LaMemoLanguageModel.from_pretrained(
+            str(checkpoints / "lamemo_lm"), "checkpoint_last.pt", str(data),
+            bpe="fastbpe", bpe_codes=str(tmp_path / "codes"),
+        )  # fmt: skip
