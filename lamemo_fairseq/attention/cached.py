@@ -72,7 +72,7 @@ class Columns:
 
     def of(self, buffer: Tensor) -> Tensor:
         """``[B, H, C, ..] -> [B, H, K, ..]``, those looked at."""
-        return buffer[:, :, self.first : self.end]
+        return buffer.narrow(2, self.first, self.end - self.first)
 
 
 def cached_attention(

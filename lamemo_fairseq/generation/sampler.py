@@ -4,6 +4,7 @@ Shapes: B rows, V words.
 """
 
 import math
+import threading
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -14,6 +15,9 @@ from .step import fastest_step
 
 # Attention reads the cache up to a multiple of this many tokens of the segment: a graph each.
 COLUMNS_A_GRAPH = 256
+
+# Threads that sample at the same time share the random number generator, which can belong to one recording only.
+_RECORDING = threading.Lock()
 
 
 class Continuation(NamedTuple):
@@ -165,15 +169,16 @@ class Sampler:
 
     def _record(self, end: int) -> Any:
         """The step as a graph. Trying it out writes what the step writes anyway, but for the words."""
-        words = self.words.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._next(end)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step(end)
-        self.words.copy_(words)
+        with _RECORDING:
+            words = self.words.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self._next(end)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._step(end)
+            self.words.copy_(words)
         return graph
