@@ -161,7 +161,8 @@ class Sampler:
 
     def _replay(self, end: int) -> None:
         if not self.graphs:
-            self._step(end)
+            with torch.inference_mode():  # the host has less to note for every operation
+                self._step(end)
             return
         if end not in self._recorded:
             self._recorded[end] = self._record(end)
