@@ -1,9 +1,17 @@
 """fairseq-interactive, fairseq-generate and the hub, from a checkpoint to text."""
 
+import importlib
 import io
+import itertools
+import os
+import pty
 import re
+import select
+import subprocess
 import sys
 import threading
+import time
+import types
 
 import pytest
 import sentencepiece
@@ -42,7 +50,9 @@ def ask(data, path, prompts, capsys, monkeypatch, *options):
     """What fairseq-interactive answers to lines of its standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(p + "\n" for p in prompts).encode())))
     run_command(interactive.cli_main, data, *TASK, "--path", path, *options)
-    return hypotheses(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert "generated" not in captured.err
+    return hypotheses(captured.out)
 
 
 PROMPTS = ["w3 w4", "", " ".join(f"w{i % 30}" for i in range(70)), "w1 w2 </s> w3 </s> </s> w5 w6 </s>"]
@@ -82,6 +92,34 @@ def test_prompts_from_a_file_and_more_new_words_for_longer_prompts(data, checkpo
     for row, _, text in hypotheses(capsys.readouterr().out):
         prompt = PROMPTS[int(row)].replace("</s>", "").split()
         assert len(prompt) + 2 <= len(text.split()) <= 2 * len(PROMPTS[int(row)].split()) + 2
+
+
+def test_a_terminal_shows_how_far_a_long_generation_is(data, checkpoints, tmp_path):
+    """Also one that does not know its width. The command is ended once it has shown the counter."""
+    (tmp_path / "prompts").write_text("w1 w2\n")
+    command = [
+        sys.executable, "-m", "fairseq_cli.interactive", data, *TASK, "--input", tmp_path / "prompts",
+        "--path", checkpoints / "lamemo_lm" / "checkpoint_last.pt", "--min-len", 60_000, "--max-len-b", 60_000,
+        *["--sampling", "--beam", 1],
+    ]  # fmt: skip
+    terminal, other_end = pty.openpty()
+    process = subprocess.Popen([*map(str, command)], stdout=other_end, stderr=other_end)
+    os.close(other_end)
+    seen, shown, deadline = {}, "", time.monotonic() + 120
+    try:
+        while "generated" not in seen and time.monotonic() < deadline and process.poll() is None:
+            if select.select([terminal], [], [], 0.1)[0]:
+                shown += os.read(terminal, 65536).decode(errors="replace")
+            for mark in ("Type the input sentence", "generated"):
+                if mark in shown:
+                    seen.setdefault(mark, time.monotonic())
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+    assert re.search(r"generated: .* [1-9]\d*/60000 \[", shown), shown
+    # Who waits for less than two seconds sees nothing.
+    assert seen["generated"] - seen["Type the input sentence"] > 1
 
 
 @pytest.mark.parametrize("prefix", [[], ["--prefix-size", 3]], ids=["lines", "beginnings"])
@@ -176,3 +214,61 @@ def test_hub_with_a_tokenizer_and_pieces(data, checkpoints, tmp_path):
     pieces = model.apply_bpe(model.tokenize("w1, w2"))
     assert "\u2581" in pieces and model.detokenize(model.remove_bpe(pieces)) == "w1, w2"
     assert isinstance(model.sample("w1", sampling=True, max_len_b=4), str)
+
+
+class PairMerges:
+    """Stands in for fastBPE where it is not installed: the same algorithm, written plainly.
+
+    Each line of *codes* is a pair of pieces that become one and how often it was seen, the most frequent pair first.
+    """
+
+    def __init__(self, codes):
+        with open(codes) as lines:
+            self.rank = {tuple(line.split()[:2]): i for i, line in enumerate(lines)}
+
+    def apply(self, sentences):
+        return [" ".join(self._split(word) for word in sentence.split()) for sentence in sentences]
+
+    def _split(self, word):
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while known := [pair for pair in itertools.pairwise(pieces) if pair in self.rank]:
+            best, merged = min(known, key=self.rank.__getitem__), []
+            for piece in pieces:
+                merged[-1:] = [merged[-1] + piece] if merged and (merged[-1], piece) == best else [*merged[-1:], piece]
+            pieces = merged
+        return "@@ ".join(pieces).removesuffix("</w>")
+
+
+def fast_bpe_module():
+    try:
+        return importlib.import_module("fastBPE")
+    except ImportError:
+        return types.SimpleNamespace(fastBPE=PairMerges)
+
+
+def test_hub_with_a_tokenizer_and_fastbpe(data, checkpoints, tmp_path, monkeypatch):
+    """With the package fastBPE if it is there."""
+    monkeypatch.setitem(sys.modules, "fastBPE", fast_bpe_module())
+    merges = [f"w {i}</w>" for i in range(10)] + ["w 1", "w 2", *(f"w{t} {i}</w>" for t in (1, 2) for i in range(10))]
+    (tmp_path / "codes").write_text("".join(f"{pair} {1000 - i}\n" for i, pair in enumerate(merges)))
+    options = {"tokenizer": "moses", "bpe": "fastbpe", "bpe_codes": str(tmp_path / "codes")}
+    folder = str(checkpoints / "lamemo_lm")
+    model = language_models.LaMemoLanguageModel.from_pretrained(folder, "checkpoint_last.pt", str(data), **options)
+    assert model.apply_bpe("w1 w13 w1w2 w45") == "w1 w13 w1@@ w2 w@@ 4@@ 5"
+    assert model.detokenize(model.remove_bpe(model.apply_bpe(model.tokenize("w1w2, w13")))) == "w1w2, w13"
+    text = "w1 w13\nw25 w7"
+    assert model.encode("").tolist() == [2]
+    assert model.encode(text).tolist() == [5, 17, 2, 29, 11, 2] and model.decode(model.encode(text)) == text
+    plain = language_models.LaMemoLanguageModel.from_pretrained(folder, "checkpoint_last.pt", str(data))
+    assert model.score(text)["positional_scores"].equal(plain.score(text)["positional_scores"])
+    assert model.sample(text, sampling=True, max_len_b=4).startswith(text)
+
+
+def test_a_missing_fastbpe_is_an_error_that_says_how_to_install_it(data, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastBPE", None)
+    (tmp_path / "codes").touch()
+    with pytest.raises(ImportError, match="--no-build-isolation fastBPE"):
+        language_models.LaMemoLanguageModel.from_pretrained(
+            str(checkpoints / "lamemo_lm"), "checkpoint_last.pt", str(data),
+            bpe="fastbpe", bpe_codes=str(tmp_path / "codes"),
+        )  # fmt: skip

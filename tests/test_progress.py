@@ -11,9 +11,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def counted(monkeypatch, seconds):
-    """What a terminal shows of twenty tokens in so many seconds."""
-    clock, screen = [100.0], Terminal()
+def counted(monkeypatch, seconds, screen=Terminal):
+    """What a terminal, or a file, shows of twenty tokens in so many seconds."""
+    clock, screen = [100.0], screen()
     monkeypatch.setattr(progress.sys, "stderr", screen)
     monkeypatch.setattr(time, "time", lambda: clock[0])
     with progress.counter(20, "generated") as bar:
@@ -28,3 +28,9 @@ def counted(monkeypatch, seconds):
 def test_long_generations_count_their_tokens_and_short_ones_are_silent(monkeypatch):
     assert "15/20" in counted(monkeypatch, 10.0) and "generated" in counted(monkeypatch, 10.0)
     assert "generated" not in counted(monkeypatch, 1.0)
+
+
+def test_a_file_gets_a_line_rarely(monkeypatch):
+    assert "generated" not in counted(monkeypatch, 8.0, io.StringIO)
+    assert 3 <= counted(monkeypatch, 40.0, io.StringIO).count("generated") <= 5
+    assert counted(monkeypatch, 40.0).count("generated") >= 20

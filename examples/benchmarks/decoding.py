@@ -2,10 +2,12 @@
 
     python examples/benchmarks/decoding.py                            # on the CPU
     python examples/benchmarks/decoding.py --device cuda --batch 1 64 # in bfloat16, steps replayed as graphs
+    python examples/benchmarks/decoding.py --through generator        # as fairseq-interactive and the hub go
 
 First both ways must agree. Recomputing is measured for the memory alone (M + 1 rows a token, as the authors' code
 generates) and for memory and segment (M + N/2 rows in the mean), which gives the very outputs of the cache. The
-model has the released enwik8 sizes and random weights: speed does not depend on them.
+model has the released enwik8 sizes and random weights: speed does not depend on them. The generator's own rate is that
+of the new tokens alone, without the time that reading the prompt takes, beside that of fairseq's loop.
 """
 
 import argparse
@@ -19,7 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from fairseq.data import Dictionary
+from fairseq.search import Sampling
 
+from lamemo_fairseq.generation import PromptGenerator
+from lamemo_fairseq.generation.generator import read_prompts
 from lamemo_fairseq.generation.sampler import Sampler, draw
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import MemoryDecoder
@@ -100,6 +105,44 @@ def cached(model: MemoryLanguageModel, tokens: torch.Tensor, segments: int, comp
     return rates
 
 
+class SamplingInTheLoop(Sampling):
+    """What fairseq's own loop is given: plain sampling would go past it."""
+
+
+def generating(model: MemoryLanguageModel, search: type[Sampling], tokens: torch.Tensor, count: int) -> float:
+    """Tokens/s of a batch through the generator of the commands, on texts of *count* new tokens."""
+    words = model.decoder.dictionary
+    options = {
+        "beam_size": 1,
+        "max_len_b": count,
+        "min_len": count,
+        "search_strategy": search(words, sampling_topp=0.95),
+    }
+    generator = PromptGenerator([model], words, **options)
+    lengths = [tokens.size(1)] * len(tokens)
+    start = synchronized()
+    read_prompts(model, tokens, lengths)
+    begin = synchronized()
+    found = generator.generate([model], {"net_input": {"src_tokens": tokens}})
+    seconds = synchronized() - begin - (begin - start)
+    assert all(len(text[0]["tokens"]) == tokens.size(1) + count for text in found)
+    return len(tokens) * (count + 1) / seconds
+
+
+def through_the_generator(model: MemoryLanguageModel, tokens: torch.Tensor, count: int, repeats: int) -> None:
+    """Both ways in turn, so that what else the machine does meets both."""
+    ways = (Sampling, SamplingInTheLoop)
+    for way in ways:
+        generating(model, way, tokens[:, -2:], 2)  # compiles kernels
+    rates = [[generating(model, way, tokens, count) for way in ways] for _ in range(repeats)]
+    fast, loop = (statistics.median(column) for column in zip(*rates, strict=True))
+    print(
+        f"    through the generator, {count} new tokens: {fast:,.1f} tokens/s; in fairseq's loop {loop:,.1f}, "
+        f"ratio {fast / loop:.2f} (medians of {repeats})",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
@@ -107,11 +150,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="memory M and segment N")
     parser.add_argument("--segments", type=int, default=4)
     parser.add_argument("--compile", action="store_true", help="compile the layers as well")
+    parser.add_argument("--through", nargs="+", choices=["sampler", "generator"], default=["sampler"])
+    parser.add_argument("--new-tokens", type=int, default=256, help="of a text, through the generator")
+    parser.add_argument("--repeats", type=int, default=3, help="through the generator")
+    parser.add_argument("--memory", nargs="+", choices=list(MEMORIES), default=list(MEMORIES))
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     machine = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, enwik8 sizes, M = N = {args.length}", flush=True)
-    for memory in MEMORIES:
+    for memory in args.memory:
         model = build(memory, args.length).to(args.device)
         tokens = torch.randint(4, WORDS, (2, 3 * args.length), device=args.device)
         error = disagreement(model, tokens)
@@ -120,6 +167,11 @@ def main() -> None:
         model = model.bfloat16() if on_gpu else model
         for batch in args.batch:
             tokens = torch.randint(4, WORDS, (batch, 2 * args.length), device=args.device)
+            if "generator" in args.through:
+                print(f"  batch {batch}:", flush=True)
+                through_the_generator(model, tokens, args.new_tokens, args.repeats)
+            if "sampler" not in args.through:
+                continue
             count = 20 if on_gpu else 5
             slow = recomputing(model, tokens, count, 0), recomputing(model, tokens, count, args.length // 2)
             rates = cached(model, tokens, args.segments, args.compile)

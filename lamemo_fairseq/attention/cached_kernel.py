@@ -126,7 +126,8 @@ def cached_attention(
     """
     rows, heads, columns, size = keys.shape
     assert bias.content is not None and bias.position is not None and bias.table is not None
-    table = bias.table
+    # Only the interpreter meets the layout that plain attention has on a CPU.
+    table = bias.table if bias.table.stride(2) == 1 else bias.table.contiguous()
     splits = 1
     while rows * heads * splits < PROGRAMS and splits * BLOCK < end:
         splits *= 2

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models.incremental import DecodingState
 from .progress import counter
+from .sampling import is_plain_sampling, sampled_continuations
 from .scorer import stream_log_probs
 
 
@@ -77,7 +78,8 @@ class PromptGenerator(SequenceGenerator):
 
     A hypothesis is the prompt and what follows, as fairseq gives it for language models; scores include the
     prompt's. ``--max-len-a`` times the prompt's length plus ``--max-len-b`` new words are generated at most.
-    Takes the arguments of fairseq's `SequenceGenerator`. Blocks of repeated n-grams and a function of allowed
+    Takes the arguments of fairseq's `SequenceGenerator`, whose own loop searches; plain sampling takes a faster one
+    (`sampling.py`). Blocks of repeated n-grams and a function of allowed
     words see the prompt's last word and what follows.
     """
 
@@ -118,6 +120,7 @@ class PromptGenerator(SequenceGenerator):
     def _continue(
         self, tokens: Tensor, lengths: List[int], rows: List[int], limit: int, sample: Dict[str, Any], kwargs: Any
     ) -> List[List[Dict[str, Tensor]]]:
+        limit = min(limit, self.max_len - 1)
         if limit < self.min_len:
             raise ValueError(
                 f"--max-len-a and --max-len-b allow {limit} new words, fewer than --min-len {self.min_len}: "
@@ -128,25 +131,32 @@ class PromptGenerator(SequenceGenerator):
         prompts = tokens[index, : max(lengths)]
         last = prompts[torch.arange(len(rows)), torch.tensor(lengths) - 1]
         read = [read_prompts(model, prompts, lengths) for model in self.model.models]
+        if is_plain_sampling(self) and not kwargs:
+            with counter(limit, "generated") as bar:
+                hypotheses = sampled_continuations(self, read[0].state, last, limit, bar)
+        else:
+            ids = sample["id"][index] if "id" in sample else index
+            hypotheses = self._search([r.state for r in read], ids, last, limit, kwargs)
+        log_probs = torch.stack([r.log_probs for r in read]).logsumexp(0) - math.log(len(read))
+        return [self._with_prompt(prompts[i, 1:n], log_probs[i, : n - 1], hypotheses[i]) for i, n in enumerate(lengths)]
+
+    def _search(
+        self, states: List[DecodingState], ids: Tensor, last: Tensor, limit: int, kwargs: Any
+    ) -> List[List[Dict[str, Tensor]]]:
+        """What fairseq's own generator finds after the last words ``last [B]`` of prompts."""
         inner: Dict[str, Any] = {
-            "net_input": {
-                "src_tokens": prompts[:, :1],
-                "src_lengths": prompts.new_ones(len(rows)),
-                "states": [r.state for r in read],
-            },
-            "id": sample["id"][index] if "id" in sample else index,
+            "net_input": {"src_tokens": last.unsqueeze(1), "src_lengths": torch.ones_like(last), "states": states},
+            "id": ids,
         }
-        # One text a column, whose limit was worked out above.
+        # One text a column, whose limit was worked out before.
         factors, self.max_len_a, self.max_len_b = (self.max_len_a, self.max_len_b), 0, limit
         try:
             with counter(limit, "generated") as bar:
                 self.model.bar = bar
-                hypotheses = super()._generate(inner, bos_token=last.repeat_interleave(self.beam_size), **kwargs)
+                return super()._generate(inner, bos_token=last.repeat_interleave(self.beam_size), **kwargs)
         finally:
             self.model.bar = None
             self.max_len_a, self.max_len_b = factors
-        log_probs = torch.stack([r.log_probs for r in read]).logsumexp(0) - math.log(len(read))
-        return [self._with_prompt(prompts[i, 1:n], log_probs[i, : n - 1], hypotheses[i]) for i, n in enumerate(lengths)]
 
     def _with_prompt(
         self, prompt: Tensor, log_probs: Tensor, hypotheses: List[Dict[str, Tensor]]

@@ -13,6 +13,18 @@ class LanguageModelHub(GeneratorHubInterface):
     Calls share nothing but the weights, so that several threads may make them. Each text is read from an empty memory.
     """
 
+    def __init__(self, cfg: Any, task: Any, models: Sequence[Any]):
+        try:
+            super().__init__(cfg, task, models)
+        except ImportError as error:
+            if "fastBPE" not in str(error):
+                raise
+            # fairseq's advice fails: the C++ in the release was generated for Pythons before 3.11.
+            raise ImportError(
+                "bpe='fastbpe' needs the package fastBPE: "
+                "pip install cython setuptools wheel && pip install --no-build-isolation fastBPE"
+            ) from error
+
     def encode(self, sentence: str) -> Tensor:
         """Word ids of a text; the ends of its lines become end-of-sentence tokens, one at the very end included."""
         lines = sentence.split("\n")

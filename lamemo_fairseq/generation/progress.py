@@ -1,6 +1,8 @@
 """A counter on the terminal while something long is generated or read."""
 
+import os
 import sys
+from typing import Any, Dict
 
 from tqdm import tqdm
 
@@ -8,4 +10,14 @@ from tqdm import tqdm
 def counter(total: int, what: str) -> tqdm:
     """Counts tokens on the standard error stream once two seconds have passed, rarely where that is a file."""
     every = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=what, unit=" tokens", delay=2, mininterval=every, leave=False, file=sys.stderr)
+    shown: Dict[str, Any] = {"desc": what, "unit": " tokens", "leave": False, "file": sys.stderr, **_size()}
+    return tqdm(total=total, delay=2, mininterval=every, **shown)
+
+
+def _size() -> Dict[str, int]:
+    """Of a terminal that does not know its own and says 0, where tqdm would show nothing; else tqdm may ask."""
+    try:
+        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError, AttributeError):  # no terminal
+        known = True
+    return {} if known else {"ncols": 80, "nrows": 24}

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Sequence, Tu
 import torch
 from torch import Tensor, nn
 
+from ..attention.cached import Columns
 from ..positions import PositionEncoding
 
 
@@ -80,8 +81,8 @@ class SegmentCache:
             first: ``[b, 1, d]`` the segments' first embeddings.
         """
 
-    def record_embeddings(self, embeddings: Tensor, column: Tensor) -> None:
-        """Keep what the next refresh needs of new embeddings ``[B, k, d]``, at columns ``[B, k]``."""
+    def record_embeddings(self, embeddings: Tensor, columns: Columns) -> None:
+        """Keep what the next refresh needs of new embeddings ``[B, k, d]``."""
 
     def record(self, layer: int) -> Record:
         """What a layer records of the tokens, or adds to them."""
@@ -119,7 +120,10 @@ class SegmentCache:
                 self.places[b] = self.following(place, network)
             elif count:
                 self.places[b] = place._replace(tokens=place.tokens + count)
-        self.sync()
+        if full or min(counts) < max(counts):
+            self.sync()
+        else:  # the host need not tell the device anything
+            self.tokens.add_(counts[0])
 
     def sync(self) -> None:
         """Bring the device's places in line with the host's."""
@@ -150,13 +154,6 @@ class SegmentCache:
 
     def _recorded(self) -> List[Any]:
         return [(dim, _tensors(getattr(self, name))) for name, dim in self.columns.items()]
-
-
-def put(buffer: Tensor, new: Tensor, column: Tensor, dim: int) -> None:
-    """Write ``new`` into *buffer* at columns ``[B, k]`` along *dim*."""
-    shape = [1] * new.dim()
-    shape[0], shape[dim] = column.shape
-    buffer.scatter_(dim, column.view(shape).expand(new.shape), new.to(buffer.dtype))
 
 
 def _tensors(value: Any) -> List[Tensor]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..attention import RelativeBias
-from ..attention.cached import cached_attention
-from ..memory.incremental import Network, Record, SegmentCache, put
+from ..attention.cached import Columns, cached_attention
+from ..memory.incremental import Network, Record, SegmentCache
 
 # Longer prompts are read in parts of this size, which bounds the scores held at a time.
 TOKENS_AT_ONCE = 256
@@ -36,8 +36,10 @@ class DecodingState:
         like = decoder.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=decoder.dictionary_version.device))
         self.cache: SegmentCache = decoder.memory.cache.empty(decoder.memory, rows, like)
         # The same in every step: sinusoids and their projections are computed once a text, not once a token.
-        self.biases: List[RelativeBias] = [b.causal for b in decoder.positions(self.mem_len + self.length, None, like)]
+        biases = decoder.positions(self.mem_len + self.length, None, like)
+        self.biases: List[RelativeBias] = [_laid_out(b.causal) for b in biases]
         self.layer_step: Callable[..., Tensor] = layer_step
+        self.span: Optional[int] = decoder.layers[0].self_attn.config.span
         self.seen = 0  # tokens of fairseq's generator that have been read
 
     def read(self, tokens: Tensor, counts: Optional[Sequence[int]] = None) -> Tensor:
@@ -66,7 +68,7 @@ class DecodingState:
         active = [p for p, n in zip(cache.places, counts, strict=True) if n > 0]
         first = self.mem_len - max(p.slots for p in active)
         end = self.mem_len + max(p.tokens for p in active) + tokens.size(1)
-        x = self.step(x, first, min(end, self.mem_len + self.length))
+        x = self.step(x, first, min(end, self.mem_len + self.length), self.common_column())
         cache.advance(counts, self.network)
         return x
 
@@ -85,20 +87,27 @@ class DecodingState:
             for row in rows:
                 cache.places[row] = cache.places[row]._replace(open=True)
 
-    def step(self, x: Tensor, first: int, end: int) -> Tensor:
+    def common_column(self) -> Optional[int]:
+        """The column of the next token, None unless it is every row's, with as many slots before it."""
+        first, *others = self.cache.places
+        same = all(p.tokens == first.tokens and p.slots == first.slots for p in others)
+        return self.mem_len + first.tokens if same else None
+
+    def step(self, x: Tensor, first: int, end: int, at: Optional[int] = None) -> Tensor:
         """Pass new embeddings ``x [B, k, d]`` through the layers, over the cache's columns ``first .. end-1``.
 
-        Touches tensors only, and leaves each row's place as it is.
+        Touches tensors only, and leaves each row's place as it is. *at* is the `common_column`; the same step may
+        serve other places if it is left out.
         """
-        cache = self.cache
-        query = self.mem_len + cache.tokens.unsqueeze(1) + torch.arange(x.size(1), device=x.device)
-        # Rows that are padded here may reach past their segment: what they write is never read.
-        column = query.clamp(max=self.mem_len + self.length - 1)
-        oldest = self.mem_len - cache.slots
-        cache.record_embeddings(x, column)
+        cache, new = self.cache, x.size(1)
+        query = self.mem_len + cache.tokens.unsqueeze(1)
+        if new > 1:
+            query = query + torch.arange(new, device=x.device)
+        last = self.mem_len + self.length - 1
+        columns = Columns(first, end, query, self.mem_len - cache.slots, last, self.span, at)
+        cache.record_embeddings(x, columns)
         for i, layer in enumerate(self.decoder.layers):
-            columns = (cache.keys[i], cache.values[i], column, slice(first, end))
-            x = self.layer_step(layer, x, *columns, self.biases[i], query, oldest, cache.record(i))
+            x = self.layer_step(layer, x, cache.keys[i], cache.values[i], columns, self.biases[i], cache.record(i))
         return x
 
     def reorder(self, order: Tensor) -> None:
@@ -106,36 +115,38 @@ class DecodingState:
         self.cache.reorder(order)
 
 
+def _laid_out(bias: RelativeBias) -> RelativeBias:
+    """On a CPU, distances next to each other: the product with one query reads a table a third faster so."""
+    if bias.table is None or bias.table.is_cuda:
+        return bias
+    return bias._replace(table=bias.table.transpose(1, 2).contiguous().transpose(1, 2))
+
+
 def layer_step(
     layer: Any,
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    column: Tensor,
-    looked_at: slice,
+    columns: Columns,
     bias: RelativeBias,
-    query: Tensor,
-    oldest: Tensor,
     record: Record,
 ) -> Tensor:
-    """New rows ``x [B, k, d]`` through one layer; their keys and values go into *column* ``[B, k]`` of the cache.
+    """New rows ``x [B, k, d]`` through one layer; their keys and values go into the cache.
 
     A function of tensors, the same for every layer, so that it is compiled once.
     """
     attn = layer.self_attn
     if record.inputs is not None:
-        put(record.inputs, x, column, 1)
+        columns.put(record.inputs, x, 1)
 
     def attend(normed: Tensor) -> Tuple[Tensor, None]:
         q, k, v = attn.project(normed, normed.size(1))
-        put(keys, k, column, 2)
-        put(values, v, column, 2)
-        seen = (keys[:, :, looked_at], values[:, :, looked_at])
-        span = attn.config.span
-        attended = cached_attention(q, *seen, bias, query, oldest, looked_at.start, span, record.outputs is not None)
+        columns.put(keys, k, 2)
+        columns.put(values, v, 2)
+        attended = cached_attention(q, keys, values, bias, columns, record.outputs is not None)
         if record.outputs is not None and record.normalizers is not None:
-            put(record.outputs, attended.output, column, 2)
-            put(record.normalizers, attended.normalizer, column, 2)
+            columns.put(record.outputs, attended.output, 2)
+            columns.put(record.normalizers, attended.normalizer, 2)
         return attn.merge_heads(attn.combine(q, attended.output, record.context)), None
 
     return layer.around(x, attend)[0]
