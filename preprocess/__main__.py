@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--source-lang", default="en", help="language for --tokenizer moses")
     own.add_argument("--sentencepiece-model", type=Path, help="a trained model; without it one is trained")
     own.add_argument("--vocab-size", type=int, default=PieceTraining.vocab_size, help="pieces of a model to train")
+    own.add_argument(
+        "--character-coverage", type=float, default=1.0, help="share of characters with a piece of their own"
+    )
     own.add_argument("--threshold", type=int, default=-1, help="words that occur less often are unknown")
     own.add_argument("--nwords", type=int, default=-1, help="size of the dictionary, fairseq's own symbols included")
     own.add_argument("--padding-factor", type=int, default=8, help="fill the dictionary up to a multiple of this")
@@ -79,7 +82,7 @@ def own_text(args: argparse.Namespace) -> Dataset:
             if getattr(args, option) is not None and not getattr(args, option).is_file():
                 raise FileNotFoundError(f"--{option.replace('_', '-')} {getattr(args, option)}: there is no such file")
         if args.bpe == "sentencepiece" and args.sentencepiece_model is None:
-            training = PieceTraining(args.vocab_size)
+            training = PieceTraining(args.vocab_size, args.character_coverage)
         tokenizer = LineTokenizer(
             tokenizer=args.tokenizer,
             bpe=args.bpe,

@@ -15,7 +15,7 @@ from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDataset, best_fitting_int_dtype
 from tqdm import tqdm
 
-from .chunks import load
+from .chunks import load, load_counts
 from .files import replacing
 
 
@@ -31,11 +31,7 @@ def count_symbols(chunks: Iterable[Path]) -> Counter[str]:
     """How often each symbol occurs."""
     counts: Counter[str] = Counter()
     for path in chunks:
-        symbols, ids, _ = load(path)
-        numbers = np.bincount(ids, minlength=len(symbols))
-        for symbol, number in zip(symbols, numbers.tolist(), strict=True):
-            if number:
-                counts[symbol] += number
+        counts.update(load_counts(path))
     return counts
 
 

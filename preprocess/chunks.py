@@ -8,12 +8,13 @@ import multiprocessing
 import os
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .files import Span, replacing
@@ -127,13 +128,24 @@ def _encode(chunk: Chunk, tokenizer: Tokenizer) -> Chunk:
             f"{chunk.text.path}: at byte {chunk.text.start + error.offset:,} stand {error.what}"
         ) from error
     names = np.frombuffer("\n".join(symbols).encode("utf-8"), dtype=np.uint8)
+    counts = np.bincount(ids, minlength=len(symbols))
     with replacing(chunk.encoded) as file:
-        np.savez(file, symbols=names, ids=ids, sizes=sizes)
+        np.savez(file, symbols=names, counts=counts, ids=ids, sizes=sizes)
     return chunk
 
 
 def load(path: Path) -> Encoded:
     """The tokens of a chunk's file."""
     with np.load(path) as stored:
-        symbols = stored["symbols"].tobytes().decode("utf-8").split("\n")
-        return Encoded(symbols, stored["ids"], stored["sizes"])
+        return Encoded(_symbols(stored), stored["ids"], stored["sizes"])
+
+
+def load_counts(path: Path) -> dict[str, int]:
+    """How often each symbol of a chunk occurs."""
+    with np.load(path) as stored:
+        counts = zip(_symbols(stored), stored["counts"].tolist(), strict=True)
+        return {symbol: count for symbol, count in counts if count}
+
+
+def _symbols(stored: Mapping[str, NDArray[Any]]) -> list[str]:
+    return stored["symbols"].tobytes().decode("utf-8").split("\n")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 BLOCK = 1 << 20
 
@@ -68,10 +68,3 @@ class Span(NamedTuple):
         with open(self.path, "rb") as file:
             file.seek(self.start)
             return file.read(self.size)
-
-
-def as_json(value: Any) -> Any:
-    """For ``json.dumps(default=as_json)``: paths by their text."""
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no form in JSON")

@@ -20,10 +20,12 @@ class PieceTraining:
 
     Args:
         vocab_size: pieces.
+        character_coverage: share of the characters that get a piece of their own, whatever the rarest are.
         sample_bytes: of longer texts, this much is read, in parts evenly spaced over the text.
     """
 
     vocab_size: int = 8000
+    character_coverage: float = 1.0
     sample_bytes: int = 10_000_000
 
     def run(self, text: Span, tokenizer: LineTokenizer, model: Path) -> None:
@@ -42,6 +44,7 @@ class PieceTraining:
                 sentence_iterator=self._sample(text, replace(tokenizer, bpe="none")),
                 model_writer=written,
                 vocab_size=self.vocab_size,
+                character_coverage=self.character_coverage,
                 max_sentence_length=1 << 16,
                 minloglevel=2,
             )

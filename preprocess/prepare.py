@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .chunks import CHUNK, Chunk, cut, encode
 from .datasets import Dataset
 from .download import download
-from .files import Identity, as_json, replacing
+from .files import Identity, replacing
 from .sources import Source, resolve
 from .tokenization import LineTokenizer
 
@@ -90,7 +90,7 @@ def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> d
         names = [used[name] for name in (tokenizer.tokenizer, tokenizer.bpe) if name in used]
         settings["versions"] = {name: version(name) for name in names}
     made_from = {"layout": _LAYOUT, "inputs": inputs, "settings": settings, "chunk_bytes": chunk_bytes}
-    return json.loads(json.dumps(made_from, default=as_json))
+    return json.loads(json.dumps(made_from))
 
 
 def _downloaded(dataset: Dataset, destdir: Path) -> Path:
@@ -118,9 +118,10 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     from . import binarize  # fairseq takes seconds to import, and workers share what is imported before they start
 
     tokenizer = dataset.tokenizer
-    splits = {split: span for split, span in dataset.divide(files, tokenizer).items() if span.size > 0}
-    if "train" not in splits:
-        raise ValueError(f"there is no training text: {', '.join(map(str, files))} is empty")
+    splits = dataset.divide(files, tokenizer)
+    for split, span in splits.items():
+        if span.size <= 0:
+            raise ValueError(f"there is no text for {split} in {span.path}")
     if dataset.training is not None and isinstance(tokenizer, LineTokenizer):
         model = work / "sentencepiece.model"
         if not model.exists():

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -89,7 +89,7 @@ def _in_folder(folder: Path, name: str) -> Path:
     raise FileNotFoundError(f"--source {folder}: {name} is not there, nor one level deeper")
 
 
-Opener = Callable[[Path, str], AbstractContextManager[IO[bytes]]]
+Opener = Callable[[Path, str], AbstractContextManager[Any]]
 
 
 @contextmanager
