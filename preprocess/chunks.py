@@ -49,8 +49,9 @@ def _next_boundary(file: IO[bytes], position: int, end: int, boundary: Boundary)
         return position
     pattern = re.compile(boundary.pattern)
     limit = end if boundary.reach is None else min(position + boundary.reach, end)
-    file.seek(position)
-    seen, begin = b"", position  # what may be the beginning of a match, and where it stands
+    begin = position - 1  # so that a text may be cut at the position itself
+    file.seek(begin)
+    seen = b""  # from there on, what may be the beginning of a match
     while begin + len(seen) < limit:
         block = file.read(min(_LOOK, limit - begin - len(seen)))
         if not block:

@@ -145,7 +145,8 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     else:
         dictionary = binarize.make_dictionary(counts, dataset.threshold, dataset.nwords, dataset.padding_factor)
     made = work / "made"
-    made.mkdir(exist_ok=True)
+    shutil.rmtree(made, ignore_errors=True)  # what a run that was killed here left in it
+    made.mkdir()
     written = {split: binarize.write_split(made / split, paths, dictionary) for split, paths in encoded.items()}
     _check_counts(dataset, {split: count.tokens for split, count in written.items()}, len(counts), files)
     for name, path in tokenizer.files().items():
@@ -181,10 +182,11 @@ def _publish(destdir: Path, work: Path, record: dict[str, Any], former: dict[str
     record = {**record, "files": {name: Identity.of(work / "made" / name)._asdict() for name in made}}
     for name in (RECORD, "dict.txt", *(former or {"files": {}})["files"]):
         (destdir / name).unlink(missing_ok=True)
+    with replacing(work / RECORD) as file:
+        file.write(json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
     for name in made:
         os.replace(work / "made" / name, destdir / name)
-    with replacing(destdir / RECORD) as file:
-        file.write(json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+    os.replace(work / RECORD, destdir / RECORD)
     shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
     for split, count in record["splits"].items():
         _say(f"{split}: {count['tokens']:,} tokens in {count['lines']:,} lines, {count['unknown']:,} unknown")
