@@ -13,6 +13,10 @@ from .tokenization import ByteTokenizer, LetterTokenizer, LineTokenizer, Tokeniz
 SPLITS = ("train", "valid", "test")
 
 
+class WrongText(ValueError):
+    """A text is not the one that it is taken for."""
+
+
 class Divide(Protocol):
     """How files become splits."""
 
@@ -38,7 +42,7 @@ class Sizes:
     def __call__(self, files: Sequence[Path], tokenizer: Tokenizer) -> dict[str, Span]:
         (file,) = files
         if file.stat().st_size != sum(self.bytes):
-            raise ValueError(
+            raise WrongText(
                 f"{file} has {file.stat().st_size:,} bytes, not {sum(self.bytes):,}: it is not the whole file"
             )
         ends = [sum(self.bytes[:i]) for i in range(len(self.bytes) + 1)]

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .chunks import CHUNK, Chunk, cut, encode
-from .datasets import Dataset
+from .datasets import Dataset, WrongText
 from .download import download
 from .files import Identity, replacing
 from .sources import Source, resolve
@@ -45,7 +45,8 @@ def prepare(
         The record of what was made.
 
     Raises:
-        ValueError: the text is not the one that was asked for, or cannot be read.
+        WrongText: the text is not the one that was asked for.
+        ValueError: it cannot be read.
         FileNotFoundError: a source is missing.
         FileExistsError: the folder holds data of another origin.
         DownloadError: the data set cannot be downloaded.
@@ -66,8 +67,12 @@ def prepare(
         if not texts:
             texts = [Source(name, _downloaded(dataset, destdir)) for name in dataset.files]
         work = _work_folder(destdir, made_from)
-        files = [_checked(text.extracted(work / "texts"), text, dataset) for text in texts]
-        made = _make(dataset, files, work, workers, chunk_bytes)
+        try:
+            files = [_checked(text.extracted(work / "texts"), text, dataset) for text in texts]
+            made = _make(dataset, files, work, workers, chunk_bytes)
+        except WrongText:
+            shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
+            raise
         return _publish(destdir, work, {"made_from": made_from, **made}, record)
 
 
@@ -106,7 +111,7 @@ def _checked(file: Path, text: Source, dataset: Dataset) -> Path:
     if expected is not None:
         found = Identity.of(file)
         if (found.size, found.sha256) != (expected.size, expected.sha256):
-            raise ValueError(
+            raise WrongText(
                 f"{text.path} does not hold the original {text.name}: {found.size:,} bytes with sha256 {found.sha256}, "
                 f"instead of {expected.size:,} bytes with sha256 {expected.sha256}"
             )
@@ -148,7 +153,7 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     shutil.rmtree(made, ignore_errors=True)  # what a run that was killed here left in it
     made.mkdir()
     written = {split: binarize.write_split(made / split, paths, dictionary) for split, paths in encoded.items()}
-    _check_counts(dataset, {split: count.tokens for split, count in written.items()}, len(counts), files)
+    _check_counts(dataset, {split: count.tokens for split, count in written.items()}, len(counts))
     for name, path in tokenizer.files().items():
         with replacing(made / name) as file:
             file.write(path.read_bytes())
@@ -160,7 +165,7 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     }
 
 
-def _check_counts(dataset: Dataset, tokens: dict[str, int], types: int, files: Sequence[Path]) -> None:
+def _check_counts(dataset: Dataset, tokens: Mapping[str, int], types: int) -> None:
     wrong = [
         f"{split} has {tokens.get(split, 0):,} tokens, not {expected:,}"
         for split, expected in dataset.tokens.items()
@@ -169,9 +174,9 @@ def _check_counts(dataset: Dataset, tokens: dict[str, int], types: int, files: S
     if dataset.types is not None and types != dataset.types:
         wrong.append(f"there are {types:,} types, not {dataset.types:,}")
     if wrong:
-        raise ValueError(
-            f"this is not the original {dataset.name}: {'; '.join(wrong)} ({', '.join(map(str, files))}). "
-            f"Nothing was written; `own` binarizes any text"
+        raise WrongText(
+            f"this is not the original {dataset.name}, and nothing was written: {'; '.join(wrong)}. "
+            "Any other text goes through the command `own`"
         )
 
 

@@ -5,7 +5,6 @@ the others. So a tokenizer says where a text may be cut.
 """
 
 import io
-import re
 from abc import ABC, abstractmethod
 from array import array
 from collections import defaultdict
@@ -118,9 +117,12 @@ class NormalizedLetterTokenizer(LetterTokenizer):
     boundary: ClassVar[Boundary] = Boundary(rb"\s")
 
     def encode(self, text: bytes) -> Encoded:
-        spelt = _DIGIT.sub(lambda digit: _SPELT[digit[0]], text).translate(_SMALL)
+        for digit, name in _DIGITS.items():
+            text = text.replace(digit, name)
+        text = text.translate(_SMALL)
+        words = text.split()
         # The chunk before ends in the one space between the two.
-        return super().encode(re.sub(rb" +", b" ", spelt).lstrip(b" "))
+        return super().encode(b" ".join([*words, b""] if words and text.endswith(b" ") else words))
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,5 @@ _LETTERS = " abcdefghijklmnopqrstuvwxyz"
 _LETTER_IDS = np.full(256, len(_LETTERS), dtype=np.uint8)
 _LETTER_IDS[np.frombuffer(_LETTERS.encode(), dtype=np.uint8)] = np.arange(len(_LETTERS))
 _SMALL = bytes(ord(chr(b).lower()) if chr(b).isascii() and chr(b).isalpha() else ord(" ") for b in range(256))
-_DIGIT = re.compile(rb"[0-9]")
 _NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-_SPELT = {b"%d" % value: b" %s " % name.encode() for value, name in enumerate(_NAMES)}
+_DIGITS = {b"%d" % value: b" %s " % name.encode() for value, name in enumerate(_NAMES)}

@@ -163,13 +163,14 @@ def test_wikitext_counts_one_end_a_line(tmp_path):
     "changes, what",
     [
         ({"tokens": {"valid": 217_646}}, r"valid has [\d,]+ tokens, not 217,646"),
+        ({"tokens": {"train": 1, "valid": 217_646}}, r"train has [\d,]+ tokens, not 1; valid has"),
         ({"types": 267_735}, r"there are \d+ types, not 267,735"),
     ],
 )
 def test_another_text_is_not_taken_for_the_data_set(tmp_path, changes, what):
     with pytest.raises(ValueError, match=what):
         prepare(small_wikitext(**changes), tmp_path / "data", [wikitext_archive(tmp_path)])
-    assert {path.name for path in (tmp_path / "data").iterdir()} == {".lock", "unfinished"}
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {".lock"}
 
 
 def test_a_downloaded_archive_is_needed_once(tmp_path):
