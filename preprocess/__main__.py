@@ -97,7 +97,7 @@ def own_text(args: argparse.Namespace) -> Dataset:
         files=files,
         divide=divide,
         tokenizer=tokenizer,
-        dictionary_splits=SPLITS if args.bpe in WHOLE_TEXT else ("train",),
+        closed=args.bpe in WHOLE_TEXT,
         threshold=args.threshold,
         nwords=args.nwords,
         padding_factor=args.padding_factor,

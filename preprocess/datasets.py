@@ -80,7 +80,7 @@ class Dataset:
     contents: Mapping[str, Identity] = field(default_factory=dict)  # of the texts, where known
     tokens: Mapping[str, int] = field(default_factory=dict)  # of each split
     types: int | None = None  # symbols that occur, the end of a line among them
-    dictionary_splits: tuple[str, ...] = ("train",)
+    closed: bool = False  # whether symbols that only other splits have are in the dictionary too, with a count of 0
     threshold: int = -1
     nwords: int = -1
     padding_factor: int = 8
@@ -117,7 +117,7 @@ def _hutter(name: str, tokenizer: Tokenizer, sha256: str, size: int, content: st
         contents={name: Identity(name, 100_000_000, content)},
         tokens={"train": 90_000_000, "valid": 5_000_000, "test": 5_000_000},
         types=types,
-        dictionary_splits=SPLITS,  # no published figure has unknown symbols
+        closed=True,  # published figures have no unknown symbols
     )
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -144,7 +145,10 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     encode([chunk for split in chunks.values() for chunk in split], tokenizer, workers)
     encoded = {split: [chunk.encoded for chunk in parts] for split, parts in chunks.items()}
 
-    counts = binarize.count_symbols(path for split in dataset.dictionary_splits for path in encoded.get(split, ()))
+    counts = binarize.count_symbols(encoded["train"])
+    if dataset.closed:
+        everywhere = binarize.count_symbols(path for paths in encoded.values() for path in paths)
+        counts = Counter({symbol: counts[symbol] for symbol in everywhere})
     if dataset.srcdict is not None:
         dictionary = binarize.Dictionary.load(str(dataset.srcdict))
     else:
