@@ -7,6 +7,7 @@ not at all, so that a run that was stopped goes on with the chunks that it lacks
 import multiprocessing
 import os
 import re
+import signal
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -106,6 +107,7 @@ _tokenizer: Tokenizer  # of this worker: what it needs is loaded once
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _tokenizer
     _tokenizer = tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent deals with it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

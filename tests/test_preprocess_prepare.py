@@ -81,19 +81,26 @@ def counts_of(folder):
     return {split: count["tokens"] for split, count in record["splits"].items()}
 
 
+@pytest.mark.parametrize("unit", ["words", "bytes"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_bit_by_bit_what_fairseq_preprocess_writes(texts, tmp_path, workers):
-    made = own(texts, tmp_path / "own", "--threshold", "3", "--nwords", "150", workers=workers)
+def test_bit_by_bit_what_fairseq_preprocess_writes(texts, tmp_path, workers, unit):
+    options = ("--bpe", "bytes") if unit == "bytes" else ("--threshold", "3", "--nwords", "150")
+    made = own(texts, tmp_path / "own", *options, workers=workers)
+    if unit == "bytes":
+        for path in texts.iterdir():
+            path.write_text("".join(encode(path.read_bytes().splitlines(keepends=True))), encoding="utf-8")
     run_command(
         fairseq_preprocess,
-        *("--only-source", "--destdir", tmp_path / "fairseq", "--thresholdsrc", 3, "--nwordssrc", 150),
+        *("--only-source", "--destdir", tmp_path / "fairseq"),
+        *(("--thresholdsrc", 3, "--nwordssrc", 150) if unit == "words" else ()),
         *(word for split in SPLITS for word in (f"--{split}pref", texts / f"{split}.txt")),
     )
     for path in (tmp_path / "fairseq").iterdir():
         if path.name != "preprocess.log":
             assert made[path.name] == path.read_bytes(), path.name
     unknown = json.loads(made[RECORD])["splits"]["valid"]["unknown"]
-    assert unknown == tokens_of(tmp_path / "own", "valid").count("<unk>") > 0
+    assert unknown == tokens_of(tmp_path / "own", "valid").count("<unk>")
+    assert (unknown > 0) == (unit == "words")
 
 
 def test_the_same_dictionary_for_other_text(texts, tmp_path):
