@@ -79,7 +79,7 @@ class Dataset:
     size: int | None = None  # of the archive, in bytes
     contents: Mapping[str, Identity] = field(default_factory=dict)  # of the texts, where known
     tokens: Mapping[str, int] = field(default_factory=dict)  # of each split
-    types: int | None = None  # symbols that occur, the end of a line among them
+    types: int | None = None  # symbols that occur in any split, the end of a line among them
     closed: bool = False  # whether symbols that only other splits have are in the dictionary too, with a count of 0
     threshold: int = -1
     nwords: int = -1

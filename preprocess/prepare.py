@@ -146,8 +146,8 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     encoded = {split: [chunk.encoded for chunk in parts] for split, parts in chunks.items()}
 
     counts = binarize.count_symbols(encoded["train"])
+    everywhere = binarize.count_symbols(path for paths in encoded.values() for path in paths)
     if dataset.closed:
-        everywhere = binarize.count_symbols(path for paths in encoded.values() for path in paths)
         counts = Counter({symbol: counts[symbol] for symbol in everywhere})
     if dataset.srcdict is not None:
         dictionary = binarize.Dictionary.load(str(dataset.srcdict))
@@ -157,14 +157,14 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     shutil.rmtree(made, ignore_errors=True)  # what a run that was killed here left in it
     made.mkdir()
     written = {split: binarize.write_split(made / split, paths, dictionary) for split, paths in encoded.items()}
-    _check_counts(dataset, {split: count.tokens for split, count in written.items()}, len(counts))
+    _check_counts(dataset, {split: count.tokens for split, count in written.items()}, len(everywhere))
     for name, path in tokenizer.files().items():
         with replacing(made / name) as file:
             file.write(path.read_bytes())
     dictionary.save(str(made / "dict.txt"))
     return {
         "splits": {split: count._asdict() for split, count in written.items()},
-        "types": len(counts),
+        "types": len(everywhere),
         "dictionary": len(dictionary),
     }
 

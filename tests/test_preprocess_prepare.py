@@ -142,7 +142,7 @@ def test_one_text_in_shares(tmp_path):
 
 def small_wikitext(**changes):
     counts = {split: len(text.split()) + text.count(b"\n") for split, text in TEXTS.items()}
-    types = len(set(TEXTS["train"].split())) + 1
+    types = len(set(b"".join(TEXTS.values()).split())) + 1
     return replace(DATASETS["wikitext-103"], **{"tokens": counts, "types": types, **changes})
 
 
