@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError("--workers and --chunk-bytes are at least 1")
         dataset = DATASETS[args.dataset] if args.dataset in DATASETS else own_text(args)
         prepare(dataset, args.destdir, args.source, args.workers, args.chunk_bytes)
-    except (ValueError, FileNotFoundError, FileExistsError, DownloadError) as error:
+    except (ValueError, OSError, DownloadError) as error:
         sys.exit(f"preprocess: {error}")
     except KeyboardInterrupt:
         sys.exit("preprocess: stopped; the same command goes on from here")

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -70,6 +71,7 @@ def encode(chunks: Sequence[Chunk], tokenizer: Tokenizer, workers: int) -> None:
 
     Raises:
         ValueError: a text holds what the tokenizer cannot read; says where.
+        ChildProcessError: a worker was killed.
     """
     missing = [chunk for chunk in chunks if not chunk.encoded.exists()]
     workers = min(workers, len(missing))
@@ -96,6 +98,10 @@ def _pool(chunks: Sequence[Chunk], tokenizer: Tokenizer, workers: int) -> Iterab
         try:
             for done in as_completed([pool.submit(_work, chunk) for chunk in chunks]):
                 yield done.result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker died, perhaps for want of memory: give the same command with fewer --workers or --chunk-bytes"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -389,6 +389,14 @@ def is_alive(pid):
         return False
 
 
+def test_a_worker_that_dies_is_told_of(texts, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocess.chunks._encode", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(SystemExit, match="a worker died.*--workers"):
+            own(texts, tmp_path / "data", workers=2)
+    own(texts, tmp_path / "data", workers=2)
+
+
 # Bad input.
 
 
@@ -408,6 +416,7 @@ def test_bad_input_names_the_option(texts, tmp_path):
     assert "--sentencepiece-model" in refused("own", *data, *source, "--sentencepiece-model", texts / "train.txt")
     assert "--srcdict nowhere" in refused("own", *data, *source, "--srcdict", "nowhere")
     assert "--workers" in refused("own", *data, *source, "--workers", 0)
+    assert "Not a directory" in refused("own", "--destdir", texts / "train.txt" / "data", *source)
     assert "--vocab-size 9999" in refused("own", *data, *source, "--bpe", "sentencepiece", "--vocab-size", 9999)
     assert "wiki.train.tokens is not there" in refused("wikitext-2", *data, *source)
     write(texts / "valid.txt", b"fine\n" * 1000 + b"\xff\n")
