@@ -392,7 +392,7 @@ def is_alive(pid):
 def test_a_worker_that_dies_is_told_of(texts, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("preprocess.chunks._encode", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
-        with pytest.raises(SystemExit, match="a worker died.*--workers"):
+        with pytest.raises(SystemExit, match=r"a worker died.*--workers"):
             own(texts, tmp_path / "data", workers=2)
     own(texts, tmp_path / "data", workers=2)
 
