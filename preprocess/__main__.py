@@ -9,6 +9,7 @@ A command that was stopped goes on where it was when it is given again; one that
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def own_text(args: argparse.Namespace) -> Dataset:
     line_options = {
         "--tokenizer": args.tokenizer != "space",
         "--paragraphs": args.paragraphs,
+        "--pattern": bool(args.pattern),
         "--sentencepiece-model": args.sentencepiece_model is not None,
     }
     training = None
@@ -81,13 +83,19 @@ def own_text(args: argparse.Namespace) -> Dataset:
         for option in ("sentencepiece_model", "srcdict"):
             if getattr(args, option) is not None and not getattr(args, option).is_file():
                 raise FileNotFoundError(f"--{option.replace('_', '-')} {getattr(args, option)}: there is no such file")
+        if args.pattern and args.tokenizer != "words":
+            raise ValueError("--pattern needs --tokenizer words")
+        try:
+            re.compile(args.pattern)
+        except re.error as error:
+            raise ValueError(f"--pattern {args.pattern} is not a regular expression: {error}") from error
         if args.bpe == "sentencepiece" and args.sentencepiece_model is None:
             training = PieceTraining(args.vocab_size, args.character_coverage)
         tokenizer = LineTokenizer(
             tokenizer=args.tokenizer,
             bpe=args.bpe,
             paragraphs=args.paragraphs,
-            pattern=args.pattern if args.tokenizer == "words" else "",
+            pattern=args.pattern,
             source_lang=args.source_lang if args.tokenizer == "moses" else "",
             model=args.sentencepiece_model,
         )

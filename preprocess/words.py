@@ -48,7 +48,10 @@ def _sentencepiece(options: "LineTokenizer") -> Encoder:
     """What fairseq's ``--bpe sentencepiece`` does."""
     from sentencepiece import SentencePieceProcessor
 
-    encode = SentencePieceProcessor(model_file=str(options.model)).encode
+    try:
+        encode = SentencePieceProcessor(model_file=str(options.model)).encode
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"--sentencepiece-model {options.model} is not a SentencePiece model: {error}") from error
     return lambda line: " ".join(encode(line, out_type=str))
 
 

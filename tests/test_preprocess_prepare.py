@@ -370,8 +370,12 @@ def test_killed_with_its_workers_running(texts, tmp_path):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert len(workers) == 2
-    while any(is_alive(worker) for worker in workers):
-        assert time.monotonic() < deadline, "workers outlive their parent"
+    deadline = time.monotonic() + 10
+    while outliving := [worker for worker in workers if is_alive(worker)]:
+        if time.monotonic() > deadline:
+            for worker in outliving:
+                os.kill(int(worker), signal.SIGKILL)
+            pytest.fail("workers outlive their parent")
         time.sleep(0.005)
     assert {path.name for path in (tmp_path / "data").iterdir()} == {".lock", "unfinished"}
     before = {path: path.stat().st_mtime_ns for path in encoded}
@@ -414,6 +418,11 @@ def test_bad_input_names_the_option(texts, tmp_path):
     assert "--shares" in refused("own", *data, "--source", texts / "train.txt", "--shares", "1", "0")
     assert "--tokenizer" in refused("own", *data, *source, "--bpe", "bytes", "--tokenizer", "moses")
     assert "--sentencepiece-model" in refused("own", *data, *source, "--sentencepiece-model", texts / "train.txt")
+    assert "--pattern needs" in refused("own", *data, *source, "--pattern", "x")
+    assert "--pattern (" in refused("own", *data, *source, "--tokenizer", "words", "--pattern", "(")
+    for workers in (1, 2):
+        pieces = ("--bpe", "sentencepiece", "--sentencepiece-model", texts / "train.txt", "--workers", workers)
+        assert "is not a SentencePiece model" in refused("own", *data, *source, *pieces)
     assert "--srcdict nowhere" in refused("own", *data, *source, "--srcdict", "nowhere")
     assert "--workers" in refused("own", *data, *source, "--workers", 0)
     assert "Not a directory" in refused("own", "--destdir", texts / "train.txt" / "data", *source)
