@@ -20,7 +20,8 @@ echo "== $step"
 rm -rf "$work"
 python examples/quickstart/corpus.py "$work/text"
 python -m preprocess own --destdir "$work/data-bin" --source "$work/text" --bpe bytes --workers 2 \
-    2>&1 | tee "$work/preprocess.log" | grep -E "tokens in"
+    >"$work/preprocess.log" 2>&1 || { tail -n 20 "$work/preprocess.log"; false; }
+grep -E "tokens in" "$work/preprocess.log"
 
 task=(--user-dir lamemo_fairseq --task segment_language_modeling --cpu)
 for arch in lamemo_lm transformer_xl_lm; do

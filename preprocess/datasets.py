@@ -111,7 +111,7 @@ def _hutter(name: str, tokenizer: Tokenizer, sha256: str, size: int, content: st
         files=(name,),
         divide=Sizes((90_000_000, 5_000_000, 5_000_000)),
         tokenizer=tokenizer,
-        addresses=(f"https://mattmahoney.net/dc/{name}.zip", f"http://mattmahoney.net/dc/{name}.zip"),
+        addresses=(f"http://mattmahoney.net/dc/{name}.zip", f"https://mattmahoney.net/dc/{name}.zip"),
         sha256=sha256,
         size=size,
         contents={name: Identity(name, 100_000_000, content)},
