@@ -19,12 +19,9 @@ step="preparing the data"
 echo "== $step"
 rm -rf "$work"
 python examples/quickstart/corpus.py "$work/text"
-for split in train valid test; do
-    python preprocess/byte_lines.py <"$work/text/$split.txt" >"$work/text/$split.bytes"
-done
-fairseq-preprocess --only-source --workers 2 --destdir "$work/data-bin" \
-    --trainpref "$work/text/train.bytes" --validpref "$work/text/valid.bytes" --testpref "$work/text/test.bytes" \
-    2>&1 | tee "$work/preprocess.log" | grep -E "sents,"
+python -m preprocess own --destdir "$work/data-bin" --source "$work/text" --bpe bytes --workers 2 \
+    >"$work/preprocess.log" 2>&1 || { tail -n 20 "$work/preprocess.log"; false; }
+grep -E "tokens in" "$work/preprocess.log"
 
 task=(--user-dir lamemo_fairseq --task segment_language_modeling --cpu)
 for arch in lamemo_lm transformer_xl_lm; do
@@ -47,12 +44,12 @@ done
 step="continuing a prompt"
 echo "== $step"
 prompt="The statement"
-echo "$prompt" | python preprocess/byte_lines.py |
+echo "$prompt" | python -m preprocess.byte_lines |
     fairseq-interactive "$work/data-bin" "${task[@]}" --path "$work/lamemo_lm/checkpoint_best.pt" \
         --sampling --sampling-topp 0.9 --beam 1 --max-len-b 150 --min-len 100 --seed 1 \
         >"$work/continuation.log" 2>&1 || { tail -n 20 "$work/continuation.log"; false; }
 echo "LaMemo goes on from \"$prompt\":"
-grep -P "^D-\d+\t" "$work/continuation.log" | cut -f3 | python preprocess/byte_lines.py --decode
+grep -P "^D-\d+\t" "$work/continuation.log" | cut -f3 | python -m preprocess.byte_lines --decode
 
 echo
 python examples/quickstart/summary.py "LaMemo=$work/lamemo_lm" "Transformer-XL=$work/transformer_xl_lm"

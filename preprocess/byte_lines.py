@@ -1,7 +1,7 @@
 """Text to lines of byte symbols for fairseq-preprocess, and back.
 
-    python preprocess/byte_lines.py < book.txt > book.bytes
-    python preprocess/byte_lines.py --decode < book.bytes > book.txt
+    python -m preprocess.byte_lines < book.txt > book.bytes
+    python -m preprocess.byte_lines --decode < book.bytes > book.txt
 
 Every byte becomes one of fairseq's byte symbols, unchanged. The line feed is the end of a line, which
 fairseq makes an end-of-sentence token, so that a file that ends in a line feed has as many tokens as bytes.

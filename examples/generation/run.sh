@@ -12,9 +12,7 @@ work=${WORK:-work/generation}
 data=${DATA:-$work/data-bin}
 mkdir -p "$work"
 if [ ! -e "$data/dict.txt" ]; then
-    for split in train valid test; do python3 preprocess/byte_lines.py <"$text/$split.txt" >"$work/$split.bytes"; done
-    python3 -m fairseq_cli.preprocess --only-source --workers 8 --destdir "$data" \
-        --trainpref "$work/train.bytes" --validpref "$work/valid.bytes" --testpref "$work/test.bytes"
+    python3 -m preprocess own --destdir "$data" --source "$text" --bpe bytes
 fi
 for arch in lamemo_lm transformer_xl_lm; do
     mkdir -p "$work/$arch"

@@ -1,0 +1,142 @@
+"""Text to fairseq's binary format, in one command a data set.
+
+    python -m preprocess wikitext-103 --destdir data-bin/wikitext-103
+    python -m preprocess enwik8 --destdir data-bin/enwik8 --source enwik8.zip
+    python -m preprocess own --destdir data-bin/own --source train.txt valid.txt test.txt --bpe bytes
+
+A command that was stopped goes on where it was when it is given again; one that is done does nothing.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+from .chunks import CHUNK
+from .datasets import DATASETS, SPLITS, Dataset, Divide, FileEach, Shares
+from .download import DownloadError
+from .pieces import PieceTraining
+from .prepare import prepare
+from .sources import holds_several
+from .tokenization import ByteTokenizer, LineTokenizer, NormalizedLetterTokenizer, Tokenizer
+from .words import PIECES, WORDS
+
+WHOLE_TEXT: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "text8": NormalizedLetterTokenizer}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="dataset", required=True, metavar="DATASET")
+    for name, dataset in DATASETS.items():
+        command = commands.add_parser(name, help=f"from {dataset.addresses[0]}, or --source")
+        _common(command, f"{', '.join(dataset.files)}: files in this order, or a folder or archive with them")
+    own = commands.add_parser("own", help="a text of one's own")
+    _common(own, "training, validation and test text; or one text; or a folder or archive with train.txt and so on")
+    own.add_argument("--shares", type=float, nargs="+", default=[90, 5, 5], help="of one text for each split (90 5 5)")
+    own.add_argument("--tokenizer", choices=sorted(WORDS), default="space", help="what makes words of a line")
+    own.add_argument("--bpe", choices=sorted({**PIECES, **WHOLE_TEXT}), default="none", help="what splits words")
+    own.add_argument("--paragraphs", action="store_true", help="a paragraph a line: empty lines part them")
+    own.add_argument("--pattern", default="", help="regular expression of a word for --tokenizer words")
+    own.add_argument("--source-lang", default="en", help="language for --tokenizer moses")
+    own.add_argument("--sentencepiece-model", type=Path, help="a trained model; without it one is trained")
+    own.add_argument("--vocab-size", type=int, default=PieceTraining.vocab_size, help="pieces of a model to train")
+    own.add_argument(
+        "--character-coverage", type=float, default=1.0, help="share of characters with a piece of their own"
+    )
+    own.add_argument("--threshold", type=int, default=-1, help="words that occur less often are unknown")
+    own.add_argument("--nwords", type=int, default=-1, help="size of the dictionary, fairseq's own symbols included")
+    own.add_argument("--padding-factor", type=int, default=8, help="fill the dictionary up to a multiple of this")
+    own.add_argument("--srcdict", type=Path, help="a dictionary to use instead of making one")
+    return top
+
+
+def _common(command: argparse.ArgumentParser, source: str) -> None:
+    command.add_argument("--destdir", type=Path, required=True, help="folder for the result")
+    command.add_argument("--source", type=Path, nargs="+", default=[], help=source)
+    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    command.add_argument("--chunk-bytes", type=int, default=CHUNK, help="text that a worker holds at a time")
+
+
+def own_text(args: argparse.Namespace) -> Dataset:
+    """The description of a text of one's own.
+
+    Raises:
+        ValueError: options do not go together.
+    """
+    line_options = {
+        "--tokenizer": args.tokenizer != "space",
+        "--paragraphs": args.paragraphs,
+        "--pattern": bool(args.pattern),
+        "--sentencepiece-model": args.sentencepiece_model is not None,
+    }
+    training = None
+    if args.bpe in WHOLE_TEXT:
+        if given := [option for option, is_given in line_options.items() if is_given]:
+            raise ValueError(f"--bpe {args.bpe} takes the text as it is: leave {', '.join(given)} out")
+        tokenizer = WHOLE_TEXT[args.bpe]()
+    else:
+        if args.sentencepiece_model is not None and args.bpe != "sentencepiece":
+            raise ValueError("--sentencepiece-model needs --bpe sentencepiece")
+        for option in ("sentencepiece_model", "srcdict"):
+            if getattr(args, option) is not None and not getattr(args, option).is_file():
+                raise FileNotFoundError(f"--{option.replace('_', '-')} {getattr(args, option)}: there is no such file")
+        if args.pattern and args.tokenizer != "words":
+            raise ValueError("--pattern needs --tokenizer words")
+        try:
+            re.compile(args.pattern)
+        except re.error as error:
+            raise ValueError(f"--pattern {args.pattern} is not a regular expression: {error}") from error
+        if args.bpe == "sentencepiece" and args.sentencepiece_model is None:
+            training = PieceTraining(args.vocab_size, args.character_coverage)
+        tokenizer = LineTokenizer(
+            tokenizer=args.tokenizer,
+            bpe=args.bpe,
+            paragraphs=args.paragraphs,
+            pattern=args.pattern,
+            source_lang=args.source_lang if args.tokenizer == "moses" else "",
+            model=args.sentencepiece_model,
+        )
+    files, divide = _own_files(args.source, args.shares)
+    return Dataset(
+        name="own",
+        files=files,
+        divide=divide,
+        tokenizer=tokenizer,
+        closed=args.bpe in WHOLE_TEXT,
+        threshold=args.threshold,
+        nwords=args.nwords,
+        padding_factor=args.padding_factor,
+        srcdict=args.srcdict,
+        training=training,
+    )
+
+
+def _own_files(sources: list[Path], shares: list[float]) -> tuple[tuple[str, ...], Divide]:
+    if not 1 <= len(sources) <= len(SPLITS):
+        raise ValueError("--source takes one text, or two or three for training, validation and test")
+    if len(sources) == 1 and not holds_several(sources[0]):
+        if not 1 <= len(shares) <= len(SPLITS) or min(shares) <= 0:
+            raise ValueError("--shares takes up to three numbers above 0")
+        return ("text",), Shares(tuple(shares))
+    count = len(SPLITS) if len(sources) == 1 else len(sources)
+    return tuple(f"{split}.txt" for split in SPLITS[:count]), FileEach()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
+    try:
+        if args.workers < 1 or args.chunk_bytes < 1:
+            raise ValueError("--workers and --chunk-bytes are at least 1")
+        dataset = DATASETS[args.dataset] if args.dataset in DATASETS else own_text(args)
+        prepare(dataset, args.destdir, args.source, args.workers, args.chunk_bytes)
+    except (ValueError, OSError, DownloadError) as error:
+        sys.exit(f"preprocess: {error}")
+    except KeyboardInterrupt:
+        sys.exit("preprocess: stopped; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()

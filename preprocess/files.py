@@ -1,0 +1,70 @@
+"""Files that are there whole or not at all, and what they are known by."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+BLOCK = 1 << 20
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new binary file that takes the place of *path* once it is complete and on disk.
+
+    If the process dies, *path* is what it was before; what was written is left under a name that ends in ``.part``.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def blocks(file: IO[bytes]) -> Iterator[bytes]:
+    while block := file.read(BLOCK):
+        yield block
+
+
+class Identity(NamedTuple):
+    """What tells one file from another."""
+
+    name: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, name: str | None = None) -> "Identity":
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            for block in blocks(file):
+                digest.update(block)
+            return cls(name or path.name, file.tell(), digest.hexdigest())
+
+    def is_at(self, path: Path) -> bool:
+        """Whether *path* is this file; the size, which costs nothing, is looked at first."""
+        return path.is_file() and path.stat().st_size == self.size and self.of(path).sha256 == self.sha256
+
+
+class Span(NamedTuple):
+    """Some bytes of a file."""
+
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)

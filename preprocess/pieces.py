@@ -1,0 +1,63 @@
+"""Training of SentencePiece models."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .chunks import cut
+from .files import Span, replacing
+from .tokenization import LineTokenizer
+
+_PART = 1 << 16
+
+
+@dataclass(frozen=True)
+class PieceTraining:
+    """How a model is trained.
+
+    Args:
+        vocab_size: pieces.
+        character_coverage: share of the characters that get a piece of their own, whatever the rarest are.
+        sample_bytes: of longer texts, this much is read, in parts evenly spaced over the text.
+    """
+
+    vocab_size: int = 8000
+    character_coverage: float = 1.0
+    sample_bytes: int = 10_000_000
+
+    def run(self, text: Span, tokenizer: LineTokenizer, model: Path) -> None:
+        """Train on what the tokenizer's words are before they are split, and write the model.
+
+        The same text and options give the same model.
+
+        Raises:
+            ValueError: the text cannot give as many pieces.
+        """
+        from sentencepiece import SentencePieceTrainer
+
+        written = io.BytesIO()
+        try:
+            SentencePieceTrainer.train(
+                sentence_iterator=self._sample(text, replace(tokenizer, bpe="none")),
+                model_writer=written,
+                vocab_size=self.vocab_size,
+                character_coverage=self.character_coverage,
+                max_sentence_length=1 << 16,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"SentencePiece cannot train with --vocab-size {self.vocab_size}: {error}") from error
+        with replacing(model) as file:
+            file.write(written.getvalue())
+
+    def _sample(self, text: Span, tokenizer: LineTokenizer) -> Iterator[str]:
+        every = max(1, -(-text.size // self.sample_bytes))
+        words, _ = tokenizer.encoders
+        parts = cut(text, tokenizer.boundary, _PART)[::every]
+        for part in tqdm(parts, desc=f"training {self.vocab_size} pieces on", unit="part", mininterval=1):
+            for line in tokenizer.lines(part.read()):
+                if line.strip():
+                    yield words(line)

@@ -1,0 +1,240 @@
+"""The way from a data set's description to a folder that fairseq reads.
+
+Everything unfinished lives in ``DEST/unfinished``, in a folder named by what it is made from. What is finished moves to
+DEST, and ``DEST/preprocess.json``, written last, says what was made from what.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .chunks import CHUNK, Chunk, cut, encode
+from .datasets import Dataset, WrongText
+from .download import download
+from .files import Identity, replacing
+from .sources import Source, resolve
+from .tokenization import LineTokenizer
+
+RECORD = "preprocess.json"
+UNFINISHED = "unfinished"
+_LAYOUT = 1  # of what is made; a change of it makes everything anew
+
+
+def prepare(
+    dataset: Dataset, destdir: Path, sources: Sequence[Path] = (), workers: int = 1, chunk_bytes: int = CHUNK
+) -> dict[str, Any]:
+    """Make the binarized data set, or see that it is there already.
+
+    Args:
+        sources: local files, or one folder or archive; without them the data set is downloaded.
+        workers: processes. The result does not depend on it.
+        chunk_bytes: text that a worker holds at a time.
+
+    Returns:
+        The record of what was made.
+
+    Raises:
+        WrongText: the text is not the one that was asked for.
+        ValueError: it cannot be read.
+        FileNotFoundError: a source is missing.
+        FileExistsError: the folder holds data of another origin.
+        DownloadError: the data set cannot be downloaded.
+    """
+    destdir.mkdir(parents=True, exist_ok=True)
+    with _alone(destdir):
+        texts = resolve(sources, dataset.files) if sources else []
+        made_from = _made_from(dataset, texts, chunk_bytes)
+        record = _read_record(destdir)
+        if record is not None and record["made_from"] == made_from and _is_whole(destdir, record):
+            shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
+            _say(f"{destdir} is complete already: nothing to do")
+            return record
+        if record is None and not (destdir / UNFINISHED).exists() and (destdir / "dict.txt").exists():
+            raise FileExistsError(
+                f"{destdir} holds data that this command did not make: remove it, or choose another --destdir"
+            )
+        if not texts:
+            texts = [Source(name, _downloaded(dataset, destdir)) for name in dataset.files]
+        work = _work_folder(destdir, made_from)
+        try:
+            files = [_checked(text.extracted(work / "texts"), text, dataset) for text in texts]
+            made = _make(dataset, files, work, workers, chunk_bytes)
+        except WrongText:
+            shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
+            raise
+        return _publish(destdir, work, {"made_from": made_from, **made}, record)
+
+
+def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> dict[str, Any]:
+    """All that the result depends on, as it reads back from JSON."""
+    if texts:
+        inputs = [Identity.of(path) for path in dict.fromkeys(text.path for text in texts)]
+    elif dataset.addresses:
+        inputs = [Identity(dataset.archive, dataset.size or 0, dataset.sha256)]
+    else:
+        raise ValueError(f"{dataset.name}: name the text with --source")
+    settings = asdict(dataset)
+    tokenizer = dataset.tokenizer
+    if dataset.srcdict is not None:
+        settings["srcdict"] = Identity.of(dataset.srcdict)
+    if isinstance(tokenizer, LineTokenizer):
+        if tokenizer.model is not None:
+            settings["tokenizer"]["model"] = Identity.of(tokenizer.model)
+        used = {"moses": "sacremoses", "sentencepiece": "sentencepiece"}
+        names = [used[name] for name in (tokenizer.tokenizer, tokenizer.bpe) if name in used]
+        settings["versions"] = {name: version(name) for name in names}
+    made_from = {"layout": _LAYOUT, "inputs": inputs, "settings": settings, "chunk_bytes": chunk_bytes}
+    return json.loads(json.dumps(made_from))
+
+
+def _downloaded(dataset: Dataset, destdir: Path) -> Path:
+    archive = destdir / dataset.archive
+    if not (archive.exists() and Identity.of(archive).sha256 == dataset.sha256):
+        download(dataset.addresses, archive, dataset.sha256, dataset.size)
+    return archive
+
+
+def _checked(file: Path, text: Source, dataset: Dataset) -> Path:
+    """The text's file, if it is the one that is known by this name."""
+    expected = dataset.contents.get(text.name)
+    if expected is not None:
+        found = Identity.of(file)
+        if (found.size, found.sha256) != (expected.size, expected.sha256):
+            raise WrongText(
+                f"{text.path} does not hold the original {text.name}: {found.size:,} bytes with sha256 {found.sha256}, "
+                f"instead of {expected.size:,} bytes with sha256 {expected.sha256}"
+            )
+    return file
+
+
+def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chunk_bytes: int) -> dict[str, Any]:
+    """Everything that DEST is to hold, in ``work/made``; returns what to say about it."""
+    from . import binarize  # fairseq takes seconds to import, and workers share what is imported before they start
+
+    tokenizer = dataset.tokenizer
+    splits = dataset.divide(files, tokenizer)
+    for split, span in splits.items():
+        if span.size <= 0:
+            raise ValueError(f"there is no text for {split} in {span.path}")
+    if dataset.training is not None and isinstance(tokenizer, LineTokenizer):
+        model = work / "sentencepiece.model"
+        if not model.exists():
+            dataset.training.run(splits["train"], tokenizer, model)
+        tokenizer = replace(tokenizer, model=model)
+
+    (work / "chunks").mkdir(exist_ok=True)
+    chunks = {
+        split: [
+            Chunk(part, work / "chunks" / f"{split}-{i:06d}.npz")
+            for i, part in enumerate(cut(span, tokenizer.boundary, chunk_bytes))
+        ]
+        for split, span in splits.items()
+    }
+    encode([chunk for split in chunks.values() for chunk in split], tokenizer, workers)
+    encoded = {split: [chunk.encoded for chunk in parts] for split, parts in chunks.items()}
+
+    counts = binarize.count_symbols(encoded["train"])
+    everywhere = binarize.count_symbols(path for paths in encoded.values() for path in paths)
+    if dataset.closed:
+        counts = Counter({symbol: counts[symbol] for symbol in everywhere})
+    if dataset.srcdict is not None:
+        dictionary = binarize.Dictionary.load(str(dataset.srcdict))
+    else:
+        dictionary = binarize.make_dictionary(counts, dataset.threshold, dataset.nwords, dataset.padding_factor)
+    made = work / "made"
+    shutil.rmtree(made, ignore_errors=True)  # what a run that was killed here left in it
+    made.mkdir()
+    written = {split: binarize.write_split(made / split, paths, dictionary) for split, paths in encoded.items()}
+    _check_counts(dataset, {split: count.tokens for split, count in written.items()}, len(everywhere))
+    for name, path in tokenizer.files().items():
+        with replacing(made / name) as file:
+            file.write(path.read_bytes())
+    dictionary.save(str(made / "dict.txt"))
+    return {
+        "splits": {split: count._asdict() for split, count in written.items()},
+        "types": len(everywhere),
+        "dictionary": len(dictionary),
+    }
+
+
+def _check_counts(dataset: Dataset, tokens: Mapping[str, int], types: int) -> None:
+    wrong = [
+        f"{split} has {tokens.get(split, 0):,} tokens, not {expected:,}"
+        for split, expected in dataset.tokens.items()
+        if tokens.get(split, 0) != expected
+    ]
+    if dataset.types is not None and types != dataset.types:
+        wrong.append(f"there are {types:,} types, not {dataset.types:,}")
+    if wrong:
+        raise WrongText(
+            f"this is not the original {dataset.name}, and nothing was written: {'; '.join(wrong)}. "
+            "Any other text goes through the command `own`"
+        )
+
+
+def _publish(destdir: Path, work: Path, record: dict[str, Any], former: dict[str, Any] | None) -> dict[str, Any]:
+    """Move what was made to DEST. Until the record is there, DEST counts as unfinished; dict.txt, without which
+    fairseq opens nothing, goes first and comes last."""
+    made = sorted((path.name for path in (work / "made").iterdir()), key=lambda name: (name == "dict.txt", name))
+    record = {**record, "files": {name: Identity.of(work / "made" / name)._asdict() for name in made}}
+    for name in (RECORD, "dict.txt", *(former or {"files": {}})["files"]):
+        (destdir / name).unlink(missing_ok=True)
+    with replacing(work / RECORD) as file:
+        file.write(json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+    for name in made:
+        os.replace(work / "made" / name, destdir / name)
+    os.replace(work / RECORD, destdir / RECORD)
+    shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
+    for split, count in record["splits"].items():
+        _say(f"{split}: {count['tokens']:,} tokens in {count['lines']:,} lines, {count['unknown']:,} unknown")
+    _say(f"{record['types']:,} types, {record['dictionary']:,} words in {destdir / 'dict.txt'}")
+    return record
+
+
+def _read_record(destdir: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((destdir / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _is_whole(destdir: Path, record: dict[str, Any]) -> bool:
+    return all(Identity(**entry).is_at(destdir / name) for name, entry in record["files"].items())
+
+
+def _work_folder(destdir: Path, made_from: dict[str, Any]) -> Path:
+    """The folder for this input and these options; what others left unfinished is removed."""
+    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    work = destdir / UNFINISHED / name
+    work.mkdir(parents=True, exist_ok=True)
+    for other in work.parent.iterdir():
+        if other != work:
+            shutil.rmtree(other, ignore_errors=True)
+    return work
+
+
+@contextmanager
+def _alone(destdir: Path) -> Iterator[None]:
+    """Two runs in one folder would take each other's files."""
+    with open(destdir / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FileExistsError(f"another run is at work in {destdir}") from error
+        yield
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)

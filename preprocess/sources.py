@@ -1,0 +1,140 @@
+"""Local texts: files, folders, archives and compressed files."""
+
+import bz2
+import gzip
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
+
+from tqdm import tqdm
+
+from .files import blocks, replacing
+
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, OSError)
+
+
+class Source(NamedTuple):
+    """A text by its name, and the file that has it: itself, or an archive or compressed file that holds it."""
+
+    name: str
+    path: Path
+
+    def extracted(self, folder: Path) -> Path:
+        """A plain file with the text, made in *folder* if need be.
+
+        Raises:
+            ValueError: the archive is damaged or cut, or does not hold the text.
+        """
+        open_it = _opener(self.path)
+        if open_it is None:
+            return self.path
+        target = folder / self.name
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._copy(open_it, target)
+            except _DAMAGE as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # the disk's trouble, not the file's
+                raise ValueError(
+                    f"{self.path} ({self.path.stat().st_size:,} bytes) is damaged, cut, or not what its name says "
+                    f"({type(error).__name__}: {error}): fetch it again"
+                ) from error
+        return target
+
+    def _copy(self, open_it: "Opener", target: Path) -> None:
+        bar = tqdm(desc=f"extracting {self.name}", unit="B", unit_scale=True, mininterval=1)
+        with bar, open_it(self.path, self.name) as text, replacing(target) as file:
+            for block in blocks(text):
+                file.write(block)
+                bar.update(len(block))
+
+
+def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
+    """Where the texts called *names* are.
+
+    Args:
+        sources: a file for each name, or one folder or archive that holds all of them. In a folder, they may be
+            compressed, and stand one level deeper.
+
+    Raises:
+        FileNotFoundError: saying what is missing.
+        ValueError: the number of files is another.
+    """
+    for source in sources:
+        if not source.exists():
+            raise FileNotFoundError(f"--source {source}: there is no such file or folder")
+    if len(sources) == 1 and sources[0].is_dir():
+        return [Source(name, _in_folder(sources[0], name)) for name in names]
+    if len(sources) == 1 and _is_archive(sources[0]):
+        return [Source(name, sources[0]) for name in names]
+    if len(sources) != len(names) or any(source.is_dir() for source in sources):
+        raise ValueError(
+            f"--source names {len(sources)} files, and {', '.join(names)} are needed: name as many files in this "
+            "order, or one folder or archive that holds them"
+        )
+    return [Source(name, source) for name, source in zip(names, sources, strict=True)]
+
+
+def _in_folder(folder: Path, name: str) -> Path:
+    for pattern in (name, f"*/{name}"):
+        for end in ("", *_COMPRESSED):
+            if found := sorted(folder.glob(pattern + end)):
+                return found[0]
+    raise FileNotFoundError(f"--source {folder}: {name} is not there, nor one level deeper")
+
+
+Opener = Callable[[Path, str], AbstractContextManager[Any]]
+
+
+@contextmanager
+def _in_zip(path: Path, name: str) -> Iterator[IO[bytes]]:
+    with zipfile.ZipFile(path) as archive, archive.open(_member(path, archive.namelist(), name)) as text:
+        yield text
+
+
+@contextmanager
+def _in_tar(path: Path, name: str) -> Iterator[IO[bytes]]:
+    with tarfile.open(path) as archive:
+        text = archive.extractfile(_member(path, archive.getnames(), name))
+        if text is None:
+            raise ValueError(f"{path}: {name} in it is not a file")
+        with text:
+            yield text
+
+
+def _member(path: Path, members: Sequence[str], name: str) -> str:
+    for member in members:
+        if PurePosixPath(member).name == name:
+            return member
+    raise ValueError(f"{path} does not hold {name}; it holds {', '.join(members[:10]) or 'nothing'}")
+
+
+_ARCHIVES: dict[str, Opener] = {".zip": _in_zip, ".tar": _in_tar, ".tgz": _in_tar}
+_ARCHIVES |= dict.fromkeys((".tar.gz", ".tar.bz2", ".tar.xz"), _in_tar)
+_COMPRESSED: dict[str, Opener] = {
+    ".gz": lambda path, name: gzip.open(path),  # noqa: SIM115
+    ".bz2": lambda path, name: bz2.open(path),  # noqa: SIM115
+    ".xz": lambda path, name: lzma.open(path),  # noqa: SIM115
+}
+
+
+def _is_archive(path: Path) -> bool:
+    return path.name.endswith(tuple(_ARCHIVES))
+
+
+def _opener(path: Path) -> Opener | None:
+    for end, opener in (_ARCHIVES | _COMPRESSED).items():
+        if path.name.endswith(end):
+            return opener
+    return None
+
+
+def holds_several(path: Path) -> bool:
+    """Whether a path is a folder or an archive."""
+    return path.is_dir() or _is_archive(path)

@@ -1,0 +1,210 @@
+"""Text to tokens: bytes, the letters of text8, and words or pieces of lines.
+
+A text is cut into chunks, and every chunk is encoded on its own, in any process: what comes out must not depend on
+the others. So a tokenizer says where a text may be cut.
+"""
+
+import io
+from abc import ABC, abstractmethod
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .words import PIECES, WORDS, Encoder
+
+END = "</s>"  # fairseq's end-of-sentence token
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what fairseq's encoders for bytes and characters write for a space
+LONGEST = 1 << 16  # tokens of a line of bytes; longer ones are stored in several pieces
+ROW = 1 << 10  # tokens of a line of letters, of which a text has none
+
+
+class Encoded(NamedTuple):
+    """The tokens of a text, numbered in a vocabulary of its own."""
+
+    symbols: list[str]
+    ids: NDArray[Any]  # [tokens], unsigned
+    sizes: NDArray[np.int32]  # [lines], tokens of each, the end included
+
+
+class Boundary(NamedTuple):
+    """Where a text may be cut: behind a match of *pattern*, or anywhere if none begins within *reach* bytes."""
+
+    pattern: bytes
+    reach: int | None = None
+
+
+class Tokenizer(ABC):
+    boundary: ClassVar[Boundary]
+
+    @abstractmethod
+    def encode(self, text: bytes) -> Encoded:
+        """The tokens of a chunk.
+
+        Raises:
+            EncodingError: it holds what this tokenizer cannot read.
+        """
+
+    def files(self) -> dict[str, Path]:
+        """What belongs beside the binarized data, by name."""
+        return {}
+
+
+class EncodingError(ValueError):
+    """A text holds something that cannot be read, some bytes from its beginning."""
+
+    def __init__(self, what: str, offset: int):
+        super().__init__(what, offset)
+        self.what = what
+        self.offset = offset
+
+
+@dataclass(frozen=True)
+class ByteTokenizer(Tokenizer):
+    """A token a byte, as one of fairseq's byte symbols; a line feed is the end of a line.
+
+    Where a text ends inside a line, that line gets no end token: there are exactly as many tokens as bytes.
+    """
+
+    name: str = "bytes"
+    boundary: ClassVar[Boundary] = Boundary(rb"\n", 1 << 20)
+
+    def encode(self, text: bytes) -> Encoded:
+        from .byte_lines import SYMBOLS
+
+        symbols = [END if byte == ord("\n") else SYMBOLS[byte] for byte in range(256)]
+        ids = np.frombuffer(text, dtype=np.uint8)
+        ends = np.flatnonzero(ids == ord("\n")) + 1
+        if len(ends) == 0 or ends[-1] != len(ids):
+            ends = np.append(ends, len(ids))
+        sizes = np.diff(ends, prepend=0)
+        if len(sizes) and sizes.max() > LONGEST:
+            sizes = np.concatenate([_rows(size, LONGEST) for size in sizes])
+        return Encoded(symbols, ids, sizes.astype(np.int32))
+
+
+@dataclass(frozen=True)
+class LetterTokenizer(Tokenizer):
+    """A token a character, of text that is nothing but a to z and spaces, like text8. No lines, so no ends of lines."""
+
+    name: str = "letters"
+    boundary: ClassVar[Boundary] = Boundary(rb"", 0)
+
+    def encode(self, text: bytes) -> Encoded:
+        ids = _LETTER_IDS[np.frombuffer(text, dtype=np.uint8)]
+        if (wrong := np.flatnonzero(ids == len(_LETTERS))).size:
+            offset = int(wrong[0])
+            raise EncodingError(f"{text[offset : offset + 1]!r}, which is neither a letter a to z nor a space", offset)
+        return Encoded([SPACE, *_LETTERS[1:]], ids, _rows(len(ids), ROW))
+
+
+@dataclass(frozen=True)
+class NormalizedLetterTokenizer(LetterTokenizer):
+    """The same of any text, made like text8.
+
+    Letters become small, digits are spelt out, and everything else is a space, of which there is never more than one in
+    a row (Mahoney's wikifil.pl, http://mattmahoney.net/dc/textdata.html).
+    """
+
+    name: str = "text8"
+    boundary: ClassVar[Boundary] = Boundary(rb"\s")
+
+    def encode(self, text: bytes) -> Encoded:
+        for digit, name in _DIGITS.items():
+            text = text.replace(digit, name)
+        text = text.translate(_SMALL)
+        words = text.split()
+        # The chunk before ends in the one space between the two.
+        return super().encode(b" ".join([*words, b""] if words and text.endswith(b" ") else words))
+
+
+@dataclass(frozen=True)
+class LineTokenizer(Tokenizer):
+    """Words or pieces of words of lines in UTF-8, and an end token a line, as fairseq-preprocess counts them.
+
+    Args:
+        tokenizer, bpe: names in `words.WORDS` and `words.PIECES`; the latter splits what the former gave.
+        paragraphs: join lines up to an empty one; empty lines then give no tokens.
+        pattern: regular expression of a word, for the tokenizer ``words``.
+        source_lang: language, for the tokenizer ``moses``.
+        model: file of the SentencePiece model.
+    """
+
+    tokenizer: str = "space"
+    bpe: str = "none"
+    paragraphs: bool = False
+    pattern: str = ""
+    source_lang: str = ""
+    model: Path | None = field(default=None)
+    name: str = "lines"
+    _lines: ClassVar[Boundary] = Boundary(rb"\n")
+    _blank: ClassVar[Boundary] = Boundary(rb"\n[ \t\r\f\v]*\n")
+
+    @property
+    def boundary(self) -> Boundary:  # type: ignore[override]
+        return self._blank if self.paragraphs else self._lines
+
+    @cached_property
+    def encoders(self) -> list[Encoder]:
+        return [WORDS[self.tokenizer](self), PIECES[self.bpe](self)]
+
+    def lines(self, text: bytes) -> Iterator[str]:
+        """Lines or paragraphs, ended by any of the line ends that Python knows, as in fairseq-preprocess."""
+        try:
+            lines = io.StringIO(text.decode("utf-8"), newline=None)
+        except UnicodeDecodeError as error:
+            raise EncodingError(
+                f"the bytes {text[error.start : error.end]!r}, which are not UTF-8", error.start
+            ) from error
+        stripped = (line.rstrip("\n") for line in lines)
+        return _paragraphs(stripped) if self.paragraphs else stripped
+
+    def encode(self, text: bytes) -> Encoded:
+        numbers: defaultdict[str, int] = defaultdict(count().__next__)
+        ids, sizes = array("I"), array("i")
+        words, pieces = self.encoders
+        for line in self.lines(text):
+            tokens = pieces(words(line)).split()
+            tokens.append(END)
+            ids.extend(map(numbers.__getitem__, tokens))
+            sizes.append(len(tokens))
+        narrow = np.min_scalar_type(max(len(numbers) - 1, 0))
+        return Encoded(
+            list(numbers), np.frombuffer(ids, dtype=np.uint32).astype(narrow), np.frombuffer(sizes, dtype=np.int32)
+        )
+
+    def files(self) -> dict[str, Path]:
+        return {} if self.model is None else {"sentencepiece.bpe.model": self.model}
+
+
+def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
+    paragraph: list[str] = []
+    for line in lines:
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield " ".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield " ".join(paragraph)
+
+
+def _rows(size: int, row: int) -> NDArray[np.int32]:
+    """*size* tokens as rows of *row*, the last one shorter."""
+    whole, rest = divmod(int(size), row)
+    return np.array([row] * whole + [rest] * (rest > 0), dtype=np.int32)
+
+
+_LETTERS = " abcdefghijklmnopqrstuvwxyz"
+_LETTER_IDS = np.full(256, len(_LETTERS), dtype=np.uint8)
+_LETTER_IDS[np.frombuffer(_LETTERS.encode(), dtype=np.uint8)] = np.arange(len(_LETTERS))
+_SMALL = bytes(ord(chr(b).lower()) if chr(b).isascii() and chr(b).isalpha() else ord(" ") for b in range(256))
+_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+_DIGITS = {b"%d" % value: b" %s " % name.encode() for value, name in enumerate(_NAMES)}

@@ -1,0 +1,59 @@
+"""Lines to words, and words to pieces of words: functions from text to tokens between spaces, by name."""
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .tokenization import LineTokenizer
+
+Encoder = Callable[[str], str]
+MakeEncoder = Callable[["LineTokenizer"], Encoder]
+
+# Words with an apostrophe inside, numbers, and any other mark by itself.
+WORD = r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?|\d+|[^\w\s]"
+
+
+def _as_it_is(line: str) -> str:
+    return line
+
+
+def _words(options: "LineTokenizer") -> Encoder:
+    find = re.compile(options.pattern or WORD).finditer
+    return lambda line: " ".join([match[0] for match in find(line)])
+
+
+def _moses(options: "LineTokenizer") -> Encoder:
+    """What fairseq's ``--tokenizer moses`` does: hyphens between words are split, special characters escaped."""
+    from sacremoses import MosesTokenizer
+
+    class QuickMosesTokenizer(MosesTokenizer):
+        """The same with its tables of letters made once; sacremoses makes them anew for every full stop."""
+
+        def __init__(self, lang: str):
+            super().__init__(lang)
+            self._lower, self._alpha = frozenset(self.IsLower), frozenset(self.IsAlpha)
+
+        def islower(self, text: str) -> bool:
+            return self._lower.issuperset(text)
+
+        def isanyalpha(self, text: str) -> bool:
+            return not self._alpha.isdisjoint(text)
+
+    tokenize = QuickMosesTokenizer(options.source_lang or "en").tokenize
+    return lambda line: tokenize(line, aggressive_dash_splits=True, return_str=True)
+
+
+def _sentencepiece(options: "LineTokenizer") -> Encoder:
+    """What fairseq's ``--bpe sentencepiece`` does."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        encode = SentencePieceProcessor(model_file=str(options.model)).encode
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"--sentencepiece-model {options.model} is not a SentencePiece model: {error}") from error
+    return lambda line: " ".join(encode(line, out_type=str))
+
+
+WORDS: dict[str, MakeEncoder] = {"space": lambda options: _as_it_is, "words": _words, "moses": _moses}
+PIECES: dict[str, MakeEncoder] = {"none": lambda options: _as_it_is, "sentencepiece": _sentencepiece}
