@@ -65,6 +65,20 @@ def test_rows_of_any_places_share_a_batch(variant):
         read = [n + 1 for n in read]
 
 
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6]], ids="-".join)
+@torch.no_grad()
+def test_rows_at_one_place_may_have_memories_of_other_lengths(variant):
+    decoder = tiny_decoder(variant, mem_len=5)
+    tokens, read = random_tokens(3, 12), [1, 4, 7]
+    state = DecodingState(decoder, 3)
+    state.read(tokens[:, :7], read)
+    expected = whole_segments(decoder, tokens)
+    for step in range(5):
+        features = state.read(torch.stack([tokens[row, n + step] for row, n in enumerate(read)]).unsqueeze(1))
+        for row, n in enumerate(read):
+            torch.testing.assert_close(features[row, 0], expected[row, n + step], rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 @torch.no_grad()
 def test_beams_may_be_reordered_at_every_step(variant):

@@ -105,7 +105,7 @@ def test_a_terminal_shows_how_far_a_long_generation_is(data, checkpoints, tmp_pa
     terminal, other_end = pty.openpty()
     process = subprocess.Popen([*map(str, command)], stdout=other_end, stderr=other_end)
     os.close(other_end)
-    seen, shown, deadline = {}, "", time.monotonic() + 120
+    seen, shown, deadline = {}, "", time.monotonic() + 60
     try:
         while "generated" not in seen and time.monotonic() < deadline and process.poll() is None:
             if select.select([terminal], [], [], 0.1)[0]:

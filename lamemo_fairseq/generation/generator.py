@@ -79,8 +79,8 @@ class PromptGenerator(SequenceGenerator):
     A hypothesis is the prompt and what follows, as fairseq gives it for language models; scores include the
     prompt's. ``--max-len-a`` times the prompt's length plus ``--max-len-b`` new words are generated at most.
     Takes the arguments of fairseq's `SequenceGenerator`, whose own loop searches; plain sampling takes a faster one
-    (`sampling.py`). Blocks of repeated n-grams and a function of allowed
-    words see the prompt's last word and what follows.
+    (`sampling.py`). Blocks of repeated n-grams and a function of allowed words see the prompt's last word and what
+    follows.
     """
 
     max_len_a: float
