@@ -12,7 +12,7 @@ from typing import List, Tuple
 
 from . import logs
 from .folder import write_json
-from .process import peak_gib
+from .process import in_gib
 
 _DEVICE_MEMORY = "peak memory of the device: "
 
@@ -50,7 +50,7 @@ def _in_a_fork(arguments: List[str], log: Path) -> Tuple[int, float]:
     if pid == 0:
         os._exit(_evaluate(arguments, log))
     _, status, usage = os.wait4(pid, 0)
-    return os.waitstatus_to_exitcode(status), peak_gib(usage.ru_maxrss)
+    return os.waitstatus_to_exitcode(status), in_gib(usage.ru_maxrss)
 
 
 def _evaluate(arguments: List[str], log: Path) -> int:

@@ -49,8 +49,9 @@ def run(
             pass_fds=tuple(keep_open),
         )
         _ALIVE[process.pid] = process
-    seen = time.monotonic()
+    seen, peak = time.monotonic(), 0.0
     while True:
+        peak = peak_gib(process.pid) or peak
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
@@ -61,12 +62,23 @@ def run(
     process.returncode = os.waitstatus_to_exitcode(status)
     with _LOCK:
         del _ALIVE[process.pid]
-    return Ended(process.returncode, peak_gib(usage.ru_maxrss))
+    # The kernel's sum counts what this process held when the command was started.
+    largest = in_gib(usage.ru_maxrss)
+    return Ended(process.returncode, round(min(peak or largest, largest), 3))
 
 
-def peak_gib(maxrss: int) -> float:
+def in_gib(maxrss: int) -> float:
     """``ru_maxrss`` in GiB: it is in KiB, on macOS in bytes."""
     return round(maxrss / (2**30 if sys.platform == "darwin" else 2**20), 3)
+
+
+def peak_gib(pid: int) -> float:
+    """The peak so far of a process's resident memory in GiB, where /proc tells it; else 0."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def stop() -> List[int]:

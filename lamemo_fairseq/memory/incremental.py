@@ -96,10 +96,8 @@ class SegmentCache:
         mem_len = network.memory.slots
         for dim, buffers in ((2, self.keys), (2, self.values), *self._recorded()):
             for buffer in buffers:
-                some = buffer if rows is None else buffer[rows]
-                kept = some.narrow(dim, buffer.size(dim) - mem_len, mem_len).clone()
-                place = buffer.narrow(dim, 0, mem_len)
-                place.copy_(kept) if rows is None else place.index_copy_(0, rows, kept)
+                kept = take(buffer, rows).narrow(dim, buffer.size(dim) - mem_len, mem_len).clone()
+                put(buffer.narrow(dim, 0, mem_len), rows, kept)
 
     def following(self, place: Place, network: Network) -> Place:
         """Where a row that stood at *place* stands when its segment is full."""
@@ -154,6 +152,16 @@ class SegmentCache:
 
     def _recorded(self) -> List[Any]:
         return [(dim, _tensors(getattr(self, name))) for name, dim in self.columns.items()]
+
+
+def take(buffer: Tensor, rows: Optional[Tensor]) -> Tensor:
+    """What a buffer ``[B, ..]`` holds of *rows* ``[b]``, None for all of them, which is then no copy."""
+    return buffer if rows is None else buffer[rows]
+
+
+def put(buffer: Tensor, rows: Optional[Tensor], new: Tensor) -> None:
+    """Write ``new [b, ..]`` into *rows* of a buffer ``[B, ..]``, in place."""
+    buffer.copy_(new) if rows is None else buffer.index_copy_(0, rows, new.to(buffer.dtype))
 
 
 def _tensors(value: Any) -> List[Tensor]:

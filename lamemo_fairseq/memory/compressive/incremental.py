@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Dict, List, Optional
 import torch
 from torch import Tensor
 
-from ..incremental import Network, Place, Record, SegmentCache
+from ..incremental import Network, Place, Record, SegmentCache, put, take
 from .attention import usage
 
 
@@ -49,7 +49,7 @@ class CompressiveCache(SegmentCache):
         count = self.following(place, network).slots
 
         def held(buffer: Tensor, dim: int) -> Tensor:
-            return (buffer if rows is None else buffer[rows]).narrow(dim, memory.slots - slots, slots + length)
+            return take(buffer, rows).narrow(dim, memory.slots - slots, slots + length)
 
         watches = memory.watches and leaving > 0
         biases = network.positions(slots + length, None, self.inputs[0]) if watches else ()
@@ -68,5 +68,4 @@ class CompressiveCache(SegmentCache):
                 before, _, after = held(buffer, dim).tensor_split((old.start, old.stop), dim)
                 every = torch.cat([before, made, after], dim)
                 kept = every.narrow(dim, every.size(dim) - count, count)
-                columns = buffer.narrow(dim, memory.slots - count, count)
-                columns.copy_(kept) if rows is None else columns.index_copy_(0, rows, kept)
+                put(buffer.narrow(dim, memory.slots - count, count), rows, kept)

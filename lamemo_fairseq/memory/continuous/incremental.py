@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Dict, List, Optional
 import torch
 from torch import Tensor
 
-from ..incremental import Network, Record, SegmentCache
+from ..incremental import Network, Record, SegmentCache, put, take
 from .attention import LongTerm
 
 
@@ -56,25 +56,20 @@ class ContinuousCache(SegmentCache):
         """Let the signals of *rows* take in what leaves their slots."""
         memory = network.memory
 
-        def of(buffer: Tensor) -> Tensor:
-            return buffer if rows is None else buffer[rows]
-
-        def put_back(buffer: Tensor, new: Tensor) -> None:
-            new = new.to(buffer.dtype)
-            buffer.copy_(new) if rows is None else buffer.index_copy_(0, rows, new)
-
-        taken_in = of(self.taken_in[0])
+        taken_in = take(self.taken_in[0], rows)
         layers: Any = network.layers
         for i, layer in enumerate(layers):
-            attn, inputs = layer.self_attn, of(self.inputs[i])[:, memory.slots - slots :]
+            attn, inputs = layer.self_attn, take(self.inputs[i], rows)[:, memory.slots - slots :]
             # Queries are not kept: once a segment, they are computed again.
             q, _, _ = attn.project(layer.attention_input(inputs[:, slots:]), memory.period)
-            density = attn.locate(q, LongTerm(*map(of, self._long_term(i))))
-            coefficients = memory.signal.extend(of(self.coefficients[i]), taken_in, inputs[:, :leaving], density)
-            put_back(self.coefficients[i], coefficients)
+            density = attn.locate(q, LongTerm(*(take(held, rows) for held in self._long_term(i))))
+            coefficients = memory.signal.extend(
+                take(self.coefficients[i], rows), taken_in, inputs[:, :leaving], density
+            )
+            put(self.coefficients[i], rows, coefficients)
             for buffer, new in zip(self._long_term(i), attn.long_term(coefficients), strict=True):
-                put_back(buffer, new)
-        put_back(self.taken_in[0], taken_in + leaving)
+                put(buffer, rows, new)
+        put(self.taken_in[0], rows, taken_in + leaving)
 
     def _long_term(self, layer: int) -> LongTerm:
         return LongTerm(self.long_term_keys[layer], self.long_term_values[layer])

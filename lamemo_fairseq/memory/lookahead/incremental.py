@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...attention import BACKENDS, Attended
 from ...attention.cached import Columns
-from ..incremental import Network, Record, SegmentCache
+from ..incremental import Network, Record, SegmentCache, put, take
 
 
 @dataclass
@@ -44,11 +44,10 @@ class LookaheadCache(SegmentCache):
         biases = network.positions(slots + 1, window.distances(slots), first)
 
         def held(buffer: Tensor, dim: int) -> Tensor:
-            return (buffer if rows is None else buffer[rows]).narrow(dim, mem_len - slots, slots)
+            return take(buffer, rows).narrow(dim, mem_len - slots, slots)
 
         def hold(buffer: Tensor, new: Tensor) -> None:
-            place = buffer.narrow(2, mem_len - slots, slots)
-            place.copy_(new) if rows is None else place.index_copy_(0, rows, new.to(buffer.dtype))
+            put(buffer.narrow(2, mem_len - slots, slots), rows, new)
 
         x = torch.cat([held(self.embeddings[0], 1), first], dim=1)
         refreshed_layers: Sequence[Any] = layers[:-1]

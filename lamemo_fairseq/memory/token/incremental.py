@@ -13,7 +13,7 @@ from typing import Any, List, Optional
 import torch
 from torch import Tensor
 
-from ..incremental import Network, Place, SegmentCache
+from ..incremental import Network, Place, SegmentCache, put, take
 
 
 @dataclass
@@ -37,16 +37,16 @@ class TokenCache(SegmentCache):
 
     def close(self, rows: Optional[Tensor], slots: int, network: Network) -> None:
         """Write the memory tokens, and let the segment's last tokens enter the cache."""
-        _put(self.memory_tokens[0], self._pass(rows, slots, network, write=True), rows)
+        put(self.memory_tokens[0], rows, self._pass(rows, slots, network, write=True))
         mem_len, size = network.memory.config.mem_len, self.memory_tokens[0].size(1)
         for buffer in (*self.keys, *self.values):
-            some = _of(buffer, rows)
+            some = take(buffer, rows)
             cached = torch.cat([some[:, :, :mem_len], some[:, :, mem_len + size :]], dim=2)
-            _put(buffer[:, :, :mem_len], cached[:, :, cached.size(2) - mem_len :], rows)
+            put(buffer[:, :, :mem_len], rows, cached[:, :, cached.size(2) - mem_len :])
 
     def _pass(self, rows: Optional[Tensor], slots: int, network: Network, write: bool) -> Tensor:
         """Pass a block of memory tokens through the layers, the write block or the read block: ``[b, K, d]``."""
-        memory, tokens = network.memory, _of(self.memory_tokens[0], rows)
+        memory, tokens = network.memory, take(self.memory_tokens[0], rows)
         mem_len, size = memory.config.mem_len, tokens.size(1)
         oldest = mem_len + size - slots if memory.config.options.memory_reads_cache else mem_len
         before = slice(oldest, None if write else mem_len)
@@ -62,17 +62,9 @@ class TokenCache(SegmentCache):
                 seen = []
                 for buffer, own in zip((self.keys[i], self.values[i]), new, strict=True):
                     if not write:
-                        _put(buffer[:, :, mem_len : mem_len + size], own, rows)
-                    seen.append(torch.cat([_of(buffer[:, :, before], rows), own], dim=2))
+                        put(buffer[:, :, mem_len : mem_len + size], rows, own)
+                    seen.append(torch.cat([take(buffer[:, :, before], rows), own], dim=2))
                 return attn.merge_heads(attn.block(q, *seen, bias)), None
 
             x, _ = layer.around(x, attend)
         return x
-
-
-def _of(buffer: Tensor, rows: Optional[Tensor]) -> Tensor:
-    return buffer if rows is None else buffer[rows]
-
-
-def _put(place: Tensor, new: Tensor, rows: Optional[Tensor]) -> None:
-    place.copy_(new) if rows is None else place.index_copy_(0, rows, new.to(place.dtype))
