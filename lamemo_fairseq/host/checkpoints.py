@@ -171,8 +171,13 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
 @stand_in(checkpoint_utils, "save_checkpoint")
 def save_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
     """fairseq asks the first rank alone for its state; before, each rank brings it the memory of its streams."""
-    if hasattr(epoch_itr, "gather_memory") and not cfg.no_save:
-        trainer.task.losses.check()
-        epoch_itr.gather_memory()
+    if cfg.no_save or not hasattr(epoch_itr, "gather_memory"):
+        return original(cfg, trainer, epoch_itr, val_loss)
+    trainer.task.losses.check()
+    epoch_itr.gather_memory()
+    if trainer.should_save_checkpoint_on_current_rank:
         trainer.task.training_state = training_state(trainer)
-    return original(cfg, trainer, epoch_itr, val_loss)
+    try:
+        return original(cfg, trainer, epoch_itr, val_loss)
+    finally:
+        trainer.task.training_state = {}  # kept until the next save, it could hold a copy of the weights

@@ -2,11 +2,19 @@
 
 import logging
 import sys
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
+
+
+def training_commands() -> Iterator[Any]:
+    """The module of fairseq-train, imported, or run as a script, or both."""
+    for name in ("fairseq_cli.train", "__main__"):
+        module = sys.modules.get(name)
+        if hasattr(module, "validate_and_save"):
+            yield module
 
 
 def stop_where_the_run_has_ended() -> None:
@@ -14,9 +22,8 @@ def stop_where_the_run_has_ended() -> None:
 
     fairseq looks at ``--max-update`` after an update, so that every start adds one.
     """
-    for name in ("fairseq_cli.train", "__main__"):
-        module = sys.modules.get(name)
-        if module is not None and hasattr(module, "validate_and_save") and not hasattr(module, "_stops_at_the_end"):
+    for module in training_commands():
+        if not hasattr(module, "_stops_at_the_end"):
             setattr(module, "_stops_at_the_end", True)  # noqa: B010
             stand_in(module, "train")(_train)
 

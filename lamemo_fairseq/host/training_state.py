@@ -5,8 +5,7 @@ when the loss scale last changed, and with ``--amp`` the scale itself; and how l
 """
 
 import logging
-import sys
-from typing import Any, Callable, Dict, Iterator, List, Set
+from typing import Any, Callable, Dict, List, Set
 
 import torch
 from fairseq import checkpoint_utils
@@ -14,6 +13,7 @@ from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from torch import Tensor
 
 from .stand_in import stand_in
+from .training import training_commands
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,16 @@ def training_state(trainer: Any) -> Dict[str, Any]:
     state: Dict[str, Any] = {}
     masters = _masters(trainer.optimizer)
     if masters:
-        state["masters"] = torch.cat([master.flatten() for master in masters])
+        state["masters"] = (
+            masters[0].flatten() if len(masters) == 1 else torch.cat([master.flatten() for master in masters])
+        )
     scaler = getattr(trainer.optimizer, "scaler", None)
     if isinstance(scaler, DynamicLossScaler):
         state["scaler"] = {name: vars(scaler)[name] for name in _counted(scaler)}
     elif scaler is not None:
         state["scaler"] = scaler.state_dict()
-    for function in _early_stopping():
+    for command in training_commands():
+        function = command.should_stop_early
         state["patience"] = {name: getattr(function, name) for name in _PATIENCE if hasattr(function, name)}
     return state
 
@@ -45,8 +48,8 @@ def restore_training_state(trainer: Any, state: Dict[str, Any]) -> None:
         vars(scaler).update(saved)
     elif scaler is not None and saved and saved.keys() == scaler.state_dict().keys():
         scaler.load_state_dict(saved)
-    for function in _early_stopping():
-        vars(function).update(state.get("patience", {}))
+    for command in training_commands():
+        vars(command.should_stop_early).update(state.get("patience", {}))
 
 
 def _masters(optimizer: Any) -> List[Tensor]:
@@ -71,13 +74,6 @@ def _restore_masters(trainer: Any, saved: Tensor) -> None:
 
 def _counted(scaler: DynamicLossScaler) -> Set[str]:
     return {name for name in vars(scaler) if name == "loss_scale" or name.startswith("_")}
-
-
-def _early_stopping() -> Iterator[Callable[..., Any]]:
-    for name in ("fairseq_cli.train", "__main__"):
-        function = getattr(sys.modules.get(name), "should_stop_early", None)
-        if function is not None:
-            yield function
 
 
 @stand_in(checkpoint_utils, "load_checkpoint")

@@ -10,6 +10,7 @@ from typing import (
     ClassVar,
     Dict,
     Generic,
+    Iterable,
     List,
     Mapping,
     NamedTuple,
@@ -181,6 +182,15 @@ def last_rows(rows: Tensor, count: int, dim: int = 1) -> Tensor:
     """A copy of the last *count* rows without gradient; a view would keep all of them alive."""
     count = min(count, rows.size(dim))
     return rows.detach().narrow(dim, rows.size(dim) - count, count).clone()
+
+
+def no_contribution(parameters: Iterable[Optional[Tensor]]) -> Tensor:
+    """Zero, with a gradient of zero for those of *parameters* that are there.
+
+    Data-parallel reducers wait for a gradient of every parameter, in steps too that had no use for one.
+    """
+    used = [p.sum(dtype=torch.float32) for p in parameters if p is not None]
+    return 0.0 * torch.stack(used).sum() if used else torch.zeros(())
 
 
 MEMORIES: Registry[Type[Memory[Any]]] = Registry("memory")

@@ -123,10 +123,10 @@ def check(cfg: MemoryLanguageModelConfig) -> None:
     optional = ("decoder_head_dim", "decoder_input_dim", "decoder_output_dim", "tokens_per_sample")
     for name in positive + tuple(n for n in optional if getattr(cfg, n) is not None):
         if getattr(cfg, name) <= 0:
-            raise ValueError(f"{_option(name)} is {getattr(cfg, name)}, it must be positive")
+            raise ValueError(f"{option_name(name)} is {getattr(cfg, name)}, it must be positive")
     for name in ("dropout", "attention_dropout", "activation_dropout"):
         if getattr(cfg, name) is not None and not 0 <= getattr(cfg, name) < 1:
-            raise ValueError(f"{_option(name)} is {getattr(cfg, name)}, it must be at least 0 and below 1")
+            raise ValueError(f"{option_name(name)} is {getattr(cfg, name)}, it must be at least 0 and below 1")
     if cfg.clamp_len < 0:
         raise ValueError(f"--clamp-len is {cfg.clamp_len}: pass 0 for no limit, or the largest distance to tell apart")
     if cfg.decoder_head_dim is None and cfg.decoder_embed_dim % cfg.decoder_attention_heads:
@@ -180,5 +180,6 @@ def _check_memory(cfg: MemoryLanguageModelConfig) -> None:
         raise ValueError(f"--same-length lets every token see --mem-len tokens, but --memory {cfg.memory} has none")
 
 
-def _option(name: str) -> str:
+def option_name(name: str) -> str:
+    """An option's name on the command line."""
     return "--" + name.replace("_", "-")

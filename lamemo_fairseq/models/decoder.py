@@ -19,7 +19,7 @@ from ..modules import AttentionConfig, DecoderLayer, LayerConfig
 from ..modules.graphs import SegmentGraphs
 from ..modules.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from ..positions import POSITIONS, PositionConfig
-from .config import MemoryLanguageModelConfig, check, cutoffs, memory_options
+from .config import MemoryLanguageModelConfig, check, cutoffs, memory_options, option_name
 from .incremental import DecodingState
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         width, heads = cfg.decoder_embed_dim, cfg.decoder_attention_heads
         head_dim = cfg.decoder_head_dim or width // heads
         mem_len = cfg.mem_len if memory_class.remembers else 0
-        layout = {"--" + name.replace("_", "-"): _plain(getattr(cfg, name)) for name in memory_class.layout}
+        layout = {option_name(name): _plain(getattr(cfg, name)) for name in memory_class.layout}
         self.streams = StreamMemory(memory_class.state, {"--memory": str(cfg.memory), "--mem-len": mem_len, **layout})
 
         self.embed_tokens = self._build_embedding(cfg)

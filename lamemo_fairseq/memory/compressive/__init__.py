@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...modules import SelfAttention
 from ...positions import PositionEncoding
-from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows
+from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
 from ..incremental import SegmentCache
 from .attention import CompressiveSelfAttention
 from .compressions import COMPRESSIONS
@@ -132,11 +132,10 @@ class CompressiveMemory(Memory[CompressiveState]):
     def _loss(self, lost: List[Tensor], lengths: Optional[Tensor]) -> Tensor:
         """The loss of a token: the mean over layers, streams and tokens of what was *lost* ``[B]`` in each layer.
 
-        Streams that end within the segment add none. Before anything is compressed the loss is zero, with a gradient of
-        zero for all weights: data-parallel reducers wait for one.
+        Streams that end within the segment add none. Before anything is compressed the loss is zero.
         """
         if not lost:
-            return 0.0 * torch.stack([p.sum(dtype=torch.float32) for p in self.parameters()]).sum()
+            return no_contribution(self.parameters())
         by_stream, length = torch.stack(lost).mean(0), self.config.segment_length
         whole = torch.ones_like(by_stream) if lengths is None else (lengths == length).to(by_stream)
         tokens = length * len(by_stream) if lengths is None else lengths.sum().clamp(min=1)

@@ -12,10 +12,10 @@ from typing import ClassVar, Optional, Sequence, Tuple, Type
 import torch
 from torch import Tensor, nn
 
-from ...attention import Attended, LookaheadWindow, RelativeBias
+from ...attention import Attended, LookaheadWindow
 from ...modules import SelfAttention
 from ...positions import PositionEncoding
-from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows
+from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows, no_contribution
 from ..incremental import SegmentCache
 from .attention import LookaheadSelfAttention
 from .incremental import LookaheadCache
@@ -85,14 +85,6 @@ class LookaheadMemory(Memory[LookaheadState]):
                 outputs.append(carried.output)
                 normalizers.append(carried.normalizer)
         if self.training and (window is None or len(layers) == 1):
-            rows = rows + _no_contribution(biases[0].ahead)
+            # Before the first slot, nothing has used the biases of a look-ahead.
+            rows = rows + no_contribution(biases[0].ahead[:2])
         return Passage(rows, LookaheadState(embeddings, tuple(outputs), tuple(normalizers)))
-
-
-def _no_contribution(ahead: RelativeBias) -> Tensor:
-    """Zero, with a gradient of zero for the biases that only a look-ahead uses.
-
-    Data-parallel reducers wait for a gradient of every parameter, and before the first slot these had none.
-    """
-    used = [p.sum() for p in (ahead.content, ahead.position) if p is not None]
-    return 0.0 * torch.stack(used).sum() if used else torch.zeros(())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...modules import SelfAttention
 from ...positions import PositionEncoding
-from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows
+from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
 from ..incremental import SegmentCache
 from .attention import Blocks, TokenSelfAttention
 from .incremental import TokenCache
@@ -109,8 +109,7 @@ class TokenMemory(Memory[TokenState]):
             parts.append(features)
         features = torch.cat(parts, dim=1)
         if self.training:
-            # Data-parallel reducers wait for a gradient of every parameter, and these are read where a stream begins.
-            features = features + 0.0 * self.initial_tokens.sum()
+            features = features + no_contribution([self.initial_tokens])  # read only where a stream begins
         return Passage(features, TokenState(last_rows(tokens, tokens.size(1)), hidden))
 
     def _pass(
