@@ -18,19 +18,18 @@ StepResult = Tuple[Tensor, Any, Dict[str, Any]]
 class LossWatch:
     """Finds a loss that is not finite without making the host wait for the device.
 
-    fairseq's trainer waits for the device once an update, when it looks at the gradients. So a loss is noted
-    as it comes, and looked at after the next one, or before a checkpoint is saved. When the trainer stops at bad
-    gradients, it runs the same batch once more, and that is the next one.
+    A loss is noted as it comes, and its copy on the host is looked at after the next one, or before a checkpoint is
+    saved. When the trainer stops at bad gradients, it runs the same batch once more, and that is the next one.
     """
 
     def __init__(self) -> None:
         self._update = 0
-        self._noted: Optional[Tuple[Tensor, SegmentPosition, int, StreamMemory]] = None
+        self._noted: Optional[Tuple[Callable[[], bool], SegmentPosition, int, StreamMemory]] = None
 
     def note(self, loss: Tensor, position: SegmentPosition, update: int, streams: StreamMemory) -> None:
         """Remember the *loss* of a segment, and during which update it arose (counted from 1)."""
         self._update = update
-        self._noted = (loss.detach().isfinite().all(), position, update, streams)
+        self._noted = (_on_the_host(loss.detach().isfinite().all()), position, update, streams)
 
     def when(self) -> str:
         """The update noted last, to begin a message with; nothing if there was none."""
@@ -46,7 +45,7 @@ class LossWatch:
             return
         finite, position, update, streams = self._noted
         self._noted = None
-        if not finite:
+        if not finite():
             broken = streams.diverged_streams(position, training=True)
             where = position.named_streams(broken or None)
             memory = ", nor is their memory" if broken else ""
@@ -55,6 +54,22 @@ class LossWatch:
                 f"{where} of '{position.split}' is not finite{memory}. Go on from an earlier checkpoint with "
                 "--restore-file and a lower --lr, a lower --clip-norm, or without --fp16"
             )
+
+
+def _on_the_host(flag: Tensor) -> Callable[[], bool]:
+    """The value of a flag, for which the host waits no longer than until what the device was given so far is done."""
+    if not flag.is_cuda:
+        return lambda: bool(flag)
+    copy = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+    copy.copy_(flag, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def value() -> bool:
+        copied.synchronize()
+        return bool(copy)
+
+    return value
 
 
 def retry_out_of_memory(

@@ -109,6 +109,16 @@ def test_a_log_of_a_resumed_run(tmp_path):
         logs.evaluation(tmp_path / "log")
 
 
+@pytest.mark.parametrize("peak, memory", [("", None), (f"{logs.DEVICE_MEMORY}0.903 GiB\n", 0.903)])
+def test_a_log_of_an_evaluation(tmp_path, peak, memory):
+    """The line about the device's memory is there on a GPU alone."""
+    log = "INFO | Evaluated 509,508 tokens in 12.7s (40046.67 tokens/s)\nINFO | Loss (base 2): 6.3947, Perplexity: 84.14\n"
+    (tmp_path / "log").write_text(log + peak)
+    found = logs.evaluation(tmp_path / "log")
+    assert found["device_memory_gib"] == memory
+    assert (found["tokens"], found["loss"], found["perplexity"]) == (509_508, 6.3947, 84.14)
+
+
 def inner(update, wps, free):
     record = {"num_updates": str(update), "loss": "3", "wps": str(wps), "wpb": "64", "gb_free": str(free)}
     return f"2026-01-01 00:00:00 | INFO | train_inner | {json.dumps(record)}"

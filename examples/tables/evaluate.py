@@ -14,8 +14,6 @@ from . import logs
 from .folder import write_json
 from .process import in_gib
 
-_DEVICE_MEMORY = "peak memory of the device: "
-
 
 def main(jobs: Path) -> int:
     # Imported here, before the forks; neither touches a GPU.
@@ -31,17 +29,8 @@ def main(jobs: Path) -> int:
             print(f"fairseq-eval-lm ended with {code}; its log is {log}", file=sys.stderr)
             return 1
         found = logs.evaluation(log)
-        text = log.read_text(encoding="utf-8", errors="replace")
-        device = [float(line.split(": ")[1]) for line in text.splitlines() if line.startswith(_DEVICE_MEMORY)]
-        write_json(
-            Path(job["result"]),
-            {
-                "identity": job["identity"],
-                **found,
-                "host_memory_gib": host_memory,
-                "device_memory_gib": device[-1] if device else None,
-            },
-        )
+        result = {"identity": job["identity"], **found, "host_memory_gib": host_memory}
+        write_json(Path(job["result"]), result)
     return 0
 
 
@@ -70,7 +59,7 @@ def _evaluate(arguments: List[str], log: Path) -> int:
     try:
         eval_lm.cli_main()
         if torch.cuda.is_initialized():
-            print(f"{_DEVICE_MEMORY}{torch.cuda.max_memory_allocated() / 2**30:.3f} GiB", flush=True)
+            print(f"{logs.DEVICE_MEMORY}{torch.cuda.max_memory_allocated() / 2**30:.3f} GiB", flush=True)
         return 0
     except BaseException:
         traceback.print_exc()

@@ -11,6 +11,7 @@ _PARAMETERS = re.compile(r"num\. shared model params: ([\d,]+)")
 _CAPACITY = re.compile(r"total memory = ([\d.]+) GB")
 _STARTED = "training on "
 _EVALUATED = re.compile(r"Evaluated ([\d,]+) tokens in ([\d.]+)s \(([\d.]+) tokens/s\)")
+DEVICE_MEMORY = "peak memory of the device: "  # evaluate.py writes it
 _LOSS = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")
 
 
@@ -80,6 +81,8 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
 def evaluation(path: Path) -> Dict[str, Any]:
     """What a log of fairseq-eval-lm says: tokens, seconds, tokens/s, base-2 loss and perplexity.
 
+    And ``device_memory_gib``, the peak that a line beginning with `DEVICE_MEMORY` gives (None on a CPU).
+
     Raises:
         LogError: the command did not come to its end.
     """
@@ -88,12 +91,14 @@ def evaluation(path: Path) -> Dict[str, Any]:
     if not (evaluated and loss):
         raise LogError(f"{path} has no figures: the evaluation did not come to its end")
     tokens, seconds, speed = evaluated[-1]
+    peak = re.findall(rf"^{DEVICE_MEMORY}([\d.]+) GiB$", text, re.MULTILINE)
     return {
         "tokens": int(tokens.replace(",", "")),
         "seconds": float(seconds),
         "tokens_per_second": float(speed),
         "loss": float(loss[-1][0]),
         "perplexity": float(loss[-1][1]),
+        "device_memory_gib": float(peak[-1]) if peak else None,
     }
 
 

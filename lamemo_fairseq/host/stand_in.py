@@ -1,20 +1,19 @@
 """Putting a function in the place of one of fairseq's."""
 
 import functools
-from types import ModuleType
 from typing import Any, Callable
 
 
-def stand_in(module: ModuleType, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function takes the place of ``module.name``, and gets what was there as its first argument."""
-    original = getattr(module, name)
+def stand_in(owner: Any, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function takes the place of a module's or class's *name*, and gets what was there as its first argument."""
+    original = getattr(owner, name)
 
     def put(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def stands_in(*args: Any, **kwargs: Any) -> Any:
             return function(original, *args, **kwargs)
 
-        setattr(module, name, stands_in)
+        setattr(owner, name, stands_in)
         return stands_in
 
     return put

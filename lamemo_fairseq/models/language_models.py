@@ -32,6 +32,12 @@ class MemoryLanguageModel(FairseqLanguageModel):
             cfg.tokens_per_sample = task.cfg.tokens_per_sample
         return cls(MemoryDecoder(cfg, task.target_dictionary))
 
+    def train(self, mode: bool = True) -> "MemoryLanguageModel":
+        """fairseq sets the mode twice an update; to look at all modules takes a tenth of the time of setting it."""
+        if any(module.training is not mode for module in self.modules()):
+            super().train(mode)
+        return self
+
     def prepare_for_inference_(self, cfg: Any) -> None:
         super().prepare_for_inference_(cfg)
         self.decoder.for_inference = True

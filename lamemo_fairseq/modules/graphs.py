@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .copies import copy_all
+
 logger = logging.getLogger(__name__)
 
 Step = Callable[[Tensor, Any], Tuple[Tensor, Any]]
@@ -99,13 +101,14 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, tokens: Tensor, state: Any, *parameters: Tensor) -> Tuple[Tensor, Any]:
         recording.tokens.copy_(tokens)
-        for held, given in zip(recording.state.tensors(), state.tensors(), strict=True):
-            held.copy_(given)
+        copy_all(list(recording.state.tensors()), list(state.tensors()))
         recording.forward_graph.replay()
         recording.passes += 1
         ctx.recording, ctx.number = recording, recording.passes
         # Copies, as the next replay writes over what this one made.
-        return recording.features.clone(), recording.after.map(torch.clone)
+        after = recording.after.map(torch.empty_like)
+        copy_all(list(after.tensors()), list(recording.after.tensors()))
+        return recording.features.clone(), after
 
     @staticmethod
     @once_differentiable
