@@ -112,7 +112,7 @@ def test_a_log_of_a_resumed_run(tmp_path):
 @pytest.mark.parametrize("peak, memory", [("", None), (f"{logs.DEVICE_MEMORY}0.903 GiB\n", 0.903)])
 def test_a_log_of_an_evaluation(tmp_path, peak, memory):
     """The line about the device's memory is there on a GPU alone."""
-    log = "INFO | Evaluated 509,508 tokens in 12.7s (40046.67 tokens/s)\nINFO | Loss (base 2): 6.3947, Perplexity: 84.14\n"
+    log = "Evaluated 509,508 tokens in 12.7s (40046.67 tokens/s)\nLoss (base 2): 6.3947, Perplexity: 84.14\n"
     (tmp_path / "log").write_text(log + peak)
     found = logs.evaluation(tmp_path / "log")
     assert found["device_memory_gib"] == memory

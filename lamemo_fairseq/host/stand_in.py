@@ -5,7 +5,10 @@ from typing import Any, Callable
 
 
 def stand_in(owner: Any, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function takes the place of a module's or class's *name*, and gets what was there as its first argument."""
+    """Decorator: the function takes the place of ``owner.name``, and gets what was there as its first argument.
+
+    *owner* is a module or a class.
+    """
     original = getattr(owner, name)
 
     def put(function: Callable[..., Any]) -> Callable[..., Any]:
