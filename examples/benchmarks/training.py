@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from steps import profiled
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -62,14 +64,7 @@ TRAINING = (
     "--task segment_language_modeling --criterion chunked_cross_entropy --optimizer adam --lr 2.5e-4 --clip-norm 0.25 "
     "--disable-validation --no-save --no-progress-bar --log-format json --num-workers 2 --max-epoch 1"
 )
-PARTS = {
-    "attention": r"forward_kernel|key_kernel|query_kernel|delta_kernel|clear_kernel|flash|fmha",
-    "products": r"gemm|cutlass|nvjet|cublas|splitK",
-    "loss": r"softmax|nll",
-    "layer norm": r"layer_norm|LayerNorm|GammaBeta",
-    "copies": r"copy|Memcpy|Memset|CatArray|cat_|fill",
-    "optimizer": r"multi_tensor|adam",
-}
+PROFILED = 4  # updates after those that are timed
 
 
 def write_data(folder: Path, words: int, tokens: int) -> None:
@@ -97,26 +92,39 @@ def model_options(size: str, path: str) -> list[str]:
     return ["--arch", f"{arch}_{preset}", "--batch-size", str(streams), *options, *more]
 
 
-def train(size: str, path: str, steps: int, device: str, folder: str, extra: list[str]) -> dict[str, Any]:
-    """fairseq-train on the size; its own words per second once the memory is full."""
+def train(
+    size: str, path: str, steps: int, device: str, folder: str, extra: list[str], profile: bool = False
+) -> dict[str, Any]:
+    """fairseq-train on the size: its own words per second once the memory is full, peak memory, and time by part."""
     import torch
     from fairseq import utils
     from fairseq_cli import train as fairseq_train
 
     sys.argv = ["fairseq-train", folder, "--user-dir", str(ROOT / "lamemo_fairseq"), *TRAINING.split()]
-    sys.argv += ["--max-update", str(steps), "--log-interval", "10" if steps >= 40 else "1", *model_options(size, path)]
+    sys.argv += [
+        "--max-update",
+        str(steps + PROFILED * profile),
+        "--log-interval",
+        "10" if steps >= 40 else "1",
+        *model_options(size, path),
+    ]
     sys.argv += ["--cpu"] if device == "cpu" else ["--fp16"]
     sys.argv += extra
     log = io.StringIO()
     utils.import_user_module(argparse.Namespace(user_dir=str(ROOT / "lamemo_fairseq")))
     logging.getLogger().addHandler(logging.StreamHandler(log))
-    with contextlib.redirect_stdout(sys.stderr):
+    parts: dict[str, Any] = {}
+    watch = profiled(PROFILED, parts, at=steps) if profile else contextlib.nullcontext()
+    with contextlib.redirect_stdout(sys.stderr), watch:
         fairseq_train.cli_main()
     speeds = [float(s) for s in re.findall(r'"wps": "([\d.]+)"', log.getvalue())]
     if len(speeds) < 3:
         raise RuntimeError(log.getvalue()[-3000:])
     # The last line is about the epoch.
-    found = {"tok/s": statistics.median(speeds[len(speeds) // 2 : -1] or speeds[-1:])}
+    found: dict[str, Any] = {"tok/s": statistics.median(speeds[len(speeds) // 2 : -1] or speeds[-1:])}
+    if profile:
+        tokens = float(re.findall(r'"wpb": "([\d.]+)"', log.getvalue())[-1])
+        found["parts"] = {**parts, "a step": tokens / found["tok/s"] * 1e3}
     if device == "cuda":  # fairseq resets the peak at every step, and logs what was left
         left = [float(s) for s in re.findall(r'"gb_free": "([\d.]+)"', log.getvalue())]
         found["peak GiB"] = torch.cuda.get_device_properties(0).total_memory / 2**30 - min(left)
@@ -216,41 +224,6 @@ def evaluate(size: str, path: str, device: str, segments: int = 5) -> float:
     return tokens.size(0) * length / statistics.median(seconds[full:])
 
 
-def parts(size: str, path: str, steps: int = 3) -> dict[str, float]:
-    """GPU milliseconds a step by part, forward and backward, from the profiler."""
-    import torch
-
-    model, tokens, length = build(size, path, torch.float16, "cuda")
-    model.train()
-    state = None
-    for index in range(tokens.size(1) // length):
-        model.zero_grad()
-        _, state = step(model, tokens, index * length, length, state)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            model.zero_grad()
-            step(model, tokens, 0, length, state)
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(steps):
-        model.zero_grad()
-        step(model, tokens, 0, length, state)
-    host = time.perf_counter() - start
-    torch.cuda.synchronize()
-    wall = time.perf_counter() - start
-    found: dict[str, float] = {}
-    kernels: dict[str, float] = {}
-    for event in profile.key_averages():
-        milliseconds = event.self_device_time_total / 1e3 / steps
-        part = next((p for p, pattern in PARTS.items() if re.search(pattern, event.key)), "elementwise and rest")
-        found[part] = found.get(part, 0) + milliseconds
-        kernels[event.key[:70]] = milliseconds
-    top = sorted(kernels.items(), key=lambda x: -x[1])[:14]
-    found["all kernels"] = sum(kernels.values())
-    return {**found, "host": host * 1e3 / steps, "wall": wall * 1e3 / steps, "top": top}  # type: ignore[dict-item]
-
-
 def work_per_token(size: str, path: str, streams: int) -> float:
     """Floating-point operations of a training step a token, matrix products alone, dead memory branch left out."""
     model, _, length = build(size, path, None, "meta")
@@ -294,7 +267,7 @@ def main() -> None:
         _, words, streams, _ = SIZES[size]
         length = 64 if size == "quickstart" else 150 if "wt103" in size else 512
         with tempfile.TemporaryDirectory() as folder:
-            write_data(Path(folder), words, streams * length * (args.steps + 2))
+            write_data(Path(folder), words, streams * length * (args.steps + PROFILED + 2))
             for path in args.paths:
                 process = FORK.Process(target=one, args=(args, size, path, folder))
                 process.start()
@@ -332,11 +305,10 @@ def one(args: argparse.Namespace, size: str, path: str, folder: str) -> None:
         if args.device == "cuda":
             import torch
 
-            if not args.no_parts:
-                found["parts"] = parts(size, path)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        found |= train(size, path, args.steps, args.device, folder, args.options.split())
+        profile = args.device == "cuda" and not args.no_parts
+        found |= train(size, path, args.steps, args.device, folder, args.options.split(), profile)
     (Path(folder) / "found").write_text(json.dumps(found))
 
 

@@ -1,0 +1,58 @@
+"""Where whole training steps of fairseq-train spend a GPU's time."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+PARTS = {
+    "attention": r"forward_kernel|key_kernel|query_kernel|delta_kernel|clear_kernel|flash|fmha",
+    "products": r"gemm|cutlass|nvjet|cublas|splitK",
+    "loss": r"softmax|nll",
+    "norms, dropout": r"norm|dropout|GammaBeta|masked_scale|RowwiseMoments",
+    "copies": r"copy|Copy|Memcpy|memcpy|Memset|CatArray|cat_|Fill",
+    "optimizer": r"adam|addcdiv|addcmul|sqrt|multi_tensor",
+}
+
+
+@contextlib.contextmanager
+def profiled(updates: int, found: dict[str, Any], at: int) -> Iterator[None]:
+    """While fairseq-train runs in here, profile *updates* of its updates from update *at* on, into *found*.
+
+    ``found`` gets milliseconds a step by part, ``all kernels``, and ``top``, the kernels that take longest.
+    """
+    import torch
+    from fairseq.trainer import Trainer
+
+    original, profiles = Trainer.train_step, [None]
+
+    def train_step(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if trainer.get_num_updates() == at and profiles == [None]:
+            torch.cuda.synchronize()
+            profiles[0] = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            profiles[0].start()
+        result = original(trainer, *args, **kwargs)
+        if trainer.get_num_updates() == at + updates and profiles[0] is not None and not found:
+            torch.cuda.synchronize()
+            profiles[0].stop()
+            found.update(parts(profiles[0], updates))
+        return result
+
+    setattr(Trainer, "train_step", train_step)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(Trainer, "train_step", original)  # noqa: B010
+
+
+def parts(profile: Any, updates: int) -> dict[str, Any]:
+    """Milliseconds a step by part of what a profile has seen of the GPU."""
+    found: dict[str, float] = {}
+    kernels: dict[str, float] = {}
+    for event in profile.key_averages():
+        milliseconds = event.self_device_time_total / 1e3 / updates
+        part = next((p for p, pattern in PARTS.items() if re.search(pattern, event.key)), "elementwise and rest")
+        found[part] = found.get(part, 0) + milliseconds
+        kernels[event.key[:70]] = kernels.get(event.key[:70], 0) + milliseconds
+    top = sorted(kernels.items(), key=lambda x: -x[1])[:14]
+    return {**found, "all kernels": sum(kernels.values()), "top": top}
