@@ -1,0 +1,86 @@
+"""The same training on 1, 2, 4, ... GPUs of one host, as many streams on each: tokens/s, efficiency, peak memory.
+
+    python examples/benchmarks/scaling.py enwik8 wt103-adaptive --worlds 1 2 --result scaling.json
+    python examples/benchmarks/scaling.py quickstart --worlds 1 2 --device cpu --steps 10      # ranks on a CPU
+
+Efficiency is the rate over that of one GPU in the same run times the number of GPUs. fairseq's `legacy_ddp` reduces
+gradients after the backward pass, `pytorch_ddp` in buckets while it runs: the difference is what the overlap hides.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from training import PATHS, ROOT, SIZES, TRAINING, model_options, write_data
+
+COLUMNS = ("size", "path", "gradients", "GPUs", "tok/s", "efficiency", "peak GiB of a GPU")
+
+
+def train(size: str, path: str, world: int, backend: str, args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """fairseq-train on *world* ranks; rank 0's words per second, which count all ranks, and the largest peak."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    command += ["-m", "fairseq_cli.train", folder, "--user-dir", str(ROOT / "lamemo_fairseq")]
+    command += [*TRAINING.split(), "--max-update", str(args.steps), "--log-interval", str(max(1, args.steps // 8))]
+    command += [*model_options(size, path), "--ddp-backend", backend]
+    command += ["--cpu"] if args.device == "cpu" else ["--fp16", "--distributed-world-size", str(world)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command += args.options.split()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    log = done.stdout + done.stderr
+    speeds = [float(s) for s in re.findall(r'"wps": "([\d.]+)"', log)]
+    if done.returncode or len(speeds) < 3:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{log[-3000:]}")
+    found: dict[str, Any] = {"tok/s": statistics.median(speeds[len(speeds) // 2 : -1])}
+    capacity = re.findall(r"total memory = ([\d.]+) GB", log)
+    if capacity:
+        found["peak GiB"] = float(capacity[0]) - min(float(s) for s in re.findall(r'"gb_free": "([\d.]+)"', log))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="tokens/s against the number of GPUs")
+    parser.add_argument("sizes", nargs="*", default=["enwik8"], help=", ".join(SIZES))
+    parser.add_argument("--paths", nargs="*", default=["lamemo-graphs", "txl-graphs"], help=", ".join(PATHS))
+    parser.add_argument("--worlds", nargs="*", type=int, default=[1, 2], help="numbers of GPUs, 1 first")
+    parser.add_argument("--backends", nargs="*", default=["pytorch_ddp", "legacy_ddp"])
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--result", type=Path, help="a JSON file to write")
+    parser.add_argument("--options", default="", help="more options of fairseq-train")
+    args = parser.parse_args()
+    device = "CPU"
+    if args.device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        device = ", ".join(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines())
+    print(device)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    rows = []
+    for size in args.sizes:
+        _, words, streams, _ = SIZES[size]
+        length = 64 if size == "quickstart" else 150 if "wt103" in size else 512
+        with tempfile.TemporaryDirectory() as folder:
+            write_data(Path(folder), words, max(args.worlds) * streams * length * (args.steps + 2))
+            for path in args.paths:
+                alone = 0.0
+                for world in args.worlds:
+                    for backend in args.backends if world > 1 else args.backends[:1]:
+                        found = train(size, path, world, backend, args, folder)
+                        alone = alone or found["tok/s"] / world
+                        found["efficiency"] = found["tok/s"] / world / alone
+                        rows.append({"size": size, "path": path, "backend": backend, "GPUs": world, **found})
+                        peak = f"{found['peak GiB']:.1f}" if "peak GiB" in found else ""
+                        names = f"{size} | {path} | {backend if world > 1 else ''} | {world}"
+                        print(f"| {names} | {found['tok/s']:,.0f} | {found['efficiency']:.1%} | {peak} |", flush=True)
+    if args.result:
+        args.result.write_text(json.dumps({"device": device, "command": sys.argv[1:], "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
