@@ -14,6 +14,10 @@ FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
     ("command", "row"),
     [
         ("training.py quickstart --device cpu --steps 3 --paths lamemo-eager", "| quickstart | lamemo-eager |"),
+        (
+            "scaling.py quickstart --device cpu --steps 4 --paths lamemo-eager --worlds 1 --backends legacy_ddp",
+            "| quickstart | lamemo-eager |  | 1 |",
+        ),
         ("decoding.py --length 8 --segments 1 --memory lookahead", "batch 1: cached"),
     ],
 )

@@ -160,3 +160,14 @@ def test_a_slot_holds_one_softmax_over_everything_it_has_seen(segment, mem_len):
             assert (state.outputs[0][0, head, index] - expected).abs().max() <= error
             normalizer = torch.stack(scores).logsumexp(0)
             torch.testing.assert_close(state.normalizers[0][0, head, index], normalizer, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "largest"), [("disentangled", (0.3, 0.35)), ("disentangled-normal", (0.04, 0.1))])
+def test_the_second_position_bias_at_first(name, largest):
+    """Xavier-uniform is bounded by sqrt(6 / (10 + 41)) = .343; the largest of 410 normal numbers is some .06."""
+    torch.manual_seed(1)
+    config = PositionConfig(
+        layers=1, embed_dim=8, heads=10, head_dim=41, looks_ahead=True, trained_distances=4, clamp_len=0, dropout=0.0
+    )
+    low, high = largest
+    assert low < POSITIONS[name](config).ahead_position_bias.abs().max() < high

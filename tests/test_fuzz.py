@@ -142,7 +142,7 @@ numbers = st.one_of(st.integers(-2, 12), st.just(None))
 OPTIONS = {
     "memory": st.sampled_from(["lookahead", "recurrent", "token", "none", "other", ""]),
     "position_encoding": st.sampled_from(
-        ["disentangled", "disentangled-content", "transformer-xl", "shaw", "absolute", "other"]
+        ["disentangled", "disentangled-normal", "disentangled-content", "transformer-xl", "shaw", "absolute", "other"]
     ),
     "lookahead_window": st.sampled_from(["right", "full", "left"]),
     "attention_backend": st.sampled_from(["auto", "eager", "other"]),

@@ -60,12 +60,12 @@ class DisentangledPositions(TransformerXLPositions):
     def __init__(self, config: PositionConfig):
         if not config.looks_ahead:
             raise ValueError(
-                "--position-encoding disentangled and disentangled-content tell right from left, but without "
+                "--position-encoding disentangled and its variants tell right from left, but without "
                 "look-ahead memory nothing attends to its right: take transformer-xl, or --memory lookahead"
             )
         super().__init__(config)
         self.ahead_position_bias = nn.Parameter(torch.empty(config.heads, config.head_dim))
-        # As released; N(0, .02) like the other biases is the natural alternative.
+        # As released; its entries are ten times those of the other biases in the paper's sizes.
         nn.init.xavier_uniform_(self.ahead_position_bias)
 
     def _ahead_distances(self, ahead: range) -> range:
@@ -76,6 +76,15 @@ class DisentangledPositions(TransformerXLPositions):
 
     def _ahead_biases(self) -> tuple[Tensor, Tensor]:
         return self.content_bias, self.ahead_position_bias
+
+
+@POSITIONS.register("disentangled-normal")
+class DisentangledNormalPositions(DisentangledPositions):
+    """As disentangled, with the second position bias N(0, .02) at first like the other biases."""
+
+    def __init__(self, config: PositionConfig):
+        super().__init__(config)
+        nn.init.normal_(self.ahead_position_bias, std=0.02)
 
 
 @POSITIONS.register("disentangled-content")
