@@ -1,0 +1,60 @@
+"""Adam in one launch against fairseq's own."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from fairseq.optim.adam import Adam
+from torch.nn import Parameter
+
+import lamemo_fairseq.host  # noqa: F401  (stands in for the step)
+
+theirs = inspect.unwrap(Adam.step)
+assert theirs.__module__ == Adam.__module__ and theirs is not Adam.step
+
+
+def trained(step, dtype, updates=5, missing=(), saved=None, **options):
+    """Parameters and moments after some updates; those in *missing* get no gradient in the first three."""
+    torch.manual_seed(1)
+    params = [Parameter(torch.randn(shape).to(dtype)) for shape in ((4, 3), (7,), ())]
+    optimizer = Adam(params, lr=0.1, eps=1e-3, **options)
+    if saved is not None:
+        optimizer.load_state_dict(copy.deepcopy(saved))
+    for update in range(updates):
+        for index, p in enumerate(params):
+            gradient = torch.randn(p.shape).to(dtype)
+            p.grad = None if index in missing and update < 3 else gradient
+        step(optimizer)
+    return params, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"betas": (0.5, 0.7)}, {"amsgrad": True}])
+@pytest.mark.parametrize("missing", [(), (1,), (0, 2)])
+def test_the_same_update(dtype, options, missing):
+    """Eps is large, so that its place in the formula shows."""
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    (ours, one), (expected, other) = (trained(step, dtype, missing=missing, **options) for step in (Adam.step, theirs))
+    torch.testing.assert_close(ours, expected, **tolerance)
+    for p, q in zip(ours, expected, strict=True):
+        assert one.state[p].keys() == other.state[q].keys()
+        torch.testing.assert_close(dict(one.state[p]), dict(other.state[q]), **tolerance)
+
+
+def test_half_precision_is_left_to_fairseq():
+    (ours, _), (expected, _) = (trained(step, torch.float16) for step in (Adam.step, theirs))
+    assert all(torch.equal(p, q) for p, q in zip(ours, expected, strict=True))
+
+
+def test_either_goes_on_from_the_other():
+    _, before = trained(Adam.step, torch.float64)
+    saved = before.state_dict()
+    (ours, _), (expected, _) = (trained(step, torch.float64, saved=saved) for step in (Adam.step, theirs))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_closure_is_called_once():
+    _, optimizer = trained(Adam.step, torch.float32)
+    calls = []
+    assert optimizer.step(lambda: calls.append(1) or 3.0) == 3.0 and len(calls) == 1
