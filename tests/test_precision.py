@@ -7,7 +7,7 @@ import torch
 
 from . import processes
 from .helpers import TASK, write_data
-from .processes import computed, output_of, train_in_processes, weights
+from .processes import assert_same_run, computed, output_of, train_in_processes, weights
 
 MODEL = [
     "--decoder-layers", 3, "--decoder-embed-dim", 64, "--decoder-attention-heads", 4, "--decoder-ffn-embed-dim", 128,
@@ -108,8 +108,23 @@ def test_training_goes_on_after_overflows_in_fp16(data, tmp_path):
     assert math.isfinite(sum(float(t.float().sum()) for t in saved_memory(tmp_path)["outputs"]))
 
 
+@gpu
+@pytest.mark.parametrize(
+    "precision", [["--fp16"], ["--bf16"], ["--amp"], ["--fp16", "--cuda-graphs"]], ids=lambda p: p[-1][2:]
+)
+def test_a_run_resumed_on_a_gpu_is_the_same_to_the_last_bit(precision, data, tmp_path):
+    command = [data, *ON_GPU, "--arch", "lamemo_lm", *TRAIN, *precision, "--max-update", 40]
+    command += ["--save-interval-updates", 15, "--fp16-init-scale", 64, "--fp16-scale-window", 7]
+    assert train_in_processes(command, tmp_path / "whole") == [0]
+    assert train_in_processes(command, tmp_path / "killed", fault=processes.killed_after_update(22)) == [-9]
+    assert train_in_processes(command, tmp_path / "killed") == [0]
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 @gpus
-@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    "precision", [[], ["--bf16"], ["--fp16", "--cuda-graphs"]], ids=["float32", "bf16", "fp16 graphs"]
+)
 def test_two_gpus_compute_what_one_does_and_go_on_after_a_kill(precision, data, tmp_path):
     command = [data, *ON_GPU, "--arch", "lamemo_lm", *TRAIN, *precision, "--max-update", 60, "--dropout", 0]
     command += ["--save-interval-updates", 20]

@@ -52,7 +52,8 @@ class SegmentGraphs:
             self._last = signature
             return step(tokens, state)
         self._recording = None  # frees the old one's memory first
-        self._recording = _Recording(step, module, parameters, tokens, state)
+        with torch.random.fork_rng([tokens.device]):  # a resumed run records at another update, and draws the same
+            self._recording = _Recording(step, module, parameters, tokens, state)
         self._recorded = signature
         logger.info("recorded a CUDA graph for segments of %s tokens", " x ".join(map(str, tokens.shape)))
         return self._recording(tokens, state)
