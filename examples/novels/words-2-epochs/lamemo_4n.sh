@@ -21,4 +21,4 @@ fairseq-train data-bin/novels-words --user-dir lamemo_fairseq --task segment_lan
 export CUDA_VISIBLE_DEVICES=$(echo "${CUDA_VISIBLE_DEVICES:-0}" | cut -d, -f1)
 fairseq-eval-lm data-bin/novels-words --user-dir lamemo_fairseq --task segment_language_modeling --num-workers 2 \
     --log-format json --path checkpoints/novels-words-2-epochs/lamemo_4n/checkpoint_best.pt --gen-subset test \
-    --batch-size 16
+    --batch-size 32
