@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import aligned
+from .residual import activation_dropout, residual_norm
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(config.embed_dim, config.ffn_dim)
         self.fc2 = nn.Linear(config.ffn_dim, config.embed_dim)
         self.activation_fn = utils.get_activation_fn(config.activation_fn)
-        self.activation_dropout = nn.Dropout(config.activation_dropout)
+        self.activation_dropout = config.activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = aligned.linear(x, self.fc1.weight, self.fc1.bias, keep_padding=True)
-        hidden = self.activation_dropout(self.activation_fn(hidden))
+        hidden = activation_dropout(hidden, self.activation_fn, self.activation_dropout if self.training else 0.0)
         return aligned.linear(hidden, self.fc2.weight, self.fc2.bias)
 
 
@@ -75,9 +76,12 @@ class DecoderLayer(nn.Module):
         """The layer with another attention: *attend* gets its input and returns what `forward` expects of it."""
         before = self.config.normalize_before
         attended, carried = attend(self.attention_input(rows))
-        x = rows[:, rows.size(1) - attended.size(1) :] + self.dropout(attended)
-        if not before:
-            x = self.self_attn_layer_norm(x)
-        y = self.dropout(self.feed_forward(self.final_layer_norm(x) if before else x))
-        x = x + y
-        return (x if before else self.final_layer_norm(x)), carried
+        x = self._add(attended, rows[:, rows.size(1) - attended.size(1) :], self.self_attn_layer_norm)
+        x = self._add(self.feed_forward(self.final_layer_norm(x) if before else x), x, self.final_layer_norm)
+        return x, carried
+
+    def _add(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """With dropout, and with the norm where it comes after."""
+        if self.config.normalize_before:
+            return residual + self.dropout(x)
+        return residual_norm(x, residual, norm, self.dropout.p if self.training else 0.0)
