@@ -1,6 +1,7 @@
 """Plain sampling by the fast sampler against fairseq's own generator."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,9 @@ from fairseq.sequence_generator import SequenceGenerator
 
 from lamemo_fairseq.generation import PromptGenerator, sampling
 from lamemo_fairseq.generation.sampler import Sampler, truncated
-from lamemo_fairseq.generation.step import fastest_step, kernel_step
+from lamemo_fairseq.generation.step import KernelStep, kernel_step
 from lamemo_fairseq.memory import DivergenceError
-from lamemo_fairseq.models.incremental import DecodingState, layer_step
+from lamemo_fairseq.models.incremental import DecodingState
 
 from .helpers import VARIANTS, dictionary_of
 from .test_generation import EOS, LENGTHS, batch_of, model_of, prompts_of
@@ -94,7 +95,7 @@ def pick_by_rank(monkeypatch):
         return pick(dense(found.exp(), words), ranks).squeeze(1)
 
     monkeypatch.setattr(torch, "multinomial", multinomial)
-    monkeypatch.setattr(sampling, "draw", draw)
+    monkeypatch.setattr(sampling, "Draw", lambda **tops: partial(draw, **tops))
     return calls
 
 
@@ -142,7 +143,7 @@ def test_a_batch_gives_what_its_prompts_give_alone(monkeypatch):
         forced = log_probs.isfinite().sum() == len(log_probs)
         return log_probs.topk(1 if forced else 7).indices[:, -1]
 
-    monkeypatch.setattr(sampling, "draw", seventh)
+    monkeypatch.setattr(sampling, "Draw", lambda **tops: seventh)
     options = {"beam_size": 2, "max_len_b": 60, "min_len": 3}
     together = sampler_of([model], **options).generate([model], batch_of(texts))
     assert len({len(h[0]["tokens"]) - len(text) for h, text in zip(together, texts, strict=True)}) > 2
@@ -219,7 +220,7 @@ def test_the_kernel_is_for_what_it_computes_exactly_enough():
     pytest.importorskip("triton")
 
     def step(dtype=torch.float32, **options):
-        return fastest_step(DecodingState(model_of(dtype=dtype, **options).decoder, 1))
+        return kernel_step(DecodingState(model_of(dtype=dtype, **options).decoder, 1))
 
-    assert step() is kernel_step
-    assert step(attention_backend="eager") is step(torch.float64) is step(same_length=True) is layer_step
+    assert isinstance(step(), KernelStep)
+    assert step(attention_backend="eager") is step(torch.float64) is step(same_length=True) is None

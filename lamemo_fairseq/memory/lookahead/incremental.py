@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...attention import BACKENDS, Attended
-from ...attention.cached import Columns
 from ..incremental import Network, Record, SegmentCache, put, take
 
 
@@ -77,8 +76,8 @@ class LookaheadCache(SegmentCache):
         hold(self.keys[-1], k)
         hold(self.values[-1], v)
 
-    def record_embeddings(self, embeddings: Tensor, columns: Columns) -> None:
-        columns.put(self.embeddings[0], embeddings, 1)
+    def kept_embeddings(self) -> Optional[Tensor]:
+        return self.embeddings[0]
 
     def record(self, layer: int) -> Record:
         return Record(self.outputs[layer], self.normalizers[layer]) if layer < len(self.outputs) else Record()
