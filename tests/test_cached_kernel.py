@@ -1,5 +1,6 @@
-"""The decoding kernels against plain operations; without a GPU under Triton's interpreter (TRITON_INTERPRET=1)."""
+"""The kernels' step against plain operations; without a GPU under Triton's interpreter (TRITON_INTERPRET=1)."""
 
+import copy
 import os
 
 import pytest
@@ -10,28 +11,71 @@ from lamemo_fairseq.models.incremental import DecodingState
 
 from .helpers import random_tokens, tiny_decoder
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOOKAHEAD, RECURRENT = ("lookahead", "disentangled", "right"), ("recurrent", "transformer-xl", "right")
+LENGTHS = [17, 79, 38, 58, 3]  # in segments of 20, after 0, 60, 20, 40 and 0 slots
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5])
-@pytest.mark.parametrize("variant", [("lookahead", "disentangled", "right"), ("recurrent", "transformer-xl", "right")])
-@torch.no_grad()
-def test_steps_by_the_kernels_are_the_plain_ones(variant, rows):
-    decoder = tiny_decoder(variant, dtype=torch.float32, mem_len=70, tokens_per_sample=20, decoder_embed_dim=12)
-    decoder.to(DEVICE)
-    prompts = random_tokens(rows, 60).to(DEVICE)
-    lengths = [7 + (23 * row) % 50 for row in range(rows)]
+def steps(decoder, rows, count):
+    """Features ``[B, count, d]`` by the kernels and by plain operations."""
+    prompts, words = random_tokens(rows, max(LENGTHS)).to(DEVICE), random_tokens(rows, count, seed=5).to(DEVICE)
     plain, kernel = DecodingState(decoder, rows), DecodingState(decoder, rows)
     for state in (plain, kernel):
-        state.read(prompts, lengths)
-    step, ones = kernel_step(kernel), [1] * rows
-    for column in random_tokens(rows, 30, seed=5).to(DEVICE).T:
-        new = column.unsqueeze(1)
+        state.read(prompts, LENGTHS[:rows])
+    step, ones, found, expected = kernel_step(kernel), [1] * rows, [], []
+    for new in words.split(1, dim=1):
         kernel.open(decoder.embed_tokens(new), ones)
-        found = step(new)
+        found.append(step(new))
         kernel.cache.advance(ones, kernel.network)
-        torch.testing.assert_close(found, plain.read(new), rtol=0, atol=1e-4)
+        expected.append(plain.read(new))
+    return torch.cat(found, dim=1), torch.cat(expected, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("variant", "rows", "options"),
+    [
+        (LOOKAHEAD, 1, {}),
+        (LOOKAHEAD, 5, {"decoder_layers": 3}),
+        (RECURRENT, 3, {"decoder_layers": 1}),
+        (LOOKAHEAD, 3, {"decoder_normalize_before": True, "clamp_len": 9}),
+        (RECURRENT, 2, {"activation_fn": "gelu", "decoder_input_dim": 6, "decoder_head_dim": 5}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_steps_by_the_kernels_are_the_plain_ones(variant, rows, options):
+    sizes = {"mem_len": 70, "tokens_per_sample": 20, "decoder_embed_dim": 12, **options}
+    decoder = tiny_decoder(variant, dtype=torch.float32, **sizes).to(DEVICE)
+    found, expected = steps(decoder, rows, 4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("widest", [1024, 8])
+@torch.no_grad()
+def test_half_precision_is_as_exact_as_plain_operations(widest, monkeypatch):
+    """And so are rows too wide to be normalised within a map."""
+    monkeypatch.setattr("lamemo_fairseq.modules.row_kernels.WIDEST", widest)
+    sizes = {"mem_len": 70, "tokens_per_sample": 20, "decoder_embed_dim": 32, "decoder_ffn_embed_dim": 48}
+    decoder = tiny_decoder(LOOKAHEAD, dtype=torch.float16, **sizes).to(DEVICE)
+    for parameter in decoder.parameters():
+        parameter.mul_(0.3)  # softmaxes that are not one-hot
+    exact = copy.deepcopy(decoder).double()
+    found, plain = steps(decoder, 4, 3)
+    prompts, words = random_tokens(4, max(LENGTHS)).to(DEVICE), random_tokens(4, 3, seed=5).to(DEVICE)
+    state = DecodingState(exact, 4)
+    state.read(prompts, LENGTHS[:4])
+    expected = torch.cat([state.read(new) for new in words.split(1, dim=1)], dim=1)
+    assert (found.double() - expected).abs().mean() <= 1.1 * (plain.double() - expected).abs().mean()
+    assert (found.double() - expected).abs().max() <= 2 * (plain.double() - expected).abs().max()
+
+
+@torch.no_grad()
+def test_a_row_does_not_depend_on_the_others():
+    """To the last bit, from four rows on, which are multiplied in tiles."""
+    decoder = tiny_decoder(LOOKAHEAD, dtype=torch.float32, mem_len=70, tokens_per_sample=20).to(DEVICE)
+    four, five = steps(decoder, 4, 1)[0], steps(decoder, 5, 1)[0]
+    assert four.equal(five[:4])

@@ -25,7 +25,7 @@ from fairseq.search import Sampling
 
 from lamemo_fairseq.generation import PromptGenerator
 from lamemo_fairseq.generation.generator import read_prompts
-from lamemo_fairseq.generation.sampler import Sampler, draw
+from lamemo_fairseq.generation.sampler import Draw, Sampler, draw
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import MemoryDecoder
 from lamemo_fairseq.models.incremental import DecodingState
@@ -92,7 +92,7 @@ def recomputing(model: MemoryLanguageModel, tokens: torch.Tensor, count: int, ag
 def cached(model: MemoryLanguageModel, tokens: torch.Tensor, segments: int, compiled: bool) -> list[float]:
     """Tokens/s of a batch in each of some successive segments, the refresh included."""
     state = filled(model, tokens[:, :-1])
-    sampler = Sampler(model, state, choose=lambda p: draw(p, top_p=0.95), compiled=compiled)
+    sampler = Sampler(model, state, choose=Draw(top_p=0.95), compiled=compiled)
     length, last, rates = model.decoder.segment_length, tokens[:, -1], []
     last = sampler(last, length)[:, -1]  # records the graphs
     size = state.cache.size()

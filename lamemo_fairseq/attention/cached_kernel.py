@@ -125,14 +125,10 @@ class Parts(NamedTuple):
         splits = 1
         while rows * heads * splits < PROGRAMS and splits * BLOCK < columns:
             splits *= 2
-        of = {"device": keys.device, "dtype": torch.float32}
         count = rows * heads * splits
-        return cls(
-            torch.empty(count, triton.next_power_of_2(size), **of),
-            torch.empty(count, **of),
-            torch.empty(count, **of),
-            torch.zeros(rows * heads, device=keys.device, dtype=torch.int32),
-        )
+        acc = torch.empty(count, triton.next_power_of_2(size), device=keys.device, dtype=torch.float32)
+        arrived = torch.zeros(rows * heads, device=keys.device, dtype=torch.int32)
+        return cls(acc, acc.new_empty(count), acc.new_empty(count), arrived)
 
     @property
     def splits(self) -> int:

@@ -5,6 +5,7 @@ Shapes: B rows, V words.
 
 import math
 import threading
+from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -68,7 +69,8 @@ def draw(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: flo
     return drawn if words is None else words.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True)
+class Draw:
     """`draw` with its options: a way to choose that on a GPU is part of the step's last kernel."""
 
     temperature: float = 1.0
@@ -76,7 +78,7 @@ class Draw(NamedTuple):
     top_p: float = 1.0
 
     def __call__(self, log_probs: Tensor) -> Tensor:
-        return draw(log_probs, *self)
+        return draw(log_probs, self.temperature, self.top_k, self.top_p)
 
 
 class Adjustment:
@@ -94,6 +96,11 @@ class Adjustment:
         if self.temperature != 1:
             log_probs = (log_probs / self.temperature).log_softmax(-1)
         return log_probs if self.added is None else log_probs + self.added
+
+    def copy_(self, other: "Adjustment") -> None:
+        """Add what *other* adds, in the same tensor."""
+        if self.added is not None and other.added is not None:
+            self.added.copy_(other.added)
 
 
 class Sampler:
@@ -131,6 +138,34 @@ class Sampler:
         if compiled and self._kernels is None:
             state.layer_step = torch.compile(state.layer_step, dynamic=False)
         self._recorded: Dict[int, Any] = {}
+        self._weights = _addresses(model)
+
+    @classmethod
+    def take(
+        cls, model: Any, state: DecodingState, choose: Callable[[Tensor], Tensor], adjust: Adjustment
+    ) -> "Sampler":
+        """The one that the model's last call gave back, with its graphs, if it serves; else a new one."""
+        if model.decoder.spare_samplers:
+            try:
+                spare = model.decoder.spare_samplers.pop()
+            except IndexError:  # another thread took it
+                spare = None
+            if type(spare) is cls and spare._serves(state, choose, adjust):
+                spare.state.copy_(state)
+                spare.adjust.copy_(adjust)
+                return spare
+            del spare  # its cache may be large
+        return cls(model, state, choose, adjust=adjust)
+
+    def give_back(self) -> None:
+        """Let the model's next call have the graphs, if there are any; until then the cache stays in memory."""
+        if self._recorded:
+            self.model.decoder.spare_samplers.append(self)
+
+    def _serves(self, state: DecodingState, choose: Callable[[Tensor], Tensor], adjust: Adjustment) -> bool:
+        """Whether graphs for such texts would be the same: weights may have changed, but in place only."""
+        mine = (self.choose, self.adjust.temperature, _sizes(self.state), self._weights)
+        return mine == (choose, adjust.temperature, _sizes(state), _addresses(self.model))
 
     def __call__(self, last: Tensor, count: int) -> Tensor:
         """Generate *count* words after the texts' last tokens ``last [B]``: ``[B, count]``."""
@@ -239,3 +274,12 @@ class Sampler:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step(end)
         return graph
+
+
+def _sizes(state: DecodingState) -> List[Any]:
+    cache = state.cache.keys[0]
+    return [state.mem_len, state.length, cache.shape, cache.dtype, cache.device]
+
+
+def _addresses(model: Any) -> List[int]:
+    return [p.data_ptr() for p in model.parameters()]

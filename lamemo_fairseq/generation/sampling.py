@@ -46,6 +46,11 @@ class FairseqAdjustment(Adjustment):
         self.added: Tensor = added
         self._end = added[self.eos].clone()
 
+    def copy_(self, other: Adjustment) -> None:
+        super().copy_(other)
+        if isinstance(other, FairseqAdjustment):
+            self._end.copy_(other._end)
+
     def forbid_end(self) -> None:
         self.added[self.eos] = -math.inf
 
@@ -87,8 +92,9 @@ def sampled_continuations(
     # fairseq looks at one of them only.
     tops = {"top_p": top_p} if top_p > 0 else {"top_k": max(0, generator.search.sampling_topk)}
     exact = torch.promote_types(state.cache.keys[0].dtype, torch.float32)
-    adjustment = FairseqAdjustment(generator, last.new_empty(0, dtype=exact))
-    sampler = Sampler(generator.model.models[0], state, Draw(**tops), adjust=adjustment)
+    wanted = FairseqAdjustment(generator, last.new_empty(0, dtype=exact))
+    sampler = Sampler.take(generator.model.models[0], state, Draw(**tops), wanted)
+    adjustment: Any = sampler.adjust
 
     words = last.new_full((len(rows), limit + 1), eos)
     log_probs = torch.zeros_like(words, dtype=exact)
@@ -120,6 +126,7 @@ def sampled_continuations(
                 running, last, ended = running[left], last[left], ended[left]
                 if len(left) > 0:
                     sampler.keep(left)
+    sampler.give_back()
     lengths = (words.eq(eos).int().argmax(1) + 1).tolist()
     hypotheses = [_hypothesis(words[row, :n], log_probs[row, :n]) for row, n in enumerate(lengths)]
     return [hypotheses[start : start + beam] for start in range(0, len(hypotheses), beam)]

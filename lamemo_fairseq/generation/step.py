@@ -3,7 +3,7 @@
 Shapes: B rows, V words, d model width, n words found.
 """
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,9 @@ class KernelStep:
         state, embedding = self.state, self.state.decoder.embed_tokens
         kept = state.cache.kept_embeddings()
         if len(embedding.bands.tables) == 1 and not len(embedding.projections):
-            return self._embed(words, embedding.tables[0].weight, embedding.scale, state.cache.tokens, state.mem_len, kept)
+            return self._embed(
+                words, embedding.tables[0].weight, embedding.scale, state.cache.tokens, state.mem_len, kept
+            )
         x = embedding(words)
         if kept is not None:
             state.columns(1, 0, state.mem_len + state.length).put(kept, x, 1)
@@ -118,7 +120,7 @@ class KernelDrawing:
         from .word_kernels import draw_next
 
         self._draw_next = draw_next
-        self._options = {"temperature": temperature, "added": added, "top_k": top_k, "top_p": top_p}
+        self._options: Dict[str, Any] = {"temperature": temperature, "added": added, "top_k": top_k, "top_p": top_p}
         self._seed = torch.zeros(1, dtype=torch.int64, device=like.device)
 
     @staticmethod

@@ -5,7 +5,6 @@ Shapes: B rows, V words, d model width, n words drawn since the last start.
 
 from typing import Optional
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,8 +43,9 @@ def embed(
         mem_len: M.
     """
     out = table.new_empty(len(words), table.size(1))
+    buffer = out.unsqueeze(1) if kept is None else kept
     embed_kernel[(len(words),)](
-        words, table, out, out if kept is None else kept, tokens, words.stride(0), mem_len, 0 if kept is None else kept.size(1), scale,
+        words, table, out, buffer, tokens, words.stride(0), mem_len, buffer.size(1), scale,
         D=table.size(1), KEEP=kept is not None, BLOCK_D=triton.next_power_of_2(table.size(1)),
     )  # fmt: skip
     return out

@@ -3,6 +3,7 @@
 Shapes: B rows, N tokens of a segment, M memory slots, k new tokens, d model width.
 """
 
+from collections import deque
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -14,6 +15,16 @@ from ..memory.incremental import Network, Record, SegmentCache
 
 # Longer prompts are read in parts of this size, which bounds the scores held at a time.
 TOKENS_AT_ONCE = 256
+
+
+class Spare(deque):
+    """The last thing put there, of use to the next call; copied and stored models begin without."""
+
+    def __init__(self) -> None:
+        super().__init__(maxlen=1)
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return (Spare, ())
 
 
 class DecodingState:

@@ -142,7 +142,8 @@ def _tile(count: int, size: int, width: int, bytes_each: int) -> dict:
     while block > 16 and triton.cdiv(count, ROWS) * triton.cdiv(width, block) < PROGRAMS:
         block //= 2
     keys = min(256 // bytes_each, max(16, triton.next_power_of_2(size)))
-    return {"BLOCK_R": ROWS, "BLOCK_N": block, "BLOCK_K": keys, "num_warps": 4, "num_stages": 4}
+    warps = 4 if max(size, width) <= WIDEST // 2 else 8  # which have the registers for a whole row's moments
+    return {"BLOCK_R": ROWS, "BLOCK_N": block, "BLOCK_K": keys, "num_warps": warps, "num_stages": 4}
 
 
 def _gain_and_shift(norm: Optional[nn.LayerNorm], unused: Tensor) -> tuple[Tensor, Tensor]:
