@@ -2,12 +2,16 @@
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lamemo_fairseq.generation import sampler
+from lamemo_fairseq.generation.sampler import Adjustment, Draw, Sampler
 from lamemo_fairseq.generation.step import kernel_step
 from lamemo_fairseq.models.incremental import DecodingState
+from lamemo_fairseq.models.language_models import MemoryLanguageModel
 
 from .helpers import random_tokens, tiny_decoder
 
@@ -79,3 +83,29 @@ def test_a_row_does_not_depend_on_the_others():
     decoder = tiny_decoder(LOOKAHEAD, dtype=torch.float32, mem_len=70, tokens_per_sample=20).to(DEVICE)
     four, five = steps(decoder, 4, 1)[0], steps(decoder, 5, 1)[0]
     assert four.equal(five[:4])
+
+
+class Replayed(Sampler):
+    """On the host, where there are no graphs."""
+
+    def _record(self, end):
+        return SimpleNamespace(replay=lambda: self._step(end))
+
+
+@torch.no_grad()
+def test_the_sampler_by_the_kernels_finds_the_most_probable_words(monkeypatch):
+    """Across segments, and what is held on the device, collected in parts."""
+    monkeypatch.setattr(sampler, "HELD", 3)
+    decoder = tiny_decoder(LOOKAHEAD, dtype=torch.float32).to(DEVICE)
+    model, prompts, found = MemoryLanguageModel(decoder), random_tokens(2, 8).to(DEVICE), []
+    adjust = Adjustment(0.7, torch.linspace(-1, 0, 17, device=DEVICE))
+    for kind, graphs in ((Replayed, True), (Sampler, False)):
+        state = DecodingState(decoder, 2)
+        state.read(prompts[:, :-1], [7, 5])
+        going = kind(model, state, Draw(top_k=1), graphs=graphs, adjust=adjust)
+        assert (going._drawing is not None) == graphs
+        first = going.go_on(prompts[:, -1], 5)
+        found.append((first, going.go_on(first.words[:, -1], 2)))
+    for mine, plain in zip(*found, strict=True):
+        assert mine.words.equal(plain.words)
+        torch.testing.assert_close(mine.log_probs, plain.log_probs, rtol=0, atol=1e-4)

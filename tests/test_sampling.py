@@ -1,6 +1,8 @@
 """Plain sampling by the fast sampler against fairseq's own generator."""
 
+import copy
 import math
+import pickle
 from functools import partial
 from types import SimpleNamespace
 
@@ -206,6 +208,43 @@ def test_generation_stops_when_every_text_has_ended(sampler, asked, monkeypatch)
     for hypotheses in generator.generate([model], batch_of(texts)):
         assert all(h["tokens"][-1] == EOS for h in hypotheses)
     assert counts == asked
+
+
+def test_the_next_call_of_the_same_sizes_replays_the_same_graphs(monkeypatch):
+    recorded = []
+
+    class Counting(ReplayedOnTheHost):
+        def _record(self, end):
+            recorded.append(end)
+            return super()._record(end)
+
+    def generated(model, text, sampler, top_k=1, **options):
+        monkeypatch.setattr(sampling, "Sampler", sampler)
+        (found,) = sampler_of([model], topk=top_k, beam_size=1, **options).generate([model], batch_of([text]))
+        return found[0]["tokens"].tolist(), found[0]["positional_scores"]
+
+    def alike(model, text, **options):
+        """How many graphs were recorded for what a new sampler gives as well."""
+        recorded.clear()
+        words, scores = generated(model, text, Counting, **options)
+        expected, exact = generated(copy.deepcopy(model), text, Sampler, **options)
+        assert words == expected
+        torch.testing.assert_close(scores, exact, rtol=0, atol=1e-9)
+        return len(recorded)
+
+    model, (text, other) = model_of(), prompts_of([5, 14])
+    assert alike(model, text, min_len=5, unk_penalty=3.0) == 1
+    assert alike(model, other, max_len_b=20) == 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-0.5)
+    assert alike(model, text) == 0
+    assert alike(copy.deepcopy(model), text) == 1
+    assert alike(pickle.loads(pickle.dumps(model)), text) == 1
+    assert alike(model, text, top_k=3, temperature=1e-4) == 1
+    assert alike(model, text) == 1
+    model.decoder.layers[0].feed_forward.fc1.weight = torch.nn.Parameter(torch.ones(12, 8, dtype=torch.float64))
+    assert alike(model, text) == 1
 
 
 def test_a_model_that_gives_no_probabilities_is_an_error():
