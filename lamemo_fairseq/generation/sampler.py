@@ -6,6 +6,7 @@ Shapes: B rows, V words.
 import math
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -138,6 +139,8 @@ class Sampler:
         if compiled and self._kernels is None:
             state.layer_step = torch.compile(state.layer_step, dynamic=False)
         self._recorded: Dict[int, Any] = {}
+        self._refreshes = 0  # of all rows alike, with full memories
+        self._refresh: Any = None
         self._weights = _addresses(model)
 
     @classmethod
@@ -204,8 +207,25 @@ class Sampler:
         return KernelDrawing(adjust.temperature, adjust.added, choose.top_k, choose.top_p, self.words)
 
     def _begin_segments(self, ones: Sequence[int]) -> None:
-        if not all(place.open for place in self.state.cache.places):
-            self.state.open(self._embed(), ones)
+        state, full = self.state, self.state.mem_len
+        places = state.cache.places
+        if all(place.open for place in places):
+            return
+        alike = not any(place.open or place.slots < full for place in places)
+        if not (self.graphs and state.cache.replayable and alike):
+            state.open(self._embed(), ones)
+            return
+        self._refreshes += 1
+        if self._refreshes == 1:  # compiles kernels
+            state.open(self._embed(), ones)
+            return
+        if self._refresh is None:
+            self._refresh = self._record(self._refresh_all, warm_up=0)
+        self._refresh.replay()
+        state.cache.places = [place._replace(open=True) for place in places]
+
+    def _refresh_all(self) -> None:
+        self.state.cache.open(None, self.state.mem_len, self._embed(), self.state.network)
 
     def _columns(self) -> int:
         """How many columns of the cache this step has to look at."""
@@ -254,25 +274,25 @@ class Sampler:
                 self._step(end)
             return
         if end not in self._recorded:
-            self._recorded[end] = self._record(end)
+            self._recorded[end] = self._record(partial(self._step, end))
         self._recorded[end].replay()
 
-    def _record(self, end: int) -> Any:
-        """The step as a graph. Trying it out writes what the step writes anyway, but for what is put back."""
+    def _record(self, run: Callable[[], None], warm_up: int = WARM_UP) -> Any:
+        """*run* as a graph. Trying it out writes what it writes anyway, but for what is put back."""
         changed = (self.words, self.found.position, self.state.cache.tokens)
         with _RECORDING:
             before = [t.clone() for t in changed]
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    self._step(end)
+                for _ in range(warm_up):
+                    run()
                     for tensor, held in zip(changed, before, strict=True):
                         tensor.copy_(held)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._step(end)
+                run()
         return graph
 
 

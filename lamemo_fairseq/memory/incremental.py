@@ -59,6 +59,9 @@ class SegmentCache:
     # Fields besides keys and values with one column a slot or token, and the dimension of the columns.
     columns: ClassVar[Dict[str, int]] = {}
 
+    # Whether `open` does something, and in tensor operations only, so that it can be replayed as a graph.
+    replayable: ClassVar[bool] = False
+
     @classmethod
     def empty(cls, memory: Any, rows: int, like: Tensor) -> "SegmentCache":
         """The cache of *rows* texts of which nothing has been read; *like* gives device and dtype."""

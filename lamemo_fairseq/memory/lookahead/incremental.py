@@ -22,6 +22,7 @@ class LookaheadCache(SegmentCache):
     normalizers: List[Tensor] = field(default_factory=list)  # a layer but the last: [B, H, M + N]
 
     columns: ClassVar[Dict[str, int]] = {"embeddings": 1, "outputs": 2, "normalizers": 2}
+    replayable: ClassVar[bool] = True
 
     @classmethod
     def empty(cls, memory: Any, rows: int, like: Tensor) -> "LookaheadCache":
