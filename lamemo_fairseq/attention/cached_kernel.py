@@ -40,6 +40,10 @@ def cached_attention_kernel(
     b_q = tl.load(p_new, mask=in_head, other=0).to(tl.float32)
     b_content = (b_q + tl.load(p_content + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
     b_position = (b_q + tl.load(p_position + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
+    b_k_new = tl.load(p_new + heads * D, mask=in_head, other=0)
+    b_v_new = tl.load(p_new + 2 * heads * D, mask=in_head, other=0)
+    b_r_own = tl.load(p_table + h * s_head + (columns - 1) * s_distance + d, mask=in_head, other=0).to(tl.float32)
+    own = tl.sum(b_k_new.to(tl.float32) * b_content + b_r_own * b_position, axis=0)
     base = bh.to(tl.int64) * columns
     p_r = p_table + h * s_head + (columns - 1 - column) * s_distance
 
@@ -93,10 +97,6 @@ def cached_attention_kernel(
             total = tl.sum(sums * kept_of, axis=0)
             b_out = tl.sum(accs * kept_of[:, None], axis=0)
             tl.store(p_arrived + bh, 0)
-        b_k_new = tl.load(p_new + heads * D, mask=in_head, other=0)
-        b_v_new = tl.load(p_new + 2 * heads * D, mask=in_head, other=0)
-        b_r_own = tl.load(p_r + column * s_distance + d, mask=in_head, other=0).to(tl.float32)
-        own = tl.sum(b_k_new.to(tl.float32) * b_content + b_r_own * b_position, axis=0)
         joint = tl.maximum(top, own)
         before, weight_own = tl.exp(top - joint), tl.exp(own - joint)
         total = total * before + weight_own

@@ -42,49 +42,55 @@ def row_map_kernel(
     in_r, in_n = row < R, n < N
     p_rows = p_x + row[:, None] * s_x
     p_weights = p_w + n[:, None] * s_w
+    in_out = in_r[:, None] & in_n[None, :]
+    # Everything is asked for before anything is waited for, the weights first: no kernel before this one made them.
     if BLOCK_R == 1:
-        # The weights first: they wait for no other kernel's result in the second cache.
-        b_w = tl.load(p_weights + k[None, :], mask=in_n[:, None] & (k < K)[None, :], other=0).to(tl.float32)
+        b_w = tl.load(p_weights + k[None, :], mask=in_n[:, None] & (k < K)[None, :], other=0)
         in_x = in_r[:, None] & (k < K)[None, :]
         b_x = tl.load(p_rows + k[None, :], mask=in_x, other=0).to(tl.float32)
         if NORM:
-            mean, rstd = _moments(b_x, in_x, K, eps)
             gain = tl.load(p_gain + k, mask=k < K, other=0).to(tl.float32)
             shift = tl.load(p_shift + k, mask=k < K, other=0).to(tl.float32)
-            b_x = (b_x - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
-        b_out = tl.sum(b_x[:, None, :] * b_w[None, :, :], axis=2)
-    else:
-        if NORM:
-            wide = tl.arange(0, WIDE_K)
-            in_x = in_r[:, None] & (wide < K)[None, :]
-            mean, rstd = _moments(tl.load(p_rows + wide[None, :], mask=in_x, other=0).to(tl.float32), in_x, K, eps)
-        b_out = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-        for start in range(0, K, BLOCK_K):
-            at = start + k
-            b_x = tl.load(p_rows + at[None, :], mask=in_r[:, None] & (at < K)[None, :], other=0)
-            b_w = tl.load(p_weights + at[None, :], mask=in_n[:, None] & (at < K)[None, :], other=0)
-            if NORM:
-                gain = tl.load(p_gain + at, mask=at < K, other=0).to(tl.float32)
-                shift = tl.load(p_shift + at, mask=at < K, other=0).to(tl.float32)
-                normed = (b_x.to(tl.float32) - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
-                b_x = normed.to(b_w.dtype)
-            b_out = tl.dot(b_x, tl.trans(b_w), b_out, input_precision="ieee")
+    elif NORM:
+        wide = tl.arange(0, WIDE_K)
+        in_x = in_r[:, None] & (wide < K)[None, :]
+        b_x = tl.load(p_rows + wide[None, :], mask=in_x, other=0).to(tl.float32)
     if BIAS:
-        b_out += tl.load(p_bias + n, mask=in_n, other=0).to(tl.float32)[None, :]
-    if RELU:
-        b_out = tl.maximum(b_out, 0.0)
-    in_out = in_r[:, None] & in_n[None, :]
+        b_bias = tl.load(p_bias + n, mask=in_n, other=0).to(tl.float32)
     if RESIDUAL:
         p_before = p_residual + row[:, None] * s_residual
         b_before = tl.load(p_before + n[None, :], mask=in_out, other=0).to(tl.float32)
         if RESIDUAL_NORM:
             every = tl.arange(0, WIDE_N)
-            in_x = in_r[:, None] & (every < N)[None, :]
-            b_row = tl.load(p_before + every[None, :], mask=in_x, other=0).to(tl.float32)
-            mean, rstd = _moments(b_row, in_x, N, residual_eps)
-            gain = tl.load(p_residual_gain + n, mask=in_n, other=0).to(tl.float32)
-            shift = tl.load(p_residual_shift + n, mask=in_n, other=0).to(tl.float32)
-            b_before = (b_before - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+            in_before = in_r[:, None] & (every < N)[None, :]
+            b_whole = tl.load(p_before + every[None, :], mask=in_before, other=0).to(tl.float32)
+            residual_gain = tl.load(p_residual_gain + n, mask=in_n, other=0).to(tl.float32)
+            residual_shift = tl.load(p_residual_shift + n, mask=in_n, other=0).to(tl.float32)
+            mean, rstd = _moments(b_whole, in_before, N, residual_eps)
+            b_before = (b_before - mean[:, None]) * rstd[:, None] * residual_gain[None, :] + residual_shift[None, :]
+    if NORM:
+        mean, rstd = _moments(b_x, in_x, K, eps)
+    if BLOCK_R == 1:
+        if NORM:
+            b_x = (b_x - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+        b_out = tl.sum(b_x[:, None, :] * b_w.to(tl.float32)[None, :, :], axis=2)
+    else:
+        b_out = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            at = start + k
+            b_part = tl.load(p_rows + at[None, :], mask=in_r[:, None] & (at < K)[None, :], other=0)
+            b_w = tl.load(p_weights + at[None, :], mask=in_n[:, None] & (at < K)[None, :], other=0)
+            if NORM:
+                gain = tl.load(p_gain + at, mask=at < K, other=0).to(tl.float32)
+                shift = tl.load(p_shift + at, mask=at < K, other=0).to(tl.float32)
+                normed = (b_part.to(tl.float32) - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+                b_part = normed.to(b_w.dtype)
+            b_out = tl.dot(b_part, tl.trans(b_w), b_out, input_precision="ieee")
+    if BIAS:
+        b_out += b_bias[None, :]
+    if RELU:
+        b_out = tl.maximum(b_out, 0.0)
+    if RESIDUAL:
         b_out += b_before
     tl.store(p_out + row[:, None] * N + n[None, :], b_out.to(p_out.dtype.element_ty), mask=in_out)
 
