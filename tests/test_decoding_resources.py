@@ -49,7 +49,7 @@ def launches(dtype: str) -> dict:
     found["embed"] = (word_kernels.embed_kernel, {"D": WIDTH, "KEEP": True, "BLOCK_D": WIDTH}, {})
     for block in (256, 512):
         constants = {"ADD": True, "TOP_K": 5, "TOP_P": True, "BLOCK_V": block, "BLOCK_W": word_kernels.PAIRS}
-        found[f"draw of {block}"] = (word_kernels.draw_kernel, constants, {})
+        found[f"draw of {block}"] = (word_kernels.draw_kernel, constants, {"num_warps": word_kernels.WARPS})
     return found
 
 

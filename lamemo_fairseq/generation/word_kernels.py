@@ -12,7 +12,8 @@ from torch import Tensor
 from .step import Found
 
 MOST_WORDS = 512  # as every pair of words is compared, which for more takes longer than sorting them
-PAIRS = 16  # words at a time that all others are compared with
+PAIRS = 32  # words at a time that all others are compared with
+WARPS = 8
 
 
 @triton.jit
@@ -133,5 +134,6 @@ def draw_next(
     draw_kernel[(len(scores),)](
         scores, scores if added is None else added, seed, space, found.position, tokens, words, found.words,
         found.log_probs, size, found.words.size(1), scores.stride(0), 1 / temperature, top_p,
-        ADD=added is not None, TOP_K=top_k, TOP_P=top_p < 1, BLOCK_V=triton.next_power_of_2(size), BLOCK_W=PAIRS,
+        ADD=added is not None, TOP_K=top_k, TOP_P=top_p < 1, BLOCK_V=triton.next_power_of_2(size),
+        BLOCK_W=PAIRS, num_warps=WARPS,
     )  # fmt: skip
