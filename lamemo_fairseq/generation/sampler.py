@@ -23,6 +23,8 @@ HELD = 256
 
 WARM_UP = 2  # steps before recording, in which kernels are compiled and workspaces allocated
 
+SPARE_MEMORY = 1 / 8  # of the device, that a cache may take between two calls
+
 # Threads that sample at the same time share the random number generator, which can belong to one recording only.
 _RECORDING = threading.Lock()
 
@@ -161,8 +163,14 @@ class Sampler:
         return cls(model, state, choose, adjust=adjust)
 
     def give_back(self) -> None:
-        """Let the model's next call have the graphs, if there are any; until then the cache stays in memory."""
-        if self._recorded:
+        """Let the model's next call have the graphs, if there are any; until then the cache stays in memory.
+
+        One that takes much of the device's is let go: the next prompts are read into another beside it.
+        """
+        cache = self.state.cache
+        device = cache.tokens.device
+        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+        if self._recorded and cache.size() <= SPARE_MEMORY * total:
             self.model.decoder.spare_samplers.append(self)
 
     def _serves(self, state: DecodingState, choose: Callable[[Tensor], Tensor], adjust: Adjustment) -> bool:
