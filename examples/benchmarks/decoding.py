@@ -7,7 +7,8 @@
 First both ways must agree. Recomputing is measured for the memory alone (M + 1 rows a token, as the authors' code
 generates) and for memory and segment (M + N/2 rows in the mean), which gives the very outputs of the cache. The
 model has the released enwik8 sizes and random weights: speed does not depend on them. The generator's own rate is that
-of the new tokens alone, without the time that reading the prompt takes, beside that of fairseq's loop.
+of the new tokens alone, without the time that reading the prompt takes, beside that of fairseq's loop; its first call,
+which on a GPU compiles kernels and records the graphs that further calls replay, is not counted.
 """
 
 import argparse
