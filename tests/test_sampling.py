@@ -1,6 +1,9 @@
 """Plain sampling by the fast sampler against fairseq's own generator."""
 
+import copy
 import math
+import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +13,9 @@ from fairseq.sequence_generator import SequenceGenerator
 
 from lamemo_fairseq.generation import PromptGenerator, sampling
 from lamemo_fairseq.generation.sampler import Sampler, truncated
-from lamemo_fairseq.generation.step import fastest_step, kernel_step
+from lamemo_fairseq.generation.step import KernelStep, kernel_step
 from lamemo_fairseq.memory import DivergenceError
-from lamemo_fairseq.models.incremental import DecodingState, layer_step
+from lamemo_fairseq.models.incremental import DecodingState
 
 from .helpers import VARIANTS, dictionary_of
 from .test_generation import EOS, LENGTHS, batch_of, model_of, prompts_of
@@ -27,8 +30,8 @@ class ReplayedOnTheHost(Sampler):
         super().__init__(*args, graphs=False, **kwargs)
         self.graphs = True
 
-    def _record(self, end):
-        return SimpleNamespace(replay=lambda: self._step(end))
+    def _record(self, run, warm_up=0):
+        return SimpleNamespace(replay=run)
 
 
 def sampler_of(models, topk=-1, topp=-1.0, **options):
@@ -94,7 +97,7 @@ def pick_by_rank(monkeypatch):
         return pick(dense(found.exp(), words), ranks).squeeze(1)
 
     monkeypatch.setattr(torch, "multinomial", multinomial)
-    monkeypatch.setattr(sampling, "draw", draw)
+    monkeypatch.setattr(sampling, "Draw", lambda **tops: partial(draw, **tops))
     return calls
 
 
@@ -134,15 +137,17 @@ def test_the_same_words_have_the_same_scores(variant, sampler, options, monkeypa
             torch.testing.assert_close(one["score"], other["score"], rtol=0, atol=1e-9)
 
 
-def test_a_batch_gives_what_its_prompts_give_alone(monkeypatch):
+@pytest.mark.parametrize("sampler", [Sampler, ReplayedOnTheHost])
+def test_a_batch_gives_what_its_prompts_give_alone(sampler, monkeypatch):
     """However early the rows end, and in whatever order."""
+    monkeypatch.setattr(sampling, "Sampler", sampler)
     model, texts = model_of(), prompts_of([5, 1, 9, 0, 14])
 
     def seventh(log_probs, **tops):
         forced = log_probs.isfinite().sum() == len(log_probs)
         return log_probs.topk(1 if forced else 7).indices[:, -1]
 
-    monkeypatch.setattr(sampling, "draw", seventh)
+    monkeypatch.setattr(sampling, "Draw", lambda **tops: seventh)
     options = {"beam_size": 2, "max_len_b": 60, "min_len": 3}
     together = sampler_of([model], **options).generate([model], batch_of(texts))
     assert len({len(h[0]["tokens"]) - len(text) for h, text in zip(together, texts, strict=True)}) > 2
@@ -207,6 +212,45 @@ def test_generation_stops_when_every_text_has_ended(sampler, asked, monkeypatch)
     assert counts == asked
 
 
+def test_the_next_call_of_the_same_sizes_replays_the_same_graphs(monkeypatch):
+    recorded = []
+
+    class Counting(ReplayedOnTheHost):
+        def _record(self, run, warm_up=0):
+            recorded.append(run)
+            return super()._record(run)
+
+    def generated(model, text, sampler, top_k=1, **options):
+        monkeypatch.setattr(sampling, "Sampler", sampler)
+        torch.manual_seed(1)
+        (found,) = sampler_of([model], topk=top_k, beam_size=1, **options).generate([model], batch_of([text]))
+        return found[0]["tokens"].tolist(), found[0]["positional_scores"]
+
+    def alike(model, text, **options):
+        """How many graphs were recorded for what a new sampler gives as well."""
+        recorded.clear()
+        words, scores = generated(model, text, Counting, **options)
+        expected, exact = generated(copy.deepcopy(model), text, Sampler, **options)
+        assert words == expected
+        torch.testing.assert_close(scores, exact, rtol=0, atol=1e-9)
+        return len(recorded)
+
+    model, (text, other) = model_of(), prompts_of([5, 14])
+    assert alike(model, text, min_len=5, unk_penalty=3.0) == 2  # a step and the refresh
+    assert alike(model, other, max_len_b=20) == 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-0.5)
+    assert alike(model, text) == 0
+    assert alike(copy.deepcopy(model), text) == 2
+    assert alike(pickle.loads(pickle.dumps(model)), text) == 2
+    assert alike(model, text, top_k=3) == 2
+    assert alike(model, text, top_k=3, temperature=3.0) == 2
+    assert alike(model, text) == 2
+    model.decoder.layers[0].feed_forward.fc1.weight = torch.nn.Parameter(torch.ones(12, 8, dtype=torch.float64))
+    assert alike(model, text) == 2
+
+
 def test_a_model_that_gives_no_probabilities_is_an_error():
     model = model_of()
     with torch.no_grad():
@@ -219,7 +263,7 @@ def test_the_kernel_is_for_what_it_computes_exactly_enough():
     pytest.importorskip("triton")
 
     def step(dtype=torch.float32, **options):
-        return fastest_step(DecodingState(model_of(dtype=dtype, **options).decoder, 1))
+        return kernel_step(DecodingState(model_of(dtype=dtype, **options).decoder, 1))
 
-    assert step() is kernel_step
-    assert step(attention_backend="eager") is step(torch.float64) is step(same_length=True) is layer_step
+    assert isinstance(step(), KernelStep)
+    assert step(attention_backend="eager") is step(torch.float64) is step(same_length=True) is None

@@ -7,7 +7,8 @@
 First both ways must agree. Recomputing is measured for the memory alone (M + 1 rows a token, as the authors' code
 generates) and for memory and segment (M + N/2 rows in the mean), which gives the very outputs of the cache. The
 model has the released enwik8 sizes and random weights: speed does not depend on them. The generator's own rate is that
-of the new tokens alone, without the time that reading the prompt takes, beside that of fairseq's loop.
+of the new tokens alone, without the time that reading the prompt takes, beside that of fairseq's loop; its first call,
+which on a GPU compiles kernels and records the graphs that further calls replay, is not counted.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from fairseq.search import Sampling
 
 from lamemo_fairseq.generation import PromptGenerator
 from lamemo_fairseq.generation.generator import read_prompts
-from lamemo_fairseq.generation.sampler import Sampler, draw
+from lamemo_fairseq.generation.sampler import Draw, Sampler, draw
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import MemoryDecoder
 from lamemo_fairseq.models.incremental import DecodingState
@@ -92,7 +93,7 @@ def recomputing(model: MemoryLanguageModel, tokens: torch.Tensor, count: int, ag
 def cached(model: MemoryLanguageModel, tokens: torch.Tensor, segments: int, compiled: bool) -> list[float]:
     """Tokens/s of a batch in each of some successive segments, the refresh included."""
     state = filled(model, tokens[:, :-1])
-    sampler = Sampler(model, state, choose=lambda p: draw(p, top_p=0.95), compiled=compiled)
+    sampler = Sampler(model, state, choose=Draw(top_p=0.95), compiled=compiled)
     length, last, rates = model.decoder.segment_length, tokens[:, -1], []
     last = sampler(last, length)[:, -1]  # records the graphs
     size = state.cache.size()

@@ -1,13 +1,14 @@
-"""Attention of one new token a row over cached keys and values, as two Triton kernels.
+"""Attention of one new token a row over cached keys and values, as one Triton kernel.
 
-The first splits the columns among programs, the second joins their softmaxes, adds the token itself and writes it into
-the cache. Positions cost no gather: rows of the table are as far apart as columns.
+The columns of a row and head are split among programs where there are few of these; the last of them to finish joins
+the softmaxes. It adds the token itself and writes it into the cache. Positions cost no gather: rows of the table
+are as far apart as columns. Only columns that a row sees are read.
 
-Shapes: B rows, H heads, D size of a head, C columns of the cache, T = C distances, S splits.
+Shapes: B rows, H heads, D size of a head, C columns of the cache, of them M for slots, T = C distances, S splits.
 """
 
 import math
-from typing import Any, Optional
+from typing import NamedTuple, Optional
 
 import torch
 import triton
@@ -22,82 +23,116 @@ NEVER = tl.constexpr(-1e30)  # below every score, and unlike -inf safe to subtra
 
 
 @triton.jit
-def _partial(
-    qkv_ptr, k_ptr, v_ptr, content_ptr, position_ptr, table_ptr, column_ptr, oldest_ptr, acc_ptr, top_ptr, sum_ptr,
-    heads, columns, row_stride, head_stride, distance_stride, share,
-    scale: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr,
+def cached_attention_kernel(
+    p_qkv, p_k, p_v, p_content, p_position, p_table, p_tokens, p_slots, p_out, p_outputs, p_normalizers,
+    p_acc, p_top, p_sum, p_arrived,
+    heads, columns, mem_len, s_row, s_head, s_distance,
+    scale: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr,
+    RECORD: tl.constexpr,
 ):  # fmt: skip
     bh, split = tl.program_id(0), tl.program_id(1)
     b, h = bh // heads, bh % heads
-    d = tl.arange(0, BD)
+    column = mem_len + tl.load(p_tokens + b).to(tl.int32)
+    oldest = mem_len - tl.load(p_slots + b).to(tl.int32)
+    d = tl.arange(0, BLOCK_D)
     in_head = d < D
-    q = tl.load(qkv_ptr + b * row_stride + h * D + d, mask=in_head, other=0).to(tl.float32)
-    content_q = (q + tl.load(content_ptr + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
-    position_q = (q + tl.load(position_ptr + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
-    column, oldest = tl.load(column_ptr + b), tl.load(oldest_ptr + b)
-    base = bh.to(tl.int64) * columns * D
-    top = tl.full([1], NEVER, tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([BD], tl.float32)
-    for start in range(split * share, (split + 1) * share, BLOCK_C):
+    p_new = p_qkv + b * s_row + h * D + d
+    b_q = tl.load(p_new, mask=in_head, other=0).to(tl.float32)
+    b_content = (b_q + tl.load(p_content + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
+    b_position = (b_q + tl.load(p_position + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
+    b_k_new = tl.load(p_new + heads * D, mask=in_head, other=0)
+    b_v_new = tl.load(p_new + 2 * heads * D, mask=in_head, other=0)
+    b_r_own = tl.load(p_table + h * s_head + (columns - 1) * s_distance + d, mask=in_head, other=0).to(tl.float32)
+    own = tl.sum(b_k_new.to(tl.float32) * b_content + b_r_own * b_position, axis=0)
+    base = bh.to(tl.int64) * columns
+    p_r = p_table + h * s_head + (columns - 1 - column) * s_distance
+
+    share = (column - oldest + S - 1) // S
+    first = oldest + split * share
+    end = tl.minimum(first + share, column)
+    # Every place of a block has a softmax of its own, so that warps wait for each other at the end only.
+    # [BLOCK_C], [BLOCK_C], [BLOCK_C, BLOCK_D]
+    b_top = tl.full([BLOCK_C], NEVER, tl.float32)
+    b_sum = tl.zeros([BLOCK_C], tl.float32)
+    b_acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    for start in range(first, end, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        seen = (c >= oldest) & (c < column)
+        seen = c < end
         both = seen[:, None] & in_head[None, :]
-        place = base + c[:, None] * D + d[None, :]
-        k = tl.load(k_ptr + place, mask=both, other=0).to(tl.float32)
-        v = tl.load(v_ptr + place, mask=both, other=0).to(tl.float32)
-        distance_row = columns - 1 - column + c
-        r_place = h * head_stride + distance_row[:, None] * distance_stride + d[None, :]
-        r = tl.load(table_ptr + r_place, mask=both, other=0).to(tl.float32)
-        score = tl.sum(k * content_q[None, :] + r * position_q[None, :], axis=1)
+        place = (base + c)[:, None] * D + d[None, :]
+        b_k = tl.load(p_k + place, mask=both, other=0).to(tl.float32)
+        b_r = tl.load(p_r + c[:, None] * s_distance + d[None, :], mask=both, other=0).to(tl.float32)
+        b_v = tl.load(p_v + place, mask=both, other=0).to(tl.float32)
+        score = tl.sum(b_k * b_content[None, :] + b_r * b_position[None, :], axis=1)
         score = tl.where(seen, score, NEVER)
-        new_top = tl.maximum(top, tl.max(score, axis=0))
-        weight = tl.where(seen, tl.exp(score - new_top), 0.0)
-        kept = tl.exp(top - new_top)
-        acc = acc * kept + tl.sum(weight[:, None] * v, axis=0)
-        total = total * kept + tl.sum(weight, axis=0)
-        top = new_top
-    part = bh * S + split
-    one = tl.arange(0, 1)
-    tl.store(acc_ptr + part * BD + d, acc)
-    tl.store(top_ptr + part + one, top)
-    tl.store(sum_ptr + part + one, total)
+        top = tl.maximum(b_top, score)
+        weight = tl.where(seen, tl.exp(score - top), 0.0)
+        kept = tl.exp(b_top - top)
+        b_acc = b_acc * kept[:, None] + weight[:, None] * b_v
+        b_sum = b_sum * kept + weight
+        b_top = top
+    top = tl.max(b_top, axis=0)
+    kept = tl.exp(b_top - top)
+    total = tl.sum(b_sum * kept, axis=0)
+    b_out = tl.sum(b_acc * kept[:, None], axis=0)
+
+    last = True
+    if S > 1:
+        part = bh * S + split
+        tl.store(p_acc + part * BLOCK_D + d, b_out)
+        tl.store(p_top + part, top)
+        tl.store(p_sum + part, total)
+        tl.debug_barrier()  # all of it is written before the program counts as arrived
+        last = tl.atomic_add(p_arrived + bh, 1, sem="acq_rel") == S - 1
+    if last:
+        if S > 1:
+            tl.debug_barrier()
+            parts = bh * S + tl.arange(0, S)
+            # What other multiprocessors wrote is in the second cache, not in the first.
+            tops = tl.load(p_top + parts, cache_modifier=".cg")
+            sums = tl.load(p_sum + parts, cache_modifier=".cg")
+            accs = tl.load(p_acc + parts[:, None] * BLOCK_D + d[None, :], cache_modifier=".cg")
+            top = tl.max(tops, axis=0)
+            kept_of = tl.exp(tops - top)
+            total = tl.sum(sums * kept_of, axis=0)
+            b_out = tl.sum(accs * kept_of[:, None], axis=0)
+            tl.store(p_arrived + bh, 0)
+        joint = tl.maximum(top, own)
+        before, weight_own = tl.exp(top - joint), tl.exp(own - joint)
+        total = total * before + weight_own
+        b_out = (b_out * before + weight_own * b_v_new.to(tl.float32)) / total
+        tl.store(p_out + bh * D + d, b_out.to(p_out.dtype.element_ty), mask=in_head)
+        mine = base + column
+        tl.store(p_k + mine * D + d, b_k_new, mask=in_head)
+        tl.store(p_v + mine * D + d, b_v_new, mask=in_head)
+        if RECORD:
+            tl.store(p_outputs + mine * D + d, b_out.to(p_outputs.dtype.element_ty), mask=in_head)
+            tl.store(p_normalizers + mine, (joint + tl.log(total)).to(p_normalizers.dtype.element_ty))
 
 
-@triton.jit
-def _join(
-    qkv_ptr, k_ptr, v_ptr, content_ptr, position_ptr, table_ptr, column_ptr, acc_ptr, top_ptr, sum_ptr,
-    out_ptr, record_ptr, normalizer_ptr,
-    heads, columns, row_stride, head_stride, distance_stride,
-    scale: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, RECORD: tl.constexpr,
-):  # fmt: skip
-    bh = tl.program_id(0)
-    b, h = bh // heads, bh % heads
-    d = tl.arange(0, BD)
-    in_head = d < D
-    new = qkv_ptr + b * row_stride + h * D + d
-    q = tl.load(new, mask=in_head, other=0).to(tl.float32)
-    k_new = tl.load(new + heads * D, mask=in_head, other=0)
-    v_new = tl.load(new + 2 * heads * D, mask=in_head, other=0)
-    content_q = (q + tl.load(content_ptr + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
-    position_q = (q + tl.load(position_ptr + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
-    r = tl.load(table_ptr + h * head_stride + (columns - 1) * distance_stride + d, mask=in_head, other=0)
-    own = tl.sum(k_new.to(tl.float32) * content_q + r.to(tl.float32) * position_q, axis=0)
-    s = tl.arange(0, S)
-    tops = tl.load(top_ptr + bh * S + s)
-    top = tl.maximum(tl.max(tops, axis=0), own)
-    share = tl.exp(tops - top)
-    own_weight = tl.exp(own - top)
-    total = tl.sum(share * tl.load(sum_ptr + bh * S + s), axis=0) + own_weight
-    accs = tl.load(acc_ptr + (bh * S + s)[:, None] * BD + d[None, :])
-    out = (tl.sum(share[:, None] * accs, axis=0) + own_weight * v_new.to(tl.float32)) / total
-    tl.store(out_ptr + bh * D + d, out.to(out_ptr.dtype.element_ty), mask=in_head)
-    place = bh.to(tl.int64) * columns + tl.load(column_ptr + b)
-    tl.store(k_ptr + place * D + d, k_new, mask=in_head)
-    tl.store(v_ptr + place * D + d, v_new, mask=in_head)
-    if RECORD:
-        tl.store(record_ptr + place * D + d, out.to(record_ptr.dtype.element_ty), mask=in_head)
-        tl.store(normalizer_ptr + place, (top + tl.log(total)).to(normalizer_ptr.dtype.element_ty))
+class Parts(NamedTuple):
+    """What the splits of a row and head leave for the last of them to join; every layer may use the same."""
+
+    acc: Tensor  # [B H S, D padded], float32
+    top: Tensor  # [B H S], float32
+    sum: Tensor  # [B H S], float32
+    arrived: Tensor  # [B H] int32, 0 between two launches
+
+    @classmethod
+    def empty(cls, keys: Tensor) -> "Parts":
+        """For keys ``[B, H, C, D]``."""
+        rows, heads, columns, size = keys.shape
+        splits = 1
+        while rows * heads * splits < PROGRAMS and splits * BLOCK < columns:
+            splits *= 2
+        count = rows * heads * splits
+        acc = torch.empty(count, triton.next_power_of_2(size), device=keys.device, dtype=torch.float32)
+        arrived = torch.zeros(rows * heads, device=keys.device, dtype=torch.int32)
+        return cls(acc, acc.new_empty(count), acc.new_empty(count), arrived)
+
+    @property
+    def splits(self) -> int:
+        return len(self.top) // len(self.arrived)
 
 
 def cached_attention(
@@ -105,21 +140,23 @@ def cached_attention(
     keys: Tensor,
     values: Tensor,
     bias: RelativeBias,
-    column: Tensor,
-    oldest: Tensor,
-    end: int,
-    record: Optional[Any] = None,
+    tokens: Tensor,
+    slots: Tensor,
+    mem_len: int,
+    parts: Parts,
+    outputs: Optional[Tensor] = None,
+    normalizers: Optional[Tensor] = None,
 ) -> Tensor:
-    """Each row's new token attends to the columns from its oldest slot up to its own, and is written into the cache.
+    """Each row's new token attends to the row's slots and tokens and to itself, and is written into the cache.
 
     Args:
         qkv: ``[B, 3 H D]``, the token's query, key and value.
         keys, values: ``[B, H, C, D]``, contiguous; changed in place.
         bias: content, position and a table of the distances ``C-1 .. 0``.
-        column: ``[B]`` where the new token stands.
-        oldest: ``[B]`` each row's first column.
-        end: no row's token stands at this column or beyond.
-        record: where read-outs and normalisers are kept too.
+        tokens, slots: ``[B]`` int64, how many of each a row has; the new token stands in column M + *tokens*.
+        mem_len: M.
+        parts: space to work in, for keys of this shape.
+        outputs, normalizers: where read-outs ``[B, H, C, D]`` and normalisers ``[B, H, C]`` are kept too; both or none.
 
     Returns:
         The read-out ``[B, H D]``.
@@ -128,22 +165,12 @@ def cached_attention(
     assert bias.content is not None and bias.position is not None and bias.table is not None
     # Only the interpreter meets the layout that plain attention has on a CPU.
     table = bias.table if bias.table.stride(2) == 1 else bias.table.contiguous()
-    splits = 1
-    while rows * heads * splits < PROGRAMS and splits * BLOCK < end:
-        splits *= 2
-    share = -(-end // (splits * BLOCK)) * BLOCK
-    wide = triton.next_power_of_2(size)
-    acc = torch.empty(rows * heads * splits, wide, device=qkv.device, dtype=torch.float32)
-    top, total = acc.new_empty(rows * heads * splits), acc.new_empty(rows * heads * splits)
     out = qkv.new_empty(rows, heads * size)
-    sizes = (heads, columns, qkv.stride(0), table.stride(0), table.stride(1))
-    scale = 1 / math.sqrt(size)
-    given = (qkv, keys, values, bias.content, bias.position, table, column)
-    _partial[(rows * heads, splits)](
-        *given, oldest, acc, top, total, *sizes, share, scale=scale, D=size, BD=wide, S=splits, BLOCK_C=BLOCK
-    )
-    kept = (keys, keys) if record is None else (record.outputs, record.normalizers)
-    _join[(rows * heads,)](
-        *given, acc, top, total, out, *kept, *sizes, scale=scale, D=size, BD=wide, S=splits, RECORD=record is not None
-    )
+    recorded = outputs is not None and normalizers is not None
+    cached_attention_kernel[(rows * heads, parts.splits)](
+        qkv, keys, values, bias.content, bias.position, table, tokens, slots, out,
+        outputs if recorded else keys, normalizers if recorded else keys, *parts,
+        heads, columns, mem_len, qkv.stride(0), table.stride(0), table.stride(1),
+        scale=1 / math.sqrt(size), D=size, BLOCK_D=parts.acc.size(1), S=parts.splits, BLOCK_C=BLOCK, RECORD=recorded,
+    )  # fmt: skip
     return out

@@ -4,7 +4,6 @@ Shapes: B prompts, K continuations of each, R = B K rows, n new words at most, V
 """
 
 import math
-from functools import partial
 from typing import Any, Dict, List
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..memory import DivergenceError
 from ..models.incremental import DecodingState
-from .sampler import Sampler, draw
+from .sampler import Adjustment, Draw, Sampler
 
 # On a GPU, asking whether all texts have ended makes the host wait; so it asks once in so many words.
 WORDS_BETWEEN_QUESTIONS = 32
@@ -28,10 +27,8 @@ def is_plain_sampling(generator: Any) -> bool:
     )
 
 
-class Adjustment:
-    """What fairseq does to log-probabilities ``[R, V]`` before it draws: temperature, penalties, forbidden words.
-
-    Changes in place from step to step, so that a graph need not be recorded again.
+class FairseqAdjustment(Adjustment):
+    """What fairseq does to log-probabilities before it draws: temperature, penalties, forbidden words.
 
     Args:
         generator: fairseq's.
@@ -39,19 +36,20 @@ class Adjustment:
     """
 
     def __init__(self, generator: Any, like: Tensor):
-        self.temperature: float = generator.temperature
         self.eos: int = generator.eos
-        self.added = like.new_zeros(generator.vocab_size)
-        self.added[generator.unk] = -generator.unk_penalty
-        self.added[generator.pad] = -math.inf
+        added = like.new_zeros(generator.vocab_size)
+        added[generator.unk] = -generator.unk_penalty
+        added[generator.pad] = -math.inf
         if generator.token_indices_to_suppress is not None:
-            self.added[generator.token_indices_to_suppress] = -math.inf
-        self._end = self.added[self.eos].clone()
+            added[generator.token_indices_to_suppress] = -math.inf
+        super().__init__(generator.temperature, added)
+        self.added: Tensor = added
+        self._end = added[self.eos].clone()
 
-    def __call__(self, log_probs: Tensor) -> Tensor:
-        if self.temperature != 1:
-            log_probs = (log_probs / self.temperature).log_softmax(-1)
-        return log_probs + self.added
+    def copy_(self, other: Adjustment) -> None:
+        super().copy_(other)
+        if isinstance(other, FairseqAdjustment):
+            self._end.copy_(other._end)
 
     def forbid_end(self) -> None:
         self.added[self.eos] = -math.inf
@@ -94,8 +92,9 @@ def sampled_continuations(
     # fairseq looks at one of them only.
     tops = {"top_p": top_p} if top_p > 0 else {"top_k": max(0, generator.search.sampling_topk)}
     exact = torch.promote_types(state.cache.keys[0].dtype, torch.float32)
-    adjustment = Adjustment(generator, last.new_empty(0, dtype=exact))
-    sampler = Sampler(generator.model.models[0], state, partial(draw, **tops), adjust=adjustment)
+    wanted = FairseqAdjustment(generator, last.new_empty(0, dtype=exact))
+    sampler = Sampler.take(generator.model.models[0], state, Draw(**tops), wanted)
+    adjustment: Any = sampler.adjust
 
     words = last.new_full((len(rows), limit + 1), eos)
     log_probs = torch.zeros_like(words, dtype=exact)
@@ -127,6 +126,7 @@ def sampled_continuations(
                 running, last, ended = running[left], last[left], ended[left]
                 if len(left) > 0:
                     sampler.keep(left)
+    sampler.give_back()
     lengths = (words.eq(eos).int().argmax(1) + 1).tolist()
     hypotheses = [_hypothesis(words[row, :n], log_probs[row, :n]) for row, n in enumerate(lengths)]
     return [hypotheses[start : start + beam] for start in range(0, len(hypotheses), beam)]

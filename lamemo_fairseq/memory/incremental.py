@@ -59,6 +59,9 @@ class SegmentCache:
     # Fields besides keys and values with one column a slot or token, and the dimension of the columns.
     columns: ClassVar[Dict[str, int]] = {}
 
+    # Whether `open` does something, and in tensor operations only, so that it can be replayed as a graph.
+    replayable: ClassVar[bool] = False
+
     @classmethod
     def empty(cls, memory: Any, rows: int, like: Tensor) -> "SegmentCache":
         """The cache of *rows* texts of which nothing has been read; *like* gives device and dtype."""
@@ -81,8 +84,15 @@ class SegmentCache:
             first: ``[b, 1, d]`` the segments' first embeddings.
         """
 
+    def kept_embeddings(self) -> Optional[Tensor]:
+        """``[B, M + N, d]``, where tokens' embeddings are kept for the next refresh; None if it needs none."""
+        return None
+
     def record_embeddings(self, embeddings: Tensor, columns: Columns) -> None:
-        """Keep what the next refresh needs of new embeddings ``[B, k, d]``."""
+        """Keep new embeddings ``[B, k, d]`` where the next refresh needs them."""
+        kept = self.kept_embeddings()
+        if kept is not None:
+            columns.put(kept, embeddings, 1)
 
     def record(self, layer: int) -> Record:
         """What a layer records of the tokens, or adds to them."""
@@ -103,8 +113,11 @@ class SegmentCache:
         """Where a row that stood at *place* stands when its segment is full."""
         return Place(0, min(network.memory.slots, place.slots + network.memory.period), False)
 
-    def advance(self, counts: Sequence[int], network: Network) -> None:
-        """Row b has read ``counts[b]`` more tokens; segments that are full are closed."""
+    def advance(self, counts: Sequence[int], network: Network, counted: bool = False) -> None:
+        """Row b has read ``counts[b]`` more tokens; segments that are full are closed.
+
+        With *counted*, `tokens` has been told already.
+        """
         segment_length = network.memory.period
         full: Dict[Tuple[int, int], List[int]] = {}
         for b, count in enumerate(counts):
@@ -120,7 +133,7 @@ class SegmentCache:
                 self.places[b] = place._replace(tokens=place.tokens + count)
         if full or min(counts) < max(counts):
             self.sync()
-        else:  # the host need not tell the device anything
+        elif not counted:  # the host need not tell the device anything
             self.tokens.add_(counts[0])
 
     def sync(self) -> None:
@@ -144,6 +157,13 @@ class SegmentCache:
             elif f.name != "places":
                 setattr(self, f.name, [t.index_select(0, order) for t in value])
         self.places = [self.places[row] for row in rows]
+
+    def copy_(self, other: "SegmentCache") -> None:
+        """Hold what *other*, of the same sizes, holds."""
+        for f in fields(self):
+            for mine, new in zip(_tensors(getattr(self, f.name)), _tensors(getattr(other, f.name)), strict=True):
+                mine.copy_(new)
+        self.places = list(other.places)
 
     def size(self) -> int:
         """Bytes that are kept."""

@@ -20,7 +20,7 @@ from ..modules.graphs import SegmentGraphs
 from ..modules.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from ..positions import POSITIONS, PositionConfig
 from .config import MemoryLanguageModelConfig, check, cutoffs, memory_options, option_name
-from .incremental import DecodingState
+from .incremental import DecodingState, Spare
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         # fairseq's moving average leaves alone what has "version" in its name, and fails on other integers.
         self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
         self._initialize()
+        self.spare_samplers = Spare()  # with graphs that another sampling call may replay
         self.for_inference = False  # whether fairseq has prepared the model for it
 
     def forward(

@@ -3,6 +3,7 @@
 Shapes: B rows, N tokens of a segment, M memory slots, k new tokens, d model width.
 """
 
+from collections import deque
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -14,6 +15,16 @@ from ..memory.incremental import Network, Record, SegmentCache
 
 # Longer prompts are read in parts of this size, which bounds the scores held at a time.
 TOKENS_AT_ONCE = 256
+
+
+class Spare(deque):
+    """The last thing put there, of use to the next call; copied and stored models begin without."""
+
+    def __init__(self) -> None:
+        super().__init__(maxlen=1)
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return (Spare, ())
 
 
 class DecodingState:
@@ -99,20 +110,37 @@ class DecodingState:
         Touches tensors only, and leaves each row's place as it is. *at* is the `common_column`; the same step may
         serve other places if it is left out.
         """
-        cache, new = self.cache, x.size(1)
-        query = self.mem_len + cache.tokens.unsqueeze(1)
-        if new > 1:
-            query = query + torch.arange(new, device=x.device)
-        last = self.mem_len + self.length - 1
-        columns = Columns(first, end, query, self.mem_len - cache.slots, last, self.span, at)
+        cache = self.cache
+        columns = self.columns(x.size(1), first, end, at)
         cache.record_embeddings(x, columns)
         for i, layer in enumerate(self.decoder.layers):
             x = self.layer_step(layer, x, cache.keys[i], cache.values[i], columns, self.biases[i], cache.record(i))
         return x
 
+    def columns(self, new: int, first: int, end: int, at: Optional[int] = None) -> Columns:
+        """Where *new* tokens stand; arguments as for `step`."""
+        query = self.mem_len + self.cache.tokens.unsqueeze(1)
+        if new > 1:
+            query = query + torch.arange(new, device=query.device)
+        last = self.mem_len + self.length - 1
+        return Columns(first, end, query, self.mem_len - self.cache.slots, last, self.span, at)
+
     def reorder(self, order: Tensor) -> None:
         """Row i goes on from row ``order[i]``."""
         self.cache.reorder(order)
+
+    def copy_(self, other: "DecodingState") -> None:
+        """Go on from what *other* has read, in the same tensors: graphs of steps hold on to them.
+
+        *other* is of the same decoder and sizes; the decoder's weights may have changed in place meanwhile.
+        """
+        self.cache.copy_(other.cache)
+        for mine, new in zip(self.biases, other.biases, strict=True):
+            if mine.table is not None and new.table is not None:
+                mine.table.copy_(new.table)
+            if mine.score is not None and new.score is not None:
+                mine.score.copy_(new.score)
+        self.seen = other.seen
 
 
 def _laid_out(bias: RelativeBias) -> RelativeBias:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...attention import BACKENDS, Attended
-from ...attention.cached import Columns
 from ..incremental import Network, Record, SegmentCache, put, take
 
 
@@ -23,6 +22,7 @@ class LookaheadCache(SegmentCache):
     normalizers: List[Tensor] = field(default_factory=list)  # a layer but the last: [B, H, M + N]
 
     columns: ClassVar[Dict[str, int]] = {"embeddings": 1, "outputs": 2, "normalizers": 2}
+    replayable: ClassVar[bool] = True
 
     @classmethod
     def empty(cls, memory: Any, rows: int, like: Tensor) -> "LookaheadCache":
@@ -77,8 +77,8 @@ class LookaheadCache(SegmentCache):
         hold(self.keys[-1], k)
         hold(self.values[-1], v)
 
-    def record_embeddings(self, embeddings: Tensor, columns: Columns) -> None:
-        columns.put(self.embeddings[0], embeddings, 1)
+    def kept_embeddings(self) -> Optional[Tensor]:
+        return self.embeddings[0]
 
     def record(self, layer: int) -> Record:
         return Record(self.outputs[layer], self.normalizers[layer]) if layer < len(self.outputs) else Record()

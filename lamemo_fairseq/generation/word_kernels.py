@@ -1,0 +1,139 @@
+"""Triton kernels: words in and words out of a step of decoding.
+
+Shapes: B rows, V words, d model width, n words drawn since the last start.
+"""
+
+from typing import Optional
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .step import Found
+
+MOST_WORDS = 512  # as every pair of words is compared, which for more takes longer than sorting them
+PAIRS = 32  # words at a time that all others are compared with
+WARPS = 8
+
+
+@triton.jit
+def embed_kernel(
+    p_words, p_table, p_out, p_kept, p_tokens, s_words, mem_len, columns, scale, D: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    word = tl.load(p_words + b * s_words)
+    b_x = tl.load(p_table + word * D + d, mask=d < D, other=0).to(tl.float32) * scale
+    b_x = b_x.to(p_out.dtype.element_ty)
+    tl.store(p_out + b * D + d, b_x, mask=d < D)
+    if KEEP:
+        column = mem_len + tl.load(p_tokens + b)
+        tl.store(p_kept + (b * columns + column) * D + d, b_x, mask=d < D)
+
+
+def embed(
+    words: Tensor, table: Tensor, scale: float, tokens: Tensor, mem_len: int, kept: Optional[Tensor] = None
+) -> Tensor:
+    """``scale * table[words]``: ``[B, d]``; also written into column M + *tokens* of ``kept [B, C, d]``.
+
+    Args:
+        words: ``[B, 1]``.
+        table: ``[V, d]``, contiguous.
+        tokens: ``[B]`` int64.
+        mem_len: M.
+    """
+    out = table.new_empty(len(words), table.size(1))
+    buffer = out.unsqueeze(1) if kept is None else kept
+    embed_kernel[(len(words),)](
+        words, table, out, buffer, tokens, words.stride(0), mem_len, buffer.size(1), scale,
+        D=table.size(1), KEEP=kept is not None, BLOCK_D=triton.next_power_of_2(table.size(1)),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def clock(seed, offset):
+    """Draws from the exponential distribution, float32 and above 0."""
+    u = tl.maximum(tl.rand(seed, offset), 1e-10)
+    # Near 0, where the clocks are that ring first, 1 - u has no digits left.
+    return tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1 - u))
+
+
+@triton.jit
+def draw_kernel(
+    p_scores, p_added, p_seed, p_log_probs, p_position, p_tokens, p_words, p_found, p_found_log_probs,
+    V, capacity, s_scores, by_temperature, top_p,
+    ADD: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    v = tl.arange(0, BLOCK_V)
+    is_word = v < V
+    b_s = tl.load(p_scores + b * s_scores + v, mask=is_word, other=-float("inf")).to(tl.float32) * by_temperature
+    b_s = b_s - tl.max(b_s, axis=0)
+    b_p = b_s - tl.log(tl.sum(tl.exp(b_s), axis=0))
+    if ADD:
+        b_p += tl.load(p_added + v, mask=is_word, other=0).to(tl.float32)
+    drawable = is_word
+    if TOP_K > 0 or TOP_P:
+        p_row = p_log_probs + b * V
+        tl.store(p_row + v, b_p, mask=is_word)
+        tl.debug_barrier()
+        b_rank = tl.zeros([BLOCK_V], tl.int32)
+        b_held = tl.zeros([BLOCK_V], tl.float32)
+        for start in range(0, V, BLOCK_W):
+            w = start + tl.arange(0, BLOCK_W)
+            b_other = tl.load(p_row + w, mask=w < V, other=-float("inf"))
+            equal = b_other[None, :] == b_p[:, None]
+            before = (b_other[None, :] > b_p[:, None]) | (equal & (w[None, :] < v[:, None]))
+            b_rank += tl.sum(before.to(tl.int32), axis=1)
+            b_held += tl.sum(tl.where(before, tl.exp(b_other)[None, :], 0.0), axis=1)
+        # Of those within the first k alone, as they are the ones to hold top_p.
+        if TOP_K > 0:
+            drawable = drawable & (b_rank < TOP_K)
+        if TOP_P:
+            drawable = drawable & ((b_held < top_p) | (b_rank == 0))
+    position = tl.load(p_position + b)
+    at = (position.to(tl.int32) * tl.num_programs(0) + b) * V + v
+    # The word whose exponential clock rings first.
+    b_rings = tl.where(drawable, b_p - tl.log(clock(tl.load(p_seed), at)), -float("inf"))
+    word = tl.minimum(tl.argmax(b_rings, axis=0), V - 1)
+    log_prob = tl.sum(tl.where(v == word, b_p, 0.0), axis=0)
+    tl.store(p_words + b, word.to(tl.int64))
+    tl.store(p_found + b * capacity + position, word.to(tl.int64))
+    tl.store(p_found_log_probs + b * capacity + position, log_prob)
+    tl.store(p_position + b, position + 1)
+    tl.store(p_tokens + b, tl.load(p_tokens + b) + 1)
+
+
+def draw_next(
+    scores: Tensor,
+    words: Tensor,
+    tokens: Tensor,
+    found: Found,
+    seed: Tensor,
+    space: Tensor,
+    temperature: float = 1.0,
+    added: Optional[Tensor] = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> None:
+    """Draw a word a row from ``softmax(scores / temperature) * exp(added)``, in one launch.
+
+    Args:
+        scores: ``[B, V]`` float32, V at most `MOST_WORDS`.
+        words: ``[B, 1]`` int64, replaced by the words drawn, which are added to *found* with their log-probabilities.
+        tokens: ``[B]`` int64, increased by one.
+        seed: one int64; with the position in *found* it gives the random numbers.
+        space: ``[B, V]`` float32 to work in.
+        added: ``[V]``.
+        top_k: of the k most probable words only (0: of all).
+        top_p: of the fewest words that hold this probability together (1: of all).
+    """
+    size = scores.size(1)
+    draw_kernel[(len(scores),)](
+        scores, scores if added is None else added, seed, space, found.position, tokens, words, found.words,
+        found.log_probs, size, found.words.size(1), scores.stride(0), 1 / temperature, top_p,
+        ADD=added is not None, TOP_K=top_k, TOP_P=top_p < 1, BLOCK_V=triton.next_power_of_2(size),
+        BLOCK_W=PAIRS, num_warps=WARPS,
+    )  # fmt: skip
