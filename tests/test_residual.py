@@ -76,6 +76,22 @@ def test_rows_stand_16_bytes_apart_with_zeros_behind(dtype):
     assert d_x.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_what_stands_behind_rows_does_not_count(dtype):
+    """It is read where rows stand 16 bytes apart, and is no number here; the last row may end with its storage."""
+    x, longer, norm = inputs((2, 3, 13), dtype, rows_before=0)
+    wide = torch.full((2, 3, 16), float("nan"), dtype=dtype, device=device)
+    found, gradients = [], []
+    for cut in (wide.clone(), wide.clone(), wide.flatten()[:-3].clone().as_strided((2, 3, 13), (48, 16, 1))):
+        rows = [part[..., :13].copy_(t.detach()).requires_grad_() for part, t in ((cut, x), (wide.clone(), longer))]
+        found.append(residual.residual_norm(*rows, norm, 0.0))
+        grad = wide.clone()[..., :13].copy_(torch.linspace(-1, 1, 13, dtype=dtype, device=device))
+        gradients.append(torch.autograd.grad(found[-1], rows, grad))
+    wanted = residual.residual_norm(x, longer, norm, 0.0)
+    assert all(torch.equal(one, wanted) for one in found)
+    assert all(g.isfinite().all() for pair in gradients for g in pair)
+
+
 def test_without_gradients_nothing_is_kept():
     x, longer, norm = inputs((2, 3, 8), torch.float32)
     with torch.no_grad():

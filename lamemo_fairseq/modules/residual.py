@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 4096
-PROGRAMS = 512  # that share the rows of a backward pass: a few for each multiprocessor
 TILE = 2048  # numbers of a program at a time
 
 
@@ -68,7 +67,7 @@ class _ResidualNorm(torch.autograd.Function):
         residual_norm_kernel[(triton.cdiv(rows, tile),)](
             x, residual, weight, bias, seed, out, total, mean, rstd,
             *x.stride()[:2], *residual.stride()[:2], out.stride(1),
-            rows, x.size(1), x.size(2), out.stride(1), eps, dropout,
+            rows, x.size(1), x.size(2), _reach(x, residual), out.stride(1), eps, dropout,
             ROWS=tile, BLOCK=block, DROPOUT=dropout > 0, LEARNS=learns, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(total, weight, mean, rstd, seed)
@@ -88,11 +87,12 @@ class _ResidualNorm(torch.autograd.Function):
         d_x = wide_empty(total) if ctx.dropout > 0 else d_residual
         rows, block = total.size(0) * total.size(1), _block(total.size(2))
         tile = max(1, TILE // (4 * block))
-        programs = min(PROGRAMS, triton.cdiv(rows, tile))
+        programs = min(_programs(total.device), triton.cdiv(rows, tile))
         parts = total.new_empty(programs, 2, total.size(2), dtype=torch.float32)
         residual_norm_gradient_kernel[(programs,)](
             grad, total, weight, seed, mean, rstd, d_x, d_residual, parts,
-            *grad.stride()[:2], total.stride(1), rows, total.size(1), total.size(2), total.stride(1), ctx.dropout,
+            *grad.stride()[:2], total.stride(1),
+            rows, total.size(1), total.size(2), _reach(grad), total.stride(1), ctx.dropout,
             ROWS=tile, BLOCK=block, DROPOUT=ctx.dropout > 0, num_warps=4,
         )  # fmt: skip
         d_weight, d_bias = parts.sum(0).to(weight.dtype)
@@ -127,6 +127,21 @@ def wide_empty(x: Tensor) -> Tensor:
     """Rows for a kernel that writes zeros behind them: like ``x [B, Q, d]``, where half precision wants 16 bytes."""
     width = x.size(2) + (-x.size(2) % 8 if x.element_size() == 2 else 0)
     return x.new_empty(*x.shape[:2], width)[..., : x.size(2)]
+
+
+def _reach(*rows: Tensor) -> int:
+    """How far all of these rows may be read: their width, or up to the next 16 bytes where the storage goes on."""
+    width, end = rows[0].size(2), rows[0].size(2) - rows[0].size(2) % -8
+    for x in rows:
+        last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape[:2], x.stride()[:2], strict=True))
+        if x.stride(1) % 8 or last + end > x.untyped_storage().nbytes() // x.element_size():
+            return width
+    return end
+
+
+def _programs(device: torch.device) -> int:
+    """That share the rows of a backward pass: three are at home on a multiprocessor at a time."""
+    return 3 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _dense_rows(x: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ ROUNDS = tl.constexpr(7)  # of Philox; its authors found no flaw with as many (S
 
 
 @triton.jit
-def _load(p, rows, d, m_rows, D):
-    return tl.load(p + rows[:, None] + d[None, :], m_rows[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+def _load(p, rows, d, m_rows, D, L):
+    """L, from D to W, is how far rows may be read: a multiple of 8 keeps loads wide."""
+    b = tl.load(p + rows[:, None] + d[None, :], m_rows[:, None] & (d < L)[None, :], other=0.0)
+    return tl.where((d < D)[None, :], b.to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def _rounded(b, p):
 @triton.jit
 def residual_norm_kernel(
     p_x, p_residual, p_weight, p_bias, p_seed, p_out, p_sum, p_mean, p_rstd,
-    s_xb, s_xq, s_rb, s_rq, s_out, rows, Q, D, W, eps, dropout,
+    s_xb, s_xq, s_rb, s_rq, s_out, rows, Q, D, L, W, eps, dropout,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr, LEARNS: tl.constexpr,
 ):  # fmt: skip
     """``layer_norm(residual + dropout(x))``; LEARNS keeps the sum and its statistics."""
@@ -53,14 +55,14 @@ def residual_norm_kernel(
     m = row < rows
     x, residual = row // Q * s_xb + row % Q * s_xq, row // Q * s_rb + row % Q * s_rq
     # [ROWS, BLOCK]
-    b0, b1 = _load(p_x, x, d0, m, D), _load(p_x, x, d1, m, D)
-    b2, b3 = _load(p_x, x, d2, m, D), _load(p_x, x, d3, m, D)
+    b0, b1 = _load(p_x, x, d0, m, D, L), _load(p_x, x, d1, m, D, L)
+    b2, b3 = _load(p_x, x, d2, m, D, L), _load(p_x, x, d3, m, D, L)
     if DROPOUT:
         drawn0, drawn1, drawn2, drawn3 = _drawn(p_seed, row, d0, BLOCK)
         b0, b1 = _dropped(b0, drawn0, dropout), _dropped(b1, drawn1, dropout)
         b2, b3 = _dropped(b2, drawn2, dropout), _dropped(b3, drawn3, dropout)
-    b0, b1 = b0 + _load(p_residual, residual, d0, m, D), b1 + _load(p_residual, residual, d1, m, D)
-    b2, b3 = b2 + _load(p_residual, residual, d2, m, D), b3 + _load(p_residual, residual, d3, m, D)
+    b0, b1 = b0 + _load(p_residual, residual, d0, m, D, L), b1 + _load(p_residual, residual, d1, m, D, L)
+    b2, b3 = b2 + _load(p_residual, residual, d2, m, D, L), b3 + _load(p_residual, residual, d3, m, D, L)
     b0, b1, b2, b3 = _rounded(b0, p_out), _rounded(b1, p_out), _rounded(b2, p_out), _rounded(b3, p_out)
     out = row * s_out
     if LEARNS:
@@ -90,10 +92,10 @@ def _scale_and_store(p_out, out, d, m, D, W, b, rstd, p_weight, p_bias):
 
 
 @triton.jit
-def _by_weight(p_grad, p_sum, p_weight, grad, at, d, m, D, mean, rstd):
+def _by_weight(p_grad, p_sum, p_weight, grad, at, d, m, D, L, mean, rstd):
     """Of a part: the gradient, the normalised sum, and the gradient times the weight."""
-    b_g = _load(p_grad, grad, d, m, D)
-    b_n = tl.where((d < D)[None, :], (_load(p_sum, at, d, m, D) - mean[:, None]) * rstd[:, None], 0.0)
+    b_g = _load(p_grad, grad, d, m, D, L)
+    b_n = tl.where((d < D)[None, :], (_load(p_sum, at, d, m, D, L) - mean[:, None]) * rstd[:, None], 0.0)
     weight = tl.load(p_weight + d, d < D, other=0.0).to(tl.float32)
     return b_g, b_n, b_g * weight[None, :]
 
@@ -109,7 +111,7 @@ def _store_gradients(p_dx, p_dr, at, d, m, D, W, b_w, b_n, along, mean, rstd, dr
 @triton.jit
 def residual_norm_gradient_kernel(
     p_grad, p_sum, p_weight, p_seed, p_mean, p_rstd, p_dx, p_dr, p_parts,
-    s_gb, s_gq, s_out, rows, Q, D, W, dropout,
+    s_gb, s_gq, s_out, rows, Q, D, L, W, dropout,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the two summands, and the sums of those of weight and bias over the rows of this program.
@@ -127,10 +129,10 @@ def residual_norm_gradient_kernel(
         mean, rstd = tl.load(p_mean + row, m, other=0.0), tl.load(p_rstd + row, m, other=0.0)
         grad, at = row // Q * s_gb + row % Q * s_gq, row * s_out
         # [ROWS, BLOCK]
-        g0, n0, b0 = _by_weight(p_grad, p_sum, p_weight, grad, at, d0, m, D, mean, rstd)
-        g1, n1, b1 = _by_weight(p_grad, p_sum, p_weight, grad, at, d1, m, D, mean, rstd)
-        g2, n2, b2 = _by_weight(p_grad, p_sum, p_weight, grad, at, d2, m, D, mean, rstd)
-        g3, n3, b3 = _by_weight(p_grad, p_sum, p_weight, grad, at, d3, m, D, mean, rstd)
+        g0, n0, b0 = _by_weight(p_grad, p_sum, p_weight, grad, at, d0, m, D, L, mean, rstd)
+        g1, n1, b1 = _by_weight(p_grad, p_sum, p_weight, grad, at, d1, m, D, L, mean, rstd)
+        g2, n2, b2 = _by_weight(p_grad, p_sum, p_weight, grad, at, d2, m, D, L, mean, rstd)
+        g3, n3, b3 = _by_weight(p_grad, p_sum, p_weight, grad, at, d3, m, D, L, mean, rstd)
         w0, w1, w2, w3 = (
             w0 + tl.sum(g0 * n0, 0),
             w1 + tl.sum(g1 * n1, 0),
