@@ -27,7 +27,10 @@ def _position_pointers(p_scores, i, j, s_chunk, s_row, C, shift, CHUNKED: tl.con
 
 @triton.jit
 def _visible(i, j, Q, K, low, high, first):
-    return (i < Q) & (j < K) & (j - i >= low) & (j - i <= high) & (j >= first)
+    # Two comparisons a pair, the rest for each query or each key once.
+    least = tl.maximum(tl.maximum(i + low, first), 0)
+    most = tl.where(i < Q, tl.minimum(i + high, K - 1), -1)
+    return (j >= least) & (j <= most)
 
 
 @triton.jit
