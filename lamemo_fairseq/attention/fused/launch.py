@@ -128,10 +128,10 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     geometry = _geometry(x, layout)
     low, high = x.band.limits
     rows = layout.chunks * layout.chunk
-    kernels.clear_kernel[(triton.cdiv(rows, 64), triton.cdiv(layout.width, 128), batch * heads)](
+    kernels.clear_kernel[(triton.cdiv(rows, 64), triton.cdiv(layout.width, 64), batch * heads)](
         scores, x.first, *_score_strides(scores),
         heads, queries, keys, layout.width, low, high, layout.chunk, geometry["shift"],
-        BLOCK_Q=64, BLOCK_W=128, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
+        BLOCK_Q=64, BLOCK_W=64, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
     )  # fmt: skip
     tile = all_tiles.key
     kernels.key_kernel[(triton.cdiv(keys, tile.keys), batch * heads)](
