@@ -101,6 +101,8 @@ CASES = [
     Case(36, 20, 8, "full"),
     Case(100, 33, 8, "full", ragged=True),
     Case(36, 36, 8, "right", parts=""),
+    Case(130, 200, 4, heads=1),  # blocks to clear in full, in part and not at all
+    Case(200, 100, 4, "full", heads=1, ragged=True),
 ]
 
 

@@ -41,7 +41,7 @@ def compile_all(head: int, dtype: str) -> dict:
             "BLOCK_D": block,
             "BLOCK_Q": tile.queries,
             "BLOCK_K": tile.keys,
-            "BLOCK_W": 256,
+            "BLOCK_W": 64,
             **flags,
         }
         constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"

@@ -31,6 +31,14 @@ def _visible(i, j, Q, K, low, high, first):
 
 
 @triton.jit
+def _visible_by_row(i, j, Q, K, low, high, first):
+    """As `_visible`, two comparisons a pair: fewer instructions, but forward_kernel and key_kernel lack registers."""
+    least = tl.maximum(tl.maximum(i + low, first), 0)
+    most = tl.where(i < Q, tl.minimum(i + high, K - 1), -1)
+    return (j >= least) & (j <= most)
+
+
+@triton.jit
 def _kept(seed, i, j, K, dropout):
     """Which attention weights dropout keeps: the same in every kernel, for a pair's number and the head's seed."""
     return tl.rand(seed, i * K + j) >= dropout
@@ -157,23 +165,37 @@ def clear_kernel(
     """Write 0 wherever the buffer of position scores holds no visible pair, padding rows of the last chunk included."""
     block_i, block_t, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = bh // H, bh % H
-    i, t = block_i * BLOCK_Q + tl.arange(0, BLOCK_Q), block_t * BLOCK_W + tl.arange(0, BLOCK_W)
+    i0, t0 = block_i * BLOCK_Q, block_t * BLOCK_W
+    first = tl.maximum(tl.load(p_first + b), 0) if FIRST else 0
     p_scores += h * s_ph + b * s_pb
-    chunk = i // C
-    local = i - chunk * C
+    chunk = i0 // C
+    local = i0 - chunk * C
+    rows = Q
     if CHUNKED:
-        shift = tl.minimum(shift - chunk * C, C - 1)
-        p_scores += (chunk.to(tl.int64) * s_pc)[:, None]
-        j = t[None, :] + (local - shift)[:, None]
         rows = (Q + C - 1) // C * C
-    else:
-        j = t[None, :] + (local - shift)[:, None]
-        rows = Q
-    first = tl.load(p_first + b) if FIRST else 0
-    m_s = _visible(i[:, None], j, Q, K, low, high, first) & (j >= 0)
-    at = p_scores + local[:, None] * s_pi + t[None, :]
-    zero = tl.zeros([BLOCK_Q, BLOCK_W], p_scores.dtype.element_ty)
-    tl.store(at, zero, (i < rows)[:, None] & (t < W)[None, :] & (m_s == 0))
+    # Of the block's pairs, as if all its rows were of one chunk: the least key and distance, and the greatest.
+    shift_0 = tl.minimum(shift - chunk * C, C - 1)
+    i1, t1 = tl.minimum(i0 + BLOCK_Q, rows) - 1, tl.minimum(t0 + BLOCK_W, W) - 1
+    j0, j1 = t0 + local - shift_0, t1 + (local + i1 - i0) - shift_0
+    r0, r1 = j0 - i0, j1 - i1
+    one_chunk = local + i1 - i0 < C
+    all_seen = one_chunk & (i1 < Q) & (j0 >= first) & (j1 < K) & (r0 >= low) & (r1 <= high)
+    if all_seen == 0:
+        i, t = i0 + tl.arange(0, BLOCK_Q), t0 + tl.arange(0, BLOCK_W)
+        m_t = (i < rows)[:, None] & (t < W)[None, :]
+        zero = tl.zeros([BLOCK_Q, BLOCK_W], p_scores.dtype.element_ty)
+        none_seen = one_chunk & ((i0 >= Q) | (j1 < first) | (j0 >= K) | (r1 < low) | (r0 > high))
+        if none_seen:
+            at = p_scores + chunk.to(tl.int64) * s_pc + (i - chunk * C)[:, None] * s_pi + t[None, :]
+            tl.store(at, zero, m_t)
+        else:
+            b_chunk = i // C
+            b_local = i - b_chunk * C
+            b_shift = tl.minimum(shift - b_chunk * C, C - 1)
+            j = t[None, :] + (b_local - b_shift)[:, None]
+            m_s = _visible_by_row(i[:, None], j, Q, K, low, high, first)
+            at = p_scores + (b_chunk.to(tl.int64) * s_pc + b_local * s_pi)[:, None] + t[None, :]
+            tl.store(at, zero, m_t & (m_s == 0))
 
 
 @triton.jit
@@ -277,7 +299,7 @@ def query_kernel(
     stop = tl.minimum(K, i0 + BLOCK_Q + high)
     for j0 in range(start, stop, BLOCK_K):
         j = j0 + tl.arange(0, BLOCK_K)
-        m_s = _visible(i[:, None], j[None, :], Q, K, low, high, first)
+        m_s = _visible_by_row(i[:, None], j[None, :], Q, K, low, high, first)
         at = _position_pointers(p_scores, i[:, None], j[None, :], s_pc, s_pi, C, shift, CHUNKED)
         b_ds = tl.load(at, m_s, other=0.0)
         # [BLOCK_K, BLOCK_D]

@@ -128,10 +128,10 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     geometry = _geometry(x, layout)
     low, high = x.band.limits
     rows = layout.chunks * layout.chunk
-    kernels.clear_kernel[(triton.cdiv(rows, 64), triton.cdiv(layout.width, 256), batch * heads)](
+    kernels.clear_kernel[(triton.cdiv(rows, 64), triton.cdiv(layout.width, 64), batch * heads)](
         scores, x.first, *_score_strides(scores),
         heads, queries, keys, layout.width, low, high, layout.chunk, geometry["shift"],
-        BLOCK_Q=64, BLOCK_W=256, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
+        BLOCK_Q=64, BLOCK_W=64, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
     )  # fmt: skip
     tile = all_tiles.key
     kernels.key_kernel[(triton.cdiv(keys, tile.keys), batch * heads)](
@@ -165,18 +165,13 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
 
 def _position_scores(x: Inputs, layout: Layout) -> Tuple[Tensor, Tensor, Tensor]:
     """Unscaled position scores ``[chunks, H, B, C, W]``, and the queries and the table they were made from."""
-    table, queries = x.bias.table, x.q.size(2)
+    table = x.bias.table
     assert table is not None
-    # [H, B, Q, D]: then one product serves all streams of a head.
-    position_q = x.q.transpose(0, 1)
-    if x.bias.position is not None:
-        position_q = position_q + x.bias.position[:, None, None]
-    position_q = position_q.to(x.q.dtype)
-    rows = layout.chunks * layout.chunk
-    position_q = F.pad(position_q, (0, 0, 0, rows - queries)).unflatten(2, (layout.chunks, layout.chunk))
-    position_q = position_q.permute(2, 0, 1, 3, 4).contiguous()
+    position_q = _position_queries(x, layout)
     starts = layout.starts(x.band.shift)
-    padded = F.pad(table.to(x.q.dtype), (0, 0, 0, max(0, max(starts) + layout.width - table.size(1))))
+    padded, missing = table.to(x.q.dtype), max(starts) + layout.width - table.size(1)
+    if missing > 0:  # F.pad copies in any case
+        padded = F.pad(padded, (0, 0, 0, missing))
     scores = _score_buffer(x, layout)
     for c, start in enumerate(starts):
         by_distance = padded[:, start : start + layout.width].transpose(1, 2)
@@ -187,6 +182,20 @@ def _position_scores(x: Inputs, layout: Layout) -> Tuple[Tensor, Tensor, Tensor]
             score = F.pad(x.bias.score.to(x.q.dtype), (0, padded.size(1) - table.size(1)))
             torch.baddbmm(score[:, None, start : start + layout.width], flat_q, by_distance, out=flat)
     return scores, position_q, padded
+
+
+def _position_queries(x: Inputs, layout: Layout) -> Tensor:
+    """``[chunks, H, B, C, D]``, so that one product serves all streams of a head; the last chunk's padding is 0."""
+    batch, heads, queries, size = x.q.shape
+    made = x.q.new_empty(layout.chunks, heads, batch, layout.chunk, size)
+    for chunk, q in zip(made, x.q.transpose(0, 1).split(layout.chunk, dim=2), strict=True):
+        written = chunk[:, :, : q.size(2)]
+        if x.bias.position is None:
+            written.copy_(q)
+        else:
+            torch.add(q, x.bias.position[:, None, None], out=written)
+    made[-1, :, :, queries - (layout.chunks - 1) * layout.chunk :].zero_()
+    return made
 
 
 def _position_gradients(
