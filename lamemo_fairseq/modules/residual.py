@@ -1,0 +1,118 @@
+"""What stands between two parts of a layer: ``layer_norm(residual + dropout(x + bias))``, in one kernel where it can.
+
+Half-precision rows of a width that breaks alignment, such as 410, come out as views of storage up to the next multiple
+of 8, with zeros behind them, so that products of them need no copy (`aligned.py`).
+
+Shapes: B streams, R rows of each, d width.
+"""
+
+from typing import Any, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import rows
+
+LARGEST_WIDTH = 4096
+
+
+def residual_norm(
+    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, training: bool, bias: Optional[Tensor] = None
+) -> Tensor:
+    """``norm(residual + dropout(x + bias))``.
+
+    Args:
+        x: ``[.., d]``, or wider by zeros as `aligned.linear` leaves it with *keep_padding*.
+        residual: ``[.., d]``, with any strides.
+        dropout: the probability of a zero, if *training*.
+        bias: ``[d]`` or None.
+
+    Returns:
+        ``[.., d]`` in the dtype given; the kernel's sums and statistics are in float32.
+    """
+    p = dropout if training else 0.0
+    if takes(x, residual, norm, p, bias):
+        return by_kernel(x, residual, norm, p, bias, keep=torch.is_grad_enabled())[1]
+    return plain(x, residual, norm, p, bias)[1]
+
+
+def residual_sum_and_norm(
+    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, training: bool, bias: Optional[Tensor] = None
+) -> Tuple[Tensor, Tensor]:
+    """As `residual_norm`, of which it returns the sum as well: ``(sum, norm)``."""
+    p = dropout if training else 0.0
+    function = by_kernel if takes(x, residual, norm, p, bias) else plain
+    return function(x, residual, norm, p, bias)
+
+
+def takes(x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, bias: Optional[Tensor] = None) -> bool:
+    """Whether the kernel does all that *norm* would, hooks and replaced classes included."""
+    if (
+        not rows.fusable(residual)
+        or dropout >= 1
+        or residual.size(-1) > LARGEST_WIDTH
+        or type(norm) is not nn.LayerNorm
+    ):
+        return False
+    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) > 1:
+        return False
+    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    given = [t for t in (x, norm.weight, norm.bias, bias) if t is not None]
+    return not hooks and all(t.dtype == residual.dtype and t.device == residual.device for t in given)
+
+
+def plain(
+    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, bias: Optional[Tensor] = None
+) -> Tuple[Tensor, Tensor]:
+    """Sum and norm by PyTorch's operations."""
+    x = x[..., : residual.size(-1)]
+    total = residual + F.dropout(x if bias is None else x + bias, dropout, dropout > 0)
+    return total, norm(total)
+
+
+def by_kernel(
+    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, bias: Optional[Tensor] = None, keep: bool = True
+) -> Tuple[Any, Tensor]:
+    """Sum and norm by one kernel, their gradients by another. Without *keep*, no sum and no gradients."""
+    d = residual.size(-1)
+    if x.size(-1) not in (d, rows.stored_width(residual, d)):
+        x = x[..., :d]
+    seed = rows.draw_seed(x, dropout)
+    return _ResidualNorm.apply(x, residual, norm.weight, norm.bias, bias, norm.eps, seed, dropout, keep)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, bias: Optional[Tensor], eps: float,
+        seed: Optional[Tensor], dropout: float, keep: bool,
+    ) -> Tuple[Optional[Tensor], Tensor]:  # fmt: skip
+        from . import residual_kernel
+
+        d = residual.size(-1)
+        out, saved = residual_kernel.forward(x, bias, residual, gamma, beta, eps, seed, dropout, keep)
+        if saved is None:
+            return None, rows.cut(out, d)
+        ctx.save_for_backward(*saved, gamma, seed)
+        ctx.dropout, ctx.with_bias, ctx.width_x = dropout, bias is not None, x.size(-1)
+        ctx.set_materialize_grads(False)
+        return rows.cut(saved.total, d), rows.cut(out, d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Optional[Tensor], grad: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+        from . import residual_kernel
+
+        *saved, gamma, seed = ctx.saved_tensors
+        if grad is None:
+            assert grad_sum is not None
+            grad = torch.zeros_like(grad_sum)
+        dx, ds, parameters = residual_kernel.backward(
+            grad, grad_sum, residual_kernel.Saved(*saved), gamma, seed, ctx.dropout, ctx.with_bias
+        )
+        d_gamma, d_beta, *d_bias = parameters.unbind()
+        d_residual = rows.cut(ds, grad.size(-1))
+        dx = d_residual if dx is ds and ctx.width_x == grad.size(-1) else rows.cut(dx, ctx.width_x)
+        return dx, d_residual, d_gamma, d_beta, d_bias[0] if d_bias else None, None, None, None, None
