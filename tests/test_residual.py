@@ -3,6 +3,7 @@
 Without a GPU they run in Triton's interpreter, in float32 and float16 (its bfloat16 is wrong).
 """
 
+import copy
 import math
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lamemo_fairseq.modules import activation, residual, rows
+from lamemo_fairseq.modules import DecoderLayer, LayerConfig, activation, layer, residual, rows
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 from lamemo_fairseq.modules import row_kernels
@@ -229,3 +230,55 @@ def test_activation_without_bias_keeps_nan():
     assert out[0, 1:].tolist() == [0.0, 2.0, math.inf]
     (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
     assert grad[0, 1:].tolist() == [0.0, 1.0, 1.0]
+
+
+class Halving(nn.Module):
+    """An attention that leaves out the first rows."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.out = nn.Linear(d, d, bias=False)
+
+    def forward(self, given, queries):
+        return self.out(given[:, -queries:]), None
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_layer_by_kernels_is_the_plain_one(monkeypatch, before, checkpointing, dtype):
+    config = LayerConfig(42, 30, normalize_before=before, checkpoint_activations=checkpointing)
+    torch.manual_seed(1)
+    plain = DecoderLayer(config, Halving(42)).to(DEVICE, dtype)
+    for p in plain.parameters():  # norms and biases too
+        nn.init.normal_(p, std=0.3)
+    with torch.no_grad():  # no ReLU so near its kink that rounding decides
+        plain.feed_forward.fc1.weight.mul_(0.2)
+        plain.feed_forward.fc1.bias.copy_(3 * plain.feed_forward.fc1.bias.sign())
+    exact = copy.deepcopy(plain).double()
+    given = normal(2, 9, 42).to(DEVICE, dtype)
+    low, high = given.clone().requires_grad_(), given.double().requires_grad_()
+    calls = []
+    for owner in (residual, activation):
+        by_kernel = owner.by_kernel
+        monkeypatch.setattr(owner, "by_kernel", lambda *a, _f=by_kernel, **k: calls.append(_f) or _f(*a, **k))
+    for owner in (rows, layer):
+        monkeypatch.setattr(owner, "fusable", lambda t: t.dtype in rows.DTYPES)
+    wanted = exact(high, 6)[0]
+    assert not calls
+    # Other leaves over the parameters' memory, as a recording has them.
+    leaves = {name: p.detach().requires_grad_() for name, p in plain.named_parameters()}
+    found = torch.func.functional_call(plain, leaves, (low, 6))[0]
+    assert len(calls) == (2 if before else 3)
+    close(found, wanted, dtype, "output")
+    grad = normal(2, 6, 42, seed=2).to(DEVICE, dtype)
+    gradients = torch.autograd.grad(found, [low, *leaves.values()], grad)
+    for name, one, other in zip(
+        ("rows", *leaves),
+        gradients,
+        torch.autograd.grad(wanted, [high, *exact.parameters()], grad.double()),
+        strict=True,
+    ):
+        close(one, other, dtype, name)
+    with torch.no_grad():
+        close(plain.eval()(low, 6)[0], wanted, dtype, "inference")

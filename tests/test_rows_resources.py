@@ -22,21 +22,21 @@ def compile_all(width: int, dtype: str) -> dict:
 
     from lamemo_fairseq.modules import activation_kernel, residual_kernel, row_kernels
 
-    rows, block, warps = residual_kernel.tiles(width)
-    tile = {"ROWS": rows, "BLOCK": block, "DROPPED": 1 << 28, "BIAS": True}
+    does = {"DROPPED": 1 << 28, "BIAS": True, "KEEP": True, "SUMMED": True}
     wide = width + -width % 8
-    widths = {"D": width} | dict.fromkeys(("WIDTH", "WIDTH_X", "WIDTH_R", "WIDTH_G", "WIDTH_H"), wide)
-    columns = {**tile, "W": wide, "ROWS": row_kernels.TILE // activation_kernel.BLOCK, "BLOCK": activation_kernel.BLOCK}
+    does |= {"D": width, "W": wide} | dict.fromkeys(("WIDTH", "WIDTH_X", "WIDTH_R", "WIDTH_G", "WIDTH_H"), wide)
+    activation_tile = row_kernels.TILE // activation_kernel.BLOCK, activation_kernel.BLOCK, 4
     chosen = {
-        residual_kernel.forward_kernel: ({**tile, **widths, "KEEP": True}, warps),
-        residual_kernel.backward_kernel: ({**tile, **widths, "SUMMED": True}, warps),
-        activation_kernel.forward_kernel: (columns, 4),
-        activation_kernel.backward_kernel: (columns, 4),
-        row_kernels.sum_kernel: ({"BLOCK_P": 64, "BLOCK_D": 32}, 4),
+        residual_kernel.forward_kernel: residual_kernel.tiles(width, row_kernels.TILE),
+        residual_kernel.backward_kernel: residual_kernel.tiles(width, residual_kernel.BACKWARD_TILE),
+        activation_kernel.forward_kernel: activation_tile,
+        activation_kernel.backward_kernel: activation_tile,
+        row_kernels.sum_kernel: (None, None, 8),
     }
     single, found = {"p_mean", "p_rstd", "p_partial"}, {}
-    for kernel, (given, warps) in chosen.items():
-        constants = {k: v for k, v in given.items() if k in kernel.arg_names}
+    for kernel, (rows, block, warps) in chosen.items():
+        constants = {**does, "ROWS": rows, "BLOCK": block, "BLOCK_P": 256, "BLOCK_D": 16}
+        constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
         signature = {}
         for argument in kernel.arg_names:
             kind = "fp32" if argument == "eps" else "i32"
@@ -62,7 +62,7 @@ def compile_all(width: int, dtype: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(512, "fp16"), (410, "bf16"), (4096, "fp32")])
+@pytest.mark.parametrize(("width", "dtype"), [(410, "bf16"), (4096, "fp32")])
 def test_no_spills(width, dtype):
     pytest.importorskip("triton")
     if not cuobjdump() or not os.access(cuobjdump(), os.X_OK):

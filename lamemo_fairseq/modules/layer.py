@@ -6,11 +6,15 @@ Shapes: B streams, R rows going in, Q rows coming out, d model width.
 from dataclasses import dataclass
 from typing import Any, Callable
 
+import torch.nn.functional as F
 from fairseq import utils
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import aligned
+from .activation import relu_dropout
+from .residual import residual_norm, residual_sum_and_norm
+from .rows import fusable
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,18 @@ class FeedForward(nn.Module):
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = aligned.linear(x, self.fc1.weight, self.fc1.bias, keep_padding=True)
-        hidden = self.activation_dropout(self.activation_fn(hidden))
-        return aligned.linear(hidden, self.fc2.weight, self.fc2.bias)
+        return aligned.linear(self._hidden(x), self.fc2.weight, self.fc2.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """As `forward`, but for the last bias, and perhaps wider by zeros."""
+        return aligned.linear(self._hidden(x), self.fc2.weight, keep_padding=True)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        dropout = self.activation_dropout
+        if self.activation_fn is F.relu and fusable(x):
+            hidden = aligned.linear(x, self.fc1.weight, keep_padding=True)
+            return relu_dropout(hidden, dropout.p, dropout.training, self.fc1.bias)
+        return dropout(self.activation_fn(aligned.linear(x, self.fc1.weight, self.fc1.bias, keep_padding=True)))
 
 
 class DecoderLayer(nn.Module):
@@ -75,9 +88,14 @@ class DecoderLayer(nn.Module):
         """The layer with another attention: *attend* gets its input and returns what `forward` expects of it."""
         before = self.config.normalize_before
         attended, carried = attend(self.attention_input(rows))
-        x = rows[:, rows.size(1) - attended.size(1) :] + self.dropout(attended)
-        if not before:
-            x = self.self_attn_layer_norm(x)
-        y = self.dropout(self.feed_forward(self.final_layer_norm(x) if before else x))
-        x = x + y
-        return (x if before else self.final_layer_norm(x)), carried
+        last = rows[:, rows.size(1) - attended.size(1) :]
+        p, training = self.dropout.p, self.dropout.training
+        if before:
+            x, normed = residual_sum_and_norm(attended, last, self.final_layer_norm, p, training)
+            return x + self.dropout(self.feed_forward(normed)), carried
+        x = residual_norm(attended, last, self.self_attn_layer_norm, p, training)
+        # A kernel adds the bias on its way, and sums its gradient.
+        apart = fusable(x)
+        y = self.feed_forward.without_bias(x) if apart else self.feed_forward(x)
+        bias = self.feed_forward.fc2.bias if apart else None
+        return residual_norm(y, x, self.final_layer_norm, p, training, bias), carried

@@ -16,6 +16,8 @@ from torch import Tensor
 from .row_kernels import TILE, WORDS, dropped, kept, programs, sums
 from .rows import empty_rows, readable, stored_width, strided
 
+BACKWARD_TILE = 1024  # fewer, as sums over rows stay in registers
+
 
 @triton.jit
 def forward_kernel(
@@ -126,7 +128,7 @@ def forward(
         mean, rstd = (residual.new_empty(tokens, dtype=torch.float32) for _ in range(2))
         saved = Saved(torch.empty_like(out), mean, rstd)
     if tokens:
-        rows, block, warps = tiles(d)
+        rows, block, warps = tiles(d, TILE)
         forward_kernel[(triton.cdiv(tokens, rows),)](
             x, bias, residual, gamma, beta, seed, out, *(saved or (None, None, None)),
             *x.stride()[:2], *residual.stride()[:2], tokens, residual.size(1), eps,
@@ -149,7 +151,7 @@ def backward(
     dx = torch.empty_like(ds) if dropout > 0 else ds
     grad = strided(grad)
     grad_sum = None if grad_sum is None else strided(grad_sum)
-    rows, block, warps = tiles(d)
+    rows, block, warps = tiles(d, BACKWARD_TILE)
     tokens = grad.size(0) * grad.size(1)
     count = programs(grad.device, triton.cdiv(tokens, rows))
     partial = grad.new_empty(3 if with_bias else 2, count, d, dtype=torch.float32)
@@ -162,7 +164,7 @@ def backward(
     return dx, ds, sums(partial, d, gamma.dtype)
 
 
-def tiles(d: int) -> Tuple[int, int, int]:
-    """Rows and columns of a tile, and its warps."""
+def tiles(d: int, elements: int) -> Tuple[int, int, int]:
+    """Rows and columns of a tile of about as many *elements*, and its warps."""
     block = max(16, triton.next_power_of_2(d))
-    return max(1, min(16, TILE // block)), block, 8 if block > TILE else 4
+    return max(1, min(16, elements // block)), block, max(4, 4 * block // elements)
