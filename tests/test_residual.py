@@ -282,3 +282,20 @@ def test_a_layer_by_kernels_is_the_plain_one(monkeypatch, before, checkpointing,
         close(one, other, dtype, name)
     with torch.no_grad():
         close(plain.eval()(low, 6)[0], wanted, dtype, "inference")
+
+
+def test_padding_is_read_only_inside_its_storage_and_never_counts():
+    stored = torch.full((2, 5, 48), math.nan, dtype=torch.float16, device=DEVICE)
+    short = stored.view(-1)[: 2 * 5 * 48 - 6].clone().as_strided((2, 5, 42), (240, 48, 1))
+    assert [rows.readable(t) for t in (stored[..., :42], short, stored[..., 6:])] == [48, 42, 42]
+    low, _ = given(torch.float16, 2, 5, 0, 42)
+    out = residual.by_kernel(low[0], low[1], norm_of(low[2].detach(), low[3].detach()), 0.0)[1]
+    grad = normal(2, 5, 42).to(DEVICE, torch.float16)
+    found = torch.autograd.grad(out, low[:2], stored[..., :42].copy_(grad), retain_graph=True)
+    for one, other in zip(found, torch.autograd.grad(out, low[:2], grad), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_sums_over_many_programs():
+    partial = normal(2, 600, 20).to(DEVICE, torch.float32)
+    torch.testing.assert_close(row_kernels.sums(partial, 17, torch.float32), partial[..., :17].sum(1))
