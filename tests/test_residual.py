@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lamemo_fairseq.modules import DecoderLayer, LayerConfig, activation, layer, residual, rows
 
 pytest.importorskip("triton", reason="the kernels need Triton")
-from lamemo_fairseq.modules import row_kernels
+from lamemo_fairseq.modules import shared_kernels
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -41,7 +41,7 @@ def nan_buffers(monkeypatch):
 def few_programs(monkeypatch):
     """Each has several tiles to go through; on a GPU there are as many as ever."""
     if not GPU:
-        monkeypatch.setattr(row_kernels, "PROGRAMS_PER_MULTIPROCESSOR", 2)
+        monkeypatch.setattr(shared_kernels, "PROGRAMS_PER_MULTIPROCESSOR", 2)
 
 
 def normal(*shape, seed=0):
@@ -298,4 +298,4 @@ def test_padding_is_read_only_inside_its_storage_and_never_counts():
 
 def test_sums_over_many_programs():
     partial = normal(2, 600, 20).to(DEVICE, torch.float32)
-    torch.testing.assert_close(row_kernels.sums(partial, 17, torch.float32), partial[..., :17].sum(1))
+    torch.testing.assert_close(shared_kernels.sums(partial, 17, torch.float32), partial[..., :17].sum(1))

@@ -20,18 +20,18 @@ def compile_all(width: int, dtype: str) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lamemo_fairseq.modules import activation_kernel, residual_kernel, row_kernels
+    from lamemo_fairseq.modules import activation_kernel, residual_kernel, shared_kernels
 
     does = {"DROPPED": 1 << 28, "BIAS": True, "KEEP": True, "SUMMED": True}
     wide = width + -width % 8
     does |= {"D": width, "W": wide} | dict.fromkeys(("WIDTH", "WIDTH_X", "WIDTH_R", "WIDTH_G", "WIDTH_H"), wide)
-    activation_tile = row_kernels.TILE // activation_kernel.BLOCK, activation_kernel.BLOCK, 4
+    activation_tile = shared_kernels.TILE // activation_kernel.BLOCK, activation_kernel.BLOCK, 4
     chosen = {
-        residual_kernel.forward_kernel: residual_kernel.tiles(width, row_kernels.TILE),
+        residual_kernel.forward_kernel: residual_kernel.tiles(width, shared_kernels.TILE),
         residual_kernel.backward_kernel: residual_kernel.tiles(width, residual_kernel.BACKWARD_TILE),
         activation_kernel.forward_kernel: activation_tile,
         activation_kernel.backward_kernel: activation_tile,
-        row_kernels.sum_kernel: (None, None, 8),
+        shared_kernels.sum_kernel: (None, None, 8),
     }
     single, found = {"p_mean", "p_rstd", "p_partial"}, {}
     for kernel, (rows, block, warps) in chosen.items():

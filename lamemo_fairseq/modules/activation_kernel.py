@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .row_kernels import TILE, WORDS, dropped, kept, programs, sums
+from .shared_kernels import TILE, WORDS, dropped, kept, programs, sums
 
 BLOCK = 256  # columns of a tile
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .row_kernels import TILE, WORDS, dropped, kept, programs, sums
+from .shared_kernels import TILE, WORDS, dropped, kept, programs, sums
 from .rows import empty_rows, readable, stored_width, strided
 
 BACKWARD_TILE = 1024  # fewer, as sums over rows stay in registers
