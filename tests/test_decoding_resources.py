@@ -1,4 +1,4 @@
-"""What the kernels of decoding and of a layer's rows need of a Hopper GPU, from compilation alone."""
+"""What the kernels of decoding need of a Hopper GPU, from compilation alone."""
 
 import json
 import os
@@ -28,14 +28,14 @@ SINGLE = {
     "p_log_probs",
     "p_found_log_probs",
 }
-NUMBERS = {"dropout", "eps", "residual_eps", "by_temperature", "top_p", "scale"}
+NUMBERS = {"eps", "residual_eps", "by_temperature", "top_p", "scale"}
 
 
 def launches(dtype: str) -> dict:
     """A launch's kernel, constants and tile, by name."""
     from lamemo_fairseq.attention import cached_kernel
     from lamemo_fairseq.generation import word_kernels
-    from lamemo_fairseq.modules import residual_kernels, row_kernels
+    from lamemo_fairseq.modules import row_kernels
 
     found = {}
     for splits in (1, 16):
@@ -58,12 +58,6 @@ def launches(dtype: str) -> dict:
             options = {k: tile.pop(k) for k in ("num_warps", "num_stages") if k in tile}
             constants = {**flags, **used, "WIDE_K": size, "WIDE_N": width, **tile}
             found[f"{name}, {rows} rows"] = (row_kernels.row_map_kernel, constants, options)
-    constants = {"ROWS": 4, "BLOCK": WIDTH // 4, "DROPOUT": True, "LEARNS": True}
-    found["residual norm"] = (residual_kernels.residual_norm_kernel, constants, {"num_warps": 4})
-    constants = {name: constants[name] for name in ("ROWS", "BLOCK", "DROPOUT")}
-    found["its gradient"] = (residual_kernels.residual_norm_gradient_kernel, constants, {"num_warps": 4})
-    constants = {"BLOCK": 512, "DROPOUT": True}
-    found["relu, dropout"] = (residual_kernels.relu_dropout_kernel, constants, {"num_warps": 4})
     found["embed"] = (word_kernels.embed_kernel, {"D": WIDTH, "KEEP": True, "BLOCK_D": WIDTH}, {})
     for block in (256, 512):
         constants = {"ADD": True, "TOP_K": 5, "TOP_P": True, "BLOCK_V": block, "BLOCK_W": word_kernels.PAIRS}
@@ -88,9 +82,7 @@ def compile_all(dtype: str) -> dict:
             else:
                 signature[argument] = "fp32" if argument in NUMBERS else "i32"
         free = [n for n in kernel.arg_names if n not in constants and n not in NUMBERS]
-        divisible = [
-            n for n in free if n.startswith(("p_", "s_")) or n in ("K", "N", "L", "W", "count", "columns", "mem_len")
-        ]
+        divisible = [n for n in free if n.startswith(("p_", "s_")) or n in ("K", "N", "columns", "mem_len")]
         attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in divisible}
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -6,12 +6,15 @@ Shapes: B streams, R rows going in, Q rows coming out, d model width.
 from dataclasses import dataclass
 from typing import Any, Callable
 
+import torch.nn.functional as F
 from fairseq import utils
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import aligned
-from .residual import activation_dropout, residual_norm
+from .activation import relu_dropout
+from .residual import residual_norm, residual_sum_and_norm
+from .rows import fusable
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,21 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(config.embed_dim, config.ffn_dim)
         self.fc2 = nn.Linear(config.ffn_dim, config.embed_dim)
         self.activation_fn = utils.get_activation_fn(config.activation_fn)
-        self.activation_dropout = config.activation_dropout
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = aligned.linear(x, self.fc1.weight, self.fc1.bias, keep_padding=True)
-        hidden = activation_dropout(hidden, self.activation_fn, self.activation_dropout if self.training else 0.0)
-        return aligned.linear(hidden, self.fc2.weight, self.fc2.bias)
+        return aligned.linear(self._hidden(x), self.fc2.weight, self.fc2.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """As `forward`, but for the last bias, and perhaps wider by zeros."""
+        return aligned.linear(self._hidden(x), self.fc2.weight, keep_padding=True)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        dropout = self.activation_dropout
+        if self.activation_fn is F.relu and fusable(x):
+            hidden = aligned.linear(x, self.fc1.weight, keep_padding=True)
+            return relu_dropout(hidden, dropout.p, dropout.training, self.fc1.bias)
+        return dropout(self.activation_fn(aligned.linear(x, self.fc1.weight, self.fc1.bias, keep_padding=True)))
 
 
 class DecoderLayer(nn.Module):
@@ -76,12 +88,14 @@ class DecoderLayer(nn.Module):
         """The layer with another attention: *attend* gets its input and returns what `forward` expects of it."""
         before = self.config.normalize_before
         attended, carried = attend(self.attention_input(rows))
-        x = self._add(attended, rows[:, rows.size(1) - attended.size(1) :], self.self_attn_layer_norm)
-        x = self._add(self.feed_forward(self.final_layer_norm(x) if before else x), x, self.final_layer_norm)
-        return x, carried
-
-    def _add(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """With dropout, and with the norm where it comes after."""
-        if self.config.normalize_before:
-            return residual + self.dropout(x)
-        return residual_norm(x, residual, norm, self.dropout.p if self.training else 0.0)
+        last = rows[:, rows.size(1) - attended.size(1) :]
+        p, training = self.dropout.p, self.dropout.training
+        if before:
+            x, normed = residual_sum_and_norm(attended, last, self.final_layer_norm, p, training)
+            return x + self.dropout(self.feed_forward(normed)), carried
+        x = residual_norm(attended, last, self.self_attn_layer_norm, p, training)
+        # A kernel adds the bias on its way, and sums its gradient.
+        apart = fusable(x)
+        y = self.feed_forward.without_bias(x) if apart else self.feed_forward(x)
+        bias = self.feed_forward.fc2.bias if apart else None
+        return residual_norm(y, x, self.final_layer_norm, p, training, bias), carried

@@ -1,0 +1,64 @@
+"""What stands between a feed-forward layer's two products: ``dropout(relu(x + bias))``, in one kernel where it can.
+
+Shapes: W columns of rows.
+"""
+
+from typing import Any, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import rows
+
+
+def relu_dropout(x: Tensor, dropout: float, training: bool, bias: Optional[Tensor] = None) -> Tensor:
+    """``dropout(relu(x + bias))``.
+
+    Args:
+        x: ``[.., W]``.
+        dropout: the probability of a zero, if *training*.
+        bias: at most W numbers, for the first columns, or None.
+
+    Returns:
+        ``[.., W]`` in the dtype given.
+    """
+    p = dropout if training else 0.0
+    return by_kernel(x, p, bias) if takes(x, p, bias) else plain(x, p, bias)
+
+
+def takes(x: Tensor, dropout: float, bias: Optional[Tensor] = None) -> bool:
+    return rows.fusable(x) and dropout < 1 and (bias is None or (bias.dtype, bias.device) == (x.dtype, x.device))
+
+
+def plain(x: Tensor, dropout: float, bias: Optional[Tensor] = None) -> Tensor:
+    """By PyTorch's operations."""
+    if bias is not None:
+        x = x + F.pad(bias, (0, x.size(-1) - len(bias)))
+    return F.dropout(F.relu(x), dropout, dropout > 0)
+
+
+def by_kernel(x: Tensor, dropout: float, bias: Optional[Tensor] = None) -> Tensor:
+    """By one kernel, the gradients by another."""
+    return _ReluDropout.apply(x.contiguous(), bias, rows.draw_seed(x, dropout), dropout)
+
+
+class _ReluDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Optional[Tensor], seed: Optional[Tensor], dropout: float) -> Tensor:
+        from . import activation_kernel
+
+        out = activation_kernel.forward(x, bias, seed, dropout)
+        ctx.save_for_backward(out)
+        ctx.dropout, ctx.bias_width = dropout, None if bias is None else len(bias)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        from . import activation_kernel
+
+        (out,) = ctx.saved_tensors
+        dx, d_bias = activation_kernel.backward(grad.contiguous(), out, ctx.dropout, ctx.bias_width)
+        return dx, d_bias, None, None

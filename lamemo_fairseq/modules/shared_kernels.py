@@ -1,0 +1,65 @@
+"""Triton kernels that those over rows share: dropout's mask, and sums over programs.
+
+Gradients of parameters are sums over rows. Each of a fixed number of programs keeps one of its own, and a second kernel
+adds these in order, so that runs agree to the last bit.
+
+Shapes: P programs, d columns.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 2048  # elements that a program of four warps holds at a time
+PROGRAMS_PER_MULTIPROCESSOR = 6  # as many as registers allow at a time
+WORDS = tl.constexpr(1 << 31)
+
+
+@triton.jit
+def kept(p_seed, rows, groups, first, DROPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which elements of a tile dropout keeps: four columns, a group, share one call of the generator.
+
+    Groups are numbered, *groups* a row, the tile's from *first* on; of 2^31 words, DROPPED drop an element.
+    """
+    number = rows[:, None] * groups + first + tl.arange(0, BLOCK // 4)[None, :]
+    a, b, c, d = tl.randint4x(tl.load(p_seed), number)
+    words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [ROWS, BLOCK])
+    return (words >> 1).to(tl.int32) >= DROPPED
+
+
+@triton.jit
+def sum_kernel(p_partial, p_out, P, width, d, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    which, column = tl.program_id(1), tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b_sum = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        row = start + tl.arange(0, BLOCK_P)
+        place = (which * P + row[:, None]) * width + column[None, :]
+        b_sum += tl.load(p_partial + place, (row[:, None] < P) & (column[None, :] < d), other=0.0)
+    tl.store(p_out + which * d + column, tl.sum(b_sum, 0).to(p_out.dtype.element_ty), column < d)
+
+
+def sums(partial: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    """``partial [n, P, >= d]`` in float32, summed over the programs: ``[n, d]``."""
+    count, programs, width = partial.shape
+    out = partial.new_empty(count, d, dtype=dtype)
+    # Narrow, as what takes its time is the way down the programs.
+    sum_kernel[(triton.cdiv(d, 16), count)](partial, out, programs, width, d, BLOCK_P=256, BLOCK_D=16, num_warps=8)
+    return out
+
+
+def dropped(dropout: float) -> int:
+    """Of 2^31 random words, those that drop an element."""
+    return round(dropout * (1 << 31))
+
+
+def programs(device: torch.device, tiles: int, columns: int = 1) -> int:
+    """How many programs share the *tiles* of rows, with *columns* others beside each: at least one."""
+    return max(1, min(tiles, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device) // columns))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
