@@ -267,7 +267,7 @@ def main() -> None:
         _, words, streams, _ = SIZES[size]
         length = 64 if size == "quickstart" else 150 if "wt103" in size else 512
         with tempfile.TemporaryDirectory() as folder:
-            write_data(Path(folder), words, streams * length * (args.steps + PROFILED + 2))
+            write_data(Path(folder), words, streams * length * (args.steps + PROFILED + 16))
             for path in args.paths:
                 process = FORK.Process(target=one, args=(args, size, path, folder))
                 process.start()

@@ -4,6 +4,9 @@ import logging
 import sys
 from typing import Any, Callable, Iterator
 
+import torch
+from fairseq.trainer import Trainer
+
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
@@ -34,3 +37,14 @@ def _train(original: Callable[..., Any], cfg: Any, trainer: Any, *args: Any) -> 
         logger.info("nothing left to do: the checkpoint has %d updates, and --max-update is %d", updates, limit)
         return [None], True
     return original(cfg, trainer, *args)
+
+
+@stand_in(Trainer, "_set_seed")
+def _set_seed(original: Callable[..., Any], trainer: Any) -> None:
+    """The seed of an update, for its device alone: torch.manual_seed notes a stack of calls for each that is absent."""
+    if trainer.device.type not in ("cpu", "cuda"):
+        return original(trainer)
+    seed = trainer.cfg.common.seed + trainer.get_num_updates()
+    torch.default_generator.manual_seed(seed)
+    if trainer.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
