@@ -1,13 +1,18 @@
 """Products whose widths break the 16-byte alignment that tensor cores are fast with.
 
-Widths such as 410 and 2100 are padded with zeros for the product alone; parameters keep their shapes.
+Widths such as 410 and 2100 are padded with zeros for the product alone; parameters keep their shapes. Rows that stand
+16 bytes apart already, as the layers' kernels leave them (`residual.py`), are taken with what is behind them. So the
+rule is: rows whose storage is wider than they are hold finite numbers there. The zeros of the weights make them harmless.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .rows import readable
 
 
 def misaligned(x: Tensor, weight: Tensor) -> bool:
@@ -20,12 +25,12 @@ def misaligned(x: Tensor, weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, keep_padding: bool = False) -> Tensor:
     """``x [.., d]`` times ``weight [e, d]`` as `F.linear`: ``[.., e]``.
 
-    x may already be wider than d, by zeros or by anything finite. With *keep_padding* the result may be wider than
-    e, by zeros, which saves a copy where another product takes it.
+    x may already be wider than d, by zeros or by anything finite, or be rows of wider storage. With *keep_padding* the
+    result may be wider than e, by zeros, which saves a copy where another product takes it.
     """
     if not misaligned(x, weight):
         return F.linear(x, weight, bias)
-    product = F.linear(padded(x), padded(weight, 2), None if bias is None else padded(bias))
+    product = F.linear(widened(x), padded(weight, 2), None if bias is None else padded(bias))
     return product if keep_padding else product[..., : weight.size(0)]
 
 
@@ -33,3 +38,23 @@ def padded(t: Tensor, dims: int = 1) -> Tensor:
     """Zeros behind the last *dims* dimensions, up to multiples of 8."""
     amounts = [amount for size in reversed(t.shape[-dims:]) for amount in (0, -size % 8)]
     return F.pad(t, amounts) if any(amounts) else t
+
+
+def widened(rows: Tensor) -> Tensor:
+    """``rows [.., d]`` up to a multiple of 8: with the numbers behind them where they have some, else with zeros."""
+    if rows.size(-1) % 8 == 0 or rows.stride(-1) != 1 or readable(rows) % 8:
+        return padded(rows)
+    return _Widen.apply(rows)
+
+
+class _Widen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.width = rows.size(-1)
+        # No view to autograd, which would refuse changes in place.
+        return rows.as_strided((*rows.shape[:-1], readable(rows)), rows.stride()).detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad[..., : ctx.width]

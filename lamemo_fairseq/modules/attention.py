@@ -66,8 +66,8 @@ class SelfAttention(nn.Module):
         return read_out
 
     def merge_heads(self, heads: Tensor) -> Tensor:
-        """``[B, H, Q, D] -> [B, Q, d]`` through the output projection."""
-        return aligned.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight)
+        """``[B, H, Q, D] -> [B, Q, d]``, perhaps wider by zeros, through the output projection."""
+        return aligned.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, keep_padding=True)
 
     @property
     def _dropout(self) -> float:

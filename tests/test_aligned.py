@@ -1,0 +1,69 @@
+"""Products with padded widths against products without, without a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lamemo_fairseq.modules import aligned
+
+from .helpers import random_tokens, tiny_decoder
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(aligned, "misaligned", lambda x, w: any(size % 8 for size in (x.size(-1), *w.shape)))
+
+
+def rows(shape, wide, offset=0):
+    """Rows of float16; *wide* ones stand 16 bytes apart, with ones behind them."""
+    torch.manual_seed(1)
+    values = torch.randn(shape).half()
+    if not wide:
+        return values.requires_grad_()
+    width = -(-shape[-1] // 8) * 8
+    storage = torch.ones(offset + values[..., 0].numel() * width).half()
+    strides = (*(torch.empty(*shape[:-1], width).stride()[:-1]), 1)
+    return torch.as_strided(storage, shape, strides, offset).copy_(values).requires_grad_()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("keep_padding", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 13), (5, 13), (1, 1, 3)], ids=str)
+def test_products(shape, keep_padding, wide, on_a_gpu):
+    x, weight = rows(shape, wide), torch.randn(11, shape[-1]).half().requires_grad_()
+    bias = torch.randn(11).half().requires_grad_()
+    found = aligned.linear(x, weight, bias, keep_padding)
+    assert found.size(-1) == (16 if keep_padding else 11) and not found[..., 11:].any()
+    wanted = F.linear(x, weight, bias)
+    grad = torch.randn_like(wanted)
+    gradients = torch.autograd.grad(found[..., :11], (x, weight, bias), grad)
+    expected = torch.autograd.grad(wanted, (x, weight, bias), grad)
+    for one, other in zip((found[..., :11], *gradients), (wanted, *expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+def test_rows_16_bytes_apart_are_not_copied():
+    x = rows((2, 3, 13), wide=True)
+    assert aligned.widened(x).data_ptr() == x.data_ptr() and aligned.widened(x).shape == (2, 3, 16)
+    for other in (rows((2, 3, 13), wide=False), rows((2, 3, 13), wide=True, offset=2)):
+        assert aligned.widened(other).data_ptr() != other.data_ptr() and not aligned.widened(other)[..., 13:].any()
+
+
+@pytest.mark.parametrize("memory", ["lookahead", "recurrent", "compressive", "continuous", "token", "none"])
+def test_a_decoder_of_odd_widths(memory, monkeypatch):
+    positions = "disentangled" if memory == "lookahead" else "transformer-xl"
+    options = {"decoder_embed_dim": 10, "decoder_attention_heads": 2, "decoder_ffn_embed_dim": 9}
+    found = []
+    for misaligned in (lambda x, w: False, lambda x, w: any(size % 8 for size in (x.size(-1), *w.shape))):
+        monkeypatch.setattr(aligned, "misaligned", misaligned)
+        decoder = tiny_decoder(memory=memory, position_encoding=positions, **options).train()
+        state, loss = None, 0.0
+        for segment in random_tokens(2, 3 * decoder.segment_length).split(decoder.segment_length, dim=1):
+            features, state, _ = decoder.step(segment, state)
+            loss = loss + features.square().sum()
+        found.append([loss, *torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)])
+    assert len(found[0]) > 10
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
