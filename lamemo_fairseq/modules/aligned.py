@@ -2,7 +2,7 @@
 
 Widths such as 410 and 2100 are padded with zeros for the product alone; parameters keep their shapes. Rows that stand
 16 bytes apart already, as the layers' kernels leave them (`residual.py`), are taken with what is behind them. So the
-rule is: rows whose storage is wider than they are hold finite numbers there. The zeros of the weights make them harmless.
+rule is: rows whose storage is wider than they are hold finite numbers there, which the weights' zeros make harmless.
 """
 
 from typing import Any, Optional
