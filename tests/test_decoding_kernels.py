@@ -80,14 +80,14 @@ def draw(scores, added=None, seed=0, at=0, **options):
 
 @triton.jit
 def clock_kernel(p_out, seed, first, count, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(p_out + i, clock(seed, first + i), mask=i < count)
 
 
 def clocks(seed, first, count):
     """The kernel's random numbers ``first .. first + count - 1``."""
     out = torch.empty(count, device=DEVICE)
-    clock_kernel[(1,)](out, seed, first, count, BLOCK=triton.next_power_of_2(count))
+    clock_kernel[(triton.cdiv(count, 4096),)](out, seed, first, count, BLOCK=4096)
     return out
 
 

@@ -30,7 +30,9 @@ def nan_buffers(monkeypatch):
 
     def filled(allocate, *args, **kwargs):
         made = allocate(*args, **kwargs)
-        return made.fill_(math.nan) if made.is_floating_point() else made
+        if made.is_floating_point():
+            made.detach().fill_(math.nan)  # checkpointing makes a leaf of nothing, which must not change in place
+        return made
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         allocate = getattr(owner, name)
@@ -76,8 +78,8 @@ def given(dtype, streams, count, skipped, d, at_least=0):
     return [t.clone().requires_grad_() for t in low], [t.double().requires_grad_() for t in low]
 
 
-def close(found, wanted, dtype, name):
-    scale = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
+def close(found, wanted, dtype, name, amplified=1.0):
+    scale = amplified * max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
     torch.testing.assert_close(
         found.double(), wanted, rtol=0, atol=TOLERANCE[dtype] * scale, msg=lambda text: f"{name}: {text}"
     )
@@ -97,9 +99,11 @@ def test_residual_norm_is_the_plain_one(dtype, streams, count, skipped, d, both)
     for name, one, other in zip(("sum", "norm"), found[:2], wanted[:2], strict=True):
         assert one.dtype == dtype and one.shape == other.shape
         close(one, other, dtype, name)
+    # The norm of one number is its bias: what is left of its gradient is rounding, divided by the root of eps.
+    amplified = 1e-5**-0.5 if d == 1 else 1.0
     for name, one, other in zip(NAMES, found[2], wanted[2], strict=True):
         assert one.shape == other.shape
-        close(one, other, dtype, name)
+        close(one, other, dtype, name, amplified)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
