@@ -95,7 +95,7 @@ def draw_kernel(
             drawable = drawable & ((b_held < top_p) | (b_rank == 0))
     position = tl.load(p_position + b)
     at = (position.to(tl.int32) * tl.num_programs(0) + b) * V + v
-    # The word whose exponential clock rings first; of numbers that are none there is no first, so the first word serves.
+    # The word whose exponential clock rings first. Of a row that holds NaN, the first word.
     b_rings = tl.where(drawable & (b_p == b_p), b_p - tl.log(clock(tl.load(p_seed), at)), -float("inf"))
     word = tl.minimum(tl.argmax(b_rings, axis=0), V - 1)
     log_prob = tl.sum(tl.where(v == word, b_p, 0.0), axis=0)
