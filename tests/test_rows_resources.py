@@ -27,10 +27,10 @@ def compile_all(width: int, dtype: str) -> dict:
     does |= {"D": width, "W": wide} | dict.fromkeys(("WIDTH", "WIDTH_X", "WIDTH_R", "WIDTH_G", "WIDTH_H"), wide)
     activation_tile = shared_kernels.TILE // activation_kernel.BLOCK, activation_kernel.BLOCK, 4
     chosen = {
-        residual_kernel.forward_kernel: residual_kernel.tiles(width, shared_kernels.TILE),
-        residual_kernel.backward_kernel: residual_kernel.tiles(width, residual_kernel.BACKWARD_TILE),
-        activation_kernel.forward_kernel: activation_tile,
-        activation_kernel.backward_kernel: activation_tile,
+        residual_kernel.residual_norm_kernel: residual_kernel.tiles(width, shared_kernels.TILE),
+        residual_kernel.residual_norm_gradient_kernel: residual_kernel.tiles(width, residual_kernel.BACKWARD_TILE),
+        activation_kernel.relu_dropout_kernel: activation_tile,
+        activation_kernel.relu_dropout_gradient_kernel: activation_tile,
         shared_kernels.sum_kernel: (None, None, 8),
     }
     single, found = {"p_mean", "p_rstd", "p_partial"}, {}

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 PARTS = {
-    "attention": r"forward_kernel|key_kernel|query_kernel|delta_kernel|clear_kernel|flash|fmha",
+    "attention": r"^forward_kernel|key_kernel|query_kernel|delta_kernel|clear_kernel|flash|fmha",
     "products": r"gemm|cutlass|nvjet|cublas|splitK",
     "loss": r"softmax|nll",
-    "norms, dropout": r"norm|dropout|GammaBeta|masked_scale|RowwiseMoments",
+    "norms, dropout": r"norm|dropout|^sum_kernel|GammaBeta|masked_scale|RowwiseMoments",
     "copies": r"copy|Copy|Memcpy|memcpy|Memset|CatArray|cat_|Fill",
     "optimizer": r"adam|addcdiv|addcmul|sqrt|multi_tensor",
 }

@@ -18,7 +18,7 @@ BLOCK = 256  # columns of a tile
 
 
 @triton.jit
-def forward_kernel(
+def relu_dropout_kernel(
     p_x, p_bias, p_seed, p_out, T, bias_width, groups,
     W: tl.constexpr, BIAS: tl.constexpr, DROPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def relu_dropout_gradient_kernel(
     p_grad, p_out, p_dx, p_partial, T,
     W: tl.constexpr, BIAS: tl.constexpr, DROPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def forward(x: Tensor, bias: Optional[Tensor], seed: Optional[Tensor], dropout: 
     out, width = torch.empty_like(x), x.size(-1)
     tokens, columns, rows = x.numel() // width, triton.cdiv(width, BLOCK), TILE // BLOCK
     if tokens:
-        forward_kernel[(triton.cdiv(tokens, rows), columns)](
+        relu_dropout_kernel[(triton.cdiv(tokens, rows), columns)](
             x, bias, seed, out, tokens, 0 if bias is None else len(bias), columns * (BLOCK // 4),
             W=width, BIAS=bias is not None, DROPPED=dropped(dropout), ROWS=rows, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
@@ -76,7 +76,7 @@ def backward(grad: Tensor, out: Tensor, dropout: float, bias_width: Optional[int
     tokens, columns, rows = out.numel() // width, triton.cdiv(width, BLOCK), TILE // BLOCK
     count = programs(out.device, triton.cdiv(tokens, rows), columns)
     partial = None if bias_width is None else out.new_empty(1, count, width, dtype=torch.float32)
-    backward_kernel[(count, columns)](
+    relu_dropout_gradient_kernel[(count, columns)](
         grad, out, dx, partial, tokens,
         W=width, BIAS=partial is not None, DROPPED=dropped(dropout), ROWS=rows, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

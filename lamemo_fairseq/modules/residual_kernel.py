@@ -20,7 +20,7 @@ BACKWARD_TILE = 1024  # fewer, as sums over rows stay in registers
 
 
 @triton.jit
-def forward_kernel(
+def residual_norm_kernel(
     p_x, p_bias, p_residual, p_gamma, p_beta, p_seed, p_out, p_sum, p_mean, p_rstd,
     s_xb, s_xr, s_rb, s_rr, T, R, eps,
     D: tl.constexpr, WIDTH_X: tl.constexpr, WIDTH_R: tl.constexpr, WIDTH: tl.constexpr,
@@ -59,7 +59,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def residual_norm_gradient_kernel(
     p_grad, p_grad_sum, p_sum, p_mean, p_rstd, p_gamma, p_seed, p_dx, p_ds, p_partial,
     s_gb, s_gr, s_hb, s_hr, T, R,
     D: tl.constexpr, WIDTH_G: tl.constexpr, WIDTH_H: tl.constexpr, WIDTH: tl.constexpr,
@@ -129,7 +129,7 @@ def forward(
         saved = Saved(torch.empty_like(out), mean, rstd)
     if tokens:
         rows, block, warps = tiles(d, TILE)
-        forward_kernel[(triton.cdiv(tokens, rows),)](
+        residual_norm_kernel[(triton.cdiv(tokens, rows),)](
             x, bias, residual, gamma, beta, seed, out, *(saved or (None, None, None)),
             *x.stride()[:2], *residual.stride()[:2], tokens, residual.size(1), eps,
             D=d, WIDTH_X=readable(x), WIDTH_R=readable(residual), WIDTH=out.size(-1),
@@ -155,7 +155,7 @@ def backward(
     tokens = grad.size(0) * grad.size(1)
     count = programs(grad.device, triton.cdiv(tokens, rows))
     partial = grad.new_empty(3 if with_bias else 2, count, d, dtype=torch.float32)
-    backward_kernel[(count,)](
+    residual_norm_gradient_kernel[(count,)](
         grad, grad_sum, *saved, gamma, seed, dx, ds, partial,
         *grad.stride()[:2], *((0, 0) if grad_sum is None else grad_sum.stride()[:2]), tokens, grad.size(1),
         D=d, WIDTH_G=readable(grad), WIDTH_H=0 if grad_sum is None else readable(grad_sum), WIDTH=stored_width(grad, d),
