@@ -1,16 +1,10 @@
 """What the kernels of decoding need of a Hopper GPU, from compilation alone."""
 
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-import pytest
-
-from .test_fused_resources import REGISTERS, SHARED_BYTES, cuobjdump
+from .resources import printed_by, used
 
 HEAD, WIDTH, INNER, WORDS, COLUMNS = 64, 512, 2048, 208, 1024  # the released enwik8 sizes
 INTEGERS = {"p_tokens": "i64", "p_slots": "i64", "p_words": "i64", "p_position": "i64", "p_found": "i64"}
@@ -52,11 +46,11 @@ def launches(dtype: str) -> dict:
         "fc2": (INNER, WIDTH, {"BIAS": True, "RESIDUAL": True, "RESIDUAL_NORM": True}),
         "widest": (1024, 1024, {"NORM": True, "RESIDUAL": True, "RESIDUAL_NORM": True}),
     }
-    for name, (size, width, used) in of.items():
+    for name, (size, width, does) in of.items():
         for rows in (1, 64):
             tile = row_kernels._tile(rows, size, width, 4 if dtype == "fp32" else 2)
             options = {k: tile.pop(k) for k in ("num_warps", "num_stages") if k in tile}
-            constants = {**flags, **used, "WIDE_K": size, "WIDE_N": width, **tile}
+            constants = {**flags, **does, "WIDE_K": size, "WIDE_N": width, **tile}
             found[f"{name}, {rows} rows"] = (row_kernels.row_map_kernel, constants, options)
     found["embed"] = (word_kernels.embed_kernel, {"D": WIDTH, "KEEP": True, "BLOCK_D": WIDTH}, {})
     for block in (256, 512):
@@ -67,53 +61,22 @@ def launches(dtype: str) -> dict:
 
 def compile_all(dtype: str) -> dict:
     """Compile every launch for sm_90; run in a process without the interpreter."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     usage = {}
     for name, (kernel, constants, options) in launches(dtype).items():
-        signature = {}
-        for argument in kernel.arg_names:
-            if argument in constants:
-                signature[argument] = "constexpr"
-            elif argument.startswith("p_"):
-                signature[argument] = "*" + INTEGERS.get(argument, "fp32" if argument in SINGLE else dtype)
-            else:
-                signature[argument] = "fp32" if argument in NUMBERS else "i32"
-        free = [n for n in kernel.arg_names if n not in constants and n not in NUMBERS]
+        kinds = {n: "*" + INTEGERS.get(n, "fp32" if n in SINGLE else dtype) for n in kernel.arg_names if n[:2] == "p_"}
+        kinds |= dict.fromkeys(NUMBERS, "fp32")
+        free = [n for n in kernel.arg_names if n not in NUMBERS]
         divisible = [n for n in free if n.startswith(("p_", "s_")) or n in ("K", "N", "columns", "mem_len")]
-        attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in divisible}
-        source = ASTSource(kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            command = [cuobjdump(), "--dump-resource-usage", file.name]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
-        loads = [
-            int(n) * int(size) // 8 for n, size in re.findall(r"ld\.global\S*\.v(\d)\.b(\d+)", compiled.asm["ptx"])
-        ]
-        usage[name] = {**numbers, "SHARED": compiled.metadata.shared, "LOAD": max(loads, default=4)}
+        usage[name], ptx = used(kernel, constants, kinds, divisible, options)
+        loads = [int(n) * int(size) // 8 for n, size in re.findall(r"ld\.global\S*\.v(\d)\.b(\d+)", ptx)]
+        usage[name]["LOAD"] = max(loads, default=4)
     return usage
 
 
 def test_no_spills_and_wide_loads():
-    pytest.importorskip("triton")
-    if not cuobjdump() or not os.access(cuobjdump(), os.X_OK):
-        pytest.skip("no cuobjdump: Triton for this platform does not carry NVIDIA's tools")
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "tests.test_decoding_resources", "bf16"]
-    printed = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert printed.returncode == 0, printed.stderr[-3000:]
-    for launch, used in json.loads(printed.stdout.splitlines()[-1]).items():
-        assert used["REG"] <= REGISTERS, (launch, used)
-        assert used["LOCAL"] == 0 and used["STACK"] == 0, (launch, used)
-        assert used["SHARED"] <= SHARED_BYTES, (launch, used)
+    for launch, usage in printed_by("tests.test_decoding_resources", "bf16").items():
         if "rows" in launch or "attention" in launch:  # what reads weights or the cache
-            assert used["LOAD"] == 16, (launch, used)
+            assert usage["LOAD"] == 16, (launch, usage)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,19 @@
 """What the kernels cost on a Hopper GPU: registers, spills and shared memory, from compilation alone."""
 
 import json
-import os
-import re
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from .resources import printed_by, used
+
 KERNELS = ("forward_kernel", "delta_kernel", "clear_kernel", "key_kernel", "query_kernel")
-SHARED_BYTES = 227 * 1024  # of a thread block on sm_90
-REGISTERS = 255
 
 
 def compile_all(head: int, dtype: str) -> dict:
     """Compile every kernel for sm_90 as LaMemo's look-ahead launches it; run in a process without the interpreter."""
-    import tempfile
-
     import torch
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from lamemo_fairseq.attention.fused import kernels, tiles
 
@@ -45,57 +36,19 @@ def compile_all(head: int, dtype: str) -> dict:
             **flags,
         }
         constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
-        constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-        signature = {}
-        for argument in kernel.arg_names:
-            kind = "i32"
-            if argument in constants:
-                kind = "constexpr"
-            elif argument in ("p_first", "p_seed"):
-                kind = "*i32"
-            elif argument.startswith("p_"):
-                kind = "*fp32" if argument in single else f"*{dtype}"
-            elif argument in ("scale", "dropout", "eps"):
-                kind = "fp32"
-            signature[argument] = kind
+        kinds = {n: f"*{dtype}" for n in kernel.arg_names if n.startswith("p_")}
+        kinds |= dict.fromkeys(single, "*fp32") | {"p_first": "*i32", "p_seed": "*i32"}
+        kinds |= dict.fromkeys(("scale", "dropout", "eps"), "fp32")
         # Pointers and strides are multiples of 16, but for the rows of position scores, which are of 8.
-        aligned = [n for n in kernel.arg_names if n.startswith(("p_", "s_")) and n not in constants and n != "s_pi"]
-        attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-        source = ASTSource(kernel, signature, constants, attributes)
+        divisible = [n for n in kernel.arg_names if n.startswith(("p_", "s_")) and n != "s_pi"]
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = subprocess.run(
-                [cuobjdump(), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-            ).stdout
-        numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        found[name] = {**numbers, "SHARED": compiled.metadata.shared}
+        found[name], _ = used(kernel, constants, kinds, divisible, options)
     return found
-
-
-def cuobjdump() -> str:
-    import triton
-
-    carried = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(carried) if carried.exists() else shutil.which("cuobjdump") or ""
 
 
 @pytest.mark.parametrize(("head", "dtype"), [(48, "bf16"), (64, "bf16"), (128, "bf16"), (64, "fp32")])
 def test_no_spills(head, dtype):
-    pytest.importorskip("triton")
-    if not cuobjdump() or not os.access(cuobjdump(), os.X_OK):
-        pytest.skip("no cuobjdump: Triton for this platform does not carry NVIDIA's tools")
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "tests.test_fused_resources", str(head), dtype]
-    printed = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert printed.returncode == 0, printed.stderr[-3000:]
-    for kernel, used in json.loads(printed.stdout.splitlines()[-1]).items():
-        assert used["REG"] <= REGISTERS, (kernel, used)
-        assert used["LOCAL"] == 0 and used["STACK"] == 0, (kernel, used)
-        assert used["SHARED"] <= SHARED_BYTES, (kernel, used)
+    assert printed_by("tests.test_fused_resources", head, dtype).keys() == set(KERNELS)
 
 
 if __name__ == "__main__":
