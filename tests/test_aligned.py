@@ -12,7 +12,12 @@ from .helpers import random_tokens, tiny_decoder
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(aligned, "misaligned", lambda x, w: any(size % 8 for size in (x.size(-1), *w.shape)))
+    monkeypatch.setattr(aligned, "misaligned", odd)
+
+
+def odd(x, weight):
+    """What is misaligned on a GPU."""
+    return any(size % 8 for size in (x.size(-1), *weight.shape))
 
 
 def rows(shape, wide, offset=0):
@@ -55,7 +60,7 @@ def test_a_decoder_of_odd_widths(memory, monkeypatch):
     positions = "disentangled" if memory == "lookahead" else "transformer-xl"
     options = {"decoder_embed_dim": 10, "decoder_attention_heads": 2, "decoder_ffn_embed_dim": 9}
     found = []
-    for misaligned in (lambda x, w: False, lambda x, w: any(size % 8 for size in (x.size(-1), *w.shape))):
+    for misaligned in (lambda x, w: False, odd):
         monkeypatch.setattr(aligned, "misaligned", misaligned)
         decoder = tiny_decoder(memory=memory, position_encoding=positions, **options).train()
         state, loss = None, 0.0
@@ -82,7 +87,7 @@ def test_all_kernels_at_odd_widths_are_as_exact_as_plain_operations(memory, monk
     def gradients(dtype, backend, kernels):
         with monkeypatch.context() as patched:
             if kernels and not gpu:
-                patched.setattr(aligned, "misaligned", lambda x, w: any(n % 8 for n in (x.size(-1), *w.shape)))
+                patched.setattr(aligned, "misaligned", odd)
                 for module in (rows_module, layer):
                     patched.setattr(module, "fusable", lambda t: t.dtype in rows_module.DTYPES)
             decoder = tiny_decoder(memory=memory, position_encoding=positions, attention_backend=backend, **options)

@@ -18,7 +18,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from training import PATHS, ROOT, SIZES, TRAINING, model_options, write_data
+from training import (
+    PATHS,
+    ROOT,
+    SIZES,
+    TRAINING,
+    gpus,
+    model_options,
+    peak_gib,
+    segment_length,
+    speeds,
+    write_data,
+)
 
 COLUMNS = ("size", "path", "gradients", "GPUs", "tok/s", "efficiency", "peak GiB of a GPU")
 
@@ -34,13 +45,13 @@ def train(size: str, path: str, world: int, backend: str, args: argparse.Namespa
     command += args.options.split()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     log = done.stdout + done.stderr
-    speeds = [float(s) for s in re.findall(r'"wps": "([\d.]+)"', log)]
-    if done.returncode or len(speeds) < 3:
+    if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{log[-3000:]}")
-    found: dict[str, Any] = {"tok/s": statistics.median(speeds[len(speeds) // 2 : -1])}
+    rates = speeds(log)
+    found: dict[str, Any] = {"tok/s": statistics.median(rates[len(rates) // 2 : -1])}
     capacity = re.findall(r"total memory = ([\d.]+) GB", log)
     if capacity:
-        found["peak GiB"] = float(capacity[0]) - min(float(s) for s in re.findall(r'"gb_free": "([\d.]+)"', log))
+        found["peak GiB"] = peak_gib(log, float(capacity[0]))
     return found
 
 
@@ -55,18 +66,14 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help="a JSON file to write")
     parser.add_argument("--options", default="", help="more options of fairseq-train")
     args = parser.parse_args()
-    device = "CPU"
-    if args.device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        device = ", ".join(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines())
+    device = ", ".join(gpus()) if args.device == "cuda" else "CPU"
     print(device)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     rows = []
     for size in args.sizes:
         _, words, streams, _ = SIZES[size]
-        length = 64 if size == "quickstart" else 150 if "wt103" in size else 512
         with tempfile.TemporaryDirectory() as folder:
-            write_data(Path(folder), words, max(args.worlds) * streams * length * (args.steps + 2))
+            write_data(Path(folder), words, max(args.worlds) * streams * segment_length(size) * (args.steps + 2))
             for path in args.paths:
                 alone = 0.0
                 for world in args.worlds:

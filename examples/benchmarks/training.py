@@ -65,6 +65,7 @@ TRAINING = (
     "--disable-validation --no-save --no-progress-bar --log-format json --num-workers 2 --max-epoch 1"
 )
 PROFILED = 4  # updates after those that are timed
+OVERFLOWS = 16  # segments that updates in half precision may skip
 
 
 def write_data(folder: Path, words: int, tokens: int) -> None:
@@ -81,6 +82,29 @@ def write_data(folder: Path, words: int, tokens: int) -> None:
     for line in np.array_split(4 + ranks.astype(np.int64).clip(0, words - 5), max(1, tokens // 1000)):
         builder.add_item(torch.from_numpy(line))
     builder.finalize(str(folder / "train.idx"))
+
+
+def segment_length(size: str) -> int:
+    return 64 if size == "quickstart" else 150 if "wt103" in size else 512
+
+
+def speeds(log: str) -> list[float]:
+    """fairseq's own words per second, interval by interval; the last line is about the epoch."""
+    found = [float(s) for s in re.findall(r'"wps": "([\d.]+)"', log)]
+    if len(found) < 3:
+        raise RuntimeError(log[-3000:])
+    return found
+
+
+def peak_gib(log: str, capacity: float) -> float:
+    """The largest peak of what was allocated: fairseq resets it at every step, and logs what was left."""
+    return capacity - min(float(s) for s in re.findall(r'"gb_free": "([\d.]+)"', log))
+
+
+def gpus() -> list[str]:
+    """Their names, asked of another program: a process that has used CUDA cannot be forked."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def model_options(size: str, path: str) -> list[str]:
@@ -117,17 +141,13 @@ def train(
     watch = profiled(PROFILED, parts, at=steps) if profile else contextlib.nullcontext()
     with contextlib.redirect_stdout(sys.stderr), watch:
         fairseq_train.cli_main()
-    speeds = [float(s) for s in re.findall(r'"wps": "([\d.]+)"', log.getvalue())]
-    if len(speeds) < 3:
-        raise RuntimeError(log.getvalue()[-3000:])
-    # The last line is about the epoch.
-    found: dict[str, Any] = {"tok/s": statistics.median(speeds[len(speeds) // 2 : -1] or speeds[-1:])}
+    rates = speeds(log.getvalue())
+    found: dict[str, Any] = {"tok/s": statistics.median(rates[len(rates) // 2 : -1] or rates[-1:])}
     if profile:
         tokens = float(re.findall(r'"wpb": "([\d.]+)"', log.getvalue())[-1])
         found["parts"] = {**parts, "a step": tokens / found["tok/s"] * 1e3}
-    if device == "cuda":  # fairseq resets the peak at every step, and logs what was left
-        left = [float(s) for s in re.findall(r'"gb_free": "([\d.]+)"', log.getvalue())]
-        found["peak GiB"] = torch.cuda.get_device_properties(0).total_memory / 2**30 - min(left)
+    if device == "cuda":
+        found["peak GiB"] = peak_gib(log.getvalue(), torch.cuda.get_device_properties(0).total_memory / 2**30)
         if "--cuda-graphs" in sys.argv:  # what a graph owns counts as reserved only
             found["peak GiB"] = torch.cuda.memory_reserved() / 2**30
     return found
@@ -256,18 +276,17 @@ def main() -> None:
     import torch
 
     device = platform.processor() or platform.machine()
-    if args.device == "cuda":  # asked of another program: a process that has used CUDA cannot be forked
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        device = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    if args.device == "cuda":
+        device = gpus()[0]
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{device}, {versions}")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     results: dict[str, Any] = {"device": device, "versions": versions, "command": sys.argv[1:]}
     for size in args.sizes:
         _, words, streams, _ = SIZES[size]
-        length = 64 if size == "quickstart" else 150 if "wt103" in size else 512
         with tempfile.TemporaryDirectory() as folder:
-            write_data(Path(folder), words, streams * length * (args.steps + PROFILED + 16))
+            segments = args.steps + PROFILED + OVERFLOWS
+            write_data(Path(folder), words, streams * segment_length(size) * segments)
             for path in args.paths:
                 process = FORK.Process(target=one, args=(args, size, path, folder))
                 process.start()
@@ -285,8 +304,8 @@ def main() -> None:
                 share = found["tok/s"] * found["work"] / args.peak / 1e12
                 peak = f"{found['peak GiB']:.1f}" if "peak GiB" in found else ""
                 share_text = f"{share:.1%}" if args.device == "cuda" else ""
-                speeds = f"{found['tok/s']:,.0f} | {found['evaluation tok/s']:,.0f}"
-                print(f"| {size} | {path} | {speeds} | {peak} | {share_text} | {off} |", flush=True)
+                rates = f"{found['tok/s']:,.0f} | {found['evaluation tok/s']:,.0f}"
+                print(f"| {size} | {path} | {rates} | {peak} | {share_text} | {off} |", flush=True)
                 for name, value in found.get("parts", {}).items():
                     print(f"    {name}: {value if isinstance(value, list) else round(value, 2)}", flush=True)
     if args.result:

@@ -17,9 +17,11 @@ _OPTIMIZER: Any = fp16_optimizer._FP16OptimizerMixin
 @stand_in(_OPTIMIZER, "_sync_fp16_grads_to_fp32")
 def copy_gradients(original: Callable[..., Any], optimizer: Any) -> None:
     """From the parameters to the float32 ones, unless that has been done since the backward pass."""
+    if not optimizer._needs_sync:  # fairseq asks three times an update
+        return
     gradients = [p.grad for p in optimizer.fp16_params]
     masters = _one_by_one(optimizer, "grad")
-    if not optimizer._needs_sync or masters is None or any(g is None for g in gradients):
+    if masters is None or any(g is None for g in gradients):
         return original(optimizer)
     copy_all(masters, cast(List[Tensor], gradients))
     optimizer._needs_sync = False

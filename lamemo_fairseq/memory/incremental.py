@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.cached import Columns
+from ..modules.copies import copy_all
 from ..positions import PositionEncoding
 
 
@@ -160,15 +161,15 @@ class SegmentCache:
 
     def copy_(self, other: "SegmentCache") -> None:
         """Hold what *other*, of the same sizes, holds."""
-        for f in fields(self):
-            for mine, new in zip(_tensors(getattr(self, f.name)), _tensors(getattr(other, f.name)), strict=True):
-                mine.copy_(new)
+        copy_all(self._tensors(), other._tensors())
         self.places = list(other.places)
 
     def size(self) -> int:
         """Bytes that are kept."""
-        tensors = [v for f in fields(self) for v in _tensors(getattr(self, f.name))]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    def _tensors(self) -> List[Tensor]:
+        return [t for f in fields(self) for t in _tensors(getattr(self, f.name))]
 
     def _recorded(self) -> List[Any]:
         return [(dim, _tensors(getattr(self, name))) for name, dim in self.columns.items()]

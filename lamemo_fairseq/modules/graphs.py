@@ -102,13 +102,13 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, tokens: Tensor, state: Any, *parameters: Tensor) -> Tuple[Tensor, Any]:
         recording.tokens.copy_(tokens)
-        copy_all(list(recording.state.tensors()), list(state.tensors()))
+        copy_all(recording.state.tensors(), state.tensors())
         recording.forward_graph.replay()
         recording.passes += 1
         ctx.recording, ctx.number = recording, recording.passes
         # Copies, as the next replay writes over what this one made.
         after = recording.after.map(torch.empty_like)
-        copy_all(list(after.tensors()), list(recording.after.tensors()))
+        copy_all(after.tensors(), recording.after.tensors())
         return recording.features.clone(), after
 
     @staticmethod

@@ -39,12 +39,12 @@ def residual_norm(
 
 
 def residual_sum_and_norm(
-    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, training: bool, bias: Optional[Tensor] = None
+    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, training: bool
 ) -> Tuple[Tensor, Tensor]:
-    """As `residual_norm`, of which it returns the sum as well: ``(sum, norm)``."""
+    """As `residual_norm` without a bias; it returns the sum as well: ``(sum, norm)``."""
     p = dropout if training else 0.0
-    function = by_kernel if takes(x, residual, norm, p, bias) else plain
-    return function(x, residual, norm, p, bias)
+    function = by_kernel if takes(x, residual, norm, p) else plain
+    return function(x, residual, norm, p)
 
 
 def takes(x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, bias: Optional[Tensor] = None) -> bool:
