@@ -16,7 +16,8 @@ from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import MemoryDecoder
 
 USER_DIR = str(Path(__file__).parent.parent / "lamemo_fairseq")
-TASK = ["--user-dir", USER_DIR, "--task", "segment_language_modeling", "--cpu"]
+# One rank whatever the machine: fairseq counts its GPUs also for --cpu.
+TASK = ["--user-dir", USER_DIR, "--task", "segment_language_modeling", "--cpu", "--distributed-world-size", "1"]
 
 # Every combination of memory, positions and window that makes sense, and some of memories with more choices.
 VARIANTS = [

@@ -32,10 +32,11 @@ def launches(dtype: str) -> dict:
     from lamemo_fairseq.modules import row_kernels
 
     found = {}
+    blocks = {"BLOCK_C": cached_kernel.BLOCK, "STAGES": cached_kernel.STAGES}
     for splits in (1, 16):
         found[f"attention, {splits} splits"] = (
             cached_kernel.cached_attention_kernel,
-            {"scale": 0.125, "D": HEAD, "BLOCK_D": HEAD, "S": splits, "BLOCK_C": cached_kernel.BLOCK, "RECORD": True},
+            {"scale": 0.125, "D": HEAD, "BLOCK_D": HEAD, "S": splits, **blocks, "RECORD": True},
             {},
         )
     flags = dict.fromkeys(("NORM", "BIAS", "RELU", "RESIDUAL", "RESIDUAL_NORM"), False)

@@ -23,6 +23,7 @@ from lamemo_fairseq.models import language_models
 from .helpers import TASK, dictionary_of, run_command, write_data
 from .test_commands import TRAIN, evaluate
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ARCHS = ["lamemo_lm", "transformer_xl_lm", "relative_transformer_lm"]
 
 
@@ -46,40 +47,43 @@ def hypotheses(text):
     return re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", text, flags=re.MULTILINE)
 
 
-def ask(data, path, prompts, capsys, monkeypatch, *options):
+def ask(data, path, prompts, capsys, monkeypatch, *options, task=TASK):
     """What fairseq-interactive answers to lines of its standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(p + "\n" for p in prompts).encode())))
-    run_command(interactive.cli_main, data, *TASK, "--path", path, *options)
+    run_command(interactive.cli_main, data, *task, "--path", path, *options)
     captured = capsys.readouterr()
     assert "generated" not in captured.err
     return hypotheses(captured.out)
+
+
+def assert_continued(found, prompts):
+    """Two hypotheses a prompt, which begin as it does and have 3 to 20 words more, all of them of the dictionary."""
+    assert [int(row) for row, _, _ in found] == [0, 0, 1, 1, 2, 2, 3, 3]
+    for row, _, text in found:
+        # fairseq leaves end-of-sentence symbols out of what it prints.
+        prompt, words = prompts[int(row)].replace("</s>", "").split(), text.split()
+        assert words[: len(prompt)] == prompt and 3 <= len(words) - len(prompt) <= 20
 
 
 PROMPTS = ["w3 w4", "", " ".join(f"w{i % 30}" for i in range(70)), "w1 w2 </s> w3 </s> </s> w5 w6 </s>"]
 BEST_OF = ["--buffer-size", 4, "--batch-size", 4, "--max-len-b", 20, "--min-len", 3]
 
 
+OPTIONS = {
+    "beam": ["--beam", 3, "--nbest", 2],
+    "top-k": ["--sampling", "--beam", 2, "--nbest", 2, "--sampling-topk", 5, "--temperature", 0.7],
+    "top-p": ["--sampling", "--beam", 2, "--nbest", 2, "--sampling-topp", 0.9],
+    "diverse": ["--beam", 4, "--nbest", 2, "--diverse-beam-groups", 2],
+    "fp16": ["--beam", 2, "--nbest", 2, "--fp16"],
+    "ngram": ["--beam", 2, "--nbest", 2, "--no-repeat-ngram-size", 2],
+}
+
+
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--beam", 3, "--nbest", 2],
-        ["--sampling", "--beam", 2, "--nbest", 2, "--sampling-topk", 5, "--temperature", 0.7],
-        ["--sampling", "--beam", 2, "--nbest", 2, "--sampling-topp", 0.9],
-        ["--beam", 4, "--nbest", 2, "--diverse-beam-groups", 2],
-        ["--beam", 2, "--nbest", 2, "--fp16"],
-        ["--beam", 2, "--nbest", 2, "--no-repeat-ngram-size", 2],
-    ],
-    ids=["beam", "top-k", "top-p", "diverse", "fp16", "ngram"],
-)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_interactive_continues_prompts_of_any_length(arch, options, data, checkpoints, capsys, monkeypatch):
     path = checkpoints / arch / "checkpoint_last.pt"
-    found = ask(data, path, PROMPTS, capsys, monkeypatch, *BEST_OF, *options)
-    assert [int(row) for row, _, _ in found] == [0, 0, 1, 1, 2, 2, 3, 3]
-    for row, _, text in found:
-        # Words of the dictionary only: fairseq leaves end-of-sentence symbols out of what it prints.
-        prompt, words = PROMPTS[int(row)].replace("</s>", "").split(), text.split()
-        assert words[: len(prompt)] == prompt and 3 <= len(words) - len(prompt) <= 20
+    assert_continued(ask(data, path, PROMPTS, capsys, monkeypatch, *BEST_OF, *options), PROMPTS)
 
 
 def test_prompts_from_a_file_and_more_new_words_for_longer_prompts(data, checkpoints, tmp_path, capsys):
@@ -145,6 +149,52 @@ def test_generate_scores_the_lines_of_a_split(data, checkpoints, capsys):
     text = capsys.readouterr().out
     lines = dict(re.findall(r"^T-(\d+)\t(.*)$", text, flags=re.MULTILINE))
     assert lines and {row: found for row, _, found in hypotheses(text)} == lines
+
+
+ON_GPU = [option for option in TASK if option != "--cpu"]
+
+
+@gpu
+@pytest.mark.parametrize("arch", ARCHS)
+def test_interactive_on_a_gpu(arch, data, checkpoints, capsys, monkeypatch):
+    """The hypotheses of the CPU in single precision, and the same options in half."""
+    path = checkpoints / arch / "checkpoint_last.pt"
+    both = [
+        ask(data, path, PROMPTS, capsys, monkeypatch, *BEST_OF, *OPTIONS["beam"], task=task) for task in (TASK, ON_GPU)
+    ]
+    assert [(row, text) for row, _, text in both[1]] == [(row, text) for row, _, text in both[0]]
+    scores = [torch.tensor([float(score) for _, score, _ in found]) for found in both]
+    torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-3)
+    for options in OPTIONS.values():
+        found = ask(data, path, PROMPTS, capsys, monkeypatch, *BEST_OF, *options, "--fp16", task=ON_GPU)
+        assert_continued(found, PROMPTS)
+
+
+@gpu
+@pytest.mark.parametrize("arch", ARCHS)
+def test_generate_scores_on_a_gpu_in_half_precision_what_the_cpu_scores(arch, data, checkpoints, capsys):
+    scores = []
+    for task in (TASK, [*ON_GPU, "--fp16"]):
+        path = checkpoints / arch / "checkpoint_last.pt"
+        run_command(generate.cli_main, data, *task, "--path", path, "--batch-size", 7, "--score-reference")
+        found = re.findall(r"^P-(\d+)\t(.*)$", capsys.readouterr().out, flags=re.MULTILINE)
+        scores.append({row: torch.tensor([float(score) for score in line.split()]) for row, line in found})
+    assert scores[0] and scores[0].keys() == scores[1].keys()
+    for row, expected in scores[0].items():
+        torch.testing.assert_close(scores[1][row], expected, rtol=0, atol=2e-2)
+
+
+@gpu
+@pytest.mark.parametrize("arch", ARCHS)
+def test_hub_on_a_gpu_in_half_precision(arch, data, checkpoints):
+    model = language_models.MODELS[arch][0].from_pretrained(str(checkpoints / arch), "checkpoint_last.pt", str(data))
+    text = " ".join(f"w{i % 30}" for i in range(70))
+    expected = model.score(text)["positional_scores"]
+    model.cuda().half()
+    scored = model.score([text, "w1"])[0]["positional_scores"]
+    torch.testing.assert_close(scored.float().cpu(), expected, rtol=0, atol=2e-2)
+    for options in ({"sampling": True, "sampling_topp": 0.9, "beam": 1}, {"beam": 2}):
+        assert model.sample(text, max_len_b=40, min_len=40, **options).startswith(text)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -134,7 +134,7 @@ def through_the_generator(model: MemoryLanguageModel, tokens: torch.Tensor, coun
     """Both ways in turn, so that what else the machine does meets both."""
     ways = (Sampling, SamplingInTheLoop)
     for way in ways:
-        generating(model, way, tokens[:, -2:], 2)  # compiles kernels
+        generating(model, way, tokens, 2)  # compiles kernels and records graphs
     rates = [[generating(model, way, tokens, count) for way in ways] for _ in range(repeats)]
     fast, loop = (statistics.median(column) for column in zip(*rates, strict=True))
     print(

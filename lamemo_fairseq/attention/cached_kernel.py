@@ -18,6 +18,7 @@ from torch import Tensor
 from .types import RelativeBias
 
 BLOCK = 64  # columns at a time
+STAGES = 2  # blocks under way, so that memory is never waited for alone
 PROGRAMS = 256  # enough of them to fill a large GPU
 NEVER = tl.constexpr(-1e30)  # below every score, and unlike -inf safe to subtract
 
@@ -28,7 +29,7 @@ def cached_attention_kernel(
     p_acc, p_top, p_sum, p_arrived,
     heads, columns, mem_len, s_row, s_head, s_distance,
     scale: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr,
-    RECORD: tl.constexpr,
+    STAGES: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     bh, split = tl.program_id(0), tl.program_id(1)
     b, h = bh // heads, bh % heads
@@ -55,7 +56,7 @@ def cached_attention_kernel(
     b_top = tl.full([BLOCK_C], NEVER, tl.float32)
     b_sum = tl.zeros([BLOCK_C], tl.float32)
     b_acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-    for start in range(first, end, BLOCK_C):
+    for start in tl.range(first, end, BLOCK_C, num_stages=STAGES):
         c = start + tl.arange(0, BLOCK_C)
         seen = c < end
         both = seen[:, None] & in_head[None, :]
@@ -171,6 +172,7 @@ def cached_attention(
         qkv, keys, values, bias.content, bias.position, table, tokens, slots, out,
         outputs if recorded else keys, normalizers if recorded else keys, *parts,
         heads, columns, mem_len, qkv.stride(0), table.stride(0), table.stride(1),
-        scale=1 / math.sqrt(size), D=size, BLOCK_D=parts.acc.size(1), S=parts.splits, BLOCK_C=BLOCK, RECORD=recorded,
+        scale=1 / math.sqrt(size), D=size, BLOCK_D=parts.acc.size(1), S=parts.splits, BLOCK_C=BLOCK, STAGES=STAGES,
+        RECORD=recorded,
     )  # fmt: skip
     return out
