@@ -32,11 +32,12 @@ def launches(dtype: str) -> dict:
     from lamemo_fairseq.modules import row_kernels
 
     found = {}
-    blocks = {"BLOCK_C": cached_kernel.BLOCK, "STAGES": cached_kernel.STAGES}
-    for splits in (1, 16):
-        found[f"attention, {splits} splits"] = (
+    for splits, size in ((1, HEAD), (16, HEAD), (1, 1024)):
+        columns = cached_kernel.columns_at_a_time(size, 4 if dtype == "fp32" else 2)
+        blocks = {"BLOCK_D": size, "BLOCK_C": columns, "STAGES": cached_kernel.STAGES}
+        found[f"attention, {splits} splits, heads of {size}"] = (
             cached_kernel.cached_attention_kernel,
-            {"scale": 0.125, "D": HEAD, "BLOCK_D": HEAD, "S": splits, **blocks, "RECORD": True},
+            {"scale": 0.125, "D": size, "S": splits, **blocks, "RECORD": True},
             {},
         )
     flags = dict.fromkeys(("NORM", "BIAS", "RELU", "RESIDUAL", "RESIDUAL_NORM"), False)
@@ -75,6 +76,7 @@ def compile_all(dtype: str) -> dict:
 
 
 def test_no_spills_and_wide_loads():
+    printed_by("tests.test_decoding_resources", "fp32")
     for launch, usage in printed_by("tests.test_decoding_resources", "bf16").items():
         if "rows" in launch or "attention" in launch:  # what reads weights or the cache
             assert usage["LOAD"] == 16, (launch, usage)

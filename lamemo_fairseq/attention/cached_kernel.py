@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .types import RelativeBias
 
-BLOCK = 64  # columns at a time
-STAGES = 2  # blocks under way, so that memory is never waited for alone
+BLOCK = 64  # columns at a time, at most
+TILE_BYTES = 8192  # of keys, of values and of the table at a time
+STAGES = 2  # blocks under way, so that one is read while another is computed with
 PROGRAMS = 256  # enough of them to fill a large GPU
 NEVER = tl.constexpr(-1e30)  # below every score, and unlike -inf safe to subtract
 
@@ -111,6 +112,11 @@ def cached_attention_kernel(
             tl.store(p_normalizers + mine, (joint + tl.log(total)).to(p_normalizers.dtype.element_ty))
 
 
+def columns_at_a_time(size: int, bytes_each: int) -> int:
+    """Of heads of *size* numbers, a power of two; what the blocks take of a multiprocessor does not grow with it."""
+    return max(1, min(BLOCK, TILE_BYTES // (size * bytes_each)))
+
+
 class Parts(NamedTuple):
     """What the splits of a row and head leave for the last of them to join; every layer may use the same."""
 
@@ -172,7 +178,7 @@ def cached_attention(
         qkv, keys, values, bias.content, bias.position, table, tokens, slots, out,
         outputs if recorded else keys, normalizers if recorded else keys, *parts,
         heads, columns, mem_len, qkv.stride(0), table.stride(0), table.stride(1),
-        scale=1 / math.sqrt(size), D=size, BLOCK_D=parts.acc.size(1), S=parts.splits, BLOCK_C=BLOCK, STAGES=STAGES,
-        RECORD=recorded,
+        scale=1 / math.sqrt(size), D=size, BLOCK_D=parts.acc.size(1), S=parts.splits,
+        BLOCK_C=columns_at_a_time(parts.acc.size(1), keys.element_size()), STAGES=STAGES, RECORD=recorded,
     )  # fmt: skip
     return out
