@@ -12,12 +12,7 @@ from .helpers import random_tokens, tiny_decoder
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(aligned, "misaligned", odd)
-
-
-def odd(x, weight):
-    """What is misaligned on a GPU."""
-    return any(size % 8 for size in (x.size(-1), *weight.shape))
+    monkeypatch.setattr(aligned, "matters", lambda x: True)
 
 
 def rows(shape, wide, offset=0):
@@ -55,13 +50,24 @@ def test_rows_16_bytes_apart_are_not_copied():
         assert aligned.widened(other).data_ptr() != other.data_ptr() and not aligned.widened(other)[..., 13:].any()
 
 
+def test_heads_are_padded_by_their_weights(on_a_gpu):
+    attention = tiny_decoder(decoder_embed_dim=10, decoder_attention_heads=2).layers[0].self_attn
+    rows = torch.randn(2, 4, 10, dtype=torch.float64)
+    for queries in (4, 3):
+        wide, narrow = attention.project(rows, queries, keep_padding=True), attention.project(rows, queries)
+        for one, other in zip(wide, narrow, strict=True):
+            assert one.size(-1) == 8 and not one[..., 5:].any()
+            torch.testing.assert_close(one[..., :5], other)
+        torch.testing.assert_close(attention.merge_heads(wide[0])[..., :10], attention.merge_heads(narrow[0])[..., :10])
+
+
 @pytest.mark.parametrize("memory", ["lookahead", "recurrent", "compressive", "continuous", "token", "none"])
 def test_a_decoder_of_odd_widths(memory, monkeypatch):
     positions = "disentangled" if memory == "lookahead" else "transformer-xl"
     options = {"decoder_embed_dim": 10, "decoder_attention_heads": 2, "decoder_ffn_embed_dim": 9}
     found = []
-    for misaligned in (lambda x, w: False, odd):
-        monkeypatch.setattr(aligned, "misaligned", misaligned)
+    for matters in (False, True):
+        monkeypatch.setattr(aligned, "matters", lambda x, matters=matters: matters)
         decoder = tiny_decoder(memory=memory, position_encoding=positions, **options).train()
         state, loss = None, 0.0
         for segment in random_tokens(2, 3 * decoder.segment_length).split(decoder.segment_length, dim=1):
@@ -87,7 +93,7 @@ def test_all_kernels_at_odd_widths_are_as_exact_as_plain_operations(memory, monk
     def gradients(dtype, backend, kernels):
         with monkeypatch.context() as patched:
             if kernels and not gpu:
-                patched.setattr(aligned, "misaligned", odd)
+                patched.setattr(aligned, "matters", lambda x: True)
                 for module in (rows_module, layer):
                     patched.setattr(module, "fusable", lambda t: t.dtype in rows_module.DTYPES)
             decoder = tiny_decoder(memory=memory, position_encoding=positions, attention_backend=backend, **options)

@@ -33,10 +33,18 @@ class Recording:
         self.layer = 0
 
     def causal_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias, span: Optional[int] = None, *args: Any, **kwargs: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: RelativeBias,
+        span: Optional[int] = None,
+        dropout: float = 0.0,
+        scale: Optional[float] = None,
+        need_normalizer: bool = True,
     ) -> Attended:
-        self._tell_causal(q, k, bias, span)
-        return eager.causal_attention(q, k, v, bias, span, *args, **kwargs)
+        self._tell_causal(q, k, bias, span, scale)
+        return eager.causal_attention(q, k, v, bias, span, dropout, scale, need_normalizer)
 
     def lookahead_attention(
         self,
@@ -47,9 +55,10 @@ class Recording:
         window: LookaheadWindow,
         stored: Attended,
         dropout: float = 0.0,
+        scale: Optional[float] = None,
     ) -> Attended:
-        self._tell_lookahead(q, k, bias, window, stored)
-        return eager.lookahead_attention(q, k, v, bias, window, stored, dropout)
+        self._tell_lookahead(q, k, bias, window, stored, scale)
+        return eager.lookahead_attention(q, k, v, bias, window, stored, dropout, scale)
 
     def memory_attention(
         self,
@@ -61,25 +70,34 @@ class Recording:
         stored: Attended,
         span: Optional[int] = None,
         dropout: float = 0.0,
+        scale: Optional[float] = None,
     ) -> Attended:
         slots = stored.output.size(2)
         causal, ahead = biases
-        self._tell_lookahead(q[:, :, :slots], k[:, :, window.first : slots + 1], ahead, window, stored)
-        self._tell_causal(q[:, :, slots:], k, causal, span)
-        return eager.memory_attention(q, k, v, biases, window, stored, span, dropout)
+        self._tell_lookahead(q[:, :, :slots], k[:, :, window.first : slots + 1], ahead, window, stored, scale)
+        self._tell_causal(q[:, :, slots:], k, causal, span, scale)
+        return eager.memory_attention(q, k, v, biases, window, stored, span, dropout, scale)
 
-    def _tell_causal(self, q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int]) -> None:
+    def _tell_causal(
+        self, q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int], scale: Optional[float]
+    ) -> None:
         if self.listener is not None:
-            read = eager.causal_attention(q, k, _one_hot(k), bias, span, need_normalizer=False)
+            read = eager.causal_attention(q, k, _one_hot(k), bias, span, scale=scale, need_normalizer=False)
             self.listener.causal(self.layer, read.output)
 
     def _tell_lookahead(
-        self, q: Tensor, k: Tensor, bias: RelativeBias, window: LookaheadWindow, stored: Attended
+        self,
+        q: Tensor,
+        k: Tensor,
+        bias: RelativeBias,
+        window: LookaheadWindow,
+        stored: Attended,
+        scale: Optional[float],
     ) -> None:
         if self.listener is None:
             return
         nothing = Attended(q.new_zeros(*q.shape[:3], k.size(2)), torch.full_like(stored.normalizer, -torch.inf))
-        new = eager.lookahead_attention(q, k, _one_hot(k), bias, window, nothing)
+        new = eager.lookahead_attention(q, k, _one_hot(k), bias, window, nothing, scale=scale)
         # The share of what was held, read out by interpolating one with zero.
         one = stored.normalizer.new_ones(*stored.normalizer.shape, 1)
         alpha = eager.merge(Attended(one, stored.normalizer), Attended(0 * one, new.normalizer)).output.squeeze(-1)

@@ -61,12 +61,12 @@ def _skewed(by_distance: Tensor, offset: int, keys: int) -> Tensor:
     return by_distance.as_strided((*lead, queries, keys), strides, start)
 
 
-def relative_scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int) -> Tensor:
-    """Scores ``[B, H, Q, K]`` before masking, scaled by ``1 / sqrt(D)``, in float32 or wider.
+def relative_scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int, scale: Optional[float] = None) -> Tensor:
+    """Scores ``[B, H, Q, K]`` before masking, times *scale* (None: ``1 / sqrt(D)``), in float32 or wider.
 
     Query i and key j are at the distance of the table's row ``offset - i + j``; a pair without one has any score.
     """
-    scale = 1 / math.sqrt(q.size(-1))
+    scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
     content_q = q if bias.content is None else q + bias.content.unsqueeze(1)
     scores = (content_q * scale) @ k.transpose(-1, -2)
     if bias.table is not None:
@@ -78,10 +78,12 @@ def relative_scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int) -> Te
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def causal_scores(q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int] = None) -> Tensor:
+def causal_scores(
+    q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int] = None, scale: Optional[float] = None
+) -> Tensor:
     """What `causal_attention` takes the softmax of: ``[B, H, Q, K]``, minus infinity for keys that are not seen."""
     queries, keys = q.size(-2), k.size(-2)
-    scores = relative_scores(q, k, bias, offset=queries - 1)
+    scores = relative_scores(q, k, bias, queries - 1, scale)
     if queries == 1 and span is None:
         return scores
     query = torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
@@ -96,6 +98,7 @@ def causal_attention(
     bias: RelativeBias,
     span: Optional[int] = None,
     dropout: float = 0.0,
+    scale: Optional[float] = None,
     need_normalizer: bool = True,
 ) -> Attended:
     """Every query attends to all keys up to its own position.
@@ -106,12 +109,13 @@ def causal_attention(
         bias: its table holds the distances ``K-1 .. 0``, in this order.
         span: how many keys a query sees at most, itself included (None: all).
         dropout: probability of dropping an attention weight.
+        scale: of the scores; None is ``1 / sqrt(D)``, and heads that are wider by zeros keep that of their own D.
         need_normalizer: False saves computing it, and the result's is empty.
 
     Returns:
         The read-out, and the normaliser without a gradient.
     """
-    scores = causal_scores(q, k, bias, span)
+    scores = causal_scores(q, k, bias, span, scale)
     weights, normalizer = _softmax(scores) if need_normalizer else (scores.softmax(-1), scores.new_empty(0))
     return Attended(F.dropout(weights, dropout).to(v.dtype) @ v, normalizer.detach())
 
@@ -124,6 +128,7 @@ def lookahead_attention(
     window: LookaheadWindow,
     stored: Attended,
     dropout: float = 0.0,
+    scale: Optional[float] = None,
 ) -> Attended:
     """Memory slots attend to what came after them and fold it into what they held.
 
@@ -136,12 +141,13 @@ def lookahead_attention(
         bias: its table holds ``window.distances(m)``, in this order.
         stored: the slots' read-outs ``[B, H, m, D]`` and normalisers ``[B, H, m]``, without gradient.
         dropout: probability of dropping an attention weight.
+        scale: as for `causal_attention`.
 
     Returns:
         The merged read-outs and normalisers.
     """
     slots, keys = q.size(-2), k.size(-2)
-    scores = relative_scores(q, k, bias, offset=window.first - window.distances(slots).start)
+    scores = relative_scores(q, k, bias, window.first - window.distances(slots).start, scale)
     position = window.first + torch.arange(keys, device=q.device)
     if not window.both_sides:
         scores = _mask(scores, position <= torch.arange(slots, device=q.device).unsqueeze(1))
@@ -162,6 +168,7 @@ def memory_attention(
     stored: Attended,
     span: Optional[int] = None,
     dropout: float = 0.0,
+    scale: Optional[float] = None,
 ) -> Attended:
     """Slots look ahead and current tokens attend to everything before them, in one call.
 
@@ -169,7 +176,7 @@ def memory_attention(
         q, k, v: ``[B, H, R, D]``, m slots and then the current tokens.
         biases: that of the causal attention and that of the look-ahead.
         window, stored: as for `lookahead_attention`.
-        span, dropout: as for `causal_attention`.
+        span, dropout, scale: as for `causal_attention`.
 
     Returns:
         Read-outs ``[B, H, R, D]`` and normalisers ``[B, H, R]``, the slots' ones merged.
@@ -178,8 +185,8 @@ def memory_attention(
     causal, ahead = biases
     keys = slice(window.first, slots + 1)
     q_slots, q_current = q.split([slots, q.size(2) - slots], dim=2)
-    refreshed = lookahead_attention(q_slots, k[:, :, keys], v[:, :, keys], ahead, window, stored, dropout)
-    current = causal_attention(q_current, k, v, causal, span, dropout)
+    refreshed = lookahead_attention(q_slots, k[:, :, keys], v[:, :, keys], ahead, window, stored, dropout, scale)
+    current = causal_attention(q_current, k, v, causal, span, dropout, scale)
     return Attended(*(torch.cat(pair, dim=2) for pair in zip(refreshed, current, strict=True)))
 
 

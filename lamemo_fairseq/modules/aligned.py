@@ -15,11 +15,9 @@ from torch.autograd.function import once_differentiable
 from .rows import readable
 
 
-def misaligned(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of ``x [.., d]`` and ``weight [e, d]`` is worth padding: in half precision on a GPU."""
-    if not x.is_cuda or x.element_size() != 2 or torch.is_autocast_enabled("cuda"):
-        return False
-    return any(size % 8 for size in (x.size(-1), *weight.shape))
+def matters(x: Tensor) -> bool:
+    """Whether alignment makes products of *x* faster: in half precision on a GPU."""
+    return x.is_cuda and x.element_size() == 2 and not torch.is_autocast_enabled("cuda")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, keep_padding: bool = False) -> Tensor:
@@ -28,10 +26,19 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, keep_paddin
     x may already be wider than d, by zeros or by anything finite, or be rows of wider storage. With *keep_padding* the
     result may be wider than e, by zeros, which saves a copy where another product takes it.
     """
-    if not misaligned(x, weight):
+    if not any(size % 8 for size in (x.size(-1), *weight.shape)) or not matters(x):
         return F.linear(x, weight, bias)
     product = F.linear(widened(x), padded(weight, 2), None if bias is None else padded(bias))
     return product if keep_padding else product[..., : weight.size(0)]
+
+
+def wide_heads(weight: Tensor, size: int, dim: int) -> Tensor:
+    """A weight whose *dim* is heads of *size*, with zeros behind each head up to a multiple of 8.
+
+    Padding a weight costs little next to padding the heads of all rows.
+    """
+    zeros = [0, 0] * (weight.dim() - 1 - dim) + [0, -size % 8]
+    return F.pad(weight.unflatten(dim, (-1, size)), zeros).flatten(dim, dim + 1)
 
 
 def padded(t: Tensor, dims: int = 1) -> Tensor:

@@ -1,14 +1,19 @@
 """Multi-head self-attention over memory rows and current rows.
 
+Heads whose size breaks alignment, such as 41, may be followed by zeros, D' numbers in all: weights padded with zeros
+make them so, and the scale of the scores stays that of D.
+
 Shapes: B streams, R rows (memory, then current), Q queries, H heads, D size of a head, d model width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import BACKENDS, Attended
+from ..attention import BACKENDS, Attended, RelativeBias
 from ..positions import LayerBias
 from . import aligned
 
@@ -40,25 +45,29 @@ class SelfAttention(nn.Module):
 
     def forward(self, rows: Tensor, bias: LayerBias, queries: int) -> tuple[Tensor, None]:
         """The last *queries* of ``rows [B, R, d]`` attend to all rows before them: ``[B, Q, d]``."""
-        q, k, v = self.project(rows, queries)
+        q, k, v = self.project(rows, queries, keep_padding=True)
         attended = self.causal(q, k, v, bias, need_normalizer=False)
         return self.merge_heads(attended.output), None
 
-    def project(self, rows: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the last rows, keys and values of all: ``[B, H, Q or R, D]`` each."""
+    def project(self, rows: Tensor, queries: int, keep_padding: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the last rows, keys and values of all: ``[B, H, Q or R, D]`` each, D' with *keep_padding*."""
+        weight = self.qkv_proj.weight
+        if keep_padding and self.config.head_dim % 8 and aligned.matters(rows):
+            weight = aligned.wide_heads(weight, self.config.head_dim, dim=0)
         if queries == rows.size(1):
-            q, k, v = aligned.linear(rows, self.qkv_proj.weight).chunk(3, dim=-1)
+            q, k, v = aligned.linear(rows, weight).chunk(3, dim=-1)
         else:
-            width = self.config.heads * self.config.head_dim
-            q_weight, kv_weight = self.qkv_proj.weight.split([width, 2 * width])
+            width = weight.size(0) // 3
+            q_weight, kv_weight = weight.split([width, 2 * width])
             q = aligned.linear(rows[:, rows.size(1) - queries :], q_weight)
             k, v = aligned.linear(rows, kv_weight).chunk(2, dim=-1)
         return self._split_heads(q), self._split_heads(k), self._split_heads(v)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
-        backend = BACKENDS[self.config.backend]
+        """Heads ``[B, H, Q or R, D or D']`` by the backend asked for."""
+        backend, fitted = BACKENDS[self.config.backend], bias_for(q, bias.causal)
         return backend.causal_attention(
-            q, k, v, bias.causal, self.config.span, self._dropout, need_normalizer=need_normalizer
+            q, k, v, fitted, self.config.span, self._dropout, self.scale, need_normalizer=need_normalizer
         )
 
     def combine(self, q: Tensor, read_out: Tensor, context: Any) -> Tensor:
@@ -66,12 +75,31 @@ class SelfAttention(nn.Module):
         return read_out
 
     def merge_heads(self, heads: Tensor) -> Tensor:
-        """``[B, H, Q, D] -> [B, Q, d]``, perhaps wider by zeros, through the output projection."""
-        return aligned.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, keep_padding=True)
+        """``[B, H, Q, D or D'] -> [B, Q, d]``, perhaps wider by zeros, through the output projection."""
+        weight, size = self.out_proj.weight, self.config.head_dim
+        if heads.size(-1) > size:
+            weight = aligned.wide_heads(weight, size, dim=1)
+        return aligned.linear(heads.transpose(1, 2).flatten(2), weight, keep_padding=True)
+
+    @property
+    def scale(self) -> float:
+        """Of the scores, also where heads are padded."""
+        return 1 / math.sqrt(self.config.head_dim)
 
     @property
     def _dropout(self) -> float:
         return self.config.dropout if self.training else 0.0
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.config.heads, self.config.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
+
+
+def as_wide(q: Tensor, t: Tensor) -> Tensor:
+    """``t [.., D]`` with as many zeros behind it as heads ``q [.., D or D']`` have."""
+    return t if t.size(-1) == q.size(-1) else F.pad(t, (0, q.size(-1) - t.size(-1)))
+
+
+def bias_for(q: Tensor, bias: RelativeBias) -> RelativeBias:
+    """A bias as wide as the heads that it is for."""
+    parts = {"content": bias.content, "position": bias.position, "table": bias.table}
+    return bias._replace(**{name: as_wide(q, part) for name, part in parts.items() if part is not None})

@@ -34,14 +34,15 @@ def causal_attention(
     bias: RelativeBias,
     span: Optional[int] = None,
     dropout: float = 0.0,
+    scale: Optional[float] = None,
     need_normalizer: bool = True,
 ) -> Attended:
     """As `eager.causal_attention`; where a bias has no part, PyTorch's kernel serves."""
     if all(part is None for part in bias) and q.size(2) == k.size(2) and span is None and not need_normalizer:
-        output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
         return Attended(output, q.new_empty(0, dtype=torch.float32))
     part = _causal(slice(0, q.size(2)), q.size(2), k.size(2), bias, span)
-    return attend(q, k, v, [part], dropout)
+    return attend(q, k, v, [part], dropout, scale)
 
 
 def lookahead_attention(
@@ -52,9 +53,10 @@ def lookahead_attention(
     window: LookaheadWindow,
     stored: Attended,
     dropout: float = 0.0,
+    scale: Optional[float] = None,
 ) -> Attended:
     """As `eager.lookahead_attention`."""
-    return attend(q, k, v, [_ahead(q.size(2), slice(0, k.size(2)), bias, window, stored)], dropout)
+    return attend(q, k, v, [_ahead(q.size(2), slice(0, k.size(2)), bias, window, stored)], dropout, scale)
 
 
 def memory_attention(
@@ -66,12 +68,14 @@ def memory_attention(
     stored: Attended,
     span: Optional[int] = None,
     dropout: float = 0.0,
+    scale: Optional[float] = None,
 ) -> Attended:
     """As `eager.memory_attention`, without a copy of any of its rows."""
     slots, rows = stored.output.size(2), q.size(2)
     causal, ahead = biases
     current = _causal(slice(slots, rows), rows - slots, rows, causal, span)
-    return attend(q, k, v, [current, _ahead(slots, slice(window.first, slots + 1), ahead, window, stored)], dropout)
+    look_ahead = _ahead(slots, slice(window.first, slots + 1), ahead, window, stored)
+    return attend(q, k, v, [current, look_ahead], dropout, scale)
 
 
 def _causal(rows: slice, queries: int, keys: int, bias: RelativeBias, span: Optional[int]) -> Part:

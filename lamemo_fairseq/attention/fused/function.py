@@ -29,16 +29,19 @@ class Part:
     stored: Optional[Attended] = None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], dropout: float) -> Attended:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], dropout: float, scale: Optional[float] = None
+) -> Attended:
     """Read-outs ``[B, H, R, D]`` and normalisers ``[B, H, R]`` of the parts, whose queries together are q."""
     seed = torch.randint(1 << 31, (1,), device=q.device, dtype=torch.int32) if dropout > 0 else None
-    size, scale = q.size(-1), 1 / math.sqrt(q.size(-1))
+    size = q.size(-1)
+    scale = 1 / math.sqrt(size) if scale is None else scale
     if q.element_size() == 2 and size % 8:  # rows of 16 bytes, for fast loads and products
         q, k, v = (_widened(t) for t in (q, k, v))
         parts = [_widened_part(part) for part in parts]
     biases = [tensor for part in parts for tensor in part.bias]
     output, normalizer = _Attend.apply(parts, scale, dropout, seed, q, k, v, *biases)
-    return Attended(output[..., :size], normalizer)
+    return Attended(output if output.size(-1) == size else output[..., :size], normalizer)
 
 
 def _inputs(

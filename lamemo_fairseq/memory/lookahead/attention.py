@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...attention import BACKENDS, Attended, LookaheadWindow
 from ...modules import SelfAttention
+from ...modules.attention import as_wide, bias_for
 from ...positions import LayerBias
 from ..base import last_rows
 
@@ -33,12 +34,16 @@ class LookaheadSelfAttention(SelfAttention):
         """
         if stored is None:
             return super().forward(rows, bias, current)
-        q, k, v = self.project(rows, rows.size(1))
+        q, k, v = self.project(rows, rows.size(1), keep_padding=True)
         if window is None:
             attended = self.causal(q, k, v, bias, need_normalizer=True)
         else:
+            assert bias.ahead is not None
+            biases = bias_for(q, bias.causal), bias_for(q, bias.ahead)
+            held = Attended(as_wide(q, stored.output), stored.normalizer)
             attended = BACKENDS[self.config.backend].memory_attention(
-                q, k, v, (bias.causal, bias.ahead), window, stored, self.config.span, self._dropout
+                q, k, v, biases, window, held, self.config.span, self._dropout, self.scale
             )
-        carried = Attended(*(last_rows(t, self.config.mem_len, dim=2) for t in attended))
+        output = attended.output[..., : self.config.head_dim]
+        carried = Attended(*(last_rows(t, self.config.mem_len, dim=2) for t in (output, attended.normalizer)))
         return self.merge_heads(attended.output), carried
