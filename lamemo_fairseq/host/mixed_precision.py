@@ -7,6 +7,7 @@ from typing import Any, Callable, List, Optional, cast
 
 from fairseq.optim import fp16_optimizer
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from ..modules.copies import copy_all
 from .stand_in import stand_in
@@ -47,4 +48,4 @@ def _one_by_one(optimizer: Any, what: str) -> Optional[List[Tensor]]:
     if len(held) != 1:  # a pipeline over several devices
         return None
     flat = getattr(next(iter(held.values())), what)
-    return [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
+    return list(_unflatten_dense_tensors(flat, params))
