@@ -7,7 +7,7 @@ import pytest
 
 from .resources import printed_by, used
 
-KERNELS = ("forward_kernel", "delta_kernel", "clear_kernel", "key_kernel", "query_kernel")
+KERNELS = ("position_query_kernel", "forward_kernel", "delta_kernel", "clear_kernel", "key_kernel", "query_kernel")
 
 
 def compile_all(head: int, dtype: str) -> dict:
@@ -26,7 +26,7 @@ def compile_all(head: int, dtype: str) -> dict:
     found = {}
     for name in KERNELS:
         kernel = getattr(kernels, name)
-        tile = tile_of.get(name, tiles.Tile(64 if name == "clear_kernel" else 32, 32, 4, 2))
+        tile = tile_of.get(name, tiles.Tile(64 if name in ("position_query_kernel", "clear_kernel") else 32, 32, 4, 2))
         constants = {
             "D": head,
             "BLOCK_D": block,

@@ -32,15 +32,6 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, keep_paddin
     return product if keep_padding else product[..., : weight.size(0)]
 
 
-def wide_heads(weight: Tensor, size: int, dim: int) -> Tensor:
-    """A weight whose *dim* is heads of *size*, with zeros behind each head up to a multiple of 8.
-
-    Padding a weight costs little next to padding the heads of all rows.
-    """
-    zeros = [0, 0] * (weight.dim() - 1 - dim) + [0, -size % 8]
-    return F.pad(weight.unflatten(dim, (-1, size)), zeros).flatten(dim, dim + 1)
-
-
 def padded(t: Tensor, dims: int = 1) -> Tensor:
     """Zeros behind the last *dims* dimensions, up to multiples of 8."""
     amounts = [amount for size in reversed(t.shape[-dims:]) for amount in (0, -size % 8)]

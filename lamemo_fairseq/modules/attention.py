@@ -1,21 +1,19 @@
 """Multi-head self-attention over memory rows and current rows.
 
-Heads whose size breaks alignment, such as 41, may be followed by zeros, D' numbers in all: weights padded with zeros
-make them so, and the scale of the scores stays that of D.
-
-Shapes: B streams, R rows (memory, then current), Q queries, H heads, D size of a head, d model width.
+Shapes: B streams, R rows (memory, then current), Q queries, H heads, D size of a head, D' its padded size (`heads.py`),
+d model width.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any, Optional
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import BACKENDS, Attended, RelativeBias
+from ..attention import BACKENDS, Attended
 from ..positions import LayerBias
 from . import aligned
+from .heads import bias_for, split_heads, wide_heads
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,15 @@ class SelfAttention(nn.Module):
         """Queries of the last rows, keys and values of all: ``[B, H, Q or R, D]`` each, D' with *keep_padding*."""
         weight = self.qkv_proj.weight
         if keep_padding and self.config.head_dim % 8 and aligned.matters(rows):
-            weight = aligned.wide_heads(weight, self.config.head_dim, dim=0)
+            weight = wide_heads(weight, self.config.head_dim, dim=0)
+        heads = self.config.heads
         if queries == rows.size(1):
-            q, k, v = aligned.linear(rows, weight).chunk(3, dim=-1)
-        else:
-            width = weight.size(0) // 3
-            q_weight, kv_weight = weight.split([width, 2 * width])
-            q = aligned.linear(rows[:, rows.size(1) - queries :], q_weight)
-            k, v = aligned.linear(rows, kv_weight).chunk(2, dim=-1)
-        return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+            q, k, v = split_heads(aligned.linear(rows, weight), 3, heads)
+            return q, k, v
+        width = weight.size(0) // 3
+        q_weight, kv_weight = weight.split([width, 2 * width])
+        k, v = split_heads(aligned.linear(rows, kv_weight), 2, heads)
+        return self._split_heads(aligned.linear(rows[:, rows.size(1) - queries :], q_weight)), k, v
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
         """Heads ``[B, H, Q or R, D or D']`` by the backend asked for."""
@@ -78,7 +76,7 @@ class SelfAttention(nn.Module):
         """``[B, H, Q, D or D'] -> [B, Q, d]``, perhaps wider by zeros, through the output projection."""
         weight, size = self.out_proj.weight, self.config.head_dim
         if heads.size(-1) > size:
-            weight = aligned.wide_heads(weight, size, dim=1)
+            weight = wide_heads(weight, size, dim=1)
         return aligned.linear(heads.transpose(1, 2).flatten(2), weight, keep_padding=True)
 
     @property
@@ -92,14 +90,3 @@ class SelfAttention(nn.Module):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
-
-
-def as_wide(q: Tensor, t: Tensor) -> Tensor:
-    """``t [.., D]`` with as many zeros behind it as heads ``q [.., D or D']`` have."""
-    return t if t.size(-1) == q.size(-1) else F.pad(t, (0, q.size(-1) - t.size(-1)))
-
-
-def bias_for(q: Tensor, bias: RelativeBias) -> RelativeBias:
-    """A bias as wide as the heads that it is for."""
-    parts = {"content": bias.content, "position": bias.position, "table": bias.table}
-    return bias._replace(**{name: as_wide(q, part) for name, part in parts.items() if part is not None})

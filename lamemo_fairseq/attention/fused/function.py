@@ -67,7 +67,7 @@ class _Attend(torch.autograd.Function):
         v: Tensor,
         *biases,
     ):
-        output = _rows_like(q)
+        (output,) = _rows_like(q, 1)
         normalizers, saved = [], []
         for part, bias in zip(parts, _grouped(biases), strict=True):
             inputs = _inputs(part, q, k, v, bias, scale, dropout, seed)
@@ -93,7 +93,10 @@ class _Attend(torch.autograd.Function):
         q, k, v, output, *rest = ctx.saved_tensors
         biases, rest = _grouped(rest[: 4 * count]), rest[4 * count :]
         news, held = rest[:count], [rest[count + 3 * n : count + 3 * n + 3] for n in range(count)]
-        dq, dk, dv = _rows_like(q), _rows_like(k), _rows_like(v)
+        if q.shape == k.shape:
+            dq, dk, dv = _rows_like(q, 3)
+        else:
+            (dq,), (dk, dv) = _rows_like(q, 1), _rows_like(k, 2)
         gradients: List[Optional[Tensor]] = []
         for n, part in enumerate(ctx.parts):
             first, stored_output, stored_normalizer = held[n]
@@ -127,10 +130,10 @@ def _widened_part(part: Part) -> Part:
     return replace(part, bias=bias, stored=stored)
 
 
-def _rows_like(t: Tensor) -> Tensor:
-    """An empty ``[B, H, R, D]`` whose heads lie side by side, as projections have them."""
+def _rows_like(t: Tensor, count: int) -> Sequence[Tensor]:
+    """Empty tensors ``[B, H, R, D]`` whose heads lie side by side, as those of projections do."""
     batch, heads, rows, size = t.shape
-    return t.new_empty(batch, rows, heads, size).transpose(1, 2)
+    return [part.transpose(1, 2) for part in t.new_empty(batch, rows, count, heads, size).unbind(2)]
 
 
 def _grouped(biases: Sequence[Optional[Tensor]]) -> List[RelativeBias]:

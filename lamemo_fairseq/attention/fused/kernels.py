@@ -45,6 +45,27 @@ def _kept(seed, i, j, K, dropout):
 
 
 @triton.jit
+def position_query_kernel(
+    p_q, p_position, p_out, s_qb, s_qh, s_qi,
+    H, B, Q, C, rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, POSITION: tl.constexpr,
+):  # fmt: skip
+    """Queries plus the position bias as ``[chunks, H, B, C, D]``; rows behind the last query are 0."""
+    bh = tl.program_id(1)
+    b, h = bh // H, bh % H
+    i, d = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    m_d = d < D
+    p_q += b.to(tl.int64) * s_qb + h * s_qh
+    b_q = tl.load(p_q + i[:, None] * s_qi + d[None, :], (i < Q)[:, None] & m_d[None, :], other=0.0)
+    if POSITION:
+        b_v = tl.load(p_position + h * D + d, m_d, other=0.0).to(tl.float32)
+        b_q = tl.where((i < Q)[:, None], b_q.to(tl.float32) + b_v[None, :], 0.0)
+    chunk = i // C
+    at = p_out + (((chunk * H + h).to(tl.int64) * B + b) * C + i - chunk * C) * D
+    tl.store(at[:, None] + d[None, :], b_q.to(p_out.dtype.element_ty), (i < rows)[:, None] & m_d[None, :])
+
+
+@triton.jit
 def forward_kernel(
     p_q, p_k, p_v, p_content, p_scores, p_first, p_seed, p_stored, p_held, p_out, p_merged, p_new,
     s_qb, s_qh, s_qi, s_kb, s_kh, s_kj, s_vb, s_vh, s_vj, s_pc, s_ph, s_pb, s_pi,

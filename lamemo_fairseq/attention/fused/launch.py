@@ -188,13 +188,12 @@ def _position_queries(x: Inputs, layout: Layout) -> Tensor:
     """``[chunks, H, B, C, D]``, so that one product serves all streams of a head; the last chunk's padding is 0."""
     batch, heads, queries, size = x.q.shape
     made = x.q.new_empty(layout.chunks, heads, batch, layout.chunk, size)
-    for chunk, q in zip(made, x.q.transpose(0, 1).split(layout.chunk, dim=2), strict=True):
-        written = chunk[:, :, : q.size(2)]
-        if x.bias.position is None:
-            written.copy_(q)
-        else:
-            torch.add(q, x.bias.position[:, None, None], out=written)
-    made[-1, :, :, queries - (layout.chunks - 1) * layout.chunk :].zero_()
+    rows = layout.chunks * layout.chunk
+    kernels.position_query_kernel[(triton.cdiv(rows, 64), batch * heads)](
+        x.q, x.bias.position, made, *_strides(x.q),
+        heads, batch, queries, layout.chunk, rows,
+        D=size, BLOCK_D=_block(size), BLOCK_Q=64, POSITION=x.bias.position is not None,
+    )  # fmt: skip
     return made
 
 
@@ -238,8 +237,8 @@ def _block_sizes(x: Inputs, tile: tuple) -> dict:
 def _contiguous(x: Inputs) -> Inputs:
     """What the kernels assume of strides."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.q, x.k, x.v))
-    content = x.bias.content
-    bias = x.bias if content is None else x.bias._replace(content=content.contiguous())
+    biases = {"content": x.bias.content, "position": x.bias.position}
+    bias = x.bias._replace(**{name: t.contiguous() for name, t in biases.items() if t is not None})
     stored = x.stored
     if stored is not None:
         stored = (stored[0] if stored[0].stride(-1) == 1 else stored[0].contiguous(), stored[1].float().contiguous())

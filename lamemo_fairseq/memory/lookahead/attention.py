@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...attention import BACKENDS, Attended, LookaheadWindow
 from ...modules import SelfAttention
-from ...modules.attention import as_wide, bias_for
+from ...modules.heads import as_wide, bias_for
 from ...positions import LayerBias
 from ..base import last_rows
 
