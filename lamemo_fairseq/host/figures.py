@@ -22,6 +22,12 @@ def clip_grad_norm(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -
     return original(*args, **kwargs).cpu()
 
 
+@stand_in(FairseqOptimizer, "multiply_grads")
+def multiply_grads(original: Callable[..., None], optimizer: Any, factor: Any) -> None:
+    """By a number, where the factor is a tensor on the host: fairseq would copy it to the device, and wait."""
+    original(optimizer, factor.item() if torch.is_tensor(factor) and factor.device.type == "cpu" else factor)
+
+
 @stand_in(Trainer, "_aggregate_logging_outputs")
 def aggregate_logging_outputs(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Sums over all ranks. fairseq divides gradients by one of them, if it is not zero."""

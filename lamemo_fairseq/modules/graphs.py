@@ -95,16 +95,18 @@ class _Recording:
         self.features, self.after = features.detach(), after
 
     def __call__(self, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
-        return _Replay.apply(self, tokens, state, *self.parameters)
+        with torch.no_grad():
+            self.tokens.copy_(tokens)
+            copy_all(self.state.tensors(), state.tensors())
+        self.forward_graph.replay()
+        self.passes += 1
+        # With the device at work; to tie every parameter to the result takes the host a while.
+        return _Replay.apply(self, *self.parameters)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: _Recording, tokens: Tensor, state: Any, *parameters: Tensor) -> Tuple[Tensor, Any]:
-        recording.tokens.copy_(tokens)
-        copy_all(recording.state.tensors(), state.tensors())
-        recording.forward_graph.replay()
-        recording.passes += 1
+    def forward(ctx: Any, recording: _Recording, *parameters: Tensor) -> Tuple[Tensor, Any]:
         ctx.recording, ctx.number = recording, recording.passes
         # Copies, as the next replay writes over what this one made.
         after = recording.after.map(torch.empty_like)
@@ -124,7 +126,7 @@ class _Replay(torch.autograd.Function):
         recording.backward_graph.replay()
         sizes = [p.numel() for p in recording.parameters]
         parts = recording.grads.clone().split(sizes)
-        return (None, None, None, *(g.view_as(p) for g, p in zip(parts, recording.parameters, strict=True)))
+        return (None, *(g.view_as(p) for g, p in zip(parts, recording.parameters, strict=True)))
 
 
 def run_on_aliases(
