@@ -1,8 +1,7 @@
 """What a training step does when the device runs out of memory, or a loss is not a number."""
 
 import logging
-from typing import Any, Callable, Dict, List, Optional, Tuple
-from weakref import WeakKeyDictionary
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from fairseq import utils
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from .data.position import SegmentPosition
 from .memory import DivergenceError, StreamMemory
+from .modules.parameters import parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +96,11 @@ def retry_out_of_memory(
         What the step returns.
     """
     random_state = utils.get_rng_state()
-    untouched = alone and all(p.grad is None for p in _parameters_of(model))
+    untouched = alone and all(p.grad is None for p in parameters_of(model))
 
     def again() -> None:
         if untouched:
-            for parameter in _parameters_of(model):
+            for parameter in parameters_of(model):
                 parameter.grad = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -117,16 +117,6 @@ def retry_out_of_memory(
         again()
         advance()
     raise error
-
-
-_PARAMETERS: "WeakKeyDictionary[nn.Module, List[nn.Parameter]]" = WeakKeyDictionary()
-
-
-def _parameters_of(model: nn.Module) -> List[nn.Parameter]:
-    """Collected once, as fairseq's optimizer does: walking through all modules takes as long as many launches."""
-    if model not in _PARAMETERS:
-        _PARAMETERS[model] = list(model.parameters())
-    return _PARAMETERS[model]
 
 
 def _attempt(

@@ -20,10 +20,9 @@ from fairseq_cli import generate, interactive, train
 
 from lamemo_fairseq.models import language_models
 
-from .helpers import TASK, dictionary_of, run_command, write_data
+from .helpers import ON_GPU, TASK, dictionary_of, gpu, run_command, write_data
 from .test_commands import TRAIN, evaluate
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ARCHS = ["lamemo_lm", "transformer_xl_lm", "relative_transformer_lm"]
 
 
@@ -149,9 +148,6 @@ def test_generate_scores_the_lines_of_a_split(data, checkpoints, capsys):
     text = capsys.readouterr().out
     lines = dict(re.findall(r"^T-(\d+)\t(.*)$", text, flags=re.MULTILINE))
     assert lines and {row: found for row, _, found in hypotheses(text)} == lines
-
-
-ON_GPU = [option for option in TASK if option != "--cpu"]
 
 
 @gpu

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from . import processes
-from .helpers import TASK, write_data
+from .helpers import ON_GPU, TASK, gpu, write_data
 from .processes import assert_same_run, computed, output_of, train_in_processes, weights
 
 MODEL = [
@@ -18,8 +18,6 @@ TRAIN = [
     *MODEL, "--optimizer", "adam", "--lr", 2e-3, "--lr-scheduler", "inverse_sqrt", "--warmup-updates", 20,
     "--clip-norm", 0.5, "--roll", "--no-epoch-checkpoints", "--disable-validation", "--batch-size", 4,
 ]  # fmt: skip
-ON_GPU = [option for option in TASK if option != "--cpu"]
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 

@@ -11,9 +11,10 @@ from typing import Any, Optional
 from torch import Tensor, nn
 
 from ..attention import BACKENDS, Attended
+from ..attention.padding import bias_for
 from ..positions import LayerBias
 from . import aligned
-from .heads import bias_for, split_heads, wide_heads
+from .heads import split_heads, wide_heads
 
 
 @dataclass(frozen=True)
@@ -89,4 +90,4 @@ class SelfAttention(nn.Module):
         return self.config.dropout if self.training else 0.0
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
+        return split_heads(x, 1, self.config.heads)[0]

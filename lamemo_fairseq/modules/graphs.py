@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .copies import copy_all
+from .parameters import parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ class SegmentGraphs:
         self._last: Any = None
         self._recorded: Any = None
         self._recording: Optional[_Recording] = None
-        self._parameters: Optional[List[nn.Parameter]] = None
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return (SegmentGraphs, ())  # a copied or stored model records anew
@@ -42,7 +42,7 @@ class SegmentGraphs:
         usable = module.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type)
         if state is None or not usable or not tokens.is_cuda:
             return step(tokens, state)
-        parameters = self._parameters_of(module)
+        parameters = [p for p in parameters_of(module) if p.requires_grad]
         # A parameter that moved would be read at its old place.
         signature = (tokens.shape, [t.shape for t in state.tensors()], [p.data_ptr() for p in parameters])
         if signature == self._recorded:
@@ -57,12 +57,6 @@ class SegmentGraphs:
         self._recorded = signature
         logger.info("recorded a CUDA graph for segments of %s tokens", " x ".join(map(str, tokens.shape)))
         return self._recording(tokens, state)
-
-    def _parameters_of(self, module: nn.Module) -> List[nn.Parameter]:
-        """Collected once: walking through all modules takes as long as many launches."""
-        if self._parameters is None:
-            self._parameters = [p for p in module.parameters() if p.requires_grad]
-        return self._parameters
 
 
 class _Recording:

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..attention import RelativeBias
-
 
 def split_heads(rows: Tensor, parts: int, heads: int) -> Tuple[Tensor, ...]:
     """The parts of ``[B, R, n H D]``, views of it: n times ``[B, H, R, D]``."""
@@ -59,20 +57,10 @@ def _side_by_side(parts: List[Tensor]) -> bool:
 
 
 def wide_heads(weight: Tensor, size: int, dim: int) -> Tensor:
-    """A weight whose *dim* is heads of *size*, with zeros behind each head up to a multiple of 8.
+    """A weight whose *dim* is heads of *size*, with zeros behind heads and the other dimension up to multiples of 8.
 
     Padding a weight costs little next to padding the heads of all rows.
     """
-    zeros = [0, 0] * (weight.dim() - 1 - dim) + [0, -size % 8]
-    return F.pad(weight.unflatten(dim, (-1, size)), zeros).flatten(dim, dim + 1)
-
-
-def as_wide(q: Tensor, t: Tensor) -> Tensor:
-    """``t [.., D]`` with as many zeros behind it as heads ``q [.., D or D']`` have."""
-    return t if t.size(-1) == q.size(-1) else F.pad(t, (0, q.size(-1) - t.size(-1)))
-
-
-def bias_for(q: Tensor, bias: RelativeBias) -> RelativeBias:
-    """A bias as wide as the heads that it is for."""
-    parts = {"content": bias.content, "position": bias.position, "table": bias.table}
-    return bias._replace(**{name: as_wide(q, part) for name, part in parts.items() if part is not None})
+    parts = weight.unflatten(dim, (-1, size))
+    ends = [0 if n == dim else -length % 8 for n, length in enumerate(parts.shape)]
+    return F.pad(parts, [zeros for end in reversed(ends) for zeros in (0, end)]).flatten(dim, dim + 1)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..padding import as_wide, bias_for
 from ..types import Attended, RelativeBias
 from . import launch
 from .launch import Band
@@ -37,8 +38,8 @@ def attend(
     size = q.size(-1)
     scale = 1 / math.sqrt(size) if scale is None else scale
     if q.element_size() == 2 and size % 8:  # rows of 16 bytes, for fast loads and products
-        q, k, v = (_widened(t) for t in (q, k, v))
-        parts = [_widened_part(part) for part in parts]
+        q, k, v = (F.pad(t, (0, -size % 8)) for t in (q, k, v))
+        parts = [_widened(part, q) for part in parts]
     biases = [tensor for part in parts for tensor in part.bias]
     output, normalizer = _Attend.apply(parts, scale, dropout, seed, q, k, v, *biases)
     return Attended(output if output.size(-1) == size else output[..., :size], normalizer)
@@ -119,15 +120,9 @@ class _Attend(torch.autograd.Function):
         return None, None, None, None, dq, dk, dv, *gradients
 
 
-def _widened(t: Any) -> Any:
-    return None if t is None else F.pad(t, (0, -t.size(-1) % 8))
-
-
-def _widened_part(part: Part) -> Part:
-    content, position, table, score = part.bias
-    bias = RelativeBias(_widened(content), _widened(position), _widened(table), score)
-    stored = None if part.stored is None else part.stored._replace(output=_widened(part.stored.output))
-    return replace(part, bias=bias, stored=stored)
+def _widened(part: Part, q: Tensor) -> Part:
+    stored = None if part.stored is None else part.stored._replace(output=as_wide(q, part.stored.output))
+    return replace(part, bias=bias_for(q, part.bias), stored=stored)
 
 
 def _rows_like(t: Tensor, count: int) -> Sequence[Tensor]:

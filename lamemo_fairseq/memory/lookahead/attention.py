@@ -8,8 +8,8 @@ from typing import Optional
 from torch import Tensor
 
 from ...attention import BACKENDS, Attended, LookaheadWindow
+from ...attention.padding import as_wide, bias_for
 from ...modules import SelfAttention
-from ...modules.heads import as_wide, bias_for
 from ...positions import LayerBias
 from ..base import last_rows
 
