@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .data.position import SegmentPosition
 from .memory import DivergenceError, StreamMemory
+from .modules.copies import copy_to_host
 from .modules.parameters import parameters_of
 
 logger = logging.getLogger(__name__)
@@ -25,12 +26,12 @@ class LossWatch:
 
     def __init__(self) -> None:
         self._update = 0
-        self._noted: Optional[Tuple[Callable[[], bool], SegmentPosition, int, StreamMemory]] = None
+        self._noted: Optional[Tuple[Callable[[], Tensor], SegmentPosition, int, StreamMemory]] = None
 
     def note(self, loss: Tensor, position: SegmentPosition, update: int, streams: StreamMemory) -> None:
         """Remember the *loss* of a segment, and during which update it arose (counted from 1)."""
         self._update = update
-        self._noted = (_on_the_host(loss.detach().isfinite().all()), position, update, streams)
+        self._noted = (copy_to_host(loss.detach().isfinite().all()), position, update, streams)
 
     def when(self) -> str:
         """The update noted last, to begin a message with; nothing if there was none."""
@@ -55,22 +56,6 @@ class LossWatch:
                 f"{where} of '{position.split}' is not finite{memory}. Go on from an earlier checkpoint with "
                 "--restore-file and a lower --lr, a lower --clip-norm, or without --fp16"
             )
-
-
-def _on_the_host(flag: Tensor) -> Callable[[], bool]:
-    """The value of a flag, for which the host waits no longer than until what the device was given so far is done."""
-    if not flag.is_cuda:
-        return lambda: bool(flag)
-    copy = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
-    copy.copy_(flag, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def value() -> bool:
-        copied.synchronize()
-        return bool(copy)
-
-    return value
 
 
 def retry_out_of_memory(

@@ -300,3 +300,31 @@ def killed_while_copying(times: int) -> None:
         return target
 
     shutil.copyfile = dying
+
+
+@fault
+def waiting_for_the_host() -> None:
+    """The device is given no update and no segment before the host has waited for the norm of the gradients."""
+    from lamemo_fairseq.host import ahead
+
+    ahead._plain = lambda trainer: False
+
+
+@fault
+def telling_what_went_ahead() -> None:
+    """Each update, and each segment, that the device was given early and that was then asked for."""
+    from lamemo_fairseq.host import mixed_precision
+    from lamemo_fairseq.modules.graphs import _Recording
+
+    finish, take = mixed_precision._finish, _Recording._is
+
+    def telling_updates(*args):
+        print("an update went ahead", flush=True)
+        finish(*args)
+
+    def telling_segments(*args):
+        taken = take(*args)
+        print("a segment went ahead" if taken else "a segment went in vain", flush=True)
+        return taken
+
+    mixed_precision._finish, _Recording._is = telling_updates, telling_segments

@@ -8,7 +8,7 @@ import torch
 from fairseq.optim.adam import Adam
 from torch.nn import Parameter
 
-import lamemo_fairseq.host  # noqa: F401  (stands in for the step)
+from lamemo_fairseq.host import adam  # stands in for the step
 
 theirs = inspect.unwrap(Adam.step)
 assert theirs.__module__ == Adam.__module__ and theirs is not Adam.step
@@ -58,3 +58,21 @@ def test_a_closure_is_called_once():
     _, optimizer = trained(Adam.step, torch.float32)
     calls = []
     assert optimizer.step(lambda: calls.append(1) or 3.0) == 3.0 and len(calls) == 1
+
+
+def test_an_update_on_condition():
+    """It is the usual one, unless it is to be skipped; then only what is counted later could tell."""
+    (expected, other), (params, optimizer) = (trained(Adam.step, torch.float32) for _ in range(2))
+    gradients = [torch.randn(p.shape) for p in params]
+    before = copy.deepcopy((params, optimizer.state_dict()))
+    for p, q, gradient in zip(params, expected, gradients, strict=True):
+        p.grad, q.grad = gradient.clone(), gradient.clone()
+    adam.begin_step(optimizer, skip=torch.tensor(1.0))
+    for p, q in zip(params, before[0], strict=True):
+        assert torch.equal(p, q)
+    torch.testing.assert_close(optimizer.state_dict(), before[1], rtol=0, atol=0)
+    adam.begin_step(optimizer, skip=torch.tensor(0.0))()
+    other.step()
+    for p, q in zip(params, expected, strict=True):
+        assert torch.equal(p, q)
+    torch.testing.assert_close(optimizer.state_dict(), other.state_dict(), rtol=0, atol=0)

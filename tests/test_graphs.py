@@ -6,7 +6,7 @@ import torch
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig, check
 from lamemo_fairseq.modules.graphs import run_on_aliases
 
-from .helpers import random_tokens, segments_of, tiny_decoder
+from .helpers import gpu, random_tokens, segments_of, tiny_decoder
 
 
 def test_graphs_and_recomputed_activations_exclude_each_other():
@@ -55,7 +55,7 @@ def losses(cuda_graphs, device, length=18, dtype=torch.float64):
     return torch.stack(found), decoder
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@gpu
 @pytest.mark.parametrize("backend_dtype", [torch.float32, torch.float64], ids=str)
 def test_as_without_graphs(backend_dtype):
     plain, _ = losses(False, "cuda", dtype=backend_dtype)
@@ -64,7 +64,68 @@ def test_as_without_graphs(backend_dtype):
     torch.testing.assert_close(graphs, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def recorded(**options):
+    """A decoder that has recorded its segments, the next ones, and the state before them."""
+    decoder = tiny_decoder(dtype=torch.float32, cuda_graphs=True, **options).to("cuda").train()
+    state, segments = None, random_tokens(2, 30).to("cuda").split(decoder.segment_length, dim=1)
+    for segment in segments[:4]:
+        _, state = decoder.graphs(decoder.step_without_losses, decoder, segment, state)
+    assert decoder.graphs._recording is not None
+    return decoder, segments[4:], state
+
+
+def read(decoder, segment, state, seed):
+    """Features, the state after the segment, gradients, and the random number after them."""
+    torch.cuda.manual_seed(seed)
+    features, after = decoder.graphs(decoder.step_without_losses, decoder, segment, state)
+    decoder.zero_grad()
+    features.square().sum().backward()
+    gradients = [p.grad for p in decoder.parameters() if p.grad is not None]
+    return [features, *after.tensors(), *gradients, torch.rand(1, device="cuda")]
+
+
+def another_seed(decoder, segment, state):
+    return segment, state, 2
+
+
+def another_segment(decoder, segment, state):
+    return segment.flip(1), state, 1
+
+
+def another_state(decoder, segment, state):
+    return segment, state.map(lambda t: t * 2), 1
+
+
+def other_weights(decoder, segment, state):
+    with torch.no_grad():
+        decoder.layers[0].feed_forward.fc1.weight.mul_(2)
+    return segment, state, 1
+
+
+def nothing(decoder, segment, state):
+    return segment, state, 1
+
+
+@gpu
+@pytest.mark.parametrize("change", [nothing, another_seed, another_segment, another_state, other_weights])
+def test_a_forward_pass_begun_early_is_taken_only_where_it_is_the_same(change):
+    decoder, (segment, other, *_), state = recorded(dropout=0.5)
+    torch.cuda.manual_seed(7)
+    random_state = torch.cuda.get_rng_state()
+    decoder.graphs.begin(decoder, segment, state, seed=1)
+    assert torch.equal(torch.cuda.get_rng_state(), random_state)
+    now = change(decoder, segment, state)
+    passes = decoder.graphs._recording.passes
+    found = read(decoder, *now)
+    assert decoder.graphs._recording.passes == passes + (change is not nothing)
+    expected = read(decoder, *now)
+    assert all(torch.equal(one, another) for one, another in zip(found, expected, strict=True))
+    # Begun and never asked for.
+    decoder.graphs.begin(decoder, other, state, seed=1)
+    assert all(torch.equal(one, another) for one, another in zip(read(decoder, *now), expected, strict=True))
+
+
+@gpu
 def test_a_second_forward_before_the_backward_is_an_error():
     decoder = tiny_decoder(dtype=torch.float32, cuda_graphs=True).to("cuda").train()
     tokens = random_tokens(2, 16).to("cuda")

@@ -1,10 +1,17 @@
-"""Copies between parameters and the float32 ones behind them, against fairseq's own."""
+"""Copies between parameters and the float32 ones behind them, and updates begun early, against fairseq's own."""
+
+import math
 
 import pytest
 import torch
+from fairseq.optim import FairseqOptimizer
+from fairseq.optim.adam import Adam
+from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin as Mixin
 from torch.nn import Parameter
 
+from lamemo_fairseq.host.figures import meanwhile
+from lamemo_fairseq.host.mixed_precision import begin_step
 from lamemo_fairseq.modules.copies import copy_all
 
 SHAPES = [(3, 4), (5,), (1, 1), (2, 3, 4)]
@@ -72,3 +79,68 @@ def test_pairs_of_any_dtypes():
     copy_all([], [])
     with pytest.raises(ValueError):
         copy_all(targets, sources[1:])
+
+
+class Inner(FairseqOptimizer):
+    def __init__(self, params, **options):
+        super().__init__(None)
+        self._optimizer = Adam(params, lr=0.1, **options)
+
+
+def trained(begins, layout, scale, max_norm, gradients, **options):
+    """What is held after some updates, and the loss scale, if they begin before the norm is known or do not."""
+    optimizer = optimizer_of(layout, torch.float16)
+    masters = optimizer.fp32_params
+    optimizer.fp32_optimizer = Inner(list(masters.values()) if isinstance(masters, dict) else masters, **options)
+    optimizer.scaler = scale and DynamicLossScaler(scale, scale_window=2)
+    begun = []
+    for number, gradient in enumerate(gradients):
+        optimizer.zero_grad()
+        for p in optimizer.fp16_params:
+            p.grad = torch.full_like(p, gradient)
+        optimizer._needs_sync = True
+        optimizer.multiply_grads(1 / 7)
+        if begins:
+            before = [t.clone() for t in held(optimizer)]
+            with meanwhile(lambda norm: begun.append(begin_step(optimizer, norm, max_norm))):
+                norm = attempt(optimizer, max_norm)
+            assert len(begun) == number + 1
+            changed = not all(torch.equal(t, b) for t, b in zip(optimizer.fp16_params, before[-4:], strict=True))
+            assert changed == (begun[-1] and math.isfinite(gradient))
+        else:
+            norm = attempt(optimizer, max_norm)
+        if norm is not None:
+            optimizer.step()
+    moments = [t for state in optimizer.fp32_optimizer.optimizer.state.values() for t in state.items()]
+    return held(optimizer), moments, optimizer.scaler and vars(optimizer.scaler), begun
+
+
+def attempt(optimizer, max_norm):
+    """The norm, None where the update is not made."""
+    try:
+        norm = optimizer.clip_grad_norm(max_norm)
+    except OverflowError:
+        norm = torch.tensor(math.inf)
+    if norm.isfinite():
+        return norm
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("layout", ["flat", "each"])
+@pytest.mark.parametrize("scale", [None, 64.0])
+@pytest.mark.parametrize("max_norm", [0.0, 0.01, 0.7, 1e3])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}])
+def test_an_update_begun_early_is_the_same_to_the_last_bit(layout, scale, max_norm, options):
+    gradients = [1.0, 0.3, math.inf, 7.0, math.nan, 0.01, 0.5]
+    if scale is None:  # the first that is not finite is the end
+        gradients = [1.0, 0.3, 7.0, 0.01, 0.5, math.nan]
+    ours, moments, scaler, begun = trained(True, layout, scale, max_norm, gradients, **options)
+    theirs, expected, wanted, _ = trained(False, layout, scale, max_norm, gradients, **options)
+    assert begun == [not options] * len(gradients)  # fairseq alone has amsgrad
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert [n for n, _ in moments] == [n for n, _ in expected] and scaler == wanted
+    assert all(
+        torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for (_, a), (_, b) in zip(moments, expected, strict=True)
+    )
+    if scale:
+        assert scaler["_last_overflow_iter"] > 0

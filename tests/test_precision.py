@@ -130,6 +130,33 @@ def test_a_run_resumed_on_a_gpu_is_the_same_to_the_last_bit(precision, data, tmp
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+AHEAD = ["--save-interval-updates", 15, "--update-freq", 2, "--max-update", 90]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([*TASK, "--bf16"], id="bf16 on a CPU"),
+        pytest.param([*ON_GPU, "--bf16", "--cuda-graphs"], id="bf16", marks=gpu),
+        pytest.param([*ON_GPU, "--fp16", "--fp16-init-scale", 2**20, "--cuda-graphs"], id="fp16", marks=gpu),
+        pytest.param([*ON_GPU, "--fp16", "--fp16-scale-window", 5, "--cuda-graphs"], id="fp16 growing", marks=gpu),
+    ],
+)
+def test_a_device_that_goes_ahead_computes_the_same_to_the_last_bit(options, data, tmp_path):
+    """Over the end of an epoch, saving and overflows."""
+    command = [data, *options, "--arch", "lamemo_lm", *TRAIN, *AHEAD]
+    assert train_in_processes(command, tmp_path / "waiting", fault=processes.waiting_for_the_host()) == [0]
+    assert train_in_processes(command, tmp_path / "ahead", fault=processes.telling_what_went_ahead()) == [0]
+    assert_same_run(tmp_path / "waiting", tmp_path / "ahead")
+    told = output_of(tmp_path / "ahead")
+    assert told.count("an update went ahead") == 90
+    if "--cuda-graphs" in options:
+        print(told.count("a segment went ahead"), told.count("in vain"), told.count("gradient overflow detected"))
+        assert told.count("a segment went ahead") > 60
+    if "--fp16" in options:
+        assert "gradient overflow detected" in told
+
+
 @gpus
 @pytest.mark.parametrize(
     "precision", [[], ["--bf16"], ["--fp16", "--cuda-graphs"]], ids=["float32", "bf16", "fp16 graphs"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamemo_fairseq.data.iterator import SegmentBatchIterator
-from lamemo_fairseq.data.segments import SegmentKey
+from lamemo_fairseq.data.segments import SegmentDataset, SegmentKey
 from lamemo_fairseq.data.streams import StreamLayout, TokenSequence
 from lamemo_fairseq.memory import StreamMemory
 from lamemo_fairseq.memory.lookahead import LookaheadState
@@ -97,6 +97,54 @@ def test_looking_at_the_first_batch_leaves_the_iterator_where_it_is():
     assert iterator.first_batch["net_input"]["position"].index == 0
     assert next(batches)["net_input"]["position"].index == 1
     assert iterator.iterations_in_epoch == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("buffer_size", [0, 10])
+def test_batches_looked_at_early_are_those_that_follow(workers, buffer_size):
+    dataset, decoder = split_of(numbered(100), 5, words=128), tiny_decoder(words=128, tokens_per_sample=5).train()
+    iterator = SegmentBatchIterator(
+        dataset, 2, num_workers=workers, buffer_size=buffer_size, memory=decoder.streams, reuse_dataloader=True
+    )
+    prepared = []
+
+    def prepare(batch):
+        prepared.append({**batch, "prepared": True})
+        return prepared[-1]
+
+    assert iterator.peek(prepare) is None  # nothing is read yet
+    for epoch in (1, 2):
+        (expected,) = epoch_of(dataset, 2, epoch=epoch)
+        for number, batch in enumerate(iterator.next_epoch_itr()):
+            assert batch["net_input"]["position"] == expected[number]["net_input"]["position"]
+            assert torch.equal(batch["target"], expected[number]["target"])
+            assert ("prepared" in batch) == (number > 0 and number % 3 == 1)
+            decoder(**batch["net_input"])
+            if number % 3 == 0:
+                saved = iterator.state_dict()
+                first, again = iterator.peek(prepare), iterator.peek(prepare)
+                assert first is again and first is (prepared[-1] if number + 1 < len(expected) else None)
+                now = iterator.state_dict()
+                assert now.keys() == saved.keys() and now["iterations_in_epoch"] == saved["iterations_in_epoch"]
+        assert number + 1 == len(expected)
+
+
+def test_what_goes_wrong_early_is_raised_in_its_place():
+    class Broken(SegmentDataset):
+        def __getitem__(self, key):
+            if key.segment == 2:
+                raise OSError("the disk is gone")
+            return super().__getitem__(key)
+
+    dataset = split_of(numbered(60), 5, words=99)
+    dataset.__class__ = Broken
+    iterator = SegmentBatchIterator(dataset, 2)
+    batches = iterator.next_epoch_itr()
+    next(batches)
+    next(batches)
+    assert iterator.peek(lambda batch: batch) is None and iterator.iterations_in_epoch == 2
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
 
 
 @settings(max_examples=200, deadline=None)

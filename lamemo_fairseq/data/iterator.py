@@ -1,7 +1,7 @@
 """Batches of consecutive segments, in order, each rank reading its own streams."""
 
-from collections.abc import Sequence
-from typing import Any, Dict, List, Optional, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from fairseq.data.iterators import EpochBatchIterator
 
@@ -29,6 +29,35 @@ class SegmentBatches(Sequence):
             return SegmentBatches(self.epoch, self.num_streams, self.streams, self.indices[item])
         index = self.indices[item]
         return [SegmentKey(self.epoch, self.num_streams, index, stream) for stream in self.streams]
+
+
+class Peekable(Iterator):
+    """An iterator whose next item can be looked at. What goes wrong then is raised when the item is asked for."""
+
+    def __init__(self, items: Iterator):
+        self._items = items
+        self._held: List[Any] = []
+        self._error: Optional[Exception] = None
+
+    def __next__(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._held.pop() if self._held else next(self._items)
+
+    def peek(self, prepare: Callable[[Any], Any]) -> Any:
+        """The next item, None if there is none; it will be what ``prepare(item)`` gives."""
+        if not self._held and self._error is None:
+            try:
+                self._held.append(next(self._items))
+                self._held[0] = prepare(self._held[0])
+            except Exception as error:  # the end among them
+                self._error = error
+        return self._held[0] if self._held else None
+
+    def take(self, count: int) -> None:
+        """Of the items that are left, keep the first *count*, where the iterator can."""
+        if hasattr(self._items, "take"):
+            self._items.take(max(0, count - len(self._held)))
 
 
 class SegmentBatchIterator(EpochBatchIterator):
@@ -85,6 +114,17 @@ class SegmentBatchIterator(EpochBatchIterator):
     def first_batch(self) -> Dict[str, Any]:
         keys: List[SegmentKey] = self.frozen_batches[0]
         return self.collate_fn([self.dataset[key] for key in keys])
+
+    def peek(self, prepare: Callable[[Dict[str, Any]], Dict[str, Any]]) -> Optional[Dict[str, Any]]:
+        """The batch after the one read last, which it stays, prepared; None at the end of an epoch."""
+        batches = self._cur_epoch_itr
+        return batches._itr.peek(prepare) if batches is not None and batches.has_next() else None
+
+    def _get_iterator_for_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        batches = super()._get_iterator_for_epoch(*args, **kwargs)
+        if batches is not None:
+            batches._itr = Peekable(batches._itr)
+        return batches
 
     def gather_memory(self) -> None:
         """Bring the memory of every rank to the first one, which alone saves. Every rank has to call it."""

@@ -5,7 +5,7 @@ Where apex is installed, fairseq takes apex's in its place.
 
 import math
 from collections import defaultdict
-from typing import Any, Callable, DefaultDict, Dict, List, Optional
+from typing import Any, Callable, DefaultDict, Dict, List, Optional, Tuple
 
 import torch
 from fairseq.optim.adam import Adam
@@ -18,9 +18,28 @@ from .stand_in import stand_in
 @stand_in(Adam, "step")
 def step(original: Callable[..., Any], optimizer: Any, closure: Optional[Callable[[], Any]] = None) -> Any:
     """One update, with fairseq's own where the kernel does not serve: half precision, amsgrad, sparse gradients."""
-    if not all(_serves(group) for group in optimizer.param_groups):
+    if not serves(optimizer):
         return original(optimizer, closure)
     loss = None if closure is None else closure()
+    begin_step(optimizer)()
+    return loss
+
+
+def serves(optimizer: Adam) -> bool:
+    """Whether the kernel can update the parameters that have gradients."""
+    return all(_serves(group) for group in optimizer.param_groups)
+
+
+def begin_step(optimizer: Adam, skip: Optional[Tensor] = None) -> Callable[[], None]:
+    """Give the device an update where the kernel serves.
+
+    Args:
+        skip: float32 scalar beside the parameters: if it is not 0, parameters and moments stay as they are.
+
+    Returns:
+        A function that counts the update, to be called if it was not skipped.
+    """
+    counted: List[Tuple[Dict[str, Any], int]] = []
     for group in optimizer.param_groups:
         # Parameters that have had as many updates go together; one that had no gradient for a while has had fewer.
         by_step: DefaultDict[int, List[Tensor]] = defaultdict(list)
@@ -28,8 +47,14 @@ def step(original: Callable[..., Any], optimizer: Any, closure: Optional[Callabl
             if p.grad is not None:
                 by_step[_state(optimizer, p)["step"]].append(p)
         for done, params in by_step.items():
-            _update(optimizer, group, params, done)
-    return loss
+            _update(optimizer, group, params, done, skip)
+            counted += [(optimizer.state[p], done + 1) for p in params]
+
+    def count() -> None:
+        for state, done in counted:
+            state["step"] = done
+
+    return count
 
 
 def _serves(group: Dict[str, Any]) -> bool:
@@ -42,7 +67,7 @@ def _serves(group: Dict[str, Any]) -> bool:
     )
 
 
-def _state(optimizer: Any, p: Tensor) -> Dict[str, Any]:
+def _state(optimizer: Adam, p: Tensor) -> Dict[str, Any]:
     """The moments and the number of updates, named as fairseq names them and where the parameter is."""
     state = optimizer.state[p]
     if not state:
@@ -53,7 +78,9 @@ def _state(optimizer: Any, p: Tensor) -> Dict[str, Any]:
 
 
 @torch.no_grad()
-def _update(optimizer: Any, group: Dict[str, Any], params: List[Tensor], done: int) -> None:
+def _update(
+    optimizer: Adam, group: Dict[str, Any], params: List[Tensor], done: int, skip: Optional[Tensor] = None
+) -> None:
     beta1, beta2 = group["betas"]
     states = [optimizer.state[p] for p in params]
     adamw(
@@ -72,6 +99,5 @@ def _update(optimizer: Any, group: Dict[str, Any], params: List[Tensor], done: i
         # fairseq adds eps before it corrects the bias of the second moment, PyTorch after.
         eps=group["eps"] / math.sqrt(1 - beta2 ** (done + 1)),
         maximize=False,
+        found_inf=skip,
     )
-    for state in states:
-        state["step"] = done + 1

@@ -4,8 +4,10 @@ fairseq leaves them on the device and asks it about each of them, some after the
 has nothing to do until the host has logged the update and prepared the next batch.
 """
 
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 from fairseq import utils
@@ -13,13 +15,31 @@ from fairseq.optim import FairseqOptimizer
 from fairseq.trainer import Trainer
 from torch import Tensor
 
+from ..modules.copies import copy_to_host
 from .stand_in import stand_in
+
+_MEANWHILE: ContextVar[Optional[Callable[[Tensor], None]]] = ContextVar("meanwhile", default=None)
+
+
+@contextmanager
+def meanwhile(do: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within it, ``do(norm)`` is called before the host waits for the norm, which is a scalar on the device."""
+    token = _MEANWHILE.set(do)
+    try:
+        yield
+    finally:
+        _MEANWHILE.reset(token)
 
 
 @stand_in(FairseqOptimizer, "clip_grad_norm")
 def clip_grad_norm(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """The norm, of which fairseq asks whether it is large, infinite and a number."""
-    return original(*args, **kwargs).cpu()
+    norm = original(*args, **kwargs)
+    wait = copy_to_host(norm)
+    do = _MEANWHILE.get()
+    if do is not None:
+        do(norm)
+    return wait()
 
 
 @stand_in(FairseqOptimizer, "multiply_grads")

@@ -79,10 +79,18 @@ class StreamMemory:
 
     def saved(self, position: SegmentPosition) -> Optional[MemoryState]:
         """The training memory after the segment at *position*, None if there is none."""
+        return self._kept(position, position.index + 1)
+
+    def before(self, position: SegmentPosition) -> Optional[MemoryState]:
+        """The training memory before the segment at *position*, None if it is empty or not there.
+
+        Unlike `read` it leaves the segment before to be read again.
+        """
+        return self._kept(position, position.index)
+
+    def _kept(self, position: SegmentPosition, index: int) -> Optional[MemoryState]:
         key = (position.split, True)
-        if self._readings.get(key) != position.reading:
-            return None
-        return self._states[key].get(position.index + 1)
+        return self._states[key].get(index) if self._readings.get(key) == position.reading else None
 
     def restore(self, position: SegmentPosition, saved: Mapping[str, Any], streams: slice) -> None:
         """Go on training after the segment at *position*, from these *streams* of a saved memory."""

@@ -201,6 +201,18 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         passage = self.memory(x, before, self.layers, self.positions, lengths)
         return passage._replace(features=self.dropout(passage.features))
 
+    def begin_segment(self, tokens: Tensor, position: SegmentPosition, seed: int) -> None:
+        """Run the forward pass of the next training segment, if a CUDA graph can, before `forward` is asked for it.
+
+        Args:
+            tokens: ``[B, N]`` word ids, the tensor that `forward` will get.
+            position: where it stands.
+            seed: of the random numbers that `forward` will draw.
+        """
+        state = self.streams.before(position)
+        if self.graphs is not None and state is not None and not position.ragged:
+            self.graphs.begin(self, tokens, state, seed)
+
     def step_without_losses(self, tokens: Tensor, state: Optional[MemoryState]) -> Tuple[Tensor, MemoryState]:
         """What a CUDA graph records of `step`."""
         return self.step(tokens, state)[:2]

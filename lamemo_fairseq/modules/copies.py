@@ -1,6 +1,6 @@
-"""Many small copies in few launches."""
+"""Many small copies in few launches, and copies that the host does not wait for."""
 
-from typing import Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -15,3 +15,22 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         like[1].append(source)
     for pair in groups.values():
         torch._foreach_copy_(*pair)
+
+
+def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor; the function gives the copy, for which the host waits only then.
+
+    It waits no longer than until what the device was given so far is done.
+    """
+    if not tensor.is_cuda:
+        return lambda: tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait

@@ -6,7 +6,7 @@ Shapes: B streams, N tokens of a segment, d model width.
 """
 
 import logging
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,8 @@ class SegmentGraphs:
         usable = module.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type)
         if state is None or not usable or not tokens.is_cuda:
             return step(tokens, state)
-        parameters = [p for p in parameters_of(module) if p.requires_grad]
-        # A parameter that moved would be read at its old place.
-        signature = (tokens.shape, [t.shape for t in state.tensors()], [p.data_ptr() for p in parameters])
+        parameters = _trained(module)
+        signature = _signature(parameters, tokens, state)
         if signature == self._recorded:
             assert self._recording is not None
             return self._recording(tokens, state)
@@ -58,12 +57,43 @@ class SegmentGraphs:
         logger.info("recorded a CUDA graph for segments of %s tokens", " x ".join(map(str, tokens.shape)))
         return self._recording(tokens, state)
 
+    def begin(self, module: nn.Module, tokens: Tensor, state: Any, seed: int) -> None:
+        """Run the forward pass of a recorded segment before it is asked for, with the random numbers of *seed*.
+
+        The next call takes it over if it is for these very tensors, the device's generator begins at *seed*, and no
+        parameter has changed; otherwise it was in vain. The generator is left as it was.
+        """
+        if self._recording is not None and module.training:
+            parameters = _trained(module)
+            if _signature(parameters, tokens, state) == self._recorded:
+                self._recording.begin(tokens, state, seed)
+
+
+def _trained(module: nn.Module) -> List[nn.Parameter]:
+    return [p for p in parameters_of(module) if p.requires_grad]
+
+
+def _signature(parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any) -> Tuple[Any, ...]:
+    """What a recording depends on. A parameter that moved would be read at its old place."""
+    return tokens.shape, [t.shape for t in state.tensors()], [p.data_ptr() for p in parameters]
+
+
+class _Begun(NamedTuple):
+    """A forward pass that was begun before it was asked for."""
+
+    tokens: Tensor
+    state: Any
+    versions: List[int]  # of the parameters: how often they have been changed in place
+    random_before: Tensor  # state of the device's generator
+    random_after: Tensor
+
 
 class _Recording:
     def __init__(self, step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any):
         self.tokens = tokens.clone()
         self.state = state.map(lambda t: t.to(tokens.device, copy=True))
         self.passes = 0
+        self.begun: Optional[_Begun] = None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -84,18 +114,46 @@ class _Recording:
         self.grad = torch.empty_like(features)
         with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), capture_error_mode="thread_local"):
             grads = torch.autograd.grad(features, [leaves[n] for n in used], self.grad)
-            # One tensor, so that a step copies once.
-            self.grads = torch.cat([g.flatten() for g in grads])
+            self.grads = [g.flatten() for g in grads]
         self.features, self.after = features.detach(), after
 
     def __call__(self, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
+        begun, self.begun = self.begun, None
+        if begun is not None and self._is(begun, tokens, state):
+            torch.cuda.set_rng_state(begun.random_after, tokens.device)
+        else:
+            self._run(tokens, state)
+        # With the device at work; to tie every parameter to the result takes the host a while.
+        return _Replay.apply(self, *self.parameters)
+
+    def begin(self, tokens: Tensor, state: Any, seed: int) -> None:
+        device = tokens.device
+        now = torch.cuda.get_rng_state(device)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+        before = torch.cuda.get_rng_state(device)
+        self._run(tokens, state)
+        after = torch.cuda.get_rng_state(device)
+        self.begun = _Begun(tokens, state, self._versions(), before, after)
+        torch.cuda.set_rng_state(now, device)
+
+    def _is(self, begun: _Begun, tokens: Tensor, state: Any) -> bool:
+        return (
+            begun.tokens is tokens
+            and begun.state is state
+            and begun.versions == self._versions()
+            and torch.equal(begun.random_before, torch.cuda.get_rng_state(tokens.device))
+        )
+
+    def _versions(self) -> List[int]:
+        return [p._version for p in self.parameters]
+
+    def _run(self, tokens: Tensor, state: Any) -> None:
         with torch.no_grad():
             self.tokens.copy_(tokens)
             copy_all(self.state.tensors(), state.tensors())
         self.forward_graph.replay()
         self.passes += 1
-        # With the device at work; to tie every parameter to the result takes the host a while.
-        return _Replay.apply(self, *self.parameters)
 
 
 class _Replay(torch.autograd.Function):
@@ -118,8 +176,8 @@ class _Replay(torch.autograd.Function):
             )
         recording.grad.copy_(grad)
         recording.backward_graph.replay()
-        sizes = [p.numel() for p in recording.parameters]
-        parts = recording.grads.clone().split(sizes)
+        # Copies, as above.
+        parts = torch.cat(recording.grads).split([g.numel() for g in recording.grads])
         return (None, *(g.view_as(p) for g, p in zip(parts, recording.parameters, strict=True)))
 
 

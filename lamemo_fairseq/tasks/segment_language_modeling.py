@@ -3,7 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Dict, List, Optional, Tuple
+from typing import Any, Callable, ClassVar, Dict, List, Optional, Tuple
 
 import torch
 from fairseq import utils
@@ -69,6 +69,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         self.training_state: Dict[str, Any] = {}  # of the trainer, for the checkpoint being saved
         self._decoder: Any = None
         self._iterators: Dict[Any, SegmentBatchIterator] = {}
+        self._batches: Optional[SegmentBatchIterator] = None  # that a model is trained on
 
     @classmethod
     def setup_task(cls, cfg: SegmentLanguageModelingConfig, **kwargs: Any) -> "SegmentLanguageModelingTask":
@@ -218,6 +219,8 @@ class SegmentLanguageModelingTask(FairseqTask):
                 buffer_size=data_buffer_size,
                 reuse_dataloader=True,
             )
+            if training:
+                self._batches = self._iterators[key]
         return self._iterators[key]
 
     def train_step(
@@ -252,6 +255,20 @@ class SegmentLanguageModelingTask(FairseqTask):
         self.losses.check()
         self.losses.note(result[0], inputs["position"], update_num + 1, self._decoder.streams)
         return result
+
+    def begin_next_segment(self, prepare: Callable[[Dict[str, Any]], Dict[str, Any]], seed: int) -> None:
+        """Let the device read the next training segment, if a CUDA graph can, before the trainer asks for it.
+
+        Args:
+            prepare: brings a batch to the device.
+            seed: of the next update.
+        """
+        if self._decoder is None or self._decoder.graphs is None or self._batches is None:
+            return
+        sample = self._batches.peek(prepare)
+        if sample:
+            inputs = sample["net_input"]
+            self._decoder.begin_segment(inputs["src_tokens"], inputs["position"], seed)
 
     def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any, **kwargs: Any) -> Any:
         """The loss of a batch.
