@@ -5,7 +5,6 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 from fairseq.data import Dictionary, data_utils
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
@@ -20,7 +19,6 @@ USER_DIR = str(Path(__file__).parent.parent / "lamemo_fairseq")
 # One rank whatever the machine: fairseq counts its GPUs also for --cpu.
 TASK = ["--user-dir", USER_DIR, "--task", "segment_language_modeling", "--cpu", "--distributed-world-size", "1"]
 ON_GPU = [option for option in TASK if option != "--cpu"]
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 # Every combination of memory, positions and window that makes sense, and some of memories with more choices.
 VARIANTS = [

@@ -20,7 +20,8 @@ from fairseq_cli import generate, interactive, train
 
 from lamemo_fairseq.models import language_models
 
-from .helpers import ON_GPU, TASK, dictionary_of, gpu, run_command, write_data
+from .gpus import gpu
+from .helpers import ON_GPU, TASK, dictionary_of, run_command, write_data
 from .test_commands import TRAIN, evaluate
 
 ARCHS = ["lamemo_lm", "transformer_xl_lm", "relative_transformer_lm"]

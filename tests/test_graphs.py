@@ -6,7 +6,8 @@ import torch
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig, check
 from lamemo_fairseq.modules.graphs import run_on_aliases
 
-from .helpers import gpu, random_tokens, segments_of, tiny_decoder
+from .gpus import gpu
+from .helpers import random_tokens, segments_of, tiny_decoder
 
 
 def test_graphs_and_recomputed_activations_exclude_each_other():

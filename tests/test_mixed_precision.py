@@ -14,19 +14,25 @@ from lamemo_fairseq.host.figures import meanwhile
 from lamemo_fairseq.host.mixed_precision import begin_step
 from lamemo_fairseq.modules.copies import copy_all
 
+from .gpus import DEVICE
+
 SHAPES = [(3, 4), (5,), (1, 1), (2, 3, 4)]
 
 
-def optimizer_of(layout, dtype):
+def optimizer_of(layout, dtype, device="cpu"):
     """The mixin with parameters that have gradients, and other float32 ones behind them."""
     torch.manual_seed(1)
     optimizer = Mixin()
-    optimizer.fp16_params = [Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    optimizer.fp16_params = [Parameter(torch.randn(shape).to(device, dtype)) for shape in SHAPES]
     for p in optimizer.fp16_params:
-        p.grad = torch.randn(p.shape).to(dtype)
-    optimizer.fp32_params = [Parameter(torch.randn(p.shape)) for p in optimizer.fp16_params]
+        p.grad = torch.randn(p.shape).to(p)
+    optimizer.fp32_params = [Parameter(torch.randn(p.shape, device=device)) for p in optimizer.fp16_params]
     if layout == "flat":
-        optimizer.fp32_params = {None: Parameter(torch.cat([p.data.flatten() for p in optimizer.fp32_params]))}
+        optimizer.fp32_params = {
+            optimizer.fp16_params[0].device.index: Parameter(
+                torch.cat([p.data.flatten() for p in optimizer.fp32_params])
+            )
+        }
     for p in optimizer.fp32_params.values() if layout == "flat" else optimizer.fp32_params:
         p.grad = torch.full_like(p, float("nan"))
     optimizer._needs_sync = True
@@ -89,7 +95,7 @@ class Inner(FairseqOptimizer):
 
 def trained(begins, layout, scale, max_norm, gradients, **options):
     """What is held after some updates, and the loss scale, if they begin before the norm is known or do not."""
-    optimizer = optimizer_of(layout, torch.float16)
+    optimizer = optimizer_of(layout, torch.float16, DEVICE)
     masters = optimizer.fp32_params
     optimizer.fp32_optimizer = Inner(list(masters.values()) if isinstance(masters, dict) else masters, **options)
     optimizer.scaler = scale and DynamicLossScaler(scale, scale_window=2)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from . import processes
-from .helpers import ON_GPU, TASK, gpu, write_data
+from .gpus import gpu, gpus
+from .helpers import ON_GPU, TASK, write_data
 from .processes import assert_same_run, computed, output_of, train_in_processes, weights
 
 MODEL = [
@@ -18,7 +19,6 @@ TRAIN = [
     *MODEL, "--optimizer", "adam", "--lr", 2e-3, "--lr-scheduler", "inverse_sqrt", "--warmup-updates", 20,
     "--clip-norm", 0.5, "--roll", "--no-epoch-checkpoints", "--disable-validation", "--batch-size", 4,
 ]  # fmt: skip
-gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.fixture(scope="module")

@@ -64,13 +64,16 @@ def begin_step(optimizer: Any, norm: Tensor, max_norm: float) -> bool:
     inner = optimizer.fp32_optimizer.optimizer
     if type(inner) is not Adam or torch.is_tensor(optimizer._multiply_factor) or not adam.serves(inner):
         return False
+    gradients = [p.grad for p in optimizer.fp32_optimizer.params if p.grad is not None]
+    if any(g.device != norm.device for g in gradients):  # fairseq computes norms on a GPU if there is one
+        return False
     factor = torch.full_like(norm, optimizer._multiply_factor)
     scaled = factor * norm
     if max_norm > 0 and optimizer.scaler is None:
         factor = factor * (max_norm / (scaled + 1e-6)).clamp(max=1)
     elif max_norm > 0:
         factor = torch.where(scaled > max_norm, factor * (max_norm / scaled), factor)
-    torch._foreach_mul_([p.grad for p in optimizer.fp32_optimizer.params if p.grad is not None], factor)
+    torch._foreach_mul_(gradients, factor)
     _BEGUN[optimizer] = adam.begin_step(inner, skip=(~scaled.isfinite()).float())
     optimizer._sync_fp32_params_to_fp16()
     return True

@@ -103,6 +103,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             DecoderLayer(layer, memory_class.attention(attention)) for _ in range(cfg.decoder_layers)
         )
         self._build_output(cfg)
+        self._planned: Tuple[Optional[Tensor], Any] = (None, None)  # targets, and what the loss will have to know
         # fairseq's moving average leaves alone what has "version" in its name, and fails on other integers.
         self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
         self._initialize()
@@ -135,10 +136,12 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             Scores ``[B, N, V]`` (features ``[B, N, d]``), and in training the losses of memories that have some.
         """
         if target is not None:
-            output: Any = self.adaptive_softmax if self.output is None else self.output
-            plan = output.plan(target)
+            planned, plan = self._planned
+            if planned is not target:
+                plan = self._loss_layer.plan(target)
+            self._planned = None, None
             features, extra = self.extract_features(src_tokens, src_lengths, position)
-            return output.loss(features, target, plan, self.dictionary.pad()), extra
+            return self._loss_layer.loss(features, target, plan, self.dictionary.pad()), extra
         features, extra = self.extract_features(src_tokens, src_lengths, position, incremental_state)
         return self.output_layer(features), extra
 
@@ -201,16 +204,18 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         passage = self.memory(x, before, self.layers, self.positions, lengths)
         return passage._replace(features=self.dropout(passage.features))
 
-    def begin_segment(self, tokens: Tensor, position: SegmentPosition, seed: int) -> None:
-        """Run the forward pass of the next training segment, if a CUDA graph can, before `forward` is asked for it.
+    def begin_segment(self, tokens: Tensor, target: Tensor, position: SegmentPosition, seed: int) -> None:
+        """Run the layers on the next training segment, if a CUDA graph can, before `forward` is asked for it.
 
         Args:
-            tokens: ``[B, N]`` word ids, the tensor that `forward` will get.
-            position: where it stands.
+            tokens, target: ``[B, N]`` word ids, the tensors that `forward` will get.
+            position: where they stand.
             seed: of the random numbers that `forward` will draw.
         """
         state = self.streams.before(position)
         if self.graphs is not None and state is not None and not position.ragged:
+            # The host waits for what a loss needs to know of its targets: not behind the layers.
+            self._planned = target, self._loss_layer.plan(target)
             self.graphs.begin(self, tokens, state, seed)
 
     def step_without_losses(self, tokens: Tensor, state: Optional[MemoryState]) -> Tuple[Tensor, MemoryState]:
@@ -230,6 +235,10 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         decoding = self.decoding_state(incremental_state)
         if decoding is not None:
             decoding.reorder(new_order)
+
+    @property
+    def _loss_layer(self) -> Any:
+        return self.adaptive_softmax if self.output is None else self.output
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Scores ``[B, N, V]`` of features ``[B, N, d]``; an adaptive softmax leaves them as they are."""

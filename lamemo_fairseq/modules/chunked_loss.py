@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, w, b = padded(x), padded(w, 2), F.pad(b, (0, -len(b) % 8), value=-math.inf)
         loss = features.new_zeros((), dtype=exact)
         d_x = torch.empty_like(x) if learns else x
-        d_w = torch.zeros(w.shape, dtype=exact, device=w.device) if learns else w
+        d_w: Optional[Tensor] = None
         d_b = torch.zeros(b.shape, dtype=exact, device=w.device)
         rows = max(1, CHUNK_SCORES // len(w))
         for part, words, d_part in zip(x.split(rows), target.split(rows), d_x.split(rows), strict=True):
@@ -62,9 +62,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += nll
             if learns:
                 torch.mm(d_scores, w, out=d_part)
-                _add_product(d_w, d_scores, part)
+                d_w = _add_product(d_w, d_scores, part, exact)
                 d_b += d_scores.sum(0, dtype=exact)
-        if learns:
+        if d_w is not None:
             ctx.save_for_backward(d_x[:, :width], d_w[: len(weight), :width], d_b[: len(weight)])
             ctx.dtypes = features.dtype, weight.dtype, bias.dtype
         return loss
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         found = (
-            (t * grad).to(dtype) if needed else None
+            torch.mul(t, grad, out=torch.empty(t.shape, dtype=dtype, device=t.device)) if needed else None
             for t, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         )
         return (*found, None, None)
@@ -96,12 +96,22 @@ def _softmax_gradient(scores: Tensor, target: Tensor, ignored: Optional[int], le
     return loss, (probs.mul_(counted.unsqueeze(1))).to(scores.dtype)
 
 
-def _add_product(total: Tensor, d_scores: Tensor, features: Tensor) -> None:
-    """``total += d_scores^T features``, summed in the dtype of *total* where PyTorch can."""
-    if total.dtype != features.dtype and features.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
-        total += torch.mm(d_scores.t(), features, out_dtype=total.dtype)
-    else:
-        total += d_scores.t() @ features
+def _add_product(total: Optional[Tensor], d_scores: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + d_scores^T features``, in place if there is a total, summed in *dtype* where PyTorch can."""
+    scores = d_scores.t()
+    if dtype == features.dtype:
+        return scores @ features if total is None else total.addmm_(scores, features)
+    if not (features.is_cuda and len(features) and _has_products_in(dtype)):
+        product = (scores @ features).to(dtype)
+        return product if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(scores, features, out_dtype=dtype)
+    return torch.ops.aten.addmm.dtype_out(total, scores, features, dtype, out=total)
+
+
+@cache
+def _has_products_in(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 @cache

@@ -5,10 +5,11 @@ Shapes: B streams, R rows of each, d width.
 
 import importlib.util
 from functools import cache
-from typing import Optional
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -61,3 +62,27 @@ def readable(rows: Tensor) -> int:
     last = sum((size - 1) * stride for size, stride in zip(rows.shape[:-1], rows.stride()[:-1], strict=True))
     end = (rows.storage_offset() + last + wide) * rows.element_size()
     return wide if end <= rows.untyped_storage().nbytes() else width
+
+
+def join(past: Tensor, rows: Tensor) -> Tensor:
+    """Rows ``[B, m, d]`` without gradient and ``[B, R, d]`` after them, in storage that suits aligned products."""
+    if not fusable(rows) or stored_width(rows, rows.size(-1)) == rows.size(-1):
+        return torch.cat([past, rows], dim=1)
+    return _Join.apply(past, rows)
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, past: Tensor, rows: Tensor) -> Tensor:
+        ctx.slots = past.size(1)
+        width = rows.size(-1)
+        joined = rows.new_empty(rows.size(0), ctx.slots + rows.size(1), stored_width(rows, width))
+        joined[..., width:].zero_()
+        joined[:, : ctx.slots, :width].copy_(past)
+        joined[:, ctx.slots :, :width].copy_(rows)
+        return cut(joined, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[None, Tensor]:
+        return None, grad[:, ctx.slots :]

@@ -126,9 +126,12 @@ class _Output(nn.Module):
     def _project(self, features: Tensor, band: int) -> Tensor:
         return features @ self.projections[band] if len(self.projections) else features
 
-    def _rows(self, band: int) -> Tuple[Tensor, Tensor]:
-        table, rows = self.bands.table_of(band)
-        return self.weights[table][rows], self.biases[table][rows]
+    def _parts(self) -> List[Tuple[Tensor, Tensor]]:
+        """Weights and biases of each band; those of a shared table cut at once, whose gradients PyTorch then joins."""
+        if not self.bands.shared:
+            return list(zip(self.weights, self.biases, strict=True))
+        sizes = [end - start for start, end in zip(self.bands.starts, self.bands.ends, strict=True)]
+        return list(zip(self.weights[0].split(sizes), self.biases[0].split(sizes), strict=True))
 
 
 class FullSoftmax(_Output):
@@ -201,10 +204,11 @@ class AdaptiveSoftmax(_Output):
         first = self.bands.ends[0]
         # Padding is a word of the first band, where it can be told apart from every other entry.
         entry = torch.where(plan.band > 0, first + len(self.bands) - 1 - plan.band, words)
-        weight, bias = self._head_rows()
+        parts = self._parts()
+        weight, bias = self._with_clusters(*parts[0])
         loss = linear_cross_entropy(self._project(flat, 0), weight, bias, entry, ignored)
         for i, rows in plan.rows():
-            weight, bias = self._rows(i)
+            weight, bias = parts[i]
             of_band = words[rows] - self.bands.starts[i]
             loss = loss + linear_cross_entropy(self._project(flat[rows], i), weight, bias, of_band)
         return loss
@@ -231,15 +235,14 @@ class AdaptiveSoftmax(_Output):
         return torch.cat(parts, dim=-1)
 
     def _head(self, features: Tensor) -> Tensor:
-        weight, bias = self._head_rows()
+        weight, bias = self._with_clusters(*self._parts()[0])
         return _exact(F.linear(self._project(features.to(weight.dtype), 0), weight, bias))
 
-    def _head_rows(self) -> Tuple[Tensor, Tensor]:
-        weight, bias = self._rows(0)
+    def _with_clusters(self, weight: Tensor, bias: Tensor) -> Tuple[Tensor, Tensor]:
         return torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
 
     def _tail(self, features: Tensor, band: int) -> Tensor:
-        weight, bias = self._rows(band)
+        weight, bias = self._parts()[band]
         return _exact(F.linear(self._project(features.to(weight.dtype), band), weight, bias))
 
     def _band_of(self, target: Tensor) -> Tensor:

@@ -268,7 +268,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         sample = self._batches.peek(prepare)
         if sample:
             inputs = sample["net_input"]
-            self._decoder.begin_segment(inputs["src_tokens"], inputs["position"], seed)
+            self._decoder.begin_segment(inputs["src_tokens"], sample["target"], inputs["position"], seed)
 
     def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any, **kwargs: Any) -> Any:
         """The loss of a batch.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...attention import Attended, LookaheadWindow
 from ...modules import SelfAttention
+from ...modules.rows import join
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows, no_contribution
 from ..incremental import SegmentCache
@@ -75,7 +76,7 @@ class LookaheadMemory(Memory[LookaheadState]):
             window = self.window(slots, current)._replace(lengths=lengths)
         biases = positions(slots + current, range(0) if window is None else window.distances(slots), x)
 
-        rows = torch.cat([state.embeddings.to(x), x], dim=1)
+        rows = join(state.embeddings.to(x), x)
         embeddings = last_rows(rows, self.config.mem_len)
         outputs, normalizers = [], []
         stored = [Attended(*pair) for pair in zip(state.outputs, state.normalizers, strict=True)]

@@ -6,9 +6,9 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 from dataclasses import dataclass
 from typing import ClassVar, Optional, Sequence, Tuple, Type
 
-import torch
 from torch import Tensor, nn
 
+from ...modules.rows import join
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows
 from ..incremental import SegmentCache
@@ -50,7 +50,7 @@ class RecurrentMemory(Memory[RecurrentState]):
         kept = []
         biases = positions(slots + current, None, x)
         for layer, bias, past in zip(layers, biases, state.hidden, strict=True):
-            rows = torch.cat([past.to(x), x], dim=1)
+            rows = join(past.to(x), x)
             kept.append(last_rows(rows, self.config.mem_len))
             x, _ = layer(rows, bias, current)
         return Passage(x, RecurrentState(tuple(kept)))
