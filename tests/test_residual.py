@@ -303,3 +303,20 @@ def test_padding_is_read_only_inside_its_storage_and_never_counts():
 def test_sums_over_many_programs():
     partial = normal(2, 600, 20).to(DEVICE, torch.float32)
     torch.testing.assert_close(shared_kernels.sums(partial, 17, torch.float32), partial[..., :17].sum(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [7, 8, 10])
+def test_joined_rows(dtype, width):
+    """Padding behind them is finite where a kernel would take them, and gradients are those of the latter rows."""
+    past, new = (normal(2, n, width, seed=n).to(DEVICE, dtype) for n in (3, 4))
+    for join in (rows.join, rows._Join.apply):
+        given = new.clone().requires_grad_()
+        joined = join(past, given)
+        assert torch.equal(joined, torch.cat([past, new], dim=1))
+        grad = normal(2, 7, width, seed=9).to(joined)
+        joined.backward(grad)
+        assert torch.equal(given.grad, grad[:, 3:])
+    stored = rows.stored_width(new, width)
+    assert rows.readable(joined) == stored
+    assert joined.as_strided((2, 7, stored), joined.stride()).isfinite().all()

@@ -14,6 +14,7 @@ from lamemo_fairseq.models.language_models import LaMemoLanguageModel
 from lamemo_fairseq.modules import chunked_loss
 from lamemo_fairseq.modules.vocabulary import Bands, WordEmbedding
 
+from .gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
 
 PAD, WORDS = 1, 17
@@ -66,10 +67,10 @@ def test_both_criterions_give_the_same_loss_and_gradients(options):
 
 
 @softmaxes
-@pytest.mark.parametrize("chunk", [1, 40, 10**9])
+@pytest.mark.parametrize("chunk", [1, 3, 10**9])
 def test_chunked_criterion_gives_the_same_loss_and_gradients(options, chunk, monkeypatch):
     """However many tokens are scored at once, with padding, and with bands that no target is in."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_SCORES", chunk)
+    monkeypatch.setattr(chunked_loss, "tokens_at_once", lambda *_: chunk)
     decoder = tiny_decoder(words=WORDS, **options)
     for target in (every_word_once(), torch.tensor([[4, 1], [5, 3]])):
         chunked, chunked_gradients = loss_of(ChunkedCrossEntropyCriterion, decoder, target)
@@ -79,16 +80,39 @@ def test_chunked_criterion_gives_the_same_loss_and_gradients(options, chunk, mon
             torch.testing.assert_close(chunked_gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("words", [50, 64])
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_loss_in_chunks_against_float64(dtype, words, chunk, monkeypatch):
+    """Of widths that break alignment too; on a GPU by its own products."""
+    monkeypatch.setattr(chunked_loss, "tokens_at_once", lambda *_: chunk)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in ((23, 12), (words, 12), (words,))]
+    target = torch.randint(words, (23,), generator=generator)
+    exact = [t.double().requires_grad_() for t in tensors]
+    expected = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(*exact), target, ignore_index=PAD, reduction="sum"
+    )
+    given = [t.to(DEVICE).requires_grad_() for t in tensors]
+    found = chunked_loss.linear_cross_entropy(*given, target.to(DEVICE), PAD)
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(found.cpu().double(), expected.detach(), rtol=tolerance, atol=0)
+    (found / 3).backward()
+    (expected / 3).backward()
+    for one, other in zip(given, exact, strict=True):
+        assert one.grad.dtype == dtype
+        assert (one.grad.cpu().double() - other.grad).norm() < tolerance * other.grad.norm()
+
+
 @pytest.mark.parametrize("words", [7, 5000])
 def test_softmax_kernel(words):
     softmax_kernel = pytest.importorskip("lamemo_fairseq.modules.softmax_kernel")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    scores = torch.randn(6, words, generator=torch.Generator().manual_seed(0)).to(device)
-    target = torch.tensor([0, 1, words - 1, 3, 1, 5], device=device)
+    scores = torch.randn(6, words, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    target = torch.tensor([0, 1, words - 1, 3, 1, 5], device=DEVICE)
     exact = scores.double().requires_grad_()
     losses = torch.nn.functional.cross_entropy(exact, target, ignore_index=PAD, reduction="none")
     losses.sum().backward()
-    in_place = torch.full((6, words + 3), float("nan"), device=device)[:, :words].copy_(scores)
+    in_place = torch.full((6, words + 3), float("nan"), device=DEVICE)[:, :words].copy_(scores)
     found = softmax_kernel.softmax_gradient_(in_place, target, PAD, True)
     torch.testing.assert_close(found.double(), losses.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(in_place.double(), exact.grad, rtol=1e-4, atol=1e-7)

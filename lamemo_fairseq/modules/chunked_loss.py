@@ -15,8 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .aligned import padded
 
-# Scores held at once: 1 GiB in half precision. Fewer cost more passes over the gradient of the weights.
-CHUNK_SCORES = 1 << 29
+SMALLEST_CHUNK = 1 << 25  # scores, 64 MiB in half precision
 
 
 def linear_cross_entropy(
@@ -40,6 +39,14 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(features, weight, bias, target, ignored)
 
 
+def tokens_at_once(words: int, width: int) -> int:
+    """Of how many tokens scores are held: in half precision they take no more memory than the weights' gradient.
+
+    Fewer would cost more passes over that gradient.
+    """
+    return max(2 * width, SMALLEST_CHUNK // words)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -55,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_x = torch.empty_like(x) if learns else x
         d_w: Optional[Tensor] = None
         d_b = torch.zeros(b.shape, dtype=exact, device=w.device)
-        rows = max(1, CHUNK_SCORES // len(w))
+        rows = tokens_at_once(*w.shape)
         for part, words, d_part in zip(x.split(rows), target.split(rows), d_x.split(rows), strict=True):
             scores = F.linear(part, w, b)
             nll, d_scores = _softmax_gradient(scores, words, ignored, learns)
