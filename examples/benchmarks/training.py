@@ -49,6 +49,7 @@ SIZES: dict[str, tuple[str, int, int, list[str]]] = {
     "wt103-adaptive": ("wt103", 267_735, 64, ["--adaptive-softmax-cutoff", CUTOFFS]),
     "wt103-full": ("wt103", 267_735, 64, []),
     "wt103-adaptive-256": ("wt103", 267_735, 256, ["--adaptive-softmax-cutoff", CUTOFFS]),
+    "wt103-adaptive-768": ("wt103", 267_735, 768, ["--adaptive-softmax-cutoff", CUTOFFS]),
     "quickstart": ("enwik8", 208, 16, QUICKSTART.split()),
 }
 PLAIN = ["--position-encoding", "absolute"]

@@ -71,6 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(d_scores, w, out=d_part)
                 d_w = _add_product(d_w, d_scores, part, exact)
                 d_b += d_scores.sum(0, dtype=exact)
+            del scores, d_scores  # before the next are made
         if d_w is not None:
             ctx.save_for_backward(d_x[:, :width], d_w[: len(weight), :width], d_b[: len(weight)])
             ctx.dtypes = features.dtype, weight.dtype, bias.dtype

@@ -161,9 +161,12 @@ class AdaptiveSoftmax(_Output):
 
     def __init__(self, bands: Bands, embed_dim: int, tied: Optional[WordEmbedding] = None):
         super().__init__(bands, embed_dim, tied)
+        self.cuts: Tensor
         # Row -i (from the end) stands for band i, as in the released checkpoints.
         self.cluster_weight = nn.Parameter(torch.empty(len(bands) - 1, bands.dims[0]))
         self.cluster_bias = nn.Parameter(torch.empty(len(bands) - 1))
+        # Beside the targets: the host would wait for numbers that it sends.
+        self.register_buffer("cuts", torch.tensor(bands.starts[1:]), persistent=False)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -246,7 +249,7 @@ class AdaptiveSoftmax(_Output):
         return _exact(F.linear(self._project(features.to(weight.dtype), band), weight, bias))
 
     def _band_of(self, target: Tensor) -> Tensor:
-        return torch.bucketize(target, torch.tensor(self.bands.starts[1:], device=target.device), right=True)
+        return torch.bucketize(target, self.cuts, right=True)
 
 
 class BandPlan:
