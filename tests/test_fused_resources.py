@@ -18,7 +18,7 @@ def compile_all(head: int, dtype: str) -> dict:
     from lamemo_fairseq.attention.fused import kernels, tiles
 
     block = max(16, triton.next_power_of_2(head))
-    chosen = tiles.tiles_for(block, {"fp32": torch.float32}.get(dtype, torch.bfloat16))
+    chosen = tiles.tiles_for(head, {"fp32": torch.float32}.get(dtype, torch.bfloat16))
     tile_of = {"forward_kernel": chosen.forward, "key_kernel": chosen.key, "query_kernel": chosen.query}
     flags = dict.fromkeys(("CONTENT", "POSITION", "STORED"), True)
     flags |= dict.fromkeys(("FIRST", "DROPOUT", "CHUNKED", "ADD"), False)

@@ -82,12 +82,13 @@ def test_chunked_criterion_gives_the_same_loss_and_gradients(options, chunk, mon
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("words", [50, 64])
+@pytest.mark.parametrize("width", [12, 16])
 @pytest.mark.parametrize("chunk", [5, 64])
-def test_loss_in_chunks_against_float64(dtype, words, chunk, monkeypatch):
+def test_loss_in_chunks_against_float64(dtype, words, width, chunk, monkeypatch):
     """Of widths that break alignment too; on a GPU by its own products."""
     monkeypatch.setattr(chunked_loss, "tokens_at_once", lambda *_: chunk)
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in ((23, 12), (words, 12), (words,))]
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in ((23, width), (words, width), (words,))]
     target = torch.randint(words, (23,), generator=generator)
     exact = [t.double().requires_grad_() for t in tensors]
     expected = torch.nn.functional.cross_entropy(

@@ -65,7 +65,7 @@ def main() -> None:
     for name, shape in SHAPES.items():
         attend = prepare(*shape)
         print(f"{name} eager: forward {times(attend, eager)[0]:.3f} ms, backward {times(attend, eager)[1]:.3f} ms")
-        block = 64
+        block = next(size for size in tiles.HALF if shape[2] <= size)
         for kernel, candidates in CANDIDATES.items():
             default = tiles.HALF[block]
             for tile in candidates:

@@ -4,7 +4,6 @@ Shapes: T tokens, V words, d width.
 """
 
 import importlib.util
-import math
 from functools import cache
 from typing import Any, Optional, Tuple
 
@@ -55,24 +54,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         width, exact = features.size(1), torch.promote_types(features.dtype, torch.float32)
         learns = any(ctx.needs_input_grad)
         x, w, b = features, weight, bias.to(weight.dtype)
+        inside = False
         if features.element_size() == 2:
             # Whatever is padded gets a probability of zero, and no gradient.
-            x, w, b = padded(x), padded(w, 2), F.pad(b, (0, -len(b) % 8), value=-math.inf)
+            x, w, b = padded(x), padded(w, 2), F.pad(b, (0, -len(b) % 8), value=torch.finfo(w.dtype).min)
+            inside = x.size(1) > width
+            if inside:  # a column of padding takes the biases, whose gradient then comes with that of the weights
+                x[:, width], w[:, width] = 1, b
         loss = features.new_zeros((), dtype=exact)
         d_x = torch.empty_like(x) if learns else x
         d_w: Optional[Tensor] = None
         d_b = torch.zeros(b.shape, dtype=exact, device=w.device)
         rows = tokens_at_once(*w.shape)
         for part, words, d_part in zip(x.split(rows), target.split(rows), d_x.split(rows), strict=True):
-            scores = F.linear(part, w, b)
+            scores = F.linear(part, w, None if inside else b)
             nll, d_scores = _softmax_gradient(scores, words, ignored, learns)
             loss += nll
             if learns:
                 torch.mm(d_scores, w, out=d_part)
                 d_w = _add_product(d_w, d_scores, part, exact)
-                d_b += d_scores.sum(0, dtype=exact)
+                if not inside:
+                    d_b += d_scores.sum(0, dtype=exact)
             del scores, d_scores  # before the next are made
         if d_w is not None:
+            d_b = d_w[:, width] if inside else d_b
             ctx.save_for_backward(d_x[:, :width], d_w[: len(weight), :width], d_b[: len(weight)])
             ctx.dtypes = features.dtype, weight.dtype, bias.dtype
         return loss

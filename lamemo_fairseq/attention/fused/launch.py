@@ -83,7 +83,7 @@ def forward(x: Inputs, out: Tensor) -> Tuple[Tensor, Saved]:
     merged = x.q.new_empty(batch, heads, queries, dtype=torch.float32)
     new = merged if x.stored is None else torch.empty_like(merged)
     held_out, held = (None, None) if x.stored is None else x.stored
-    tile = tiles_for(_block(size), x.q.dtype).forward
+    tile = tiles_for(size, x.q.dtype).forward
     kernels.forward_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
         x.q, x.k, x.v, x.bias.content, scores, x.first, x.seed, held_out, held, out, merged, new,
         *_strides(x.q), *_strides(x.k), *_strides(x.v), *_score_strides(scores), *_strides(held_out), *_strides(out),
@@ -110,7 +110,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     batch, heads, queries, size = x.q.shape
     keys, table = x.k.size(2), x.bias.table
-    all_tiles = tiles_for(_block(size), x.q.dtype)
+    all_tiles = tiles_for(size, x.q.dtype)
     delta, lse = torch.empty_like(saved.new), torch.empty_like(saved.new)
     held_out, held = (None, None) if x.stored is None else x.stored
     kernels.delta_kernel[(triton.cdiv(queries, 32), batch * heads)](

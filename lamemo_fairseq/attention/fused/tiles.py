@@ -22,8 +22,9 @@ class Tiles(NamedTuple):
     query: Tile
 
 
-# By the padded size of a head.
+# By the largest size of a head that they are for.
 HALF: Dict[int, Tiles] = {
+    48: Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2)),
     64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     128: Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
@@ -34,6 +35,7 @@ SINGLE: Dict[int, Tiles] = {
 }
 
 
-def tiles_for(block_d: int, dtype: torch.dtype) -> Tiles:
-    """Tiles for heads padded to *block_d* (16, 32, 64 or 128) elements of *dtype*."""
-    return (SINGLE if dtype == torch.float32 else HALF)[max(block_d, 64)]
+def tiles_for(size: int, dtype: torch.dtype) -> Tiles:
+    """Tiles for heads of *size* elements, 128 at most."""
+    table = SINGLE if dtype == torch.float32 else HALF
+    return next(tiles for largest, tiles in table.items() if size <= largest)
