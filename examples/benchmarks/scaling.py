@@ -1,7 +1,7 @@
 """The same training on 1, 2, 4, ... GPUs of one host, as many streams on each: tokens/s, efficiency, peak memory.
 
     python examples/benchmarks/scaling.py enwik8 wt103-adaptive --worlds 1 2 --result scaling.json
-    python examples/benchmarks/scaling.py quickstart --worlds 1 2 --device cpu --steps 10      # ranks on a CPU
+    python examples/benchmarks/scaling.py quickstart --paths lamemo-eager --device cpu --steps 10   # ranks on a CPU
 
 Efficiency is the rate over that of one GPU in the same run times the number of GPUs. fairseq's `legacy_ddp` reduces
 gradients after the backward pass, `pytorch_ddp` in buckets while it runs: the difference is what the overlap hides.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from training import (
+    OVERFLOWS,
     PATHS,
     ROOT,
     SIZES,
@@ -72,8 +73,9 @@ def main() -> None:
     rows = []
     for size in args.sizes:
         _, words, streams, _ = SIZES[size]
+        segments = args.steps + 2 + (OVERFLOWS if args.device == "cuda" else 0)
         with tempfile.TemporaryDirectory() as folder:
-            write_data(Path(folder), words, max(args.worlds) * streams * segment_length(size) * (args.steps + 2))
+            write_data(Path(folder), words, max(args.worlds) * streams * segment_length(size) * segments)
             for path in args.paths:
                 alone = 0.0
                 for world in args.worlds:
