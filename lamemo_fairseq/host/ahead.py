@@ -2,7 +2,8 @@
 
 fairseq waits for the norm of the gradients, and only then updates, logs, loads a batch and runs the model. The device
 would have nothing to do meanwhile. Here it is given the update, and if a CUDA graph is recorded the next segment's
-forward pass, before the host waits. The numbers are the same to the last bit.
+forward pass, before the host waits. The numbers are the same to the last bit. (If ranks turn out to disagree about the
+norm, fairseq ends the run as ever; its crash.pt then holds the updated weights.)
 """
 
 from typing import Any, Callable
@@ -26,7 +27,7 @@ def clip_grad_norm(original: Callable[..., Tensor], trainer: Any, clip_norm: flo
     def go_ahead(norm: Tensor) -> None:
         if begin_step(trainer.optimizer, norm, clip_norm):
             seed = trainer.cfg.common.seed + trainer.get_num_updates() + 1  # of the next update
-            trainer.task.begin_next_segment(lambda sample: trainer._prepare_sample(sample)[0], seed)
+            trainer.task.begin_next_segment(lambda sample: sample and trainer._prepare_sample(sample)[0], seed)
 
     with meanwhile(go_ahead):
         return original(trainer, clip_norm)
