@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -187,7 +188,7 @@ def build(size: str, path: str, dtype: Any, device: str, layers: int | None = No
     return model, tokens, length
 
 
-def step(model: Any, tokens: Any, start: int, length: int, state: Any) -> tuple[Any, Any]:
+def step(model: Any, tokens: Any, start: int, length: int, state: Any, scale: float = 1.0) -> tuple[Any, Any]:
     output = model.adaptive_softmax if model.output is None else model.output
     target = tokens[:, start + 1 : start + length + 1]
     plan = output.plan(target)
@@ -198,7 +199,7 @@ def step(model: Any, tokens: Any, start: int, length: int, state: Any) -> tuple[
         features, state = model.graphs(model.step_without_losses, model, source, state)
     loss = output.loss(features, target, plan, 1)
     if loss.requires_grad:
-        loss.backward()
+        (loss * scale).backward()
     return loss.detach() / target.numel(), state
 
 
@@ -207,7 +208,8 @@ def check(size: str, path: str, device: str) -> dict[str, Any]:
     import torch
 
     half = torch.float16 if device == "cuda" else torch.float32
-    found = {}
+    found: dict[str, list[Any]] = {}
+    scale = 1.0
     for name, of, dtype in (("exact", "eager", torch.float32), ("plain", "eager", half), ("path", "", half)):
         model, tokens, length = build(size, path, dtype, device, layers=2)
         if of:
@@ -218,8 +220,11 @@ def check(size: str, path: str, device: str) -> dict[str, Any]:
         state = None
         for index in range(tokens.size(1) // length):
             model.zero_grad()
-            loss, state = step(model, tokens[:4], index * length, length, state)
-        found[name] = [loss.float(), *(p.grad.float() for p in model.parameters())]
+            loss, state = step(model, tokens[:4], index * length, length, state, scale)
+        found[name] = [loss.float(), *(p.grad.float() / scale for p in model.parameters())]
+        if name == "exact":  # half precision needs a scale for the loss: the largest with which no gradient overflows
+            largest = max(float(g.abs().max()) for g in found[name])
+            scale = 2.0 ** math.floor(math.log2(2**14 / largest))
 
     def error(name: str) -> float:
         return max(
