@@ -1,7 +1,9 @@
 """Where a batch of segments stands in its streams."""
 
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class SegmentPosition:
     def reading(self) -> Tuple[Any, ...]:
         """What tells one pass over some streams from another."""
         return (self.split, self.epoch, self.num_streams, self.segment_length, self.streams)
+
+    def streams_but(self, fine: Tensor) -> List[int]:
+        """The streams whose rows are not *fine*, ``[B]`` of booleans."""
+        return [stream for stream, ok in zip(self.streams, fine.tolist(), strict=True) if not ok]
 
     def named_streams(self, streams: Optional[Sequence[int]] = None) -> str:
         """The streams of the batch, or some of them, for a message."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from .figures import meanwhile
 from .mixed_precision import begin_step
 from .stand_in import stand_in
+from .training import seed_of
 
 
 @stand_in(Trainer, "clip_grad_norm")
@@ -26,7 +27,7 @@ def clip_grad_norm(original: Callable[..., Tensor], trainer: Any, clip_norm: flo
 
     def go_ahead(norm: Tensor) -> None:
         if begin_step(trainer.optimizer, norm, clip_norm):
-            seed = trainer.cfg.common.seed + trainer.get_num_updates() + 1  # of the next update
+            seed = seed_of(trainer, trainer.get_num_updates() + 1)
             trainer.task.begin_next_segment(lambda sample: sample and trainer._prepare_sample(sample)[0], seed)
 
     with meanwhile(go_ahead):

@@ -39,12 +39,17 @@ def _train(original: Callable[..., Any], cfg: Any, trainer: Any, *args: Any) -> 
     return original(cfg, trainer, *args)
 
 
+def seed_of(trainer: Any, done: int) -> int:
+    """The seed of the update that comes after *done* of them."""
+    return trainer.cfg.common.seed + done
+
+
 @stand_in(Trainer, "_set_seed")
 def _set_seed(original: Callable[..., Any], trainer: Any) -> None:
     """The seed of an update, for its device alone: torch.manual_seed notes a stack of calls for each that is absent."""
     if trainer.device.type not in ("cpu", "cuda"):
         return original(trainer)
-    seed = trainer.cfg.common.seed + trainer.get_num_updates()
+    seed = seed_of(trainer, trainer.get_num_updates())
     torch.default_generator.manual_seed(seed)
     if trainer.device.type == "cuda":
         torch.cuda.manual_seed(seed)

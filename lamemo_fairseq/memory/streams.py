@@ -74,7 +74,7 @@ class StreamMemory:
         for state in (states.get(position.index), states.get(position.index + 1)):
             finite = None if state is None else state.finite()
             if finite is not None and not finite.all():
-                return [stream for stream, ok in zip(position.streams, finite.tolist(), strict=True) if not ok]
+                return position.streams_but(finite)
         return []
 
     def saved(self, position: SegmentPosition) -> Optional[MemoryState]:

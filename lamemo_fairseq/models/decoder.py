@@ -329,9 +329,9 @@ def _plain(value: Any) -> Any:
 def _check_finite(features: Tensor, position: SegmentPosition) -> None:
     finite = features.isfinite().flatten(1).all(1)
     if not finite.all():
-        broken = [stream for stream, ok in zip(position.streams, finite.tolist(), strict=True) if not ok]
+        broken = position.named_streams(position.streams_but(finite))
         raise DivergenceError(
-            f"NaN or infinity in the last layer for {position.named_streams(broken)} of '{position.split}', segment "
+            f"NaN or infinity in the last layer for {broken} of '{position.split}', segment "
             f"{position.index}: the weights have diverged, or do not fit into this precision"
         )
 
