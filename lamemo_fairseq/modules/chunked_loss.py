@@ -114,7 +114,7 @@ def _add_product(total: Optional[Tensor], d_scores: Tensor, features: Tensor, dt
     scores = d_scores.t()
     if dtype == features.dtype:
         return scores @ features if total is None else total.addmm_(scores, features)
-    if not (features.is_cuda and len(features) and _has_products_in(dtype)):
+    if not (features.is_cuda and len(features) and _sums_in_single()):
         product = (scores @ features).to(dtype)
         return product if total is None else total.add_(product)
     if total is None:
@@ -123,8 +123,9 @@ def _add_product(total: Optional[Tensor], d_scores: Tensor, features: Tensor, dt
 
 
 @cache
-def _has_products_in(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and "dtype_out" in torch.ops.aten.addmm.overloads()
+def _sums_in_single() -> bool:
+    """Whether PyTorch has products of half-precision numbers that come out in float32."""
+    return "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 @cache

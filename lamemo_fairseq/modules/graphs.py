@@ -128,14 +128,12 @@ class _Recording:
 
     def begin(self, tokens: Tensor, state: Any, seed: int) -> None:
         device = tokens.device
-        now = torch.cuda.get_rng_state(device)
-        with torch.cuda.device(device):
+        with torch.random.fork_rng([device]), torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
-        before = torch.cuda.get_rng_state(device)
-        self._run(tokens, state)
-        after = torch.cuda.get_rng_state(device)
+            before = torch.cuda.get_rng_state(device)
+            self._run(tokens, state)
+            after = torch.cuda.get_rng_state(device)
         self.begun = _Begun(tokens, state, self._versions(), before, after)
-        torch.cuda.set_rng_state(now, device)
 
     def _is(self, begun: _Begun, tokens: Tensor, state: Any) -> bool:
         return (

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .chunked_loss import linear_cross_entropy
+from .copies import copy_to_host
 
 
 class Bands:
@@ -268,19 +269,11 @@ class BandPlan:
         self._order = band.argsort(stable=True)
         counts = torch.zeros(bands, dtype=torch.long, device=band.device)
         counts = counts.scatter_add_(0, band, torch.ones_like(band))
-        self._arrived = None
-        if counts.is_cuda:
-            self._counts = torch.empty(bands, dtype=torch.long, pin_memory=True).copy_(counts, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        else:
-            self._counts = counts
+        self._counts = copy_to_host(counts)
 
     def rows(self) -> Iterator[Tuple[int, Tensor]]:
         """Bands but the first, and the rows ``[t]`` of each: with none, its weights still get a gradient."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        parts = self._order.split(self._counts.tolist())
+        parts = self._order.split(self._counts().tolist())
         return ((i, rows) for i, rows in enumerate(parts) if i > 0)
 
 
