@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from lamemo_fairseq.modules import aligned, layer
 from lamemo_fairseq.modules import rows as rows_module
 
+from .gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
 
 
@@ -85,24 +86,22 @@ def test_a_decoder_of_odd_widths(memory, monkeypatch):
 def test_all_kernels_at_odd_widths_are_as_exact_as_plain_operations(memory, monkeypatch):
     """Loss and gradients in float16 with rows and heads that break alignment; on a GPU as it is, else interpreted."""
     pytest.importorskip("triton")
-    gpu = torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
     positions = "disentangled" if memory == "lookahead" else "transformer-xl"
     options = {"decoder_embed_dim": 26, "decoder_attention_heads": 2, "decoder_ffn_embed_dim": 36, "decoder_layers": 3}
 
     def gradients(dtype, backend, kernels):
         with monkeypatch.context() as patched:
-            if kernels and not gpu:
+            if kernels and DEVICE == "cpu":
                 patched.setattr(aligned, "matters", lambda x: True)
                 for module in (rows_module, layer):
                     patched.setattr(module, "fusable", lambda t: t.dtype in rows_module.DTYPES)
             decoder = tiny_decoder(memory=memory, position_encoding=positions, attention_backend=backend, **options)
             for parameter in decoder.parameters():
                 parameter.data.mul_(0.5)  # softmaxes that are not one-hot
-            decoder.to(device, dtype).train()
-            state, loss = None, torch.zeros((), device=device, dtype=torch.float64)
+            decoder.to(DEVICE, dtype).train()
+            state, loss = None, torch.zeros((), device=DEVICE, dtype=torch.float64)
             for segment in random_tokens(2, 3 * decoder.segment_length).split(decoder.segment_length, dim=1):
-                features, state, _ = decoder.step(segment.to(device), state)
+                features, state, _ = decoder.step(segment.to(DEVICE), state)
                 loss = loss + features.double().square().mean()
             found = torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)
         return [loss, *(g.double() for g in found if g is not None)]

@@ -13,13 +13,13 @@ from lamemo_fairseq.generation.step import kernel_step
 from lamemo_fairseq.models.incremental import DecodingState
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
 
+from .gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"
 )
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOOKAHEAD, RECURRENT = ("lookahead", "disentangled", "right"), ("recurrent", "transformer-xl", "right")
 LONGEST = 70  # memory
 LENGTHS = [17, 79, 38, 58, 3]  # in segments of 20, after 0, 60, 20, 40 and 0 slots

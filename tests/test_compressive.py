@@ -16,6 +16,7 @@ from lamemo_fairseq.models.decoder import MemoryDecoder
 from lamemo_fairseq.models.incremental import DecodingState
 
 from .compressive_paper import Paper
+from .gpus import DEVICE
 from .helpers import TASK, dictionary_of, random_tokens, tiny_decoder, write_data
 from .test_commands import TRAIN, evaluate, printed
 from .test_incremental import whole_segments
@@ -221,10 +222,9 @@ def test_rows_at_any_place_decode_as_segments_do(compression):
 
 def test_a_fused_backend_gives_the_same():
     pytest.importorskip("triton", reason="the fused backend needs Triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens, found = random_tokens(1, 16).to(device), []
+    tokens, found = random_tokens(1, 16).to(DEVICE), []
     for backend in ("eager", "fused"):
-        decoder = decoder_of(attention_backend=backend, dtype=torch.float32, **SIZES[3]).to(device).train()
+        decoder = decoder_of(attention_backend=backend, dtype=torch.float32, **SIZES[3]).to(DEVICE).train()
         passages = list(read_by_segments(decoder, tokens))
         loss = sum(p.features.square().sum() + p.losses[LOSS] for p in passages)
         found.append(

@@ -10,13 +10,14 @@ from torch import nn
 from lamemo_fairseq.generation.sampler import truncated
 from lamemo_fairseq.generation.step import Found
 
+from .gpus import DEVICE
+
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 clock = pytest.importorskip("lamemo_fairseq.generation.word_kernels").clock
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"
 )
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 
 

@@ -15,8 +15,9 @@ pytest.importorskip("triton", reason="the fused backend needs Triton")
 from lamemo_fairseq.attention import fused
 from lamemo_fairseq.attention.fused import api, function, launch, tiles
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+from .gpus import DEVICE
+
+GPU = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 NAMES = ("output", "normalizer", "q", "k", "v", "content", "position", "table", "score")
 

@@ -17,8 +17,9 @@ from lamemo_fairseq.modules import DecoderLayer, LayerConfig, activation, layer,
 pytest.importorskip("triton", reason="the kernels need Triton")
 from lamemo_fairseq.modules import shared_kernels
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+from .gpus import DEVICE
+
+GPU = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 NAMES = ("x", "rows", "gamma", "beta", "bias")

@@ -13,6 +13,7 @@ from fairseq_cli import eval_lm, train
 
 from lamemo_fairseq.models.incremental import DecodingState
 
+from .gpus import DEVICE
 from .helpers import TASK, random_tokens, read_streams, run_command, segments_of, tiny_decoder, write_data
 from .test_commands import evaluate
 from .test_incremental import whole_segments
@@ -284,14 +285,13 @@ def test_recomputed_activations_give_the_same_gradients_through_segments():
 
 def test_the_fused_backend_reads_the_tokens():
     pytest.importorskip("triton", reason="the fused backend needs Triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     passes = []
     for backend in ("eager", "fused"):
-        decoder = tiny_decoder(PLAIN, dtype=torch.float32, attention_backend=backend, **SEGMENTED).to(device).train()
+        decoder = tiny_decoder(PLAIN, dtype=torch.float32, attention_backend=backend, **SEGMENTED).to(DEVICE).train()
         with torch.no_grad():
             for p in decoder.parameters():
                 p.mul_(0.3)
-        scores = decoder.step(random_tokens(2, 6).to(device), None).features
+        scores = decoder.step(random_tokens(2, 6).to(DEVICE), None).features
         scores.logsumexp(-1).sum().backward()
         passes.append((scores, {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}))
     (eager, gradients), (fused, others) = passes
