@@ -5,9 +5,29 @@ Without a GPU, Triton kernels are interpreted; Triton reads the variable when it
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    from .helpers import write_data
+
+    return write_data(tmp_path_factory.mktemp("data"), train=3000, valid=300, test=250)
+
+
+@pytest.fixture
+def tiny(tiny_data, tmp_path, monkeypatch):
+    """The file of `tables.TINY`; nothing is stopped, and commands are found from the root."""
+    from .tables import ROOT, TINY, process
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    process.STOPPED.clear()
+    (tmp_path / "tiny.yaml").write_text(TINY.format(data=tiny_data))
+    return tmp_path / "tiny.yaml"

@@ -3,14 +3,12 @@
 import csv
 import json
 import os
-import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,90 +16,8 @@ import torch
 from examples.tables import __main__ as runner
 from examples.tables import commands, execute, folder, logs, plots, process, render, scale, table
 
-from .helpers import random_tokens, read_streams, tiny_decoder, write_data
-from .processes import _FORKS
-
-ROOT = Path(__file__).parent.parent
-
-TINY = """
-title: Tiny
-data: {data}
-measure: bits-per-character
-streams: 4
-options:
-  user-dir: lamemo_fairseq
-  task: segment_language_modeling
-  tokens-per-sample: 16
-  mem-len: 16
-  decoder-layers: 2
-  decoder-embed-dim: 16
-  decoder-attention-heads: 2
-  decoder-ffn-embed-dim: 32
-  optimizer: adam
-  lr: 0.02
-  lr-scheduler: cosine
-  max-update: 12
-  no-epoch-checkpoints: true
-  num-workers: 0
-  cpu: true
-  log-format: json
-  log-interval: 1
-evaluation:
-  options: {{batch-size: 2}}
-  memory: {{subset: test, lengths: [0, 32]}}
-rows:
-  transformer_xl:
-    title: Transformer-XL
-    options: {{arch: transformer_xl_lm}}
-    paper: {{test: 1.25, source: a paper}}
-    sweeps: false
-  lamemo:
-    title: LaMemo
-    options: {{arch: lamemo_lm}}
-    without_memory: {{memory: none, position_encoding: transformer-xl}}
-"""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), train=3000, valid=300, test=250)
-
-
-@pytest.fixture
-def tiny(data, tmp_path, monkeypatch):
-    """A table file of two rows; nothing is stopped, and commands are found from the root."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    process.STOPPED.clear()
-    (tmp_path / "tiny.yaml").write_text(TINY.format(data=data))
-    return tmp_path / "tiny.yaml"
-
-
-def fork(argv, log, environment, keep_open=(), watch=lambda: None):
-    """`process.run` at a fraction of the time: in a fork of a process that has imported everything."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    worker = _FORKS.Process(target=_main, args=(argv[2], argv[3:], log))
-    worker.start()
-    worker.join()
-    return process.Ended(worker.exitcode, 0.5)
-
-
-def _main(module, arguments, log):
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(ROOT)
-    torch.set_num_threads(1)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__")
-
-
-def run(tiny, *arguments):
-    return runner.main([str(tiny), "--out", str(tiny.parent / "out"), *map(str, arguments)])
-
-
-def read(path):
-    return json.loads(path.read_text())
+from .helpers import random_tokens, read_streams, tiny_decoder
+from .tables import fork, read, run
 
 
 def test_a_table_is_run_once_and_rendered(tiny, capsys, monkeypatch):
@@ -149,7 +65,7 @@ def test_a_table_is_run_once_and_rendered(tiny, capsys, monkeypatch):
     assert "holds another run: options --lr is 0.1, there it was 0.02" in message and "--out" in message
 
 
-def test_a_killed_runner_goes_on_from_the_checkpoint(tiny, data, tmp_path, monkeypatch):
+def test_a_killed_runner_goes_on_from_the_checkpoint(tiny, tmp_path, monkeypatch):
     """Killed with its training: the next start trains what is left, and ends where an undisturbed run ends."""
     options = ["--only", "lamemo", "--set", "max-update=30", "save-interval-updates=5"]
     argv = [sys.executable, "-m", "examples.tables", str(tiny), "--out", str(tmp_path / "killed"), *options]
@@ -291,7 +207,7 @@ def test_a_changed_evaluation_is_done_again_without_training(tiny, monkeypatch):
     assert len(plan.missing(one)) == 5
 
 
-def test_jobs_for_slurm_are_what_is_missing(tiny, capsys, data):
+def test_jobs_for_slurm_are_what_is_missing(tiny, capsys):
     out = tiny.parent / "out"
     assert run(tiny, "--print-slurm", "--seeds", 1, 2, "--sbatch", "--time 1:00:00", "--set", "cpu=false") == 0
     made, *lines = capsys.readouterr().out.splitlines()

@@ -4,6 +4,7 @@ python -m examples.tables examples/enwik8/table.yaml                      every 
 python -m examples.tables examples/enwik8/table.yaml --print lamemo       the commands of one row
 python -m examples.tables examples/enwik8/table.yaml --print-slurm        jobs for SLURM instead
 python -m examples.tables examples/enwik8/table.yaml --scale 60           all rows shrunk alike, to an hour
+python -m examples.tables examples/enwik8/table.yaml --speed              what each row costs, alone
 """
 
 import argparse
@@ -11,12 +12,13 @@ import os
 import shlex
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import yaml
 
-from . import commands, folder, plots, process, recipes, render, scale, table
+from . import commands, folder, kept, plots, process, recipes, render, scale, speed, table
 from .execute import Plan, RunError, Slot, check, execute
 
 
@@ -45,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
         "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of fairseq-train for every row (cpu=true)"
     )
     found.add_argument("--out", type=Path, help="folder of the runs (default: work/tables/ and the table's folder)")
+    found.add_argument(
+        "--results",
+        type=Path,
+        help="folder to keep results in and to render them; runs that it has are not run again (default: --out)",
+    )
     found.add_argument("--scale", type=float, metavar="MINUTES", help="shrink every row alike to this budget")
     found.add_argument("--gpus", type=int, default=1, help="GPUs of one run, which share the table's streams")
     found.add_argument("--devices", help="GPUs to use, such as 0,1,2,3 (default: all)")
@@ -53,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
     action.add_argument("--print", metavar="ROW", help="print the commands of a row and run nothing")
     action.add_argument("--print-slurm", action="store_true", help="print jobs for what is missing and run nothing")
     action.add_argument("--write-recipes", action="store_true", help="write ROW.sh and ROW.yaml beside the table file")
+    action.add_argument(
+        "--speed", nargs="?", type=int, const=160, metavar="UPDATES", help="train each row alone for a few updates"
+    )
     action.add_argument("--render", action="store_true", help="render what is complete and run nothing")
     found.add_argument("--sbatch", metavar="OPTIONS", help='more options for --print-slurm, such as "--time 24:00:00"')
     return found
@@ -69,20 +79,34 @@ def act(args: argparse.Namespace) -> int:
         for file in recipes.write(loaded, args.table.parent, name):
             print(file)
         return 0
-    changes = options(args.set)
-    plan = Plan(loaded, args.out or default_out(name, args.scale), changes, args.gpus)
+    ledger = args.results / "runs.jsonl" if args.results else None
+    plan = Plan(
+        loaded,
+        args.out or default_out(name, args.scale),
+        options(args.set),
+        args.gpus,
+        results=args.results,
+        kept=kept.read(ledger) if ledger else {},
+    )
     runs = table.runs(loaded, args.only, args.seeds)
     if args.print_slurm:
         print("\n".join(jobs(plan, runs, args)))
         return 0
     if args.scale is not None and args.scale <= 0:
         raise table.TableError(f"--scale is {args.scale}, it must be a positive number of minutes")
-    places = [] if args.render else slots(args, plan.on_cpu)
+    if args.speed is not None and args.speed <= 0:
+        raise table.TableError(f"--speed is {args.speed}, it must be a positive number of updates")
+    if args.speed is not None:
+        speed.measure_all(plan, list(dict.fromkeys(run.row for run in runs)), slots(args, plan.on_cpu), args.speed)
+    places = [] if args.render or args.speed else slots(args, plan.on_cpu)
     if args.scale is not None:
         plan = scale.shrink(plan, runs, places, args.scale)
     failed = execute(plan, runs, places) if places else []
     # Other rows and seeds of the same folder may be there already, or be run by other jobs.
     everything = table.runs(loaded, None, sorted({*loaded.seeds, *(args.seeds or [])}))
+    if ledger:
+        kept.add(ledger, filter(None, map(plan.result, everything)))
+        plan = replace(plan, kept=kept.read(ledger))  # with what others added
     print(render.write(plan, everything))
     try:
         plots.write(plan, everything)
@@ -149,7 +173,7 @@ def visible() -> List[str]:
 
 def jobs(plan: Plan, runs: List[table.Run], args: argparse.Namespace) -> List[str]:
     """A line for SLURM for each run that is missing; a shrunk table is one job, as its rows depend on each other."""
-    shared = [str(args.table), "--out", str(plan.out)]
+    shared = [str(args.table), "--out", str(plan.out), *(["--results", str(plan.results)] if plan.results else [])]
     if args.set:
         shared += ["--set", *args.set]
     log = plan.out / "slurm-%j.log"

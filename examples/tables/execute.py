@@ -12,7 +12,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from tqdm import tqdm
 
 from . import commands, logs, process
-from .folder import BusyError, RunFolder, data_identity, read_json, write_json
+from .folder import BusyError, ChangedError, RunFolder, data_identity, differences, read_json, write_json
+from .kept import Result
 from .table import Evaluation, Run, Table, evaluations, find
 
 
@@ -30,6 +31,18 @@ class Plan:
     gpus: int = 1  # for each run
     shards: int = 1  # evaluations read the first of as many parts of a split
     scale: Optional[Dict[str, Any]] = None  # how the table was shrunk
+    results: Optional[Path] = None  # where results are kept and rendered, if not in `out`
+    kept: Dict[str, Result] = field(default_factory=dict)  # of runs that have no folder in `out`
+
+    @property
+    def rendered(self) -> Path:
+        """The folder of what is rendered."""
+        return self.results or self.out
+
+    @property
+    def speed(self) -> Path:
+        """The file with the rates that rows have alone."""
+        return self.rendered / "speed.json"
 
     @property
     def on_cpu(self) -> bool:
@@ -59,18 +72,34 @@ class Plan:
     def evaluation_identity(self, run: Run, evaluation: Evaluation) -> List[str]:
         return self.evaluation_arguments(run, evaluation, Path("checkpoint_best.pt"))[1:]
 
+    def result(self, run: Run) -> Optional[Result]:
+        """What there is of a run that is trained, with all evaluations or some; None if it is not trained."""
+        folder = self.folder(run)
+        training = read_json(folder.trained)
+        if training is None:
+            return self.kept.get(run.name)
+        held = {e.name: read_json(folder.evaluated(e.name)) for e in self.evaluations(run)}
+        return {
+            "run": read_json(folder.identity),
+            "training": training,
+            "evaluations": {name: found for name, found in held.items() if found is not None},
+            "scale": self.scale,
+            "starts": folder.started(),
+        }
+
     def missing(self, run: Run) -> List[Evaluation]:
         """The evaluations that a run still lacks."""
-        folder, found = self.folder(run), []
-        for evaluation in self.evaluations(run):
-            held = read_json(folder.evaluated(evaluation.name))
-            if held is None or held["identity"] != self.evaluation_identity(run, evaluation):
-                found.append(evaluation)
-        return found
+        result = self.result(run)
+        held = {} if result is None else result["evaluations"]
+        return [
+            evaluation
+            for evaluation in self.evaluations(run)
+            if held.get(evaluation.name, {}).get("identity") != self.evaluation_identity(run, evaluation)
+        ]
 
     def complete(self, run: Run) -> bool:
-        folder = self.folder(run)
-        return folder.results.exists() and folder.trained.exists() and not self.missing(run)
+        done = self.folder(run).results.exists() or run.name in self.kept
+        return done and self.result(run) is not None and not self.missing(run)
 
 
 @dataclass(frozen=True)
@@ -91,12 +120,18 @@ def check(plan: Plan, runs: Sequence[Run]) -> List[Run]:
     """The runs that are not complete, once it is known that none of the folders holds another run.
 
     Raises:
-        ChangedError: one does.
+        ChangedError: one does, or the results that are kept are those of another.
     """
     for run in runs:
         folder = plan.folder(run)
         if folder.identity.exists():
             folder.claim(plan.identity(run))
+        elif run.name in plan.kept and plan.kept[run.name]["run"] != plan.identity(run):
+            changed = "; ".join(differences(plan.kept[run.name]["run"], plan.identity(run)))
+            raise ChangedError(
+                f"{plan.results} keeps the results of another {run.name}: {changed}. "
+                "Ask for the same, or keep these in another folder with --results"
+            )
     return [run for run in runs if not plan.complete(run)]
 
 
@@ -150,15 +185,7 @@ def complete(plan: Plan, run: Run, slot: Slot, board: "Board") -> None:
         missing = plan.missing(run)
         if missing:
             _evaluate(plan, run, folder, missing, slot, lock, board)
-        write_json(
-            folder.results,
-            {
-                "run": read_json(folder.identity),
-                "training": read_json(folder.trained),
-                "evaluations": {e.name: read_json(folder.evaluated(e.name)) for e in plan.evaluations(run)},
-                "scale": plan.scale,
-            },
-        )
+        write_json(folder.results, plan.result(run))
     finally:
         os.close(lock)
 
@@ -179,6 +206,12 @@ def _train(plan: Plan, run: Run, folder: RunFolder, slot: Slot, lock: int, board
 def _evaluate(
     plan: Plan, run: Run, folder: RunFolder, missing: List[Evaluation], slot: Slot, lock: int, board: "Board"
 ) -> None:
+    if not folder.checkpoint.exists():
+        names = ", ".join(evaluation.name for evaluation in missing)
+        raise RunError(
+            f"{folder.checkpoint} is gone, and these are not evaluated: {names}. "
+            f"To train it again, move {folder.path} away"
+        )
     jobs = folder.path / "evaluations" / "jobs.json"
     log = folder.path / "evaluations" / "log"
     wanted = [

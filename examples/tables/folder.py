@@ -92,6 +92,11 @@ class RunFolder:
         with self.starts.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"commands": commands, **environment(devices)}) + "\n")
 
+    def started(self) -> List[Dict[str, Any]]:
+        """What `note_start` noted."""
+        lines = self.starts.read_text(encoding="utf-8").splitlines() if self.starts.exists() else []
+        return [json.loads(line) for line in lines]
+
 
 def differences(held: Any, wanted: Any, name: str = "") -> List[str]:
     """Where two values read from JSON differ, in words."""

@@ -41,7 +41,7 @@ def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
             if plan.scale:
                 figure.text(0.01, 0.005, f"--scale {plan.scale['asked']['minutes']:g}: no reproduction", fontsize=7)
             figure.tight_layout()
-            files.append(plan.out / f"{name}.svg")
+            files.append(plan.rendered / f"{name}.svg")
             figure.savefig(files[-1])
             figure.savefig(files[-1].with_suffix(".png"), dpi=150)
             plt.close(figure)
@@ -52,16 +52,16 @@ def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> A
     """Quality, parameters, tokens/s and memory side by side."""
     subset = plan.table.evaluation.subsets[-1]
     panels = [
-        (f"{subset} {MEASURES[plan.table.measure][1]}", lambda r: render.values(plan, r, Evaluation(subset))),
-        ("parameters", lambda r: render.trained(r, "parameters")),
-        ("training tokens/s", lambda r: render.trained(r, "tokens_per_second")),
-        ("peak memory, GiB", render.memory),
+        (f"{subset} {MEASURES[plan.table.measure][1]}", lambda _, r: render.values(plan, r, Evaluation(subset))),
+        ("parameters", lambda _, r: render.trained(r, "parameters")),
+        ("training tokens/s", lambda name, r: render.rates(plan, name, r)),
+        ("peak memory, GiB", lambda name, r: render.memory(plan, name, r)),
     ]
     titles = [plan.table.rows[name].title for name in results]
     height = 1.2 + 0.35 * len(titles)
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), height), sharey=True)
     for axis, (label, figures) in zip(axes, panels, strict=True):
-        bars = axis.barh(titles, [mean(figures(found) or [0]) for found in results.values()], color="0.5")
+        bars = axis.barh(titles, [mean(figures(*found) or [0]) for found in results.items()], color="0.5")
         axis.bar_label(bars, fmt="{:,.4g}", padding=2, fontsize=8)
         axis.set_xlabel(label)
         axis.margins(x=0.2)

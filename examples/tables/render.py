@@ -2,44 +2,37 @@
 
 import csv
 import io
-import json
 import math
 import os
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Dict, Iterable, List, Optional, Sequence
 
-from . import scale
+from . import scale, speed
 from .execute import Plan
-from .folder import read_json
+from .kept import Result
 from .table import MEASURES, Evaluation, Row, Run
-
-Result = Dict[str, Any]  # results.json
 
 
 def collect(plan: Plan, runs: Sequence[Run]) -> Dict[str, List[Result]]:
-    """The results of the complete runs, by row."""
+    """The results of the runs that are trained, by row; some may lack evaluations."""
     found: Dict[str, List[Result]] = {name: [] for name in plan.table.rows}
     for run in runs:
-        if plan.complete(run):
-            folder = plan.folder(run)
-            found[run.row].append({**(read_json(folder.results) or {}), "starts": _starts(folder.starts)})
+        result = plan.result(run)
+        if result is not None:
+            found[run.row].append(result)
     return found
-
-
-def _starts(path: Path) -> List[Dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write(plan: Plan, runs: Sequence[Run]) -> str:
     """Write table.md, table.csv, evaluations.csv and curves.csv; returns the Markdown."""
     results = collect(plan, runs)
     text = markdown(plan, runs, results)
-    plan.out.mkdir(parents=True, exist_ok=True)
-    _put(plan.out / "table.md", text)
-    _csv(plan.out / "table.csv", summaries(plan, results))
-    _csv(plan.out / "evaluations.csv", evaluation_lines(plan, results))
-    _csv(plan.out / "curves.csv", curve_lines(results))
+    plan.rendered.mkdir(parents=True, exist_ok=True)
+    _put(plan.rendered / "table.md", text)
+    _csv(plan.rendered / "table.csv", summaries(plan, results))
+    _csv(plan.rendered / "evaluations.csv", evaluation_lines(plan, results))
+    _csv(plan.rendered / "curves.csv", curve_lines(results))
     return text
 
 
@@ -55,9 +48,23 @@ def trained(results: List[Result], key: str) -> List[float]:
     return [r["training"][key] for r in results if r["training"][key] is not None]
 
 
-def memory(results: List[Result]) -> List[float]:
-    """Peak memory of training in GiB: of the device, on a CPU of the process."""
-    return trained(results, "device_memory_gib") or trained(results, "host_memory_gib")
+def rates(plan: Plan, name: str, results: List[Result]) -> List[float]:
+    """Tokens/s of a row: alone, if that was measured for any row of the table, else of its runs."""
+    alone = speed.read(plan)
+    return _alone(alone, name, "tokens_per_second") if alone else trained(results, "tokens_per_second")
+
+
+def memory(plan: Plan, name: str, results: List[Result]) -> List[float]:
+    """Peak memory of training in GiB, measured where `rates` are: of the device, on a CPU of the process."""
+    alone = speed.read(plan)
+    keys = ("device_memory_gib", "host_memory_gib")
+    found = [_alone(alone, name, key) if alone else trained(results, key) for key in keys]
+    return found[0] or found[1]
+
+
+def _alone(alone: Dict[str, Any], name: str, key: str) -> List[float]:
+    figure = alone.get(name, {}).get(key)
+    return [] if figure is None else [figure]
 
 
 def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
@@ -69,8 +76,8 @@ def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, An
             line.update(_spread(subset, values(plan, results[name], Evaluation(subset))))
             line[f"{subset} reported"] = getattr(row.paper, subset, None)
         line.update(_spread("parameters", trained(results[name], "parameters")[:1]))
-        line.update(_spread("tokens/s", trained(results[name], "tokens_per_second")))
-        line.update(_spread("memory GiB", memory(results[name])))
+        line.update(_spread("tokens/s", rates(plan, name, results[name])))
+        line.update(_spread("memory GiB", memory(plan, name, results[name])))
         lines.append(line)
     return lines
 
@@ -85,7 +92,9 @@ def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[
     for name, runs in results.items():
         for result in runs:
             for evaluation in plan.evaluations(Run(name, result["run"]["seed"])):
-                held = result["evaluations"][evaluation.name]
+                held = result["evaluations"].get(evaluation.name)
+                if held is None:
+                    continue
                 lines.append(
                     {
                         "row": name,
@@ -137,8 +146,8 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
             *(shown(values(plan, results[name], Evaluation(subset)), digits) for subset in splits),
             reported(row, splits),
             shown(trained(results[name], "parameters")[:1], 0),
-            shown(trained(results[name], "tokens_per_second"), 0),
-            shown(memory(results[name]), 2),
+            shown(rates(plan, name, results[name]), 0),
+            shown(memory(plan, name, results[name]), 2),
             str(len(results[name])),
         ]
         for name, row in table.rows.items()
@@ -150,6 +159,11 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     if plan.scale:
         parts.append(scale.note(plan.scale))
     parts.append(_grid([head, *lines]))
+    alone = speed.read(plan)
+    if alone:
+        parts.append(
+            f"Tokens/s and memory: each row alone for a few updates, on {speed.devices(alone)} (`speed.json`)."
+        )
     parts += _sweeps(plan, results, digits)
     sources = {row.paper.source: None for row in table.rows.values() if row.paper.source}
     if sources:

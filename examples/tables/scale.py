@@ -11,8 +11,8 @@ from typing import Any, Dict, List, Sequence
 
 from tqdm import tqdm
 
-from . import commands, logs, process
-from .execute import Plan, RunError, Slot, failure
+from . import commands, speed
+from .execute import Plan, Slot
 from .folder import ChangedError, read_json, write_json
 from .table import Run, TableError
 
@@ -90,22 +90,7 @@ def measure(plan: Plan, runs: Sequence[Run], slot: Slot) -> Dict[str, Any]:
     """Tokens/s of every row over a few updates, and its tokens an update."""
     rates = {}
     for name in tqdm(list(dict.fromkeys(run.row for run in runs)), desc="measuring the rate", unit="row"):
-        folder = plan.out / "rates" / name
-        changes = {
-            **plan.changes,
-            **dict.fromkeys(SHRUNK),
-            "max-update": PROBE_UPDATES,
-            "log-interval": 1,
-            "no-save": True,
-            "disable-validation": True,
-        }
-        arguments = commands.train(plan.table, Run(name, 1), str(folder), changes, max(1, len(slot.devices)))
-        log = folder / "train.log"
-        log.unlink(missing_ok=True)
-        ended = process.run(commands.argv("fairseq-train", arguments), log, slot.environment())
-        if ended.code:
-            raise RunError(f"row '{name}': {failure('fairseq-train', ended.code, log)}")
-        found = logs.training(log)
+        found = speed.measure(plan, name, slot, PROBE_UPDATES, 1, plan.out / "rates" / name)
         rates[name] = {key: found[key] for key in ("tokens_per_second", "tokens_an_update")}
     return rates
 

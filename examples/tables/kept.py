@@ -1,0 +1,40 @@
+"""Results in one file, a line a run, apart from the folders of the runs: for a table that is run here and there."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, Iterable
+
+Result = Dict[str, Any]  # run, training, evaluations, scale and starts, as in a run's results.json
+
+
+def read(path: Path) -> Dict[str, Result]:
+    """The results in a file by the runs' names; none if there is no such file."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {name(result): result for result in map(json.loads, lines)}
+
+
+def add(path: Path, results: Iterable[Result]) -> None:
+    """Add results to a file, each in place of one of the same run that has fewer evaluations.
+
+    Several processes may do so at once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        held = read(path)
+        for result in results:
+            former = held.get(name(result))
+            if former is None or len(result["evaluations"]) >= len(former["evaluations"]):
+                held[name(result)] = result
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(held[key]) + "\n" for key in sorted(held)), encoding="utf-8")
+        os.replace(unfinished, path)
+
+
+def name(result: Result) -> str:
+    """As `table.Run.name`."""
+    return f"{result['run']['row']}/seed-{result['run']['seed']}"

@@ -1,0 +1,85 @@
+"""Rows trained alone for a few updates: tokens/s and memory that can be compared, whatever runs were run beside."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import Any, Dict, List, Sequence
+
+from tqdm import tqdm
+
+from . import commands, logs, process
+from .execute import Plan, RunError, Slot, failure
+from .folder import environment, read_json, write_json
+from .table import Run
+
+# Options that a few updates have no use for.
+_OFF = ("validate-interval-updates", "save-interval-updates", "lr-period-updates", "warmup-updates")
+
+
+def measure(plan: Plan, row: str, slot: Slot, updates: int, interval: int, folder: Path) -> Dict[str, Any]:
+    """Train a row so many updates in *slot*, logging every *interval*; nothing is saved but the log.
+
+    Returns:
+        What `logs.training` finds.
+
+    Raises:
+        RunError: it could not be trained.
+    """
+    changes = {
+        **plan.changes,
+        **dict.fromkeys(_OFF),
+        "max-update": updates,
+        "log-interval": interval,
+        "no-save": True,
+        "disable-validation": True,
+    }
+    arguments = commands.train(plan.table, Run(row, 1), str(folder), changes, max(1, len(slot.devices)))
+    log = folder / "train.log"
+    log.unlink(missing_ok=True)
+    ended = process.run(commands.argv("fairseq-train", arguments), log, slot.environment())
+    if ended.code:
+        raise RunError(f"row '{row}': {failure('fairseq-train', ended.code, log)}")
+    return {**logs.training(log), "host_memory_gib": ended.memory_gib}
+
+
+def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates: int) -> None:
+    """Measure rows, one at a time in each slot, and note it in `Plan.speed`.
+
+    Raises:
+        RunError: a row could not be trained.
+    """
+    free: Queue[Slot] = Queue()
+    for slot in slots:
+        free.put(slot)
+
+    def work(row: str) -> Dict[str, Any]:
+        slot = free.get()
+        try:
+            found = measure(plan, row, slot, updates, max(1, updates // 16), plan.out / "speed" / row)
+            keys = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
+            return {**{key: found[key] for key in keys}, "updates": updates, "changes": plan.changes, **where(slot)}
+        finally:
+            free.put(slot)
+
+    with ThreadPoolExecutor(len(slots)) as pool:
+        found: List[Dict[str, Any]] = list(
+            tqdm(pool.map(work, rows), total=len(rows), desc="measuring the rates", unit="row")
+        )
+    write_json(plan.speed, {**(read_json(plan.speed) or {}), **dict(zip(rows, found, strict=True))})
+
+
+def where(slot: Slot) -> Dict[str, Any]:
+    """The device and the versions that a rate belongs to."""
+    found = environment(slot.shown)
+    return {key: found[key] for key in ("device", "versions", "commit", "changed_files")}
+
+
+def read(plan: Plan) -> Dict[str, Any]:
+    """What was measured, by row."""
+    found: Dict[str, Any] = read_json(plan.speed) or {}
+    return {row: found[row] for row in plan.table.rows if row in found}
+
+
+def devices(found: Dict[str, Any]) -> str:
+    """Where it was measured, in words."""
+    return "; ".join(sorted({f"{rate['device']}, torch {rate['versions']['torch']}" for rate in found.values()}))

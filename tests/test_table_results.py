@@ -1,0 +1,77 @@
+"""The table runner: results kept apart from the runs, and the speed of rows alone."""
+
+import json
+import shutil
+
+import pytest
+
+from examples.tables import execute, folder, kept, logs, plots, process, table
+
+from .tables import fork, read, run
+
+
+def test_results_that_are_kept_need_no_folders(tiny, monkeypatch, capsys):
+    """What a file of results has complete is not run again; what it has in part is shown, and run again."""
+    monkeypatch.setattr(plots, "write", lambda *_: [])
+    monkeypatch.setattr(process, "run", fork)
+    results = tiny.parent / "results"
+    assert run(tiny, "--only", "lamemo", "--results", results, "--set", "max-update=2") == 0
+    first = capsys.readouterr().out
+    assert not (tiny.parent / "out" / "table.md").exists() and (results / "table.md").read_text() in first
+    shutil.rmtree(tiny.parent / "out")
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run again"))
+    assert run(tiny, "--only", "lamemo", "--results", results, "--set", "max-update=2") == 0
+    assert capsys.readouterr().out == first
+    assert run(tiny, "--only", "lamemo", "--results", results) == 1
+    message = capsys.readouterr().err
+    assert "another lamemo/seed-1: options --max-update is 12, there it was 2" in message and "--results" in message
+    assert run(tiny, "--print-slurm", "--results", results, "--set", "max-update=2") == 0
+    (job,) = capsys.readouterr().out.splitlines()[1:]
+    assert "tiny-transformer_xl-1" in job and f"--results {results}" in job
+
+    (line,) = (results / "runs.jsonl").read_text().splitlines()
+    part = json.loads(line)
+    valid = part["evaluations"]["valid"]["loss"]
+    del part["evaluations"]["test"]
+    (results / "runs.jsonl").write_text(json.dumps(part) + "\n")
+    assert run(tiny, "--render", "--results", results) == 0
+    text = capsys.readouterr().out
+    row = next(line for line in text.splitlines() if line.startswith("| LaMemo"))
+    assert [cell.strip() for cell in row.split("|")][2:4] == [f"{valid:.3f}", ""]
+    assert "Not complete: transformer_xl/seed-1, lamemo/seed-1." in text
+    kept.add(results / "runs.jsonl", [{**part, "evaluations": {}}])
+    assert kept.read(results / "runs.jsonl") == {"lamemo/seed-1": part}, "more gave way to less"
+    tried = []
+    monkeypatch.setattr(process, "run", lambda argv, *_: tried.append(argv[2]) or process.Ended(1, 0.1))
+    assert run(tiny, "--only", "lamemo", "--results", results, "--set", "max-update=2") == 1
+    assert tried == ["fairseq_cli.train"]
+
+
+def test_a_lost_checkpoint_is_told(tiny, monkeypatch, capsys):
+    plan = execute.Plan(table.load(tiny), tiny.parent / "out", {})
+    (one,) = table.runs(plan.table, ["lamemo"])
+    plan.folder(one).claim(plan.identity(one))
+    folder.write_json(plan.folder(one).trained, {})
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run"))
+    assert execute.execute(plan, [one], [execute.Slot()]) == [
+        f"lamemo/seed-1: {plan.folder(one).checkpoint} is gone, and these are not evaluated: valid, test, "
+        f"test-memory-0, test-memory-32. To train it again, move {plan.folder(one).path} away"
+    ]
+
+
+def test_the_speed_of_rows_alone_is_what_the_table_shows(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "write", lambda *_: [])
+    monkeypatch.setattr(process, "run", fork)
+    assert run(tiny, "--speed", 3, "--only", "lamemo") == 0
+    text = capsys.readouterr().out
+    out = tiny.parent / "out"
+    measured = read(out / "speed.json")
+    assert list(measured) == ["lamemo"] and measured["lamemo"]["updates"] == 3
+    assert logs.training(out / "speed" / "lamemo" / "train.log")["updates"] == 3
+    assert not list(out.glob("**/*.pt")) and not (out / "lamemo").exists()
+    row = next(line for line in text.splitlines() if line.startswith("| LaMemo"))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[6:8] == [f"{measured['lamemo']['tokens_per_second']:,.0f}", "0.50"]
+    assert "each row alone for a few updates, on " in text
+    assert run(tiny, "--speed", -1) == 1
+    assert "--speed is -1, it must be a positive number of updates" in capsys.readouterr().err
