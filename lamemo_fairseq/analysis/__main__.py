@@ -30,9 +30,10 @@ def main(arguments: Optional[List[str]] = None) -> int:
             return 1
         models[name] = analyse(name, path, args)
     print(summary(models))
-    files = report.write(models, args.out)
+    tables = report.tabulate(models)
+    files = report.write(tables, args.out)
     try:
-        files += report.draw(models, args.out)
+        files += report.draw(tables, args.out)
     except ImportError:
         print("no pictures: they need matplotlib (pip install matplotlib)", file=sys.stderr)
     print("\n".join(map(str, files)))

@@ -3,7 +3,8 @@
 import csv
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from statistics import mean
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -19,20 +20,26 @@ PAPER: Dict[str, Sequence[float]] = {
     "Transformer-XL (paper)": (0.0058, 0.0063, 0.0072, 0.0081, 0.0092, 0.0111, 0.0145, 0.0189, 0.0283, 0.09),
 }
 
+BLOCKS = 32  # points that the losses by position are averaged to in the picture
+
 Models = Dict[str, Collected]
 Lines = List[Dict[str, Any]]
 
 
-def write(models: Models, folder: Path) -> List[Path]:
-    """Write the CSV files; returns them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tables = {
+def tabulate(models: Models) -> Dict[str, Lines]:
+    """What was collected, by the names of the files."""
+    return {
         "attention_by_distance": attention_by_distance(models),
         "attention_by_slot": attention_by_slot(models),
         "figure1": figure1(models),
         "alpha": alpha(models),
         "loss_by_position": loss_by_position(models),
     }
+
+
+def write(tables: Mapping[str, Lines], folder: Path) -> List[Path]:
+    """Write the CSV files; returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, lines in tables.items():
         if lines:
@@ -132,7 +139,7 @@ def _slots(found: Collected) -> int:
     return 0 if by_slot is None else len(by_slot)
 
 
-def draw(models: Models, folder: Path) -> List[Path]:
+def draw(tables: Mapping[str, Lines], folder: Path) -> List[Path]:
     """Draw the figures as SVG and PNG; returns the files.
 
     Raises:
@@ -144,63 +151,72 @@ def draw(models: Models, folder: Path) -> List[Path]:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
+    drawn = {"figure1": _draw_figure1, "loss_by_position": _draw_losses, "alpha": _draw_alpha}
     files: List[Path] = []
-
-    def save(name: str, figure: Any) -> None:
+    for name, of in drawn.items():
+        if not tables[name]:
+            continue
+        figure = of(plt, tables[name])
         figure.tight_layout()
         for suffix in (".svg", ".png"):
             files.append(folder / f"{name}{suffix}")
             figure.savefig(files[-1], dpi=150)
         plt.close(figure)
-
-    save("figure1", _draw_figure1(plt, models))
-    save("loss_by_position", _draw_losses(plt, models))
-    if any(found.mixing_layers for found in models.values()):
-        save("alpha", _draw_alpha(plt, models))
     return files
 
 
-def _draw_figure1(plt: Any, models: Models) -> Any:
+def _by(key: str, lines: Lines) -> Dict[Any, Lines]:
+    """Lines by a column's value, in their order."""
+    found: Dict[Any, Lines] = {}
+    for line in lines:
+        found.setdefault(line[key], []).append(line)
+    return found
+
+
+def _draw_figure1(plt: Any, lines: Lines) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True)
     for axis, column in zip(axes, ("into memory", "from the query"), strict=True):
-        for name in dict.fromkeys(line["model"] for line in figure1(models)):
-            points = [line for line in figure1(models) if line["model"] == name and line[column] is not None]
-            style = "k" if name in PAPER else ""
+        for name, of_model in _by("model", lines).items():
+            points = [line for line in of_model if line[column] is not None]
             marker = {"LaMemo (paper)": "^", "Transformer-XL (paper)": "v"}.get(name, ".")
-            line_style = ":" if name in PAPER else "-"
+            style = {"color": "k", "linestyle": ":"} if name in PAPER else {}
             if points:
                 x, y = [p["offset"] for p in points], [p[column] for p in points]
-                color = {"color": style} if style else {}
-                axis.plot(x, y, marker=marker, linestyle=line_style, label=name, markersize=4, **color)
+                axis.plot(x, y, marker=marker, label=name, markersize=4, **style)
         axis.set_xlabel(f"offset {column}")
+    axes[0].set_yscale("log")
     axes[0].set_ylabel(f"mean attention, sum of {BIN} keys")
     axes[0].legend(fontsize=8)
     return figure
 
 
-def _draw_losses(plt: Any, models: Models) -> Any:
+def _draw_losses(plt: Any, lines: Lines) -> Any:
     figure, axis = plt.subplots(figsize=(6, 3.5))
-    for name, found in models.items():
-        losses = found.losses.by_position()
-        axis.plot(range(1, len(losses) + 1), losses, label=f"{name}, mean {found.losses.mean():.3f}")
-    axis.set_xlabel("position in the segment")
+    for name, of_model in _by("model", lines).items():
+        block = -(-len(of_model) // BLOCKS)
+        blocks = [of_model[i : i + block] for i in range(0, len(of_model), block)]
+        positions = [mean(line["position"] for line in part) for part in blocks]
+        axis.plot(positions, [_loss(part) for part in blocks], marker=".", label=f"{name}, mean {_loss(of_model):.3f}")
+    axis.set_xlabel(f"position in the segment, mean of {block}" if block > 1 else "position in the segment")
     axis.set_ylabel("loss, bits")
     axis.legend(fontsize=8)
     return figure
 
 
-def _draw_alpha(plt: Any, models: Models) -> Any:
-    mixing = {name: found for name, found in models.items() if found.mixing_layers}
-    figure, axes = plt.subplots(1, len(mixing), figsize=(5 * len(mixing), 3.5), squeeze=False)
-    for axis, (name, found) in zip(axes[0], mixing.items(), strict=True):
-        layers = found.mixing_layers
-        ages = torch.stack([found.mixing.by_age(layer, found.segment_length) for layer in layers])
-        for age, values in enumerate(ages.T, start=1):
-            axis.plot([layer + 1 for layer in layers], values, marker=".", label=str(age))
+def _loss(lines: Lines) -> float:
+    return sum(line["loss"] * line["tokens"] for line in lines) / sum(line["tokens"] for line in lines)
+
+
+def _draw_alpha(plt: Any, lines: Lines) -> Any:
+    models = _by("model", lines)
+    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.5), squeeze=False)
+    for axis, (name, of_model) in zip(axes[0], models.items(), strict=True):
+        for age, of_age in _by("age", of_model).items():
+            axis.plot([p["layer"] for p in of_age], [p["alpha"] for p in of_age], marker=".", label=str(age))
         axis.set_xlabel("layer")
         axis.set_ylabel("alpha, share kept")
         axis.set_ylim(0, 1)
         axis.set_title(name, fontsize=10)
-        axis.set_xticks([layer + 1 for layer in layers])
+        axis.set_xticks(list(_by("layer", of_model)))
         axis.legend(title="segments since written", fontsize=7, title_fontsize=7)
     return figure

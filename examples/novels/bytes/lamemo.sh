@@ -12,8 +12,8 @@ if [ $((40 % GPUS)) -ne 0 ]; then
 fi
 fairseq-train data-bin/novels-bytes --user-dir lamemo_fairseq --task segment_language_modeling \
     --tokens-per-sample 512 --roll --criterion chunked_cross_entropy --optimizer adam --lr 0.00025 \
-    --lr-scheduler cosine --max-update 5000 --clip-norm 0.5 --fp16 --batch-size-valid 16 \
-    --validate-interval-updates 500 --save-interval-updates 500 --keep-interval-updates 2 --no-epoch-checkpoints \
+    --lr-scheduler cosine --max-update 5000 --clip-norm 0.5 --fp16 --cuda-graphs --batch-size-valid 16 \
+    --validate-interval-updates 1000 --save-interval-updates 1000 --keep-interval-updates 1 --no-epoch-checkpoints \
     --num-workers 2 --log-format json --log-interval 100 --arch lamemo_lm_enwik8 --batch-size $((40 / GPUS)) \
     --seed 1 --save-dir checkpoints/novels-bytes/lamemo
 # On one GPU: several would cut the split into more streams.
