@@ -274,7 +274,6 @@ def test_half_precision(compression, loss, dtype):
             r"--compression conv has weights, .*pass one of attention-reconstruction, auto-enc",
         ),
         ({"compression_loss_weight": 0.0}, r"--compression-loss-weight is 0.0, it must be positive"),
-        ({"cuda_graphs": True}, r"--cuda-graphs cannot record --memory compressive"),
         ({"position_encoding": "absolute"}, r"--position-encoding absolute numbers the tokens of one segment"),
         ({"position_encoding": "disentangled"}, r"take transformer-xl"),
     ],

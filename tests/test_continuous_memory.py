@@ -295,7 +295,6 @@ def test_a_run_goes_on_with_the_same_basis_alone():
         ({"memory_sampling": "nothing"}, r"unknown --memory-sampling 'nothing'; the known ones are sticky, even"),
         ({"kl_weight": -1.0}, r"--kl-weight is -1.0: pass 0"),
         ({"kl_sigma": 0.0}, r"--kl-sigma is 0.0"),
-        ({"cuda_graphs": True}, r"--cuda-graphs cannot record --memory continuous"),
         ({"position_encoding": "absolute"}, r"absolute numbers the tokens of one segment"),
         ({"position_encoding": "disentangled"}, r"take transformer-xl"),
     ],

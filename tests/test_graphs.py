@@ -4,10 +4,17 @@ import pytest
 import torch
 
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig, check
+from lamemo_fairseq.modules import graphs
 from lamemo_fairseq.modules.graphs import run_on_aliases
 
+from . import fake_graphs
 from .gpus import gpu
-from .helpers import random_tokens, segments_of, tiny_decoder
+from .helpers import VARIANTS, random_tokens, segments_of, tiny_decoder
+
+# One variant of each memory, two of the compressive one; sizes with which every state stops growing.
+MEMORIES = [v for v in VARIANTS if v[:2] == ("lookahead", "disentangled") or (v[0] != "lookahead" and v[1] != "shaw")]
+SEGMENT = 4
+SIZES = {"tokens_per_sample": SEGMENT, "compressed_len": 2, "bptt_segments": 2}
 
 
 def test_graphs_and_recomputed_activations_exclude_each_other():
@@ -20,16 +27,21 @@ def test_without_a_gpu_nothing_is_recorded():
     assert torch.equal(*(losses(cuda_graphs, "cpu")[0] for cuda_graphs in (False, True)))
 
 
-@pytest.mark.parametrize("adaptive", [{}, {"adaptive_softmax_cutoff": "6", "adaptive_input": True}])
-def test_aliases_of_parameters_stand_in_for_all_of_them(adaptive):
-    decoder = tiny_decoder(**adaptive).train()
-    tokens, parameters = random_tokens(2, 3), list(decoder.parameters())
-    _, state, _ = decoder.step(tokens, None)
-    expected, _, _ = decoder.step(tokens, state)
-    leaves, (features, _) = run_on_aliases(decoder.step_without_losses, decoder, parameters, tokens, state)
-    assert torch.equal(features, expected)
-    wanted = torch.autograd.grad(expected.square().sum(), parameters, allow_unused=True)
-    found = torch.autograd.grad(features.square().sum(), leaves, allow_unused=True)
+@pytest.mark.parametrize(
+    ("variant", "adaptive"),
+    [*((variant, {}) for variant in MEMORIES), (VARIANTS[0], {"adaptive_softmax_cutoff": "6", "adaptive_input": True})],
+)
+def test_aliases_of_parameters_stand_in_for_all_of_them(variant, adaptive):
+    decoder = tiny_decoder(variant, **SIZES, **adaptive).train()
+    tokens, parameters, state = random_tokens(2, SEGMENT), list(decoder.parameters()), None
+    for _ in range(3):
+        state = decoder.step(tokens, state).state
+    expected = decoder.step(tokens, state)
+    leaves, passage = run_on_aliases(decoder.step, decoder, parameters, tokens, state)
+    assert torch.equal(passage.features, expected.features)
+    assert passage.losses == expected.losses
+    wanted = torch.autograd.grad(total(expected), parameters, allow_unused=True)
+    found = torch.autograd.grad(total(passage), leaves, allow_unused=True)
     assert any(g is not None for g in wanted)
     for one, other in zip(found, wanted, strict=True):
         assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
@@ -37,10 +49,54 @@ def test_aliases_of_parameters_stand_in_for_all_of_them(adaptive):
     assert leaf_of == {p.data_ptr() for p in parameters}
 
 
-def losses(cuda_graphs, device, length=18, dtype=torch.float64):
-    """Losses and gradients of training on streams; the last segment is short and ragged."""
-    decoder = tiny_decoder(dtype=dtype, cuda_graphs=cuda_graphs, decoder_head_dim=4).to(device).train()
-    tokens = random_tokens(2, length + 1).to(device)
+@pytest.mark.parametrize("variant", MEMORIES)
+def test_what_is_recorded_is_what_is_computed_again(variant, monkeypatch):
+    """Features, state, losses and every gradient, of segments and weights other than those that were recorded."""
+    fake_graphs.install(monkeypatch)
+    decoder = tiny_decoder(variant, **SIZES, dropout=0.3).train()
+    parameters = list(decoder.parameters())
+    segments, state = random_tokens(2, 8 * SEGMENT).split(SEGMENT, dim=1), None
+    for segment in segments[:4]:
+        state = decoder.step(segment, state).state
+    recording = graphs._Recording(decoder.step, decoder, parameters, segments[4], state)
+    given, copies = [], []
+    for seed, segment in enumerate(segments[4:]):
+        torch.manual_seed(seed)
+        expected = decoder.step(segment, state)
+        wanted = torch.autograd.grad(2 * total(expected), recording.parameters)
+        torch.manual_seed(seed)
+        found = recording(segment, state)
+        torch.testing.assert_close(found.features, expected.features, rtol=0, atol=1e-12)
+        assert {name: float(loss) for name, loss in found.losses.items()} == pytest.approx(
+            {name: float(loss) for name, loss in expected.losses.items()}, rel=1e-6
+        )
+        for one, other in zip(found.state.tensors(), expected.state.tensors(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        gradients = torch.autograd.grad(2 * total(found), recording.parameters)
+        for one, other in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        given += [found.features, *found.losses.values(), *found.state.tensors()]
+        copies += [tensor.clone() for tensor in given[len(copies) :]]
+        state = found.state
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.mul_(1.01)
+    assert recording.passes == 4
+    assert all(torch.equal(*pair) for pair in zip(given, copies, strict=True)), "a replay wrote over what one gave"
+    used = {id(p) for p in recording.parameters}
+    assert all(name.startswith("output.") for name, p in decoder.named_parameters() if id(p) not in used)
+
+
+def total(passage):
+    """A loss of all that a passage gives gradients of."""
+    return sum(passage.losses.values(), passage.features.square().sum())
+
+
+def losses(cuda_graphs, device, variant=VARIANTS[0], dtype=torch.float64):
+    """Losses of training on streams; the last segment is short and ragged."""
+    options = {**SIZES, "decoder_head_dim": 4, "cuda_graphs": cuda_graphs}
+    decoder = tiny_decoder(variant, dtype=dtype, **options).to(device).train()
+    tokens = random_tokens(2, 6 * SEGMENT).to(device)
     tokens[1, -2:] = 1
     found = []
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
@@ -48,7 +104,8 @@ def losses(cuda_graphs, device, length=18, dtype=torch.float64):
         start = position.index * decoder.segment_length
         target = tokens[:, start + 1 : start + 1 + segment.size(1)]
         for _ in range(2):  # gradients add up over two passes
-            loss, _ = decoder(segment, segment.ne(1).sum(1), position, target=target)
+            loss, extra = decoder(segment, segment.ne(1).sum(1), position, target=target)
+            loss = sum((extra or {}).values(), loss)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -57,12 +114,13 @@ def losses(cuda_graphs, device, length=18, dtype=torch.float64):
 
 
 @gpu
+@pytest.mark.parametrize("variant", MEMORIES)
 @pytest.mark.parametrize("backend_dtype", [torch.float32, torch.float64], ids=str)
-def test_as_without_graphs(backend_dtype):
-    plain, _ = losses(False, "cuda", dtype=backend_dtype)
-    graphs, decoder = losses(True, "cuda", dtype=backend_dtype)
+def test_as_without_graphs(variant, backend_dtype):
+    plain, _ = losses(False, "cuda", variant, backend_dtype)
+    replayed, decoder = losses(True, "cuda", variant, backend_dtype)
     assert decoder.graphs._recording is not None and decoder.graphs._recording.passes > 4
-    torch.testing.assert_close(graphs, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
 
 
 def recorded(**options):
@@ -70,7 +128,7 @@ def recorded(**options):
     decoder = tiny_decoder(dtype=torch.float32, cuda_graphs=True, **options).to("cuda").train()
     state, segments = None, random_tokens(2, 30).to("cuda").split(decoder.segment_length, dim=1)
     for segment in segments[:4]:
-        _, state = decoder.graphs(decoder.step_without_losses, decoder, segment, state)
+        _, state, _ = decoder.graphs(decoder.step, decoder, segment, state)
     assert decoder.graphs._recording is not None
     return decoder, segments[4:], state
 
@@ -78,7 +136,7 @@ def recorded(**options):
 def read(decoder, segment, state, seed):
     """Features, the state after the segment, gradients, and the random number after them."""
     torch.cuda.manual_seed(seed)
-    features, after = decoder.graphs(decoder.step_without_losses, decoder, segment, state)
+    features, after, _ = decoder.graphs(decoder.step, decoder, segment, state)
     decoder.zero_grad()
     features.square().sum().backward()
     gradients = [p.grad for p in decoder.parameters() if p.grad is not None]
@@ -132,7 +190,7 @@ def test_a_second_forward_before_the_backward_is_an_error():
     tokens = random_tokens(2, 16).to("cuda")
     state = None
     for segment in tokens.split(decoder.segment_length, dim=1)[:4]:
-        first, state = decoder.graphs(decoder.step_without_losses, decoder, segment, state)
-    decoder.graphs(decoder.step_without_losses, decoder, segment, state)
+        first, state, _ = decoder.graphs(decoder.step, decoder, segment, state)
+    decoder.graphs(decoder.step, decoder, segment, state)
     with pytest.raises(RuntimeError, match="leave out --cuda-graphs"):
         first.sum().backward()

@@ -196,7 +196,7 @@ def step(model: Any, tokens: Any, start: int, length: int, state: Any, scale: fl
     if model.graphs is None:
         features, state, _ = model.step(source, state)
     else:
-        features, state = model.graphs(model.step_without_losses, model, source, state)
+        features, state, _ = model.graphs(model.step, model, source, state)
     loss = output.loss(features, target, plan, 1)
     if loss.requires_grad:
         (loss * scale).backward()

@@ -139,7 +139,6 @@ class Memory(nn.Module, Generic[State]):
     remembers: ClassVar[bool] = True
     smallest_mem_len: ClassVar[int] = 1  # the smallest --mem-len that makes sense
     has_losses: ClassVar[bool] = False  # whether passages have losses
-    records: ClassVar[bool] = True  # whether --cuda-graphs may record its segments
     layout: ClassVar[Tuple[str, ...]] = ()  # own options that a saved state depends on
 
     def __init__(self, config: MemoryConfig):

@@ -173,8 +173,6 @@ def _check_memory(cfg: MemoryLanguageModelConfig) -> None:
             "--position-encoding absolute numbers the tokens of one segment, so that memory rows would share "
             f"the positions of current ones: take another encoding, or --memory none instead of {cfg.memory}"
         )
-    if cfg.cuda_graphs and not MEMORIES[str(cfg.memory)].records:
-        raise ValueError(f"--cuda-graphs cannot record --memory {cfg.memory}: leave it out")
     memory_options(cfg).check()
     if cfg.same_length and (not remembers or cfg.mem_len == 0):
         raise ValueError(f"--same-length lets every token see --mem-len tokens, but --memory {cfg.memory} has none")

@@ -172,7 +172,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             lengths = src_lengths if position.ragged else None
             before = self.streams.read(position, self.training)
             if self.graphs is not None and lengths is None:
-                passage = Passage(*self.graphs(self.step_without_losses, self, src_tokens, before))
+                passage = self.graphs(self.step, self, src_tokens, before)
             else:
                 passage = self.step(src_tokens, before, lengths)
             self.streams.write(position, self.training, passage.state)
@@ -217,10 +217,6 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             # The host waits for what a loss needs to know of its targets: not behind the layers.
             self._planned = target, self._loss_layer.plan(target)
             self.graphs.begin(self, tokens, state, seed)
-
-    def step_without_losses(self, tokens: Tensor, state: Optional[MemoryState]) -> Tuple[Tensor, MemoryState]:
-        """What a CUDA graph records of `step`."""
-        return self.step(tokens, state)[:2]
 
     def decoding_state(self, incremental_state: Dict[str, Any]) -> Optional[DecodingState]:
         """What this model has read of a batch, None if nothing yet."""

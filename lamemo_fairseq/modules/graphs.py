@@ -17,7 +17,8 @@ from .parameters import parameters_of
 
 logger = logging.getLogger(__name__)
 
-Step = Callable[[Tensor, Any], Tuple[Tensor, Any]]
+# A memory's `Passage` comes of tokens and a state: features [B, N, d], the state after the segment, and losses.
+Step = Callable[[Tensor, Any], Any]
 WARM_UP = 3  # passes before recording, in which kernels are compiled and workspaces allocated
 
 
@@ -37,8 +38,8 @@ class SegmentGraphs:
     def __reduce__(self) -> Tuple[Any, ...]:
         return (SegmentGraphs, ())  # a copied or stored model records anew
 
-    def __call__(self, step: Step, module: nn.Module, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
-        """``step(tokens, state)``: features ``[B, N, d]`` and the state after the segment."""
+    def __call__(self, step: Step, module: nn.Module, tokens: Tensor, state: Any) -> Any:
+        """``step(tokens, state)``."""
         usable = module.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type)
         if state is None or not usable or not tokens.is_cuda:
             return step(tokens, state)
@@ -98,33 +99,39 @@ class _Recording:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                leaves, (features, _) = run_on_aliases(step, module, parameters, self.tokens, self.state)
-                found = torch.autograd.grad(features, leaves, torch.ones_like(features), allow_unused=True)
+                leaves, passage = run_on_aliases(step, module, parameters, self.tokens, self.state)
+                outputs = _outputs(passage)
+                found = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
         torch.cuda.current_stream().wait_stream(stream)
         # The output layer's own parameters take no part.
         used = [n for n, g in enumerate(found) if g is not None]
         self.parameters = [parameters[n] for n in used]
-        del features, found, leaves
+        del passage, outputs, found, leaves
         torch.cuda.synchronize()
 
         # Other threads may use the GPU meanwhile, those that load data for one.
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward_graph, capture_error_mode="thread_local"):
-            leaves, (features, after) = run_on_aliases(step, module, parameters, self.tokens, self.state)
-        self.grad = torch.empty_like(features)
+            leaves, passage = run_on_aliases(step, module, parameters, self.tokens, self.state)
+        outputs = _outputs(passage)
+        self.output_grads = [torch.empty_like(output) for output in outputs]
         with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), capture_error_mode="thread_local"):
-            grads = torch.autograd.grad(features, [leaves[n] for n in used], self.grad)
+            grads = torch.autograd.grad(outputs, [leaves[n] for n in used], self.output_grads)
             self.grads = [g.flatten() for g in grads]
-        self.features, self.after = features.detach(), after
+        # Without the operations that made them, which the graph of the backward pass has.
+        self.outputs = [output.detach() for output in outputs]
+        self.passage = passage._replace(features=self.outputs[0], losses=dict.fromkeys(passage.losses))
 
-    def __call__(self, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
+    def __call__(self, tokens: Tensor, state: Any) -> Any:
         begun, self.begun = self.begun, None
         if begun is not None and self._is(begun, tokens, state):
             torch.cuda.set_rng_state(begun.random_after, tokens.device)
         else:
             self._run(tokens, state)
         # With the device at work; to tie every parameter to the result takes the host a while.
-        return _Replay.apply(self, *self.parameters)
+        after, features, *losses = _Replay.apply(self, *self.parameters)
+        by_name = dict(zip(self.passage.losses, losses, strict=True))
+        return self.passage._replace(features=features, state=after, losses=by_name)
 
     def begin(self, tokens: Tensor, state: Any, seed: int) -> None:
         device = tokens.device
@@ -156,32 +163,37 @@ class _Recording:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: _Recording, *parameters: Tensor) -> Tuple[Tensor, Any]:
+    def forward(ctx: Any, recording: _Recording, *parameters: Tensor) -> Tuple[Any, ...]:
         ctx.recording, ctx.number = recording, recording.passes
         # Copies, as the next replay writes over what this one made.
-        after = recording.after.map(torch.empty_like)
-        copy_all(after.tensors(), recording.after.tensors())
-        return recording.features.clone(), after
+        after = recording.passage.state.map(torch.empty_like)
+        copy_all(after.tensors(), recording.passage.state.tensors())
+        return (after, *(output.clone() for output in recording.outputs))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, _: Any, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
         recording = ctx.recording
         if ctx.number != recording.passes:
             raise RuntimeError(
                 "another segment was read between a segment's forward and backward pass, and a CUDA graph keeps the "
                 "activations of the last one only: leave out --cuda-graphs"
             )
-        recording.grad.copy_(grad)
+        copy_all(recording.output_grads, grads)
         recording.backward_graph.replay()
         # Copies, as above.
         parts = torch.cat(recording.grads).split([g.numel() for g in recording.grads])
         return (None, *(g.view_as(p) for g, p in zip(parts, recording.parameters, strict=True)))
 
 
+def _outputs(passage: Any) -> List[Tensor]:
+    """What gradients come from."""
+    return [passage.features, *passage.losses.values()]
+
+
 def run_on_aliases(
     step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any
-) -> Tuple[List[Tensor], Tuple[Tensor, Any]]:
+) -> Tuple[List[Tensor], Any]:
     """``step(tokens, state)`` on other leaves over the parameters' memory, and these leaves.
 
     A parameter is tied to the stream of any graph of operations that is still alive, such as that of the last loss,
@@ -200,5 +212,5 @@ class _Call(nn.Module):
         super().__init__()
         self.method, self.module = method, module
 
-    def forward(self, tokens: Tensor, state: Any) -> Tuple[Tensor, Any]:
+    def forward(self, tokens: Tensor, state: Any) -> Any:
         return self.method(tokens, state)

@@ -56,7 +56,6 @@ class CompressiveMemory(Memory[CompressiveState]):
     state: ClassVar[Type[MemoryState]] = CompressiveState
     cache: ClassVar[Type[SegmentCache]] = CompressiveCache
     has_losses: ClassVar[bool] = True
-    records: ClassVar[bool] = False
     layout: ClassVar[Tuple[str, ...]] = ("compressed_len", "compression_rate", "compression")
 
     def __init__(self, config: MemoryConfig):

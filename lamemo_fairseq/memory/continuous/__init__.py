@@ -66,7 +66,6 @@ class ContinuousMemory(Memory[ContinuousState]):
     cache: ClassVar[Type[SegmentCache]] = ContinuousCache
     smallest_mem_len: ClassVar[int] = 0
     has_losses: ClassVar[bool] = True
-    records: ClassVar[bool] = False
     layout: ClassVar[Tuple[str, ...]] = ("num_basis_functions", "basis_widths")
 
     def __init__(self, config: MemoryConfig):

@@ -60,7 +60,6 @@ class TokenMemory(Memory[TokenState]):
     cache: ClassVar[Type[SegmentCache]] = TokenCache
     looks_ahead: ClassVar[bool] = True  # within a block
     smallest_mem_len: ClassVar[int] = 0
-    records: ClassVar[bool] = False
     layout: ClassVar[Tuple[str, ...]] = ("memory_tokens",)
 
     def __init__(self, config: MemoryConfig):
