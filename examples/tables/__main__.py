@@ -56,6 +56,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--gpus", type=int, default=1, help="GPUs of one run, which share the table's streams")
     found.add_argument("--devices", help="GPUs to use, such as 0,1,2,3 (default: all)")
     found.add_argument("--jobs", type=int, default=1, help="runs side by side on a CPU (--set cpu=true)")
+    found.add_argument(
+        "--evaluations",
+        type=int,
+        default=1,
+        metavar="K",
+        help="evaluations of a run that go side by side on its device",
+    )
     action = found.add_mutually_exclusive_group()
     action.add_argument("--print", metavar="ROW", help="print the commands of a row and run nothing")
     action.add_argument("--print-slurm", action="store_true", help="print jobs for what is missing and run nothing")
@@ -85,6 +92,7 @@ def act(args: argparse.Namespace) -> int:
         args.out or default_out(name, args.scale),
         options(args.set),
         args.gpus,
+        max(1, args.evaluations),
         results=args.results,
         kept=kept.read(ledger) if ledger else {},
     )
@@ -176,6 +184,8 @@ def jobs(plan: Plan, runs: List[table.Run], args: argparse.Namespace) -> List[st
     shared = [str(args.table), "--out", str(plan.out), *(["--results", str(plan.results)] if plan.results else [])]
     if args.set:
         shared += ["--set", *args.set]
+    if plan.evaluations_at_once > 1:
+        shared += ["--evaluations", str(plan.evaluations_at_once)]
     log = plan.out / "slurm-%j.log"
     gpus = 0 if plan.on_cpu else plan.gpus
     name = table_name(args.table)

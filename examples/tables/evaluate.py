@@ -1,45 +1,64 @@
 """Several calls of fairseq-eval-lm at the price of one start, each in a fork of a process that has imported everything.
 
-Used by the runner: `python -m examples.tables.evaluate JOBS.json`, a list of objects with `arguments` (those of
-fairseq-eval-lm), `log` and `result`, the files to write.
+Used by the runner: `python -m examples.tables.evaluate JOBS.json [AT_ONCE]`, a list of objects with `arguments` (those
+of fairseq-eval-lm), `log` and `result`, the files to write, and how many go side by side.
 """
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import List, Tuple
+from typing import Any, Dict, List
 
 from . import logs
 from .folder import write_json
 from .process import in_gib
 
 
-def main(jobs: Path) -> int:
+def main(jobs: Path, at_once: int = 1) -> int:
     # Imported here, before the forks; neither touches a GPU.
     import fairseq_cli.eval_lm  # noqa: F401
 
     import lamemo_fairseq  # noqa: F401
 
-    for job in json.loads(jobs.read_text(encoding="utf-8")):
-        log = Path(job["log"])
-        log.parent.mkdir(parents=True, exist_ok=True)
-        code, host_memory = _in_a_fork(job["arguments"], log)
+    waiting = json.loads(jobs.read_text(encoding="utf-8"))
+    running: Dict[int, Any] = {}  # jobs by process
+    failed = False
+
+    def end(*_: Any) -> None:
+        for pid in running:
+            os.kill(pid, signal.SIGTERM)
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    while running or (waiting and not failed):
+        while waiting and not failed and len(running) < at_once:
+            job = waiting.pop(0)
+            running[_start(job)] = job
+        pid, status, usage = os.wait3(0)
+        if pid not in running:
+            continue
+        job, code = running.pop(pid), os.waitstatus_to_exitcode(status)
         if code:
-            print(f"fairseq-eval-lm ended with {code}; its log is {log}", file=sys.stderr)
-            return 1
-        found = logs.evaluation(log)
-        result = {"identity": job["identity"], **found, "host_memory_gib": host_memory}
-        write_json(Path(job["result"]), result)
-    return 0
+            print(f"fairseq-eval-lm ended with {code}; its log is {job['log']}", file=sys.stderr)
+            failed = True  # what runs still comes to its end
+        else:
+            found = logs.evaluation(Path(job["log"]))
+            result = {"identity": job["identity"], **found, "host_memory_gib": in_gib(usage.ru_maxrss)}
+            write_json(Path(job["result"]), result)
+    return int(failed)
 
 
-def _in_a_fork(arguments: List[str], log: Path) -> Tuple[int, float]:
+def _start(job: Dict[str, Any]) -> int:
+    """The process of a job, a fork of this one."""
+    log = Path(job["log"])
+    log.parent.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if pid == 0:
-        os._exit(_evaluate(arguments, log))
-    _, status, usage = os.wait4(pid, 0)
-    return os.waitstatus_to_exitcode(status), in_gib(usage.ru_maxrss)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os._exit(_evaluate(job["arguments"], log))
+    return pid
 
 
 def _evaluate(arguments: List[str], log: Path) -> int:
@@ -70,4 +89,4 @@ def _evaluate(arguments: List[str], log: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))

@@ -29,6 +29,7 @@ class Plan:
     out: Path
     changes: Dict[str, Any] = field(default_factory=dict)  # options of all rows, given on the command line
     gpus: int = 1  # for each run
+    evaluations_at_once: int = 1  # of a run, on one device
     shards: int = 1  # evaluations read the first of as many parts of a split
     scale: Optional[Dict[str, Any]] = None  # how the table was shrunk
     results: Optional[Path] = None  # where results are kept and rendered, if not in `out`
@@ -228,16 +229,17 @@ def _evaluate(
 
     def watch() -> None:
         left = len(plan.missing(run))
-        board.show(run, f"evaluation {len(missing) - left + 1} of {len(missing)}")
+        board.show(run, f"{len(missing) - left} of {len(missing)} evaluations")
 
     watch()
     # One device: an evaluation on several would cut the split into other streams.
-    argv = [sys.executable, "-m", "examples.tables.evaluate", str(jobs)]
+    argv = [sys.executable, "-m", "examples.tables.evaluate", str(jobs), str(plan.evaluations_at_once)]
     ended = process.run(argv, log, slot.environment(1), [lock], watch)
     if ended.code:
-        failed = plan.missing(run)
-        inner = folder.evaluated(failed[0].name).with_suffix(".log") if failed else log
-        raise RunError(failure("fairseq-eval-lm", ended.code, inner if inner.exists() else log))
+        # Those that were not started have no log, those that went well are not missing.
+        logs_left = [folder.evaluated(evaluation.name).with_suffix(".log") for evaluation in plan.missing(run)]
+        inner = next((path for path in logs_left if path.exists()), log)
+        raise RunError(failure("fairseq-eval-lm", ended.code, inner))
 
 
 def failure(command: str, code: int, log: Path) -> str:
