@@ -267,6 +267,12 @@ def test_bad_arguments(arguments, message, tiny, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_runs_come_in_the_order_that_is_asked_for(tiny):
+    loaded = table.load(tiny)
+    found = [run_.name for run_ in table.runs(loaded, ["lamemo", "transformer_xl", "lamemo"], [2, 1])]
+    assert found == ["lamemo/seed-2", "transformer_xl/seed-2", "lamemo/seed-1", "transformer_xl/seed-1"]
+
+
 def test_gpus_share_the_streams_and_runs_the_gpus(tiny):
     loaded = table.load(tiny)
     arguments = commands.train(loaded, table.Run("lamemo", 1), "saved", {}, gpus=2)

@@ -22,6 +22,7 @@ def pyplot() -> Any:
     except ImportError:
         raise TableError("plots need matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "tables"  # the same file from the same figures
     from matplotlib import pyplot
 
     return pyplot
@@ -42,7 +43,7 @@ def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
                 figure.text(0.01, 0.005, f"--scale {plan.scale['asked']['minutes']:g}: no reproduction", fontsize=7)
             figure.tight_layout()
             files.append(plan.rendered / f"{name}.svg")
-            figure.savefig(files[-1])
+            figure.savefig(files[-1], metadata={"Date": None})
             figure.savefig(files[-1].with_suffix(".png"), dpi=150)
             plt.close(figure)
     return files

@@ -128,14 +128,14 @@ def load(path: Path) -> Table:
 
 
 def runs(table: Table, rows: Optional[List[str]] = None, seeds: Optional[List[int]] = None) -> List[Run]:
-    """The runs of a table, all first seeds before the second ones.
+    """The runs of a table, all first seeds before the second ones, *rows* in their order.
 
     Raises:
         TableError: a row is unknown.
     """
     for name in rows or []:
         find(table, name)
-    chosen = [name for name in table.rows if rows is None or name in rows]
+    chosen = dict.fromkeys(rows or table.rows)
     return [Run(name, seed) for seed in (seeds or table.seeds) for name in chosen]
 
 

@@ -149,6 +149,7 @@ def draw(tables: Mapping[str, Lines], folder: Path) -> List[Path]:
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "analysis"  # the same file from the same figures
     from matplotlib import pyplot as plt
 
     drawn = {"figure1": _draw_figure1, "loss_by_position": _draw_losses, "alpha": _draw_alpha}
@@ -158,9 +159,9 @@ def draw(tables: Mapping[str, Lines], folder: Path) -> List[Path]:
             continue
         figure = of(plt, tables[name])
         figure.tight_layout()
-        for suffix in (".svg", ".png"):
+        for suffix, metadata in ((".svg", {"Date": None}), (".png", {})):
             files.append(folder / f"{name}{suffix}")
-            figure.savefig(files[-1], dpi=150)
+            figure.savefig(files[-1], dpi=150, metadata=metadata)
         plt.close(figure)
     return files
 
