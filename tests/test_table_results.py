@@ -92,7 +92,7 @@ def write_jobs(folder_, bodies):
 
 
 HELPERS = """
-import os, sys, time, pathlib
+import os, pathlib, sys, time, types
 
 def wait_for(condition):
     while not condition():
@@ -107,9 +107,10 @@ def figures():
 def evaluator(jobs, at_once):
     """The process that evaluates *jobs*, each of them its argument as Python."""
     code = f"""{HELPERS}
-from fairseq_cli import eval_lm
 from examples.tables import evaluate
-eval_lm.cli_main = lambda: exec(sys.argv[1], globals())
+eval_lm = types.SimpleNamespace(cli_main=lambda: exec(sys.argv[1], globals()))
+fairseq_cli = types.SimpleNamespace(eval_lm=eval_lm)
+sys.modules.update({{"fairseq_cli": fairseq_cli, "fairseq_cli.eval_lm": eval_lm, "lamemo_fairseq": types}})
 sys.exit(evaluate.main(pathlib.Path({str(jobs)!r}), {at_once}))
 """
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -185,7 +185,11 @@ def test_an_interrupt_ends_what_runs_and_starts_no_more(tiny, capsys, monkeypatc
         return ["sleep", "60"]
 
     monkeypatch.setattr(commands, "argv", sleep)
-    assert run(tiny) == 130
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+    try:
+        assert run(tiny) == 130
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert started == ["fairseq-train"] and not process._ALIVE
     assert "goes on from the last checkpoints" in capsys.readouterr().err
 
