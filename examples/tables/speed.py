@@ -1,9 +1,10 @@
 """Rows trained alone for a few updates: tokens/s and memory that can be compared, whatever runs were run beside."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, Sequence
 
 from tqdm import tqdm
 
@@ -43,7 +44,7 @@ def measure(plan: Plan, row: str, slot: Slot, updates: int, interval: int, folde
 
 
 def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates: int) -> None:
-    """Measure rows, one at a time in each slot, and note it in `Plan.speed`.
+    """Measure rows, one at a time in each slot, and note each in `Plan.speed` at once.
 
     Raises:
         RunError: a row could not be trained.
@@ -52,20 +53,22 @@ def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates:
     for slot in slots:
         free.put(slot)
 
-    def work(row: str) -> Dict[str, Any]:
+    writing = threading.Lock()
+
+    def work(row: str) -> None:
         slot = free.get()
         try:
             found = measure(plan, row, slot, updates, max(1, updates // 16), plan.out / "speed" / row)
             keys = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
-            return {**{key: found[key] for key in keys}, "updates": updates, "changes": plan.changes, **where(slot)}
+            rate = {**{key: found[key] for key in keys}, "updates": updates, "changes": plan.changes, **where(slot)}
+            with writing:
+                write_json(plan.speed, {**(read_json(plan.speed) or {}), row: rate})
         finally:
             free.put(slot)
 
     with ThreadPoolExecutor(len(slots)) as pool:
-        found: List[Dict[str, Any]] = list(
-            tqdm(pool.map(work, rows), total=len(rows), desc="measuring the rates", unit="row")
-        )
-    write_json(plan.speed, {**(read_json(plan.speed) or {}), **dict(zip(rows, found, strict=True))})
+        for _ in tqdm(pool.map(work, rows), total=len(rows), desc="measuring the rates", unit="row"):
+            pass
 
 
 def where(slot: Slot) -> Dict[str, Any]:
