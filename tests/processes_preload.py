@@ -1,13 +1,17 @@
-"""What the processes of `processes.py` have imported before they are forked."""
+"""What the processes of `processes.py` have done before they are forked: half of what a short training takes."""
 
 import torch
 
 torch.set_num_threads(1)
 
 import fairseq_cli.train  # noqa: E402, F401
-
-# A process imports it with its first optimizer, which takes half the time of a short training.
 import torch._dynamo  # noqa: E402
+from fairseq import options  # noqa: E402
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 
 import lamemo_fairseq  # noqa: E402, F401
 from tests import helpers, processes  # noqa: E402, F401
+
+# The first optimizer imports torch._dynamo, and the first command line fills the caches of hydra's parser.
+_ARGUMENTS = ["data", *map(str, helpers.TASK), "--arch", "lamemo_lm", "--optimizer", "adam"]
+convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), _ARGUMENTS))
