@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.tables import execute, folder, kept, logs, plots, process, table
+from examples.tables import execute, folder, kept, logs, plots, process, speed, table
 
 from .tables import ROOT, fork, read, run
 
@@ -79,6 +79,18 @@ def test_the_speed_of_rows_alone_is_what_the_table_shows(tiny, monkeypatch, caps
     assert "each row alone for a few updates, on " in text
     assert run(tiny, "--speed", -1) == 1
     assert "--speed is -1, it must be a positive number of updates" in capsys.readouterr().err
+
+
+def test_a_row_that_fails_loses_no_other_rate(tiny, monkeypatch, capsys):
+    def measure(plan, row, *_):
+        if row == "transformer_xl":
+            raise execute.RunError("the GPU is on fire")
+        return dict.fromkeys(("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib"), 1.0)
+
+    monkeypatch.setattr(speed, "measure", measure)
+    assert run(tiny, "--speed") == 1
+    assert "the GPU is on fire" in capsys.readouterr().err
+    assert list(read(tiny.parent / "out" / "speed.json")) == ["lamemo"]
 
 
 def write_jobs(folder_, bodies):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
 from tqdm import tqdm
 
@@ -99,8 +99,9 @@ class Plan:
         ]
 
     def complete(self, run: Run) -> bool:
-        done = self.folder(run).results.exists() or run.name in self.kept
-        return done and self.result(run) is not None and not self.missing(run)
+        folder = self.folder(run)
+        done = (folder.results.exists() and folder.trained.exists()) or run.name in self.kept
+        return done and not self.missing(run)
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,10 @@ def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]
         What went wrong, a message for each run that failed; the others are complete.
     """
     todo = check(plan, runs)
-    free: Queue[Slot] = Queue()
-    for slot in slots:
-        free.put(slot)
     with tqdm(total=len(runs), initial=len(runs) - len(todo), desc=plan.table.title, unit="run", leave=True) as bar:
         board = Board(bar)
 
-        def work(run: Run) -> Optional[str]:
-            slot = free.get()
+        def work(run: Run, slot: Slot) -> Optional[str]:
             try:
                 if process.STOPPED.is_set():
                     return f"{run.name}: not started"
@@ -160,14 +157,36 @@ def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]
                 return f"{run.name}: {error}"
             finally:
                 board.done(run)
-                free.put(slot)
 
-        with ThreadPoolExecutor(len(slots)) as pool:
-            try:
-                return [message for message in pool.map(work, todo) if message is not None]
-            except BaseException:
-                process.stop()
-                raise
+        return [message for message in in_slots(work, todo, slots) if message is not None]
+
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+def in_slots(work: Callable[[Item, Slot], Outcome], items: Sequence[Item], slots: Sequence[Slot]) -> Iterator[Outcome]:
+    """``work(item, slot)`` for every item, one at a time in each slot; what comes of it, in the order of the items.
+
+    An interrupt ends the commands that run.
+    """
+    free: Queue[Slot] = Queue()
+    for slot in slots:
+        free.put(slot)
+
+    def in_a_free_one(item: Item) -> Outcome:
+        slot = free.get()
+        try:
+            return work(item, slot)
+        finally:
+            free.put(slot)
+
+    with ThreadPoolExecutor(len(slots)) as pool:
+        try:
+            yield from pool.map(in_a_free_one, items)
+        except BaseException:
+            process.stop()
+            raise
 
 
 def complete(plan: Plan, run: Run, slot: Slot, board: "Board") -> None:

@@ -1,15 +1,13 @@
 """Rows trained alone for a few updates: tokens/s and memory that can be compared, whatever runs were run beside."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 from tqdm import tqdm
 
 from . import commands, logs, process
-from .execute import Plan, RunError, Slot, failure
+from .execute import Plan, RunError, Slot, failure, in_slots
 from .folder import environment, read_json, write_json
 from .table import Run
 
@@ -47,28 +45,25 @@ def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates:
     """Measure rows, one at a time in each slot, and note each in `Plan.speed` at once.
 
     Raises:
-        RunError: a row could not be trained.
+        RunError: rows could not be trained; the others are measured.
     """
-    free: Queue[Slot] = Queue()
-    for slot in slots:
-        free.put(slot)
-
     writing = threading.Lock()
 
-    def work(row: str) -> None:
-        slot = free.get()
+    def work(row: str, slot: Slot) -> Optional[str]:
         try:
             found = measure(plan, row, slot, updates, max(1, updates // 16), plan.out / "speed" / row)
-            keys = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
-            rate = {**{key: found[key] for key in keys}, "updates": updates, "changes": plan.changes, **where(slot)}
-            with writing:
-                write_json(plan.speed, {**(read_json(plan.speed) or {}), row: rate})
-        finally:
-            free.put(slot)
+        except RunError as error:
+            return str(error)
+        keys = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
+        rate = {**{key: found[key] for key in keys}, "updates": updates, "changes": plan.changes, **where(slot)}
+        with writing:
+            write_json(plan.speed, {**(read_json(plan.speed) or {}), row: rate})
+        return None
 
-    with ThreadPoolExecutor(len(slots)) as pool:
-        for _ in tqdm(pool.map(work, rows), total=len(rows), desc="measuring the rates", unit="row"):
-            pass
+    outcomes = tqdm(in_slots(work, rows, slots), total=len(rows), desc="measuring the rates", unit="row")
+    failed = [message for message in outcomes if message is not None]
+    if failed:
+        raise RunError("\n".join(failed))
 
 
 def where(slot: Slot) -> Dict[str, Any]:
