@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fairseq.logging.progress_bar import format_stat
 
 FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
 
@@ -30,3 +31,12 @@ def test_a_benchmark_prints_its_figures(command, row):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert row in done.stdout, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("rate", [7, 98765, 1176610, 21000000])
+def test_rates_are_read_as_fairseq_writes_them(rate):
+    shown = format_stat(rate)  # from a million with an exponent
+    reader = "import sys; from training import speeds; print(speeds(sys.stdin.read()))"
+    log = f'{{"wps": "{shown}", "ups": "1"}}\n' * 3
+    found = subprocess.run([sys.executable, "-c", reader], input=log, capture_output=True, text=True, cwd=FOLDER)
+    assert found.stdout == f"{[float(shown)] * 3}\n", found.stderr[-2000:]

@@ -48,7 +48,7 @@ def train(size: str, path: str, world: int, backend: str, args: argparse.Namespa
     log = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{log[-3000:]}")
-    rates = speeds(log)
+    rates = speeds(done.stdout)
     found: dict[str, Any] = {"tok/s": statistics.median(rates[len(rates) // 2 : -1])}
     capacity = re.findall(r"total memory = ([\d.]+) GB", log)
     if capacity:

@@ -95,7 +95,7 @@ def segment_length(size: str) -> int:
 
 def speeds(log: str) -> list[float]:
     """fairseq's own words per second, interval by interval; the last line is about the epoch."""
-    found = [float(s) for s in re.findall(r'"wps": "([\d.]+)"', log)]
+    found = [float(s) for s in re.findall(r'"wps": "([\d.e+]+)"', log)]
     if len(found) < 3:
         raise RuntimeError(log[-3000:])
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 COLUMNS = {
     "bits per byte": ("eval.log", r"Loss \(base 2\): ([\d.]+)"),
     "parameters": ("train.log", r"num\. shared model params: ([\d,]+)"),
-    "training tokens/s": ("train.log", r"\| train \|.*?\| wps ([\d.]+)"),
+    "training tokens/s": ("train.log", r"\| train \|.*?\| wps ([\d.e+]+)"),
 }
 
 
