@@ -99,7 +99,7 @@ def losses(cuda_graphs, device, variant=VARIANTS[0], dtype=torch.float64):
     tokens = random_tokens(2, 6 * SEGMENT).to(device)
     tokens[1, -2:] = 1
     found = []
-    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(decoder.parameters(), lr=1e-3)
     for position, segment in segments_of(decoder, tokens[:, :-1], split="train"):
         start = position.index * decoder.segment_length
         target = tokens[:, start + 1 : start + 1 + segment.size(1)]
