@@ -59,7 +59,7 @@ def cuobjdump() -> str:
 
 def printed_by(module: str, *arguments: object) -> Dict[str, Usage]:
     """What a test's module prints as a program: usages by kernel, none of them beyond what the GPU has."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.3")  # before, kernels were described to the compiler otherwise
     if not cuobjdump() or not os.access(cuobjdump(), os.X_OK):
         pytest.skip("no cuobjdump: Triton for this platform does not carry NVIDIA's tools")
     root = Path(__file__).parent.parent
