@@ -1,6 +1,9 @@
 """Bad input gets an error that names the option and says what to do."""
 
 import argparse
+import contextlib
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -50,6 +53,23 @@ def test_missing_dictionary(data, tmp_path):
 def test_no_data():
     with pytest.raises(ValueError, match="no data: pass the folder"):
         SegmentLanguageModelingTask.setup_task(SegmentLanguageModelingConfig(tokens_per_sample=8))
+
+
+@pytest.mark.parametrize(
+    ("options", "module", "message"),
+    [
+        (["--write-checkpoints-asynchronously"], "iopath", "asynchronously writes neither checkpoint_last.pt"),
+        (["--ddp-backend", "fully_sharded"], "fairscale", "fully_sharded cuts checkpoints up.* pass pytorch_ddp"),
+    ],
+)
+def test_training_that_could_not_be_resumed(options, module, message, data, tmp_path, monkeypatch):
+    """Without the packages that fairseq itself asks for, so that it gets as far as with them."""
+    monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    monkeypatch.setattr(train, "fsdp_enable_wrap", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(train, "fsdp_wrap", lambda model: model)
+    with pytest.raises(ValueError, match=message):
+        train_on(data, tmp_path / "run", *options)
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 def test_empty_split(data, tmp_path):

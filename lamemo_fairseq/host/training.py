@@ -32,11 +32,30 @@ def stop_where_the_run_has_ended() -> None:
 
 
 def _train(original: Callable[..., Any], cfg: Any, trainer: Any, *args: Any) -> Any:
+    check(cfg)
     limit, updates = cfg.optimization.max_update, trainer.get_num_updates()
     if limit and updates >= limit:
         logger.info("nothing left to do: the checkpoint has %d updates, and --max-update is %d", updates, limit)
         return [None], True
     return original(cfg, trainer, *args)
+
+
+def check(cfg: Any) -> None:
+    """Refuse what a run could not be resumed with.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if cfg.checkpoint.write_checkpoints_asynchronously:
+        raise ValueError(
+            "--write-checkpoints-asynchronously writes neither checkpoint_last.pt, from which a run resumes, nor "
+            "checksums: leave it out. What writing takes is in the log"
+        )
+    if cfg.distributed_training.ddp_backend == "fully_sharded":
+        raise ValueError(
+            "--ddp-backend fully_sharded cuts checkpoints up, and a run resumes exactly from whole ones alone: pass "
+            "pytorch_ddp or legacy_ddp"
+        )
 
 
 def seed_of(trainer: Any, done: int) -> int:
