@@ -8,7 +8,9 @@ import contextlib
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lamemo_fairseq.modules import graphs
 
 ON_THE_HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
 
@@ -40,7 +42,9 @@ class _Noting(TorchDispatchMode):
         if func._schema.name in ON_THE_HOST:
             raise RuntimeError(f"{func._schema.name} makes the host wait: a CUDA graph cannot record it")
         result = func(*args, **(kwargs or {}))
-        self.graph.operations.append((func, args, kwargs or {}, tree_leaves(result)))
+        # The memory of now: a tensor may be given other memory later.
+        args, kwargs, outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}, result))
+        self.graph.operations.append((func, args, kwargs, tree_leaves(outputs)))
         return result
 
 
@@ -50,7 +54,7 @@ class _Stream:
 
 
 def install(monkeypatch):
-    """Put them in the place of those in `torch.cuda`."""
+    """Put them in the place of those in `torch.cuda`, and let a CPU's segments be recorded."""
     for name, stand_in in {
         "CUDAGraph": FakeGraph,
         "graph": lambda graph, **_: _Noting(graph),
@@ -60,3 +64,12 @@ def install(monkeypatch):
         "synchronize": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda _: _random_numbers_kept())
+    monkeypatch.setattr(graphs, "_recordable", lambda tokens: not torch.is_inference_mode_enabled())
+
+
+@contextlib.contextmanager
+def _random_numbers_kept():
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)

@@ -314,9 +314,9 @@ def waiting_for_the_host() -> None:
 def telling_what_went_ahead() -> None:
     """Each update, and each segment, that the device was given early and that was then asked for."""
     from lamemo_fairseq.host import mixed_precision
-    from lamemo_fairseq.modules.graphs import _Recording
+    from lamemo_fairseq.modules.graphs import _TrainingRecording
 
-    finish, take = mixed_precision._finish, _Recording._is
+    finish, take = mixed_precision._finish, _TrainingRecording._is
 
     def telling_updates(*args):
         print("an update went ahead", flush=True)
@@ -327,4 +327,4 @@ def telling_what_went_ahead() -> None:
         print("a segment went ahead" if taken else "a segment went in vain", flush=True)
         return taken
 
-    mixed_precision._finish, _Recording._is = telling_updates, telling_segments
+    mixed_precision._finish, _TrainingRecording._is = telling_updates, telling_segments

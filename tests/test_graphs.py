@@ -17,6 +17,15 @@ SEGMENT = 4
 SIZES = {"tokens_per_sample": SEGMENT, "compressed_len": 2, "bptt_segments": 2}
 
 
+@pytest.fixture(params=["stand-ins", pytest.param("cuda", marks=gpu)])
+def device(request, monkeypatch):
+    """A GPU, or a CPU with stand-ins for graphs."""
+    if request.param == "cuda":
+        return "cuda"
+    fake_graphs.install(monkeypatch)
+    return "cpu"
+
+
 def test_graphs_and_recomputed_activations_exclude_each_other():
     options = MemoryLanguageModelConfig(cuda_graphs=True, checkpoint_activations=True, tokens_per_sample=4)
     with pytest.raises(ValueError, match="--cuda-graphs cannot record --checkpoint-activations"):
@@ -58,7 +67,7 @@ def test_what_is_recorded_is_what_is_computed_again(variant, monkeypatch):
     segments, state = random_tokens(2, 8 * SEGMENT).split(SEGMENT, dim=1), None
     for segment in segments[:4]:
         state = decoder.step(segment, state).state
-    recording = graphs._Recording(decoder.step, decoder, parameters, segments[4], state)
+    recording = graphs._TrainingRecording(decoder.step, decoder, parameters, segments[4], state)
     given, copies = [], []
     for seed, segment in enumerate(segments[4:]):
         torch.manual_seed(seed)
@@ -87,6 +96,32 @@ def test_what_is_recorded_is_what_is_computed_again(variant, monkeypatch):
     assert all(name.startswith("output.") for name, p in decoder.named_parameters() if id(p) not in used)
 
 
+@pytest.mark.parametrize("variant", MEMORIES)
+@torch.no_grad()
+def test_evaluation_is_computed_again_from_what_was_recorded(variant, monkeypatch):
+    """Features and state, of segments and weights other than those that were recorded."""
+    fake_graphs.install(monkeypatch)
+    decoder = tiny_decoder(variant, **SIZES, dropout=0.3).eval()
+    segments, state = random_tokens(2, 7 * SEGMENT).split(SEGMENT, dim=1), None
+    for segment in segments[:4]:
+        state = decoder.step(segment, state).state
+    recording = graphs._Recording(decoder.step, segments[4], state)
+    given, copies = [], []
+    for segment in segments[4:]:
+        expected, found = decoder.step(segment, state), recording(segment, state)
+        torch.testing.assert_close(found.features, expected.features, rtol=0, atol=1e-12)
+        assert found.losses == expected.losses == {}
+        for one, other in zip(found.state.tensors(), expected.state.tensors(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        given += [found.features, *found.state.tensors()]
+        copies += [tensor.clone() for tensor in given[len(copies) :]]
+        state = found.state
+        for parameter in decoder.parameters():
+            parameter.mul_(1.01)
+    assert recording.passes == 3
+    assert all(torch.equal(*pair) for pair in zip(given, copies, strict=True)), "a replay wrote over what one gave"
+
+
 def total(passage):
     """A loss of all that a passage gives gradients of."""
     return sum(passage.losses.values(), passage.features.square().sum())
@@ -113,14 +148,61 @@ def losses(cuda_graphs, device, variant=VARIANTS[0], dtype=torch.float64):
     return torch.stack(found), decoder
 
 
-@gpu
 @pytest.mark.parametrize("variant", MEMORIES)
 @pytest.mark.parametrize("backend_dtype", [torch.float32, torch.float64], ids=str)
-def test_as_without_graphs(variant, backend_dtype):
-    plain, _ = losses(False, "cuda", variant, backend_dtype)
-    replayed, decoder = losses(True, "cuda", variant, backend_dtype)
-    assert decoder.graphs._recording is not None and decoder.graphs._recording.passes > 4
+def test_as_without_graphs(variant, backend_dtype, device):
+    plain, _ = losses(False, device, variant, backend_dtype)
+    replayed, decoder = losses(True, device, variant, backend_dtype)
+    assert decoder.graphs.recording().passes > 4
     torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
+
+
+def scores(decoder, tokens):
+    """Of an evaluation in streams, segment by segment."""
+    with torch.no_grad():
+        return [decoder(segment, position=p)[0] for p, segment in segments_of(decoder.eval(), tokens, split="valid")]
+
+
+@pytest.mark.parametrize("variant", MEMORIES)
+def test_evaluation_is_as_without_graphs(variant, device):
+    """Before training, and after it has changed the weights; either has a graph of its own."""
+    made = {}
+    for cuda_graphs in (False, True):
+        decoder = tiny_decoder(variant, dtype=torch.float32, **SIZES, decoder_head_dim=4, cuda_graphs=cuda_graphs)
+        decoder, tokens = decoder.to(device), random_tokens(2, 7 * SEGMENT + 1).to(device)
+        before = scores(decoder, tokens)
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.mul_(1.1)
+        made[cuda_graphs] = before + scores(decoder, tokens)
+    assert decoder.graphs.recording() is None and decoder.graphs.recording(training=False).passes >= 5
+    assert all(torch.equal(*pair) for pair in zip(made[False], made[True], strict=True))
+
+
+def test_parameters_that_moved_are_read_where_they_are(device):
+    decoder = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device)
+    tokens = random_tokens(2, 6 * SEGMENT).to(device)
+    scores(decoder, tokens)
+    for parameter in decoder.parameters():
+        parameter.data = parameter.data * 1.1
+    found = scores(decoder, tokens)
+    decoder.graphs = None
+    assert all(torch.equal(*pair) for pair in zip(found, scores(decoder, tokens), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_hooks_are_called(kind, device):
+    decoder, calls = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device), []
+    tokens = random_tokens(2, 6 * SEGMENT).to(device)
+    scores(decoder, tokens)
+    passes = decoder.graphs.recording(training=False).passes
+    register = getattr(decoder.layers[0], f"register_{kind}_hook")
+    handle = register(lambda *_: calls.append(1))
+    scores(decoder, tokens)
+    assert len(calls) == 6 and decoder.graphs.recording(training=False).passes == passes
+    handle.remove()
+    scores(decoder, tokens)
+    assert len(calls) == 6 and decoder.graphs.recording(training=False).passes > passes
 
 
 def recorded(**options):
@@ -129,7 +211,7 @@ def recorded(**options):
     state, segments = None, random_tokens(2, 30).to("cuda").split(decoder.segment_length, dim=1)
     for segment in segments[:4]:
         _, state, _ = decoder.graphs(decoder.step, decoder, segment, state)
-    assert decoder.graphs._recording is not None
+    assert decoder.graphs.recording() is not None
     return decoder, segments[4:], state
 
 
@@ -174,9 +256,9 @@ def test_a_forward_pass_begun_early_is_taken_only_where_it_is_the_same(change):
     decoder.graphs.begin(decoder, segment, state, seed=1)
     assert torch.equal(torch.cuda.get_rng_state(), random_state)
     now = change(decoder, segment, state)
-    passes = decoder.graphs._recording.passes
+    passes = decoder.graphs.recording().passes
     found = read(decoder, *now)
-    assert decoder.graphs._recording.passes == passes + (change is not nothing)
+    assert decoder.graphs.recording().passes == passes + (change is not nothing)
     expected = read(decoder, *now)
     assert all(torch.equal(one, another) for one, another in zip(found, expected, strict=True))
     # Begun and never asked for.

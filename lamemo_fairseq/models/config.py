@@ -54,7 +54,7 @@ class MemoryLanguageModelConfig(FairseqDataclass):
         default="auto", metadata={"help": "implementation of the attention"}
     )
     cuda_graphs: bool = field(
-        default=False, metadata={"help": "record training segments as CUDA graphs: faster where launches take long"}
+        default=False, metadata={"help": "record segments as CUDA graphs: faster where launches take long"}
     )
 
     decoder_layers: int = field(default=6, metadata={"help": "number of layers"})

@@ -1,4 +1,4 @@
-"""Training segments as CUDA graphs: one launch for the layers' forward pass, and one for the backward.
+"""Segments as CUDA graphs: one launch for the layers' forward pass, and in training one for the backward.
 
 The host needs longer to launch the kernels of a small segment than the GPU needs to run them; a graph records them.
 
@@ -6,7 +6,9 @@ Shapes: B streams, N tokens of a segment, d model width.
 """
 
 import logging
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -22,41 +24,60 @@ Step = Callable[[Tensor, Any], Any]
 WARM_UP = 3  # passes before recording, in which kernels are compiled and workspaces allocated
 
 
+@dataclass
+class _Held:
+    """What is known of the segments of training, or of those of evaluation."""
+
+    last: Any = None  # signature of the last segment
+    recorded: Any = None  # signature of the recording
+    recording: "Optional[_Recording]" = None
+
+
 class SegmentGraphs:
     """Runs a step of a decoder, from a graph where it can.
 
-    A graph is recorded when two training segments in a row have the same shapes, which is so once the memory is full.
-    Anything else runs as it is: evaluation, ragged segments, autocast. Only a recording's last forward pass can be
-    followed by a backward pass.
+    A graph is recorded when two segments in a row have the same shapes, which is so once the memory is full: one for
+    training, one for evaluation. Anything else runs as it is: ragged segments, autocast, modules with hooks, which a
+    graph would not call. Only a recording's last forward pass can be followed by a backward pass.
     """
 
     def __init__(self) -> None:
-        self._last: Any = None
-        self._recorded: Any = None
-        self._recording: Optional[_Recording] = None
+        self._held = {True: _Held(), False: _Held()}  # by whether gradients are computed
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return (SegmentGraphs, ())  # a copied or stored model records anew
 
+    def recording(self, training: bool = True) -> "Optional[_Recording]":
+        """The graph of segments of training, or of evaluation; None if there is none yet."""
+        return self._held[training].recording
+
     def __call__(self, step: Step, module: nn.Module, tokens: Tensor, state: Any) -> Any:
         """``step(tokens, state)``."""
-        usable = module.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(tokens.device.type)
-        if state is None or not usable or not tokens.is_cuda:
+        learns = torch.is_grad_enabled()
+        if state is None or module.training != learns or not _recordable(tokens) or _hooked(module):
             return step(tokens, state)
-        parameters = _trained(module)
+        held, parameters = self._held[learns], list(parameters_of(module))
         signature = _signature(parameters, tokens, state)
-        if signature == self._recorded:
-            assert self._recording is not None
-            return self._recording(tokens, state)
-        if signature != self._last:
-            self._last = signature
+        before, held.last = held.last, signature
+        if signature == held.recorded:
+            assert held.recording is not None
+            return held.recording(tokens, state)
+        if signature != before:
             return step(tokens, state)
-        self._recording = None  # frees the old one's memory first
+        held.recording = None  # frees the old one's memory first
         with torch.random.fork_rng([tokens.device]):  # a resumed run records at another update, and draws the same
-            self._recording = _Recording(step, module, parameters, tokens, state)
-        self._recorded = signature
-        logger.info("recorded a CUDA graph for segments of %s tokens", " x ".join(map(str, tokens.shape)))
-        return self._recording(tokens, state)
+            if learns:
+                trained = [p for p in parameters if p.requires_grad]
+                held.recording = _TrainingRecording(step, module, trained, tokens, state)
+            else:
+                held.recording = _Recording(step, tokens, state)
+        held.recorded = signature
+        logger.info(
+            "recorded a CUDA graph for %s segments of %s tokens",
+            "training" if learns else "evaluation",
+            " x ".join(map(str, tokens.shape)),
+        )
+        return held.recording(tokens, state)
 
     def begin(self, module: nn.Module, tokens: Tensor, state: Any, seed: int) -> None:
         """Run the forward pass of a recorded segment before it is asked for, with the random numbers of *seed*.
@@ -64,14 +85,20 @@ class SegmentGraphs:
         The next call takes it over if it is for these very tensors, the device's generator begins at *seed*, and no
         parameter has changed; otherwise it was in vain. The generator is left as it was.
         """
-        if self._recording is not None and module.training:
-            parameters = _trained(module)
-            if _signature(parameters, tokens, state) == self._recorded:
-                self._recording.begin(tokens, state, seed)
+        recording = self.recording()
+        if not isinstance(recording, _TrainingRecording) or not module.training or _hooked(module):
+            return
+        if _signature(list(parameters_of(module)), tokens, state) == self._held[True].recorded:
+            recording.begin(tokens, state, seed)
 
 
-def _trained(module: nn.Module) -> List[nn.Parameter]:
-    return [p for p in parameters_of(module) if p.requires_grad]
+def _recordable(tokens: Tensor) -> bool:
+    autocast = torch.is_autocast_enabled(tokens.device.type)
+    return tokens.is_cuda and not autocast and not torch.is_inference_mode_enabled()
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
 
 
 def _signature(parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any) -> Tuple[Any, ...]:
@@ -90,33 +117,70 @@ class _Begun(NamedTuple):
 
 
 class _Recording:
-    def __init__(self, step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any):
+    """A segment's forward pass in evaluation."""
+
+    def __init__(self, run: Callable[..., Any], tokens: Tensor, state: Any):
         self.tokens = tokens.clone()
         self.state = state.map(lambda t: t.to(tokens.device, copy=True))
         self.passes = 0
-        self.begun: Optional[_Begun] = None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                leaves, passage = run_on_aliases(step, module, parameters, self.tokens, self.state)
-                outputs = _outputs(passage)
-                found = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
+                self._warm_up(run)
         torch.cuda.current_stream().wait_stream(stream)
-        # The output layer's own parameters take no part.
-        used = [n for n, g in enumerate(found) if g is not None]
-        self.parameters = [parameters[n] for n in used]
-        del passage, outputs, found, leaves
         torch.cuda.synchronize()
+        self.forward_graph = torch.cuda.CUDAGraph()
+        self._record(run)
 
-        # Other threads may use the GPU meanwhile, those that load data for one.
-        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward_graph, capture_error_mode="thread_local"):
-            leaves, passage = run_on_aliases(step, module, parameters, self.tokens, self.state)
+    def _warm_up(self, run: Callable[..., Any]) -> None:
+        run(self.tokens, self.state)
+
+    def _record(self, run: Callable[..., Any]) -> None:
+        with _recorded_to(self.forward_graph):
+            self.passage = run(self.tokens, self.state)
+
+    def __call__(self, tokens: Tensor, state: Any) -> Any:
+        self._run(tokens, state)
+        return self.passage._replace(features=self.passage.features.clone(), state=self._after())
+
+    def _run(self, tokens: Tensor, state: Any) -> None:
+        with torch.no_grad():
+            self.tokens.copy_(tokens)
+            copy_all(self.state.tensors(), state.tensors())
+        self.forward_graph.replay()
+        self.passes += 1
+
+    def _after(self) -> Any:
+        """The state after the segment: copies, as the next replay writes over what this one made."""
+        after = self.passage.state.map(torch.empty_like)
+        copy_all(after.tensors(), self.passage.state.tensors())
+        return after
+
+
+class _TrainingRecording(_Recording):
+    """A segment's forward pass and its backward pass."""
+
+    def __init__(self, step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any):
+        self.begun: Optional[_Begun] = None
+        self.parameters = list(parameters)
+        super().__init__(partial(run_on_aliases, step, module), tokens, state)
+
+    def _warm_up(self, run: Callable[..., Any]) -> None:
+        leaves, passage = run(self.parameters, self.tokens, self.state)
+        outputs = _outputs(passage)
+        found = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
+        # The output layer's own parameters take no part.
+        self.parameters = [p for p, g in zip(self.parameters, found, strict=True) if g is not None]
+
+    def _record(self, run: Callable[..., Any]) -> None:
+        with _recorded_to(self.forward_graph):
+            leaves, passage = run(self.parameters, self.tokens, self.state)
         outputs = _outputs(passage)
         self.output_grads = [torch.empty_like(output) for output in outputs]
-        with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), capture_error_mode="thread_local"):
-            grads = torch.autograd.grad(outputs, [leaves[n] for n in used], self.output_grads)
+        self.backward_graph = torch.cuda.CUDAGraph()
+        with _recorded_to(self.backward_graph, pool=self.forward_graph.pool()):
+            grads = torch.autograd.grad(outputs, leaves, self.output_grads)
             self.grads = [g.flatten() for g in grads]
         # Without the operations that made them, which the graph of the backward pass has.
         self.outputs = [output.detach() for output in outputs]
@@ -153,22 +217,12 @@ class _Recording:
     def _versions(self) -> List[int]:
         return [p._version for p in self.parameters]
 
-    def _run(self, tokens: Tensor, state: Any) -> None:
-        with torch.no_grad():
-            self.tokens.copy_(tokens)
-            copy_all(self.state.tensors(), state.tensors())
-        self.forward_graph.replay()
-        self.passes += 1
-
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: _Recording, *parameters: Tensor) -> Tuple[Any, ...]:
+    def forward(ctx: Any, recording: _TrainingRecording, *parameters: Tensor) -> Tuple[Any, ...]:
         ctx.recording, ctx.number = recording, recording.passes
-        # Copies, as the next replay writes over what this one made.
-        after = recording.passage.state.map(torch.empty_like)
-        copy_all(after.tensors(), recording.passage.state.tensors())
-        return (after, *(output.clone() for output in recording.outputs))
+        return (recording._after(), *(output.clone() for output in recording.outputs))
 
     @staticmethod
     @once_differentiable
@@ -181,9 +235,14 @@ class _Replay(torch.autograd.Function):
             )
         copy_all(recording.output_grads, grads)
         recording.backward_graph.replay()
-        # Copies, as above.
+        # Copies, as in the forward pass.
         parts = torch.cat(recording.grads).split([g.numel() for g in recording.grads])
         return (None, *(g.view_as(p) for g, p in zip(parts, recording.parameters, strict=True)))
+
+
+def _recorded_to(graph: torch.cuda.CUDAGraph, **pool: Any) -> ContextManager[Any]:
+    """Other threads may use the GPU meanwhile, those that load data for one."""
+    return torch.cuda.graph(graph, capture_error_mode="thread_local", **pool)
 
 
 def _outputs(passage: Any) -> List[Tensor]:
