@@ -12,7 +12,7 @@ if [ $((40 % GPUS)) -ne 0 ]; then
 fi
 fairseq-train data-bin/novels-bytes --user-dir lamemo_fairseq --task segment_language_modeling \
     --tokens-per-sample 1024 --roll --criterion chunked_cross_entropy --optimizer adam --lr 0.00025 \
-    --lr-scheduler cosine --max-update 2500 --clip-norm 0.5 --fp16 --batch-size-valid 16 \
+    --lr-scheduler cosine --max-update 2500 --clip-norm 0.5 --fp16 --cuda-graphs --batch-size-valid 16 \
     --validate-interval-updates 500 --save-interval-updates 500 --keep-interval-updates 1 --no-epoch-checkpoints \
     --num-workers 2 --log-format json --log-interval 100 --arch recurrent_memory_transformer_lm_enwik8 \
     --bptt-segments 2 --batch-size $((40 / GPUS)) --seed 1 --save-dir checkpoints/novels-bytes/memory_tokens

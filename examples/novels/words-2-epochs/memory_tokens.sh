@@ -14,9 +14,9 @@ fairseq-train data-bin/novels-words --user-dir lamemo_fairseq --task segment_lan
     --tokens-per-sample 300 --roll --mem-len 150 --decoder-layers 8 --decoder-embed-dim 410 \
     --decoder-attention-heads 10 --decoder-head-dim 41 --decoder-ffn-embed-dim 2100 \
     --criterion chunked_cross_entropy --optimizer adam --lr 0.00025 --lr-scheduler cosine --max-update 1604 \
-    --clip-norm 0.5 --fp16 --batch-size-valid 32 --validate-interval-updates 401 --save-interval-updates 401 \
-    --keep-interval-updates 1 --no-epoch-checkpoints --num-workers 2 --log-format json --log-interval 100 \
-    --arch recurrent_memory_transformer_lm --bptt-segments 2 --batch-size $((64 / GPUS)) --seed 1 \
+    --clip-norm 0.5 --fp16 --cuda-graphs --batch-size-valid 32 --validate-interval-updates 401 \
+    --save-interval-updates 401 --keep-interval-updates 1 --no-epoch-checkpoints --num-workers 2 --log-format json \
+    --log-interval 100 --arch recurrent_memory_transformer_lm --bptt-segments 2 --batch-size $((64 / GPUS)) --seed 1 \
     --save-dir checkpoints/novels-words-2-epochs/memory_tokens
 # On one GPU: several would cut the split into more streams.
 export CUDA_VISIBLE_DEVICES=$(echo "${CUDA_VISIBLE_DEVICES:-0}" | cut -d, -f1)
