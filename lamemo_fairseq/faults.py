@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .data.position import SegmentPosition
 from .memory import DivergenceError, StreamMemory
 from .modules.copies import copy_to_host
-from .modules.parameters import parameters_of
+from .modules.parts import parameters_of
 
 logger = logging.getLogger(__name__)
 

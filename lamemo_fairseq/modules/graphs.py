@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .copies import copy_all
-from .parameters import parameters_of
+from .parts import has_hooks, parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ class SegmentGraphs:
     def __call__(self, step: Step, module: nn.Module, tokens: Tensor, state: Any) -> Any:
         """``step(tokens, state)``."""
         learns = torch.is_grad_enabled()
-        if state is None or module.training != learns or not _recordable(tokens) or _hooked(module):
+        if state is None or module.training != learns or not _recordable(tokens) or has_hooks(module):
             return step(tokens, state)
-        held, parameters = self._held[learns], list(parameters_of(module))
+        held, parameters = self._held[learns], parameters_of(module)
         signature = _signature(parameters, tokens, state)
         before, held.last = held.last, signature
         if signature == held.recorded:
@@ -86,19 +86,15 @@ class SegmentGraphs:
         parameter has changed; otherwise it was in vain. The generator is left as it was.
         """
         recording = self.recording()
-        if not isinstance(recording, _TrainingRecording) or not module.training or _hooked(module):
+        if not isinstance(recording, _TrainingRecording) or not module.training or has_hooks(module):
             return
-        if _signature(list(parameters_of(module)), tokens, state) == self._held[True].recorded:
+        if _signature(parameters_of(module), tokens, state) == self._held[True].recorded:
             recording.begin(tokens, state, seed)
 
 
 def _recordable(tokens: Tensor) -> bool:
     autocast = torch.is_autocast_enabled(tokens.device.type)
     return tokens.is_cuda and not autocast and not torch.is_inference_mode_enabled()
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
 
 
 def _signature(parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any) -> Tuple[Any, ...]:
