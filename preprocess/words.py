@@ -2,13 +2,29 @@
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .tokenization import LineTokenizer
+from pathlib import Path
+from typing import Protocol
 
 Encoder = Callable[[str], str]
-MakeEncoder = Callable[["LineTokenizer"], Encoder]
+
+
+class Options(Protocol):
+    """What an encoder may depend on."""
+
+    @property
+    def pattern(self) -> str:
+        """Regular expression of a word."""
+
+    @property
+    def source_lang(self) -> str:
+        """Language of the text."""
+
+    @property
+    def model(self) -> Path | None:
+        """File of a SentencePiece model."""
+
+
+MakeEncoder = Callable[[Options], Encoder]
 
 # Words with an apostrophe inside, numbers, and any other mark by itself.
 WORD = r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?|\d+|[^\w\s]"
@@ -18,12 +34,12 @@ def _as_it_is(line: str) -> str:
     return line
 
 
-def _words(options: "LineTokenizer") -> Encoder:
+def _words(options: Options) -> Encoder:
     find = re.compile(options.pattern or WORD).finditer
     return lambda line: " ".join([match[0] for match in find(line)])
 
 
-def _moses(options: "LineTokenizer") -> Encoder:
+def _moses(options: Options) -> Encoder:
     """What fairseq's ``--tokenizer moses`` does: hyphens between words are split, special characters escaped."""
     from sacremoses import MosesTokenizer
 
@@ -44,7 +60,7 @@ def _moses(options: "LineTokenizer") -> Encoder:
     return lambda line: tokenize(line, aggressive_dash_splits=True, return_str=True)
 
 
-def _sentencepiece(options: "LineTokenizer") -> Encoder:
+def _sentencepiece(options: Options) -> Encoder:
     """What fairseq's ``--bpe sentencepiece`` does."""
     from sentencepiece import SentencePieceProcessor
 

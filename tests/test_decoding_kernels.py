@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lamemo_fairseq.generation.found import Found
 from lamemo_fairseq.generation.sampler import truncated
-from lamemo_fairseq.generation.step import Found
 
 from .gpus import DEVICE
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..models.incremental import DecodingState
-from .step import Found, KernelDrawing, kernel_step
+from .found import Found
+from .step import KernelDrawing, kernel_step
 
 # Plain attention reads the cache up to a multiple of this many tokens of the segment: a graph each.
 COLUMNS_A_GRAPH = 256

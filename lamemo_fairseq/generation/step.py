@@ -3,22 +3,15 @@
 Shapes: B rows, V words, d model width, n words found.
 """
 
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..models.incremental import DecodingState
+from .found import Found
 
 Rows = Tuple[Tensor, Optional[nn.LayerNorm]]  # [B, d], and the norm that they have yet to pass
-
-
-class Found(NamedTuple):
-    """What steps leave on the device until it is collected."""
-
-    words: Tensor  # [B, n at most] int64
-    log_probs: Tensor  # [B, n at most], float32 or wider
-    position: Tensor  # [B] int64, n
 
 
 def kernel_step(state: DecodingState) -> Optional["KernelStep"]:

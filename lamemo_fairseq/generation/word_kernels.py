@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .step import Found
+from .found import Found
 
 MOST_WORDS = 512  # as every pair of words is compared, which for more takes longer than sorting them
 PAIRS = 32  # words at a time that all others are compared with
