@@ -1,12 +1,15 @@
 """fairseq's own commands, from binarized data to figures."""
 
 import contextlib
+import gc
 import io
 import logging
 import re
+from multiprocessing import active_children
 
 import pytest
 import torch
+from fairseq import checkpoint_utils
 from fairseq_cli import eval_lm, interactive, train, validate
 
 from .helpers import TASK, run_command, write_data
@@ -65,6 +68,26 @@ def checkpoints(data, tmp_path_factory):
             folder / arch,
         )
     return folder
+
+
+def test_workers_that_load_an_epoch_end_with_it(data, tmp_path, monkeypatch):
+    """Though saving within an epoch leaves everything in circles of references, by fairseq's own doing."""
+    alive, saved = [], checkpoint_utils.save_checkpoint
+    monkeypatch.setattr(
+        checkpoint_utils, "save_checkpoint", lambda *args: (alive.append(len(active_children())), saved(*args))
+    )
+    options = ["--arch", "lamemo_lm", *TRAIN, "--batch-size", 40, "--num-workers", 2, "--disable-validation"]
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(active_children())
+        run_command(
+            train.cli_main,
+            *[data, *TASK, *options, "--max-update", 48, "--save-interval-updates", 6, "--save-dir", tmp_path],
+        )
+    finally:
+        gc.enable()
+    assert len(alive) > 8 and 0 < max(alive) - before <= 4, alive  # those of an epoch, and of the one before
 
 
 def printed(main, *arguments):

@@ -1,6 +1,5 @@
 """Splits are cut into streams, and streams into segments, without losing or doubling a token."""
 
-import gc
 from itertools import pairwise
 
 import pytest
@@ -128,30 +127,6 @@ def test_batches_looked_at_early_are_those_that_follow(workers, buffer_size):
                 now = iterator.state_dict()
                 assert now.keys() == saved.keys() and now["iterations_in_epoch"] == saved["iterations_in_epoch"]
         assert number + 1 == len(expected)
-
-
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("buffer_size", [0, 10])
-def test_workers_end_with_the_iterator(early, buffer_size):
-    """At once, with no circle of references for the garbage collector to find."""
-    iterator = SegmentBatchIterator(
-        split_of(numbered(60), 5, words=99), 2, num_workers=2, buffer_size=buffer_size, reuse_dataloader=True
-    )
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in iterator.next_epoch_itr():
-            if early:
-                iterator.peek(lambda batch: batch)
-        if buffer_size:
-            iterator._cur_epoch_itr._itr._items._consumer.join()
-        workers = iterator.dataloader._iterator._workers
-        assert all(worker.is_alive() for worker in workers)
-        del iterator, _
-        assert not any(worker.is_alive() for worker in workers)
-        assert [worker.exitcode for worker in workers] == [0, 0]
-    finally:
-        gc.enable()
 
 
 def test_what_goes_wrong_early_is_raised_in_its_place():

@@ -107,19 +107,8 @@ class SegmentBatchIterator(EpochBatchIterator):
     def frozen_batches(self) -> SegmentBatches:
         return self.ordered_batches(self.epoch)
 
-    @property
-    def ordered_batches(self) -> Callable[..., SegmentBatches]:  # type: ignore[override]
-        """The batches of an epoch by its number.
-
-        Not a method: the loader keeps it, and this object the loader. In such a circle the loader would be freed long
-        after the epoch, and in an order in which each of its workers is waited for in vain for five seconds.
-        """
-        streams, layout = self.streams, self.layout
-
-        def batches(epoch: int, fix_batches_to_gpus: bool = False, shuffle: bool = False) -> SegmentBatches:
-            return SegmentBatches(epoch, layout.num_streams, streams, range(layout.num_segments))
-
-        return batches
+    def ordered_batches(self, epoch: int, fix_batches_to_gpus: bool = False, shuffle: bool = False) -> SegmentBatches:
+        return SegmentBatches(epoch, self.layout.num_streams, self.streams, range(self.layout.num_segments))
 
     @property
     def first_batch(self) -> Dict[str, Any]:

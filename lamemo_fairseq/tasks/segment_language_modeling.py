@@ -218,6 +218,9 @@ class SegmentLanguageModelingTask(FairseqTask):
                 epoch=epoch,
                 buffer_size=data_buffer_size,
                 reuse_dataloader=True,
+                # An epoch's own end with it: left to the garbage collector, which takes their queues away first, each
+                # would be waited for in vain for five seconds.
+                persistent_workers=not training,
             )
             if training:
                 self._batches = self._iterators[key]
