@@ -179,6 +179,25 @@ def test_evaluation_is_as_without_graphs(variant, device):
     assert all(torch.equal(*pair) for pair in zip(made[False], made[True], strict=True))
 
 
+def test_after_a_recording_that_failed(device, monkeypatch):
+    """Such as for want of memory: the one before it is gone, and is made again."""
+    decoder = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device).eval()
+    segments, state = random_tokens(2, 6 * SEGMENT).to(device).split(SEGMENT, dim=1), None
+    with torch.no_grad():
+        for segment in segments[:4]:
+            state = decoder.graphs(decoder.step, decoder, segment, state).state
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(graphs, "_Recording", no_memory)
+            for _ in range(2):
+                decoder.graphs(decoder.step, decoder, segments[4][:, :3], state)
+        found = decoder.graphs(decoder.step, decoder, segments[4], state)
+        assert torch.equal(found.features, decoder.step(segments[4], state).features)
+
+
+def no_memory(*_):
+    raise MemoryError
+
+
 def test_parameters_that_moved_are_read_where_they_are(device):
     decoder = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device)
     tokens = random_tokens(2, 6 * SEGMENT).to(device)

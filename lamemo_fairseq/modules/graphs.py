@@ -64,7 +64,7 @@ class SegmentGraphs:
             return held.recording(tokens, state)
         if signature != before:
             return step(tokens, state)
-        held.recording = None  # frees the old one's memory first
+        held.recorded = held.recording = None  # frees the old one's memory first
         with torch.random.fork_rng([tokens.device]):  # a resumed run records at another update, and draws the same
             if learns:
                 trained = [p for p in parameters if p.requires_grad]
