@@ -29,8 +29,7 @@ class _Held:
     """What is known of the segments of training, or of those of evaluation."""
 
     last: Any = None  # signature of the last segment
-    recorded: Any = None  # signature of the recording
-    recording: "Optional[_Recording]" = None
+    recorded: "Tuple[Any, Optional[_Recording]]" = (None, None)  # a signature, and the graph that goes with it
 
 
 class SegmentGraphs:
@@ -49,7 +48,7 @@ class SegmentGraphs:
 
     def recording(self, training: bool = True) -> "Optional[_Recording]":
         """The graph of segments of training, or of evaluation; None if there is none yet."""
-        return self._held[training].recording
+        return self._held[training].recorded[1]
 
     def __call__(self, step: Step, module: nn.Module, tokens: Tensor, state: Any) -> Any:
         """``step(tokens, state)``."""
@@ -59,25 +58,25 @@ class SegmentGraphs:
         held, parameters = self._held[learns], parameters_of(module)
         signature = _signature(parameters, tokens, state)
         before, held.last = held.last, signature
-        if signature == held.recorded:
-            assert held.recording is not None
-            return held.recording(tokens, state)
+        recorded, recording = held.recorded
+        if recording is not None and signature == recorded:
+            return recording(tokens, state)
         if signature != before:
             return step(tokens, state)
-        held.recorded = held.recording = None  # frees the old one's memory first
+        recording, held.recorded = None, (None, None)  # frees the old one's memory first
         with torch.random.fork_rng([tokens.device]):  # a resumed run records at another update, and draws the same
             if learns:
                 trained = [p for p in parameters if p.requires_grad]
-                held.recording = _TrainingRecording(step, module, trained, tokens, state)
+                recording = _TrainingRecording(step, module, trained, tokens, state)
             else:
-                held.recording = _Recording(step, tokens, state)
-        held.recorded = signature
+                recording = _Recording(step, tokens, state)
+        held.recorded = signature, recording
         logger.info(
             "recorded a CUDA graph for %s segments of %s tokens",
             "training" if learns else "evaluation",
             " x ".join(map(str, tokens.shape)),
         )
-        return held.recording(tokens, state)
+        return recording(tokens, state)
 
     def begin(self, module: nn.Module, tokens: Tensor, state: Any, seed: int) -> None:
         """Run the forward pass of a recorded segment before it is asked for, with the random numbers of *seed*.
@@ -85,10 +84,10 @@ class SegmentGraphs:
         The next call takes it over if it is for these very tensors, the device's generator begins at *seed*, and no
         parameter has changed; otherwise it was in vain. The generator is left as it was.
         """
-        recording = self.recording()
+        recorded, recording = self._held[True].recorded
         if not isinstance(recording, _TrainingRecording) or not module.training or has_hooks(module):
             return
-        if _signature(parameters_of(module), tokens, state) == self._held[True].recorded:
+        if _signature(parameters_of(module), tokens, state) == recorded:
             recording.begin(tokens, state, seed)
 
 
