@@ -19,6 +19,10 @@ FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
             "scaling.py quickstart --device cpu --steps 4 --paths lamemo-eager --worlds 1 --backends legacy_ddp",
             "| quickstart | lamemo-eager |  | 1 |",
         ),
+        (  # no efficiency where one rank has not been measured
+            "scaling.py quickstart --device cpu --steps 4 --paths lamemo-eager --worlds 2 --backends legacy_ddp",
+            " |  |  |",
+        ),
         ("decoding.py --length 8 --segments 1 --memory lookahead", "batch 1: cached"),
     ],
 )

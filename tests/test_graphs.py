@@ -76,8 +76,8 @@ def test_what_is_recorded_is_what_is_computed_again(variant, monkeypatch):
         torch.manual_seed(seed)
         found = recording(segment, state)
         torch.testing.assert_close(found.features, expected.features, rtol=0, atol=1e-12)
-        assert {name: float(loss) for name, loss in found.losses.items()} == pytest.approx(
-            {name: float(loss) for name, loss in expected.losses.items()}, rel=1e-6
+        assert {name: loss.item() for name, loss in found.losses.items()} == pytest.approx(
+            {name: loss.item() for name, loss in expected.losses.items()}, rel=1e-6
         )
         for one, other in zip(found.state.tensors(), expected.state.tensors(), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

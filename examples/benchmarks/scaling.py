@@ -3,8 +3,9 @@
     python examples/benchmarks/scaling.py enwik8 wt103-adaptive --worlds 1 2 --result scaling.json
     python examples/benchmarks/scaling.py quickstart --paths lamemo-eager --device cpu --steps 10   # ranks on a CPU
 
-Efficiency is the rate over that of one GPU in the same run times the number of GPUs. fairseq's `legacy_ddp` reduces
-gradients after the backward pass, `pytorch_ddp` in buckets while it runs: the difference is what the overlap hides.
+Efficiency is the rate over that of one GPU in the same run times the number of GPUs; without one GPU there is none.
+fairseq's `legacy_ddp` reduces gradients after the backward pass, `pytorch_ddp` in buckets while it runs: the
+difference is what the overlap hides.
 """
 
 import argparse
@@ -77,16 +78,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_data(Path(folder), words, max(args.worlds) * streams * segment_length(size) * segments)
             for path in args.paths:
-                alone = 0.0
+                alone = 0.0  # the rate of one GPU, if that is among the worlds
                 for world in args.worlds:
                     for backend in args.backends if world > 1 else args.backends[:1]:
                         found = train(size, path, world, backend, args, folder)
-                        alone = alone or found["tok/s"] / world
-                        found["efficiency"] = found["tok/s"] / world / alone
+                        if world == 1:
+                            alone = found["tok/s"]
+                        efficiency = ""
+                        if alone:
+                            found["efficiency"] = found["tok/s"] / world / alone
+                            efficiency = f"{found['efficiency']:.1%}"
                         rows.append({"size": size, "path": path, "backend": backend, "GPUs": world, **found})
                         peak = f"{found['peak GiB']:.1f}" if "peak GiB" in found else ""
                         names = f"{size} | {path} | {backend if world > 1 else ''} | {world}"
-                        print(f"| {names} | {found['tok/s']:,.0f} | {found['efficiency']:.1%} | {peak} |", flush=True)
+                        print(f"| {names} | {found['tok/s']:,.0f} | {efficiency} | {peak} |", flush=True)
     if args.result:
         args.result.write_text(json.dumps({"device": device, "command": sys.argv[1:], "rows": rows}, indent=1) + "\n")
 
