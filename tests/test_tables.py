@@ -101,11 +101,23 @@ def only_train(plan, one):
 
 
 class FakeBar:
+    def __init__(self):
+        self.shown = []
+
     def set_postfix_str(self, text):
-        pass
+        self.shown.append(text)
 
     def update(self):
         pass
+
+
+@pytest.mark.parametrize(("every", "shown"), [(0.0, ["a/seed-1: 1", "a/seed-1: 2"]), (60.0, ["a/seed-1: 1"])])
+def test_a_file_gets_a_line_once_a_minute(every, shown):
+    bar = FakeBar()
+    board = execute.Board(bar, every)
+    for words in ("1", "1", "2"):
+        board.show(table.Run("a", 1), words)
+    assert bar.shown == shown
 
 
 def locked(path):

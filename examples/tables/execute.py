@@ -1,8 +1,10 @@
 """Runs what a table still lacks: trains, evaluates, and leaves results.json where a run is complete."""
 
+import math
 import os
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +147,7 @@ def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]
     """
     todo = check(plan, runs)
     with tqdm(total=len(runs), initial=len(runs) - len(todo), desc=plan.table.title, unit="run", leave=True) as bar:
-        board = Board(bar)
+        board = Board(bar, every=0.0 if sys.stderr.isatty() else 60.0)  # seldom where it goes to a file
 
         def work(run: Run, slot: Slot) -> Optional[str]:
             try:
@@ -270,16 +272,25 @@ def failure(command: str, code: int, log: Path) -> str:
 
 
 class Board:
-    """One line that says where every run stands."""
+    """One line that says where every run stands, shown when it has changed.
 
-    def __init__(self, bar: Any):
+    Args:
+        every: seconds from one to the next at least.
+    """
+
+    def __init__(self, bar: Any, every: float = 0.0):
         self._bar = bar
         self._lines: Dict[str, str] = {}
         self._lock = threading.Lock()
+        self._every = every
+        self._shown = -math.inf  # when
 
     def show(self, run: Run, words: str) -> None:
         with self._lock:
-            self._lines[run.name] = words
+            before, self._lines[run.name] = self._lines.get(run.name), words
+            if words == before or time.monotonic() - self._shown < self._every:
+                return
+            self._shown = time.monotonic()
             self._bar.set_postfix_str("; ".join(f"{name}: {line}" for name, line in self._lines.items()))
 
     def done(self, run: Run) -> None:
