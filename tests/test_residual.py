@@ -289,6 +289,26 @@ def test_a_layer_by_kernels_is_the_plain_one(monkeypatch, before, checkpointing,
         close(plain.eval()(low, 6)[0], wanted, dtype, "inference")
 
 
+def test_a_hook_on_the_feed_forward_is_called_where_kernels_serve(monkeypatch):
+    """It sees the output with the bias, and the layer's output stays the same."""
+    monkeypatch.setattr(layer, "fusable", lambda t: t.dtype in rows.DTYPES)
+    torch.manual_seed(1)
+    one = DecoderLayer(LayerConfig(42, 30), Halving(42)).to(DEVICE)
+    nn.init.normal_(one.feed_forward.fc2.bias)
+    given, seen = normal(2, 9, 42).to(DEVICE, torch.float32), []
+    with torch.no_grad():
+        expected = one(given, 6)[0]
+        handle = one.feed_forward.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
+        found = one(given, 6)[0]
+        handle.remove()
+        ((x, output),) = seen
+        hidden = F.relu(one.feed_forward.fc1(x))
+        torch.testing.assert_close(output, one.feed_forward.fc2(hidden))
+        one(given, 6)
+    assert len(seen) == 1
+    close(found, expected.double(), torch.float32, "output")
+
+
 def test_padding_is_read_only_inside_its_storage_and_never_counts():
     stored = torch.full((2, 5, 48), math.nan, dtype=torch.float16, device=DEVICE)
     short = stored.view(-1)[: 2 * 5 * 48 - 6].clone().as_strided((2, 5, 42), (240, 48, 1))

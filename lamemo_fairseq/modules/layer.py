@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import aligned
 from .activation import relu_dropout
+from .parts import has_hooks
 from .residual import residual_norm, residual_sum_and_norm
 from .rows import fusable
 
@@ -94,8 +95,8 @@ class DecoderLayer(nn.Module):
             x, normed = residual_sum_and_norm(attended, last, self.final_layer_norm, p, training)
             return x + self.dropout(self.feed_forward(normed)), carried
         x = residual_norm(attended, last, self.self_attn_layer_norm, p, training)
-        # A kernel adds the bias on its way, and sums its gradient.
-        apart = fusable(x)
+        # A kernel adds the bias on its way, and sums its gradient; a hook sees the whole output.
+        apart = fusable(x) and not has_hooks(self.feed_forward)
         y = self.feed_forward.without_bias(x) if apart else self.feed_forward(x)
         bias = self.feed_forward.fc2.bias if apart else None
         return residual_norm(y, x, self.final_layer_norm, p, training, bias), carried
