@@ -1,8 +1,10 @@
 """The table runner: what it runs, resumes and refuses, what it renders."""
 
 import csv
+import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -101,23 +103,26 @@ def only_train(plan, one):
 
 
 class FakeBar:
-    def __init__(self):
-        self.shown = []
+    def set_postfix_str(self, text, refresh):
+        pass
 
-    def set_postfix_str(self, text):
-        self.shown.append(text)
-
-    def update(self):
+    def update(self, n=1):
         pass
 
 
-@pytest.mark.parametrize(("every", "shown"), [(0.0, ["a/seed-1: 1", "a/seed-1: 2"]), (60.0, ["a/seed-1: 1"])])
-def test_a_file_gets_a_line_once_a_minute(every, shown):
-    bar = FakeBar()
-    board = execute.Board(bar, every)
-    for words in ("1", "1", "2"):
-        board.show(table.Run("a", 1), words)
-    assert bar.shown == shown
+@pytest.mark.parametrize(("terminal", "shown"), [(True, ["1", "1", "2", "3"]), (False, ["1", "3"])])
+def test_a_file_gets_a_line_once_a_minute(monkeypatch, terminal, shown):
+    """A terminal gets each, also one that says the same: the time that has passed is another."""
+    now, file = 0.0, io.StringIO()
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    monkeypatch.setattr(file, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", file)
+    with execute.progress("a table", 1, 0) as bar:
+        board = execute.Board(bar)
+        for at, words in ((61.0, "1"), (62.0, "1"), (120.0, "2"), (121.5, "3")):
+            now = at
+            board.show(table.Run("a", 1), words)
+        assert re.findall(r"a/seed-1: (\d)", file.getvalue()) == shown
 
 
 def locked(path):

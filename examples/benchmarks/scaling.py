@@ -84,11 +84,10 @@ def main() -> None:
                         found = train(size, path, world, backend, args, folder)
                         if world == 1:
                             alone = found["tok/s"]
-                        efficiency = ""
                         if alone:
                             found["efficiency"] = found["tok/s"] / world / alone
-                            efficiency = f"{found['efficiency']:.1%}"
                         rows.append({"size": size, "path": path, "backend": backend, "GPUs": world, **found})
+                        efficiency = f"{found['efficiency']:.1%}" if "efficiency" in found else ""
                         peak = f"{found['peak GiB']:.1f}" if "peak GiB" in found else ""
                         names = f"{size} | {path} | {backend if world > 1 else ''} | {world}"
                         print(f"| {names} | {found['tok/s']:,.0f} | {efficiency} | {peak} |", flush=True)

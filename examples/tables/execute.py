@@ -1,10 +1,8 @@
 """Runs what a table still lacks: trains, evaluates, and leaves results.json where a run is complete."""
 
-import math
 import os
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,8 +144,8 @@ def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]
         What went wrong, a message for each run that failed; the others are complete.
     """
     todo = check(plan, runs)
-    with tqdm(total=len(runs), initial=len(runs) - len(todo), desc=plan.table.title, unit="run", leave=True) as bar:
-        board = Board(bar, every=0.0 if sys.stderr.isatty() else 60.0)  # seldom where it goes to a file
+    with progress(plan.table.title, len(runs), len(runs) - len(todo)) as bar:
+        board = Board(bar)
 
         def work(run: Run, slot: Slot) -> Optional[str]:
             try:
@@ -271,27 +269,27 @@ def failure(command: str, code: int, log: Path) -> str:
     )
 
 
+def progress(title: str, total: int, done: int) -> Any:
+    """A bar of runs, shown again once a minute at most where it goes to a file."""
+    every = 0.1 if sys.stderr.isatty() else 60.0
+    # Without a least number of runs from one time to the next: most of what it says changes within a run.
+    return tqdm(total=total, initial=done, desc=title, unit="run", leave=True, mininterval=every, miniters=0)
+
+
 class Board:
-    """One line that says where every run stands, shown when it has changed.
+    """One line that says where every run stands."""
 
-    Args:
-        every: seconds from one to the next at least.
-    """
-
-    def __init__(self, bar: Any, every: float = 0.0):
+    def __init__(self, bar: Any):
         self._bar = bar
         self._lines: Dict[str, str] = {}
         self._lock = threading.Lock()
-        self._every = every
-        self._shown = -math.inf  # when
 
     def show(self, run: Run, words: str) -> None:
         with self._lock:
-            before, self._lines[run.name] = self._lines.get(run.name), words
-            if words == before or time.monotonic() - self._shown < self._every:
-                return
-            self._shown = time.monotonic()
-            self._bar.set_postfix_str("; ".join(f"{name}: {line}" for name, line in self._lines.items()))
+            self._lines[run.name] = words
+            line = "; ".join(f"{name}: {words}" for name, words in self._lines.items())
+            self._bar.set_postfix_str(line, refresh=False)
+            self._bar.update(0)
 
     def done(self, run: Run) -> None:
         with self._lock:
