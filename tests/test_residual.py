@@ -23,6 +23,7 @@ GPU = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 NAMES = ("x", "rows", "gamma", "beta", "bias")
+KEEP = nn.Identity()  # no dropout
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def test_residual_norm_is_the_plain_one(dtype, streams, count, skipped, d, both)
     low, exact = given(dtype, streams, count, skipped, d)
     grads = [normal(streams, count, d, seed=6).to(DEVICE, dtype) if both else None, normal(streams, count, d, seed=7)]
     grads[1] = grads[1].to(DEVICE, dtype)
-    found, wanted = run(residual.by_kernel, low, skipped, 0.0, grads), run(residual.plain, exact, skipped, 0.0, grads)
+    found, wanted = run(residual.by_kernel, low, skipped, 0.0, grads), run(residual.plain, exact, skipped, KEEP, grads)
     for name, one, other in zip(("sum", "norm"), found[:2], wanted[:2], strict=True):
         assert one.dtype == dtype and one.shape == other.shape
         close(one, other, dtype, name)
@@ -184,22 +185,27 @@ def test_without_gradients_no_sum_is_kept():
     norm = norm_of(low[2].detach(), low[3].detach())
     with torch.no_grad():
         total, normed = residual.by_kernel(low[0], low[1][:, 1:], norm, 0.0, low[4], keep=False)
-        wanted = residual.plain(exact[0], exact[1][:, 1:], norm.double(), 0.0, exact[4])[1]
+        wanted = residual.plain(exact[0], exact[1][:, 1:], norm.double(), KEEP, exact[4])[1]
     assert total is None
     close(normed, wanted, torch.float32, "norm")
 
 
 def test_what_the_kernel_leaves_to_pytorch(monkeypatch):
     monkeypatch.setattr(rows, "fusable", lambda t: t.dtype in rows.DTYPES)
-    norm, x = nn.LayerNorm(8), torch.zeros(1, 2, 8)
-    assert residual.takes(x, x, norm, 0.1)
-    assert not residual.takes(x, x, norm, 1.0)
-    assert not residual.takes(x, x.double(), norm, 0.1)
-    assert not residual.takes(x.half(), x, norm, 0.1)
-    assert not residual.takes(x, x, nn.LayerNorm(8, elementwise_affine=False), 0.1)
-    assert not residual.takes(x, x, type("Other", (nn.LayerNorm,), {})(8), 0.1)
-    norm.register_forward_hook(lambda *_: None)
-    assert not residual.takes(x, x, norm, 0.1)
+    norm, dropout, x = nn.LayerNorm(8), nn.Dropout(0.1), torch.zeros(1, 2, 8)
+    assert residual.takes(x, x, norm, dropout)
+    assert not residual.takes(x, x, norm, nn.Dropout(1.0))
+    assert residual.takes(x, x, norm, nn.Dropout(1.0).eval())
+    assert not residual.takes(x, x.double(), norm, dropout)
+    assert not residual.takes(x.half(), x, norm, dropout)
+    assert not residual.takes(x, x, nn.LayerNorm(8, elementwise_affine=False), dropout)
+    assert not residual.takes(x, x, type("Other", (nn.LayerNorm,), {})(8), dropout)
+    assert not residual.takes(x, x, norm, type("Other", (nn.Dropout,), {})(0.1))
+    for part in (norm, dropout):
+        handle = part.register_forward_hook(lambda *_: None)
+        assert not residual.takes(x, x, norm, dropout)
+        handle.remove()
+    assert residual.takes(x, x, norm, dropout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

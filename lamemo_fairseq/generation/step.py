@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.incremental import DecodingState
+from ..modules import DecoderLayer
+from ..modules.layer import FeedForward
+from ..modules.parts import is_plain
 from .found import Found
 
 Rows = Tuple[Tensor, Optional[nn.LayerNorm]]  # [B, d], and the norm that they have yet to pass
@@ -25,10 +28,21 @@ def kernel_step(state: DecodingState) -> Optional["KernelStep"]:
     more = record.inputs is not None or record.context is not None
     if not wanted or more or not sinusoids or config.span is not None:
         return None
+    if not all(map(_is_plain, state.decoder.layers)):
+        return None
     try:
         return KernelStep(state)
     except ImportError:  # no Triton
         return None
+
+
+def _is_plain(layer: DecoderLayer) -> bool:
+    """Whether its parameters alone say what a layer's parts compute."""
+    if not is_plain(layer.feed_forward, FeedForward):
+        return False
+    maps = layer.self_attn.qkv_proj, layer.self_attn.out_proj, layer.feed_forward.fc1, layer.feed_forward.fc2
+    norms = layer.self_attn_layer_norm, layer.final_layer_norm
+    return all(is_plain(part, nn.Linear) for part in maps) and all(is_plain(part, nn.LayerNorm) for part in norms)
 
 
 class KernelStep:

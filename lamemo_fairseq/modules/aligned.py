@@ -9,9 +9,10 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .parts import is_plain
 from .rows import readable
 
 
@@ -30,6 +31,16 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, keep_paddin
         return F.linear(x, weight, bias)
     product = F.linear(widened(x), padded(weight, 2), None if bias is None else padded(bias))
     return product if keep_padding else product[..., : weight.size(0)]
+
+
+def through(layer: nn.Module, x: Tensor, width: int, keep_padding: bool = False) -> Tensor:
+    """``x [.., d]``, perhaps wider, through a layer that takes d = *width*: `linear` with an `nn.Linear`'s parameters.
+
+    Any other layer, a low-rank adapter for one, and one with hooks is called.
+    """
+    if is_plain(layer, nn.Linear):
+        return linear(x, layer.weight, layer.bias, keep_padding)
+    return layer(x[..., :width])
 
 
 def padded(t: Tensor, dims: int = 1) -> Tensor:

@@ -15,6 +15,7 @@ from ..attention.padding import bias_for
 from ..positions import LayerBias
 from . import aligned
 from .heads import split_heads, wide_heads
+from .parts import is_plain
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,13 @@ class SelfAttention(nn.Module):
 
     def project(self, rows: Tensor, queries: int, keep_padding: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the last rows, keys and values of all: ``[B, H, Q or R, D]`` each, D' with *keep_padding*."""
+        heads = self.config.heads
+        if not is_plain(self.qkv_proj, nn.Linear):
+            q, k, v = split_heads(self.qkv_proj(rows), 3, heads)
+            return q[:, :, rows.size(1) - queries :], k, v
         weight = self.qkv_proj.weight
         if keep_padding and self.config.head_dim % 8 and aligned.matters(rows):
             weight = wide_heads(weight, self.config.head_dim, dim=0)
-        heads = self.config.heads
         if queries == rows.size(1):
             q, k, v = split_heads(aligned.linear(rows, weight), 3, heads)
             return q, k, v
@@ -75,7 +79,10 @@ class SelfAttention(nn.Module):
 
     def merge_heads(self, heads: Tensor) -> Tensor:
         """``[B, H, Q, D or D'] -> [B, Q, d]``, perhaps wider by zeros, through the output projection."""
-        weight, size = self.out_proj.weight, self.config.head_dim
+        size = self.config.head_dim
+        if not is_plain(self.out_proj, nn.Linear):
+            return self.out_proj(heads[..., :size].transpose(1, 2).flatten(2))
+        weight = self.out_proj.weight
         if heads.size(-1) > size:
             weight = wide_heads(weight, size, dim=1)
         return aligned.linear(heads.transpose(1, 2).flatten(2), weight, keep_padding=True)

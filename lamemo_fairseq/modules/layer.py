@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import aligned
 from .activation import relu_dropout
-from .parts import has_hooks
+from .parts import is_plain
 from .residual import residual_norm, residual_sum_and_norm
 from .rows import fusable
 
@@ -36,13 +36,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
+        self.widths = config.embed_dim, config.ffn_dim
         self.fc1 = nn.Linear(config.embed_dim, config.ffn_dim)
         self.fc2 = nn.Linear(config.ffn_dim, config.embed_dim)
         self.activation_fn = utils.get_activation_fn(config.activation_fn)
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return aligned.linear(self._hidden(x), self.fc2.weight, self.fc2.bias)
+        return aligned.through(self.fc2, self._hidden(x), self.widths[1])
 
     def without_bias(self, x: Tensor) -> Tensor:
         """As `forward`, but for the last bias, and perhaps wider by zeros."""
@@ -50,10 +51,11 @@ class FeedForward(nn.Module):
 
     def _hidden(self, x: Tensor) -> Tensor:
         dropout = self.activation_dropout
-        if self.activation_fn is F.relu and fusable(x):
+        plain = is_plain(self.fc1, nn.Linear) and is_plain(dropout, nn.Dropout)
+        if plain and self.activation_fn is F.relu and fusable(x):
             hidden = aligned.linear(x, self.fc1.weight, keep_padding=True)
             return relu_dropout(hidden, dropout.p, dropout.training, self.fc1.bias)
-        return dropout(self.activation_fn(aligned.linear(x, self.fc1.weight, self.fc1.bias, keep_padding=True)))
+        return dropout(self.activation_fn(aligned.through(self.fc1, x, self.widths[0], keep_padding=True)))
 
 
 class DecoderLayer(nn.Module):
@@ -90,13 +92,13 @@ class DecoderLayer(nn.Module):
         before = self.config.normalize_before
         attended, carried = attend(self.attention_input(rows))
         last = rows[:, rows.size(1) - attended.size(1) :]
-        p, training = self.dropout.p, self.dropout.training
         if before:
-            x, normed = residual_sum_and_norm(attended, last, self.final_layer_norm, p, training)
+            x, normed = residual_sum_and_norm(attended, last, self.final_layer_norm, self.dropout)
             return x + self.dropout(self.feed_forward(normed)), carried
-        x = residual_norm(attended, last, self.self_attn_layer_norm, p, training)
+        x = residual_norm(attended, last, self.self_attn_layer_norm, self.dropout)
         # A kernel adds the bias on its way, and sums its gradient; a hook sees the whole output.
-        apart = fusable(x) and not has_hooks(self.feed_forward)
+        whole = is_plain(self.feed_forward, FeedForward) and is_plain(self.feed_forward.fc2, nn.Linear)
+        apart = whole and fusable(x)
         y = self.feed_forward.without_bias(x) if apart else self.feed_forward(x)
         bias = self.feed_forward.fc2.bias if apart else None
-        return residual_norm(y, x, self.final_layer_norm, p, training, bias), carried
+        return residual_norm(y, x, self.final_layer_norm, self.dropout, bias), carried

@@ -1,6 +1,6 @@
 """Parts of a module, collected once: walking through all modules takes as long as many launches."""
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Type, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -14,6 +14,21 @@ def parameters_of(module: nn.Module) -> List[nn.Parameter]:
     if module not in _PARAMETERS:
         _PARAMETERS[module] = list(module.parameters())
     return _PARAMETERS[module]
+
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+def is_plain(module: Any, kind: Type[Kind]) -> TypeGuard[Kind]:
+    """Whether calling *module* does what *kind* does and nothing else: neither a subclass of it nor one with hooks.
+
+    Only then may its parameters be read in place of the call.
+    """
+    if type(module) is not kind:
+        return False
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def has_hooks(module: nn.Module) -> bool:

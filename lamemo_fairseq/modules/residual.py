@@ -6,69 +6,70 @@ of 8, with zeros behind them, so that products of them need no copy (`aligned.py
 Shapes: B streams, R rows of each, d width.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import rows
+from .parts import is_plain
 
 LARGEST_WIDTH = 4096
 
 
 def residual_norm(
-    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, training: bool, bias: Optional[Tensor] = None
+    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout, bias: Optional[Tensor] = None
 ) -> Tensor:
     """``norm(residual + dropout(x + bias))``.
 
     Args:
         x: ``[.., d]``, or wider by zeros as `aligned.linear` leaves it with *keep_padding*.
         residual: ``[.., d]``, with any strides.
-        dropout: the probability of a zero, if *training*.
+        norm, dropout: an `nn.LayerNorm` and an `nn.Dropout`, or anything in place of them, which is then called.
         bias: ``[d]`` or None.
 
     Returns:
         ``[.., d]`` in the dtype given; the kernel's sums and statistics are in float32.
     """
-    p = dropout if training else 0.0
-    if takes(x, residual, norm, p, bias):
-        return by_kernel(x, residual, norm, p, bias, keep=torch.is_grad_enabled())[1]
-    return plain(x, residual, norm, p, bias)[1]
+    if takes(x, residual, norm, dropout, bias):
+        return by_kernel(x, residual, norm, chance(dropout), bias, keep=torch.is_grad_enabled())[1]
+    return plain(x, residual, norm, dropout, bias)[1]
 
 
 def residual_sum_and_norm(
-    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, training: bool
+    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout
 ) -> Tuple[Tensor, Tensor]:
     """As `residual_norm` without a bias; it returns the sum as well: ``(sum, norm)``."""
-    p = dropout if training else 0.0
-    function = by_kernel if takes(x, residual, norm, p) else plain
-    return function(x, residual, norm, p)
+    if takes(x, residual, norm, dropout):
+        return by_kernel(x, residual, norm, chance(dropout))
+    return plain(x, residual, norm, dropout)
 
 
-def takes(x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, bias: Optional[Tensor] = None) -> bool:
-    """Whether the kernel does all that *norm* would, hooks and replaced classes included."""
-    if (
-        not rows.fusable(residual)
-        or dropout >= 1
-        or residual.size(-1) > LARGEST_WIDTH
-        or type(norm) is not nn.LayerNorm
-    ):
+def takes(x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout, bias: Optional[Tensor] = None) -> bool:
+    """Whether the kernel does all that *norm* and *dropout* would, hooks and replaced classes included."""
+    if not rows.fusable(residual) or residual.size(-1) > LARGEST_WIDTH:
+        return False
+    if not is_plain(norm, nn.LayerNorm) or not is_plain(dropout, nn.Dropout) or chance(dropout) >= 1:
         return False
     if norm.weight is None or norm.bias is None or len(norm.normalized_shape) > 1:
         return False
-    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
     given = [t for t in (x, norm.weight, norm.bias, bias) if t is not None]
-    return not hooks and all(t.dtype == residual.dtype and t.device == residual.device for t in given)
+    return all(t.dtype == residual.dtype and t.device == residual.device for t in given)
 
 
-def plain(
-    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, bias: Optional[Tensor] = None
-) -> Tuple[Tensor, Tensor]:
+def chance(dropout: nn.Dropout) -> float:
+    """The probability of a zero of an `nn.Dropout` as it stands."""
+    return dropout.p if dropout.training else 0.0
+
+
+Map = Callable[[Tensor], Tensor]
+
+
+def plain(x: Tensor, residual: Tensor, norm: Map, dropout: Map, bias: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
     """Sum and norm by PyTorch's operations."""
     x = x[..., : residual.size(-1)]
-    total = residual + F.dropout(x if bias is None else x + bias, dropout, dropout > 0)
+    total = residual + dropout(x if bias is None else x + bias)
     return total, norm(total)
 
 
