@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .data.position import SegmentPosition
 from .memory import DivergenceError, StreamMemory
 from .modules.copies import copy_to_host
-from .modules.parts import parameters_of
+from .modules.parts import parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +81,11 @@ def retry_out_of_memory(
         What the step returns.
     """
     random_state = utils.get_rng_state()
-    untouched = alone and all(p.grad is None for p in parameters_of(model))
+    untouched = alone and all(p.grad is None for p in parts_of(model).parameters)
 
     def again() -> None:
         if untouched:
-            for parameter in parameters_of(model):
+            for parameter in parts_of(model).parameters:
                 parameter.grad = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -209,6 +209,66 @@ def test_parameters_that_moved_are_read_where_they_are(device):
     assert all(torch.equal(*pair) for pair in zip(found, scores(decoder, tokens), strict=True))
 
 
+def another_module(decoder):
+    decoder.layers[1].feed_forward.fc1 = torch.nn.Sequential(decoder.layers[1].feed_forward.fc1, torch.nn.Tanh())
+
+
+def another_parameter(decoder):
+    norm = decoder.layers[0].final_layer_norm
+    norm.weight = torch.nn.Parameter(2 * norm.weight)
+
+
+def other_dropout(decoder):
+    for layer in decoder.layers:
+        layer.dropout.p = 0.6
+
+
+def a_layer_without_dropout(decoder):
+    decoder.layers[0].eval()
+
+
+def a_frozen_layer(decoder):
+    decoder.layers[0].requires_grad_(False)
+
+
+def a_layer_that_learns_again(decoder):
+    decoder.layers[1].requires_grad_(True)
+
+
+CHANGES = [another_module, another_parameter, other_dropout, a_layer_without_dropout]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, a_frozen_layer, a_layer_that_learns_again])
+def test_a_changed_module_is_recorded_anew(change, device):
+    """Its features and gradients are those without a graph, and not those from before."""
+    decoder = tiny_decoder(dtype=torch.float32, **SIZES, dropout=0.3, cuda_graphs=True).to(device).train()
+    decoder.layers[1].requires_grad_(False)
+    segments, state = random_tokens(2, 8 * SEGMENT).to(device).split(SEGMENT, dim=1), None
+
+    def read(step, segment):
+        torch.manual_seed(7)
+        decoder.zero_grad()
+        features, after, _ = step(segment, state)
+        features.square().sum().backward()
+        grads = (torch.zeros(1) if p.grad is None else p.grad for p in decoder.parameters())
+        return [features, *after.tensors(), *grads]
+
+    def by_graph(segment, before):
+        return decoder.graphs(decoder.step, decoder, segment, before)
+
+    for segment in segments[:4]:
+        state = by_graph(segment, state).state
+    old = read(by_graph, segments[4])
+    recording = decoder.graphs.recording()
+    assert recording.passes > 1
+    change(decoder)
+    expected = read(decoder.step, segments[4])
+    assert len(old) != len(expected) or not all(map(torch.equal, old, expected))
+    for _ in range(3):  # as it is, recorded, replayed
+        torch.testing.assert_close(read(by_graph, segments[4]), expected, rtol=1e-5, atol=1e-5)
+    assert decoder.graphs.recording() is not recording
+
+
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])
 def test_hooks_are_called(kind, device):
     decoder, calls = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device), []

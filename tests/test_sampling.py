@@ -5,6 +5,7 @@ import math
 import pickle
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ class ReplayedOnTheHost(Sampler):
     """The sampler as it goes on a GPU, but for the graphs themselves."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, graphs=False, **kwargs)
-        self.graphs = True
+        with mock.patch("lamemo_fairseq.generation.sampler.kernel_step", lambda state: None):
+            super().__init__(*args, graphs=True, **kwargs)
 
     def _record(self, run, warm_up=0):
         return SimpleNamespace(replay=run)
@@ -247,7 +248,15 @@ def test_the_next_call_of_the_same_sizes_replays_the_same_graphs(monkeypatch):
     assert alike(model, text, top_k=3) == 2
     assert alike(model, text, top_k=3, temperature=3.0) == 2
     assert alike(model, text) == 2
-    model.decoder.layers[0].feed_forward.fc1.weight = torch.nn.Parameter(torch.ones(12, 8, dtype=torch.float64))
+    feed_forward, calls = model.decoder.layers[0].feed_forward, []
+    feed_forward.fc1.weight = torch.nn.Parameter(torch.ones(12, 8, dtype=torch.float64))
+    assert alike(model, text) == 2
+    feed_forward.fc2 = torch.nn.Sequential(feed_forward.fc2, torch.nn.Tanh())
+    assert alike(model, text) == 2
+    hook = feed_forward.fc2.register_forward_hook(lambda *_: calls.append(1))
+    assert alike(model, text) == 0
+    assert len(calls) > 10
+    hook.remove()
     assert alike(model, text) == 2
 
 

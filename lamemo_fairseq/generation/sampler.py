@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.incremental import DecodingState
+from ..modules.parts import parts_of
 from .found import Found
 from .step import KernelDrawing, kernel_step
 
@@ -136,7 +137,8 @@ class Sampler:
         exact = torch.promote_types(state.cache.keys[0].dtype, torch.float32)
         space = tokens.new_zeros(len(tokens), HELD)
         self.found = Found(space, torch.zeros_like(space, dtype=exact), torch.zeros_like(tokens))
-        self.graphs = tokens.is_cuda if graphs is None else graphs
+        # A replay would call no hooks.
+        self.graphs = (tokens.is_cuda if graphs is None else graphs) and not parts_of(model.decoder).hooked
         self._kernels = kernel_step(state) if self.graphs else None
         self._drawing = self._kernel_drawing()
         if compiled and self._kernels is None:
@@ -144,7 +146,7 @@ class Sampler:
         self._recorded: Dict[int, Any] = {}
         self._refreshes = 0  # of all rows alike, with full memories
         self._refresh: Any = None
-        self._weights = _addresses(model)
+        self._signature = parts_of(model.decoder).signature()
 
     @classmethod
     def take(
@@ -176,8 +178,8 @@ class Sampler:
 
     def _serves(self, state: DecodingState, choose: Callable[[Tensor], Tensor], adjust: Adjustment) -> bool:
         """Whether graphs for such texts would be the same: weights may have changed, but in place only."""
-        mine = (self.choose, self.adjust.temperature, _sizes(self.state), self._weights)
-        return mine == (choose, adjust.temperature, _sizes(state), _addresses(self.model))
+        mine = (self.choose, self.adjust.temperature, _sizes(self.state), self._signature)
+        return mine == (choose, adjust.temperature, _sizes(state), parts_of(self.model.decoder).signature())
 
     def __call__(self, last: Tensor, count: int) -> Tensor:
         """Generate *count* words after the texts' last tokens ``last [B]``: ``[B, count]``."""
@@ -308,7 +310,3 @@ class Sampler:
 def _sizes(state: DecodingState) -> List[Any]:
     cache = state.cache.keys[0]
     return [state.mem_len, state.length, cache.shape, cache.dtype, cache.device]
-
-
-def _addresses(model: Any) -> List[int]:
-    return [p.data_ptr() for p in model.parameters()]

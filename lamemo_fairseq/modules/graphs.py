@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .copies import copy_all
-from .parts import has_hooks, parameters_of
+from .parts import Parts, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +53,12 @@ class SegmentGraphs:
     def __call__(self, step: Step, module: nn.Module, tokens: Tensor, state: Any) -> Any:
         """``step(tokens, state)``."""
         learns = torch.is_grad_enabled()
-        if state is None or module.training != learns or not _recordable(tokens) or has_hooks(module):
+        if state is None or module.training != learns or not _recordable(tokens):
             return step(tokens, state)
-        held, parameters = self._held[learns], parameters_of(module)
-        signature = _signature(parameters, tokens, state)
+        parts = parts_of(module)
+        if parts.hooked:
+            return step(tokens, state)
+        held, signature = self._held[learns], _signature(parts, tokens, state)
         before, held.last = held.last, signature
         recorded, recording = held.recorded
         if recording is not None and signature == recorded:
@@ -66,7 +68,7 @@ class SegmentGraphs:
         recording, held.recorded = None, (None, None)  # frees the old one's memory first
         with torch.random.fork_rng([tokens.device]):  # a resumed run records at another update, and draws the same
             if learns:
-                trained = [p for p in parameters if p.requires_grad]
+                trained = [p for p in parts.parameters if p.requires_grad]
                 recording = _TrainingRecording(step, module, trained, tokens, state)
             else:
                 recording = _Recording(step, tokens, state)
@@ -82,12 +84,13 @@ class SegmentGraphs:
         """Run the forward pass of a recorded segment before it is asked for, with the random numbers of *seed*.
 
         The next call takes it over if it is for these very tensors, the device's generator begins at *seed*, and no
-        parameter has changed; otherwise it was in vain. The generator is left as it was.
+        parameter has changed, nor a module been replaced; otherwise it was in vain. The generator is left as it was.
         """
         recorded, recording = self._held[True].recorded
-        if not isinstance(recording, _TrainingRecording) or not module.training or has_hooks(module):
+        if not isinstance(recording, _TrainingRecording) or not module.training:
             return
-        if _signature(parameters_of(module), tokens, state) == recorded:
+        parts = parts_of(module)
+        if not parts.hooked and _signature(parts, tokens, state) == recorded:
             recording.begin(tokens, state, seed)
 
 
@@ -96,9 +99,9 @@ def _recordable(tokens: Tensor) -> bool:
     return tokens.is_cuda and not autocast and not torch.is_inference_mode_enabled()
 
 
-def _signature(parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any) -> Tuple[Any, ...]:
-    """What a recording depends on. A parameter that moved would be read at its old place."""
-    return tokens.shape, [t.shape for t in state.tensors()], [p.data_ptr() for p in parameters]
+def _signature(parts: Parts, tokens: Tensor, state: Any) -> Tuple[Any, ...]:
+    """What a recording depends on."""
+    return tokens.shape, [t.shape for t in state.tensors()], parts.signature()
 
 
 class _Begun(NamedTuple):

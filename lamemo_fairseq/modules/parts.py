@@ -1,22 +1,13 @@
-"""Parts of a module, collected once: walking through all modules takes as long as many launches."""
+"""Parts of a module, walked through once: that takes as long as many launches."""
 
-from typing import Any, Dict, List, Type, TypeGuard, TypeVar
-from weakref import WeakKeyDictionary
+from itertools import chain
+from operator import is_
+from typing import Any, Dict, List, Tuple, Type, TypeGuard, TypeVar
 
 from torch import nn
 
-_PARAMETERS: "WeakKeyDictionary[nn.Module, List[nn.Parameter]]" = WeakKeyDictionary()
-_HOOKS: "WeakKeyDictionary[nn.Module, List[Dict[int, Any]]]" = WeakKeyDictionary()
-
-
-def parameters_of(module: nn.Module) -> List[nn.Parameter]:
-    """All parameters, as fairseq's optimizer collects them."""
-    if module not in _PARAMETERS:
-        _PARAMETERS[module] = list(module.parameters())
-    return _PARAMETERS[module]
-
-
 Kind = TypeVar("Kind", bound=nn.Module)
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def is_plain(module: Any, kind: Type[Kind]) -> TypeGuard[Kind]:
@@ -24,16 +15,51 @@ def is_plain(module: Any, kind: Type[Kind]) -> TypeGuard[Kind]:
 
     Only then may its parameters be read in place of the call.
     """
-    if type(module) is not kind:
-        return False
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return type(module) is kind and not any(getattr(module, hooks) for hooks in HOOKS)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call would call a hook, of any module in it."""
-    if module not in _HOOKS:
-        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-        _HOOKS[module] = [getattr(part, kind) for part in module.modules() for kind in kinds]
-    return any(_HOOKS[module])
+class Parts:
+    """Modules and parameters of a module, at all depths, as they were when it was walked through."""
+
+    def __init__(self, module: nn.Module):
+        self.modules = list(module.modules())
+        self.parameters: List[nn.Parameter] = list(module.parameters())  # as fairseq's optimizer collects them
+        self._tables: List[Dict[str, Any]] = [t for part in self.modules for t in (part._modules, part._parameters)]
+        self._entries = self._now()
+        self._hooks: List[Dict[int, Any]] = [getattr(part, hooks) for part in self.modules for hooks in HOOKS]
+        self._dropouts = [part for part in self.modules if isinstance(part, nn.modules.dropout._DropoutNd)]
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return (type(None), ())  # a copied or stored module is walked through anew
+
+    @property
+    def stand(self) -> bool:
+        """Whether the module still has these and no others."""
+        now = self._now()
+        return len(now) == len(self._entries) and all(map(is_, now, self._entries))
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a call would call a hook of any of them."""
+        return any(self._hooks)
+
+    def signature(self) -> Tuple[Any, ...]:
+        """What a recorded call depends on. A parameter that moved would be read at its old place."""
+        return (
+            self,
+            [(p.data_ptr(), p.requires_grad) for p in self.parameters],
+            [part.training for part in self.modules],
+            [dropout.p for dropout in self._dropouts],
+            self.hooked,
+        )
+
+    def _now(self) -> List[Any]:
+        return list(chain.from_iterable(map(dict.values, self._tables)))
+
+
+def parts_of(module: nn.Module) -> Parts:
+    """The parts of a module as they are."""
+    held = vars(module).get("_parts")
+    if held is None or not held.stand:
+        held = vars(module)["_parts"] = Parts(module)
+    return held
