@@ -1,5 +1,8 @@
 """Segments from CUDA graphs against the same segments without."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -267,6 +270,21 @@ def test_a_changed_module_is_recorded_anew(change, device):
     for _ in range(3):  # as it is, recorded, replayed
         torch.testing.assert_close(read(by_graph, segments[4]), expected, rtol=1e-5, atol=1e-5)
     assert decoder.graphs.recording() is not recording
+
+
+def test_a_decoder_is_freed_with_its_last_name(device):
+    """And with it its graphs, which hold much of a GPU's memory."""
+    decoder = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device)
+    scores(decoder, random_tokens(2, 6 * SEGMENT).to(device))
+    assert decoder.graphs.recording(training=False) is not None
+    gone = weakref.ref(decoder)
+    gc.collect()
+    gc.disable()
+    try:
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])

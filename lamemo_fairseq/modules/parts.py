@@ -26,12 +26,13 @@ class Parts:
     """Modules and parameters of a module, at all depths, as they were when it was walked through."""
 
     def __init__(self, module: nn.Module):
-        self.modules = list(module.modules())
+        modules = list(module.modules())
+        self.inner = modules[1:]  # without the module, which would otherwise wait for the garbage collector
         self.parameters: List[nn.Parameter] = list(module.parameters())  # as fairseq's optimizer collects them
-        self._tables: List[Dict[str, Any]] = [t for part in self.modules for t in (part._modules, part._parameters)]
+        self._tables: List[Dict[str, Any]] = [t for part in modules for t in (part._modules, part._parameters)]
         self._entries = self._now()
-        self._hooks: List[Dict[int, Any]] = [getattr(part, hooks) for part in self.modules for hooks in HOOKS]
-        self._dropouts = [part for part in self.modules if isinstance(part, nn.modules.dropout._DropoutNd)]
+        self._hooks: List[Dict[int, Any]] = [getattr(part, hooks) for part in modules for hooks in HOOKS]
+        self._dropouts = [part for part in self.inner if isinstance(part, nn.modules.dropout._DropoutNd)]
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return (type(None), ())  # a copied or stored module is walked through anew
@@ -52,7 +53,7 @@ class Parts:
         return (
             self,
             [(p.data_ptr(), p.requires_grad) for p in self.parameters],
-            [part.training for part in self.modules],
+            [part.training for part in self.inner],
             [dropout.p for dropout in self._dropouts],
             self.hooked,
         )
