@@ -18,6 +18,7 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
+from .models.config import option_name
 from .models.decoder import vocabulary_checksum
 from .positions.base import inverse_frequencies
 from .released import ATTENTION_TYPES, from_released, model_options, to_released
@@ -31,6 +32,8 @@ NO_HISTORY: Dict[str, Any] = {
     "lr_scheduler_state": {},
     "num_updates": 0,
 }
+# Of a released configuration, what has no default here.
+REQUIRED = ("attn_type", "n_layer", "n_head", "d_model", "d_head", "d_inner", "tgt_len", "mem_len")
 EOS, UNK = {"<eos>": "</s>"}, {"<unk>": "<unk>", "<UNK>": "<unk>"}
 
 
@@ -51,13 +54,16 @@ def load_plain(path: str) -> Dict[str, Any]:
     known += [(_Vocabulary, f"{module}.Vocab") for module in ("utils.vocabulary", "vocabulary")]
     try:
         with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain containers; nothing in it was run. If it is cut "
             f"short, fetch it again; otherwise save it anew without the object named here: {reason}"
         ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, and no checkpoint")
+    return found
 
 
 def words_of(vocabulary: Any) -> List[str]:
@@ -73,12 +79,18 @@ def words_of(vocabulary: Any) -> List[str]:
 def fairseq_dictionary(words: List[str]) -> Dictionary:
     """fairseq's dictionary for them: its own four symbols, then the others in their order."""
     dictionary = Dictionary()
-    for word in words:
+    exported = released_words(dictionary)
+    for word in words[len(exported) :] if words[: len(exported)] == exported else words:
         if word not in EOS and word not in UNK:
             if word in dictionary.indices:
                 raise ValueError(f"the vocabulary holds fairseq's own symbol {word}")
             dictionary.add_symbol(word)
     return dictionary
+
+
+def released_words(dictionary: Dictionary) -> List[str]:
+    """All words of fairseq's dictionary, its own among them, by the released code's names."""
+    return ["<eos>" if symbol == "</s>" else symbol for symbol in dictionary.symbols]
 
 
 def row_order(words: List[str], dictionary: Dictionary) -> List[Optional[int]]:
@@ -100,8 +112,11 @@ def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[
     for key in ("model_state", "model_config"):
         if key not in released:
             raise ValueError(f"the released checkpoint lacks '{key}'; it holds {sorted(map(str, released))}")
-    config = dict(released["model_config"])
+    config = dict(released["model_config"] or {})
     state: Dict[str, Tensor] = dict(released["model_state"])
+    lacking = [key for key in REQUIRED if key not in config]
+    if lacking:
+        raise ValueError(f"the released checkpoint's model_config lacks {', '.join(lacking)}")
     dictionary = fairseq_dictionary(words)
     order = row_order(words, dictionary)
     if config.get("n_token", len(words)) != len(words):
@@ -109,7 +124,10 @@ def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[
     cutoffs = list(config.get("cutoffs") or [])
     options = model_options({**config, "cutoffs": _moved_cutoffs(cutoffs, order, len(dictionary) - len(words))})
 
-    weights = {f"decoder.{k}": v for k, v in from_released(state, config["n_layer"]).items()}
+    try:
+        weights = {f"decoder.{k}": v for k, v in from_released(state, config["n_layer"]).items()}
+    except KeyError as error:
+        raise ValueError(f"the released checkpoint lacks the weight {error}") from None
     for name, weight in weights.items():
         if _is_first_table(name):
             weights[name] = _reordered(weight, order[: weight.size(0) + order.count(None)], name.split(".")[-2])
@@ -143,6 +161,8 @@ def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dic
     Raises:
         ValueError: the checkpoint is of another model, or its dictionary another one.
     """
+    if "model" not in checkpoint or not checkpoint.get("cfg"):
+        raise ValueError(f"this is no checkpoint of fairseq-train; it holds {sorted(map(str, checkpoint))}")
     ours = {k.removeprefix("decoder."): v for k, v in checkpoint["model"].items()}
     if int(ours.get("dictionary_version", -1)) != int(vocabulary_checksum(dictionary)):
         raise ValueError("the checkpoint was trained with another dictionary: pass its own as --dictionary")
@@ -155,7 +175,7 @@ def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dic
             if _is_first_table(name):
                 ours[name] = _restored(weight, order[: weight.size(0)])
     else:
-        words = ["<eos>" if symbol == "</s>" else symbol for symbol in dictionary.symbols]
+        words = released_words(dictionary)
         config = released_config(options, len(words))
         rest = _buffers(config, ours["embed_tokens.tables.0.weight"].dtype)
     state = {**to_released(ours, config["n_layer"], _joined(config)), **rest}
@@ -165,12 +185,21 @@ def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dic
 def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
     """The released configuration for our options."""
     kind = tuple(str(options[k]) for k in ("memory", "position_encoding", "lookahead_window"))
+    kind = tuple(name.removesuffix("-normal") for name in kind)  # which begins otherwise, and is the same model
     types = {names: number for number, names in ATTENTION_TYPES.items()}
     if kind not in types:
         raise ValueError(f"the released code has no model with {' and '.join(kind[:2])}")
     cutoffs = [int(c) for c in (options["adaptive_softmax_cutoff"] or "").split(",") if c]
     embed_dim, heads = options["decoder_embed_dim"], options["decoder_attention_heads"]
-    bands = len(cutoffs) + 1
+    bands, input_dim = len(cutoffs) + 1, options["decoder_input_dim"] or embed_dim
+    factor = options["adaptive_softmax_factor"] if cutoffs else 1.0
+    unknown = {
+        "activation_fn": options.get("activation_fn", "relu") != "relu",
+        "decoder_output_dim": (options.get("decoder_output_dim") or input_dim) != input_dim,
+        "adaptive_softmax_factor": factor != int(factor) or (factor > 1 and not options.get("adaptive_input")),
+    }
+    for name in (name for name, is_unknown in unknown.items() if is_unknown):
+        raise ValueError(f"the released code has no model with {option_name(name)} {options[name]}")
     return {
         "attn_type": types[kind],
         "n_token": words,
@@ -179,12 +208,12 @@ def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
         "d_model": embed_dim,
         "d_head": options["decoder_head_dim"] or embed_dim // heads,
         "d_inner": options["decoder_ffn_embed_dim"],
-        "d_embed": options["decoder_input_dim"] or embed_dim,
+        "d_embed": input_dim,
         "dropout": options["dropout"],
         "dropatt": options["attention_dropout"],
         "tie_weight": not options["untie_output"],
         "tie_projs": [False] + [True] * (bands - 1),
-        "div_val": int(options["adaptive_softmax_factor"]),
+        "div_val": int(factor),
         "cutoffs": cutoffs,
         "pre_lnorm": options["decoder_normalize_before"],
         "tgt_len": options["tokens_per_sample"] or options["preset_tokens_per_sample"],
@@ -239,6 +268,7 @@ def _buffers(config: Dict[str, Any], dtype: torch.dtype) -> Dict[str, Tensor]:
 
 def _save(data: Any, path: Path) -> None:
     """Write beside, then rename: an interrupted run leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     torch.save(data, part)
     os.replace(part, path)
@@ -261,7 +291,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
             released = load_plain(args.released)
             vocabulary = released.get("vocab")
             if args.vocabulary:
-                vocabulary = Path(args.vocabulary).read_text(encoding="utf-8").splitlines()
+                vocabulary = Path(args.vocabulary).read_text(encoding="utf-8").removesuffix("\n").split("\n")
             checkpoint, dictionary = import_checkpoint(released, words_of(vocabulary))
             folder = Path(args.folder)
             folder.mkdir(parents=True, exist_ok=True)

@@ -79,32 +79,88 @@ def test_an_imported_model_has_the_released_loss_and_comes_back(path, tmp_path):
         assert torch.equal(back["model_state"][name], weight), name
 
 
-def test_a_model_trained_here_can_be_exported_and_imported_again(tmp_path):
-    decoder = tiny_decoder(dtype=torch.float32)
-    decoder.dictionary.save(str(tmp_path / "dict.txt"))
-    weights = {f"decoder.{k}": v for k, v in decoder.state_dict().items()}
-    options = {
+def trained_here(folder, **options):
+    """A checkpoint as fairseq-train leaves it, as far as exporting it goes, with its dict.txt."""
+    decoder = tiny_decoder(dtype=torch.float32, **options)
+    decoder.dictionary.save(str(folder / "dict.txt"))
+    defaults = {
         **{"memory": "lookahead", "position_encoding": "disentangled", "lookahead_window": "right", "mem_len": 4},
         **{"decoder_layers": 2, "decoder_embed_dim": 8, "decoder_attention_heads": 2, "decoder_head_dim": None},
         **{"decoder_ffn_embed_dim": 12, "decoder_input_dim": None, "adaptive_softmax_cutoff": None},
         **{"adaptive_softmax_factor": 1.0, "untie_output": False, "decoder_normalize_before": False, "dropout": 0.0},
         **{"attention_dropout": 0.0, "same_length": False, "clamp_len": 0, "tokens_per_sample": 3},
     }
-    torch.save({"model": weights, "cfg": {"model": options}, "extra_state": {}}, tmp_path / "trained.pt")
+    weights = {f"decoder.{k}": v for k, v in decoder.state_dict().items()}
+    torch.save({"model": weights, "cfg": {"model": {**defaults, **options}}, "extra_state": {}}, folder / "trained.pt")
+    return decoder
+
+
+def export(folder):
     main(
         [
             "export",
-            str(tmp_path / "trained.pt"),
-            str(tmp_path / "released.pt"),
+            *(str(folder / name) for name in ("trained.pt", "released.pt")),
             "--dictionary",
-            str(tmp_path / "dict.txt"),
+            str(folder / "dict.txt"),
         ]
     )
-    exported = load_plain(tmp_path / "released.pt")
+    return load_plain(folder / "released.pt")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"position_encoding": "disentangled-normal"}, {"adaptive_softmax_cutoff": "6,11"},
+     {"adaptive_softmax_cutoff": "6,11", "adaptive_softmax_factor": 2.0, "adaptive_input": True}],
+)  # fmt: skip
+def test_a_model_trained_here_can_be_exported_and_imported_again(options, tmp_path):
+    decoder = trained_here(tmp_path, **options)
+    exported = export(tmp_path)
     assert exported["model_config"]["attn_type"] == 3 and exported["model_config"]["n_token"] == 17
     assert torch.equal(exported["model_state"]["r_r_bias_future"], decoder.positions.ahead_position_bias)
     frequencies = exported["model_state"]["pos_emb.inv_freq"]
     torch.testing.assert_close(frequencies, 1 / 10000 ** (torch.arange(0, 8, 2) / 8))
+    main(["import", str(tmp_path / "released.pt"), str(tmp_path / "again")])
+    assert (tmp_path / "again" / "dict.txt").read_text() == (tmp_path / "dict.txt").read_text()
+    weights = load_plain(tmp_path / "again" / "checkpoint.pt")["model"]
+    for name, weight in decoder.state_dict().items():
+        assert torch.equal(weights[f"decoder.{name}"], weight), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation_fn": "gelu"}, "--activation-fn gelu"),
+        ({"decoder_output_dim": 6, "untie_output": True}, "--decoder-output-dim 6"),
+        ({"adaptive_softmax_cutoff": "6", "adaptive_softmax_factor": 1.5, "adaptive_input": True}, "-factor 1.5"),
+        ({"adaptive_softmax_cutoff": "6", "adaptive_softmax_factor": 2.0, "untie_output": True}, "-factor 2.0"),
+    ],
+)
+def test_what_the_released_code_lacks_is_not_exported(options, message, tmp_path):
+    trained_here(tmp_path, **options)
+    with pytest.raises(SystemExit, match=f"the released code has no model with .*{message}"):
+        export(tmp_path)
+    assert not (tmp_path / "released.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ([1, 2], "holds a list, and no checkpoint"),
+        ({"model_state": {}, "model_config": None}, "model_config lacks attn_type, n_layer"),
+        ("a weight", "lacks the weight 'layers.1.dec_attn.o_net.weight'"),
+    ],
+)
+def test_a_released_checkpoint_that_lacks_something(broken, message, tmp_path):
+    trained_here(tmp_path)
+    exported = export(tmp_path)
+    if broken == "a weight":
+        del exported["model_state"]["layers.1.dec_attn.o_net.weight"]
+        broken = exported
+    elif isinstance(broken, dict):
+        broken["vocab"] = exported["vocab"]
+    torch.save(broken, tmp_path / "broken.pt")
+    with pytest.raises(SystemExit, match=message):
+        main(["import", str(tmp_path / "broken.pt"), str(tmp_path / "again")])
 
 
 class Vocab:
