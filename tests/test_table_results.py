@@ -93,6 +93,75 @@ def test_a_row_that_fails_loses_no_other_rate(tiny, monkeypatch, capsys):
     assert list(read(tiny.parent / "out" / "speed.json")) == ["lamemo"]
 
 
+def test_what_was_run_with_other_options_is_told(tiny, monkeypatch, capsys):
+    """In the table of runs with the row's options now; and a seed that the table does not name is in it."""
+    monkeypatch.setattr(plots, "write", lambda *_: [])
+    monkeypatch.setattr(process, "run", fork)
+    assert run(tiny, "--only", "transformer_xl", "--set", "max-update=2") == 0
+    assert "other options" not in capsys.readouterr().out
+    tiny.write_text(tiny.read_text().replace("max-update: 12", "max-update: 3").replace("streams: 4", "streams: 2"))
+    assert run(tiny, "--only", "lamemo", "--seeds", 7) == 0
+    text = capsys.readouterr().out
+    assert (
+        "transformer_xl/seed-1 was run with other options than it has now: streams is 2, there it was 4; "
+        "--max-update is 3, there it was 2." in text
+    )
+    assert "lamemo/seed-7 was" not in text
+    assert run(tiny, "--render") == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LaMemo"))
+    assert row.split("|")[-2].strip() == "1"
+
+
+def test_files_of_results_are_joined_by_hand(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    runs = [{"run": {"row": "a", "seed": 1}, "evaluations": {name: {} for name in names}} for names in ("xy", "x", "z")]
+    runs[2]["run"] = {"row": "b", "seed": 1}
+    path.write_text("\n\n".join(map(json.dumps, runs)) + "\n")
+    assert kept.read(path) == {"a/seed-1": runs[0], "b/seed-1": runs[2]}
+    for line in ('{"run": {"row": "a", "se', "{}", "3"):
+        path.write_text(f"{json.dumps(runs[0])}\n{line}\n")
+        with pytest.raises(ValueError, match=f"line 2 of {path} is not the result of a run"):
+            kept.read(path)
+
+
+def test_what_cannot_be_written_is_told(tiny, monkeypatch, capsys):
+    """Results before anything is run; the folder of one run keeps no other from being run."""
+    monkeypatch.setattr(plots, "write", lambda *_: [])
+    (tiny.parent / "file").touch()
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run"))
+    assert run(tiny, "--results", tiny.parent / "file" / "results") == 1
+    assert "Not a directory" in capsys.readouterr().err
+    (tiny.parent / "out").mkdir()
+    (tiny.parent / "out" / "transformer_xl").touch()
+    monkeypatch.setattr(process, "run", fork)
+    assert run(tiny, "--set", "max-update=2") == 1
+    assert "transformer_xl/seed-1: " in capsys.readouterr().err
+    assert (tiny.parent / "out" / "lamemo" / "seed-1" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "lock", "message"),
+    [
+        ("--scale", "scale.lock", "measures the rates of this table"),
+        ("--speed", "speed/lamemo/lock", "measures this row"),
+    ],
+)
+def test_one_process_measures(option, lock, message, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run"))
+    with folder.locked(tiny.parent / "out" / lock, "a test"):
+        assert run(tiny, option, 1, "--only", "lamemo") == 1
+    assert f"another process {message}; wait for it" in capsys.readouterr().err
+
+
+def test_a_line_that_was_cut_short_is_no_start(tmp_path):
+    one = folder.RunFolder(tmp_path)
+    one.note_start([["fairseq-train"]], None)
+    with one.starts.open("a") as file:
+        file.write('{"commands": [["fairseq-tr')
+    one.note_start([["fairseq-eval-lm"]], None)
+    assert [start["commands"] for start in one.started()] == [[["fairseq-train"]], [["fairseq-eval-lm"]]]
+
+
 def write_jobs(folder_, bodies):
     """Jobs whose fairseq-eval-lm is what *bodies* say, in Python, by name."""
     jobs = [

@@ -27,7 +27,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     args = parser().parse_args(given)
     try:
         return act(args)
-    except (table.TableError, folder.ChangedError, folder.BusyError, RunError, FileNotFoundError, ValueError) as error:
+    except (table.TableError, folder.ChangedError, folder.BusyError, RunError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -109,9 +109,12 @@ def act(args: argparse.Namespace) -> int:
     places = [] if args.render or args.speed else slots(args, plan.on_cpu)
     if args.scale is not None:
         plan = scale.shrink(plan, runs, places, args.scale)
+    if ledger:
+        kept.add(ledger, [])  # what cannot be written is told before anything is run
     failed = execute(plan, runs, places) if places else []
     # Other rows and seeds of the same folder may be there already, or be run by other jobs.
-    everything = table.runs(loaded, None, sorted({*loaded.seeds, *(args.seeds or [])}))
+    seeds = sorted({*loaded.seeds, *(args.seeds or [])})
+    everything = [*table.runs(loaded, None, seeds), *(run for run in plan.started() if run.seed not in seeds)]
     if ledger:
         kept.add(ledger, filter(None, map(plan.result, everything)))
         plan = replace(plan, kept=kept.read(ledger))  # with what others added
@@ -193,7 +196,8 @@ def jobs(plan: Plan, runs: List[table.Run], args: argparse.Namespace) -> List[st
         chosen = (["--only", *args.only] if args.only else []) + (
             ["--seeds", *map(str, args.seeds)] if args.seeds else []
         )
-        whole = [*shared, *chosen, "--scale", f"{args.scale:g}", "--gpus", str(plan.gpus)]
+        side_by_side = ["--jobs", str(args.jobs)] if args.jobs > 1 else []
+        whole = [*shared, *chosen, "--scale", f"{args.scale:g}", "--gpus", str(plan.gpus), *side_by_side]
         return [f"mkdir -p {shlex.quote(str(plan.out))}", commands.slurm(name, whole, gpus, log, args.sbatch)]
     missing = check(plan, runs)
     lines = [

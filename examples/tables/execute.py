@@ -88,6 +88,21 @@ class Plan:
             "starts": folder.started(),
         }
 
+    def otherwise(self, result: Result) -> List[str]:
+        """In which options a result's training differs from its row as it is now."""
+        run = Run(result["run"]["row"], result["run"]["seed"])
+        options = commands.training_options(self.table, run.row, self.changes)
+        options.pop("data", None)
+        wanted = {"streams": self.table.streams, **{f"--{name}": value for name, value in options.items()}}
+        held = {"streams": result["run"]["streams"], **result["run"]["options"]}
+        return differences(held, wanted)
+
+    def started(self) -> List[Run]:
+        """The runs of the table's rows that there is something of, whatever their seeds."""
+        names = [*self.kept, *(f"{path.parts[-3]}/{path.parts[-2]}" for path in self.out.glob("*/seed-*/run.json"))]
+        found = [Run(row, int(seed)) for row, seed in (name.rsplit("/seed-", 1) for name in dict.fromkeys(names))]
+        return sorted((run for run in found if run.row in self.table.rows), key=lambda run: run.seed)
+
     def missing(self, run: Run) -> List[Evaluation]:
         """The evaluations that a run still lacks."""
         result = self.result(run)
@@ -153,7 +168,7 @@ def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]
                     return f"{run.name}: not started"
                 complete(plan, run, slot, board)
                 return None
-            except (RunError, BusyError, logs.LogError) as error:
+            except (RunError, BusyError, logs.LogError, OSError) as error:
                 return f"{run.name}: {error}"
             finally:
                 board.done(run)

@@ -1,5 +1,6 @@
 """The folder of one run: what it is, where it was run, and its results once it is complete."""
 
+import contextlib
 import datetime
 import fcntl
 import hashlib
@@ -9,7 +10,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 
@@ -78,24 +79,47 @@ class RunFolder:
         Raises:
             BusyError: another process has the folder.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise BusyError(f"{self.path}: another process is at work there; wait for it, or end it") from None
-        return descriptor
+        return _lock(self.path / "lock", "another process is at work there")
 
     def note_start(self, commands: List[List[str]], devices: Optional[str]) -> None:
         """Add where and how the run is started, or started again."""
+        cut = self.starts.exists() and not self.starts.read_bytes().endswith(b"\n")
         with self.starts.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"commands": commands, **environment(devices)}) + "\n")
+            file.write(("\n" if cut else "") + json.dumps({"commands": commands, **environment(devices)}) + "\n")
 
     def started(self) -> List[Dict[str, Any]]:
-        """What `note_start` noted."""
+        """What `note_start` noted, but for a line that it was killed in."""
         lines = self.starts.read_text(encoding="utf-8").splitlines() if self.starts.exists() else []
-        return [json.loads(line) for line in lines]
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+
+def _lock(path: Path, reason: str) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise BusyError(f"{path.parent}: {reason}; wait for it, or end it") from None
+    return descriptor
+
+
+@contextlib.contextmanager
+def locked(path: Path, reason: str) -> Iterator[None]:
+    """Keep others out meanwhile.
+
+    Raises:
+        BusyError: another process is in, with the *reason*.
+    """
+    descriptor = _lock(path, reason)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def differences(held: Any, wanted: Any, name: str = "") -> List[str]:

@@ -10,11 +10,22 @@ Result = Dict[str, Any]  # run, training, evaluations, scale and starts, as in a
 
 
 def read(path: Path) -> Dict[str, Result]:
-    """The results in a file by the runs' names; none if there is no such file."""
+    """The results in a file by the runs' names, of several of one run the fullest; none if there is no such file.
+
+    Raises:
+        ValueError: a line is no result.
+    """
+    held: Dict[str, Result] = {}
     if not path.exists():
-        return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {name(result): result for result in map(json.loads, lines)}
+        return held
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            _put(held, json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"line {number} of {path} is not the result of a run: mend it, or take it out") from None
+    return held
 
 
 def add(path: Path, results: Iterable[Result]) -> None:
@@ -27,12 +38,16 @@ def add(path: Path, results: Iterable[Result]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         held = read(path)
         for result in results:
-            former = held.get(name(result))
-            if former is None or len(result["evaluations"]) >= len(former["evaluations"]):
-                held[name(result)] = result
+            _put(held, result)
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text("".join(json.dumps(held[key]) + "\n" for key in sorted(held)), encoding="utf-8")
         os.replace(unfinished, path)
+
+
+def _put(held: Dict[str, Result], result: Result) -> None:
+    former = held.get(name(result))
+    if former is None or len(result["evaluations"]) >= len(former["evaluations"]):
+        held[name(result)] = result
 
 
 def name(result: Result) -> str:

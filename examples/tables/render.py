@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Dict, Iterable, List, Optional, Sequence
 
-from . import scale, speed
+from . import kept, scale, speed
 from .execute import Plan
 from .kept import Result
 from .table import MEASURES, Evaluation, Row, Run
@@ -171,6 +171,10 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     lacking = [run.name for run in runs if not plan.complete(run)]
     if lacking:
         parts.append(f"Not complete: {', '.join(lacking)}.")
+    for result in (result for found in results.values() for result in found):
+        other = plan.otherwise(result)
+        if other:
+            parts.append(f"{kept.name(result)} was run with other options than it has now: {'; '.join(other)}.")
     parts += _where(results)
     return "\n\n".join(parts) + "\n"
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from . import commands, speed
 from .execute import Plan, Slot
-from .folder import ChangedError, read_json, write_json
+from .folder import ChangedError, locked, read_json, write_json
 from .table import Run, TableError
 
 # What the minutes go to; the rest is validation during training, and starting processes.
@@ -31,9 +31,17 @@ def shrink(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: floa
 
     Raises:
         ChangedError: the folder was begun with another budget, or other runs.
+        BusyError: another process is measuring the rates.
         RunError: a row could not be trained for a few updates.
     """
     path = plan.out / "scale.json"
+    if not path.exists() and slots:
+        with locked(plan.out / "scale.lock", "another process measures the rates of this table"):
+            return _shrink(plan, runs, slots, minutes, path)
+    return _shrink(plan, runs, slots, minutes, path)
+
+
+def _shrink(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float, path: Path) -> Plan:
     asked = {"minutes": minutes, "runs": [run.name for run in runs], "options": plan.changes}
     held = read_json(path)
     if held is None:

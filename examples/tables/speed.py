@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from . import commands, logs, process
 from .execute import Plan, RunError, Slot, failure, in_slots
-from .folder import environment, read_json, write_json
+from .folder import BusyError, environment, locked, read_json, write_json
 from .table import Run
 
 # Options that a few updates have no use for.
@@ -50,9 +50,11 @@ def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates:
     writing = threading.Lock()
 
     def work(row: str, slot: Slot) -> Optional[str]:
+        place = plan.out / "speed" / row
         try:
-            found = measure(plan, row, slot, updates, max(1, updates // 16), plan.out / "speed" / row)
-        except RunError as error:
+            with locked(place / "lock", "another process measures this row"):
+                found = measure(plan, row, slot, updates, max(1, updates // 16), place)
+        except (RunError, BusyError, OSError) as error:
             return str(error)
         keys = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
         rate = {**{key: found[key] for key in keys}, "updates": updates, "changes": plan.changes, **where(slot)}
