@@ -205,6 +205,47 @@ def test_two_models_need_two_names(trained, capsys):
     assert "two models are called 'lamemo_lm': pass NAME=CHECKPOINT" in capsys.readouterr().err
 
 
+def test_figures_of_former_models_go(trained, capsys, monkeypatch):
+    """And a memory that never filled up is told of."""
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+    out, options = trained / "twice", ["--batch-size", "2", "--segments", "2", "--cpu"]
+    for arch, alpha in (("lamemo_lm", True), ("transformer_xl_lm", False)):
+        path = trained / arch / "checkpoint_last.pt"
+        assert __main__.main([str(trained / "data"), str(path), "--out", str(out), *options]) == 0
+        assert (out / "alpha.csv").exists() == alpha and (out / "loss_by_position.csv").exists()
+        told = capsys.readouterr().err
+        assert (
+            f"{arch}: the memory of 16 slots was never full when a whole segment was read; attention is that of 8"
+            in told
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.pt", "--out", "unused"], "there is no checkpoint missing.pt"),
+        (["CHECKPOINT", "--out", "CHECKPOINT"], "File exists"),
+        (["CHECKPOINT", "--out", "OUT", "--subset", "other"], "other"),
+        (["CHECKPOINT", "--out", "OUT", "--segments", "0"], "0 is not positive"),
+    ],
+)
+def test_bad_arguments_are_told(arguments, message, trained, tmp_path, capsys):
+    known = {"CHECKPOINT": str(trained / "lamemo_lm" / "checkpoint_last.pt"), "OUT": str(tmp_path / "out")}
+    try:
+        code = __main__.main([str(trained / "data"), *(known.get(a, a) for a in arguments), "--cpu"])
+    except SystemExit as stopped:  # argparse's
+        code = stopped.code
+    assert code != 0 and message in capsys.readouterr().err
+
+
+def test_a_path_may_hold_the_sign(trained, tmp_path):
+    folder = tmp_path / "lr=0.1"
+    folder.mkdir()
+    (folder / "best.pt").touch()
+    assert __main__.named(f"{folder}/best.pt") == ("lr=0.1", f"{folder}/best.pt")
+    assert __main__.named(f"mine={folder}/best.pt") == ("mine", f"{folder}/best.pt")
+
+
 def test_training_never_imports_the_analysis():
     """In a process that has imported what fairseq-train imports, with this package."""
     code = "import sys; m = sys.modules; sys.exit('lamemo_fairseq' not in m or 'lamemo_fairseq.analysis' in m)"

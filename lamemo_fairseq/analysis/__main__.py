@@ -22,13 +22,13 @@ from .collect import Collected, collect
 def main(arguments: Optional[List[str]] = None) -> int:
     args = parser().parse_args(arguments)
     logging.getLogger().setLevel(logging.INFO)
-    models: Dict[str, Collected] = {}
-    for given in args.models:
-        name, path = named(given)
-        if name in models:
-            print(f"error: two models are called '{name}': pass NAME=CHECKPOINT", file=sys.stderr)
-            return 1
-        models[name] = analyse(name, path, args)
+    try:
+        paths = checkpoints(args.models)
+        args.out.mkdir(parents=True, exist_ok=True)
+        models = {name: analyse(name, path, args) for name, path in paths.items()}
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(summary(models))
     tables = report.tabulate(models)
     files = report.write(tables, args.out)
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--subset", default="valid")
     found.add_argument("--out", type=Path, required=True, help="folder for CSV files and pictures")
     found.add_argument("--batch-size", type=int, default=8, help="streams read side by side")
-    found.add_argument("--segments", type=int, help="read so many segments of every stream only")
+    found.add_argument("--segments", type=positive, help="read so many segments of every stream only")
     found.add_argument("--mem-len", type=int, help="another memory length than in training")
     found.add_argument("--tokens-per-sample", type=int, help="another segment length than in training")
     found.add_argument("--cpu", action="store_true")
@@ -59,9 +59,34 @@ def parser() -> argparse.ArgumentParser:
 
 
 def named(given: str) -> Tuple[str, str]:
-    """``NAME=CHECKPOINT``; without a name, that of the checkpoint's folder."""
+    """``NAME=CHECKPOINT``; without a name, that of the checkpoint's folder, whose path may hold the sign too."""
     name, separator, path = given.partition("=")
-    return (name, path) if separator else (Path(given).resolve().parent.name, given)
+    unnamed = not separator or (Path(given).exists() and not Path(path).exists())
+    return (Path(given).resolve().parent.name, given) if unnamed else (name, path)
+
+
+def checkpoints(models: List[str]) -> Dict[str, str]:
+    """Paths by name, before any of them takes its time.
+
+    Raises:
+        ValueError: two have one name.
+        FileNotFoundError: one is not there.
+    """
+    found: Dict[str, str] = {}
+    for name, path in map(named, models):
+        if name in found:
+            raise ValueError(f"two models are called '{name}': pass NAME=CHECKPOINT")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no checkpoint {path}")
+        found[name] = path
+    return found
+
+
+def positive(text: str) -> int:
+    """A number of segments."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return int(text)
 
 
 def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
@@ -82,7 +107,14 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
     iterator = batches.next_epoch_itr(shuffle=False)
     total = len(iterator) if args.segments is None else min(args.segments, len(iterator))
     shown = tqdm(itertools.islice(iterator, total), total=total, desc=name, unit="segment")
-    return collect(model, shown, task.target_dictionary.pad(), device)
+    found = collect(model, shown, task.target_dictionary.pad(), device)
+    if found.slots < model.decoder.memory.slots:
+        print(
+            f"{name}: the memory of {model.decoder.memory.slots} slots was never full when a whole segment was read; "
+            f"attention is that of {found.slots}: read more segments, or more of them with a smaller --batch-size",
+            file=sys.stderr,
+        )
+    return found
 
 
 def summary(models: Dict[str, Collected]) -> str:

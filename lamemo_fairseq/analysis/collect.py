@@ -118,6 +118,11 @@ class Collected:
         return sorted(self.attention.sums)
 
     @property
+    def slots(self) -> int:
+        """Keys of the attention before the segment."""
+        return max((weights.size(1) - weights.size(0) for weights in self.attention.sums.values()), default=0)
+
+    @property
     def mixing_layers(self) -> List[int]:
         return sorted(self.mixing.sums)
 

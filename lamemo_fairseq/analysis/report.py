@@ -38,10 +38,12 @@ def tabulate(models: Models) -> Dict[str, Lines]:
 
 
 def write(tables: Mapping[str, Lines], folder: Path) -> List[Path]:
-    """Write the CSV files; returns them."""
+    """Write the CSV files, in place of those of former models; returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, lines in tables.items():
+        for suffix in (".csv", ".svg", ".png"):
+            (folder / f"{name}{suffix}").unlink(missing_ok=True)
         if lines:
             files.append(folder / f"{name}.csv")
             with files[-1].open("w", newline="", encoding="utf-8") as file:
@@ -193,12 +195,15 @@ def _draw_figure1(plt: Any, lines: Lines) -> Any:
 
 def _draw_losses(plt: Any, lines: Lines) -> Any:
     figure, axis = plt.subplots(figsize=(6, 3.5))
+    sizes = set()
     for name, of_model in _by("model", lines).items():
         block = -(-len(of_model) // BLOCKS)
+        sizes.add(str(block))
         blocks = [of_model[i : i + block] for i in range(0, len(of_model), block)]
         positions = [mean(line["position"] for line in part) for part in blocks]
         axis.plot(positions, [_loss(part) for part in blocks], marker=".", label=f"{name}, mean {_loss(of_model):.3f}")
-    axis.set_xlabel(f"position in the segment, mean of {block}" if block > 1 else "position in the segment")
+    several = f", mean of {' or '.join(sorted(sizes, key=int))}" if sizes != {"1"} else ""
+    axis.set_xlabel(f"position in the segment{several}")
     axis.set_ylabel("loss, bits")
     axis.legend(fontsize=8)
     return figure
