@@ -77,8 +77,12 @@ def test_the_speed_of_rows_alone_is_what_the_table_shows(tiny, monkeypatch, caps
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[6:8] == [f"{measured['lamemo']['tokens_per_second']:,.0f}", "0.50"]
     assert "each row alone for a few updates, on " in text
-    assert run(tiny, "--speed", -1) == 1
-    assert "--speed is -1, it must be a positive number of updates" in capsys.readouterr().err
+    for arguments, message in (
+        ([1], "--speed is 1, it must be two updates at least"),
+        ([3, "--scale", 1], "leave out"),
+    ):
+        assert run(tiny, "--speed", *arguments) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_row_that_fails_loses_no_other_rate(tiny, monkeypatch, capsys):
@@ -149,7 +153,7 @@ def test_what_cannot_be_written_is_told(tiny, monkeypatch, capsys):
 def test_one_process_measures(option, lock, message, tiny, monkeypatch, capsys):
     monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run"))
     with folder.locked(tiny.parent / "out" / lock, "a test"):
-        assert run(tiny, option, 1, "--only", "lamemo") == 1
+        assert run(tiny, option, 2, "--only", "lamemo") == 1
     assert f"another process {message}; wait for it" in capsys.readouterr().err
 
 

@@ -102,8 +102,10 @@ def act(args: argparse.Namespace) -> int:
         return 0
     if args.scale is not None and args.scale <= 0:
         raise table.TableError(f"--scale is {args.scale}, it must be a positive number of minutes")
-    if args.speed is not None and args.speed <= 0:
-        raise table.TableError(f"--speed is {args.speed}, it must be a positive number of updates")
+    if args.speed is not None and args.speed < 2:
+        raise table.TableError(f"--speed is {args.speed}, it must be two updates at least: the first is left out")
+    if args.speed is not None and args.scale is not None:
+        raise table.TableError("--speed measures rows at their own number of updates: leave out --scale")
     if args.speed is not None:
         speed.measure_all(plan, list(dict.fromkeys(run.row for run in runs)), slots(args, plan.on_cpu), args.speed)
     places = [] if args.render or args.speed else slots(args, plan.on_cpu)
