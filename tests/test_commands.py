@@ -136,6 +136,29 @@ def test_every_token_is_scored_once_and_commands_agree(arch, data, checkpoints):
     assert evaluate(data, path)[0] == TEST
 
 
+def test_the_training_split_is_evaluated_as_others_are(data, checkpoints, tmp_path):
+    """As it lies, though training rotates its streams, and in streams that are long enough for a memory."""
+    path = checkpoints / "lamemo_lm" / "checkpoint_last.pt"
+    _, loss = evaluate(data, path, "--gen-subset", "train", "--batch-size", 3)
+    assert validated(data, path, "--valid-subset", "train", "--batch-size", 3) == (6000, pytest.approx(loss, abs=1e-3))
+    text = printed(eval_lm.cli_main, data, *TASK, "--path", path, "--gen-subset", "train", "--num-workers", 0)
+    assert re.search(r"train: (\d+) streams", text).group(1) == "5"  # of 75 segments
+    command = [data, *TASK, "--arch", "lamemo_lm", *TRAIN, "--roll", "--valid-subset", "valid,train", "--batch-size", 3]
+    text = printed(train.cli_main, *command, "--max-update", 15, "--save-dir", tmp_path)
+    (told,) = re.findall(r"valid on 'train' subset \| loss ([\d.]+)", text)
+    _, loss = evaluate(data, tmp_path / "checkpoint_last.pt", "--gen-subset", "train", "--batch-size", 3)
+    assert float(told) == pytest.approx(loss, abs=1e-3)
+
+
+def test_optimizers_without_a_dataclass_leave_checkpoints_that_can_be_loaded(data, tmp_path):
+    options = ["--arch", "lamemo_lm", *TRAIN, "--optimizer", "sgd", "--momentum", 0.9, "--save-dir", tmp_path]
+    for updates in (3, 5):
+        run_command(train.cli_main, data, *TASK, *options, "--max-update", updates)
+    text = printed(train.cli_main, data, *TASK, *options, "--max-update", 5)
+    assert "nothing left to do: the checkpoint has 5 updates" in text
+    assert evaluate(data, tmp_path / "checkpoint_last.pt")[0] == TEST
+
+
 def test_memory_helps_where_segments_are_short(data, checkpoints):
     path = checkpoints / "lamemo_lm" / "checkpoint_last.pt"
     usual = evaluate(data, path, "--batch-size", 1)

@@ -141,6 +141,28 @@ def test_generate_continues_the_lines_of_a_split(prefix, data, checkpoints, caps
         assert continued.split()[: len(prompt)] == prompt and len(continued.split()) <= len(prompt) + 5
 
 
+def test_a_beginning_longer_than_a_line_is_the_line(data, checkpoints, capsys):
+    found = []
+    for prefix in ([], ["--prefix-size", 200]):
+        run_command(
+            generate.cli_main, data, *TASK, "--path", checkpoints / "lamemo_lm" / "checkpoint_last.pt",
+            *["--batch-size", 7, "--beam", 1, "--max-len-b", 5, *prefix],
+        )  # fmt: skip
+        found.append(hypotheses(capsys.readouterr().out))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--constraints", "ordered"], "--constraints is for"), (["--retain-dropout"], "--retain-dropout is not known")],
+)
+def test_options_that_mean_nothing_here_are_refused(options, message, data, checkpoints):
+    with pytest.raises(ValueError, match=message):
+        run_command(
+            generate.cli_main, data, *TASK, "--path", checkpoints / "lamemo_lm" / "checkpoint_last.pt", *options
+        )
+
+
 def test_generate_scores_the_lines_of_a_split(data, checkpoints, capsys):
     run_command(
         generate.cli_main, data, *TASK, "--path", checkpoints / "lamemo_lm" / "checkpoint_last.pt", "--batch-size", 7,

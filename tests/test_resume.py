@@ -156,6 +156,19 @@ def test_patience_waits_as_long(data, tmp_path):
     assert last[0] == last[1] < 60
 
 
+def test_patience_begins_anew_in_finetuning(data, tmp_path):
+    """And goes on from there after a kill."""
+    options = ["--patience", 3, "--max-update", 60, "--validate-interval-updates", 5, "--lr", 1e-9]
+    command = arguments(data, *options, "--best-checkpoint-metric", "wpb")
+    assert train_in_processes(command, tmp_path / "trained") == [0]
+    finetune = [*command, "--finetune-from-model", tmp_path / "trained" / "checkpoints" / "checkpoint_last.pt"]
+    assert train_in_processes(finetune, tmp_path / "whole") == [0]
+    assert train_in_processes(finetune, tmp_path / "killed", fault=processes.killed_after_update(12)) == [-9]
+    assert train_in_processes(finetune, tmp_path / "killed") == [0]
+    last = [max(update for update, _ in computed(tmp_path / name)) for name in ("trained", "whole", "killed")]
+    assert last[0] == last[1] == last[2] < 60
+
+
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory):
     """A run of two ranks that has saved inside its first epoch."""

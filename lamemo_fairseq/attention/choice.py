@@ -38,7 +38,10 @@ def fused_or_error(q: Tensor) -> ModuleType:
     """
     reason = why_not_fused(q)
     if reason is not None:
-        raise ValueError(f"--attention-backend fused cannot run here: {reason}; pass --attention-backend auto or eager")
+        raise ValueError(
+            f"--attention-backend fused cannot run here: {reason}; pass --attention-backend auto or eager, "
+            "for a trained model --model-overrides \"{'attention_backend': 'auto'}\""
+        )
     return _fused()
 
 

@@ -1,6 +1,6 @@
 """Segments of streams, looked up by name: which epoch, which cut into streams, which segment, which stream."""
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Dict, List, NamedTuple
 
 import numpy as np
@@ -50,6 +50,11 @@ class SegmentDataset(FairseqDataset):
         self.pad = pad
         self.eos = eos
         self.roll_seed = roll_seed
+
+    @cached_property
+    def in_order(self) -> "SegmentDataset":
+        """A split whose streams are rotated, as it lies."""
+        return SegmentDataset(self.tokens, self.split, self.segment_length, self.pad, self.eos)
 
     def __len__(self) -> int:
         """Segments of the split read as a single stream."""

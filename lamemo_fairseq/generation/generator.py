@@ -106,7 +106,10 @@ class PromptGenerator(SequenceGenerator):
         """Continue the batch's texts, or the first words of them that *prefix_tokens* ``[B, P]`` holds."""
         tokens = sample["net_input"]["src_tokens"]
         if prefix_tokens is not None:
-            tokens = torch.cat([tokens[:, :1], prefix_tokens], dim=1)
+            # Of a text that is shorter, fairseq also takes the end that it has among the targets.
+            words = sample["net_input"]["src_lengths"].unsqueeze(1) - 1
+            beyond = torch.arange(prefix_tokens.size(1), device=tokens.device) >= words
+            tokens = torch.cat([tokens[:, :1], prefix_tokens.masked_fill(beyond, self.pad)], dim=1)
         lengths = tokens.ne(self.pad).sum(1).tolist()
         # The limit of new words depends on a prompt's length: texts with one limit go together.
         groups: Dict[int, List[int]] = {}

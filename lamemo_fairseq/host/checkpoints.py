@@ -4,6 +4,7 @@ A checkpoint is the zip file that torch writes, with a checksum of all before it
 of zip files pass over it. So every tool of fairseq reads it, and one cut short or with a byte changed is refused.
 """
 
+import argparse
 import hashlib
 import logging
 import os
@@ -103,7 +104,9 @@ def load_checkpoint_to_cpu(original: Callable[..., Any], path: str, *args: Any, 
     if local.is_file():
         verify(local)
     try:
-        return original(path, *args, **kwargs)
+        # Options of optimizers and schedulers that fairseq has no dataclass for, such as sgd, are saved as one.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return original(path, *args, **kwargs)
     except FileNotFoundError:
         raise
     except Exception as error:

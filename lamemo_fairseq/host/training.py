@@ -1,5 +1,6 @@
 """The training loop of fairseq-train."""
 
+import contextlib
 import logging
 import sys
 from typing import Any, Callable, Iterator
@@ -61,6 +62,13 @@ def check(cfg: Any) -> None:
 def seed_of(trainer: Any, done: int) -> int:
     """The seed of the update that comes after *done* of them."""
     return trainer.cfg.common.seed + done
+
+
+@stand_in(Trainer, "get_train_iterator")
+def get_train_iterator(original: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """fairseq asks for batches to train on in the same words as for batches of that split to validate on."""
+    with getattr(trainer.task, "training_batches", contextlib.nullcontext)():
+        return original(trainer, *args, **kwargs)
 
 
 @stand_in(Trainer, "_set_seed")

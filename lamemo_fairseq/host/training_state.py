@@ -5,10 +5,12 @@ when the loss scale last changed, and with ``--amp`` the scale itself; and how l
 """
 
 import logging
+import os
 from typing import Any, Callable, Dict, List, Set
 
 import torch
 from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from torch import Tensor
 
@@ -79,8 +81,16 @@ def _counted(scaler: DynamicLossScaler) -> Set[str]:
 @stand_in(checkpoint_utils, "load_checkpoint")
 def load_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, **kwargs: Any) -> Any:
     """fairseq's, and then the rest of the state, unless the optimizer or the meters begin anew."""
+    anew = cfg.reset_optimizer or cfg.reset_meters or _begins_finetuning(cfg, trainer)
     extra_state, epoch_itr = original(cfg, trainer, **kwargs)
     state = (extra_state or {}).get(type(trainer.task).__name__)
-    if state and not cfg.reset_optimizer and not cfg.reset_meters:
+    if state and not anew:
         restore_training_state(trainer, state)
     return extra_state, epoch_itr
+
+
+def _begins_finetuning(cfg: Any, trainer: Any) -> bool:
+    """Whether fairseq takes nothing but weights from a checkpoint, which its options do not say then."""
+    last = os.path.join(cfg.save_dir, f"checkpoint_last{trainer.checkpoint_suffix}.pt")
+    begins = cfg.finetune_from_model is not None and getattr(cfg, "continue_once", None) is None
+    return begins and not PathManager.exists(last)

@@ -54,6 +54,8 @@ class MemoryLanguageModel(FairseqLanguageModel):
                 cast(Any, module).set_num_updates(num_updates)
 
     def prepare_for_inference_(self, cfg: Any) -> None:
+        if getattr(cfg.generation, "retain_dropout", False):
+            raise ValueError("--retain-dropout is not known to a model with memory: leave it out")
         super().prepare_for_inference_(cfg)
         self.decoder.for_inference = True
 

@@ -1,9 +1,10 @@
 """Language modelling on consecutive segments of long streams."""
 
+import contextlib
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any, Callable, ClassVar, Dict, List, Optional, Tuple
+from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq import utils
@@ -70,6 +71,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         self._decoder: Any = None
         self._iterators: Dict[Any, SegmentBatchIterator] = {}
         self._batches: Optional[SegmentBatchIterator] = None  # that a model is trained on
+        self._trains = False  # whether what is asked for is to be trained on
 
     @classmethod
     def setup_task(cls, cfg: SegmentLanguageModelingConfig, **kwargs: Any) -> "SegmentLanguageModelingTask":
@@ -140,6 +142,15 @@ class SegmentLanguageModelingTask(FairseqTask):
         logger.info("%s: %s tokens in %s lines", path, f"{len(tokens):,}", f"{len(lines):,}")
         return self.datasets[split]
 
+    @contextlib.contextmanager
+    def training_batches(self) -> Iterator[None]:
+        """Batches that are asked for meanwhile are to be trained on; all others, of that split too, to be evaluated."""
+        self._trains = True
+        try:
+            yield
+        finally:
+            self._trains = False
+
     def get_batch_iterator(
         self,
         dataset: Any,
@@ -179,7 +190,9 @@ class SegmentLanguageModelingTask(FairseqTask):
                 seed=seed,
                 **kwargs,
             )
-        training = dataset.split == self.cfg.train_subset
+        training = self._trains
+        if not training and dataset.roll_seed is not None:
+            dataset = dataset.in_order
         batch_size = max_sentences or (max_tokens or 0) // dataset.segment_length
         if not max_sentences and not training and batch_size > 0:
             batch_size = max(1, min(batch_size, len(dataset) // (ENOUGH_SEGMENTS * num_shards)))
@@ -350,6 +363,8 @@ class SegmentLanguageModelingTask(FairseqTask):
             return StreamingScorer(self.target_dictionary)
         if getattr(args, "print_alignment", None):
             raise ValueError("--print-alignment is for translation: a language model aligns nothing")
+        if getattr(args, "constraints", None):
+            raise ValueError("--constraints is for translation: a language model takes a prompt instead")
         return super().build_generator(
             models, args, seq_gen_cls or PromptGenerator, extra_gen_cls_kwargs, prefix_allowed_tokens_fn
         )
