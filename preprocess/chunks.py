@@ -157,4 +157,5 @@ def load_counts(path: Path) -> dict[str, int]:
 
 
 def _symbols(stored: Mapping[str, NDArray[Any]]) -> list[str]:
-    return stored["symbols"].tobytes().decode("utf-8").split("\n")
+    names = stored["symbols"].tobytes().decode("utf-8")
+    return names.split("\n") if names else []  # of blank lines there may be nothing

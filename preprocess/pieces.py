@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,14 +35,18 @@ class PieceTraining:
         The same text and options give the same model.
 
         Raises:
-            ValueError: the text cannot give as many pieces.
+            ValueError: the text is blank, or cannot give as many pieces.
         """
         from sentencepiece import SentencePieceTrainer
 
+        sample = self._sample(text, replace(tokenizer, bpe="none"))
+        first = next(sample, None)
+        if first is None:
+            raise ValueError(f"there is no text for train in {text.path}")
         written = io.BytesIO()
         try:
             SentencePieceTrainer.train(
-                sentence_iterator=self._sample(text, replace(tokenizer, bpe="none")),
+                sentence_iterator=chain([first], sample),
                 model_writer=written,
                 vocab_size=self.vocab_size,
                 character_coverage=self.character_coverage,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .chunks import CHUNK, Chunk, cut, encode
 from .datasets import Dataset, WrongText
 from .download import download
-from .files import Identity, replacing
+from .files import Identity, Span, replacing
 from .sources import Source, resolve
 from .tokenization import LineTokenizer
 
@@ -127,7 +127,7 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     splits = dataset.divide(files, tokenizer)
     for split, span in splits.items():
         if span.size <= 0:
-            raise ValueError(f"there is no text for {split} in {span.path}")
+            raise _no_text(split, span)
     if dataset.training is not None and isinstance(tokenizer, LineTokenizer):
         model = work / "sentencepiece.model"
         if not model.exists():
@@ -145,8 +145,11 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     encode([chunk for split in chunks.values() for chunk in split], tokenizer, workers)
     encoded = {split: [chunk.encoded for chunk in parts] for split, parts in chunks.items()}
 
-    counts = binarize.count_symbols(encoded["train"])
-    everywhere = binarize.count_symbols(path for paths in encoded.values() for path in paths)
+    occurring = {split: binarize.count_symbols(paths) for split, paths in encoded.items()}
+    for split, found in occurring.items():
+        if not found:  # blank lines only
+            raise _no_text(split, splits[split])
+    counts, everywhere = occurring["train"], set().union(*occurring.values())
     if dataset.closed:
         counts = Counter({symbol: counts[symbol] for symbol in everywhere})
     if dataset.srcdict is not None:
@@ -167,6 +170,10 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
         "types": len(everywhere),
         "dictionary": len(dictionary),
     }
+
+
+def _no_text(split: str, span: Span) -> ValueError:
+    return ValueError(f"there is no text for {split} in {span.path}")
 
 
 def _check_counts(dataset: Dataset, tokens: Mapping[str, int], types: int) -> None:

@@ -17,7 +17,7 @@ from preprocess.files import Identity
 from preprocess.prepare import RECORD, prepare
 
 from .helpers import run_command
-from .preprocessing import SPLITS, TEXTS, counts_of, own, tokens_of, write, write_texts
+from .preprocessing import SPLITS, TEXTS, contents, counts_of, own, tokens_of, write, write_texts
 
 
 @pytest.fixture
@@ -79,6 +79,33 @@ def test_one_text_in_shares(tmp_path):
     own(text, tmp_path / "data", "--shares", "1", "1")
     assert counts_of(tmp_path / "data") == {"train": 150, "valid": 150}
     assert not (tmp_path / "data" / "test.bin").exists()
+
+
+def test_chunks_of_blank_lines_only(tmp_path):
+    """The last chunks of the training text, which are of 2,000 bytes, have no paragraph."""
+    text = b"word and word\n\n" * 140
+    for name, end in ("plain", b""), ("blank", b"\n" * 5000):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.txt", text + end)
+        write(tmp_path / name / "valid.txt", b"one\n")
+        write(tmp_path / name / "test.txt", b"\n \ntwo\n")
+        own(tmp_path / name, tmp_path / name / "data", "--paragraphs")
+    plain, blank = contents(tmp_path / "plain" / "data"), contents(tmp_path / "blank" / "data")
+    assert {**blank, RECORD: b""} == {**plain, RECORD: b""}
+    assert json.loads(blank[RECORD])["splits"] == json.loads(plain[RECORD])["splits"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--paragraphs",), ("--bpe", "text8"), ("--bpe", "sentencepiece", "--vocab-size", "60", "--paragraphs")],
+)
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_split_of_blank_lines_is_none(texts, tmp_path, split, options):
+    made = own(texts, tmp_path / "data", *options)
+    write(texts / f"{split}.txt", b"\n \n\n")
+    with pytest.raises(SystemExit, match=rf"there is no text for {split} in .*{split}\.txt"):
+        own(texts, tmp_path / "data", *options)
+    assert contents(tmp_path / "data") == made
 
 
 # The data sets, small.
