@@ -1,7 +1,8 @@
 """The way from a data set's description to a folder that fairseq reads.
 
 Everything unfinished lives in ``DEST/unfinished``, in a folder named by what it is made from. What is finished moves to
-DEST, and ``DEST/preprocess.json``, written last, says what was made from what.
+DEST, where ``preprocess.json`` says what is made from what, and lists all files that this command puts there. DEST is
+complete when they are there; ``dict.txt`` comes last.
 """
 
 import fcntl
@@ -192,17 +193,17 @@ def _check_counts(dataset: Dataset, tokens: Mapping[str, int], types: int) -> No
 
 
 def _publish(destdir: Path, work: Path, record: dict[str, Any], former: dict[str, Any] | None) -> dict[str, Any]:
-    """Move what was made to DEST. Until the record is there, DEST counts as unfinished; dict.txt, without which
-    fairseq opens nothing, goes first and comes last."""
+    """Move what was made to DEST. At any moment the record there lists all that has to go if this is stopped;
+    dict.txt, without which fairseq opens nothing, goes first and comes last."""
     made = sorted((path.name for path in (work / "made").iterdir()), key=lambda name: (name == "dict.txt", name))
     record = {**record, "files": {name: Identity.of(work / "made" / name)._asdict() for name in made}}
-    for name in (RECORD, "dict.txt", *(former or {"files": {}})["files"]):
+    for name in ("dict.txt", *(former or {"files": {}})["files"]):
         (destdir / name).unlink(missing_ok=True)
     with replacing(work / RECORD) as file:
         file.write(json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+    os.replace(work / RECORD, destdir / RECORD)
     for name in made:
         os.replace(work / "made" / name, destdir / name)
-    os.replace(work / RECORD, destdir / RECORD)
     shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
     for split, count in record["splits"].items():
         _say(f"{split}: {count['tokens']:,} tokens in {count['lines']:,} lines, {count['unknown']:,} unknown")

@@ -1,6 +1,7 @@
 """Preprocessing again, with other options, over other data, and killed at any moment."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,8 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-from preprocess.prepare import RECORD
 
 from .preprocessing import TEXTS, contents, own, write, write_texts
 
@@ -101,31 +100,38 @@ def dies_at_step(step, run, before):
     return os.WIFSIGNALED(status)
 
 
-def without_record(files):
-    return {name: content for name, content in files.items() if name != RECORD}
-
-
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_killed_at_every_step(texts, tmp_path, before):
-    """Over data made with other options, so that those have to go."""
-    options = ("--bpe", "bytes")
-    expected = own(texts, tmp_path / "expected", *options)
+    """Over data with other options and one more split, so that those have to go."""
+    text, options = texts / "train.txt", ("--bpe", "bytes", "--shares", "1", "1")
+    expected = own(text, tmp_path / "expected", *options)
     folder = tmp_path / "data"
     former = own(texts, folder, "--paragraphs")
+    assert set(former) - set(expected) == {"test.bin", "test.idx"}
     step = 1
-    while dies_at_step(step, lambda: own(texts, folder, *options), before):
+    while dies_at_step(step, lambda: own(text, folder, *options), before):
         found = contents(folder)
-        if RECORD in found:
-            assert found in (former, expected)
         if "dict.txt" in found:  # what fairseq could open
-            assert without_record(found) in (without_record(former), without_record(expected))
+            assert found in (former, expected)
         if step % 5 == 0:  # otherwise the next one goes on from what this one left
-            assert own(texts, folder, *options) == expected
+            assert own(text, folder, *options) == expected
             assert own(texts, folder, "--paragraphs") == former
         step += 1
     assert step > 15
     assert contents(folder) == expected
     assert {path.name for path in folder.iterdir()} == {".lock", *expected}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_other_splits_after_a_kill_at_any_step(texts, tmp_path, before):
+    text, options = texts / "train.txt", ("--shares", "1", "1")
+    expected = own(text, tmp_path / "expected", *options)
+    folder, step = tmp_path / "data", 1
+    while dies_at_step(step, lambda: own(texts, folder), before):
+        assert own(text, folder, *options) == expected
+        shutil.rmtree(folder)
+        step += 1
+    assert step > 15
 
 
 def test_killed_with_its_workers_running(texts, tmp_path):
