@@ -62,7 +62,7 @@ def prepare(
             shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
             _say(f"{destdir} is complete already: nothing to do")
             return record
-        if record is None and not (destdir / UNFINISHED).exists() and (destdir / "dict.txt").exists():
+        if record is None and (destdir / "dict.txt").exists():
             raise FileExistsError(
                 f"{destdir} holds data that this command did not make: remove it, or choose another --destdir"
             )
@@ -81,7 +81,9 @@ def prepare(
 def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> dict[str, Any]:
     """All that the result depends on, as it reads back from JSON."""
     if texts:
-        inputs = [Identity.of(path) for path in dict.fromkeys(text.path for text in texts)]
+        paths = [text.path for text in texts]
+        known = {path: Identity.of(path) for path in set(paths)}
+        inputs = [known[path] for path in (paths if len(known) > 1 else known)]  # one archive counts once
     elif dataset.addresses:
         inputs = [Identity(dataset.archive, dataset.size or 0, dataset.sha256)]
     else:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from preprocess.__main__ import main
+
 from .preprocessing import TEXTS, contents, own, write, write_texts
 
 
@@ -41,9 +43,26 @@ def test_other_options_other_text_or_damage_make_it_anew(texts, tmp_path):
     assert own(texts, tmp_path / "data")["test.bin"] == first["valid.bin"]
 
 
-def test_data_of_another_origin_is_left_alone(texts, tmp_path):
+def test_a_file_in_two_places_is_other_text_in_other_places(texts, tmp_path):
+    train, valid = str(texts / "train.txt"), str(texts / "valid.txt")
+    made = []
+    for sources in (train, valid, valid), (train, train, valid):
+        main(["own", "--destdir", str(tmp_path / "data"), "--source", *sources])
+        made.append(contents(tmp_path / "data"))
+    first, second = made
+    assert first["valid.bin"] == first["test.bin"] == second["test.bin"]
+    assert second["valid.bin"] == second["train.bin"] == first["train.bin"]
+
+
+@pytest.mark.parametrize("after_a_failure", [False, True])
+def test_data_of_another_origin_is_left_alone(texts, tmp_path, after_a_failure):
     folder = tmp_path / "data"
     folder.mkdir()
+    if after_a_failure:
+        bad = write(tmp_path / "bad.txt", b"fine\n\xff\n")
+        with pytest.raises(SystemExit, match="not UTF-8"):
+            own(bad, folder, "--shares", "1")
+        assert (folder / "unfinished").exists()
     write(folder / "dict.txt", b"word 1\n")
     with pytest.raises(SystemExit, match="did not make"):
         own(texts, folder)
