@@ -7,7 +7,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -28,7 +28,7 @@ class Source(NamedTuple):
         """A plain file with the text, made in *folder* if need be.
 
         Raises:
-            ValueError: the archive is damaged or cut, or does not hold the text.
+            ValueError: the archive is damaged, cut or encrypted, or does not hold the text.
         """
         open_it = _opener(self.path)
         if open_it is None:
@@ -45,6 +45,8 @@ class Source(NamedTuple):
                     f"{self.path} ({self.path.stat().st_size:,} bytes) is damaged, cut, or not what its name says "
                     f"({type(error).__name__}: {error}): fetch it again"
                 ) from error
+            except RuntimeError as error:  # a zip archive, encrypted or packed in a way that Python does not know
+                raise ValueError(f"{self.path}: {self.name} in it cannot be read: {error}") from error
         return target
 
     def _copy(self, open_it: "Opener", target: Path) -> None:
@@ -101,7 +103,9 @@ def _in_zip(path: Path, name: str) -> Iterator[IO[bytes]]:
 @contextmanager
 def _in_tar(path: Path, name: str) -> Iterator[IO[bytes]]:
     with tarfile.open(path) as archive:
-        text = archive.extractfile(_member(path, archive.getnames(), name))
+        text = None
+        with suppress(KeyError):  # a link to what the archive does not hold
+            text = archive.extractfile(_member(path, archive.getnames(), name))
         if text is None:
             raise ValueError(f"{path}: {name} in it is not a file")
         with text:
@@ -125,12 +129,12 @@ _COMPRESSED: dict[str, Opener] = {
 
 
 def _is_archive(path: Path) -> bool:
-    return path.name.endswith(tuple(_ARCHIVES))
+    return path.name.lower().endswith(tuple(_ARCHIVES))
 
 
 def _opener(path: Path) -> Opener | None:
     for end, opener in (_ARCHIVES | _COMPRESSED).items():
-        if path.name.endswith(end):
+        if path.name.lower().endswith(end):
             return opener
     return None
 

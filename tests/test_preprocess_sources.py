@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from preprocess.sources import resolve
+from preprocess.sources import holds_several, resolve
 
 NAMES = ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens")
 # Random bytes do not compress, so that a cut archive is cut inside them.
@@ -109,6 +109,38 @@ def test_an_archive_of_something_else(tmp_path):
         archive.writestr("readme.txt", "hello")
     with pytest.raises(ValueError, match=r"does not hold wiki.train.tokens; it holds readme.txt"):
         texts_of([path], tmp_path / "work")
+
+
+@pytest.mark.parametrize("change, what", [("flag", "encrypted"), ("method", "compression method")])
+def test_a_zip_that_python_does_not_read(tmp_path, change, what):
+    path = in_zip(tmp_path)
+    data = bytearray(path.read_bytes())
+    for mark, flags in (b"PK\x03\x04", 6), (b"PK\x01\x02", 8):  # of a member, and of its entry in the list of all
+        at = data.index(mark) + flags
+        if change == "flag":
+            data[at] |= 1
+        else:
+            data[at + 2] = 99
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{path.name}: {NAMES[0]} in it cannot be read: .*{what}"):
+        texts_of([path], tmp_path / "work")
+
+
+def test_a_link_to_nothing(tmp_path):
+    path = tmp_path / "corpus.tar"
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo(NAMES[0])
+        member.type, member.linkname = tarfile.SYMTYPE, "nowhere"
+        archive.addfile(member)
+    with pytest.raises(ValueError, match=rf"{NAMES[0]} in it is not a file"):
+        texts_of([path], tmp_path / "work")
+
+
+def test_ends_of_names_in_capitals(tmp_path):
+    for path in in_zip(tmp_path), in_tar(tmp_path):
+        capitals = path.rename(path.with_name(path.name.upper()))
+        assert holds_several(capitals)
+        assert texts_of([capitals], tmp_path / f"{path.name}-work") == TEXTS
 
 
 def test_what_is_missing_is_named(tmp_path):
