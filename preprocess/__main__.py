@@ -8,6 +8,7 @@ A command that was stopped goes on where it was when it is given again; one that
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -118,7 +119,7 @@ def _own_files(sources: list[Path], shares: list[float]) -> tuple[tuple[str, ...
     if not 1 <= len(sources) <= len(SPLITS):
         raise ValueError("--source takes one text, or two or three for training, validation and test")
     if len(sources) == 1 and not holds_several(sources[0]):
-        if not 1 <= len(shares) <= len(SPLITS) or min(shares) <= 0:
+        if not 1 <= len(shares) <= len(SPLITS) or not all(0 < share < math.inf for share in shares):
             raise ValueError("--shares takes up to three numbers above 0")
         return ("text",), Shares(tuple(shares))
     count = len(SPLITS) if len(sources) == 1 else len(sources)

@@ -44,6 +44,18 @@ def make_dictionary(counts: Counter[str], threshold: int, nwords: int, padding_f
     return dictionary
 
 
+def load_dictionary(path: Path) -> Dictionary:
+    """The dictionary that a file holds.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        return Dictionary.load(str(path))
+    except Exception as error:  # fairseq raises many kinds, this one among them
+        raise ValueError(f"--srcdict {path} is not a dictionary: {error}") from error
+
+
 def write_split(prefix: Path, chunks: Sequence[Path], dictionary: Dictionary) -> SplitCount:
     """Write ``PREFIX.bin`` and ``PREFIX.idx``."""
     dtype = best_fitting_int_dtype(len(dictionary))

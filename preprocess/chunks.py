@@ -133,9 +133,7 @@ def _encode(chunk: Chunk, tokenizer: Tokenizer) -> Chunk:
     try:
         symbols, ids, sizes = tokenizer.encode(chunk.text.read())
     except EncodingError as error:
-        raise ValueError(
-            f"{chunk.text.path}: at byte {chunk.text.start + error.offset:,} stand {error.what}"
-        ) from error
+        raise error.within(chunk.text) from error
     names = np.frombuffer("\n".join(symbols).encode("utf-8"), dtype=np.uint8)
     counts = np.bincount(ids, minlength=len(symbols))
     with replacing(chunk.encoded) as file:

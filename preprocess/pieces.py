@@ -3,14 +3,13 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .chunks import cut
 from .files import Span, replacing
-from .tokenization import LineTokenizer
+from .tokenization import EncodingError, LineTokenizer
 
 _PART = 1 << 16
 
@@ -35,18 +34,18 @@ class PieceTraining:
         The same text and options give the same model.
 
         Raises:
-            ValueError: the text is blank, or cannot give as many pieces.
+            ValueError: the text is blank, not UTF-8, or cannot give as many pieces.
         """
         from sentencepiece import SentencePieceTrainer
 
-        sample = self._sample(text, replace(tokenizer, bpe="none"))
-        first = next(sample, None)
-        if first is None:
+        # A list, since SentencePiece would take an error in the middle for its own.
+        sample = list(self._sample(text, replace(tokenizer, bpe="none")))
+        if not sample:
             raise ValueError(f"there is no text for train in {text.path}")
         written = io.BytesIO()
         try:
             SentencePieceTrainer.train(
-                sentence_iterator=chain([first], sample),
+                sentence_iterator=iter(sample),
                 model_writer=written,
                 vocab_size=self.vocab_size,
                 character_coverage=self.character_coverage,
@@ -63,6 +62,10 @@ class PieceTraining:
         words, _ = tokenizer.encoders
         parts = cut(text, tokenizer.boundary, _PART)[::every]
         for part in tqdm(parts, desc=f"training {self.vocab_size} pieces on", unit="part", mininterval=1):
-            for line in tokenizer.lines(part.read()):
+            try:
+                lines = tokenizer.lines(part.read())
+            except EncodingError as error:
+                raise error.within(part) from error
+            for line in lines:
                 if line.strip():
                     yield words(line)

@@ -126,6 +126,7 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     """Everything that DEST is to hold, in ``work/made``; returns what to say about it."""
     from . import binarize  # fairseq takes seconds to import, and workers share what is imported before they start
 
+    dictionary = None if dataset.srcdict is None else binarize.load_dictionary(dataset.srcdict)
     tokenizer = dataset.tokenizer
     splits = dataset.divide(files, tokenizer)
     for split, span in splits.items():
@@ -155,9 +156,7 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     counts, everywhere = occurring["train"], set().union(*occurring.values())
     if dataset.closed:
         counts = Counter({symbol: counts[symbol] for symbol in everywhere})
-    if dataset.srcdict is not None:
-        dictionary = binarize.Dictionary.load(str(dataset.srcdict))
-    else:
+    if dictionary is None:
         dictionary = binarize.make_dictionary(counts, dataset.threshold, dataset.nwords, dataset.padding_factor)
     made = work / "made"
     shutil.rmtree(made, ignore_errors=True)  # what a run that was killed here left in it
@@ -218,6 +217,10 @@ def _read_record(destdir: Path) -> dict[str, Any] | None:
         return json.loads((destdir / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(
+            f"{destdir / RECORD} is damaged ({error}): remove {destdir}, or choose another --destdir"
+        ) from error
 
 
 def _is_whole(destdir: Path, record: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .files import Span
 from .words import PIECES, WORDS, Encoder
 
 END = "</s>"  # fairseq's end-of-sentence token
@@ -64,6 +65,10 @@ class EncodingError(ValueError):
         super().__init__(what, offset)
         self.what = what
         self.offset = offset
+
+    def within(self, text: Span) -> ValueError:
+        """The same, said of the file that the text is of."""
+        return ValueError(f"{text.path}: at byte {text.start + self.offset:,} stand {self.what}")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from preprocess.__main__ import main
+from preprocess.prepare import RECORD
 
 from .preprocessing import TEXTS, contents, own, write, write_texts
 
@@ -67,6 +68,13 @@ def test_data_of_another_origin_is_left_alone(texts, tmp_path, after_a_failure):
     with pytest.raises(SystemExit, match="did not make"):
         own(texts, folder)
     assert (folder / "dict.txt").read_bytes() == b"word 1\n"
+
+
+def test_a_damaged_record_is_named(texts, tmp_path):
+    made = own(texts, tmp_path / "data")
+    record = write(tmp_path / "data" / RECORD, made[RECORD][:100])
+    with pytest.raises(SystemExit, match=rf"{record} is damaged"):
+        own(texts, tmp_path / "data")
 
 
 def test_two_at_once_are_refused(texts, tmp_path):

@@ -229,6 +229,7 @@ def test_bad_input_names_the_option(texts, tmp_path):
     assert "--source" in refused("own", *data)
     assert "--source" in refused("own", *data, "--source", *[texts / "train.txt"] * 4)
     assert "--shares" in refused("own", *data, "--source", texts / "train.txt", "--shares", "1", "0")
+    assert "--shares takes" in refused("own", *data, "--source", texts / "train.txt", "--shares", "nan", "1")
     assert "--tokenizer" in refused("own", *data, *source, "--bpe", "bytes", "--tokenizer", "moses")
     assert "--sentencepiece-model" in refused("own", *data, *source, "--sentencepiece-model", texts / "train.txt")
     assert "--pattern needs" in refused("own", *data, *source, "--pattern", "x")
@@ -237,6 +238,9 @@ def test_bad_input_names_the_option(texts, tmp_path):
         pieces = ("--bpe", "sentencepiece", "--sentencepiece-model", texts / "train.txt", "--workers", workers)
         assert "is not a SentencePiece model" in refused("own", *data, *source, *pieces)
     assert "--srcdict nowhere" in refused("own", *data, *source, "--srcdict", "nowhere")
+    for bad in b"word 1\nword 2\n", b"\xff 1\n", b"word\n":
+        srcdict = write(texts / "dict.txt", bad)
+        assert f"--srcdict {srcdict} is not a dictionary" in refused("own", *data, *source, "--srcdict", srcdict)
     assert "--workers" in refused("own", *data, *source, "--workers", 0)
     assert "Not a directory" in refused("own", "--destdir", texts / "train.txt" / "data", *source)
     assert "--vocab-size 9999" in refused("own", *data, *source, "--bpe", "sentencepiece", "--vocab-size", 9999)
@@ -245,6 +249,10 @@ def test_bad_input_names_the_option(texts, tmp_path):
     for workers in (1, 2):
         message = refused("own", *data, *source, "--chunk-bytes", 2000, "--workers", workers)
         assert "valid.txt: at byte 5,000" in message and "not UTF-8" in message
+    write(texts / "train.txt", b"fine\n" * 20_000 + b"\xff\n")
+    message = refused("own", *data, *source, "--bpe", "sentencepiece")
+    assert message.endswith("train.txt: at byte 100,000 stand the bytes b'\\xff', which are not UTF-8")
+    assert "SentencePiece" not in message
     write(texts / "valid.txt", b"")
     assert "no text for valid" in refused("own", *data, *source)
 
