@@ -152,6 +152,14 @@ def test_a_beginning_longer_than_a_line_is_the_line(data, checkpoints, capsys):
     assert found[0] == found[1]
 
 
+def test_a_prompt_may_hold_the_padding_symbol(data, checkpoints, capsys, monkeypatch):
+    """It is a word like any other there, and the words behind it count."""
+    path = checkpoints / "lamemo_lm" / "checkpoint_last.pt"
+    options = ["--buffer-size", 2, "--batch-size", 2, "--beam", 1, "--max-len-b", 3, "--min-len", 3]
+    (_, _, first), (_, _, second) = ask(data, path, ["<pad> w1 <pad> w5", "w3"], capsys, monkeypatch, *options)
+    assert first.split()[:4] == ["<pad>", "w1", "<pad>", "w5"] and second.split()[0] == "w3"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--constraints", "ordered"], "--constraints is for"), (["--retain-dropout"], "--retain-dropout is not known")],

@@ -105,12 +105,11 @@ class PromptGenerator(SequenceGenerator):
     ) -> List[List[Dict[str, Tensor]]]:
         """Continue the batch's texts, or the first words of them that *prefix_tokens* ``[B, P]`` holds."""
         tokens = sample["net_input"]["src_tokens"]
+        lengths = sample["net_input"]["src_lengths"].tolist()  # padding may be a word of a text
         if prefix_tokens is not None:
+            tokens = torch.cat([tokens[:, :1], prefix_tokens], dim=1)
             # Of a text that is shorter, fairseq also takes the end that it has among the targets.
-            words = sample["net_input"]["src_lengths"].unsqueeze(1) - 1
-            beyond = torch.arange(prefix_tokens.size(1), device=tokens.device) >= words
-            tokens = torch.cat([tokens[:, :1], prefix_tokens.masked_fill(beyond, self.pad)], dim=1)
-        lengths = tokens.ne(self.pad).sum(1).tolist()
+            lengths = [min(length, tokens.size(1)) for length in lengths]
         # The limit of new words depends on a prompt's length: texts with one limit go together.
         groups: Dict[int, List[int]] = {}
         for row, length in enumerate(lengths):
