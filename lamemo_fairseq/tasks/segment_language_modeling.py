@@ -164,7 +164,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         seed: int = 1,
         **kwargs: Any,
     ) -> Any:
-        """fairseq's iterator; for a split of streams, batches of consecutive segments.
+        """fairseq's iterator; for a split of streams, batches of consecutive segments, to train on in `training_batches`.
 
         ``max_sentences`` is the number of streams a rank; without it, as many as ``max_tokens`` holds
         segments, in evaluation no more than leave each stream its context. Options about sizes,
