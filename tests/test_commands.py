@@ -6,11 +6,13 @@ import io
 import logging
 import re
 from multiprocessing import active_children
+from unittest import mock
 
 import pytest
 import torch
 from fairseq import checkpoint_utils
 from fairseq_cli import eval_lm, interactive, train, validate
+from torch.utils._pytree import tree_leaves
 
 from .helpers import TASK, run_command, write_data
 
@@ -148,6 +150,29 @@ def test_the_training_split_is_evaluated_as_others_are(data, checkpoints, tmp_pa
     (told,) = re.findall(r"valid on 'train' subset \| loss ([\d.]+)", text)
     _, loss = evaluate(data, tmp_path / "checkpoint_last.pt", "--gen-subset", "train", "--batch-size", 3)
     assert float(told) == pytest.approx(loss, abs=1e-3)
+
+
+@pytest.mark.parametrize("rolls", [[], ["--roll"]], ids=["as it lies", "rolled"])
+def test_validating_on_the_training_split_leaves_no_trace_in_training(rolls, data, tmp_path):
+    """Within epochs and at their ends; workers end with the epoch."""
+    states, workers, saved = [], [], checkpoint_utils.save_checkpoint
+    command = [data, *TASK, "--arch", "lamemo_lm", *TRAIN, *rolls, "--num-workers", 2, "--max-update", 12]
+    command += ["--batch-size", 40, "--validate-interval-updates", 3, "--save-interval-updates", 3]  # epochs of 10
+
+    def save(*args):
+        workers.append(len(active_children()))
+        return saved(*args)
+
+    for subsets in ("valid", "valid,train"):
+        folder = tmp_path / subsets
+        with mock.patch.object(checkpoint_utils, "save_checkpoint", save):
+            run_command(train.cli_main, *command, "--valid-subset", subsets, "--save-dir", folder)
+        last = torch.load(folder / "checkpoint_last.pt", weights_only=False)
+        names = sorted(path.name for path in folder.iterdir())
+        states.append((names, last["extra_state"]["train_iterator"], last["model"]))
+    for one, other in zip(*map(tree_leaves, states), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert states[0][1]["epoch"] == 2 and max(workers) <= 8
 
 
 def test_optimizers_without_a_dataclass_leave_checkpoints_that_can_be_loaded(data, tmp_path):

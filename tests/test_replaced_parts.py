@@ -1,5 +1,7 @@
 """Parts of a layer that a user replaces, or hangs hooks on, are called: adapters, pruned or watched layers."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 
 from lamemo_fairseq.generation.step import kernel_step
 from lamemo_fairseq.models.incremental import DecodingState
-from lamemo_fairseq.modules import layer, residual, rows
+from lamemo_fairseq.modules import aligned, layer, residual, rows
 
 from .gpus import DEVICE
 from .helpers import VARIANTS, random_tokens, read_streams, tiny_decoder
@@ -108,7 +110,41 @@ def test_hooks_are_called_and_change_nothing(by, path, before):
 
 class Doubled(nn.Dropout):
     def forward(self, x):
-        return 2 * x
+        return x * (1 + torch.arange(x.shape[-1], device=x.device) % 2)
+
+
+def test_another_dropout_sees_no_padding(by, monkeypatch):
+    """Of rows that products made wider, as in half precision on a GPU."""
+    monkeypatch.setattr(aligned, "matters", lambda x: True)
+    decoder = tiny_decoder(dtype=torch.float32, decoder_ffn_embed_dim=13).to(DEVICE).train()
+    widths = []
+    for path in ("dropout", "feed_forward.activation_dropout"):
+        replaced(decoder, path, lambda part: Doubled(part.p))
+        decoder.layers[0].get_submodule(path).register_forward_hook(lambda _, given, out: widths.append(out.shape[-1]))
+    read_streams(decoder, random_tokens(2, 3).to(DEVICE), split="train")
+    assert set(widths) == {8, 13}
+
+
+@pytest.mark.parametrize("path", ["self_attn.qkv_proj", "self_attn.out_proj"])
+@torch.no_grad()
+def test_a_linear_layer_may_have_a_bias_that_its_former_lacked(path):
+    decoder, tokens = tiny_decoder(), random_tokens(2, 7)
+    found = []
+    for wrap in (lambda part: part, nn.Sequential):
+        one = copy.deepcopy(decoder)
+        replaced(one, path, lambda part, wrap=wrap: wrap(biased(part)))
+        incremental = {}
+        steps = [one(tokens[:, :end], incremental_state=incremental)[0] for end in (5, 6, 7)]
+        found.append(torch.cat([read_streams(one, tokens), *steps], dim=1))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+    assert (found[0][:, :7] - read_streams(decoder, tokens)).abs().max() > 1e-3
+
+
+def biased(part):
+    made = nn.Linear(part.in_features, part.out_features, dtype=part.weight.dtype)
+    made.weight = part.weight
+    made.bias.copy_(torch.arange(part.out_features))
+    return made
 
 
 @pytest.mark.parametrize("path", ["dropout", "feed_forward.activation_dropout"])
@@ -120,13 +156,34 @@ def test_another_dropout_is_called(by, path):
     assert (read_streams(decoder, tokens, split="train") - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("path", [*MAPS, "feed_forward", "self_attn_layer_norm", "final_layer_norm"])
+@pytest.mark.parametrize("path", PARTS)
 def test_generation_leaves_layers_with_other_parts_to_plain_operations(path):
     pytest.importorskip("triton", reason="the kernels need Triton")
     decoder = tiny_decoder(dtype=torch.float32).to(DEVICE)
     assert kernel_step(DecodingState(decoder, 1)) is not None
-    decoder.layers[1].get_submodule(path).register_forward_hook(lambda *_: None)
+    hook = decoder.layers[1].get_submodule(path).register_forward_hook(lambda *_: None)
     assert kernel_step(DecodingState(decoder, 1)) is None
+    hook.remove()
+    assert kernel_step(DecodingState(decoder, 1)) is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "make"),
+    [
+        ("self_attn.qkv_proj", LowRank),
+        ("self_attn.out_proj", lambda part: nn.Linear(part.in_features, part.out_features)),
+        ("feed_forward.fc1", nn.Sequential),
+        ("final_layer_norm", lambda part: nn.LayerNorm(8, elementwise_affine=False)),
+        ("self_attn_layer_norm", lambda part: nn.LayerNorm(8, bias=False)),
+        ("dropout", lambda part: Doubled(part.p)),
+        ("feed_forward.activation_dropout", lambda part: nn.Dropout(0.5).train()),
+    ],
+)
+def test_generation_by_kernels_is_for_parts_that_they_know(path, make):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    decoder = tiny_decoder(dtype=torch.float32).to(DEVICE)
+    replaced(decoder, path, make)
+    assert kernel_step(DecodingState(decoder.to(DEVICE), 1)) is None
 
 
 def test_kernels_serve_where_nothing_is_replaced(by, monkeypatch):

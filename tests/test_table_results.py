@@ -107,10 +107,12 @@ def test_what_was_run_with_other_options_is_told(tiny, monkeypatch, capsys):
     assert run(tiny, "--only", "lamemo", "--seeds", 7) == 0
     text = capsys.readouterr().out
     assert (
-        "transformer_xl/seed-1 was run with other options than it has now: streams is 2, there it was 4; "
+        "transformer_xl/seed-1 was run with other options than here: streams is 2, there it was 4; "
         "--max-update is 3, there it was 2." in text
     )
     assert "lamemo/seed-7 was" not in text
+    shutil.copytree(tiny.parent / "out" / "lamemo" / "seed-7", tiny.parent / "out" / "lamemo" / "seed-7-old")
+    (tiny.parent / "out" / "lamemo" / "seed-8").mkdir()
     assert run(tiny, "--render") == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LaMemo"))
     assert row.split("|")[-2].strip() == "1"
@@ -135,6 +137,8 @@ def test_what_cannot_be_written_is_told(tiny, monkeypatch, capsys):
     monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run"))
     assert run(tiny, "--results", tiny.parent / "file" / "results") == 1
     assert "Not a directory" in capsys.readouterr().err
+    for option in ("--scale", "--speed"):
+        assert run(tiny, option, 2, "--results", tiny.parent / "file" / "results") == 1
     (tiny.parent / "out").mkdir()
     (tiny.parent / "out" / "transformer_xl").touch()
     monkeypatch.setattr(process, "run", fork)
@@ -143,13 +147,25 @@ def test_what_cannot_be_written_is_told(tiny, monkeypatch, capsys):
     assert (tiny.parent / "out" / "lamemo" / "seed-1" / "results.json").exists()
 
 
-@pytest.mark.parametrize(
+MEASURING = pytest.mark.parametrize(
     ("option", "lock", "message"),
     [
         ("--scale", "scale.lock", "measures the rates of this table"),
         ("--speed", "speed/lamemo/lock", "measures this row"),
     ],
 )
+
+
+@MEASURING
+def test_a_training_that_is_measured_keeps_the_lock(option, lock, message, tiny, monkeypatch):
+    """Should the runner be killed."""
+    kept_open = []
+    monkeypatch.setattr(process, "run", lambda *args: kept_open.extend(args[3]) or process.Ended(1, 0.1))
+    assert run(tiny, option, 2, "--only", "lamemo") == 1
+    assert len(kept_open) == 1
+
+
+@MEASURING
 def test_one_process_measures(option, lock, message, tiny, monkeypatch, capsys):
     monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run"))
     with folder.locked(tiny.parent / "out" / lock, "a test"):

@@ -106,17 +106,17 @@ def act(args: argparse.Namespace) -> int:
         raise table.TableError(f"--speed is {args.speed}, it must be two updates at least: the first is left out")
     if args.speed is not None and args.scale is not None:
         raise table.TableError("--speed measures rows at their own number of updates: leave out --scale")
+    if ledger:
+        kept.add(ledger, [])  # what cannot be written is told before anything is run
     if args.speed is not None:
         speed.measure_all(plan, list(dict.fromkeys(run.row for run in runs)), slots(args, plan.on_cpu), args.speed)
     places = [] if args.render or args.speed else slots(args, plan.on_cpu)
     if args.scale is not None:
         plan = scale.shrink(plan, runs, places, args.scale)
-    if ledger:
-        kept.add(ledger, [])  # what cannot be written is told before anything is run
     failed = execute(plan, runs, places) if places else []
     # Other rows and seeds of the same folder may be there already, or be run by other jobs.
     seeds = sorted({*loaded.seeds, *(args.seeds or [])})
-    everything = [*table.runs(loaded, None, seeds), *(run for run in plan.started() if run.seed not in seeds)]
+    everything = [*table.runs(loaded, None, seeds), *(run for run in plan.trained() if run.seed not in seeds)]
     if ledger:
         kept.add(ledger, filter(None, map(plan.result, everything)))
         plan = replace(plan, kept=kept.read(ledger))  # with what others added

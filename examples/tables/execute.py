@@ -97,11 +97,13 @@ class Plan:
         held = {"streams": result["run"]["streams"], **result["run"]["options"]}
         return differences(held, wanted)
 
-    def started(self) -> List[Run]:
-        """The runs of the table's rows that there is something of, whatever their seeds."""
-        names = [*self.kept, *(f"{path.parts[-3]}/{path.parts[-2]}" for path in self.out.glob("*/seed-*/run.json"))]
-        found = [Run(row, int(seed)) for row, seed in (name.rsplit("/seed-", 1) for name in dict.fromkeys(names))]
-        return sorted((run for run in found if run.row in self.table.rows), key=lambda run: run.seed)
+    def trained(self) -> List[Run]:
+        """The runs of the table's rows that are trained, whatever their seeds."""
+        folders = [path.parent for path in self.out.glob("*/seed-*/trained.json")]
+        names = dict.fromkeys([*self.kept, *(f"{path.parent.name}/{path.name}" for path in folders)])
+        parts = [name.rsplit("/seed-", 1) for name in names]
+        found = [Run(row, int(seed)) for row, seed in parts if row in self.table.rows and seed.isdecimal()]
+        return sorted(found, key=lambda run: run.seed)
 
     def missing(self, run: Run) -> List[Evaluation]:
         """The evaluations that a run still lacks."""

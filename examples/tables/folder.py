@@ -109,15 +109,15 @@ def _lock(path: Path, reason: str) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: Path, reason: str) -> Iterator[None]:
-    """Keep others out meanwhile.
+def locked(path: Path, reason: str) -> Iterator[int]:
+    """Keep others out meanwhile, and as long as a process has the descriptor open that it is given.
 
     Raises:
         BusyError: another process is in, with the *reason*.
     """
     descriptor = _lock(path, reason)
     try:
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -174,7 +174,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     for result in (result for found in results.values() for result in found):
         other = plan.otherwise(result)
         if other:
-            parts.append(f"{kept.name(result)} was run with other options than it has now: {'; '.join(other)}.")
+            parts.append(f"{kept.name(result)} was run with other options than here: {'; '.join(other)}.")
     parts += _where(results)
     return "\n\n".join(parts) + "\n"
 

@@ -36,18 +36,20 @@ def shrink(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: floa
     """
     path = plan.out / "scale.json"
     if not path.exists() and slots:
-        with locked(plan.out / "scale.lock", "another process measures the rates of this table"):
-            return _shrink(plan, runs, slots, minutes, path)
+        with locked(plan.out / "scale.lock", "another process measures the rates of this table") as lock:
+            return _shrink(plan, runs, slots, minutes, path, [lock])
     return _shrink(plan, runs, slots, minutes, path)
 
 
-def _shrink(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float, path: Path) -> Plan:
+def _shrink(
+    plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float, path: Path, keep_open: Sequence[int] = ()
+) -> Plan:
     asked = {"minutes": minutes, "runs": [run.name for run in runs], "options": plan.changes}
     held = read_json(path)
     if held is None:
         if not slots:
             raise ChangedError(f"{plan.out} holds nothing to render")
-        held = {"asked": asked, **decide(plan, runs, slots, minutes)}
+        held = {"asked": asked, **decide(plan, runs, slots, minutes, keep_open)}
         write_json(path, held)
     elif held["asked"] != asked:
         raise ChangedError(
@@ -57,7 +59,9 @@ def _shrink(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: flo
     return replace(plan, changes={**plan.changes, **held["changes"]}, shards=held["shards"], scale=held)
 
 
-def decide(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float) -> Dict[str, Any]:
+def decide(
+    plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float, keep_open: Sequence[int] = ()
+) -> Dict[str, Any]:
     """What all rows get of a budget, as JSON."""
     table = plan.table
     for name, row in table.rows.items():
@@ -67,7 +71,7 @@ def decide(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: floa
     full = {**table.options, **plan.changes}
     if not isinstance(full.get("max-update"), int):
         raise TableError("--scale shrinks --max-update, which the table's options do not set")
-    rates = measure(plan, runs, slots[0])
+    rates = measure(plan, runs, slots[0], keep_open)
     seconds = 60 * minutes * len(slots)
     an_update = {row: rate["tokens_an_update"] / rate["tokens_per_second"] for row, rate in rates.items()}
     updates = round(TRAINING * seconds / sum(an_update[run.row] for run in runs))
@@ -94,11 +98,11 @@ def decide(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: floa
     }
 
 
-def measure(plan: Plan, runs: Sequence[Run], slot: Slot) -> Dict[str, Any]:
+def measure(plan: Plan, runs: Sequence[Run], slot: Slot, keep_open: Sequence[int]) -> Dict[str, Any]:
     """Tokens/s of every row over a few updates, and its tokens an update."""
     rates = {}
     for name in tqdm(list(dict.fromkeys(run.row for run in runs)), desc="measuring the rate", unit="row"):
-        found = speed.measure(plan, name, slot, PROBE_UPDATES, 1, plan.out / "rates" / name)
+        found = speed.measure(plan, name, slot, PROBE_UPDATES, 1, plan.out / "rates" / name, keep_open)
         rates[name] = {key: found[key] for key in ("tokens_per_second", "tokens_an_update")}
     return rates
 

@@ -15,8 +15,12 @@ from .table import Run
 _OFF = ("validate-interval-updates", "save-interval-updates", "lr-period-updates", "warmup-updates")
 
 
-def measure(plan: Plan, row: str, slot: Slot, updates: int, interval: int, folder: Path) -> Dict[str, Any]:
+def measure(
+    plan: Plan, row: str, slot: Slot, updates: int, interval: int, folder: Path, keep_open: Sequence[int]
+) -> Dict[str, Any]:
     """Train a row so many updates in *slot*, logging every *interval*; nothing is saved but the log.
+
+    *keep_open* are descriptors that the training inherits.
 
     Returns:
         What `logs.training` finds.
@@ -35,7 +39,7 @@ def measure(plan: Plan, row: str, slot: Slot, updates: int, interval: int, folde
     arguments = commands.train(plan.table, Run(row, 1), str(folder), changes, max(1, len(slot.devices)))
     log = folder / "train.log"
     log.unlink(missing_ok=True)
-    ended = process.run(commands.argv("fairseq-train", arguments), log, slot.environment())
+    ended = process.run(commands.argv("fairseq-train", arguments), log, slot.environment(), keep_open)
     if ended.code:
         raise RunError(f"row '{row}': {failure('fairseq-train', ended.code, log)}")
     return {**logs.training(log), "host_memory_gib": ended.memory_gib}
@@ -52,14 +56,14 @@ def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates:
     def work(row: str, slot: Slot) -> Optional[str]:
         place = plan.out / "speed" / row
         try:
-            with locked(place / "lock", "another process measures this row"):
-                found = measure(plan, row, slot, updates, max(1, updates // 16), place)
+            with locked(place / "lock", "another process measures this row") as lock:
+                found = measure(plan, row, slot, updates, max(1, updates // 16), place, [lock])
+            keys = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
+            rate = {**{key: found[key] for key in keys}, "updates": updates, "changes": plan.changes, **where(slot)}
+            with writing:
+                write_json(plan.speed, {**(read_json(plan.speed) or {}), row: rate})
         except (RunError, BusyError, OSError) as error:
             return str(error)
-        keys = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
-        rate = {**{key: found[key] for key in keys}, "updates": updates, "changes": plan.changes, **where(slot)}
-        with writing:
-            write_json(plan.speed, {**(read_json(plan.speed) or {}), row: rate})
         return None
 
     outcomes = tqdm(in_slots(work, rows, slots), total=len(rows), desc="measuring the rates", unit="row")

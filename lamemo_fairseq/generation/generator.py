@@ -103,13 +103,12 @@ class PromptGenerator(SequenceGenerator):
         prefix_tokens: Optional[Tensor] = None,
         **kwargs: Any,
     ) -> List[List[Dict[str, Tensor]]]:
-        """Continue the batch's texts, or the first words of them that *prefix_tokens* ``[B, P]`` holds."""
+        """Continue the batch's texts, or the first words of them or other ones, *prefix_tokens* ``[B, P]``."""
         tokens = sample["net_input"]["src_tokens"]
-        lengths = sample["net_input"]["src_lengths"].tolist()  # padding may be a word of a text
+        lengths: List[int] = sample["net_input"]["src_lengths"].tolist()  # padding may be a word of a text
         if prefix_tokens is not None:
             tokens = torch.cat([tokens[:, :1], prefix_tokens], dim=1)
-            # Of a text that is shorter, fairseq also takes the end that it has among the targets.
-            lengths = [min(length, tokens.size(1)) for length in lengths]
+            lengths = [self._beginning(row, length) for row, length in zip(tokens.tolist(), lengths, strict=True)]
         # The limit of new words depends on a prompt's length: texts with one limit go together.
         groups: Dict[int, List[int]] = {}
         for row, length in enumerate(lengths):
@@ -118,6 +117,15 @@ class PromptGenerator(SequenceGenerator):
         for limit, rows in groups.items():
             found.update(zip(rows, self._continue(tokens, lengths, rows, limit, sample, kwargs), strict=True))
         return [found[row] for row in range(len(lengths))]
+
+    def _beginning(self, tokens: List[int], length: int) -> int:
+        """How many *tokens* are a text of *length* or a beginning of it, or a text of their own.
+
+        Of a text that is shorter than the beginnings asked for, fairseq also takes the end among its targets.
+        """
+        if length >= len(tokens) or tokens[length] in (self.eos, self.pad):
+            return min(length, len(tokens))
+        return sum(token != self.pad for token in tokens)
 
     def _continue(
         self, tokens: Tensor, lengths: List[int], rows: List[int], limit: int, sample: Dict[str, Any], kwargs: Any

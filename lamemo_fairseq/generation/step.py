@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..models.incremental import DecodingState
 from ..modules import DecoderLayer
 from ..modules.layer import FeedForward
-from ..modules.parts import is_plain
+from ..modules.parts import is_plain, is_product
+from ..modules.residual import chance, is_affine
 from .found import Found
 
 Rows = Tuple[Tensor, Optional[nn.LayerNorm]]  # [B, d], and the norm that they have yet to pass
@@ -40,9 +41,14 @@ def _is_plain(layer: DecoderLayer) -> bool:
     """Whether its parameters alone say what a layer's parts compute."""
     if not is_plain(layer.feed_forward, FeedForward):
         return False
-    maps = layer.self_attn.qkv_proj, layer.self_attn.out_proj, layer.feed_forward.fc1, layer.feed_forward.fc2
-    norms = layer.self_attn_layer_norm, layer.final_layer_norm
-    return all(is_plain(part, nn.Linear) for part in maps) and all(is_plain(part, nn.LayerNorm) for part in norms)
+    attention, feed_forward = layer.self_attn, layer.feed_forward
+    return (
+        is_product(attention.qkv_proj)
+        and is_product(attention.out_proj)
+        and all(is_plain(part, nn.Linear) for part in (feed_forward.fc1, feed_forward.fc2))
+        and all(is_affine(norm) for norm in (layer.self_attn_layer_norm, layer.final_layer_norm))
+        and all(chance(dropout) == 0 for dropout in (layer.dropout, feed_forward.activation_dropout))
+    )
 
 
 class KernelStep:

@@ -15,7 +15,7 @@ from ..attention.padding import bias_for
 from ..positions import LayerBias
 from . import aligned
 from .heads import split_heads, wide_heads
-from .parts import is_plain
+from .parts import is_product
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
     def project(self, rows: Tensor, queries: int, keep_padding: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the last rows, keys and values of all: ``[B, H, Q or R, D]`` each, D' with *keep_padding*."""
         heads = self.config.heads
-        if not is_plain(self.qkv_proj, nn.Linear):
+        if not is_product(self.qkv_proj):
             q, k, v = split_heads(self.qkv_proj(rows), 3, heads)
             return q[:, :, rows.size(1) - queries :], k, v
         weight = self.qkv_proj.weight
@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
     def merge_heads(self, heads: Tensor) -> Tensor:
         """``[B, H, Q, D or D'] -> [B, Q, d]``, perhaps wider by zeros, through the output projection."""
         size = self.config.head_dim
-        if not is_plain(self.out_proj, nn.Linear):
+        if not is_product(self.out_proj):
             return self.out_proj(heads[..., :size].transpose(1, 2).flatten(2))
         weight = self.out_proj.weight
         if heads.size(-1) > size:

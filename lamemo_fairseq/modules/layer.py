@@ -55,7 +55,8 @@ class FeedForward(nn.Module):
         if plain and self.activation_fn is F.relu and fusable(x):
             hidden = aligned.linear(x, self.fc1.weight, keep_padding=True)
             return relu_dropout(hidden, dropout.p, dropout.training, self.fc1.bias)
-        return dropout(self.activation_fn(aligned.through(self.fc1, x, self.widths[0], keep_padding=True)))
+        padded = is_plain(dropout, nn.Dropout)  # another one is given what it knows of
+        return dropout(self.activation_fn(aligned.through(self.fc1, x, self.widths[0], keep_padding=padded)))
 
 
 class DecoderLayer(nn.Module):

@@ -1,6 +1,6 @@
 """Parts of a module, walked through once: that takes as long as many launches."""
 
-from itertools import chain
+from itertools import chain, count
 from operator import is_
 from typing import Any, Dict, List, Tuple, Type, TypeGuard, TypeVar
 
@@ -11,21 +11,30 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 def is_plain(module: Any, kind: Type[Kind]) -> TypeGuard[Kind]:
-    """Whether calling *module* does what *kind* does and nothing else: neither a subclass of it nor one with hooks.
+    """Whether calling *module* does what *kind* does and nothing else: no subclass, no hook, no `forward` of its own.
 
-    Only then may its parameters be read in place of the call.
+    Only then may its parameters be read in place of the call. (Hooks on all modules there are do not count.)
     """
     if type(module) is not kind:
         return False
     # Spelled out, as every layer asks this several times in every pass.
     before, after = module._forward_pre_hooks, module._forward_hooks
-    return not (before or after or module._backward_pre_hooks or module._backward_hooks)
+    return not (before or after or module._backward_pre_hooks or module._backward_hooks or "forward" in vars(module))
+
+
+def is_product(module: Any) -> bool:
+    """Whether calling *module* is a product with its weight."""
+    return is_plain(module, nn.Linear) and module.bias is None
+
+
+_NUMBERS = count()
 
 
 class Parts:
     """Modules and parameters of a module, at all depths, as they were when it was walked through."""
 
     def __init__(self, module: nn.Module):
+        self.number = next(_NUMBERS)
         modules = list(module.modules())
         self.inner = modules[1:]  # without the module, which would otherwise wait for the garbage collector
         self.parameters: List[nn.Parameter] = list(module.parameters())  # as fairseq's optimizer collects them
@@ -51,7 +60,7 @@ class Parts:
     def signature(self) -> Tuple[Any, ...]:
         """What a recorded call depends on. A parameter that moved would be read at its old place."""
         return (
-            self,
+            self.number,
             [(p.data_ptr(), p.requires_grad) for p in self.parameters],
             [part.training for part in self.inner],
             [dropout.p for dropout in self._dropouts],
@@ -64,7 +73,7 @@ class Parts:
 
 def parts_of(module: nn.Module) -> Parts:
     """The parts of a module as they are."""
-    held = vars(module).get("_parts")
+    held = vars(module).get("_walked_parts")
     if held is None or not held.stand:
-        held = vars(module)["_parts"] = Parts(module)
+        held = vars(module)["_walked_parts"] = Parts(module)
     return held

@@ -50,17 +50,24 @@ def takes(x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout, 
     """Whether the kernel does all that *norm* and *dropout* would, hooks and replaced classes included."""
     if not rows.fusable(residual) or residual.size(-1) > LARGEST_WIDTH:
         return False
-    if not is_plain(norm, nn.LayerNorm) or not is_plain(dropout, nn.Dropout) or chance(dropout) >= 1:
-        return False
-    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) > 1:
+    if not is_affine(norm) or chance(dropout) >= 1:
         return False
     given = [t for t in (x, norm.weight, norm.bias, bias) if t is not None]
     return all(t.dtype == residual.dtype and t.device == residual.device for t in given)
 
 
 def chance(dropout: nn.Dropout) -> float:
-    """The probability of a zero of an `nn.Dropout` as it stands."""
+    """The probability of a zero of an `nn.Dropout` as it stands; of what is none, that of everything."""
+    if not is_plain(dropout, nn.Dropout):
+        return 1.0
     return dropout.p if dropout.training else 0.0
+
+
+def is_affine(norm: nn.Module) -> bool:
+    """Whether calling *norm* is a layer norm over rows with a gain and a bias."""
+    if not is_plain(norm, nn.LayerNorm):
+        return False
+    return norm.weight is not None and norm.bias is not None and len(norm.normalized_shape) == 1
 
 
 Map = Callable[[Tensor], Tensor]

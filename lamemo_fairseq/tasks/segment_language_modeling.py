@@ -131,6 +131,10 @@ class SegmentLanguageModelingTask(FairseqTask):
         if self.segment_length is None:
             raise ValueError("the segment length is not known: pass --tokens-per-sample")
         rolls = self.cfg.roll and split == self.cfg.train_subset
+        former = self.datasets.get(split)
+        if former is not None:
+            gone = former, vars(former).get("in_order")
+            self._iterators = {key: batches for key, batches in self._iterators.items() if key[1] not in gone}
         self.datasets[split] = SegmentDataset(
             tokens,
             split,
@@ -164,11 +168,12 @@ class SegmentLanguageModelingTask(FairseqTask):
         seed: int = 1,
         **kwargs: Any,
     ) -> Any:
-        """fairseq's iterator; for a split of streams, batches of consecutive segments, to train on in `training_batches`.
+        """fairseq's iterator; for a split of streams, batches of consecutive segments.
 
         ``max_sentences`` is the number of streams a rank; without it, as many as ``max_tokens`` holds
         segments, in evaluation no more than leave each stream its context. Options about sizes,
-        shuffling and remainders do not apply to streams. For fairseq-generate, the lines of the split as prompts.
+        shuffling and remainders do not apply to streams. What is to be trained on is asked for in `training_batches`.
+        For fairseq-generate, the lines of the split as prompts.
         """
         as_streams = kwargs.pop("as_streams", False)
         if isinstance(dataset, SegmentDataset) and not as_streams and getattr(self._decoder, "for_inference", False):
@@ -201,7 +206,7 @@ class SegmentLanguageModelingTask(FairseqTask):
                 f"how many streams to read side by side is not known: pass --batch-size (--max-tokens {max_tokens} "
                 f"holds no segment of {dataset.segment_length} tokens)"
             )
-        key = (dataset, batch_size, num_shards, shard_id, num_workers, data_buffer_size)
+        key = (training, dataset, batch_size, num_shards, shard_id, num_workers, data_buffer_size)
         if training or key not in self._iterators:
             layout = dataset.layout(batch_size * num_shards)
             layout.check(f"the split '{dataset.split}'", training)
