@@ -54,15 +54,14 @@ class Plan:
 
     def identity(self, run: Run) -> Dict[str, Any]:
         """What a run's figures depend on, as JSON. The number of GPUs is no part of it."""
+        options = self.options(run)
+        data = data_identity(str(options.pop("--data", self.table.data)))
+        return {"row": run.row, "seed": run.seed, "streams": self.table.streams, "options": options, "data": data}
+
+    def options(self, run: Run) -> Dict[str, Any]:
+        """The options of a run's training as given to fairseq-train, but for what the runner sets."""
         options = commands.training_options(self.table, run.row, self.changes)
-        data = str(options.pop("data", self.table.data))
-        return {
-            "row": run.row,
-            "seed": run.seed,
-            "streams": self.table.streams,
-            "options": {f"--{name}": value for name, value in options.items()},
-            "data": data_identity(data),
-        }
+        return {f"--{name}": value for name, value in options.items()}
 
     def evaluations(self, run: Run) -> List[Evaluation]:
         return evaluations(self.table, find(self.table, run.row))
@@ -90,12 +89,10 @@ class Plan:
 
     def otherwise(self, result: Result) -> List[str]:
         """In which options a result's training differs from its row as it is now."""
-        run = Run(result["run"]["row"], result["run"]["seed"])
-        options = commands.training_options(self.table, run.row, self.changes)
-        options.pop("data", None)
-        wanted = {"streams": self.table.streams, **{f"--{name}": value for name, value in options.items()}}
-        held = {"streams": result["run"]["streams"], **result["run"]["options"]}
-        return differences(held, wanted)
+        held = result["run"]
+        wanted = {"streams": self.table.streams, **self.options(Run(held["row"], held["seed"]))}
+        wanted.pop("--data", None)
+        return differences({"streams": held["streams"], **held["options"]}, wanted)
 
     def trained(self) -> List[Run]:
         """The runs of the table's rows that are trained, whatever their seeds."""

@@ -51,12 +51,11 @@ class FeedForward(nn.Module):
 
     def _hidden(self, x: Tensor) -> Tensor:
         dropout = self.activation_dropout
-        plain = is_plain(self.fc1, nn.Linear) and is_plain(dropout, nn.Dropout)
-        if plain and self.activation_fn is F.relu and fusable(x):
+        known = is_plain(dropout, nn.Dropout)  # another one is given no padding, of which it does not know
+        if known and is_plain(self.fc1, nn.Linear) and self.activation_fn is F.relu and fusable(x):
             hidden = aligned.linear(x, self.fc1.weight, keep_padding=True)
             return relu_dropout(hidden, dropout.p, dropout.training, self.fc1.bias)
-        padded = is_plain(dropout, nn.Dropout)  # another one is given what it knows of
-        return dropout(self.activation_fn(aligned.through(self.fc1, x, self.widths[0], keep_padding=padded)))
+        return dropout(self.activation_fn(aligned.through(self.fc1, x, self.widths[0], keep_padding=known)))
 
 
 class DecoderLayer(nn.Module):

@@ -132,7 +132,7 @@ class SegmentLanguageModelingTask(FairseqTask):
             raise ValueError("the segment length is not known: pass --tokens-per-sample")
         rolls = self.cfg.roll and split == self.cfg.train_subset
         former = self.datasets.get(split)
-        if former is not None:
+        if former is not None:  # data in several folders is loaded anew every epoch
             gone = former, vars(former).get("in_order")
             self._iterators = {key: batches for key, batches in self._iterators.items() if key[1] not in gone}
         self.datasets[split] = SegmentDataset(
