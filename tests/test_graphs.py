@@ -253,7 +253,7 @@ def test_a_changed_module_is_recorded_anew(change, device):
         decoder.zero_grad()
         features, after, _ = step(segment, state)
         features.square().sum().backward()
-        grads = (torch.zeros(1) if p.grad is None else p.grad for p in decoder.parameters())
+        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in decoder.parameters())
         return [features, *after.tensors(), *grads]
 
     def by_graph(segment, before):
