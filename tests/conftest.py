@@ -24,10 +24,13 @@ def tiny_data(tmp_path_factory):
 @pytest.fixture
 def tiny(tiny_data, tmp_path, monkeypatch):
     """The file of `tables.TINY`; nothing is stopped, and commands are found from the root."""
+    from examples.tables import folder
+
     from .tables import ROOT, TINY, process
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     process.STOPPED.clear()
+    monkeypatch.setattr(folder, "PATIENCE", 0.0)
     (tmp_path / "tiny.yaml").write_text(TINY.format(data=tiny_data))
     return tmp_path / "tiny.yaml"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.tables import execute, folder, kept, logs, plots, process, speed, table
+from examples.tables import execute, folder, kept, logs, plots, process, render, speed, table
 
 from .tables import ROOT, fork, read, run
 
@@ -118,12 +118,61 @@ def test_what_was_run_with_other_options_is_told(tiny, monkeypatch, capsys):
     assert row.split("|")[-2].strip() == "1"
 
 
+def test_what_was_evaluated_with_other_options_is_told_and_kept(tiny, monkeypatch, capsys):
+    """New figures of a model take the place of former ones, and the others stay."""
+    monkeypatch.setattr(plots, "write", lambda *_: [])
+    monkeypatch.setattr(process, "run", fork)
+    arguments = ["--only", "lamemo", "--set", "max-update=2", "--results", tiny.parent / "results"]
+    assert run(tiny, *arguments) == 0
+    tiny.write_text(
+        tiny.read_text().replace("batch-size: 2", "batch-size: 4").replace("lengths: [0, 32]", "lengths: []")
+    )
+    capsys.readouterr()
+    assert run(tiny, "--render", *arguments) == 0
+    assert "lamemo/seed-1 was evaluated with other options than here: valid, test." in capsys.readouterr().out
+    assert run(tiny, *arguments) == 0
+    assert "with other options" not in capsys.readouterr().out
+    shutil.rmtree(tiny.parent / "out")
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run again"))
+    assert run(tiny, *arguments) == 0
+    (line,) = (tiny.parent / "results" / "runs.jsonl").read_text().splitlines()
+    held = json.loads(line)["evaluations"]
+    assert {name: e["identity"][e["identity"].index("--batch-size") + 1] for name, e in held.items()} == {
+        "valid": "4",
+        "test": "4",
+        "test-memory-0": "2",
+        "test-memory-32": "2",
+    }
+
+
+def test_lengths_are_compared_within_the_seeds_that_have_most(tiny, monkeypatch):
+    plan = execute.Plan(table.load(tiny), tiny.parent / "out", {})
+    plan.table.evaluation.memory.lengths[:] = [16, 32, 64]
+    plan.table.seeds[:] = [1, 2, 3]
+    for seed, lengths in ((1, (16, 32, 64)), (2, (16, 32)), (3, (16, 32, 64))):
+        held = plan.folder(table.Run("lamemo", seed))
+        training = {"parameters": 1, "tokens_per_second": 1, "device_memory_gib": 1, "host_memory_gib": 1, "curve": []}
+        folder.write_json(held.trained, training)
+        folder.write_json(held.identity, plan.identity(table.Run("lamemo", seed)))
+        for length in lengths:
+            folder.write_json(held.evaluated(f"test-memory-{length}"), {"loss": seed + length, "perplexity": 1.0})
+    text = render.write(plan, table.runs(plan.table))
+    row = next(line for line in text.split("## Memory")[1].splitlines() if line.startswith("| LaMemo"))
+    assert [cell.strip()[:6] for cell in row.split("|")[2:5]] == ["18.000", "34.000", "66.000"]
+    assert "LaMemo: seeds 1, 3 only, as others lack lengths." in text
+
+
 def test_files_of_results_are_joined_by_hand(tmp_path):
     path = tmp_path / "runs.jsonl"
-    runs = [{"run": {"row": "a", "seed": 1}, "evaluations": {name: {} for name in names}} for names in ("xy", "x", "z")]
-    runs[2]["run"] = {"row": "b", "seed": 1}
+    runs = [
+        {"run": {"row": row, "seed": 1}, "training": training, "evaluations": dict.fromkeys(names, number)}
+        for number, (row, training, names) in enumerate((("a", 1, "xy"), ("a", 1, "xz"), ("b", 1, "z"), ("a", 2, "xy")))
+    ]
     path.write_text("\n\n".join(map(json.dumps, runs)) + "\n")
-    assert kept.read(path) == {"a/seed-1": runs[0], "b/seed-1": runs[2]}
+    joined = {**runs[1], "evaluations": {"x": 1, "y": 0, "z": 1}}  # those of one model; later ones count
+    assert kept.read(path) == {"a/seed-1": joined, "b/seed-1": runs[2]}
+    path.write_text("\n\n".join(map(json.dumps, [runs[0], runs[3]])) + "\n")
+    assert kept.read(path) == {"a/seed-1": runs[3]}
     for line in ('{"run": {"row": "a", "se', "{}", "3"):
         path.write_text(f"{json.dumps(runs[0])}\n{line}\n")
         with pytest.raises(ValueError, match=f"line 2 of {path} is not the result of a run"):

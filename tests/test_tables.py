@@ -158,8 +158,9 @@ def test_a_stopped_runner_ends_its_processes(tmp_path):
         process.STOPPED.clear()
 
 
-def test_two_runners_do_not_share_a_run(tiny, capsys):
+def test_two_runners_do_not_share_a_run(tiny, capsys, monkeypatch):
     """A command that outlives its runner keeps the folder, as it inherits the lock."""
+    monkeypatch.setattr(folder, "PATIENCE", 0.3)
     held = folder.RunFolder(tiny.parent / "out" / "lamemo" / "seed-1")
     descriptor = held.lock()
     arguments = (["sleep", "60"], tiny.parent / "log", {}, [descriptor])
@@ -174,6 +175,36 @@ def test_two_runners_do_not_share_a_run(tiny, capsys):
         process.stop()
         command.join()
     os.close(held.lock())
+
+
+def test_what_a_run_leaves_behind_for_seconds_is_waited_for(tmp_path, monkeypatch):
+    """Such as workers that load data, which find out late that their process has ended."""
+    held = folder.RunFolder(tmp_path / "run")
+    descriptor = held.lock()
+    worker = subprocess.Popen(["sleep", "1"], pass_fds=[descriptor])
+    os.close(descriptor)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(folder, "PATIENCE", 0.0)
+        assert locked(held.path)
+    os.close(held.lock())
+    worker.wait()
+
+
+def test_options_that_no_run_came_to_train_with_do_not_hold_the_folder(tiny, capsys, monkeypatch):
+    """A misspelled one, say. Once there is a checkpoint, they do."""
+    monkeypatch.setattr(process, "run", lambda argv, log, *_: log.write_text("no such option\n") and FAILED)
+    assert run(tiny, "--only", "lamemo", "--set", "no-such-option=3") == 1
+    assert run(tiny, "--only", "lamemo") == 1
+    assert "holds another run" not in capsys.readouterr().err
+    held = folder.RunFolder(tiny.parent / "out" / "lamemo" / "seed-1")
+    assert "--no-such-option" not in read(held.identity)["options"] and len(held.started()) == 1
+    held.checkpoints.mkdir()
+    (held.checkpoints / "checkpoint_1_5.pt").touch()
+    assert run(tiny, "--only", "lamemo", "--set", "no-such-option=3") == 1
+    assert "holds another run: options --no-such-option is 3, there it was not given" in capsys.readouterr().err
+
+
+FAILED = process.Ended(2, 0.1)
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(tiny, capsys, monkeypatch):
@@ -261,6 +292,8 @@ def test_jobs_for_slurm_are_what_is_missing(tiny, capsys):
         ("measure: perplexity\nwrong: 1\n", "wrong"),
         ("measure: perplexity\nrows: {}\n", "at least one row"),
         ("measure: perplexity\noptions: {batch-size: 3}\n", "--batch-size is set by the runner"),
+        ("measure: perplexity\nevaluation: {subsets: []}\n", "names no split"),
+        ("measure: [perplexity\n", "is no YAML: .*line 4"),
     ],
 )
 def test_bad_table_files(text, message, tmp_path):
@@ -278,6 +311,9 @@ def test_bad_table_files(text, message, tmp_path):
         (["--set", "lr"], "pass OPTION=VALUE"),
         (["--set", "batch-size=3"], "follows from the table's streams"),
         (["--print", "lamemo", "--gpus", "3"], "the 4 streams of this table cannot be shared evenly"),
+        (["--print-slurm", "--gpus", "3", "--set", "cpu=false"], "the 4 streams of this table cannot be shared evenly"),
+        (["--write-recipes"], "is outside"),
+        (["--set", "lr=["], "--set lr=[: the value is no YAML"),
         (["--set", "data=/nowhere"], "/nowhere holds no dict.txt"),
         (["--scale", "0"], "positive number of minutes"),
         (["--set", "cpu=false", "--devices", "0", "--gpus", "2"], "there are 1 GPUs to use"),
@@ -290,8 +326,15 @@ def test_bad_arguments(arguments, message, tiny, capsys):
 
 def test_runs_come_in_the_order_that_is_asked_for(tiny):
     loaded = table.load(tiny)
-    found = [run_.name for run_ in table.runs(loaded, ["lamemo", "transformer_xl", "lamemo"], [2, 1])]
+    found = [run_.name for run_ in table.runs(loaded, ["lamemo", "transformer_xl", "lamemo"], [2, 1, 2])]
     assert found == ["lamemo/seed-2", "transformer_xl/seed-2", "lamemo/seed-1", "transformer_xl/seed-1"]
+
+
+def test_commands_that_are_printed_are_those_that_were_asked_for(tiny, capsys):
+    assert run(tiny, "--print", "lamemo", "--set", "lr=0.5", "cpu=false", "--seeds", 7, 8) == 0
+    text = capsys.readouterr().out.replace("\\\n", "")
+    assert text.count("--lr 0.5") == 2 and "--cpu" not in text
+    assert "--seed 7" in text and "--seed 8" in text and text.count("fairseq-eval-lm") == 2
 
 
 def test_gpus_share_the_streams_and_runs_the_gpus(tiny):

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         help="evaluations of a run that go side by side on its device",
     )
     action = found.add_mutually_exclusive_group()
-    action.add_argument("--print", metavar="ROW", help="print the commands of a row and run nothing")
+    action.add_argument("--print", metavar="ROW", help="print how to train a row and to test it, and run nothing")
     action.add_argument("--print-slurm", action="store_true", help="print jobs for what is missing and run nothing")
     action.add_argument("--write-recipes", action="store_true", help="write ROW.sh and ROW.yaml beside the table file")
     action.add_argument(
@@ -80,7 +80,8 @@ def act(args: argparse.Namespace) -> int:
     loaded = table.load(args.table)
     name = table_name(args.table)
     if args.print:
-        print("\n\n".join(recipes.lines(loaded, args.print, name, args.gpus)))
+        for seed in args.seeds or loaded.seeds[:1]:
+            print("\n\n".join(recipes.lines(loaded, args.print, name, args.gpus, options(args.set), seed)))
         return 0
     if args.write_recipes:
         for file in recipes.write(loaded, args.table.parent, name):
@@ -97,6 +98,8 @@ def act(args: argparse.Namespace) -> int:
         kept=kept.read(ledger) if ledger else {},
     )
     runs = table.runs(loaded, args.only, args.seeds)
+    if not plan.on_cpu:
+        commands.streams_a_device(loaded, plan.gpus)  # an error unless they can be shared
     if args.print_slurm:
         print("\n".join(jobs(plan, runs, args)))
         return 0
@@ -145,7 +148,7 @@ def options(given: List[str]) -> Dict[str, Any]:
     """``["cpu=true", "lr=1e-3"]`` as a dictionary.
 
     Raises:
-        TableError: an entry has no ``=``, or is not the table's to give.
+        TableError: an entry has no ``=``, no value that YAML can read, or is not the table's to give.
     """
     found: Dict[str, Any] = {}
     for entry in given:
@@ -155,7 +158,10 @@ def options(given: List[str]) -> Dict[str, Any]:
             raise table.TableError(f"--set {entry}: pass OPTION=VALUE, such as cpu=true or lr=0.001")
         if key in ("batch-size", "seed", "save-dir"):
             raise table.TableError(f"--set {key}: it follows from the table's streams, from --seeds and from --out")
-        found[key] = yaml.safe_load(value) if value else None
+        try:
+            found[key] = yaml.safe_load(value) if value else None
+        except yaml.YAMLError:
+            raise table.TableError(f"--set {entry}: the value is no YAML; quote it twice, as in lr='\"...\"'") from None
     return found
 
 

@@ -141,7 +141,7 @@ def check(plan: Plan, runs: Sequence[Run]) -> List[Run]:
     for run in runs:
         folder = plan.folder(run)
         if folder.identity.exists():
-            folder.claim(plan.identity(run))
+            folder.check(plan.identity(run))
         elif run.name in plan.kept and plan.kept[run.name]["run"] != plan.identity(run):
             changed = "; ".join(differences(plan.kept[run.name]["run"], plan.identity(run)))
             raise ChangedError(
@@ -232,7 +232,8 @@ def _train(plan: Plan, run: Run, folder: RunFolder, slot: Slot, lock: int, board
         argv, folder.log, slot.environment(), [lock], lambda: board.show(run, logs.now(folder.log) or "starts")
     )
     if ended.code:
-        raise RunError(failure("fairseq-train", ended.code, folder.log))
+        again = "Start again to go on from the last checkpoint"
+        raise RunError(failure("fairseq-train", ended.code, folder.log, again))
     valid = str(commands.training_options(plan.table, run.row, plan.changes).get("valid-subset", "valid"))
     write_json(folder.trained, {**logs.training(folder.log, valid), "host_memory_gib": ended.memory_gib})
 
@@ -272,15 +273,13 @@ def _evaluate(
         # Those that were not started have no log, those that went well are not missing.
         logs_left = [folder.evaluated(evaluation.name).with_suffix(".log") for evaluation in plan.missing(run)]
         inner = next((path for path in logs_left if path.exists()), log)
-        raise RunError(failure("fairseq-eval-lm", ended.code, inner))
+        raise RunError(failure("fairseq-eval-lm", ended.code, inner, "Start again to do what is missing"))
 
 
-def failure(command: str, code: int, log: Path) -> str:
-    """What to say of a command that failed."""
+def failure(command: str, code: int, log: Path, again: str) -> str:
+    """What to say of a command that failed, and of starting it *again*."""
     shown = "\n    ".join(logs.tail(log))
-    return (
-        f"{command} ended with {code}. The end of {log}:\n    {shown}\n  Start again to go on from the last checkpoint"
-    )
+    return f"{command} ended with {code}. The end of {log}:\n    {shown}\n  {again}"
 
 
 def progress(title: str, total: int, done: int) -> Any:

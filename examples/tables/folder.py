@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -15,6 +16,8 @@ from typing import Any, Dict, Iterator, List, Optional
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
+# Workers that load data look every five seconds whether the process that started them is still there.
+PATIENCE = 10.0  # seconds
 
 
 class ChangedError(ValueError):
@@ -58,20 +61,31 @@ class RunFolder:
     def evaluated(self, name: str) -> Path:
         return self.path / "evaluations" / f"{name}.json"
 
-    def claim(self, wanted: Dict[str, Any]) -> None:
-        """Say that the folder holds the run *wanted*.
+    def check(self, wanted: Dict[str, Any]) -> None:
+        """See that the folder holds the run *wanted*, or none that has a checkpoint.
 
         Raises:
             ChangedError: it holds another one; with what differs.
         """
         held = read_json(self.identity)
-        if held is None:
-            write_json(self.identity, wanted)
-        elif held != wanted:
+        saved = self.trained.exists() or any(self.checkpoints.glob("*.pt"))
+        if saved and held is not None and held != wanted:
             raise ChangedError(
                 f"{self.path} holds another run: {'; '.join(differences(held, wanted))}. "
                 "Ask for the same, take another folder with --out, or move this one away"
             )
+
+    def claim(self, wanted: Dict[str, Any]) -> None:
+        """Say that the folder, which is locked, holds the run *wanted*.
+
+        Raises:
+            ChangedError: as `check`.
+        """
+        self.check(wanted)
+        if read_json(self.identity) != wanted:
+            for former in (self.log, self.starts):  # of a run that did not come to a checkpoint
+                former.unlink(missing_ok=True)
+            write_json(self.identity, wanted)
 
     def lock(self) -> int:
         """Keep others out as long as the descriptor is open, here or in a process that inherits it.
@@ -100,12 +114,18 @@ class RunFolder:
 def _lock(path: Path, reason: str) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise BusyError(f"{path.parent}: {reason}; wait for it, or end it") from None
-    return descriptor
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError:
+            if time.monotonic() > until:
+                os.close(descriptor)
+                raise BusyError(
+                    f"{path.parent}: {reason}; wait for it, or end it (fuser {path} shows its number)"
+                ) from None
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ Result = Dict[str, Any]  # run, training, evaluations, scale and starts, as in a
 
 
 def read(path: Path) -> Dict[str, Result]:
-    """The results in a file by the runs' names, of several of one run the fullest; none if there is no such file.
+    """The results in a file by the runs' names, several of one run joined; none if there is no such file.
 
     Raises:
         ValueError: a line is no result.
@@ -29,7 +29,7 @@ def read(path: Path) -> Dict[str, Result]:
 
 
 def add(path: Path, results: Iterable[Result]) -> None:
-    """Add results to a file, each in place of one of the same run that has fewer evaluations.
+    """Add results to a file, each to what there is of the same run.
 
     Several processes may do so at once.
     """
@@ -46,6 +46,8 @@ def add(path: Path, results: Iterable[Result]) -> None:
 
 def _put(held: Dict[str, Result], result: Result) -> None:
     former = held.get(name(result))
+    if former is not None and former["training"] == result["training"]:
+        result = {**result, "evaluations": {**former["evaluations"], **result["evaluations"]}}
     if former is None or len(result["evaluations"]) >= len(former["evaluations"]):
         held[name(result)] = result
 

@@ -100,10 +100,11 @@ def _memory(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> An
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5))
     for axis, (label, keys) in zip(axes, panels, strict=True):
         for name in rows:
+            at = [Evaluation(sweep.subset, mem_len=length) for length in sweep.lengths]
+            found = render.fullest(results[name], at)
             points = []
-            for length in sweep.lengths:
-                at = Evaluation(sweep.subset, mem_len=length)
-                figures = next((v for v in (render.values(plan, results[name], at, key) for key in keys) if v), None)
+            for evaluation in at:
+                figures = next((v for v in (render.values(plan, found, evaluation, key) for key in keys) if v), None)
                 points.append(render.finite(mean(figures) if figures else None))
             axis.plot(sweep.lengths, points, marker=".", label=plan.table.rows[name].title)
         axis.set_xlabel("memory length at test time")

@@ -1,13 +1,13 @@
 """Rows as recipes: a shell script and a YAML for fairseq-hydra-train, both from the row's command line."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple, get_origin
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, get_origin
 
 import yaml
 
 from . import commands, render
 from .folder import ROOT
-from .table import Evaluation, Run, Table, find
+from .table import Evaluation, Run, Table, TableError, find
 
 # Where an option belongs that several groups have: the first one owns it.
 GROUPS = ["common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion"]
@@ -22,7 +22,13 @@ NAMED = {
 
 
 def write(table: Table, folder: Path, name: str) -> List[Path]:
-    """Write the recipes of every row of the table called *name* to *folder*; returns the files."""
+    """Write the recipes of every row of the table called *name* to *folder*; returns the files.
+
+    Raises:
+        TableError: the folder is outside the checkout.
+    """
+    if not folder.resolve().is_relative_to(ROOT):
+        raise TableError(f"{folder} is outside {ROOT}: recipes start from there, so move the table below it")
     texts = written(table, folder.resolve().relative_to(ROOT), name)
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
@@ -43,12 +49,19 @@ def checkpoints(name: str, row: str) -> str:
     return f"checkpoints/{name}/{row}"
 
 
-def lines(table: Table, row: str, name: str, gpus: int = 1) -> Tuple[str, str]:
-    """Training, and evaluation on the test set, for a shell."""
-    saved = checkpoints(name, row)
-    train = commands.train(table, Run(row, table.seeds[0]), saved, {}, gpus)
+def lines(
+    table: Table,
+    row: str,
+    name: str,
+    gpus: int = 1,
+    changes: Optional[Mapping[str, Any]] = None,
+    seed: Optional[int] = None,
+) -> Tuple[str, str]:
+    """Training, with the table's first seed unless another is given, and evaluation on the test set, for a shell."""
+    saved, changes = checkpoints(name, row), changes or {}
+    train = commands.train(table, Run(row, table.seeds[0] if seed is None else seed), saved, changes, gpus)
     test = Evaluation(table.evaluation.subsets[-1])
-    evaluate = commands.evaluate(table, row, f"{saved}/checkpoint_best.pt", test, {})
+    evaluate = commands.evaluate(table, row, f"{saved}/checkpoint_best.pt", test, changes)
     return commands.shell("fairseq-train", train), commands.shell("fairseq-eval-lm", evaluate)
 
 

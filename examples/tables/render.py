@@ -175,6 +175,10 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         other = plan.otherwise(result)
         if other:
             parts.append(f"{kept.name(result)} was run with other options than here: {'; '.join(other)}.")
+        held = Run(result["run"]["row"], result["run"]["seed"])
+        stale = [e.name for e in plan.missing(held) if e.name in result["evaluations"]]
+        if stale:
+            parts.append(f"{held.name} was evaluated with other options than here: {', '.join(stale)}.")
     parts += _where(results)
     return "\n\n".join(parts) + "\n"
 
@@ -189,11 +193,24 @@ def _sweeps(plan: Plan, results: Dict[str, List[Result]], digits: int) -> Iterab
         if not sweep.lengths or not rows:
             continue
         at = [Evaluation(sweep.subset, **{option: length}) for length in sweep.lengths]
-        lines = [
-            [row.title, *(shown(values(plan, results[name], e), digits) for e in at)] for name, row in rows.items()
-        ]
+        lines, notes = [], ""
+        for name, row in rows.items():
+            found = fullest(results[name], at)
+            lines.append([row.title, *(shown(values(plan, found, e), digits) for e in at)])
+            if len(found) < len(results[name]):
+                notes += f"\n\n{row.title}: {_seeds(found)} only, as others lack lengths."
         grid = _grid([[f"{sweep.subset}, {what.lower()}", *map(str, sweep.lengths)], *lines])
-        yield f"## {what} at test time\n\n{grid}"
+        yield f"## {what} at test time\n\n{grid}{notes}"
+
+
+def _seeds(results: List[Result]) -> str:
+    return f"seed{'s' if len(results) > 1 else ''} {', '.join(str(result['run']['seed']) for result in results)}"
+
+
+def fullest(results: List[Result], evaluations: Sequence[Evaluation]) -> List[Result]:
+    """Those that have most of the evaluations, so that means over them compare from one to the next."""
+    counts = [sum(e.name in result["evaluations"] for e in evaluations) for result in results]
+    return [result for result, count in zip(results, counts, strict=True) if count == max(counts)]
 
 
 def shown(found: List[float], digits: int) -> str:

@@ -41,7 +41,9 @@ def measure(
     log.unlink(missing_ok=True)
     ended = process.run(commands.argv("fairseq-train", arguments), log, slot.environment(), keep_open)
     if ended.code:
-        raise RunError(f"row '{row}': {failure('fairseq-train', ended.code, log)}")
+        raise RunError(
+            f"row '{row}': {failure('fairseq-train', ended.code, log, 'Start again to measure what is missing')}"
+        )
     return {**logs.training(log), "host_memory_gib": ended.memory_gib}
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -117,10 +118,14 @@ def load(path: Path) -> Table:
         raise TableError(f"there is no table file {path}") from None
     except (OmegaConfBaseException, TypeError) as error:
         raise TableError(f"{path}: {str(error).splitlines()[0]}") from error
+    except yaml.YAMLError as error:
+        raise TableError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if table.measure not in MEASURES:
         raise TableError(f"{path}: unknown measure '{table.measure}'; the known ones are {', '.join(MEASURES)}")
     if not table.rows or not table.seeds:
         raise TableError(f"{path}: a table needs at least one row and one seed")
+    if not table.evaluation.subsets:
+        raise TableError(f"{path}: evaluation.subsets names no split to evaluate")
     for name in ("batch-size", "seed", "save-dir"):
         if any(name in options for options in (table.options, *(row.options for row in table.rows.values()))):
             raise TableError(f"{path}: --{name} is set by the runner, from `streams`, `seeds` and --out")
@@ -136,7 +141,7 @@ def runs(table: Table, rows: Optional[List[str]] = None, seeds: Optional[List[in
     for name in rows or []:
         find(table, name)
     chosen = dict.fromkeys(rows or table.rows)
-    return [Run(name, seed) for seed in (seeds or table.seeds) for name in chosen]
+    return [Run(name, seed) for seed in dict.fromkeys(seeds or table.seeds) for name in chosen]
 
 
 def find(table: Table, name: str) -> Row:
