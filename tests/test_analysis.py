@@ -189,6 +189,33 @@ def test_one_command_from_checkpoints_to_figures(trained, capsys):
         assert (out / f"{name}.svg").read_text().startswith("<?xml") and (out / f"{name}.png").exists()
 
 
+def test_every_curve_of_figure1_is_named_once_and_keeps_its_colour():
+    """A model without memory has points in the right panel alone, one without attention in none."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    points = {"T": (None, 0.2), "LaMemo": (0.1, 0.2), "no attention": (None, None), "LaMemo (paper)": (0.05, 0.05)}
+    figure = report._draw_figure1(
+        pyplot,
+        [
+            {"model": name, "offset": offset, "into memory": slot, "from the query": distance}
+            for name, (slot, distance) in points.items()
+            for offset in (-10, -5)
+        ],
+    )
+    (legend,) = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
+    named = {
+        text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+    assert [text.get_text() for text in legend.get_texts()] == ["T", "LaMemo", "LaMemo (paper)"]
+    assert len(set(named.values())) == 3
+    drawn = [
+        {line.get_label(): line.get_color() for line in axis.get_lines() if len(line.get_xdata())}
+        for axis in figure.axes
+    ]
+    assert [list(panel) for panel in drawn] == [["LaMemo", "LaMemo (paper)"], ["T", "LaMemo", "LaMemo (paper)"]]
+    assert all(named[name] == colour for panel in drawn for name, colour in panel.items())
+    pyplot.close(figure)
+
+
 def test_another_memory_length_and_a_part_of_the_split(trained, capsys, monkeypatch):
     monkeypatch.setattr(report, "draw", lambda *_: [])  # takes its time
     path = trained / "lamemo_lm" / "checkpoint_last.pt"

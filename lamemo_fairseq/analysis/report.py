@@ -178,14 +178,16 @@ def _by(key: str, lines: Lines) -> Dict[Any, Lines]:
 
 def _draw_figure1(plt: Any, lines: Lines) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True)
-    for axis, column in zip(axes, ("into memory", "from the query"), strict=True):
-        for name, of_model in _by("model", lines).items():
+    columns = ("into memory", "from the query")
+    seen = [line for line in lines if any(line[column] is not None for column in columns)]
+    for axis, column in zip(axes, columns, strict=True):
+        # Each model is plotted in both panels, be it without points: its colour is one, and the legend has all names.
+        for name, of_model in _by("model", seen).items():
             points = [line for line in of_model if line[column] is not None]
             marker = {"LaMemo (paper)": "^", "Transformer-XL (paper)": "v"}.get(name, ".")
             style = {"color": "k", "linestyle": ":"} if name in PAPER else {}
-            if points:
-                x, y = [p["offset"] for p in points], [p[column] for p in points]
-                axis.plot(x, y, marker=marker, label=name, markersize=4, **style)
+            x, y = [p["offset"] for p in points], [p[column] for p in points]
+            axis.plot(x, y, marker=marker, label=name, markersize=4, **style)
         axis.set_xlabel(f"offset {column}")
     axes[0].set_yscale("log")
     axes[0].set_ylabel(f"mean attention, sum of {BIN} keys")
