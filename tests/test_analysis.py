@@ -1,8 +1,10 @@
 """The analysis: what is recorded of attention is what eager attention computes, and sums are what they say."""
 
+import contextlib
 import csv
 import math
 import re
+import resource
 
 import pytest
 import torch
@@ -217,7 +219,7 @@ def test_every_curve_of_figure1_is_named_once_and_keeps_its_colour():
 
 
 def test_another_memory_length_and_a_part_of_the_split(trained, capsys, monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda *_: [])  # takes its time
+    monkeypatch.setattr(report, "draw", lambda *_: {})  # takes its time
     path = trained / "lamemo_lm" / "checkpoint_last.pt"
     options = ["--mem-len", "24", "--tokens-per-sample", "4", "--segments", "9", "--batch-size", "2", "--cpu"]
     out = trained / "longer"
@@ -234,7 +236,7 @@ def test_two_models_need_two_names(trained, capsys):
 
 def test_figures_of_former_models_go(trained, capsys, monkeypatch):
     """And a memory that never filled up is told of."""
-    monkeypatch.setattr(report, "draw", lambda *_: [])
+    monkeypatch.setattr(report, "draw", lambda *_: {})
     out, options = trained / "twice", ["--batch-size", "2", "--segments", "2", "--cpu"]
     for arch, alpha in (("lamemo_lm", True), ("transformer_xl_lm", False)):
         path = trained / arch / "checkpoint_last.pt"
@@ -245,6 +247,45 @@ def test_figures_of_former_models_go(trained, capsys, monkeypatch):
             f"{arch}: the memory of 16 slots was never full when a whole segment was read; attention is that of 8"
             in told
         )
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """As on a full disk: a file that would get longer cannot be written."""
+    former, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (former, most))
+
+
+def test_a_full_disk_leaves_the_former_figures(trained, capsys, monkeypatch):
+    """Though all but the last file could be written."""
+    monkeypatch.setattr(report, "draw", lambda *_: {"figure1.png": bytes(20000)})
+    out, options = trained / "full", ["--batch-size", "2", "--segments", "2", "--cpu"]
+    lamemo, other = (f"model={trained / arch / 'checkpoint_last.pt'}" for arch in ("lamemo_lm", "transformer_xl_lm"))
+    assert __main__.main([str(trained / "data"), lamemo, "--out", str(out), *options]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    with files_of_at_most(10000):
+        assert __main__.main([str(trained / "data"), other, "--out", str(out), *options]) == 1
+    told = capsys.readouterr()
+    assert "model: loss" in told.out
+    message = f"error: {out / 'figure1.png'} cannot be written: File too large; {out} is left as it was\n"
+    assert told.err.endswith(f"\n{message}")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert "alpha.csv" in before  # which the other model has none of
+
+
+def test_a_folder_that_nothing_can_be_written_to_is_told_before_the_reading(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(__main__, "analyse", lambda *_: pytest.fail("the split was read"))
+    path = str(trained / "lamemo_lm" / "checkpoint_last.pt")
+    with files_of_at_most(0):
+        assert __main__.main([str(trained / "data"), path, "--out", str(tmp_path), "--cpu"]) == 1
+    assert capsys.readouterr().err == (
+        f"error: nothing can be written to {tmp_path}: File too large; pass another folder as --out\n"
+    )
 
 
 @pytest.mark.parametrize(

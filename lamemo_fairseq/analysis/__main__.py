@@ -24,18 +24,13 @@ def main(arguments: Optional[List[str]] = None) -> int:
     logging.getLogger().setLevel(logging.INFO)
     try:
         paths = checkpoints(args.models)
-        args.out.mkdir(parents=True, exist_ok=True)
+        report.check_writable(args.out)
         models = {name: analyse(name, path, args) for name, path in paths.items()}
+        print(summary(models))
+        files = report.save(report.tabulate(models), args.out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(summary(models))
-    tables = report.tabulate(models)
-    files = report.write(tables, args.out)
-    try:
-        files += report.draw(tables, args.out)
-    except ImportError:
-        print("no pictures: they need matplotlib (pip install matplotlib)", file=sys.stderr)
     print("\n".join(map(str, files)))
     return 0
 

@@ -1,7 +1,10 @@
 """What was collected of models, as CSV files and, with matplotlib, as pictures."""
 
 import csv
+import io
 import logging
+import sys
+import tempfile
 from pathlib import Path
 from statistics import mean
 from typing import Any, Dict, List, Mapping, Optional, Sequence
@@ -37,19 +40,56 @@ def tabulate(models: Models) -> Dict[str, Lines]:
     }
 
 
-def write(tables: Mapping[str, Lines], folder: Path) -> List[Path]:
-    """Write the CSV files, in place of those of former models; returns them."""
+def check_writable(folder: Path) -> None:
+    """Make a folder, and write to it what is gone again: a full disk is told before hours of reading, not after them.
+
+    Raises:
+        OSError: it cannot be made, or nothing can be written there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise OSError(f"nothing can be written to {folder}: {error.strerror}; pass another folder as --out") from error
+
+
+def save(tables: Mapping[str, Lines], folder: Path) -> List[Path]:
+    """Write CSV files, and pictures where matplotlib is installed, in place of those of former models; returns them.
+
+    Raises:
+        OSError: one cannot be written; the former ones are then as they were.
+    """
+    contents = csv_files(tables)
+    try:
+        contents.update(draw(tables))
+    except ImportError:
+        print("no pictures: they need matplotlib (pip install matplotlib)", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
+        for name, content in contents.items():
+            try:
+                Path(unfinished, name).write_bytes(content)
+            except OSError as error:  # that of a full disk names no file
+                raise OSError(
+                    f"{folder / name} cannot be written: {error.strerror}; {folder} is left as it was"
+                ) from error
+        files = [Path(unfinished, name).replace(folder / name) for name in contents]
+    for former in (folder / f"{name}{suffix}" for name in tables for suffix in (".csv", ".svg", ".png")):
+        if former.name not in contents:
+            former.unlink(missing_ok=True)
+    return files
+
+
+def csv_files(tables: Mapping[str, Lines]) -> Dict[str, bytes]:
+    """Tables that have lines as CSV, by the names of the files."""
+    files = {}
     for name, lines in tables.items():
-        for suffix in (".csv", ".svg", ".png"):
-            (folder / f"{name}{suffix}").unlink(missing_ok=True)
         if lines:
-            files.append(folder / f"{name}.csv")
-            with files[-1].open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(lines)
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+            files[f"{name}.csv"] = text.getvalue().encode()
     return files
 
 
@@ -141,8 +181,8 @@ def _slots(found: Collected) -> int:
     return 0 if by_slot is None else len(by_slot)
 
 
-def draw(tables: Mapping[str, Lines], folder: Path) -> List[Path]:
-    """Draw the figures as SVG and PNG; returns the files.
+def draw(tables: Mapping[str, Lines]) -> Dict[str, bytes]:
+    """The figures as SVG and PNG, by the names of the files.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -155,15 +195,16 @@ def draw(tables: Mapping[str, Lines], folder: Path) -> List[Path]:
     from matplotlib import pyplot as plt
 
     drawn = {"figure1": _draw_figure1, "loss_by_position": _draw_losses, "alpha": _draw_alpha}
-    files: List[Path] = []
+    files = {}
     for name, of in drawn.items():
         if not tables[name]:
             continue
         figure = of(plt, tables[name])
         figure.tight_layout()
-        for suffix, metadata in ((".svg", {"Date": None}), (".png", {})):
-            files.append(folder / f"{name}{suffix}")
-            figure.savefig(files[-1], dpi=150, metadata=metadata)
+        for kind, metadata in (("svg", {"Date": None}), ("png", {})):
+            picture = io.BytesIO()
+            figure.savefig(picture, format=kind, dpi=150, metadata=metadata)
+            files[f"{name}.{kind}"] = picture.getvalue()
         plt.close(figure)
     return files
 
