@@ -120,6 +120,21 @@ def test_means_by_distance_slot_and_age():
     assert mixing.by_age(1, 3).tolist() == pytest.approx([float(a.mean()) for a in expected], rel=1e-6)
 
 
+@pytest.mark.parametrize("slots", [0, 3])
+def test_by_distance_attention_adds_up_to_more_than_one(slots):
+    """Far keys are those of a few queries: what the README says of the sums. By slot it is the share of the memory."""
+    weights = torch.rand(1, 2, 4, slots + 4).tril(slots)
+    near = weights.triu()  # no query attends farther than the memory is long
+    for given, more in ((weights, True), (near, False)):
+        given = given / given.sum(-1, keepdim=True)
+        attention = Attention()
+        attention.add(0, given)
+        assert (float(attention.by_distance(0).sum()) > 1 + 1e-3) == more
+        assert float(attention.by_distance(0).sum()) > 1 - 1e-6
+        share = given[..., :slots].sum(-1).mean()
+        assert float(attention.by_slot(0).sum()) == pytest.approx(float(share), rel=1e-6)
+
+
 def test_padding_does_not_count():
     losses = Losses(3)
     target = torch.tensor([[5, 6, 7], [5, 1, 1]])
