@@ -1,6 +1,7 @@
 """Checkpoints replace the former one only when complete, show every damage, and stay readable by other tools."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def refused(path, content) -> bool:
     try:
         verify(path)
     except DamagedCheckpointError as error:
-        assert str(path) in str(error) and "--restore-file" in str(error)
+        assert str(path) in str(error) and "No other one beside it is whole" in str(error)
         return True
     return False
 
@@ -113,9 +114,59 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_loads(damage, dat
     if damage != "replaced":
         assert "checkpoint_1_6.pt" in str(refusal.value)
     run_command(train.cli_main, *command, "--restore-file", tmp_path / "checkpoint_1_6.pt")
-    expected = torch.load(run / "checkpoint_last.pt", weights_only=False)["model"]
-    for name, weight in torch.load(last, weights_only=False)["model"].items():
+    assert_same_weights(last, run / "checkpoint_last.pt")
+
+
+def assert_same_weights(one, other):
+    expected = torch.load(other, weights_only=False)["model"]
+    for name, weight in torch.load(one, weights_only=False)["model"].items():
         assert torch.equal(weight, expected[name]), name
+
+
+def cut_short(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(("damaged", "newest"), [([], 6), (["checkpoint_1_6.pt"], 3)])
+def test_the_same_command_goes_on_once_the_advice_is_followed(damaged, newest, data, run, tmp_path):
+    """From the newest whole checkpoint, and to the same weights; a runner may not let its options be changed."""
+    names = {"checkpoint_1_3.pt", "checkpoint_1_6.pt", "checkpoint_last.pt"}
+    for name in names:
+        shutil.copy2(run / name, tmp_path)
+    shutil.copy(run / "checkpoint_last.pt", tmp_path / "crash.pt")  # fairseq's, between updates or inside one
+    for name in ("checkpoint_last.pt", *damaged):
+        cut_short(tmp_path / name)
+    command = [data, *TRAIN, "--save-dir", tmp_path, "--max-update", 8, "--save-interval-updates", 1]
+    with pytest.raises(DamagedCheckpointError) as refusal:
+        run_command(train.cli_main, *command)
+    source, target = re.search(r"copy (\S+) over (\S+)$", str(refusal.value)).groups()
+    assert (source, target) == (f"checkpoint_1_{newest}.pt", "checkpoint_last.pt")
+    for name in names - {source, target}:
+        (tmp_path / name).unlink()
+    shutil.copy(tmp_path / source, tmp_path / target)
+    run_command(train.cli_main, *command)
+    saved = {path.name for path in tmp_path.glob("checkpoint_1_*.pt")}
+    assert saved == {f"checkpoint_1_{update}.pt" for update in range(newest, 9)}
+    assert_same_weights(tmp_path / "checkpoint_last.pt", run / "checkpoint_last.pt")
+
+
+def test_what_to_do_where_nothing_can_be_copied(run, tmp_path):
+    """Training begins at update 0 without a last checkpoint; another name is not read unless it is given."""
+    last, best = tmp_path / "checkpoint_last.pt", tmp_path / "checkpoint_best.pt"
+    for path in (last, best):
+        shutil.copy(run / "checkpoint_last.pt", path)
+        cut_short(path)
+    with pytest.raises(
+        DamagedCheckpointError, match=r"No other one .* is whole: move it away to train from the start$"
+    ):
+        verify(last)
+    with pytest.raises(DamagedCheckpointError, match=r"No other one beside it is whole$"):
+        verify(best)
+    shutil.copy(run / "checkpoint_last.pt", last)
+    with pytest.raises(
+        DamagedCheckpointError, match=r"The newest whole one .* is checkpoint_last.pt: name that instead$"
+    ):
+        verify(best)
 
 
 def test_a_full_disk_leaves_the_former_checkpoint(data, run, tmp_path):

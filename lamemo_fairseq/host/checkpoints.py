@@ -56,27 +56,34 @@ def verify(path: Path) -> None:
     Files of torch's oldest format have none.
 
     Raises:
-        DamagedCheckpointError: naming the file and others to go on from.
+        DamagedCheckpointError: naming the file, and another to go on from.
     """
+    damage = _damage(path)
+    if damage is not None:
+        raise DamagedCheckpointError(f"the checkpoint {path} is damaged: {damage}. {_advice(path)}")
+
+
+def _damage(path: Path) -> Optional[str]:
+    """What is wrong with a file, if anything is."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4)
         file.seek(-min(size, _SEAL_LENGTH), os.SEEK_END)
         tail = file.read()
     if size > _SEAL_LENGTH and tail.startswith(_PREFIX):
-        if _digest(path, size - 64) != tail[-64:]:
-            raise _damaged(path, "its checksum does not match")
-    elif size < _END_LENGTH:
-        raise _damaged(path, f"it has {size} bytes")
-    elif head == b"PK\x03\x04":
+        return None if _digest(path, size - 64) == tail[-64:] else "its checksum does not match"
+    if size < _END_LENGTH:
+        return f"it has {size} bytes"
+    if head == b"PK\x03\x04":
         if not (tail[-_END_LENGTH:].startswith(_END) and tail.endswith(b"\0\0")):
-            raise _damaged(path, "its end is missing")
+            return "its end is missing"
         try:
             part = zipfile.ZipFile(path).testzip()
         except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
-            raise _damaged(path, str(error)) from error
+            return str(error)
         if part is not None:
-            raise _damaged(path, f"the checksum of its part {part} does not match")
+            return f"the checksum of its part {part} does not match"
+    return None
 
 
 def _digest(path: Path, length: int) -> bytes:
@@ -88,13 +95,20 @@ def _digest(path: Path, length: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _damaged(path: Path, why: str) -> DamagedCheckpointError:
-    others = sorted(path.parent.glob("*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
-    names = ", ".join(p.name for p in others if p.name != path.name and p.name != "crash.pt")
-    instead = f"one of {names}" if names else "another one"
-    return DamagedCheckpointError(
-        f"the checkpoint {path} is damaged: {why}. Go on from {instead} with --restore-file, or move it away"
-    )
+def _advice(path: Path) -> str:
+    """How to go on without a damaged file.
+
+    The same command reads checkpoint_last.pt again, and without one begins at update 0 and says nothing.
+    """
+    others = sorted(path.parent.glob("checkpoint*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    # Checkpoints may be large: those older than the newest whole one are not read.
+    whole = next((p.name for p in others if p.name != path.name and _damage(p) is None), None)
+    last = path.name.startswith("checkpoint_last")
+    if whole is None:
+        return "No other one beside it is whole" + (": move it away to train from the start" if last else "")
+    if last:
+        return f"To go on from the newest whole one beside it, copy {whole} over {path.name}"
+    return f"The newest whole one beside it is {whole}: name that instead"
 
 
 @stand_in(checkpoint_utils, "load_checkpoint_to_cpu")
