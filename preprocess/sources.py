@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
@@ -62,17 +62,17 @@ def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
 
     Args:
         sources: a file for each name, or one folder or archive that holds all of them. In a folder, they may be
-            compressed, and stand one level deeper.
+            compressed, and stand one level deeper if the folder itself does not hold all of them.
 
     Raises:
         FileNotFoundError: saying what is missing.
-        ValueError: the number of files is another.
+        ValueError: the number of files is another, or several have the same name, which could be of different texts.
     """
     for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"--source {source}: there is no such file or folder")
     if len(sources) == 1 and sources[0].is_dir():
-        return [Source(name, _in_folder(sources[0], name)) for name in names]
+        return _in_folder(sources[0], names)
     if len(sources) == 1 and _is_archive(sources[0]):
         return [Source(name, sources[0]) for name in names]
     if len(sources) != len(names) or any(source.is_dir() for source in sources):
@@ -83,12 +83,39 @@ def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
     return [Source(name, source) for name, source in zip(names, sources, strict=True)]
 
 
-def _in_folder(folder: Path, name: str) -> Path:
+def _in_folder(folder: Path, names: Sequence[str]) -> list[Source]:
+    found = {name: _one_a_folder(folder, name) for name in names}
+    all_in_itself = all(paths and paths[0].parent == folder for paths in found.values())
+    for name, paths in found.items():
+        if not paths:
+            raise FileNotFoundError(f"--source {folder}: {name} is not there, nor one level deeper")
+        if len(paths) > 1 and not all_in_itself:
+            raise _several(folder, name, [str(path) for path in paths], "name one folder, or the files")
+    return [Source(name, paths[0]) for name, paths in found.items()]
+
+
+def _one_a_folder(folder: Path, name: str) -> list[Path]:
+    """Where a text is, in *folder* first and then one level deeper; of a plain and a compressed file side by side, the
+    plain one."""
+    found: dict[Path, Path] = {}
     for pattern in (name, f"*/{name}"):
         for end in ("", *_COMPRESSED):
-            if found := sorted(folder.glob(pattern + end)):
-                return found[0]
-    raise FileNotFoundError(f"--source {folder}: {name} is not there, nor one level deeper")
+            for path in sorted(folder.glob(pattern + end)):
+                if path.is_file() and not _added_by_macos(path.relative_to(folder)):
+                    found.setdefault(path.parent, path)
+    return list(found.values())
+
+
+def _added_by_macos(path: PurePath) -> bool:
+    return any(part == "__MACOSX" or part.startswith("._") for part in path.parts)
+
+
+def _several(source: Path, name: str, candidates: Sequence[str], hint: str) -> ValueError:
+    return ValueError(f"--source {source} holds {name} more than once ({_first(candidates)}): {hint}")
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join([*names[:10], *["..."] * (len(names) > 10)])
 
 
 Opener = Callable[[Path, str], AbstractContextManager[Any]]
@@ -96,16 +123,19 @@ Opener = Callable[[Path, str], AbstractContextManager[Any]]
 
 @contextmanager
 def _in_zip(path: Path, name: str) -> Iterator[IO[bytes]]:
-    with zipfile.ZipFile(path) as archive, archive.open(_member(path, archive.namelist(), name)) as text:
-        yield text
+    with zipfile.ZipFile(path) as archive:
+        members = [member.filename for member in archive.infolist() if not member.is_dir()]
+        with archive.open(_member(path, members, name)) as text:
+            yield text
 
 
 @contextmanager
 def _in_tar(path: Path, name: str) -> Iterator[IO[bytes]]:
     with tarfile.open(path) as archive:
+        members = [member.name for member in archive.getmembers() if not member.isdir()]
         text = None
         with suppress(KeyError):  # a link to what the archive does not hold
-            text = archive.extractfile(_member(path, archive.getnames(), name))
+            text = archive.extractfile(_member(path, members, name))
         if text is None:
             raise ValueError(f"{path}: {name} in it is not a file")
         with text:
@@ -113,10 +143,13 @@ def _in_tar(path: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 def _member(path: Path, members: Sequence[str], name: str) -> str:
-    for member in members:
-        if PurePosixPath(member).name == name:
-            return member
-    raise ValueError(f"{path} does not hold {name}; it holds {', '.join(members[:10]) or 'nothing'}")
+    members = [member for member in dict.fromkeys(members) if not _added_by_macos(PurePosixPath(member))]
+    found = [member for member in members if PurePosixPath(member).name == name]
+    if not found:
+        raise ValueError(f"{path} does not hold {name}; it holds {_first(members) or 'nothing'}")
+    if len(found) > 1:
+        raise _several(path, name, found, "unpack it, and name one folder, or the files")
+    return found[0]
 
 
 _ARCHIVES: dict[str, Opener] = {".zip": _in_zip, ".tar": _in_tar, ".tgz": _in_tar}

@@ -17,6 +17,11 @@ NAMES = ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens")
 TEXTS = {name: np.random.default_rng(i).bytes(30_000) for i, name in enumerate(NAMES)}
 
 
+# A train.txt twice, and the others once: nothing says that they belong together.
+MIXED = ("books/train.txt", "books/valid.txt", "news/train.txt", "news/test.txt")
+SPLIT_NAMES = ("train.txt", "valid.txt", "test.txt")
+
+
 def in_folder(folder):
     inner = folder / "corpus" / "wikitext"
     inner.mkdir(parents=True)
@@ -134,6 +139,86 @@ def test_a_link_to_nothing(tmp_path):
         archive.addfile(member)
     with pytest.raises(ValueError, match=rf"{NAMES[0]} in it is not a file"):
         texts_of([path], tmp_path / "work")
+
+
+def folder_of(path, members):
+    for member in members:
+        (path / member).parent.mkdir(parents=True, exist_ok=True)
+        (path / member).write_bytes(member.encode())
+    return path
+
+
+def zip_of(path, members):
+    with zipfile.ZipFile(path.with_suffix(".zip"), "w") as archive:
+        for member in members:
+            archive.writestr(member, member)
+    return path.with_suffix(".zip")
+
+
+def tar_of(path, members):
+    with tarfile.open(path.with_suffix(".tgz"), "w:gz") as archive:
+        archive.add(folder_of(path, members), ".")  # members are ./books, ./books/train.txt and so on
+    return path.with_suffix(".tgz")
+
+
+def found_in(source, folder, names=SPLIT_NAMES):
+    return [text.extracted(folder).read_text() for text in resolve([source], names)]
+
+
+@pytest.mark.parametrize("make", [folder_of, zip_of, tar_of])
+def test_several_texts_of_one_name_are_not_mixed(tmp_path, make):
+    source = make(tmp_path / "two", MIXED)
+    message = (
+        r"holds train\.txt more than once \(.*books/train\.txt, .*news/train\.txt\): .*name one folder, or the files"
+    )
+    with pytest.raises(ValueError, match=message):
+        found_in(source, tmp_path / "work")
+
+
+def test_several_plain_and_compressed_texts_of_one_name(tmp_path):
+    source = folder_of(tmp_path / "two", (*(f"books/{name}" for name in SPLIT_NAMES), "news/train.txt.gz"))
+    with pytest.raises(ValueError, match=r"books/train\.txt, .*news/train\.txt\.gz\): name one folder"):
+        found_in(source, tmp_path / "work")
+    folder_of(source, ["books/train.txt.gz"])
+    assert found_in(source / "books", tmp_path / "work") == [f"books/{name}" for name in SPLIT_NAMES]
+
+
+def test_texts_in_the_folder_itself_go_before_deeper_ones_if_all_are_there(tmp_path):
+    source = folder_of(tmp_path / "two", (*SPLIT_NAMES, "old/train.txt", "old/valid.txt"))
+    assert found_in(source, tmp_path / "work") == list(SPLIT_NAMES)
+    (source / "test.txt").rename(source / "old" / "test.txt")
+    with pytest.raises(ValueError, match=r"two/train\.txt, .*two/old/train\.txt\): name one folder"):
+        found_in(source, tmp_path / "work")
+
+
+def test_two_data_sets_in_one_folder(tmp_path):
+    members = [f"{data}/{name}" for data in ("wikitext-103", "wikitext-2") for name in NAMES]
+    source = folder_of(tmp_path / "data", members)
+    with pytest.raises(ValueError, match=r"wikitext-103/wiki\.train\.tokens, .*wikitext-2/wiki\.train\.tokens"):
+        found_in(source, tmp_path / "work", NAMES)
+    assert found_in(source / "wikitext-2", tmp_path / "work", NAMES) == [f"wikitext-2/{name}" for name in NAMES]
+
+
+@pytest.mark.parametrize("make", [folder_of, zip_of, tar_of])
+def test_what_macos_adds_is_no_text(tmp_path, make):
+    added = ["__MACOSX/train.txt", "__MACOSX/corpus/._train.txt", "._corpus/valid.txt", "corpus/._test.txt"]
+    texts = [f"corpus/{name}" for name in SPLIT_NAMES]
+    assert found_in(make(tmp_path / "corpus", added + texts), tmp_path / "work") == texts
+    with pytest.raises((ValueError, FileNotFoundError), match=r"train\.txt") as error:
+        found_in(make(tmp_path / "empty", added), tmp_path / "work-of-empty")
+    assert "MACOSX" not in str(error.value)
+
+
+@pytest.mark.parametrize("make", [folder_of, zip_of, tar_of])
+def test_a_folder_of_the_same_name_is_no_text(tmp_path, make):
+    source = make(tmp_path / "data", ["enwik8/", "enwik8/enwik8"] if make is zip_of else ["enwik8/enwik8"])
+    assert found_in(source, tmp_path / "work", ["enwik8"]) == ["enwik8/enwik8"]
+
+
+def test_a_long_list_of_candidates_is_cut(tmp_path):
+    source = zip_of(tmp_path / "many", [f"{i}/train.txt" for i in range(30)])
+    with pytest.raises(ValueError, match=r"0/train.txt, .*9/train.txt, \.\.\.\): unpack it"):
+        found_in(source, tmp_path / "work")
 
 
 def test_ends_of_names_in_capitals(tmp_path):
