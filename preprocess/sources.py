@@ -66,11 +66,16 @@ def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
 
     Raises:
         FileNotFoundError: saying what is missing.
-        ValueError: the number of files is another, or several have the same name, which could be of different texts.
+        ValueError: the number of files is another, several have the same name and could be of different corpora, or one
+            is no regular file.
     """
     for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"--source {source}: there is no such file or folder")
+        if not (source.is_file() or source.is_dir()):
+            raise ValueError(
+                f"--source {source} is a pipe or a device, and can be read only once: write it to a file first"
+            )
     if len(sources) == 1 and sources[0].is_dir():
         return _in_folder(sources[0], names)
     if len(sources) == 1 and _is_archive(sources[0]):

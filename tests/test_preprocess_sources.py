@@ -4,8 +4,10 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,3 +239,15 @@ def test_what_is_missing_is_named(tmp_path):
         resolve([tmp_path / "nowhere"], NAMES)
     with pytest.raises(ValueError, match=r"names 2 files, and wiki.train.tokens, .* are needed"):
         resolve([folder / NAMES[0], folder / NAMES[2]], NAMES)
+
+
+def test_a_pipe_is_refused(tmp_path):
+    reading, writing = os.pipe()
+    os.write(writing, b"a line\n")
+    os.close(writing)
+    os.mkfifo(tmp_path / "fifo")
+    # The first is what a shell makes of <(command).
+    for path in (Path(f"/dev/fd/{reading}"), tmp_path / "fifo"):
+        with pytest.raises(ValueError, match=rf"--source {path} is a pipe or a device.*write it to a file first"):
+            resolve([path], ["text"])
+    os.close(reading)
