@@ -51,7 +51,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Shares:
-    """One file, cut in proportion, each time at the next place where the tokenizer may cut."""
+    """One file, cut in proportion, each time at the next place where the tokenizer may cut.
+
+    Raises:
+        ValueError: there are too few of these places.
+    """
 
     parts: tuple[float, ...]
 
@@ -59,6 +63,12 @@ class Shares:
         (file,) = files
         spans, rest = {}, Span(file, 0, file.stat().st_size)
         for i, split in enumerate(SPLITS[: len(self.parts)]):
+            if rest.start > 0 and rest.size == 0:
+                shares = " ".join(f"{part:g}" for part in self.parts)
+                raise ValueError(
+                    f"there is no text for {split} in {file}: one text is cut at {tokenizer.boundary.where} only, and "
+                    f"has too few of them for --shares {shares}: give other shares, or a file for each split"
+                )
             wanted = max(1, round(rest.size * self.parts[i] / sum(self.parts[i:])))
             first = next(iter(cut(rest, tokenizer.boundary, wanted)), rest)
             spans[split] = first

@@ -40,6 +40,7 @@ class Boundary(NamedTuple):
 
     pattern: bytes
     reach: int | None = None
+    where: str = "ends of lines"  # the pattern in words
 
 
 class Tokenizer(ABC):
@@ -119,7 +120,7 @@ class NormalizedLetterTokenizer(LetterTokenizer):
     """
 
     name: str = "text8"
-    boundary: ClassVar[Boundary] = Boundary(rb"\s")
+    boundary: ClassVar[Boundary] = Boundary(rb"\s", where="spaces")
 
     def encode(self, text: bytes) -> Encoded:
         for digit, name in _DIGITS.items():
@@ -150,7 +151,7 @@ class LineTokenizer(Tokenizer):
     model: Path | None = field(default=None)
     name: str = "lines"
     _lines: ClassVar[Boundary] = Boundary(rb"\n")
-    _blank: ClassVar[Boundary] = Boundary(rb"\n[ \t\r\f\v]*\n")
+    _blank: ClassVar[Boundary] = Boundary(rb"\n[ \t\r\f\v]*\n", where="empty lines")
 
     @property
     def boundary(self) -> Boundary:  # type: ignore[override]

@@ -81,6 +81,24 @@ def test_one_text_in_shares(tmp_path):
     assert not (tmp_path / "data" / "test.bin").exists()
 
 
+@pytest.mark.parametrize(
+    "options, text, split, where",
+    [
+        ((), b"a b c\n", "valid", "ends of lines"),
+        (("--bpe", "bytes"), b"a b c\n" * 3, "valid", "ends of lines"),
+        (("--shares", "90", "5", "5"), b"a b c\n" * 10, "test", "ends of lines"),
+        (("--bpe", "text8"), b"abc def", "valid", "spaces"),
+        (("--paragraphs",), b"a\nb\n" * 100, "valid", "empty lines"),
+    ],
+)
+def test_one_text_that_cannot_be_cut_so_often(tmp_path, options, text, split, where):
+    message = f"no text for {split} in .*book.txt: .* cut at {where} only, .* --shares 90 5 5: .*a file for each split"
+    with pytest.raises(SystemExit, match=message):
+        own(write(tmp_path / "book.txt", text), tmp_path / "data", *options)
+    with pytest.raises(SystemExit, match=r"no text for train in .*book.txt$"):
+        own(write(tmp_path / "book.txt", b""), tmp_path / "data", *options)
+
+
 def test_chunks_of_blank_lines_only(tmp_path):
     """The last chunks of the training text, which are of 2,000 bytes, have no paragraph."""
     text = b"word and word\n\n" * 140
