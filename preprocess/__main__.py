@@ -12,7 +12,9 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .chunks import CHUNK
 from .datasets import DATASETS, SPLITS, Dataset, Divide, FileEach, Shares
@@ -36,20 +38,21 @@ def parser() -> argparse.ArgumentParser:
         _common(command, f"{', '.join(dataset.files)}: files in this order, or a folder or archive with them")
     own = commands.add_parser("own", help="a text of one's own")
     _common(own, "training, validation and test text; or one text; or a folder or archive with train.txt and so on")
-    own.add_argument("--shares", type=float, nargs="+", default=[90, 5, 5], help="of one text for each split (90 5 5)")
+    # Options without a default here are None unless they are given, so that those without effect can be refused.
+    own.add_argument("--shares", type=float, nargs="+", help="of one text for each split (90 5 5)")
     own.add_argument("--tokenizer", choices=sorted(WORDS), default="space", help="what makes words of a line")
     own.add_argument("--bpe", choices=sorted({**PIECES, **WHOLE_TEXT}), default="none", help="what splits words")
     own.add_argument("--paragraphs", action="store_true", help="a paragraph a line: empty lines part them")
-    own.add_argument("--pattern", default="", help="regular expression of a word for --tokenizer words")
-    own.add_argument("--source-lang", default="en", help="language for --tokenizer moses")
+    own.add_argument("--pattern", help="regular expression of a word for --tokenizer words")
+    own.add_argument("--source-lang", help="language for --tokenizer moses (en)")
     own.add_argument("--sentencepiece-model", type=Path, help="a trained model; without it one is trained")
-    own.add_argument("--vocab-size", type=int, default=PieceTraining.vocab_size, help="pieces of a model to train")
+    own.add_argument("--vocab-size", type=int, help=f"pieces of a model to train ({PieceTraining.vocab_size})")
+    own.add_argument("--character-coverage", type=float, help="share of characters with a piece of their own (1)")
+    own.add_argument("--threshold", type=int, help="words that occur less often are unknown")
+    own.add_argument("--nwords", type=int, help="size of the dictionary, fairseq's own symbols included")
     own.add_argument(
-        "--character-coverage", type=float, default=1.0, help="share of characters with a piece of their own"
+        "--padding-factor", type=int, help=f"fill the dictionary up to a multiple of this ({Dataset.padding_factor})"
     )
-    own.add_argument("--threshold", type=int, default=-1, help="words that occur less often are unknown")
-    own.add_argument("--nwords", type=int, default=-1, help="size of the dictionary, fairseq's own symbols included")
-    own.add_argument("--padding-factor", type=int, default=8, help="fill the dictionary up to a multiple of this")
     own.add_argument("--srcdict", type=Path, help="a dictionary to use instead of making one")
     return top
 
@@ -61,43 +64,71 @@ def _common(command: argparse.ArgumentParser, source: str) -> None:
     command.add_argument("--chunk-bytes", type=int, default=CHUNK, help="text that a worker holds at a time")
 
 
+# Options of words and pieces, and what gives them an effect.
+_NEEDS = {
+    "pattern": "--tokenizer words",
+    "source_lang": "--tokenizer moses",
+    "sentencepiece_model": "--bpe sentencepiece",
+    "vocab_size": "--bpe sentencepiece",
+    "character_coverage": "--bpe sentencepiece",
+}
+# Files, and the options of making them.
+_MADE_ALREADY = {
+    "sentencepiece_model": ("vocab_size", "character_coverage"),
+    "srcdict": ("threshold", "nwords", "padding_factor"),
+}
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect, and files that are not there."""
+    given = _given(args, _NEEDS)
+    if args.bpe in WHOLE_TEXT:
+        words = [*["tokenizer"] * (args.tokenizer != "space"), *["paragraphs"] * args.paragraphs]
+        if words or given:
+            raise ValueError(f"--bpe {args.bpe} takes the text as it is: leave {_flags([*words, *given])} out")
+    for name in given:
+        if _NEEDS[name] not in (f"--tokenizer {args.tokenizer}", f"--bpe {args.bpe}"):
+            raise ValueError(f"{_flags([name])} needs {_NEEDS[name]}")
+    for name, path in _given(args, _MADE_ALREADY).items():
+        if not path.is_file():
+            raise FileNotFoundError(f"{_flags([name])} {path}: there is no such file")
+        if idle := _given(args, _MADE_ALREADY[name]):
+            raise ValueError(f"{_flags([name])} is made already: leave {_flags(idle)} out")
+
+
 def own_text(args: argparse.Namespace) -> Dataset:
     """The description of a text of one's own.
 
     Raises:
         ValueError: options do not go together.
+        FileNotFoundError: a file that one of them names is not there.
     """
-    line_options = {
-        "--tokenizer": args.tokenizer != "space",
-        "--paragraphs": args.paragraphs,
-        "--pattern": bool(args.pattern),
-        "--sentencepiece-model": args.sentencepiece_model is not None,
-    }
+    _refuse_idle(args)
     training = None
     if args.bpe in WHOLE_TEXT:
-        if given := [option for option, is_given in line_options.items() if is_given]:
-            raise ValueError(f"--bpe {args.bpe} takes the text as it is: leave {', '.join(given)} out")
         tokenizer = WHOLE_TEXT[args.bpe]()
     else:
-        if args.sentencepiece_model is not None and args.bpe != "sentencepiece":
-            raise ValueError("--sentencepiece-model needs --bpe sentencepiece")
-        for option in ("sentencepiece_model", "srcdict"):
-            if getattr(args, option) is not None and not getattr(args, option).is_file():
-                raise FileNotFoundError(f"--{option.replace('_', '-')} {getattr(args, option)}: there is no such file")
-        if args.pattern and args.tokenizer != "words":
-            raise ValueError("--pattern needs --tokenizer words")
+        pattern = args.pattern or ""
         try:
-            re.compile(args.pattern)
+            re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"--pattern {args.pattern} is not a regular expression: {error}") from error
+            raise ValueError(f"--pattern {pattern} is not a regular expression: {error}") from error
         if args.bpe == "sentencepiece" and args.sentencepiece_model is None:
-            training = PieceTraining(args.vocab_size, args.character_coverage)
+            training = PieceTraining(**_given(args, ("vocab_size", "character_coverage")))
         tokenizer = LineTokenizer(
             tokenizer=args.tokenizer,
             bpe=args.bpe,
             paragraphs=args.paragraphs,
-            pattern=args.pattern,
-            source_lang=args.source_lang if args.tokenizer == "moses" else "",
+            pattern=pattern,
+            source_lang=args.source_lang or "en" if args.tokenizer == "moses" else "",
             model=args.sentencepiece_model,
         )
     files, divide = _own_files(args.source, args.shares)
@@ -107,21 +138,21 @@ def own_text(args: argparse.Namespace) -> Dataset:
         divide=divide,
         tokenizer=tokenizer,
         closed=args.bpe in WHOLE_TEXT,
-        threshold=args.threshold,
-        nwords=args.nwords,
-        padding_factor=args.padding_factor,
-        srcdict=args.srcdict,
         training=training,
+        **_given(args, ("threshold", "nwords", "padding_factor", "srcdict")),
     )
 
 
-def _own_files(sources: list[Path], shares: list[float]) -> tuple[tuple[str, ...], Divide]:
+def _own_files(sources: list[Path], shares: list[float] | None) -> tuple[tuple[str, ...], Divide]:
     if not 1 <= len(sources) <= len(SPLITS):
         raise ValueError("--source takes one text, or two or three for training, validation and test")
     if len(sources) == 1 and not holds_several(sources[0]):
+        shares = shares or [90, 5, 5]
         if not 1 <= len(shares) <= len(SPLITS) or not all(0 < share < math.inf for share in shares):
             raise ValueError("--shares takes up to three numbers above 0")
         return ("text",), Shares(tuple(shares))
+    if shares is not None:
+        raise ValueError("--shares divides one text, and --source has a file for each split: leave --shares out")
     count = len(SPLITS) if len(sources) == 1 else len(sources)
     return tuple(f"{split}.txt" for split in SPLITS[:count]), FileEach()
 

@@ -275,6 +275,32 @@ def test_bad_input_names_the_option(texts, tmp_path):
     assert "no text for valid" in refused("own", *data, *source)
 
 
+@pytest.mark.parametrize(
+    "options, what",
+    [
+        ("--vocab-size 8000", "--vocab-size needs --bpe sentencepiece"),
+        ("--character-coverage 1", "--character-coverage needs --bpe sentencepiece"),
+        ("--source-lang en --tokenizer words", "--source-lang needs --tokenizer moses"),
+        ("--source-lang de --bpe bytes --vocab-size 9", "as it is: leave --source-lang, --vocab-size out"),
+        (
+            "--bpe sentencepiece --sentencepiece-model {file} --vocab-size 8000 --character-coverage 1",
+            "--sentencepiece-model is made already: leave --vocab-size, --character-coverage out",
+        ),
+        (
+            "--srcdict {file} --threshold -1 --nwords -1 --padding-factor 8",
+            "--srcdict is made already: leave --threshold, --nwords, --padding-factor out",
+        ),
+        ("--srcdict nowhere --bpe bytes", "--srcdict nowhere: there is no such file"),
+        ("--shares 90 5 5", "--shares divides one text"),
+        ("--shares 90 5 5 --source {file} {file}", "--shares divides one text"),
+    ],
+)
+def test_options_without_effect_are_refused(texts, tmp_path, options, what):
+    """Also with what would be used without them."""
+    options = options.format(file=texts / "train.txt").split()
+    assert what in refused("own", "--destdir", tmp_path / "data", "--source", texts, *options)
+
+
 def test_every_data_set_has_a_command(tmp_path, monkeypatch):
     prepared = []
     monkeypatch.setattr("preprocess.__main__.prepare", lambda dataset, *arguments: prepared.append(dataset))
