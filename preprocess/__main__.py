@@ -23,7 +23,7 @@ from .pieces import PieceTraining
 from .prepare import prepare
 from .sources import holds_several
 from .tokenization import ByteTokenizer, LineTokenizer, NormalizedLetterTokenizer, Tokenizer
-from .words import PIECES, WORDS
+from .words import PIECES, WORDS, moses_languages
 
 WHOLE_TEXT: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "text8": NormalizedLetterTokenizer}
 
@@ -104,6 +104,16 @@ def _refuse_idle(args: argparse.Namespace) -> None:
             raise ValueError(f"{_flags([name])} is made already: leave {_flags(idle)} out")
 
 
+def _say_fallback(language: str) -> None:
+    """sacremoses, like fairseq with it, takes any code for a language."""
+    if language not in (codes := moses_languages()):
+        print(
+            f"--source-lang {language} is no code of a language whose abbreviations sacremoses knows "
+            f"({', '.join(codes)}); for codes that it does not know, it takes the English ones",
+            file=sys.stderr,
+        )
+
+
 def own_text(args: argparse.Namespace) -> Dataset:
     """The description of a text of one's own.
 
@@ -112,6 +122,8 @@ def own_text(args: argparse.Namespace) -> Dataset:
         FileNotFoundError: a file that one of them names is not there.
     """
     _refuse_idle(args)
+    if args.source_lang is not None:
+        _say_fallback(args.source_lang)
     training = None
     if args.bpe in WHOLE_TEXT:
         tokenizer = WHOLE_TEXT[args.bpe]()

@@ -60,6 +60,13 @@ def _moses(options: Options) -> Encoder:
     return lambda line: tokenize(line, aggressive_dash_splits=True, return_str=True)
 
 
+def moses_languages() -> list[str]:
+    """Codes of the languages of which sacremoses has abbreviations; for any other code it takes the English ones."""
+    from sacremoses.corpus import NonbreakingPrefixes
+
+    return sorted(set(NonbreakingPrefixes().available_langs.values()))
+
+
 def _sentencepiece(options: Options) -> Encoder:
     """What fairseq's ``--bpe sentencepiece`` does."""
     from sentencepiece import SentencePieceProcessor

@@ -8,6 +8,7 @@ import pytest
 from fairseq.data import data_utils
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 from fairseq_cli.preprocess import cli_main as fairseq_preprocess
+from sacremoses import MosesTokenizer
 
 from preprocess import datasets
 from preprocess.__main__ import main
@@ -299,6 +300,16 @@ def test_options_without_effect_are_refused(texts, tmp_path, options, what):
     """Also with what would be used without them."""
     options = options.format(file=texts / "train.txt").split()
     assert what in refused("own", "--destdir", tmp_path / "data", "--source", texts, *options)
+
+
+def test_a_language_that_sacremoses_does_not_know_is_told(texts, tmp_path, capsys):
+    moses = ("--tokenizer", "moses", "--source-lang")
+    own(texts, tmp_path / "known", *moses, "de")
+    assert "--source-lang" not in capsys.readouterr().err
+    own(texts, tmp_path / "unknown", *moses, "xx")
+    said = capsys.readouterr().err
+    assert "--source-lang xx" in said and " de, " in said and "takes the English ones" in said
+    assert MosesTokenizer("xx").NONBREAKING_PREFIXES == MosesTokenizer("en").NONBREAKING_PREFIXES
 
 
 def test_every_data_set_has_a_command(tmp_path, monkeypatch):
