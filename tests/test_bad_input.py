@@ -12,6 +12,7 @@ from fairseq_cli import eval_lm, train
 
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import MemoryDecoder
+from lamemo_fairseq.models.language_models import MemoryLanguageModel
 from lamemo_fairseq.registry import Registry
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 
@@ -145,6 +146,23 @@ def test_a_dictionary_that_does_not_match_the_checkpoint(data, checkpoint, words
     (data / "dict.txt").write_text("".join(f"v{i} 1\n" for i in range(words - 4)))
     with pytest.raises(ValueError, match=rf"another dictionary than .* {words} words.*--srcdict"):
         run_command(eval_lm.cli_main, data, *TASK, "--path", checkpoint, "--gen-subset", "test")
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked_for"),
+    [
+        ({"memory": "continuous"}, {"memory": "none"}),
+        ({"memory": "compressive"}, {"memory": "compressive", "compression_rate": 3}),
+        ({"memory": "token"}, {"memory": "token", "memory_tokens": 3}),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_with_the_checkpoints_weights(trained, asked_for):
+    """Those of --model-overrides, say."""
+    options = {"position_encoding": "transformer-xl", "compression": "conv"}
+    one, other = (MemoryLanguageModel(tiny_decoder(**{**options, **given})) for given in (trained, asked_for))
+    with pytest.raises(ValueError, match=r"(?s)of a model with other options.*--model-overrides.*size mismatch"):
+        other.load_state_dict(one.state_dict())
 
 
 def test_context_window(data, checkpoint):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from lamemo_fairseq.memory.continuous.attention import divergence
-from lamemo_fairseq.memory.continuous.basis import RadialBasis
+from lamemo_fairseq.memory.continuous.basis import RadialBasis, _grid
+from lamemo_fairseq.memory.continuous.options import ContinuousOptions
 from lamemo_fairseq.memory.continuous.sampling import BINS, Density, even_points, sticky_points
 from lamemo_fairseq.memory.continuous.signal import Signal, _fit
 
-from .helpers import random_tokens, segments_of, tiny_decoder
+from .helpers import random_tokens, read_streams, segments_of, tiny_decoder
 from .infinity_former import InfinityFormer
 
 VARIANT = ("continuous", "transformer-xl", "right")
@@ -96,6 +97,32 @@ def test_regression_with_the_published_sizes(dtype):
         expected = np.linalg.solve(features.T @ features + np.eye(512), features.T)
         error = np.abs(found.double().numpy() - expected).max() / np.abs(expected).max()
         assert error < (1e-10 if dtype == torch.float64 else 1e-7)
+
+
+def test_a_penalty_that_is_lost_in_rounding_is_named():
+    decoder = decoder_of(ridge_penalty=1e-16, num_basis_functions=64)
+    with pytest.raises(ValueError, match=r"--ridge-penalty is 1e-16, too little to fit 64 basis functions"):
+        read_streams(decoder, random_tokens(2, 9))
+
+
+def test_training_goes_on_after_decoding_in_inference_mode():
+    """What is kept between calls was not made there."""
+    _grid.cache_clear(), _fit.cache_clear()
+    decoder, tokens = decoder_of(), random_tokens(2, 9)
+    with torch.inference_mode():
+        read_streams(decoder, tokens)
+    state = None
+    for segment in tokens.split(3, dim=1):
+        features, state, losses = decoder.train().step(segment, state)
+    (features.sum() + losses["kl"]).backward()
+    assert decoder.layers[0].self_attn.density_proj.weight.grad.abs().max() > 0
+
+
+def test_defaults_are_those_of_the_authors_sorting_task():
+    options = ContinuousOptions()
+    assert (options.num_basis_functions, options.basis().widths) == (512, (0.01, 0.05))
+    assert (options.ridge_penalty, options.contraction_factor, options.memory_samples) == (1.0, 0.75, 512)
+    assert (str(options.memory_sampling), options.kl_weight, options.kl_sigma) == ("sticky", 1e-6, 0.05)
 
 
 def test_gradients_of_densities_and_expectations():
@@ -289,12 +316,14 @@ def test_a_run_goes_on_with_the_same_basis_alone():
         ({"num_basis_functions": 0}, r"--num-basis-functions is 0"),
         ({"basis_widths": "0.1;0.2"}, r"--basis-widths '0.1;0.2': pass numbers such as 0.01,0.05"),
         ({"basis_widths": "0.1,0"}, r"--basis-widths '0.1,0': every width must be positive"),
+        ({"basis_widths": "0.1,1e-30"}, r"every width must be positive, from 1e-06 to 1e\+06"),
         ({"ridge_penalty": 0.0}, r"--ridge-penalty is 0.0"),
         ({"contraction_factor": 1.0}, r"--contraction-factor is 1.0, .*between 0 and 1"),
         ({"memory_samples": 0}, r"--memory-samples is 0"),
         ({"memory_sampling": "nothing"}, r"unknown --memory-sampling 'nothing'; the known ones are sticky, even"),
         ({"kl_weight": -1.0}, r"--kl-weight is -1.0: pass 0"),
         ({"kl_sigma": 0.0}, r"--kl-sigma is 0.0"),
+        ({"kl_sigma": 1e200}, r"--kl-sigma is 1e\+200, it must be positive, from 1e-06 to 1e\+06"),
         ({"position_encoding": "absolute"}, r"absolute numbers the tokens of one segment"),
         ({"position_encoding": "disentangled"}, r"take transformer-xl"),
     ],

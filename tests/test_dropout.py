@@ -30,3 +30,11 @@ def test_attention_dropout_reaches_memory_that_looks_ahead():
     first, second = (decoder.step(tokens[:, 3:], state)[1].outputs[0] for _ in range(2))
     # Of four slots, the first has looked ahead, the others were current tokens.
     assert not torch.equal(first[:, :, 0], second[:, :, 0])
+
+
+def test_attention_dropout_reaches_memory_tokens():
+    """In a single layer, what is written depends on the attention of memory tokens alone."""
+    decoder = tiny_decoder(("token", "transformer-xl", "right"), attention_dropout=0.5, decoder_layers=1).train()
+    tokens = random_tokens(2, 3)
+    first, second = (decoder.step(tokens, None)[1].tokens for _ in range(2))
+    assert not torch.equal(first, second)

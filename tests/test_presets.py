@@ -1,10 +1,11 @@
-"""Presets have the released models' sizes: their parameter counts are those of the released code."""
+"""Presets have the released models' sizes: slots, and the parameter counts of the released code."""
 
 import pytest
 import torch
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 
 import lamemo_fairseq  # noqa: F401  (registers the models)
+from lamemo_fairseq.memory import MEMORIES
 from lamemo_fairseq.models.decoder import MemoryDecoder
 
 from .helpers import dictionary_of
@@ -17,6 +18,18 @@ def parameters(name: str, words: int, **options) -> int:
     with torch.device("meta"):  # sizes without the weights
         decoder = MemoryDecoder(config, dictionary_of(words))
     return sum(p.numel() for p in decoder.parameters())
+
+
+@pytest.mark.parametrize(("preset", "released"), [("wt103", 150), ("enwik8", 512), ("text8", 512)])
+@pytest.mark.parametrize("memory", [name for name in MEMORIES.names() if MEMORIES[name].remembers])
+def test_memories_have_as_many_slots_as_the_released_models(memory, preset, released):
+    """Of all kinds together, and as many tokens of a segment; the paper's memory tokens come on top of its cache."""
+    config = MODEL_DATACLASS_REGISTRY[f"{MEMORIES[memory].architecture.name}_{preset}"](tokens_per_sample=None)
+    with torch.device("meta"):
+        found = MemoryDecoder(config, dictionary_of(10)).memory
+    slots = found.slots + (config.num_basis_functions if memory == "continuous" else 0)
+    assert slots == released + (config.memory_tokens if (memory, preset) == ("token", "wt103") else 0)
+    assert found.period == released
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,12 @@ def test_gradient_flows_through_memory_tokens_to_an_earlier_segment(variant, mem
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_initial_tokens_begin_as_large_as_what_a_layer_norm_leaves():
+    options = {"memory_tokens": 200, "decoder_embed_dim": 32}
+    decoder = tiny_decoder(PLAIN, **options)  # whose parameters are ten times as large
+    assert float(decoder.memory.initial_tokens.std()) == pytest.approx(10, rel=0.05)
+
+
 def test_initial_tokens_learn_whenever_a_stream_begins_and_have_a_zero_gradient_elsewhere():
     decoder = tiny_decoder(PLAIN).train()
     for epoch in (1, 2, 3):

@@ -106,7 +106,8 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
     if found.slots < model.decoder.memory.slots:
         print(
             f"{name}: the memory of {model.decoder.memory.slots} slots was never full when a whole segment was read; "
-            f"attention is that of {found.slots}: read more segments, or more of them with a smaller --batch-size",
+            f"attention is that of {found.slots}: read more segments, or more of them with a smaller --batch-size, "
+            "unless the lengths never let it fill up (a compressive memory whose rate does not divide them)",
             file=sys.stderr,
         )
     return found

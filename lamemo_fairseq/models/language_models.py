@@ -41,6 +41,23 @@ class MemoryLanguageModel(FairseqLanguageModel):
             cfg.tokens_per_sample = task.cfg.tokens_per_sample
         return cls(MemoryDecoder(cfg, task.target_dictionary))
 
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take a checkpoint's weights.
+
+        Raises:
+            ValueError: they are those of a model with other options.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise ValueError(
+                "the checkpoint's weights are those of a model with other options: take those that it was trained "
+                "with. --model-overrides can change what has no weights, and {'memory': 'none'} leaves out weights of "
+                f"a memory, but not those that it brought into the layers. {error}"
+            ) from error
+
     def train(self, mode: bool = True) -> "MemoryLanguageModel":
         """fairseq sets the mode twice an update; to look at all modules takes a tenth of the time of setting it."""
         if any(module.training is not mode for module in _within(self)):

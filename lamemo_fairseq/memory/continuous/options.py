@@ -10,6 +10,9 @@ from ..base import MemoryOptions
 from .basis import RadialBasis
 from .sampling import SAMPLINGS
 
+# Standard deviations on [0, 1] whose squares float32 holds.
+_NARROWEST, _WIDEST = 1e-6, 1e6
+
 
 @dataclass
 class ContinuousOptions(MemoryOptions):
@@ -48,8 +51,11 @@ class ContinuousOptions(MemoryOptions):
             widths = self.basis().widths
         except ValueError:
             raise ValueError(f"--basis-widths '{self.basis_widths}': pass numbers such as 0.01,0.05") from None
-        if not all(0 < width < math.inf for width in widths):
-            raise ValueError(f"--basis-widths '{self.basis_widths}': every width must be positive")
+        if not all(_NARROWEST <= width <= _WIDEST for width in widths):
+            raise ValueError(
+                f"--basis-widths '{self.basis_widths}': every width must be positive, from {_NARROWEST:g} to "
+                f"{_WIDEST:g}"
+            )
         if self.num_basis_functions <= 0 or self.num_basis_functions % len(widths):
             raise ValueError(
                 f"--num-basis-functions is {self.num_basis_functions}, it must be a positive multiple of the number of "
@@ -66,5 +72,5 @@ class ContinuousOptions(MemoryOptions):
             raise ValueError(f"--memory-samples is {self.memory_samples}, it must be positive")
         if not 0 <= self.kl_weight < math.inf:
             raise ValueError(f"--kl-weight is {self.kl_weight}: pass 0 for no such loss, or a positive weight")
-        if not 0 < self.kl_sigma < math.inf:
-            raise ValueError(f"--kl-sigma is {self.kl_sigma}, it must be positive")
+        if not _NARROWEST <= self.kl_sigma <= _WIDEST:
+            raise ValueError(f"--kl-sigma is {self.kl_sigma}, it must be positive, from {_NARROWEST:g} to {_WIDEST:g}")

@@ -68,7 +68,18 @@ def _fit(signal: Signal, rows: int, device: torch.device, dtype: torch.dtype) ->
 
 
 def _regression(features: Tensor, penalty: float) -> Tensor:
-    """``(F F^T + penalty I)^-1 F`` ``[J, P]`` for points with the basis functions ``F^T [P, J]``."""
+    """``(F F^T + penalty I)^-1 F`` ``[J, P]`` for points with the basis functions ``F^T [P, J]``.
+
+    Raises:
+        ValueError: the penalty is lost in the rounding of ``F F^T``.
+    """
     gram = features.T @ features
     gram.diagonal().add_(penalty)
-    return torch.cholesky_solve(features.T, torch.linalg.cholesky(gram))
+    try:
+        factor = torch.linalg.cholesky(gram)
+    except torch.linalg.LinAlgError:
+        raise ValueError(
+            f"--ridge-penalty is {penalty:g}, too little to fit {features.size(1)} basis functions to "
+            f"{features.size(0)} rows: pass a larger one, such as 1e-6"
+        ) from None
+    return torch.cholesky_solve(features.T, factor)
