@@ -13,9 +13,12 @@ def normal(t, mean, variance):
 
 
 class InfinityFormer:
-    """A post-norm decoder with the weights of *decoder*, for one text, one query and one head at a time."""
+    """A decoder with the weights of *decoder*, for one text, one query and one head at a time."""
 
-    def __init__(self, decoder, widths, penalty, tau, sigma, samples, sampling, mem_len, heads=2):
+    def __init__(
+        self, decoder, widths, penalty, tau, sigma, samples, sampling, mem_len, heads=2, pre_norm=False, farthest=None
+    ):
+        self.pre_norm, self.farthest = pre_norm, farthest
         self.penalty, self.tau, self.sigma = penalty, tau, sigma
         self.weights = {name: w.double().numpy() for name, w in decoder.state_dict().items()}
         self.samples, self.sampling, self.mem_len, self.heads = samples, sampling, mem_len, heads
@@ -76,7 +79,8 @@ class InfinityFormer:
                 q = q_w[part] @ rows[i]
                 scores = []
                 for j in range(i + 1):
-                    distance = w["positions.projection"][layer][part] @ self.sinusoid(i - j, rows.shape[1])
+                    away = i - j if self.farthest is None else min(i - j, self.farthest)
+                    distance = w["positions.projection"][layer][part] @ self.sinusoid(away, rows.shape[1])
                     content = (q + w["positions.content_bias"][h]) @ (k_w[part] @ rows[j])
                     scores.append(content + (q + w["positions.position_bias"][h]) @ distance)
                 alpha = np.exp(np.array(scores) / math.sqrt(self.size))
@@ -105,14 +109,17 @@ class InfinityFormer:
             divergences.append([])
             for i in range(layers):
                 rows = x if slots[i] is None else np.concatenate([slots[i], x])
-                output, attended = self.attend(i, rows, n, signals[i])
+                norm = f"layers.{i}.self_attn_layer_norm"
+                seen = self.layer_norm(rows, norm) if self.pre_norm else rows
+                output, attended = self.attend(i, seen, n, signals[i])
                 keep = max(0, len(rows) - self.mem_len)
                 slots[i], signals[i] = rows[keep:], self.extend(signals[i], rows[:keep], attended)
-                x = self.layer_norm(x + output, f"layers.{i}.self_attn_layer_norm")
-                name = f"layers.{i}.feed_forward."
-                hidden = np.maximum(x @ self.weights[name + "fc1.weight"].T + self.weights[name + "fc1.bias"], 0)
+                x = x + output if self.pre_norm else self.layer_norm(x + output, norm)
+                name, norm = f"layers.{i}.feed_forward.", f"layers.{i}.final_layer_norm"
+                seen = self.layer_norm(x, norm) if self.pre_norm else x
+                hidden = np.maximum(seen @ self.weights[name + "fc1.weight"].T + self.weights[name + "fc1.bias"], 0)
                 hidden = hidden @ self.weights[name + "fc2.weight"].T + self.weights[name + "fc2.bias"]
-                x = self.layer_norm(x + hidden, f"layers.{i}.final_layer_norm")
+                x = x + hidden if self.pre_norm else self.layer_norm(x + hidden, norm)
                 divergences[-1] += [
                     math.log(self.sigma) - math.log(v) / 2 + v / (2 * self.sigma**2) - 0.5 for _, v in attended
                 ]

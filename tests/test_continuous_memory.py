@@ -35,6 +35,7 @@ SIZES = [
     {"memory_sampling": "even", "memory_samples": 5},
     {"mem_len": 2, "tokens_per_sample": 5, "decoder_layers": 1},
     {"mem_len": 0, "tokens_per_sample": 4, "num_basis_functions": 10, "decoder_layers": 3},
+    {"decoder_normalize_before": True, "basis_widths": "0.1,0.2,0.5", "clamp_len": 3},
 ]
 
 
@@ -52,7 +53,18 @@ def test_the_model_computes_what_the_paper_says(options):
     scores, divergences = torch.cat(scores, dim=1).detach().numpy(), []
     for b in range(streams):
         samples, sampling = options.get("memory_samples", 7), options.get("memory_sampling", "sticky")
-        model = InfinityFormer(decoder, WIDTHS, PENALTY, TAU, SIGMA, samples, sampling, decoder.memory.slots)
+        model = InfinityFormer(
+            decoder,
+            [float(width) for width in options.get("basis_widths", OPTIONS["basis_widths"]).split(",")],
+            PENALTY,
+            TAU,
+            SIGMA,
+            samples,
+            sampling,
+            decoder.memory.slots,
+            pre_norm=options.get("decoder_normalize_before", False),
+            farthest=options.get("clamp_len"),
+        )
         expected, by_segment, signals = model.read(tokens[b].view(-1, n).numpy())
         np.testing.assert_allclose(scores[b], expected, rtol=0, atol=1e-9)
         for found, signal in zip(state.coefficients, signals, strict=True):

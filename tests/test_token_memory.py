@@ -29,7 +29,8 @@ SEGMENTED = {"tokens_per_sample": 6, "bptt_segments": 3, "memory_tokens": 3}
 class Paper:
     """The model in numpy, a stream, a query and a head at a time."""
 
-    def __init__(self, decoder, reads_cache=False):
+    def __init__(self, decoder, reads_cache=False, pre_norm=False, farthest=None):
+        self.pre_norm, self.farthest = pre_norm, farthest
         self.w = {name: p.detach().numpy() for name, p in decoder.named_parameters()}
         self.layers, self.heads = len(decoder.layers), len(self.w["positions.content_bias"])
         self.reads_cache = reads_cache
@@ -41,6 +42,7 @@ class Paper:
 
     def distance(self, layer, distance):
         """``W_r sinusoid(distance)``: ``[H, D]``."""
+        distance = distance if self.farthest is None else min(distance, self.farthest)
         weight = self.w["positions.projection"][layer]
         width = weight.shape[1]
         angles = [distance / 10000 ** (2 * i / width) for i in range(width // 2)]
@@ -81,6 +83,8 @@ class Paper:
             m = len(cache[layer])
             entered.append(np.concatenate([cache[layer], rows[size : size + n]]))
             everything = np.concatenate([cache[layer], rows])
+            if self.pre_norm:
+                everything = self.norm(layer, "self_attn_layer_norm", everything)
             qkv = (everything @ self.w[f"layers.{layer}.self_attn.qkv_proj.weight"].T).reshape(len(everything), 3, -1)
             q, k, v = (qkv[:, part].reshape(len(everything), self.heads, -1) for part in range(3))
             attended = np.zeros((len(rows), *q.shape[1:]))
@@ -91,8 +95,12 @@ class Paper:
                     weights = np.exp(scores - scores.max())
                     attended[i - m, h] = weights @ v[seen, h] / weights.sum()
             out = attended.reshape(len(rows), -1) @ self.w[f"layers.{layer}.self_attn.out_proj.weight"].T
-            rows = self.norm(layer, "self_attn_layer_norm", rows + out)
-            rows = self.norm(layer, "final_layer_norm", rows + self.feed_forward(layer, rows))
+            rows = rows + out
+            if self.pre_norm:
+                rows = rows + self.feed_forward(layer, self.norm(layer, "final_layer_norm", rows))
+            else:
+                rows = self.norm(layer, "self_attn_layer_norm", rows)
+                rows = self.norm(layer, "final_layer_norm", rows + self.feed_forward(layer, rows))
         return rows[size : size + n], rows[size + n :], entered
 
     def text(self, embedded, period, mem_len):
@@ -115,6 +123,7 @@ class Paper:
         (PLAIN, {"mem_len": 4, "memory_reads_cache": True, "memory_tokens": 1}),
         (DISENTANGLED, {"mem_len": 7, "memory_reads_cache": True}),
         (DISENTANGLED, {"tokens_per_sample": 10, "bptt_segments": 2, "mem_len": 3, "decoder_layers": 3}),
+        (PLAIN, {"mem_len": 7, "decoder_normalize_before": True, "clamp_len": 1}),
     ],
     ids=str,
 )
@@ -127,7 +136,12 @@ def test_four_segments_equal_the_papers_computation(variant, options):
     for segment in words.split(decoder.segment_length, dim=1):
         part, state, _ = decoder.step(segment, state)
         parts.append(part)
-    paper = Paper(decoder, options.get("memory_reads_cache", False))
+    paper = Paper(
+        decoder,
+        options.get("memory_reads_cache", False),
+        options.get("decoder_normalize_before", False),
+        options.get("clamp_len"),
+    )
     for row in range(2):
         expected, tokens, cache = paper.text(paper.embedding(words[row]), 5, options["mem_len"])
         np.testing.assert_allclose(torch.cat(parts, dim=1)[row].numpy(), expected, rtol=0, atol=1e-9)
