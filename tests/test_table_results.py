@@ -118,6 +118,22 @@ def test_what_was_run_with_other_options_is_told(tiny, monkeypatch, capsys):
     assert row.split("|")[-2].strip() == "1"
 
 
+@pytest.mark.parametrize("folder_of_its_own", [False, True])
+def test_results_of_another_run_are_refused(folder_of_its_own, tiny, monkeypatch, capsys):
+    """Also where the run that is asked for has begun, or has a folder without a checkpoint."""
+    monkeypatch.setattr(plots, "write", lambda *_: [])
+    monkeypatch.setattr(process, "run", fork)
+    arguments = ["--only", "lamemo", "--results", tiny.parent / "results"]
+    assert run(tiny, *arguments, "--set", "max-update=2") == 0
+    shutil.rmtree(tiny.parent / "out")
+    monkeypatch.setattr(process, "run", lambda *_: process.Ended(1, 0.1))
+    if folder_of_its_own:
+        assert run(tiny, "--only", "lamemo") == 1
+    capsys.readouterr()
+    assert run(tiny, *arguments) == 1
+    assert "keeps the results of another lamemo/seed-1" in capsys.readouterr().err
+
+
 def test_what_was_evaluated_with_other_options_is_told_and_kept(tiny, monkeypatch, capsys):
     """New figures of a model take the place of former ones, and the others stay."""
     monkeypatch.setattr(plots, "write", lambda *_: [])

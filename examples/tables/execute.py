@@ -139,11 +139,10 @@ def check(plan: Plan, runs: Sequence[Run]) -> List[Run]:
         ChangedError: one does, or the results that are kept are those of another.
     """
     for run in runs:
-        folder = plan.folder(run)
-        if folder.identity.exists():
-            folder.check(plan.identity(run))
-        elif run.name in plan.kept and plan.kept[run.name]["run"] != plan.identity(run):
-            changed = "; ".join(differences(plan.kept[run.name]["run"], plan.identity(run)))
+        wanted = plan.identity(run)
+        plan.folder(run).check(wanted)
+        if run.name in plan.kept and plan.kept[run.name]["run"] != wanted:
+            changed = "; ".join(differences(plan.kept[run.name]["run"], wanted))
             raise ChangedError(
                 f"{plan.results} keeps the results of another {run.name}: {changed}. "
                 "Ask for the same, or keep these in another folder with --results"
