@@ -24,7 +24,7 @@ def test_recipes_say_what_tables_say(path, monkeypatch):
     readme = (path.parent / "README.md").read_text()
     assert all(f"`{row}`" in readme for row in loaded.rows)
     ours = next(row for row in loaded.rows if row.startswith("lamemo"))
-    assert "\n\n".join(recipes.lines(loaded, ours, runner.table_name(path))) in readme
+    assert "\n\n".join(recipes.lines(loaded, table.Run(ours, loaded.seeds[0]), runner.table_name(path))) in readme
 
 
 def test_a_shell_recipe_shares_the_streams_of_the_table(tmp_path, capsys):

@@ -96,10 +96,9 @@ def test_a_killed_runner_goes_on_from_the_checkpoint(tiny, tmp_path, monkeypatch
 def only_train(plan, one):
     board = execute.Board(FakeBar())
     held = plan.folder(one)
-    descriptor = held.lock()
-    held.claim(plan.identity(one))
-    execute._train(plan, one, held, execute.Slot(), descriptor, board)
-    os.close(descriptor)
+    with held.lock() as descriptor:
+        held.claim(plan.identity(one))
+        execute._train(plan, one, held, execute.Slot(), descriptor, board)
 
 
 class FakeBar:
@@ -127,8 +126,8 @@ def test_a_file_gets_a_line_once_a_minute(monkeypatch, terminal, shown):
 
 def locked(path):
     try:
-        os.close(folder.RunFolder(path).lock())
-        return False
+        with folder.RunFolder(path).lock():
+            return False
     except folder.BusyError:
         return True
 
@@ -162,31 +161,31 @@ def test_two_runners_do_not_share_a_run(tiny, capsys, monkeypatch):
     """A command that outlives its runner keeps the folder, as it inherits the lock."""
     monkeypatch.setattr(folder, "PATIENCE", 0.3)
     held = folder.RunFolder(tiny.parent / "out" / "lamemo" / "seed-1")
-    descriptor = held.lock()
-    arguments = (["sleep", "60"], tiny.parent / "log", {}, [descriptor])
-    command = threading.Thread(target=process.run, args=arguments)
-    command.start()
-    wait_for(lambda: process._ALIVE)
-    os.close(descriptor)
+    with held.lock() as descriptor:
+        arguments = (["sleep", "60"], tiny.parent / "log", {}, [descriptor])
+        command = threading.Thread(target=process.run, args=arguments)
+        command.start()
+        wait_for(lambda: process._ALIVE)
     try:
         assert run(tiny, "--only", "lamemo") == 1
         assert "another process is at work there" in capsys.readouterr().err
     finally:
         process.stop()
         command.join()
-    os.close(held.lock())
+    with held.lock():
+        pass
 
 
 def test_what_a_run_leaves_behind_for_seconds_is_waited_for(tmp_path, monkeypatch):
     """Such as workers that load data, which find out late that their process has ended."""
     held = folder.RunFolder(tmp_path / "run")
-    descriptor = held.lock()
-    worker = subprocess.Popen(["sleep", "1"], pass_fds=[descriptor])
-    os.close(descriptor)
+    with held.lock() as descriptor:
+        worker = subprocess.Popen(["sleep", "1"], pass_fds=[descriptor])
     with monkeypatch.context() as impatient:
         impatient.setattr(folder, "PATIENCE", 0.0)
         assert locked(held.path)
-    os.close(held.lock())
+    with held.lock():
+        pass
     worker.wait()
 
 

@@ -80,8 +80,8 @@ def act(args: argparse.Namespace) -> int:
     loaded = table.load(args.table)
     name = table_name(args.table)
     if args.print:
-        for seed in args.seeds or loaded.seeds[:1]:
-            print("\n\n".join(recipes.lines(loaded, args.print, name, args.gpus, options(args.set), seed)))
+        for run in table.runs(loaded, [args.print], args.seeds or loaded.seeds[:1]):
+            print("\n\n".join(recipes.lines(loaded, run, name, args.gpus, options(args.set))))
         return 0
     if args.write_recipes:
         for file in recipes.write(loaded, args.table.parent, name):

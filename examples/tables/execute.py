@@ -1,6 +1,5 @@
 """Runs what a table still lacks: trains, evaluates, and leaves results.json where a run is complete."""
 
-import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from . import commands, logs, process
 from .folder import BusyError, ChangedError, RunFolder, data_identity, differences, read_json, write_json
-from .kept import Result
+from .kept import Result, run_of
 from .table import Evaluation, Run, Table, evaluations, find
 
 
@@ -90,7 +89,7 @@ class Plan:
     def otherwise(self, result: Result) -> List[str]:
         """In which options a result's training differs from its row as it is now."""
         held = result["run"]
-        wanted = {"streams": self.table.streams, **self.options(Run(held["row"], held["seed"]))}
+        wanted = {"streams": self.table.streams, **self.options(run_of(result))}
         wanted.pop("--data", None)
         return differences({"streams": held["streams"], **held["options"]}, wanted)
 
@@ -210,8 +209,7 @@ def complete(plan: Plan, run: Run, slot: Slot, board: "Board") -> None:
         BusyError: another process has the run's folder.
     """
     folder = plan.folder(run)
-    lock = folder.lock()
-    try:
+    with folder.lock() as lock:
         folder.claim(plan.identity(run))
         if not folder.trained.exists():
             _train(plan, run, folder, slot, lock, board)
@@ -219,8 +217,6 @@ def complete(plan: Plan, run: Run, slot: Slot, board: "Board") -> None:
         if missing:
             _evaluate(plan, run, folder, missing, slot, lock, board)
         write_json(folder.results, plan.result(run))
-    finally:
-        os.close(lock)
 
 
 def _train(plan: Plan, run: Run, folder: RunFolder, slot: Slot, lock: int, board: "Board") -> None:

@@ -87,13 +87,9 @@ class RunFolder:
                 former.unlink(missing_ok=True)
             write_json(self.identity, wanted)
 
-    def lock(self) -> int:
-        """Keep others out as long as the descriptor is open, here or in a process that inherits it.
-
-        Raises:
-            BusyError: another process has the folder.
-        """
-        return _lock(self.path / "lock", "another process is at work there")
+    def lock(self) -> contextlib.AbstractContextManager[int]:
+        """`locked`, for the work on this run."""
+        return locked(self.path / "lock", "another process is at work there")
 
     def note_start(self, commands: List[List[str]], devices: Optional[str]) -> None:
         """Add where and how the run is started, or started again."""
@@ -111,23 +107,6 @@ class RunFolder:
         return found
 
 
-def _lock(path: Path, reason: str) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except OSError:
-            if time.monotonic() > until:
-                os.close(descriptor)
-                raise BusyError(
-                    f"{path.parent}: {reason}; wait for it, or end it (fuser {path} shows its number)"
-                ) from None
-        time.sleep(0.1)
-
-
 @contextlib.contextmanager
 def locked(path: Path, reason: str) -> Iterator[int]:
     """Keep others out meanwhile, and as long as a process has the descriptor open that it is given.
@@ -135,11 +114,24 @@ def locked(path: Path, reason: str) -> Iterator[int]:
     Raises:
         BusyError: another process is in, with the *reason*.
     """
-    descriptor = _lock(path, reason)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
+        _wait_for(descriptor, f"{path.parent}: {reason}; wait for it, or end it (fuser {path} shows its number)")
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _wait_for(descriptor: int, message: str) -> None:
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > until:
+                raise BusyError(message) from None
+        time.sleep(0.1)
 
 
 def differences(held: Any, wanted: Any, name: str = "") -> List[str]:

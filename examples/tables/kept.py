@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any, Dict, Iterable
 
+from .table import Run
+
 Result = Dict[str, Any]  # run, training, evaluations, scale and starts, as in a run's results.json
 
 
@@ -45,13 +47,14 @@ def add(path: Path, results: Iterable[Result]) -> None:
 
 
 def _put(held: Dict[str, Result], result: Result) -> None:
-    former = held.get(name(result))
+    name = run_of(result).name
+    former = held.get(name)
     if former is not None and former["training"] == result["training"]:
         result = {**result, "evaluations": {**former["evaluations"], **result["evaluations"]}}
     if former is None or len(result["evaluations"]) >= len(former["evaluations"]):
-        held[name(result)] = result
+        held[name] = result
 
 
-def name(result: Result) -> str:
-    """As `table.Run.name`."""
-    return f"{result['run']['row']}/seed-{result['run']['seed']}"
+def run_of(result: Result) -> Run:
+    """The run that a result is of."""
+    return Run(result["run"]["row"], result["run"]["seed"])

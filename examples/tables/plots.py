@@ -97,11 +97,11 @@ def _memory(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> An
         ("tokens/s", ("tokens_per_second",)),
         ("peak memory, GiB", ("device_memory_gib", "host_memory_gib")),
     ]
+    at = [Evaluation(sweep.subset, mem_len=length) for length in sweep.lengths]
+    fullest = {name: render.fullest(results[name], at) for name in rows}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5))
     for axis, (label, keys) in zip(axes, panels, strict=True):
-        for name in rows:
-            at = [Evaluation(sweep.subset, mem_len=length) for length in sweep.lengths]
-            found = render.fullest(results[name], at)
+        for name, found in fullest.items():
             points = []
             for evaluation in at:
                 figures = next((v for v in (render.values(plan, found, evaluation, key) for key in keys) if v), None)

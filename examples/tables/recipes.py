@@ -1,7 +1,8 @@
 """Rows as recipes: a shell script and a YAML for fairseq-hydra-train, both from the row's command line."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, get_origin
+from types import MappingProxyType
+from typing import Any, Dict, List, Mapping, Sequence, Tuple, get_origin
 
 import yaml
 
@@ -50,26 +51,20 @@ def checkpoints(name: str, row: str) -> str:
 
 
 def lines(
-    table: Table,
-    row: str,
-    name: str,
-    gpus: int = 1,
-    changes: Optional[Mapping[str, Any]] = None,
-    seed: Optional[int] = None,
+    table: Table, run: Run, name: str, gpus: int = 1, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> Tuple[str, str]:
-    """Training, with the table's first seed unless another is given, and evaluation on the test set, for a shell."""
-    saved, changes = checkpoints(name, row), changes or {}
-    train = commands.train(table, Run(row, table.seeds[0] if seed is None else seed), saved, changes, gpus)
+    """Training, and evaluation on the test set, for a shell."""
+    saved = checkpoints(name, run.row)
+    train = commands.train(table, run, saved, changes, gpus)
     test = Evaluation(table.evaluation.subsets[-1])
-    evaluate = commands.evaluate(table, row, f"{saved}/checkpoint_best.pt", test, changes)
+    evaluate = commands.evaluate(table, run.row, f"{saved}/checkpoint_best.pt", test, changes)
     return commands.shell("fairseq-train", train), commands.shell("fairseq-eval-lm", evaluate)
 
 
 def script(table: Table, row: str, folder: Path, name: str) -> str:
     """A row as a shell script."""
-    train = commands.train(
-        table, Run(row, table.seeds[0]), checkpoints(name, row), {}, batch_size=f"$(({table.streams} / GPUS))"
-    )
+    run = Run(row, table.seeds[0])
+    train = commands.train(table, run, checkpoints(name, row), {}, batch_size=f"$(({table.streams} / GPUS))")
     up = "/".join(".." for _ in folder.parts)
     return f"""#!/usr/bin/env bash
 # {title(table, row)}.
@@ -86,7 +81,7 @@ fi
 {commands.shell("fairseq-train", train)}
 # On one GPU: several would cut the split into more streams.
 export CUDA_VISIBLE_DEVICES=$(echo "${{CUDA_VISIBLE_DEVICES:-0}}" | cut -d, -f1)
-{lines(table, row, name)[1]}
+{lines(table, run, name)[1]}
 """
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Dict, Iterable, List, Optional, Sequence
 
-from . import kept, scale, speed
+from . import scale, speed
 from .execute import Plan
-from .kept import Result
+from .kept import Result, run_of
 from .table import MEASURES, Evaluation, Row, Run
 
 
@@ -91,7 +91,7 @@ def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[
     lines = []
     for name, runs in results.items():
         for result in runs:
-            for evaluation in plan.evaluations(Run(name, result["run"]["seed"])):
+            for evaluation in plan.evaluations(run_of(result)):
                 held = result["evaluations"].get(evaluation.name)
                 if held is None:
                     continue
@@ -172,13 +172,12 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     if lacking:
         parts.append(f"Not complete: {', '.join(lacking)}.")
     for result in (result for found in results.values() for result in found):
-        other = plan.otherwise(result)
+        run, other = run_of(result), plan.otherwise(result)
         if other:
-            parts.append(f"{kept.name(result)} was run with other options than here: {'; '.join(other)}.")
-        held = Run(result["run"]["row"], result["run"]["seed"])
-        stale = [e.name for e in plan.missing(held) if e.name in result["evaluations"]]
+            parts.append(f"{run.name} was run with other options than here: {'; '.join(other)}.")
+        stale = [e.name for e in plan.missing(run) if e.name in result["evaluations"]]
         if stale:
-            parts.append(f"{held.name} was evaluated with other options than here: {', '.join(stale)}.")
+            parts.append(f"{run.name} was evaluated with other options than here: {', '.join(stale)}.")
     parts += _where(results)
     return "\n\n".join(parts) + "\n"
 
