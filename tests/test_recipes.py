@@ -27,6 +27,21 @@ def test_recipes_say_what_tables_say(path, monkeypatch):
     assert "\n\n".join(recipes.lines(loaded, table.Run(ours, loaded.seeds[0]), runner.table_name(path))) in readme
 
 
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: runner.table_name(p))
+def test_rows_train_on_as_many_tokens(path):
+    """In all, and an update, but for rows that say otherwise in their names."""
+    loaded = table.load(path)
+
+    def tokens(row):
+        options = commands.training_options(loaded, row, {})
+        an_update = table.streams(loaded, row) * options["tokens-per-sample"]
+        return an_update * options["max-update"], an_update
+
+    found = {row: tokens(row) for row in loaded.rows if "longer" not in row}
+    assert len({total for total, _ in found.values()}) == 1
+    assert len({an_update for row, (_, an_update) in found.items() if "half_updates" not in row}) == 1
+
+
 def test_a_shell_recipe_shares_the_streams_of_the_table(tmp_path, capsys):
     """Run with stand-ins for fairseq's commands, and for the Python that counts GPUs."""
     for name, text in {

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from examples.tables import __main__ as runner
-from examples.tables import commands, execute, folder, logs, plots, process, render, scale, table
+from examples.tables import commands, execute, folder, logs, plots, process, recipes, render, scale, table
 
 from .helpers import random_tokens, read_streams, tiny_decoder
 from .tables import fork, read, run
@@ -309,8 +310,8 @@ def test_bad_table_files(text, message, tmp_path):
         (["--only", "nothing"], "no row 'nothing'; its rows are transformer_xl, lamemo"),
         (["--set", "lr"], "pass OPTION=VALUE"),
         (["--set", "batch-size=3"], "follows from the table's streams"),
-        (["--print", "lamemo", "--gpus", "3"], "the 4 streams of this table cannot be shared evenly"),
-        (["--print-slurm", "--gpus", "3", "--set", "cpu=false"], "the 4 streams of this table cannot be shared evenly"),
+        (["--print", "lamemo", "--gpus", "3"], "the 4 streams of row 'lamemo' cannot be shared evenly"),
+        (["--print-slurm", "--gpus", "3", "--set", "cpu=false"], "streams of row 'transformer_xl' cannot be shared"),
         (["--write-recipes"], "is outside"),
         (["--set", "lr=["], "--set lr=[: the value is no YAML"),
         (["--set", "data=/nowhere"], "/nowhere holds no dict.txt"),
@@ -345,6 +346,23 @@ def test_gpus_share_the_streams_and_runs_the_gpus(tiny):
     args.gpus = 2
     (slot,) = runner.slots(args, False)
     assert slot.environment() == {"CUDA_VISIBLE_DEVICES": "4,5"} and slot.environment(1)["CUDA_VISIBLE_DEVICES"] == "4"
+
+
+def test_a_row_may_have_its_own_streams(tiny, capsys):
+    tiny.write_text(tiny.read_text().replace("    title: LaMemo\n", "    title: LaMemo\n    streams: 6\n"))
+    loaded = table.load(tiny)
+    plan = execute.Plan(loaded, tiny.parent / "out", {})
+    for row, number in {"transformer_xl": 4, "lamemo": 6}.items():
+        run_ = table.Run(row, 1)
+        arguments = commands.train(loaded, run_, "saved", {}, gpus=2)
+        assert arguments[arguments.index("--batch-size") + 1] == str(number // 2)
+        assert plan.identity(run_)["streams"] == number
+        assert recipes.config(loaded, row, "tiny")["dataset"]["batch_size"] == number
+        script = recipes.script(loaded, row, Path("examples/tiny"), "tiny")
+        assert f"--batch-size $(({number} / GPUS))" in script and f"(({number} % GPUS))" in script
+    assert run(tiny, "--print", "lamemo", "--only", "lamemo", "--gpus", "3", "--set", "cpu=false") == 0
+    assert "--batch-size 2" in capsys.readouterr().out
+    assert run(tiny, "--print-slurm", "--gpus", "3", "--set", "cpu=false") == 1
 
 
 def test_a_scale_is_the_same_for_all_rows(tiny, monkeypatch, capsys):

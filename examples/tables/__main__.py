@@ -99,7 +99,8 @@ def act(args: argparse.Namespace) -> int:
     )
     runs = table.runs(loaded, args.only, args.seeds)
     if not plan.on_cpu:
-        commands.streams_a_device(loaded, plan.gpus)  # an error unless they can be shared
+        for row in dict.fromkeys(run.row for run in runs):
+            commands.streams_a_device(loaded, row, plan.gpus)  # an error unless they can be shared
     if args.print_slurm:
         print("\n".join(jobs(plan, runs, args)))
         return 0

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from .table import Evaluation, Run, Table, TableError, find
+from .table import Evaluation, Run, Table, TableError, find, streams
 
 # Options of training that evaluation shares.
 SHARED = ("user-dir", "task", "cpu", "num-workers", "log-format")
@@ -28,15 +28,16 @@ def training_options(table: Table, row: str, changes: Mapping[str, Any]) -> Dict
     return {**table.options, **find(table, row).options, **changes}
 
 
-def streams_a_device(table: Table, gpus: int) -> int:
-    """``--batch-size`` on each of *gpus* devices, so that their number does not change the run.
+def streams_a_device(table: Table, row: str, gpus: int) -> int:
+    """``--batch-size`` of a row on each of *gpus* devices, so that their number does not change the run.
 
     Raises:
         TableError: they cannot share the streams evenly.
     """
-    if gpus < 1 or table.streams % gpus:
-        raise TableError(f"--gpus {gpus}: the {table.streams} streams of this table cannot be shared evenly")
-    return table.streams // gpus
+    number = streams(table, row)
+    if gpus < 1 or number % gpus:
+        raise TableError(f"--gpus {gpus}: the {number} streams of row '{row}' cannot be shared evenly")
+    return number // gpus
 
 
 def train(
@@ -45,7 +46,7 @@ def train(
     """The arguments of fairseq-train."""
     options = {
         **training_options(table, run.row, changes),
-        "batch-size": streams_a_device(table, gpus) if batch_size is None else batch_size,
+        "batch-size": streams_a_device(table, run.row, gpus) if batch_size is None else batch_size,
         "seed": run.seed,
         "save-dir": checkpoints,
     }

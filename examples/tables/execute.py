@@ -13,7 +13,7 @@ from tqdm import tqdm
 from . import commands, logs, process
 from .folder import BusyError, ChangedError, RunFolder, data_identity, differences, read_json, write_json
 from .kept import Result, run_of
-from .table import Evaluation, Run, Table, evaluations, find
+from .table import Evaluation, Run, Table, evaluations, find, streams
 
 
 class RunError(RuntimeError):
@@ -55,7 +55,8 @@ class Plan:
         """What a run's figures depend on, as JSON. The number of GPUs is no part of it."""
         options = self.options(run)
         data = data_identity(str(options.pop("--data", self.table.data)))
-        return {"row": run.row, "seed": run.seed, "streams": self.table.streams, "options": options, "data": data}
+        number = streams(self.table, run.row)
+        return {"row": run.row, "seed": run.seed, "streams": number, "options": options, "data": data}
 
     def options(self, run: Run) -> Dict[str, Any]:
         """The options of a run's training as given to fairseq-train, but for what the runner sets."""
@@ -89,7 +90,8 @@ class Plan:
     def otherwise(self, result: Result) -> List[str]:
         """In which options a result's training differs from its row as it is now."""
         held = result["run"]
-        wanted = {"streams": self.table.streams, **self.options(run_of(result))}
+        run = run_of(result)
+        wanted = {"streams": streams(self.table, run.row), **self.options(run)}
         wanted.pop("--data", None)
         return differences({"streams": held["streams"], **held["options"]}, wanted)
 

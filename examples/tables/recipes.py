@@ -8,7 +8,7 @@ import yaml
 
 from . import commands, render
 from .folder import ROOT
-from .table import Evaluation, Run, Table, TableError, find
+from .table import Evaluation, Run, Table, TableError, find, streams
 
 # Where an option belongs that several groups have: the first one owns it.
 GROUPS = ["common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion"]
@@ -64,18 +64,19 @@ def lines(
 def script(table: Table, row: str, folder: Path, name: str) -> str:
     """A row as a shell script."""
     run = Run(row, table.seeds[0])
-    train = commands.train(table, run, checkpoints(name, row), {}, batch_size=f"$(({table.streams} / GPUS))")
+    number = streams(table, row)
+    train = commands.train(table, run, checkpoints(name, row), {}, batch_size=f"$(({number} / GPUS))")
     up = "/".join(".." for _ in folder.parts)
     return f"""#!/usr/bin/env bash
 # {title(table, row)}.
 # Written by `{_writer(folder)}`.
-#   bash {folder}/{row}.sh                            the {table.streams} streams over all GPUs that there are
+#   bash {folder}/{row}.sh                            the {number} streams over all GPUs that there are
 #   CUDA_VISIBLE_DEVICES=0 bash {folder}/{row}.sh     on one
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")/{up}"
 GPUS=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
-if [ $(({table.streams} % GPUS)) -ne 0 ]; then
-    echo "{table.streams} streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
+if [ $(({number} % GPUS)) -ne 0 ]; then
+    echo "{number} streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
     exit 1
 fi
 {commands.shell("fairseq-train", train)}
@@ -110,7 +111,7 @@ def hydra(table: Table, row: str, folder: Path, name: str) -> str:
 
 def config(table: Table, row: str, name: str) -> Dict[str, Any]:
     """The options of a row in hydra's groups."""
-    given = {**commands.training_options(table, row, {}), "batch-size": table.streams, "seed": table.seeds[0]}
+    given = {**commands.training_options(table, row, {}), "batch-size": streams(table, row), "seed": table.seeds[0]}
     given["save-dir"] = checkpoints(name, row)
     groups = _groups(given)
     found: Dict[str, Any] = {group: {} for group in GROUPS}

@@ -36,6 +36,7 @@ class Row:
 
     title: str = MISSING
     options: Dict[str, Any] = field(default_factory=dict)
+    streams: Optional[int] = None  # instead of the table's
     paper: Figures = field(default_factory=Figures)
     sweeps: bool = True  # whether other lengths at test time mean anything for it
     without_memory: Optional[Dict[str, Any]] = None  # instead of the table's
@@ -153,6 +154,12 @@ def find(table: Table, name: str) -> Row:
     if name not in table.rows:
         raise TableError(f"the table has no row '{name}'; its rows are {', '.join(table.rows)}")
     return table.rows[name]
+
+
+def streams(table: Table, row: str) -> int:
+    """The streams that a row's training reads side by side."""
+    own = find(table, row).streams
+    return table.streams if own is None else own
 
 
 def evaluations(table: Table, row: Row) -> List[Evaluation]:

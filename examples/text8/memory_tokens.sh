@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # text8, Recurrent Memory Transformer.
 # Written by `python -m examples.tables examples/text8/table.yaml --write-recipes`.
-#   bash examples/text8/memory_tokens.sh                            the 40 streams over all GPUs that there are
+#   bash examples/text8/memory_tokens.sh                            the 20 streams over all GPUs that there are
 #   CUDA_VISIBLE_DEVICES=0 bash examples/text8/memory_tokens.sh     on one
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 GPUS=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
-if [ $((40 % GPUS)) -ne 0 ]; then
-    echo "40 streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
+if [ $((20 % GPUS)) -ne 0 ]; then
+    echo "20 streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
     exit 1
 fi
 fairseq-train data-bin/text8 --user-dir lamemo_fairseq --task segment_language_modeling --tokens-per-sample 1024 \
-    --roll --criterion chunked_cross_entropy --optimizer adam --lr 0.00025 --lr-scheduler cosine --max-update 25000 \
-    --clip-norm 0.5 --fp16 --batch-size-valid 16 --validate-interval-updates 500 --save-interval-updates 500 \
+    --roll --criterion chunked_cross_entropy --optimizer adam --lr 0.00025 --lr-scheduler cosine --max-update 50000 \
+    --clip-norm 0.5 --fp16 --batch-size-valid 16 --validate-interval-updates 1000 --save-interval-updates 1000 \
     --keep-interval-updates 2 --no-epoch-checkpoints --num-workers 2 --log-format json --log-interval 100 \
-    --arch recurrent_memory_transformer_lm_text8 --bptt-segments 2 --batch-size $((40 / GPUS)) --seed 1 \
+    --arch recurrent_memory_transformer_lm_text8 --bptt-segments 2 --batch-size $((20 / GPUS)) --seed 1 \
     --save-dir checkpoints/text8/memory_tokens
 # On one GPU: several would cut the split into more streams.
 export CUDA_VISIBLE_DEVICES=$(echo "${CUDA_VISIBLE_DEVICES:-0}" | cut -d, -f1)

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # Novels, words, Recurrent Memory Transformer.
 # Written by `python -m examples.tables examples/novels/words/table.yaml --write-recipes`.
-#   bash examples/novels/words/memory_tokens.sh                            the 64 streams over all GPUs that there are
+#   bash examples/novels/words/memory_tokens.sh                            the 32 streams over all GPUs that there are
 #   CUDA_VISIBLE_DEVICES=0 bash examples/novels/words/memory_tokens.sh     on one
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 GPUS=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
-if [ $((64 % GPUS)) -ne 0 ]; then
-    echo "64 streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
+if [ $((32 % GPUS)) -ne 0 ]; then
+    echo "32 streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
     exit 1
 fi
 fairseq-train data-bin/novels-words --user-dir lamemo_fairseq --task segment_language_modeling \
     --tokens-per-sample 300 --roll --mem-len 150 --decoder-layers 8 --decoder-embed-dim 410 \
     --decoder-attention-heads 10 --decoder-head-dim 41 --decoder-ffn-embed-dim 2100 \
-    --criterion chunked_cross_entropy --optimizer adam --lr 0.00025 --lr-scheduler cosine --max-update 803 \
-    --clip-norm 0.5 --fp16 --batch-size-valid 16 --validate-interval-updates 100 --save-interval-updates 100 \
+    --criterion chunked_cross_entropy --optimizer adam --lr 0.00025 --lr-scheduler cosine --max-update 1606 \
+    --clip-norm 0.5 --fp16 --batch-size-valid 16 --validate-interval-updates 200 --save-interval-updates 200 \
     --keep-interval-updates 2 --no-epoch-checkpoints --num-workers 2 --log-format json --log-interval 100 \
-    --arch recurrent_memory_transformer_lm --bptt-segments 2 --batch-size $((64 / GPUS)) --seed 1 \
+    --arch recurrent_memory_transformer_lm --bptt-segments 2 --batch-size $((32 / GPUS)) --seed 1 \
     --save-dir checkpoints/novels-words/memory_tokens
 # On one GPU: several would cut the split into more streams.
 export CUDA_VISIBLE_DEVICES=$(echo "${CUDA_VISIBLE_DEVICES:-0}" | cut -d, -f1)
