@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from fairseq.data.iterators import EpochBatchIterator
 
+from ..host.loading import end_at_exit
 from ..host.ranks import gather_rows
 from ..memory.base import MemoryState
 from ..memory.streams import StreamMemory
@@ -123,6 +124,7 @@ class SegmentBatchIterator(EpochBatchIterator):
     def _get_iterator_for_epoch(self, *args: Any, **kwargs: Any) -> Any:
         batches = super()._get_iterator_for_epoch(*args, **kwargs)
         if batches is not None:
+            end_at_exit(batches._itr)
             batches._itr = Peekable(batches._itr)
         return batches
 

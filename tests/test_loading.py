@@ -1,0 +1,76 @@
+"""Batches that are loaded ahead when a process ends."""
+
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import active_children
+from pathlib import Path
+
+import pytest
+
+from lamemo_fairseq.data.iterator import SegmentBatchIterator
+from lamemo_fairseq.host import loading
+
+from .test_streams import numbered, split_of
+
+# What is collated in the thread that loads takes a while, nearly all of it inside torch.
+STOPS_INSIDE_AN_EPOCH = """
+import time
+
+import torch
+
+from lamemo_fairseq.data.iterator import SegmentBatchIterator
+from lamemo_fairseq.data.segments import SegmentDataset
+from tests.test_streams import numbered, split_of
+
+
+class Slow(SegmentDataset):
+    def collater(self, items):
+        matrix, until = torch.randn(512, 512), time.monotonic() + 0.5
+        while time.monotonic() < until:
+            matrix @ matrix
+        return super().collater(items)
+
+
+dataset = split_of(numbered(600), 5, words=700)
+dataset.__class__ = Slow
+next(SegmentBatchIterator(dataset, 2, buffer_size=4).next_epoch_itr())
+"""
+
+
+def test_a_process_that_stops_inside_an_epoch_ends_well():
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", STOPS_INSIDE_AN_EPOCH], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_is_left_that_loads(workers):
+    threads, processes = set(threading.enumerate()), set(active_children())
+    iterator = SegmentBatchIterator(split_of(numbered(600), 5, words=700), 2, buffer_size=4, num_workers=workers)
+    next(iterator.next_epoch_itr())
+    assert set(threading.enumerate()) - threads and len(set(active_children()) - processes) == workers
+    loading._end_all()
+    left = [t for t in set(threading.enumerate()) - threads if t.name != "QueueFeederThread"]  # they load nothing
+    assert not left and not set(active_children()) - processes
+    loading._end_all()
+
+
+def test_what_hangs_is_not_waited_for(monkeypatch):
+    dataset, hangs = split_of(numbered(600), 5, words=700), threading.Event()
+    collate, first = dataset.collater, iter(range(2))
+
+    def collater(items):
+        if next(first, None) is None:
+            hangs.wait()
+        return collate(items)
+
+    monkeypatch.setattr(dataset, "collater", collater)
+    monkeypatch.setattr(loading, "PATIENCE", 0.2)
+    iterator = SegmentBatchIterator(dataset, 2, buffer_size=4)
+    next(iterator.next_epoch_itr())
+    began = time.monotonic()
+    loading._end_all()
+    assert time.monotonic() - began < 5
+    hangs.set()
