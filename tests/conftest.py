@@ -3,6 +3,7 @@
 Without a GPU, Triton kernels are interpreted; Triton reads the variable when it is imported.
 """
 
+import math
 import os
 
 import pytest
@@ -19,6 +20,21 @@ def tiny_data(tmp_path_factory):
     from .helpers import write_data
 
     return write_data(tmp_path_factory.mktemp("data"), train=3000, valid=300, test=250)
+
+
+@pytest.fixture
+def nan_buffers(monkeypatch):
+    """A buffer that is not written in full, or read before it is, shows."""
+
+    def filled(allocate, *args, **kwargs):
+        made = allocate(*args, **kwargs)
+        if made.is_floating_point():
+            made.detach().fill_(math.nan)  # checkpointing makes a leaf of nothing, which must not change in place
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        allocate = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _allocate=allocate, **k: filled(_allocate, *a, **k))
 
 
 @pytest.fixture

@@ -19,26 +19,13 @@ from lamemo_fairseq.modules import shared_kernels
 
 from .gpus import DEVICE
 
+pytestmark = pytest.mark.usefixtures("nan_buffers")
+
 GPU = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 NAMES = ("x", "rows", "gamma", "beta", "bias")
 KEEP = nn.Identity()  # no dropout
-
-
-@pytest.fixture(autouse=True)
-def nan_buffers(monkeypatch):
-    """A buffer that is not written in full, or read before it is, shows."""
-
-    def filled(allocate, *args, **kwargs):
-        made = allocate(*args, **kwargs)
-        if made.is_floating_point():
-            made.detach().fill_(math.nan)  # checkpointing makes a leaf of nothing, which must not change in place
-        return made
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        allocate = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, _allocate=allocate, **k: filled(_allocate, *a, **k))
 
 
 @pytest.fixture(autouse=True)

@@ -81,8 +81,8 @@ class ContinuousSelfAttention(SelfAttention):
     def read(self, density: Density, long_term: LongTerm) -> Tensor:
         """``E[psi(t)] . B W_v``: ``[B, H, Q, D]``."""
         with torch.autocast(density.mean.device.type, enabled=False):
-            weights = self.basis.expectation(*density)
-        return weights.to(long_term.values.dtype) @ long_term.values
+            weights = self.basis.expectation(*density, long_term.values.dtype)
+        return weights @ long_term.values
 
 
 def divergence(density: Density, sigma: float) -> Tensor:

@@ -6,10 +6,13 @@ Shapes: J basis functions (N_b of the paper), * any.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...modules import rows
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,14 @@ class RadialBasis:
         """``psi`` at *points* ``[*]``: ``[*, J]``."""
         return self.expectation(points, torch.zeros_like(points))
 
-    def expectation(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """``E[psi_j(t)]`` for ``t ~ N(mean, variance)``, both ``[*]``: ``[*, J]``.
+    def expectation(self, mean: Tensor, variance: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
+        """``E[psi_j(t)]`` for ``t ~ N(mean, variance)``, both ``[*]``: ``[*, J]``, in *dtype* if that is given.
 
         The product of two Gaussians integrates to a Gaussian: ``N(mean; c_j, variance + w_j^2)``
         (Martins et al. 2020, *Sparse and continuous attention mechanisms*).
         """
-        centres, squares = self.grid(mean)
-        return _Gaussian.apply(mean, variance, centres, squares)
+        given, dtype = (mean, variance, *self.grid(mean)), dtype or mean.dtype
+        return by_kernel(*given, dtype) if takes(mean) else plain(*given, dtype)
 
     def grid(self, like: Tensor) -> Tuple[Tensor, Tensor]:
         """Centres and squared widths ``[J]``, in the dtype and on the device of *like*."""
@@ -51,6 +54,39 @@ def _grid(basis: RadialBasis, device: torch.device, dtype: torch.dtype) -> Tuple
         widths = torch.tensor(basis.widths, dtype=torch.float64, device="cpu")
         centres, widths = centres.repeat_interleave(len(widths)), widths.repeat(len(centres))
         return centres.to(device, dtype), widths.square().to(device, dtype)
+
+
+def takes(mean: Tensor) -> bool:
+    """Whether the kernels take densities with such means: in float32, on a GPU."""
+    return mean.dtype == torch.float32 and rows.fusable(mean)
+
+
+def plain(mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
+    """By PyTorch's operations."""
+    return _Gaussian.apply(mean, variance, centres, squares).to(dtype)
+
+
+def by_kernel(mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
+    """By one kernel, the gradients by another."""
+    return _GaussianByKernel.apply(mean.contiguous(), variance.contiguous(), centres, squares, dtype)
+
+
+class _GaussianByKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        from . import basis_kernel
+
+        ctx.save_for_backward(mean, variance, centres, squares)
+        return basis_kernel.forward(mean, variance, centres, squares, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        from . import basis_kernel
+
+        return *basis_kernel.backward(grad.contiguous(), *ctx.saved_tensors), None, None, None
 
 
 class _Gaussian(torch.autograd.Function):

@@ -8,6 +8,8 @@ from typing import Callable, Dict, NamedTuple
 import torch
 from torch import Tensor
 
+from .basis import takes
+
 BINS = 128  # of the histogram over [0, 1], as in the authors' code
 # Added to the probability of every bin: rounding then moves no sample far through bins that nothing attended to.
 FLOOR = 1e-6
@@ -37,15 +39,27 @@ def sticky_points(density: Density, count: int) -> Tensor:
     and queries. Here they are the quantiles of that histogram at the middles of S equal parts, which is where sorted
     draws are expected: the same for a token decoded alone and for one in a batch, and without noise.
     """
-    edges = torch.linspace(0, 1, BINS + 1, device=density.mean.device, dtype=density.mean.dtype)
-    z = (edges - density.mean.flatten(1).unsqueeze(-1)) * (0.5 / density.variance.flatten(1).unsqueeze(-1)).sqrt()
-    mass = (0.5 * torch.erf(z).diff(dim=-1)).sum(1)  # [B, bins]
+    mass = by_kernel(density) if takes(density.mean) else plain(density)
     probability = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny) + FLOOR
     below = torch.cat([torch.zeros_like(mass[:, :1]), probability.cumsum(-1)], dim=-1)  # [B, bins + 1]
     level = midpoints(count, mass) * below[:, -1:]  # [B, S]
     index = (torch.searchsorted(below, level, right=True) - 1).clamp(0, BINS - 1)
     inside = (level - below.gather(-1, index)) / probability.gather(-1, index)
     return (index + inside.clamp(0, 1)) / BINS
+
+
+def plain(density: Density) -> Tensor:
+    """The histogram ``[B, BINS]`` by PyTorch's operations."""
+    edges = torch.linspace(0, 1, BINS + 1, device=density.mean.device, dtype=density.mean.dtype)
+    z = (edges - density.mean.flatten(1).unsqueeze(-1)) * (0.5 / density.variance.flatten(1).unsqueeze(-1)).sqrt()
+    return (0.5 * torch.erf(z).diff(dim=-1)).sum(1)
+
+
+def by_kernel(density: Density) -> Tensor:
+    """The same by one kernel, that holds nothing for every query and bin."""
+    from .sampling_kernel import histogram
+
+    return histogram(density.mean.flatten(1).contiguous(), density.variance.flatten(1).contiguous(), BINS)
 
 
 SAMPLINGS: Dict[str, Callable[[Density, int], Tensor]] = {"sticky": sticky_points, "even": even_points}
