@@ -79,12 +79,15 @@ class _ContentAttention(nn.Module):
         self.layer = layer
 
     def forward(self, rows: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        every = self.layer.attention_input(torch.cat([old, new.to(rows), rows], dim=1))
-        q, k, v = self.layer.self_attn.project(every, rows.size(1))
-        sizes = [old.size(1), new.size(1), rows.size(1)]
-        (old_k, new_k, _), (old_v, new_v, _) = k.split(sizes, dim=2), v.split(sizes, dim=2)
-        seen = F.scaled_dot_product_attention(q, old_k, old_v)
-        return seen, F.scaled_dot_product_attention(q, new_k, new_v)
+        with torch.no_grad():  # or the backward pass would go through all of it for nothing
+            q, k, v = self._project(torch.cat([old, rows], dim=1), rows.size(1))
+            seen = F.scaled_dot_product_attention(q, k[:, :, : old.size(1)], v[:, :, : old.size(1)])
+        _, k, v = self._project(new.to(rows), new.size(1))
+        return seen, F.scaled_dot_product_attention(q, k, v)
+
+    def _project(self, rows: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.layer.self_attn.project(self.layer.attention_input(rows), queries)
+        return q, k, v
 
 
 def _square_distance(one: Tensor, other: Tensor) -> Tensor:
