@@ -82,7 +82,7 @@ def test_a_decoder_of_odd_widths(memory, monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("memory", ["lookahead", "recurrent"])
+@pytest.mark.parametrize("memory", ["lookahead", "recurrent", "compressive", "continuous", "token"])
 def test_all_kernels_at_odd_widths_are_as_exact_as_plain_operations(memory, monkeypatch):
     """Loss and gradients in float16 with rows and heads that break alignment; on a GPU as it is, else interpreted."""
     pytest.importorskip("triton")

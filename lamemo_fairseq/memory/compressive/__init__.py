@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...modules import SelfAttention
+from ...modules.rows import join
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
 from ..incremental import SegmentCache
@@ -114,10 +115,12 @@ class CompressiveMemory(Memory[CompressiveState]):
         kept, squeezed, lost = [], [], []
         biases = positions(compressed + recent, None, x)
         for i, (layer, bias) in enumerate(zip(layers, biases, strict=True)):
-            older, rows = state.compressed[i].to(x), torch.cat([state.hidden[i].to(x), x], dim=1)
-            out, used = layer(torch.cat([older, rows], dim=1), bias, current, watched)
+            older = state.compressed[i].to(x)
+            every = join(torch.cat([older, state.hidden[i].to(x)], dim=1), x)
+            out, used = layer(every, bias, current, watched)
+            rows = every[:, compressed:].detach()
             if leaving:
-                old = rows[:, :leaving].detach()
+                old = rows[:, :leaving]
                 new = self.compressions[i](old, used)
                 if learns and len(self.losses):
                     lost.append(self.losses[i](layer, x.detach(), old, new))

@@ -33,7 +33,7 @@ class CompressiveSelfAttention(SelfAttention):
         Returns:
             Rows ``[B, Q, d]``, and the `usage` of those that are watched.
         """
-        q, k, v = self.project(rows, queries)
+        q, k, v = self.project(rows, queries, keep_padding=watched is None)
         attended = self.causal(q, k, v, bias, need_normalizer=False)
         used = None if watched is None else usage(q, k, bias.causal, self.config.span, watched)
         return self.merge_heads(attended.output), used

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ...modules import SelfAttention
+from ...modules.rows import join
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows
 from ..incremental import SegmentCache
@@ -105,7 +106,7 @@ class ContinuousMemory(Memory[ContinuousState]):
         hidden, coefficients, densities = [], [], []
         biases = positions(slots + current, None, x)
         for layer, bias, past, signal in zip(layers, biases, state.hidden, state.coefficients, strict=True):
-            rows = torch.cat([past.to(x), x], dim=1)
+            rows = join(past.to(x), x)
             hidden.append(last_rows(rows, self.config.mem_len))
             x, density = layer(rows, bias, current, signal)
             coefficients.append(self.signal.extend(signal, state.taken_in, rows[:, :leaving], density))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...attention.padding import as_wide
 from ...modules import AttentionConfig, SelfAttention, aligned
 from ...positions import LayerBias
 from .sampling import Density
@@ -46,10 +47,11 @@ class ContinuousSelfAttention(SelfAttention):
         Returns:
             ``[B, Q, d]``, and where the queries attended to the signal.
         """
-        q, k, v = self.project(rows, queries)
+        q, k, v = self.project(rows, queries, keep_padding=True)
         short_term = self.causal(q, k, v, bias, need_normalizer=False).output
         long_term = self.long_term(coefficients)
-        density = self.locate(q, long_term)
+        density = self.locate(q[..., : self.config.head_dim], long_term)
+        long_term = long_term._replace(values=as_wide(q, long_term.values))
         return self.merge_heads(torch.cat([short_term, self.read(density, long_term)], dim=1)), density
 
     def combine(self, q: Tensor, read_out: Tensor, context: LongTerm) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...modules import SelfAttention
+from ...modules.rows import join
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
 from ..incremental import SegmentCache
@@ -128,6 +129,6 @@ class TokenMemory(Memory[TokenState]):
         for i, (layer, bias, past) in enumerate(zip(layers, biases, hidden, strict=True)):
             past = past.to(x)
             kept.append(last_rows(torch.cat([past, rows[:, size : size + current]], dim=1), self.config.mem_len))
-            rows = torch.cat([past, rows], dim=1)
+            rows = join(past, rows)
             rows, _ = layer(rows, bias, blocks._replace(last=i == len(layers) - 1))
         return rows[:, :current], self.dropout(rows[:, current:]), tuple(kept)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...attention import RelativeBias
 from ...attention.eager import relative_scores
+from ...attention.padding import bias_for
 from ...modules import SelfAttention
 from ...modules.attention import AttentionConfig
 from ...positions import LayerBias
@@ -55,7 +56,7 @@ class TokenSelfAttention(SelfAttention):
         """
         size, current = blocks.tokens, blocks.current
         sizes = [current, size] if blocks.last else [size, current, size]
-        q, k, v = self.project(rows, sum(sizes))
+        q, k, v = self.project(rows, sum(sizes), keep_padding=True)
         *read, q_current, q_write = q.split(sizes, dim=2)
         begin = blocks.cached + size  # the first current token
         end = begin + current
@@ -70,19 +71,20 @@ class TokenSelfAttention(SelfAttention):
         return self.merge_heads(torch.cat(parts, dim=2)), None
 
     def block(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias) -> Tensor:
-        """A block of memory tokens attends to what comes before it and to all of itself: ``[B, H, K, D]``.
+        """A block of memory tokens attends to what comes before it and to all of itself: as *q*.
 
         Args:
-            q: ``[B, H, K, D]``.
-            k, v: ``[B, H, P, D]``, of which the block's own are the last K.
+            q: ``[B, H, K, D or D']``.
+            k, v: ``[B, H, P, D or D']``, of which the block's own are the last K.
             bias: of at least P causal distances, and of the distances ``0 .. K-1`` to the right.
         """
         assert bias.ahead is not None
         size, before = q.size(2), k.size(2) - q.size(2)
-        scores = relative_scores(q, k, nearest(bias.causal, k.size(2)), offset=size - 1)
-        ahead = relative_scores(q, k[:, :, before:], bias.ahead, offset=0)
-        right = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-        own = torch.where(right, ahead, scores[..., before:])
+        causal, right = bias_for(q, nearest(bias.causal, k.size(2))), bias_for(q, bias.ahead)
+        scores = relative_scores(q, k, causal, size - 1, self.scale)
+        ahead = relative_scores(q, k[:, :, before:], right, 0, self.scale)
+        to_the_right = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+        own = torch.where(to_the_right, ahead, scores[..., before:])
         weights = F.dropout(torch.cat([scores[..., :before], own], dim=-1).softmax(-1), self._dropout)
         return weights.to(v.dtype) @ v
 
