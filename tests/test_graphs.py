@@ -364,6 +364,26 @@ def test_a_forward_pass_begun_early_is_taken_only_where_it_is_the_same(change):
 
 
 @gpu
+def test_a_recording_says_what_memory_it_keeps_to_itself(caplog):
+    """As much as is free once it is gone, but for what stands for tensors of its own."""
+    caplog.set_level("INFO", logger="lamemo_fairseq")
+    decoder = tiny_decoder(dtype=torch.float32, decoder_ffn_embed_dim=4096, cuda_graphs=True).to("cuda").train()
+    n, state = decoder.segment_length, None
+    for segment in random_tokens(64, 6 * n).to("cuda").split(n, dim=1):
+        features, state, losses = decoder.graphs(decoder.step, decoder, segment, state)
+        sum([features.sum(), *losses.values()]).backward()
+    kept = decoder.graphs.recording().memory
+    assert kept > 64 * n * 4096 * 4  # the hidden activations of one layer
+    assert f"keeps {kept / 2**30:.2f} GiB to itself" in caplog.text
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    del decoder, features, state, losses
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert held - torch.cuda.memory_reserved() >= kept
+
+
+@gpu
 def test_a_second_forward_before_the_backward_is_an_error():
     decoder = tiny_decoder(dtype=torch.float32, cuda_graphs=True).to("cuda").train()
     tokens = random_tokens(2, 16).to("cuda")

@@ -111,13 +111,16 @@ def test_a_log_of_a_resumed_run(tmp_path):
         "2026-01-01 00:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)",
         inner(2, wps=20, free=70.0),
         valid(2, 3.4),
+        graph("training", 2.5),
+        graph("evaluation", 0.25),
+        graph("training", 1.5),
         inner(3, wps=300, free=70.0),
         valid(3, 3.0),
     ]
     (tmp_path / "log").write_text("\n".join(lines))
     found = logs.training(tmp_path / "log")
     assert found["parameters"] == 1234 and found["curve"] == [[2, 3.4], [3, 3.0]] and found["updates"] == 3
-    assert found["tokens_per_second"] == 200 and found["device_memory_gib"] == 24.5
+    assert found["tokens_per_second"] == 200 and found["device_memory_gib"] == 24.5 + 2.75
     (tmp_path / "log").write_text("nothing")
     with pytest.raises(logs.LogError):
         logs.training(tmp_path / "log")
@@ -138,6 +141,11 @@ def test_a_log_of_an_evaluation(tmp_path, peak, memory):
 def inner(update, wps, free):
     record = {"num_updates": str(update), "loss": "3", "wps": str(wps), "wpb": "64", "gb_free": str(free)}
     return f"2026-01-01 00:00:00 | INFO | train_inner | {json.dumps(record)}"
+
+
+def graph(kind, memory):
+    told = f"recorded a CUDA graph for {kind} segments of 4 x 16 tokens, which keeps {memory:.2f} GiB to itself"
+    return f"2026-01-01 00:00:00 | INFO | lamemo_fairseq.modules.graphs | {told}"
 
 
 def valid(update, loss):

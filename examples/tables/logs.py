@@ -10,6 +10,7 @@ _RECORD = re.compile(r"^[\d\-]+ [\d:]+ \| INFO \| (\w+) \| (\{.*\})\s*$")
 _PARAMETERS = re.compile(r"num\. shared model params: ([\d,]+)")
 _CAPACITY = re.compile(r"total memory = ([\d.]+) GB")
 _STARTED = "training on "
+_GRAPH = re.compile(r"recorded a CUDA graph for (\w+) segments .* keeps ([\d.]+) GiB to itself")
 _EVALUATED = re.compile(r"Evaluated ([\d,]+) tokens in ([\d.]+)s \(([\d.]+) tokens/s\)")
 DEVICE_MEMORY = "peak memory of the device: "  # evaluate.py writes it
 _LOSS = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")
@@ -38,8 +39,9 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
 
     Returns:
         ``parameters``; ``tokens_per_second``, the median over log intervals, the first after each start left out where
-        there are others; ``tokens_an_update``; ``device_memory_gib``, the largest peak that was logged (None on a CPU);
-        ``updates``; and ``curve``, one ``[update, base-2 loss]`` a validation.
+        there are others; ``tokens_an_update``; ``device_memory_gib``, the largest peak that was logged and what CUDA
+        graphs keep to themselves (None on a CPU); ``updates``; and ``curve``, one ``[update, base-2 loss]`` a
+        validation.
 
     Raises:
         LogError: there are no parameters in it.
@@ -68,11 +70,15 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
             # A resumed run repeats what it did after its checkpoint.
             curve[int(record[f"{tag}_num_updates"])] = float(record[f"{tag}_loss"])
     capacity = _CAPACITY.findall(text)
+    graphs: Dict[str, float] = {}  # one for training and one for evaluation at a time
+    for kind, memory in _GRAPH.findall(text):
+        graphs[kind] = max(graphs.get(kind, 0.0), float(memory))
+    peak = float(capacity[-1]) - min(free) + sum(graphs.values()) if capacity and free else None
     return {
         "parameters": int(parameters[-1].replace(",", "")),
         "tokens_per_second": median(speeds or first) if speeds or first else None,
         "tokens_an_update": batch,
-        "device_memory_gib": round(float(capacity[-1]) - min(free), 2) if capacity and free else None,
+        "device_memory_gib": None if peak is None else round(peak, 2),
         "updates": max([updates, *curve]),
         "curve": sorted([update, loss] for update, loss in curve.items()),
     }

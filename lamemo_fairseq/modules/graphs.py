@@ -74,9 +74,10 @@ class SegmentGraphs:
                 recording = _Recording(step, tokens, state)
         held.recorded = signature, recording
         logger.info(
-            "recorded a CUDA graph for %s segments of %s tokens",
+            "recorded a CUDA graph for %s segments of %s tokens, which keeps %.2f GiB to itself",
             "training" if learns else "evaluation",
             " x ".join(map(str, tokens.shape)),
+            recording.memory / 2**30,
         )
         return recording(tokens, state)
 
@@ -128,8 +129,11 @@ class _Recording:
                 self._warm_up(run)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = _unallocated()
         self.forward_graph = torch.cuda.CUDAGraph()
         self._record(run)
+        self.memory = _unallocated() - before  # bytes that PyTorch does not count as allocated
 
     def _warm_up(self, run: Callable[..., Any]) -> None:
         run(self.tokens, self.state)
@@ -241,6 +245,11 @@ class _Replay(torch.autograd.Function):
 def _recorded_to(graph: torch.cuda.CUDAGraph, **pool: Any) -> ContextManager[Any]:
     """Other threads may use the GPU meanwhile, those that load data for one."""
     return torch.cuda.graph(graph, capture_error_mode="thread_local", **pool)
+
+
+def _unallocated() -> int:
+    """Bytes of the device that PyTorch holds without a tensor in them."""
+    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def _outputs(passage: Any) -> List[Tensor]:
