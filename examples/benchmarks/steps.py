@@ -1,9 +1,19 @@
-"""Where whole training steps of fairseq-train spend a GPU's time."""
+"""Where whole training steps of fairseq-train spend a GPU's time.
 
+python examples/benchmarks/steps.py examples/novels/bytes/table.yaml infinity_former
+"""
+
+import argparse
 import contextlib
 import re
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BEFORE, PROFILED = 40, 8  # updates: the memory is full and graphs are recorded by then
 
 PARTS = {
     "attention": r"^forward_kernel|key_kernel|query_kernel|delta_kernel|clear_kernel|flash|fmha",
@@ -56,3 +66,39 @@ def parts(profile: Any, updates: int) -> dict[str, Any]:
         kernels[event.key[:70]] = kernels.get(event.key[:70], 0) + milliseconds
     top = sorted(kernels.items(), key=lambda x: -x[1])[:14]
     return {**found, "all kernels": sum(kernels.values()), "top": top}
+
+
+def profile(table: Path, row: str) -> dict[str, Any]:
+    """Train a row of a table for a few updates, without saving: milliseconds a step by part."""
+    sys.path.insert(0, str(ROOT))
+    from fairseq_cli import train as fairseq_train
+
+    from examples.tables import commands
+    from examples.tables import table as tables
+
+    loaded, found = tables.load(table), {}
+    changes = {"max-update": BEFORE + PROFILED, "no-save": True, "disable-validation": True}
+    with tempfile.TemporaryDirectory() as folder, profiled(PROFILED, found, at=BEFORE):
+        sys.argv = ["fairseq-train", *commands.train(loaded, tables.Run(row, 1), folder, changes)]
+        fairseq_train.cli_main()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="table file, whose data are binarized")
+    parser.add_argument("row")
+    args = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("this needs a GPU")
+    for name, value in profile(args.table, args.row).items():
+        lines = value if isinstance(value, list) else [value]
+        for line in lines:
+            what, milliseconds = line if isinstance(line, tuple) else (name, line)
+            print(f"{milliseconds:8.3f} ms  {what}")
+
+
+if __name__ == "__main__":
+    main()
