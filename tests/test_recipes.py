@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from examples.tables import __main__ as runner
-from examples.tables import commands, logs, recipes, render, table
+from examples.tables import commands, logs, recipes, render, scale, table
 
 ROOT = Path(__file__).parent.parent
 TABLES = sorted((ROOT / "examples").glob("**/table.yaml"))
@@ -40,6 +40,12 @@ def test_rows_train_on_as_many_tokens(path):
     found = {row: tokens(row) for row in loaded.rows if "longer" not in row}
     assert len({total for total, _ in found.values()}) == 1
     assert len({an_update for row, (_, an_update) in found.items() if "half_updates" not in row}) == 1
+
+
+@pytest.mark.parametrize("name", ["enwik8", "text8", "wikitext-103"])
+def test_published_tables_can_be_shrunk(name):
+    loaded = table.load(ROOT / "examples" / name / "table.yaml")
+    assert not {option for row in loaded.rows.values() for option in row.options} & set(scale.SHRUNK)
 
 
 def test_a_shell_recipe_shares_the_streams_of_the_table(tmp_path, capsys):
