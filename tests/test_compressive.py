@@ -234,6 +234,14 @@ def test_a_fused_backend_gives_the_same():
         torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-4 * float(eager.abs().max()))
 
 
+def test_a_convolution_with_a_hook_is_called():
+    one, old, seen = COMPRESSIONS["conv"](3, 5), torch.randn(2, 6, 5), []
+    expected = one(old)
+    one.conv.register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(one(old), expected)
+    torch.testing.assert_close(seen[0].transpose(1, 2), expected)
+
+
 @pytest.mark.parametrize("compression", COMPRESSIONS.names())
 def test_recomputed_activations_compress_the_same(compression):
     found = []

@@ -8,6 +8,8 @@ from typing import ClassVar, Optional, Type
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...modules import aligned
+from ...modules.parts import is_plain
 from ...registry import Registry
 
 
@@ -78,7 +80,10 @@ class Convolution(Compression):
         self.conv = nn.Conv1d(embed_dim, embed_dim, rate, stride=rate)
 
     def forward(self, old: Tensor, usage: Optional[Tensor] = None) -> Tensor:
-        return self.conv(old.transpose(1, 2)).transpose(1, 2)
+        if not is_plain(self.conv, nn.Conv1d):
+            return self.conv(old.transpose(1, 2)).transpose(1, 2)
+        groups = old.unflatten(1, (-1, self.rate)).flatten(2)  # which do not overlap: a product, and a faster one
+        return aligned.linear(groups, self.conv.weight.transpose(1, 2).flatten(1), self.conv.bias)
 
 
 @COMPRESSIONS.register("dilated-conv")
