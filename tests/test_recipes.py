@@ -117,21 +117,41 @@ def test_a_log_of_a_resumed_run(tmp_path):
         "2026-01-01 00:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)",
         inner(2, wps=20, free=70.0),
         valid(2, 3.4),
-        graph("training", 2.5),
-        graph("evaluation", 0.25),
-        graph("training", 1.5),
         inner(3, wps=300, free=70.0),
         valid(3, 3.0),
     ]
     (tmp_path / "log").write_text("\n".join(lines))
     found = logs.training(tmp_path / "log")
     assert found["parameters"] == 1234 and found["curve"] == [[2, 3.4], [3, 3.0]] and found["updates"] == 3
-    assert found["tokens_per_second"] == 200 and found["device_memory_gib"] == 24.5 + 2.75
+    assert found["tokens_per_second"] == 200 and found["device_memory_gib"] == 24.5
     (tmp_path / "log").write_text("nothing")
     with pytest.raises(logs.LogError):
         logs.training(tmp_path / "log")
     with pytest.raises(logs.LogError):
         logs.evaluation(tmp_path / "log")
+
+
+def test_memory_is_counted_with_the_graphs_that_there_are(tmp_path):
+    """Updates before a recording, and the one that records, need for themselves what the graph keeps later."""
+    lines = [
+        "2026-01-01 00:00:00 | INFO | fairseq_cli.train | num. shared model params: 1,234 (num. trained: 1,234)",
+        "2026-01-01 00:00:00 | INFO | fairseq.utils | rank   0: capabilities =  9.0  ; total memory = 80.000 GB ; name",
+        "2026-01-01 00:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)",
+        inner(1, wps=10, free=76.0),
+        graph("training", 3.5),
+        inner(2, wps=10, free=75.5),
+        inner(3, wps=100, free=79.0),
+        graph("evaluation", 0.25),
+        inner(4, wps=100, free=79.0),
+        inner(5, wps=100, free=79.0),
+        "2026-01-01 00:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)",
+        inner(5, wps=100, free=76.0),
+    ]
+    found = []
+    for count in (5, 6, 7, 9, 10, 12):
+        (tmp_path / "log").write_text("\n".join(lines[:count]))
+        found.append(logs.training(tmp_path / "log")["device_memory_gib"])
+    assert found == [4.0, 4.5, 4.5, 4.5, 4.75, 4.75]
 
 
 @pytest.mark.parametrize("peak, memory", [("", None), (f"{logs.DEVICE_MEMORY}0.903 GiB\n", 0.903)])

@@ -21,7 +21,10 @@ class LogError(ValueError):
 
 
 def records(path: Path) -> Iterator[Tuple[str, Dict[str, Any]]]:
-    """The JSON records of a log with their tags; ``start`` stands where a process began to train."""
+    """The JSON records of a log with their tags; ``start`` stands where a process began to train.
+
+    ``graph`` stands where a CUDA graph was recorded, with its kind and the GiB that it keeps to itself.
+    """
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             found = _RECORD.match(line)
@@ -32,6 +35,10 @@ def records(path: Path) -> Iterator[Tuple[str, Dict[str, Any]]]:
                     continue
             elif _STARTED in line:
                 yield "start", {}
+            else:
+                graph = _GRAPH.search(line)
+                if graph:
+                    yield "graph", {graph.group(1): float(graph.group(2))}
 
 
 def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
@@ -39,8 +46,8 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
 
     Returns:
         ``parameters``; ``tokens_per_second``, the median over log intervals, the first after each start left out where
-        there are others; ``tokens_an_update``; ``device_memory_gib``, the largest peak that was logged and what CUDA
-        graphs keep to themselves (None on a CPU); ``updates``; and ``curve``, one ``[update, base-2 loss]`` a
+        there are others; ``tokens_an_update``; ``device_memory_gib``, the largest peak that was logged, with what CUDA
+        graphs kept to themselves by then (None on a CPU); ``updates``; and ``curve``, one ``[update, base-2 loss]`` a
         validation.
 
     Raises:
@@ -52,12 +59,16 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
         raise LogError(f"{path} does not say how many parameters the model has")
     speeds: List[float] = []
     first: List[float] = []
-    free: List[float] = []
+    used: List[float] = []  # GiB, less the capacity
+    graphs: Dict[str, float] = {}  # one for training and one for evaluation at a time
+    recorded: Dict[str, float] = {}
     curve: Dict[int, float] = {}
     updates, fresh, batch = 0, True, None
     for tag, record in records(path):
         if tag == "start":
-            fresh = True
+            fresh, graphs, recorded = True, {}, {}
+        elif tag == "graph":
+            recorded.update(record)
         elif tag == "train_inner":
             updates = int(record["num_updates"])
             if "wps" in record:
@@ -65,15 +76,14 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
             fresh = False
             batch = float(record["wpb"]) if "wpb" in record else batch
             if "gb_free" in record:
-                free.append(float(record["gb_free"]))
+                used.append(sum(graphs.values()) - float(record["gb_free"]))
+            # From the next interval on: what an update takes before it records is given back by then.
+            graphs.update(recorded)
         elif tag == valid_subset:
             # A resumed run repeats what it did after its checkpoint.
             curve[int(record[f"{tag}_num_updates"])] = float(record[f"{tag}_loss"])
     capacity = _CAPACITY.findall(text)
-    graphs: Dict[str, float] = {}  # one for training and one for evaluation at a time
-    for kind, memory in _GRAPH.findall(text):
-        graphs[kind] = max(graphs.get(kind, 0.0), float(memory))
-    peak = float(capacity[-1]) - min(free) + sum(graphs.values()) if capacity and free else None
+    peak = float(capacity[-1]) + max(used) if capacity and used else None
     return {
         "parameters": int(parameters[-1].replace(",", "")),
         "tokens_per_second": median(speeds or first) if speeds or first else None,
