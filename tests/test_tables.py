@@ -294,6 +294,7 @@ def test_jobs_for_slurm_are_what_is_missing(tiny, capsys):
         ("measure: perplexity\noptions: {batch-size: 3}\n", "--batch-size is set by the runner"),
         ("measure: perplexity\nevaluation: {subsets: []}\n", "names no split"),
         ("measure: [perplexity\n", "is no YAML: .*line 4"),
+        ("measure: perplexity\nrows: {a: {title: A, streams: 0}}\n", "row 'a' has 0 `streams`"),
     ],
 )
 def test_bad_table_files(text, message, tmp_path):
@@ -356,7 +357,9 @@ def test_a_row_may_have_its_own_streams(tiny, capsys):
         run_ = table.Run(row, 1)
         arguments = commands.train(loaded, run_, "saved", {}, gpus=2)
         assert arguments[arguments.index("--batch-size") + 1] == str(number // 2)
-        assert plan.identity(run_)["streams"] == number
+        identity = plan.identity(run_)
+        assert identity["streams"] == number and plan.otherwise({"run": identity}) == []
+        assert plan.otherwise({"run": {**identity, "streams": 5}})
         assert recipes.config(loaded, row, "tiny")["dataset"]["batch_size"] == number
         script = recipes.script(loaded, row, Path("examples/tiny"), "tiny")
         assert f"--batch-size $(({number} / GPUS))" in script and f"(({number} % GPUS))" in script

@@ -127,6 +127,9 @@ def load(path: Path) -> Table:
         raise TableError(f"{path}: a table needs at least one row and one seed")
     if not table.evaluation.subsets:
         raise TableError(f"{path}: evaluation.subsets names no split to evaluate")
+    for name in table.rows:
+        if streams(table, name) < 1:
+            raise TableError(f"{path}: row '{name}' has {streams(table, name)} `streams`, it must have one at least")
     for name in ("batch-size", "seed", "save-dir"):
         if any(name in options for options in (table.options, *(row.options for row in table.rows.values()))):
             raise TableError(f"{path}: --{name} is set by the runner, from `streams`, `seeds` and --out")
