@@ -69,7 +69,7 @@ def parts(profile: Any, updates: int) -> dict[str, Any]:
 
 
 def profile(table: Path, row: str) -> dict[str, Any]:
-    """Train a row of a table for a few updates, without saving: milliseconds a step by part."""
+    """Train a row of a table for a few updates on one GPU, without saving: milliseconds a step by part."""
     sys.path.insert(0, str(ROOT))
     from fairseq_cli import train as fairseq_train
 
@@ -78,6 +78,7 @@ def profile(table: Path, row: str) -> dict[str, Any]:
 
     loaded, found = tables.load(table), {}
     changes = {"max-update": BEFORE + PROFILED, "no-save": True, "disable-validation": True}
+    changes["distributed-world-size"] = 1  # on more, the updates would run in processes that are not profiled
     with tempfile.TemporaryDirectory() as folder, profiled(PROFILED, found, at=BEFORE):
         sys.argv = ["fairseq-train", *commands.train(loaded, tables.Run(row, 1), folder, changes)]
         fairseq_train.cli_main()
