@@ -133,7 +133,7 @@ class _Recording:
         before = _unallocated()
         self.forward_graph = torch.cuda.CUDAGraph()
         self._record(run)
-        self.memory = _unallocated() - before  # bytes that PyTorch does not count as allocated
+        self.memory = max(0, _unallocated() - before)  # bytes that PyTorch does not count as allocated
 
     def _warm_up(self, run: Callable[..., Any]) -> None:
         run(self.tokens, self.state)

@@ -82,7 +82,7 @@ class _ContentAttention(nn.Module):
         with torch.no_grad():  # or the backward pass would go through all of it for nothing
             q, k, v = self._project(torch.cat([old, rows], dim=1), rows.size(1))
             seen = F.scaled_dot_product_attention(q, k[:, :, : old.size(1)], v[:, :, : old.size(1)])
-        _, k, v = self._project(new.to(rows), new.size(1))
+        _, k, v = self._project(new.to(rows), 0)
         return seen, F.scaled_dot_product_attention(q, k, v)
 
     def _project(self, rows: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
