@@ -8,6 +8,7 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
+from fairseq.data.iterators import BackgroundConsumer
 
 from lamemo_fairseq.data.iterator import SegmentBatchIterator
 from lamemo_fairseq.host import loading
@@ -55,6 +56,30 @@ def test_nothing_is_left_that_loads(workers):
     left = [t for t in set(threading.enumerate()) - threads if t.name != "QueueFeederThread"]  # they load nothing
     assert not left and not set(active_children()) - processes
     loading._end_all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_not_read_to_the_end_is_let_go_of_by_the_next(workers):
+    """As validation with --max-valid-steps does every time."""
+    split = split_of(numbered(600), 5, words=700)
+    iterator = SegmentBatchIterator(
+        split, 2, buffer_size=2, num_workers=workers, reuse_dataloader=True, persistent_workers=True
+    )
+    read = []
+    for _ in range(3):
+        former = set(loading_threads())
+        batches = iterator.next_epoch_itr()
+        read.append([next(batches)["net_input"]["src_tokens"].tolist() for _ in range(3)])
+        assert not former & set(loading_threads())
+    assert read[0] == read[1] == read[2]
+    iterator.next_epoch_itr()
+    with pytest.raises(RuntimeError, match="another iterator over the same split was begun"):
+        next(batches)
+    loading._end_all()
+
+
+def loading_threads():
+    return [thread for thread in threading.enumerate() if isinstance(thread, BackgroundConsumer)]
 
 
 def test_what_hangs_is_not_waited_for(monkeypatch):

@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from fairseq.data.iterators import EpochBatchIterator
 
-from ..host.loading import end_at_exit
+from ..host.loading import end, end_at_exit
 from ..host.ranks import gather_rows
 from ..memory.base import MemoryState
 from ..memory.streams import StreamMemory
@@ -91,6 +91,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         self.memory = memory
         self.update_freq = update_freq
         self._gathered: Optional[Tuple[SegmentPosition, MemoryState]] = None
+        self._loaded_ahead: Any = None
         super().__init__(
             dataset=dataset,
             collate_fn=dataset.collater,
@@ -122,8 +123,10 @@ class SegmentBatchIterator(EpochBatchIterator):
         return batches._itr.peek(prepare) if batches is not None and batches.has_next() else None
 
     def _get_iterator_for_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        end(self._loaded_ahead)
         batches = super()._get_iterator_for_epoch(*args, **kwargs)
         if batches is not None:
+            self._loaded_ahead = batches._itr
             end_at_exit(batches._itr)
             batches._itr = Peekable(batches._itr)
         return batches

@@ -1,7 +1,9 @@
-"""Threads that load batches ahead are ended before the interpreter.
+"""Threads that load batches ahead are ended before the interpreter, and before the next that load from the same split.
 
 fairseq leaves them to themselves when a training stops inside an epoch. Python then takes them down wherever they are,
-and one that is inside torch takes the process with it: SIGABRT, after a training that had succeeded.
+and one that is inside torch takes the process with it: SIGABRT, after a training that had succeeded. After every
+validation of ``--max-valid-steps`` one more would hold its batches for ever, and with workers the files that those are
+shared through, until no more can be opened.
 """
 
 import atexit
@@ -24,6 +26,14 @@ def end_at_exit(batches: Any) -> None:
         _loading.add(batches)
 
 
+def end(batches: Any) -> None:
+    """End what loads *batches* ahead, if anything does. Reading on is an error; workers are kept."""
+    if isinstance(batches, BufferedIterator) and batches._consumer is not None:
+        _end_thread(batches, time.monotonic() + PATIENCE)
+        with contextlib.suppress(queue.Full):
+            batches._queue.put_nowait(RuntimeError("another iterator over the same split was begun: read that one"))
+
+
 # After torch's own and multiprocessing's have been registered, so before them.
 @atexit.register
 def _end_all() -> None:
@@ -33,15 +43,24 @@ def _end_all() -> None:
 
 
 def _end(batches: BufferedIterator, deadline: float) -> None:
-    thread = batches._consumer
-    if thread is None:
+    if batches._consumer is None:
         return
+    _end_thread(batches, deadline)
+    workers = getattr(batches._iterable, "_iterator", None)
+    if workers is not None and not batches._consumer.is_alive():
+        workers._shutdown_workers()  # with the thread that pins what they load
+
+
+def _end_thread(batches: BufferedIterator, deadline: float) -> None:
+    thread = batches._consumer
     thread._max_len = 0  # no batch after the one that it is loading
     while thread.is_alive() and time.monotonic() < deadline:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                batches._queue.get_nowait()
+        _drop(batches._queue)
         thread.join(0.05)
-    workers = getattr(batches._iterable, "_iterator", None)
-    if workers is not None and not thread.is_alive():
-        workers._shutdown_workers()  # with the thread that pins what they load
+    _drop(batches._queue)
+
+
+def _drop(loaded: "queue.Queue[Any]") -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            loaded.get_nowait()
