@@ -99,3 +99,23 @@ def test_what_hangs_is_not_waited_for(monkeypatch):
     loading._end_all()
     assert time.monotonic() - began < 5
     hangs.set()
+
+
+def test_where_no_thread_can_be_started_at_exit_all_are_ended(monkeypatch):
+    """Python 3.12 is so, and torch starts one to wake the thread that pins."""
+    processes = set(active_children())
+    iterators = [
+        SegmentBatchIterator(split_of(numbered(600), 5, words=700), 2, buffer_size=2, num_workers=1) for _ in range(2)
+    ]
+    for iterator in iterators:
+        next(iterator.next_epoch_itr())
+        workers = iterator._loaded_ahead._iterable._iterator
+        workers._pin_memory_thread_done_event = threading.Event()
+        workers._pin_memory_thread = threading.Thread()
+
+    def refuse(thread):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    loading._end_all()
+    assert not loading_threads() and not set(active_children()) - processes

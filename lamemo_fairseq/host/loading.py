@@ -38,17 +38,15 @@ def end(batches: Any) -> None:
 @atexit.register
 def _end_all() -> None:
     deadline = time.monotonic() + PATIENCE
-    for batches in list(_loading):
-        _end(batches, deadline)
-
-
-def _end(batches: BufferedIterator, deadline: float) -> None:
-    if batches._consumer is None:
-        return
-    _end_thread(batches, deadline)
-    workers = getattr(batches._iterable, "_iterator", None)
-    if workers is not None and not batches._consumer.is_alive():
-        workers._shutdown_workers()  # with the thread that pins what they load
+    begun = [batches for batches in list(_loading) if batches._consumer is not None]
+    for batches in begun:
+        _end_thread(batches, deadline)
+    for batches in begun:
+        workers = getattr(batches._iterable, "_iterator", None)
+        if workers is not None and not batches._consumer.is_alive():
+            # With the thread that pins what they load. Python 3.12 starts none at exit to wake that one.
+            with contextlib.suppress(RuntimeError):
+                workers._shutdown_workers()
 
 
 def _end_thread(batches: BufferedIterator, deadline: float) -> None:
