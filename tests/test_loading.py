@@ -40,6 +40,36 @@ next(SegmentBatchIterator(dataset, 2, buffer_size=4).next_epoch_itr())
 """
 
 
+# As torch does before 2.13, for workers whose batches are pinned.
+WAITS_FOR_WORKERS = """
+import atexit
+
+from torch.utils.data import dataloader
+
+from lamemo_fairseq.data.iterator import SegmentBatchIterator
+from tests.test_streams import numbered, split_of
+
+start = dataloader._MultiProcessingDataLoaderIter.__init__
+
+
+def start_and_register(self, *args):
+    start(self, *args)
+    for worker in self._workers:
+        atexit.register(lambda: print("still there" if worker.is_alive() else "gone"))
+
+
+dataloader._MultiProcessingDataLoaderIter.__init__ = start_and_register
+iterator = SegmentBatchIterator(split_of(numbered(600), 5, words=700), 2, buffer_size=4, num_workers=1)
+next(iterator.next_epoch_itr())
+"""
+
+
+def test_workers_end_before_torch_waits_for_them():
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", WAITS_FOR_WORKERS], cwd=root, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("gone\n", 0), done.stderr
+
+
 def test_a_process_that_stops_inside_an_epoch_ends_well():
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", STOPS_INSIDE_AN_EPOCH], cwd=root, capture_output=True, text=True)

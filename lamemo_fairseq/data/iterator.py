@@ -36,24 +36,33 @@ class Peekable(Iterator):
     """An iterator whose next item can be looked at. What goes wrong then is raised when the item is asked for."""
 
     def __init__(self, items: Iterator):
+        end_at_exit(items)
         self._items = items
+        self._begun = False
         self._held: List[Any] = []
         self._error: Optional[Exception] = None
 
     def __next__(self) -> Any:
         if self._error is not None:
             raise self._error
-        return self._held.pop() if self._held else next(self._items)
+        return self._held.pop() if self._held else self._next()
 
     def peek(self, prepare: Callable[[Any], Any]) -> Any:
         """The next item, None if there is none; it will be what ``prepare(item)`` gives."""
         if not self._held and self._error is None:
             try:
-                self._held.append(next(self._items))
+                self._held.append(self._next())
                 self._held[0] = prepare(self._held[0])
             except Exception as error:  # the end among them
                 self._error = error
         return self._held[0] if self._held else None
+
+    def _next(self) -> Any:
+        item = next(self._items)
+        if not self._begun:
+            end_at_exit(self._items)
+        self._begun = True
+        return item
 
     def take(self, count: int) -> None:
         """Of the items that are left, keep the first *count*, where the iterator can."""
@@ -127,7 +136,6 @@ class SegmentBatchIterator(EpochBatchIterator):
         batches = super()._get_iterator_for_epoch(*args, **kwargs)
         if batches is not None:
             self._loaded_ahead = batches._itr
-            end_at_exit(batches._itr)
             batches._itr = Peekable(batches._itr)
         return batches
 

@@ -21,9 +21,15 @@ _loading: "WeakSet[BufferedIterator]" = WeakSet()
 
 
 def end_at_exit(batches: Any) -> None:
-    """End what loads *batches* when the process ends, if they are loaded ahead."""
+    """End what loads *batches* when the process ends, if they are loaded ahead.
+
+    To be asked again when there is a batch: torch registers a hook when it starts workers, which waits seconds for each
+    of them in vain (before 2.13), and what is registered last comes first.
+    """
     if isinstance(batches, BufferedIterator):
         _loading.add(batches)
+        atexit.unregister(_end_all)
+        atexit.register(_end_all)
 
 
 def end(batches: Any) -> None:
@@ -34,8 +40,6 @@ def end(batches: Any) -> None:
             batches._queue.put_nowait(RuntimeError("another iterator over the same split was begun: read that one"))
 
 
-# After torch's own and multiprocessing's have been registered, so before them.
-@atexit.register
 def _end_all() -> None:
     deadline = time.monotonic() + PATIENCE
     begun = [batches for batches in list(_loading) if batches._consumer is not None]
@@ -44,9 +48,12 @@ def _end_all() -> None:
     for batches in begun:
         workers = getattr(batches._iterable, "_iterator", None)
         if workers is not None and not batches._consumer.is_alive():
-            # With the thread that pins what they load. Python 3.12 starts none at exit to wake that one.
             with contextlib.suppress(RuntimeError):
-                workers._shutdown_workers()
+                workers._shutdown_workers()  # with the thread that pins what they load
+            # Python 3.12 starts no thread at exit, as torch does to wake that one.
+            pins = getattr(workers, "_pin_memory_thread", None)
+            if pins is not None and pins.is_alive():
+                pins.join(0.5)
 
 
 def _end_thread(batches: BufferedIterator, deadline: float) -> None:
