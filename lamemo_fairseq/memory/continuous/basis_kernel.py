@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048  # elements that a program of four warps holds at a time
+from ...modules.shared_kernels import TILE
+
 WIDEST = 256  # basis functions of a tile
 
 
