@@ -12,6 +12,7 @@ from lamemo_fairseq.memory.continuous.options import ContinuousOptions
 from lamemo_fairseq.memory.continuous.sampling import BINS, Density, even_points, sticky_points
 from lamemo_fairseq.memory.continuous.signal import Signal, _fit
 
+from .gpus import DEVICE
 from .helpers import random_tokens, read_streams, segments_of, tiny_decoder
 from .infinity_former import InfinityFormer
 
@@ -292,8 +293,9 @@ def test_decoding_with_other_options(options):
 @torch.no_grad()
 def test_the_fused_backend_does_the_short_term_part():
     pytest.importorskip("triton")
-    eager, fused = (decoder_of(dtype=torch.float32, attention_backend=name) for name in ("eager", "fused"))
-    tokens = random_tokens(2, 12)
+    backends = ("eager", "fused")
+    eager, fused = (decoder_of(dtype=torch.float32, attention_backend=name).to(DEVICE) for name in backends)
+    tokens = random_tokens(2, 12).to(DEVICE)
     torch.testing.assert_close(fused(tokens)[0], eager(tokens)[0], rtol=0, atol=1e-4)
 
 
