@@ -25,7 +25,7 @@ setup(
         # torch's GPU builds bring it; the fused attention needs nothing else.
         "fused": ["triton; platform_system == 'Linux'"],
         # Pictures of the tables and of the analysis.
-        "plots": ["matplotlib"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "matplotlib"],
+        "plots": ["matplotlib>=3.7"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "matplotlib>=3.7"],
     },
 )

@@ -1,4 +1,4 @@
-"""Plots of a table: a bar a row, learning curves, lengths at test time. Needs matplotlib."""
+"""Plots of a table: what a row reaches and costs, learning curves, lengths at test time. Needs matplotlib."""
 
 import logging
 from pathlib import Path
@@ -41,7 +41,6 @@ def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
         if figure is not None:
             if plan.scale:
                 figure.text(0.01, 0.005, f"--scale {plan.scale['asked']['minutes']:g}: no reproduction", fontsize=7)
-            figure.tight_layout()
             files.append(plan.rendered / f"{name}.svg")
             figure.savefig(files[-1], metadata={"Date": None})
             figure.savefig(files[-1].with_suffix(".png"), dpi=150)
@@ -50,40 +49,56 @@ def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
 
 
 def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> Any:
-    """Quality, parameters, tokens/s and memory side by side."""
+    """Quality, a point a seed, beside parameters, tokens/s and memory. What is not known is left out."""
     subset = plan.table.evaluation.subsets[-1]
-    panels = [
-        (f"{subset} {MEASURES[plan.table.measure][1]}", lambda _, r: render.values(plan, r, Evaluation(subset))),
-        ("parameters", lambda _, r: render.trained(r, "parameters")),
-        ("training tokens/s", lambda name, r: render.rates(plan, name, r)),
-        ("peak memory, GiB", lambda name, r: render.memory(plan, name, r)),
+    costs = [
+        ("parameters, millions", 1e-6, lambda _, r: render.trained(r, "parameters")),
+        ("training, thousand tokens/s", 1e-3, lambda name, r: render.rates(plan, name, r)),
+        ("peak memory, GiB", 1, lambda name, r: render.memory(plan, name, r)),
     ]
     titles = [plan.table.rows[name].title for name in results]
-    height = 1.2 + 0.35 * len(titles)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), height), sharey=True)
-    for axis, (label, figures) in zip(axes, panels, strict=True):
-        bars = axis.barh(titles, [mean(figures(*found) or [0]) for found in results.items()], color="0.5")
+    size = (4 * (1 + len(costs)), 1.2 + 0.35 * len(titles))
+    figure, (quality, *axes) = plt.subplots(1, 1 + len(costs), figsize=size, sharey=True, layout="constrained")
+    for place, found in enumerate(results.values()):
+        figures = render.values(plan, found, Evaluation(subset))
+        quality.plot(figures, [place] * len(figures), "o", color="C0", alpha=0.5)
+        if figures:
+            quality.annotate(
+                f"{mean(figures):,.4g}", (max(figures), place), (6, -3), textcoords="offset points", fontsize=8
+            )
+    quality.set_xlabel(f"{subset} {MEASURES[plan.table.measure][1]}")
+    quality.grid(axis="y", alpha=0.3)
+    for axis, (label, unit, figures_of) in zip(axes, costs, strict=True):
+        found_at = {place: figures_of(*found) for place, found in enumerate(results.items())}
+        known = {place: unit * mean(figures) for place, figures in found_at.items() if figures}
+        bars = axis.barh(list(known), list(known.values()), color="0.6")
         axis.bar_label(bars, fmt="{:,.4g}", padding=2, fontsize=8)
         axis.set_xlabel(label)
-        axis.margins(x=0.2)
-    axes[0].invert_yaxis()
+    for axis in (quality, *axes):
+        axis.margins(x=0.25)
+    quality.set_yticks(range(len(titles)), titles)
+    quality.invert_yaxis()
     figure.suptitle(plan.table.title, fontsize=10)
     return figure
 
 
 def _curves(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> Any:
     """Validation loss against updates, a line a run."""
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, axis = plt.subplots(figsize=(9, max(4, 0.6 + 0.22 * len(results))), layout="constrained")
     for number, (name, found) in enumerate(results.items()):
         for i, result in enumerate(found):
             updates, losses = zip(*result["training"]["curve"] or [(0, float("nan"))], strict=True)
-            label = plan.table.rows[name].title if i == 0 else None
-            axis.plot(updates, losses, color=f"C{number}", label=label, marker=".")
+            axis.plot(updates, losses, label=plan.table.rows[name].title if i == 0 else None, **_style(number))
     axis.set_xlabel("updates")
     axis.set_ylabel("valid loss, bits per token")
-    axis.legend(fontsize=8)
-    axis.set_title(plan.table.title, fontsize=10)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.suptitle(plan.table.title, fontsize=10)
     return figure
+
+
+def _style(number: int) -> Dict[str, Any]:
+    """How the lines of a row are told from those of others: ten colours, then the same with other dashes."""
+    return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4], "marker": "."}
 
 
 def _memory(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> Any:
@@ -99,18 +114,19 @@ def _memory(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> An
     ]
     at = [Evaluation(sweep.subset, mem_len=length) for length in sweep.lengths]
     fullest = {name: render.fullest(results[name], at) for name in rows}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5))
+    size = (4 * len(panels) + 2.5, max(3.5, 0.6 + 0.22 * len(rows)))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
     for axis, (label, keys) in zip(axes, panels, strict=True):
-        for name, found in fullest.items():
+        for number, (name, found) in enumerate(fullest.items()):
             points = []
             for evaluation in at:
                 figures = next((v for v in (render.values(plan, found, evaluation, key) for key in keys) if v), None)
                 points.append(render.finite(mean(figures) if figures else None))
-            axis.plot(sweep.lengths, points, marker=".", label=plan.table.rows[name].title)
+            axis.plot(sweep.lengths, points, label=plan.table.rows[name].title, **_style(number))
         axis.set_xlabel("memory length at test time")
         axis.set_ylabel(f"{sweep.subset} {label}")
         if keys != panels[0][1]:
             axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(plan.table.title, fontsize=10)
     return figure
