@@ -69,8 +69,11 @@ def parts(profile: Any, updates: int) -> dict[str, Any]:
 
 
 def profile(table: Path, row: str) -> dict[str, Any]:
-    """Train a row of a table for a few updates on one GPU, without saving: milliseconds a step by part."""
-    sys.path.insert(0, str(ROOT))
+    """Train a row of a table for a few updates on one GPU, without saving: milliseconds a step by part.
+
+    Raises:
+        TableError: there is no such table or row.
+    """
     from fairseq_cli import train as fairseq_train
 
     from examples.tables import commands
@@ -90,8 +93,15 @@ def main() -> None:
     parser.add_argument("table", type=Path, help="table file, whose data are binarized")
     parser.add_argument("row")
     args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
     import torch
 
+    from examples.tables import table as tables
+
+    try:
+        tables.find(tables.load(args.table), args.row)
+    except tables.TableError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error("this needs a GPU")
     for name, value in profile(args.table, args.row).items():
