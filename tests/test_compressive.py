@@ -1,23 +1,27 @@
 """The Compressive Transformer's memory: against the paper, where its gradients go, what it keeps."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.dataclass import ChoiceEnum
 from fairseq_cli import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.criterions.memory_losses import WithMemoryLosses
 from lamemo_fairseq.memory.compressive import COMPRESSIONS, attention
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig, check
 from lamemo_fairseq.models.decoder import MemoryDecoder
 from lamemo_fairseq.models.incremental import DecodingState
+from lamemo_fairseq.models.language_models import MemoryLanguageModel
 
 from .compressive_paper import Paper
 from .gpus import DEVICE
-from .helpers import TASK, dictionary_of, random_tokens, tiny_decoder, write_data
+from .helpers import TASK, dictionary_of, random_tokens, segments_of, tiny_decoder, write_data
 from .test_commands import TRAIN, evaluate, printed
 from .test_incremental import whole_segments
 
@@ -301,6 +305,29 @@ def test_what_a_saved_memory_depends_on_is_stored_as_plain_values():
     expected = {"--memory": "compressive", "--mem-len": 4, "--compressed-len": 3, "--compression-rate": 2}
     assert decoder.streams.options == {**expected, "--compression": "conv"}
     assert {type(value) for value in decoder.streams.options.values()} == {int, str}
+
+
+def test_the_loss_weighs_the_same_on_a_token_whatever_the_criterion_is_averaged_over():
+    decoder = decoder_of().train()
+    model, task = MemoryLanguageModel(decoder), SimpleNamespace(target_dictionary=dictionary_of(17))
+    sizes, found = [], []
+    for sentence_avg in (False, True):
+        criterion = WithMemoryLosses(CrossEntropyCriterion(task, sentence_avg))
+        for position, segment in segments_of(decoder, random_tokens(4, 5 * decoder.segment_length), split="train"):
+            model.zero_grad()
+            inputs = {"src_tokens": segment, "src_lengths": segment.ne(1).sum(1), "position": position}
+            sample = {"net_input": inputs, "target": segment.contiguous(), "ntokens": segment.numel()}
+            loss, size, logged = criterion(model, sample)
+        loss.backward()
+        norms = [
+            sum(p.grad.square().sum() for name, p in model.named_parameters() if (".compressions." in name) == own)
+            for own in (True, False)
+        ]
+        sizes.append(size)
+        found.append([(norms[0] / norms[1]).sqrt(), logged["memory_compression"]])
+        assert norms[0] > 0
+    assert sizes == [segment.numel(), len(segment)]
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_commands_train_the_compression_and_evaluate_with_other_sizes(tmp_path):

@@ -11,7 +11,7 @@ class WithMemoryLosses:
     """A criterion plus the losses that the model's memory returned in the same forward pass.
 
     They are means over tokens, so that they weigh as much as the criterion's own loss on every token, whatever
-    ``--update-freq`` and the number of ranks.
+    ``--update-freq``, ``--sentence-avg`` and the number of ranks.
     """
 
     def __init__(self, criterion: Any):
@@ -27,6 +27,6 @@ class WithMemoryLosses:
         finally:
             handle.remove()
         for name, value in (outputs[-1][1] or {}).items():
-            loss = loss + value * sample_size
-            logged[PREFIX + name] = value.detach() * sample_size
+            loss = loss + value * sample["ntokens"]
+            logged[PREFIX + name] = value.detach() * sample["ntokens"]
         return loss, sample_size, logged

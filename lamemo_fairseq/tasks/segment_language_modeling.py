@@ -312,10 +312,10 @@ class SegmentLanguageModelingTask(FairseqTask):
     def reduce_metrics(self, logging_outputs: List[Dict[str, Any]], criterion: Any) -> None:
         """Log the criterion's figures and the memory's losses a token, in nats or what their papers have."""
         super().reduce_metrics(logging_outputs, criterion)
-        size = sum(logged.get("sample_size", 0) for logged in logging_outputs)
+        tokens = sum(logged.get("ntokens", 0) for logged in logging_outputs)
         for name in {name for logged in logging_outputs for name in logged if name.startswith(PREFIX)}:
             total = sum(logged.get(name, 0) for logged in logging_outputs)
-            metrics.log_scalar(name, total / size, size, round=5)
+            metrics.log_scalar(name, total / tokens, tokens, round=5)
 
     def get_checkpoint_dict(self) -> Dict[str, Any]:
         """What fairseq puts into a checkpoint for a task."""
