@@ -1,6 +1,7 @@
 """The table runner: results kept apart from the runs, and the speed of rows alone."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.tables import execute, folder, kept, logs, plots, process, render, speed, table
+from examples.tables import execute, folder, kept, logs, plots, process, render, scale, speed, table
 
 from .tables import ROOT, fork, read, run
 
@@ -49,6 +50,57 @@ def test_results_that_are_kept_need_no_folders(tiny, monkeypatch, capsys):
     monkeypatch.setattr(process, "run", lambda argv, *_: tried.append(argv[2]) or process.Ended(1, 0.1))
     assert run(tiny, "--only", "lamemo", "--results", results, "--set", "max-update=2") == 1
     assert tried == ["fairseq_cli.train"]
+
+
+def test_results_of_a_shrunk_table_say_so_wherever_they_are(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(process, "run", fork)
+    rates = {"lamemo": {"tokens_per_second": 640.0, "tokens_an_update": 64.0}}
+    monkeypatch.setattr(scale, "measure", lambda *_: rates)
+    results, elsewhere = tiny.parent / "results", tiny.parent / "elsewhere"
+    asked = ["--only", "lamemo", "--scale", 0.01]
+    assert run(tiny, *asked, "--results", results) == 0
+    assert "reproduce nothing" in capsys.readouterr().out
+    assert run(tiny, "--render", "--results", results, "--out", elsewhere) == 0
+    assert "Shrunk by --scale 0.01 to 4 of 12 updates" in capsys.readouterr().out
+    assert "no reproduction" in (results / "summary.svg").read_text()
+    assert run(tiny, "--render", *asked, "--results", results, "--out", elsewhere) == 0
+    text = capsys.readouterr().out
+    assert text.count("reproduce nothing") == 1 and "other options" not in text and not elsewhere.exists()
+    assert run(tiny, "--render", "--only", "lamemo", "--scale", 0.02, "--results", results, "--out", elsewhere) == 1
+    assert "holds nothing to render" in capsys.readouterr().err
+    assert run(tiny, "--render") == 0
+    assert "reproduce nothing" in capsys.readouterr().out
+
+
+def test_figures_that_are_infinite_or_missing(tiny, monkeypatch, capsys):
+    """They stand in the table; what has none is not drawn, and no plot of former results stays."""
+    monkeypatch.setattr(process, "run", fork)
+    results = tiny.parent / "results"
+    assert run(tiny, "--only", "lamemo", "--seeds", 1, 2, "--results", results, "--set", "max-update=2") == 0
+    capsys.readouterr()
+    lines = [json.loads(line) for line in (results / "runs.jsonl").read_text().splitlines()]
+    lines[0]["evaluations"]["test"].update(loss=math.inf, perplexity=math.inf)
+    for line in lines:
+        line["training"]["curve"] = []
+        for length in (0, 32):
+            del line["evaluations"][f"test-memory-{length}"]
+    assert {path.stem for path in results.glob("*.svg")} == {"summary", "curves", "memory"}
+    for left, plots_left in ((lines, ("summary",)), ([], ())):
+        (results / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in left))
+        assert run(tiny, "--render", "--results", results, "--out", tiny.parent / "elsewhere") == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LaMemo"))
+        assert [cell.strip() for cell in row.split("|")][3] == ("inf ± nan" if left else "")
+        assert {path.stem for path in results.glob("*.svg")} == {path.stem for path in results.glob("*.png")}
+        assert {path.stem for path in results.glob("*.svg")} == set(plots_left)
+
+
+def test_damaged_rates_and_senseless_minutes_are_told(tiny, capsys):
+    (tiny.parent / "out").mkdir()
+    (tiny.parent / "out" / "speed.json").write_text("{")
+    assert run(tiny, "--render") == 1
+    assert "speed.json is damaged" in capsys.readouterr().err
+    assert run(tiny, "--scale", "nan") == 1
+    assert "--scale is nan, it must be a positive number" in capsys.readouterr().err
 
 
 def test_a_lost_checkpoint_is_told(tiny, monkeypatch, capsys):

@@ -8,6 +8,7 @@ python -m examples.tables examples/enwik8/table.yaml --speed              what e
 """
 
 import argparse
+import math
 import os
 import shlex
 import signal
@@ -104,7 +105,7 @@ def act(args: argparse.Namespace) -> int:
     if args.print_slurm:
         print("\n".join(jobs(plan, runs, args)))
         return 0
-    if args.scale is not None and args.scale <= 0:
+    if args.scale is not None and not 0 < args.scale < math.inf:
         raise table.TableError(f"--scale is {args.scale}, it must be a positive number of minutes")
     if args.speed is not None and args.speed < 2:
         raise table.TableError(f"--speed is {args.speed}, it must be two updates at least: the first is left out")

@@ -15,6 +15,8 @@ from .folder import BusyError, ChangedError, RunFolder, data_identity, differenc
 from .kept import Result, run_of
 from .table import Evaluation, Run, Table, evaluations, find, streams
 
+SCALE = "scale.json"  # in the folder of a table that was shrunk: how
+
 
 class RunError(RuntimeError):
     """A command of a run failed."""
@@ -83,7 +85,7 @@ class Plan:
             "run": read_json(folder.identity),
             "training": training,
             "evaluations": {name: found for name, found in held.items() if found is not None},
-            "scale": self.scale,
+            "scale": self.scale or read_json(self.out / SCALE),
             "starts": folder.started(),
         }
 

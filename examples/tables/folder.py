@@ -41,8 +41,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Optional[Any]:
-    """The contents of a file that `write_json` wrote, None if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The contents of a file that `write_json` wrote, None if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): put back what it was, or remove it") from None
 
 
 class RunFolder:

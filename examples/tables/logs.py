@@ -13,7 +13,7 @@ _STARTED = "training on "
 _GRAPH = re.compile(r"recorded a CUDA graph for (\w+) segments .* keeps ([\d.]+) GiB to itself")
 _EVALUATED = re.compile(r"Evaluated ([\d,]+) tokens in ([\d.]+)s \(([\d.]+) tokens/s\)")
 DEVICE_MEMORY = "peak memory of the device: "  # evaluate.py writes it
-_LOSS = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")
+_LOSS = re.compile(r"Loss \(base 2\): ([\d.]+|inf|nan), Perplexity: ([\d.]+|inf|nan)")
 
 
 class LogError(ValueError):

@@ -1,6 +1,7 @@
 """Plots of a table: what a row reaches and costs, learning curves, lengths at test time. Needs matplotlib."""
 
 import logging
+import math
 from pathlib import Path
 from statistics import mean
 from typing import Any, Dict, List, Sequence, Tuple
@@ -29,27 +30,31 @@ def pyplot() -> Any:
 
 
 def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
-    """Draw what there are results for; returns the files."""
+    """Draw what there are results for; returns the files. Those of former results go."""
     plt = pyplot()
     results = {name: found for name, found in render.collect(plan, runs).items() if found}
-    if not results:
-        return []
-    drawn = {"summary": _summary, "curves": _curves, "memory": _memory}
+    scales = ", ".join(f"--scale {scale['asked']['minutes']:g}" for scale in render.scales(plan, results))
     files = []
-    for name, draw in drawn.items():
+    for name, draw in {"summary": _summary, "curves": _curves, "memory": _memory}.items():
+        file = plan.rendered / f"{name}.svg"
         figure = draw(plt, plan, results)
-        if figure is not None:
-            if plan.scale:
-                figure.text(0.01, 0.005, f"--scale {plan.scale['asked']['minutes']:g}: no reproduction", fontsize=7)
-            files.append(plan.rendered / f"{name}.svg")
-            figure.savefig(files[-1], metadata={"Date": None})
-            figure.savefig(files[-1].with_suffix(".png"), dpi=150)
-            plt.close(figure)
+        if figure is None:
+            for former in (file, file.with_suffix(".png")):
+                former.unlink(missing_ok=True)
+            continue
+        if scales:
+            figure.text(0.01, 0.005, f"{scales}: no reproduction", fontsize=7)
+        figure.savefig(file, metadata={"Date": None})
+        figure.savefig(file.with_suffix(".png"), dpi=150)
+        plt.close(figure)
+        files.append(file)
     return files
 
 
 def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> Any:
     """Quality, a point a seed, beside parameters, tokens/s and memory. What is not known is left out."""
+    if not results:
+        return None
     subset = plan.table.evaluation.subsets[-1]
     costs = [
         ("parameters, millions", 1e-6, lambda _, r: render.trained(r, "parameters")),
@@ -61,10 +66,11 @@ def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> A
     figure, (quality, *axes) = plt.subplots(1, 1 + len(costs), figsize=size, sharey=True, layout="constrained")
     for place, found in enumerate(results.values()):
         figures = render.values(plan, found, Evaluation(subset))
-        quality.plot(figures, [place] * len(figures), "o", color="C0", alpha=0.5)
-        if figures:
+        drawn = [figure for figure in figures if math.isfinite(figure)]
+        quality.plot(drawn, [place] * len(drawn), "o", color="C0", alpha=0.5)
+        if drawn:
             quality.annotate(
-                f"{mean(figures):,.4g}", (max(figures), place), (6, -3), textcoords="offset points", fontsize=8
+                f"{mean(figures):,.4g}", (max(drawn), place), (6, -3), textcoords="offset points", fontsize=8
             )
     quality.set_xlabel(f"{subset} {MEASURES[plan.table.measure][1]}")
     quality.grid(axis="y", alpha=0.3)
@@ -84,10 +90,13 @@ def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> A
 
 def _curves(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> Any:
     """Validation loss against updates, a line a run."""
+    results = {name: [r for r in found if r["training"]["curve"]] for name, found in results.items()}
+    if not any(results.values()):
+        return None
     figure, axis = plt.subplots(figsize=(9, max(4, 0.6 + 0.22 * len(results))), layout="constrained")
     for number, (name, found) in enumerate(results.items()):
         for i, result in enumerate(found):
-            updates, losses = zip(*result["training"]["curve"] or [(0, float("nan"))], strict=True)
+            updates, losses = zip(*result["training"]["curve"], strict=True)
             axis.plot(updates, losses, label=plan.table.rows[name].title if i == 0 else None, **_style(number))
     axis.set_xlabel("updates")
     axis.set_ylabel("valid loss, bits per token")
@@ -104,15 +113,16 @@ def _style(number: int) -> Dict[str, Any]:
 def _memory(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> Any:
     """Quality, tokens/s and peak memory of evaluation against the memory length at test time."""
     sweep = plan.table.evaluation.memory
+    at = [Evaluation(sweep.subset, mem_len=length) for length in sweep.lengths]
     rows = [name for name in results if plan.table.rows[name].sweeps]
-    if not sweep.lengths or not rows:
+    rows = [name for name in rows if any(render.values(plan, results[name], evaluation) for evaluation in at)]
+    if not rows:
         return None
     panels: List[Tuple[str, Sequence[str]]] = [
         (MEASURES[plan.table.measure][1], (MEASURES[plan.table.measure][0],)),
         ("tokens/s", ("tokens_per_second",)),
         ("peak memory, GiB", ("device_memory_gib", "host_memory_gib")),
     ]
-    at = [Evaluation(sweep.subset, mem_len=length) for length in sweep.lengths]
     fullest = {name: render.fullest(results[name], at) for name in rows}
     size = (4 * len(panels) + 2.5, max(3.5, 0.6 + 0.22 * len(rows)))
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")

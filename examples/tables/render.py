@@ -36,6 +36,15 @@ def write(plan: Plan, runs: Sequence[Run]) -> str:
     return text
 
 
+def scales(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
+    """How the table is shrunk and the runs were that there are results of, each way once."""
+    found = [plan.scale] if plan.scale else []
+    for result in (result for of_row in results.values() for result in of_row):
+        if result["scale"] and result["scale"] not in found:
+            found.append(result["scale"])
+    return found
+
+
 def values(plan: Plan, results: List[Result], evaluation: Evaluation, key: Optional[str] = None) -> List[float]:
     """A figure of an evaluation in all runs of a row; without a *key*, the measure of the table."""
     key = key or MEASURES[plan.table.measure][0]
@@ -83,7 +92,11 @@ def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, An
 
 
 def _spread(name: str, found: List[float]) -> Dict[str, Any]:
-    return {name: mean(found) if found else None, f"{name} spread": stdev(found) if len(found) > 1 else None}
+    return {name: mean(found) if found else None, f"{name} spread": _deviation(found) if len(found) > 1 else None}
+
+
+def _deviation(found: List[float]) -> float:
+    return stdev(found) if all(map(math.isfinite, found)) else math.nan
 
 
 def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
@@ -156,8 +169,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         f"# {table.title}",
         f"{MEASURES[table.measure][1].capitalize()}; mean and standard deviation over the seeds.",
     ]
-    if plan.scale:
-        parts.append(scale.note(plan.scale))
+    parts += map(scale.note, scales(plan, results))
     parts.append(_grid([head, *lines]))
     alone = speed.read(plan)
     if alone:
@@ -217,7 +229,7 @@ def shown(found: List[float], digits: int) -> str:
     if not found:
         return ""
     middle = f"{mean(found):,.{digits}f}"
-    return f"{middle} ± {stdev(found):,.{digits}f}" if len(found) > 1 else middle
+    return f"{middle} ± {_deviation(found):,.{digits}f}" if len(found) > 1 else middle
 
 
 def reported(row: Row, splits: Sequence[str]) -> str:

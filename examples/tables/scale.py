@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Sequence
 from tqdm import tqdm
 
 from . import commands, speed
-from .execute import Plan, Slot
+from .execute import SCALE, Plan, Slot
 from .folder import ChangedError, locked, read_json, write_json
 from .table import Run, TableError
 
@@ -34,7 +34,7 @@ def shrink(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: floa
         BusyError: another process is measuring the rates.
         RunError: a row could not be trained for a few updates.
     """
-    path = plan.out / "scale.json"
+    path = plan.out / SCALE
     if not path.exists() and slots:
         with locked(plan.out / "scale.lock", "another process measures the rates of this table") as lock:
             return _shrink(plan, runs, slots, minutes, path, [lock])
@@ -47,10 +47,14 @@ def _shrink(
     asked = {"minutes": minutes, "runs": [run.name for run in runs], "options": plan.changes}
     held = read_json(path)
     if held is None:
-        if not slots:
+        kept = (result["scale"] for result in plan.kept.values() if result["scale"])
+        held = next((decided for decided in kept if decided["asked"] == asked), None)
+        if held is None and not slots:
             raise ChangedError(f"{plan.out} holds nothing to render")
-        held = {"asked": asked, **decide(plan, runs, slots, minutes, keep_open)}
-        write_json(path, held)
+        if held is None:
+            held = {"asked": asked, **decide(plan, runs, slots, minutes, keep_open)}
+        if slots:
+            write_json(path, held)
     elif held["asked"] != asked:
         raise ChangedError(
             f"{plan.out} was begun with --scale {held['asked']['minutes']} for {', '.join(held['asked']['runs'])} and "
