@@ -53,9 +53,9 @@ class MemoryLanguageModel(FairseqLanguageModel):
             if "loading state_dict" not in str(error):
                 raise
             raise ValueError(
-                "the checkpoint's weights are those of a model with other options: take those that it was trained "
-                "with. --model-overrides can change what has no weights, and {'memory': 'none'} leaves out weights of "
-                f"a memory, but not those that it brought into the layers. {error}"
+                "the checkpoint's weights are those of a model with another --arch or other options: take those that "
+                "it was trained with. --model-overrides can change what has no weights, and {'memory': 'none'} leaves "
+                f"out weights of a memory, but not those that it brought into the layers. {error}"
             ) from error
 
     def train(self, mode: bool = True) -> "MemoryLanguageModel":
