@@ -113,9 +113,8 @@ def test_regression_with_the_published_sizes(dtype):
 
 
 def test_a_penalty_that_is_lost_in_rounding_is_named():
-    decoder = decoder_of(ridge_penalty=1e-16, num_basis_functions=64)
     with pytest.raises(ValueError, match=r"--ridge-penalty is 1e-16, too little to fit 64 basis functions"):
-        read_streams(decoder, random_tokens(2, 9))
+        decoder_of(ridge_penalty=1e-16, num_basis_functions=64)
 
 
 def test_training_goes_on_after_decoding_in_inference_mode():
@@ -231,6 +230,31 @@ def test_float32_does_not_drift_from_float64(sampling):
         errors.append(float((values - approximate).abs().max() / values.abs().max()))
     print(f"{sampling}: {max(errors[:10]):.1e} in ten updates, {max(errors):.1e} in fifty")
     assert max(errors) < 1e-4 and max(errors[40:]) < 3 * max(errors[:10])
+
+
+@pytest.mark.parametrize(("count", "samples", "penalty"), [(16, 16, 1.0), (16, 32, 1.0), (76, 512, 1.0), (6, 7, 0.7)])
+def test_how_a_signal_grows_by_itself(count, samples, penalty):
+    """Against as many updates without new rows as show it."""
+    signal = Signal(RadialBasis(count, (0.01, 0.05)), penalty, TAU, samples, "even")
+    generator = torch.Generator().manual_seed(0)
+    density, rows = Density(*torch.ones(2, 1, 1, 1, dtype=torch.float64)), torch.zeros(1, 5, 1, dtype=torch.float64)
+    held, sizes = torch.randn(1, count, 1, generator=generator, dtype=torch.float64), []
+    for _ in range(400):
+        held = signal.extend(held, torch.ones(1, 1), rows, density)
+        sizes.append(held.norm().log())
+        held = held / held.norm()
+    assert signal.growth(5) == pytest.approx(float(torch.stack(sizes[200:]).mean().exp()), rel=1e-3)
+
+
+def test_options_with_which_a_signal_would_grow_without_end():
+    """Nearly as many samples as functions that are narrower than the distance of their centres."""
+    sizes = {"num_basis_functions": 16, "basis_widths": "0.01,0.05", "ridge_penalty": 1.0, "contraction_factor": 0.75}
+    with pytest.raises(
+        ValueError, match=r"would grow 1\.88 times a segment, without end: pass a --ridge-penalty above 1"
+    ):
+        decoder_of(memory_samples=16, **sizes)
+    decoder_of(memory_samples=32, **sizes)
+    decoder_of(memory_samples=16, **{**sizes, "ridge_penalty": 10.0})
 
 
 # What the memory does.

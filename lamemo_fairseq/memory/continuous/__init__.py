@@ -79,6 +79,13 @@ class ContinuousMemory(Memory[ContinuousState]):
             samples=options.memory_samples,
             sampling=str(options.memory_sampling),
         )
+        growth = self.signal.growth(config.segment_length)
+        if growth >= 1:
+            raise ValueError(
+                f"a continuous memory with these options would grow {growth:.3g} times a segment, without end: pass a "
+                f"--ridge-penalty above {options.ridge_penalty:g}, or other --memory-samples than "
+                f"{options.memory_samples} with --num-basis-functions {options.num_basis_functions}"
+            )
 
     def initial_state(self, x: Tensor) -> ContinuousState:
         batch, width, layers = x.size(0), x.size(2), self.config.layers

@@ -36,6 +36,20 @@ class Signal:
     samples: int  # S
     sampling: str
 
+    def growth(self, rows: int) -> float:
+        """How many times larger its past gets in the long run with every *rows* new ones, if sampled evenly.
+
+        The spectral radius of the map from coefficients to coefficients: about ``contraction`` where a fit is good.
+
+        Raises:
+            ValueError: the penalty is lost in rounding.
+        """
+        with torch.inference_mode(False):
+            exact = torch.zeros((), dtype=torch.float64, device="cpu")
+            past = _fit(self, rows, exact.device, exact.dtype).past
+            squeezed = past @ self.basis.evaluate(midpoints(self.samples, exact))  # [J, J]
+            return float(torch.linalg.eigvals(squeezed).abs().max())
+
     @torch.no_grad()
     def extend(self, coefficients: Tensor, taken_in: Tensor, rows: Tensor, density: Density) -> Tensor:
         """The signal of the past and of *rows* that come after it: samples of the past shrink into [0, tau].
