@@ -66,7 +66,7 @@ def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> A
     figure, (quality, *axes) = plt.subplots(1, 1 + len(costs), figsize=size, sharey=True, layout="constrained")
     for place, found in enumerate(results.values()):
         figures = render.values(plan, found, Evaluation(subset))
-        drawn = [figure for figure in figures if math.isfinite(figure)]
+        drawn = list(filter(math.isfinite, figures))
         quality.plot(drawn, [place] * len(drawn), "o", color="C0", alpha=0.5)
         if drawn:
             quality.annotate(
