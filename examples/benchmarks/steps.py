@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 BEFORE, PROFILED = 40, 8  # updates: the memory is full and graphs are recorded by then
 
 PARTS = {
@@ -68,22 +68,18 @@ def parts(profile: Any, updates: int) -> dict[str, Any]:
     return {**found, "all kernels": sum(kernels.values()), "top": top}
 
 
-def profile(table: Path, row: str) -> dict[str, Any]:
-    """Train a row of a table for a few updates on one GPU, without saving: milliseconds a step by part.
-
-    Raises:
-        TableError: there is no such table or row.
-    """
+def profile(table: Any, row: str) -> dict[str, Any]:
+    """Train a row of a loaded table for a few updates on one GPU, without saving: milliseconds a step by part."""
     from fairseq_cli import train as fairseq_train
 
     from examples.tables import commands
     from examples.tables import table as tables
 
-    loaded, found = tables.load(table), {}
+    found: dict[str, Any] = {}
     changes = {"max-update": BEFORE + PROFILED, "no-save": True, "disable-validation": True}
     changes["distributed-world-size"] = 1  # on more, the updates would run in processes that are not profiled
     with tempfile.TemporaryDirectory() as folder, profiled(PROFILED, found, at=BEFORE):
-        sys.argv = ["fairseq-train", *commands.train(loaded, tables.Run(row, 1), folder, changes)]
+        sys.argv = ["fairseq-train", *commands.train(table, tables.Run(row, 1), folder, changes)]
         fairseq_train.cli_main()
     return found
 
@@ -93,18 +89,18 @@ def main() -> None:
     parser.add_argument("table", type=Path, help="table file, whose data are binarized")
     parser.add_argument("row")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     import torch
 
     from examples.tables import table as tables
 
     try:
-        tables.find(tables.load(args.table), args.row)
+        table = tables.load(args.table)
+        tables.find(table, args.row)
     except tables.TableError as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error("this needs a GPU")
-    for name, value in profile(args.table, args.row).items():
+    for name, value in profile(table, args.row).items():
         lines = value if isinstance(value, list) else [value]
         for line in lines:
             what, milliseconds = line if isinstance(line, tuple) else (name, line)

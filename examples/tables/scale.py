@@ -45,21 +45,19 @@ def _shrink(
     plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float, path: Path, keep_open: Sequence[int] = ()
 ) -> Plan:
     asked = {"minutes": minutes, "runs": [run.name for run in runs], "options": plan.changes}
-    held = read_json(path)
+    kept = (result["scale"] for result in plan.kept.values() if result["scale"])
+    held = read_json(path) or next((decided for decided in kept if decided["asked"] == asked), None)
     if held is None:
-        kept = (result["scale"] for result in plan.kept.values() if result["scale"])
-        held = next((decided for decided in kept if decided["asked"] == asked), None)
-        if held is None and not slots:
+        if not slots:
             raise ChangedError(f"{plan.out} holds nothing to render")
-        if held is None:
-            held = {"asked": asked, **decide(plan, runs, slots, minutes, keep_open)}
-        if slots:
-            write_json(path, held)
+        held = {"asked": asked, **decide(plan, runs, slots, minutes, keep_open)}
     elif held["asked"] != asked:
         raise ChangedError(
             f"{plan.out} was begun with --scale {held['asked']['minutes']} for {', '.join(held['asked']['runs'])} and "
             f"--set {held['asked']['options']}: ask for the same, or take another folder with --out"
         )
+    if slots and not path.exists():
+        write_json(path, held)
     return replace(plan, changes={**plan.changes, **held["changes"]}, shards=held["shards"], scale=held)
 
 

@@ -44,11 +44,10 @@ class Signal:
         Raises:
             ValueError: the penalty is lost in rounding.
         """
-        with torch.inference_mode(False):
-            exact = torch.zeros((), dtype=torch.float64, device="cpu")
-            past = _fit(self, rows, exact.device, exact.dtype).past
-            squeezed = past @ self.basis.evaluate(midpoints(self.samples, exact))  # [J, J]
-            return float(torch.linalg.eigvals(squeezed).abs().max())
+        exact = torch.zeros((), dtype=torch.float64, device="cpu")
+        past = _fit(self, rows, exact.device, exact.dtype).past
+        squeezed = past @ self.basis.evaluate(midpoints(self.samples, exact))  # [J, J]
+        return float(torch.linalg.eigvals(squeezed).abs().max())
 
     @torch.no_grad()
     def extend(self, coefficients: Tensor, taken_in: Tensor, rows: Tensor, density: Density) -> Tensor:
