@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .chunks import CHUNK
-from .datasets import DATASETS, SPLITS, Dataset, Divide, FileEach, Shares
+from .datasets import DATASETS, SPLITS, Dataset, Divide, FileEach, FirstBytes, Shares
 from .download import DownloadError
 from .pieces import PieceTraining
 from .prepare import prepare
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     _common(own, "training, validation and test text; or one text; or a folder or archive with train.txt and so on")
     # Options without a default here are None unless they are given, so that those without effect can be refused.
     own.add_argument("--shares", type=float, nargs="+", help="of one text for each split (90 5 5)")
+    own.add_argument("--first-bytes", type=int, nargs="+", help="of each split's text, instead of all of it")
     own.add_argument("--tokenizer", choices=sorted(WORDS), default="space", help="what makes words of a line")
     own.add_argument("--bpe", choices=sorted({**PIECES, **WHOLE_TEXT}), default="none", help="what splits words")
     own.add_argument("--paragraphs", action="store_true", help="a paragraph a line: empty lines part them")
@@ -143,7 +144,7 @@ def own_text(args: argparse.Namespace) -> Dataset:
             source_lang=args.source_lang or "en" if args.tokenizer == "moses" else "",
             model=args.sentencepiece_model,
         )
-    files, divide = _own_files(args.source, args.shares)
+    files, divide = _own_files(args.source, args.shares, args.first_bytes)
     return Dataset(
         name="own",
         files=files,
@@ -155,10 +156,14 @@ def own_text(args: argparse.Namespace) -> Dataset:
     )
 
 
-def _own_files(sources: list[Path], shares: list[float] | None) -> tuple[tuple[str, ...], Divide]:
+def _own_files(
+    sources: list[Path], shares: list[float] | None, first_bytes: list[int] | None
+) -> tuple[tuple[str, ...], Divide]:
     if not 1 <= len(sources) <= len(SPLITS):
         raise ValueError("--source takes one text, or two or three for training, validation and test")
     if len(sources) == 1 and not holds_several(sources[0]):
+        if first_bytes is not None:
+            raise ValueError("--first-bytes needs a file for each split, and --source names one text: leave it out")
         shares = shares or [90, 5, 5]
         if not 1 <= len(shares) <= len(SPLITS) or not all(0 < share < math.inf for share in shares):
             raise ValueError("--shares takes up to three numbers above 0")
@@ -166,7 +171,12 @@ def _own_files(sources: list[Path], shares: list[float] | None) -> tuple[tuple[s
     if shares is not None:
         raise ValueError("--shares divides one text, and --source has a file for each split: leave --shares out")
     count = len(SPLITS) if len(sources) == 1 else len(sources)
-    return tuple(f"{split}.txt" for split in SPLITS[:count]), FileEach()
+    files = tuple(f"{split}.txt" for split in SPLITS[:count])
+    if first_bytes is None:
+        return files, FileEach()
+    if len(first_bytes) != count or min(first_bytes) < 1:
+        raise ValueError(f"--first-bytes takes a number above 0 for each of {', '.join(files)}")
+    return files, FirstBytes(tuple(first_bytes))
 
 
 def main(arguments: list[str] | None = None) -> None:

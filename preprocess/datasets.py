@@ -34,6 +34,25 @@ class FileEach:
 
 
 @dataclass(frozen=True)
+class FirstBytes:
+    """The beginning of each of these files: so many bytes, and up to the next place where the tokenizer may cut.
+
+    Raises:
+        ValueError: a file has fewer.
+    """
+
+    bytes: tuple[int, ...]
+
+    def __call__(self, files: Sequence[Path], tokenizer: Tokenizer) -> dict[str, Span]:
+        whole = FileEach()(files, tokenizer)
+        for (split, span), size in zip(whole.items(), self.bytes, strict=True):
+            if span.size < size:
+                raise ValueError(f"--first-bytes {size} for {split}: {span.path} has {span.size:,} bytes only")
+            whole[split] = cut(span, tokenizer.boundary, size)[0]
+        return whole
+
+
+@dataclass(frozen=True)
 class Sizes:
     """One file, cut after so many bytes."""
 

@@ -81,7 +81,7 @@ def prepare(
 def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> dict[str, Any]:
     """All that the result depends on, as it reads back from JSON."""
     if texts:
-        paths = [text.path for text in texts]
+        paths = [part for text in texts for part in text.parts]
         known = {path: Identity.of(path) for path in set(paths)}
         inputs = [known[path] for path in (paths if len(known) > 1 else known)]  # one archive counts once
     elif dataset.addresses:

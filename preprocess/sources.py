@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import re
 import tarfile
 import zipfile
 import zlib
@@ -19,10 +20,18 @@ _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, lzma.LZMAError, zlib.
 
 
 class Source(NamedTuple):
-    """A text by its name, and the file that has it: itself, or an archive or compressed file that holds it."""
+    """A text by its name, and the file that has it: itself, or an archive or compressed file that holds it.
+
+    A text in numbered parts (``train-00.txt``, ``train-01.txt.xz``) is read one part after another, as ``cat`` does.
+    """
 
     name: str
     path: Path
+    more: tuple[Path, ...] = ()  # parts behind the first
+
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        return (self.path, *self.more)
 
     def extracted(self, folder: Path) -> Path:
         """A plain file with the text, made in *folder* if need be.
@@ -30,31 +39,33 @@ class Source(NamedTuple):
         Raises:
             ValueError: the archive is damaged, cut or encrypted, or does not hold the text.
         """
-        open_it = _opener(self.path)
-        if open_it is None:
+        if not self.more and _opener(self.path) is None:
             return self.path
         target = folder / self.name
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self._copy(open_it, target)
-            except _DAMAGE as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise  # the disk's trouble, not the file's
-                raise ValueError(
-                    f"{self.path} ({self.path.stat().st_size:,} bytes) is damaged, cut, or not what its name says "
-                    f"({type(error).__name__}: {error}): fetch it again"
-                ) from error
-            except RuntimeError as error:  # a zip archive, encrypted or packed in a way that Python does not know
-                raise ValueError(f"{self.path}: {self.name} in it cannot be read: {error}") from error
+            bar = tqdm(desc=f"extracting {self.name}", unit="B", unit_scale=True, mininterval=1)
+            with bar, replacing(target) as file:
+                for part in self.parts:
+                    self._copy(part, file, bar)
         return target
 
-    def _copy(self, open_it: "Opener", target: Path) -> None:
-        bar = tqdm(desc=f"extracting {self.name}", unit="B", unit_scale=True, mininterval=1)
-        with bar, open_it(self.path, self.name) as text, replacing(target) as file:
-            for block in blocks(text):
-                file.write(block)
-                bar.update(len(block))
+    def _copy(self, part: Path, file: IO[bytes], bar: "tqdm[Any]") -> None:
+        open_it = _opener(part) or _plain
+        try:
+            with open_it(part, self.name) as text:
+                for block in blocks(text):
+                    file.write(block)
+                    bar.update(len(block))
+        except _DAMAGE as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's trouble, not the file's
+            raise ValueError(
+                f"{part} ({part.stat().st_size:,} bytes) is damaged, cut, or not what its name says "
+                f"({type(error).__name__}: {error}): fetch it again"
+            ) from error
+        except RuntimeError as error:  # a zip archive, encrypted or packed in a way that Python does not know
+            raise ValueError(f"{part}: {self.name} in it cannot be read: {error}") from error
 
 
 def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
@@ -62,12 +73,12 @@ def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
 
     Args:
         sources: a file for each name, or one folder or archive that holds all of them. In a folder, they may be
-            compressed, and stand one level deeper if the folder itself does not hold all of them.
+            compressed or in numbered parts, and stand one level deeper if the folder itself does not hold all of them.
 
     Raises:
         FileNotFoundError: saying what is missing.
-        ValueError: the number of files is another, several have the same name and could be of different corpora, or one
-            is no regular file.
+        ValueError: the number of files is another, several have the same name and could be of different corpora, a part
+            is missing, or one is no regular file.
     """
     for source in sources:
         if not source.exists():
@@ -90,25 +101,53 @@ def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
 
 def _in_folder(folder: Path, names: Sequence[str]) -> list[Source]:
     found = {name: _one_a_folder(folder, name) for name in names}
-    all_in_itself = all(paths and paths[0].parent == folder for paths in found.values())
-    for name, paths in found.items():
-        if not paths:
+    all_in_itself = all(sources and sources[0].path.parent == folder for sources in found.values())
+    for name, sources in found.items():
+        if not sources:
             raise FileNotFoundError(f"--source {folder}: {name} is not there, nor one level deeper")
-        if len(paths) > 1 and not all_in_itself:
-            raise _several(folder, name, [str(path) for path in paths], "name one folder, or the files")
-    return [Source(name, paths[0]) for name, paths in found.items()]
+        if len(sources) > 1 and not all_in_itself:
+            raise _several(folder, name, [str(source.path) for source in sources], "name one folder, or the files")
+    return [sources[0] for sources in found.values()]
 
 
-def _one_a_folder(folder: Path, name: str) -> list[Path]:
-    """Where a text is, in *folder* first and then one level deeper; of a plain and a compressed file side by side, the
-    plain one."""
-    found: dict[Path, Path] = {}
-    for pattern in (name, f"*/{name}"):
-        for end in ("", *_COMPRESSED):
-            for path in sorted(folder.glob(pattern + end)):
-                if path.is_file() and not _added_by_macos(path.relative_to(folder)):
-                    found.setdefault(path.parent, path)
-    return list(found.values())
+def _one_a_folder(folder: Path, name: str) -> list[Source]:
+    """Where a text is, in *folder* first and then one level deeper."""
+    named = PurePath(name)
+    part = re.compile(rf"{re.escape(named.stem)}(?:-(\d+))?{re.escape(named.suffix)}")
+    files: dict[Path, dict[int | None, Path]] = {}  # by folder and part
+    for pattern in (f"{named.stem}*", f"*/{named.stem}*"):
+        for end in ("", *_COMPRESSED):  # of a plain and a compressed file side by side, the plain one
+            for path in sorted(folder.glob(f"{pattern}{named.suffix}{end}")):
+                match = part.fullmatch(path.name.removesuffix(end))
+                if match and path.is_file() and not _added_by_macos(path.relative_to(folder)):
+                    number = None if match[1] is None else int(match[1])
+                    first = files.setdefault(path.parent, {}).setdefault(number, path)
+                    if not first.name.startswith(match[0]):  # train-1.txt and train-01.txt
+                        raise _several(
+                            folder, f"part {number} of {name}", [first.name, path.name], "remove one of the two"
+                        )
+    return [Source(name, *_joined(name, parts)) for parts in files.values()]
+
+
+def _joined(name: str, parts: dict[int | None, Path]) -> tuple[Path, tuple[Path, ...]]:
+    """The first part of a text and the others in their order; a text that is not divided is its only part."""
+    whole = parts.pop(None, None)
+    numbers = sorted(number for number in parts if number is not None)
+    ordered = [parts[number] for number in numbers]
+    if whole is not None:
+        if ordered:
+            raise ValueError(
+                f"{whole} stands beside parts of it ({_first([p.name for p in ordered])}): "
+                "remove one of the two, or name the files"
+            )
+        return whole, ()
+    missing = sorted(set(range(min(1, numbers[0]), numbers[-1] + 1)) - set(numbers))
+    if missing:
+        raise FileNotFoundError(
+            f"{ordered[0].parent} holds parts of {name} ({_first([p.name for p in ordered])}), but not number "
+            f"{_first([str(number) for number in missing])}: fetch what is missing"
+        )
+    return ordered[0], tuple(ordered[1:])
 
 
 def _added_by_macos(path: PurePath) -> bool:
@@ -164,6 +203,10 @@ _COMPRESSED: dict[str, Opener] = {
     ".bz2": lambda path, name: bz2.open(path),  # noqa: SIM115
     ".xz": lambda path, name: lzma.open(path),  # noqa: SIM115
 }
+
+
+def _plain(path: Path, name: str) -> AbstractContextManager[Any]:
+    return open(path, "rb")
 
 
 def _is_archive(path: Path) -> bool:

@@ -82,6 +82,38 @@ def test_one_text_in_shares(tmp_path):
     assert not (tmp_path / "data" / "test.bin").exists()
 
 
+def test_a_text_in_parts_is_its_parts(texts, tmp_path, capsys):
+    """In a folder that has it whole the result is the same; another part makes everything anew."""
+    whole = own(texts, tmp_path / "whole", "--tokenizer", "words")
+    (texts / "train.txt").unlink()
+    write(texts / "train-00.txt", TEXTS["train"][:5_001])
+    write(texts / "train-01.txt", TEXTS["train"][5_001:])
+    parts = own(texts, tmp_path / "parts", "--tokenizer", "words")
+    assert all(parts[name] == whole[name] for name in set(whole) - {RECORD})
+    own(texts, tmp_path / "parts", "--tokenizer", "words")
+    assert "nothing to do" in capsys.readouterr().err
+    write(texts / "train-01.txt", b"another\n")
+    assert own(texts, tmp_path / "parts", "--tokenizer", "words")["train.bin"] != whole["train.bin"]
+
+
+def test_the_first_bytes_of_each_text(texts, tmp_path):
+    """They go on to the end of the line, or of the paragraph."""
+    sizes = {"train": 2_500, "valid": 1, "test": len(TEXTS["test"])}
+    first = ("--first-bytes", *map(str, sizes.values()))
+    own(texts, tmp_path / "bytes", "--bpe", "bytes", *first)
+    stops = {split: TEXTS[split].index(b"\n", size - 1) + 1 for split, size in sizes.items()}
+    assert counts_of(tmp_path / "bytes") == stops and stops["train"] > 2_500
+    for split, stop in stops.items():
+        write(texts / f"{split}.txt", TEXTS[split][:stop])
+    shorter = own(texts, tmp_path / "shorter", "--bpe", "bytes")
+    assert all(text == shorter[name] for name, text in contents(tmp_path / "bytes").items() if name != RECORD)
+
+    for split in SPLITS:
+        write(texts / f"{split}.txt", b"one two\nthree\n\nfour five\n\nsix\n")
+    own(texts, tmp_path / "paragraphs", "--paragraphs", "--first-bytes", "3", "16", "20")
+    assert counts_of(tmp_path / "paragraphs") == {"train": 4, "valid": 7, "test": 7}
+
+
 @pytest.mark.parametrize(
     "options, text, split, where",
     [
@@ -249,6 +281,10 @@ def test_bad_input_names_the_option(texts, tmp_path):
     assert "--source" in refused("own", *data, "--source", *[texts / "train.txt"] * 4)
     assert "--shares" in refused("own", *data, "--source", texts / "train.txt", "--shares", "1", "0")
     assert "--shares takes" in refused("own", *data, "--source", texts / "train.txt", "--shares", "nan", "1")
+    assert "--first-bytes takes a number" in refused("own", *data, *source, "--first-bytes", 9, 9)
+    assert "--first-bytes takes a number" in refused("own", *data, *source, "--first-bytes", 9, 0, 9)
+    message = refused("own", *data, *source, "--first-bytes", 9, 9, 10**6)
+    assert "--first-bytes 1000000 for test: " in message and f"{len(TEXTS['test']):,} bytes only" in message
     assert "--tokenizer" in refused("own", *data, *source, "--bpe", "bytes", "--tokenizer", "moses")
     assert "--sentencepiece-model" in refused("own", *data, *source, "--sentencepiece-model", texts / "train.txt")
     assert "--pattern needs" in refused("own", *data, *source, "--pattern", "x")
@@ -294,6 +330,7 @@ def test_bad_input_names_the_option(texts, tmp_path):
         ("--srcdict nowhere --bpe bytes", "--srcdict nowhere: there is no such file"),
         ("--shares 90 5 5", "--shares divides one text"),
         ("--shares 90 5 5 --source {file} {file}", "--shares divides one text"),
+        ("--first-bytes 9 --source {file}", "--first-bytes needs a file for each split"),
     ],
 )
 def test_options_without_effect_are_refused(texts, tmp_path, options, what):

@@ -241,6 +241,50 @@ def test_what_is_missing_is_named(tmp_path):
         resolve([folder / NAMES[0], folder / NAMES[2]], NAMES)
 
 
+def in_parts(folder, *, start=0):
+    """The training text in twelve parts, numbered without leading zeros, some of them compressed."""
+    folder.mkdir(parents=True)
+    for i, at in enumerate(range(0, 30_000, 2_500)):
+        part, path = TEXTS[NAMES[0]][at : at + 2_500], folder / f"wiki.train-{i + start}.tokens"
+        path.write_bytes(part) if i % 3 else path.with_name(f"{path.name}.xz").write_bytes(lzma.compress(part))
+    for name in NAMES[1:]:
+        (folder / name).write_bytes(TEXTS[name])
+    return folder
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_text_in_parts(tmp_path, start):
+    """They are joined in the order of their numbers, in the folder itself or one level deeper."""
+    folder = in_parts(tmp_path / "data" / "parts", start=start)
+    assert texts_of([folder], tmp_path / "work") == TEXTS
+    assert texts_of([folder.parent], tmp_path / "again") == TEXTS
+    (train, *_) = resolve([folder], NAMES)
+    assert [path.name.split(".")[1] for path in train.parts] == [f"train-{i + start}" for i in range(12)]
+
+
+def test_parts_that_do_not_make_a_text(tmp_path):
+    folder = in_parts(tmp_path / "parts")
+    (folder / "wiki.train-7.tokens").rename(folder / "wiki.train-13.tokens")
+    with pytest.raises(FileNotFoundError, match=r"parts of wiki\.train\.tokens .*, but not number 7, 12: fetch"):
+        resolve([folder], NAMES)
+    (folder / "wiki.train-013.tokens").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"part 13 of .* more than once \(.*-013\.tokens, .*-13\.tokens\): remove one"):
+        resolve([folder], NAMES)
+    folder = in_parts(tmp_path / "beside")
+    (folder / NAMES[0]).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"wiki\.train\.tokens stands beside parts of it \(wiki\.train-0"):
+        resolve([folder], NAMES)
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    folder = in_parts(tmp_path / "parts")
+    part = folder / "wiki.train-3.tokens.xz"
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"wiki\.train-3\.tokens\.xz .* is damaged"):
+        texts_of([folder], tmp_path / "work")
+    assert not list((tmp_path / "work").iterdir())
+
+
 def test_a_pipe_is_refused(tmp_path):
     reading, writing = os.pipe()
     os.write(writing, b"a line\n")
