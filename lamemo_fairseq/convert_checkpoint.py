@@ -18,6 +18,7 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
+from .data.binarized import load_dictionary
 from .models.config import option_name
 from .models.decoder import vocabulary_checksum
 from .positions.base import inverse_frequencies
@@ -298,7 +299,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
             dictionary.save(str(folder / "dict.txt"))
             _save(checkpoint, folder / "checkpoint.pt")
         else:
-            _save(export_checkpoint(load_plain(args.checkpoint), Dictionary.load(args.dictionary)), Path(args.released))
+            _save(export_checkpoint(load_plain(args.checkpoint), load_dictionary(args.dictionary)), Path(args.released))
     except (ValueError, OSError) as error:
         sys.exit(f"convert_checkpoint: {error}")
 

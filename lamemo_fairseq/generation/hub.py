@@ -6,6 +6,8 @@ import torch
 from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 
+from ..data.text import clean_prompt
+
 
 class LanguageModelHub(GeneratorHubInterface):
     """fairseq's hub interface: ``sample``, ``score``, ``generate``, ``encode``, ``decode``.
@@ -27,7 +29,7 @@ class LanguageModelHub(GeneratorHubInterface):
 
     def encode(self, sentence: str) -> Tensor:
         """Word ids of a text; the ends of its lines become end-of-sentence tokens, one at the very end included."""
-        lines = sentence.split("\n")
+        lines = [clean_prompt(line) for line in sentence.split("\n")]
         return torch.cat([super(LanguageModelHub, self).encode(line) for line in lines])
 
     def decode(self, tokens: Tensor) -> str:

@@ -16,10 +16,12 @@ from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II
 
 from ..criterions.memory_losses import PREFIX, WithMemoryLosses
-from ..data.binarized import load_dictionary, load_lines
+from ..data.binarized import check_split, load_lines
+from ..data.folders import data_folders, shared_dictionary
 from ..data.iterator import SegmentBatchIterator
 from ..data.segments import SegmentDataset
 from ..data.streams import TokenSequence
+from ..data.text import check_input, clean_prompt
 from ..faults import LossWatch, retry_out_of_memory
 from ..generation import PromptDataset, PromptGenerator, StreamingScorer
 from ..host.options import launched_ranks
@@ -48,6 +50,7 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     )
     train_subset: str = II("dataset.train_subset")
     update_freq: List[int] = II("optimization.update_freq")
+    input: str = II("interactive.input")
 
 
 @register_task("segment_language_modeling", dataclass=SegmentLanguageModelingConfig)
@@ -78,8 +81,9 @@ class SegmentLanguageModelingTask(FairseqTask):
         """Load the dictionary of the data.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it cannot be read, or torchrun's processes do not know of each other.
+            OSError: a folder, the dictionary or the file of ``--input`` is not there.
+            ValueError: one cannot be read, folders have different dictionaries, or torchrun's processes do not know of
+                each other.
         """
         stop_where_the_run_has_ended()
         if launched_ranks() > 1 and not several_ranks():
@@ -90,8 +94,8 @@ class SegmentLanguageModelingTask(FairseqTask):
             )
         if not cfg.data:
             raise ValueError("no data: pass the folder that fairseq-preprocess wrote")
-        path = os.path.join(utils.split_paths(cfg.data)[0], "dict.txt")
-        dictionary = load_dictionary(path)
+        dictionary = shared_dictionary(data_folders(cfg.data))
+        check_input(cfg)
         logger.info("dictionary: %d types", len(dictionary))
         return cls(cfg, dictionary, **kwargs)
 
@@ -126,12 +130,14 @@ class SegmentLanguageModelingTask(FairseqTask):
         paths = utils.split_paths(self.cfg.data)
         folder = paths[(epoch - 1) % len(paths)]
         path = os.path.join(folder, split)
+        former = self.datasets.get(split)
+        for later in paths if former is None and split == self.cfg.train_subset else ():
+            check_split(later, split, self.cfg.dataset_impl)
         lines = load_lines(folder, split, self.dictionary, self.cfg.dataset_impl, combine)
         tokens = TokenSequence(lines, len(self.dictionary), path)
         if self.segment_length is None:
             raise ValueError("the segment length is not known: pass --tokens-per-sample")
         rolls = self.cfg.roll and split == self.cfg.train_subset
-        former = self.datasets.get(split)
         if former is not None:  # data in several folders is loaded anew every epoch
             gone = former, vars(former).get("in_order")
             self._iterators = {key: batches for key, batches in self._iterators.items() if key[1] not in gone}
@@ -350,6 +356,10 @@ class SegmentLanguageModelingTask(FairseqTask):
             data_buffer_size=data_buffer_size,
             as_streams=True,
         ).next_epoch_itr(shuffle=False)
+
+    def get_interactive_tokens_and_lengths(self, lines: List[str], encode_fn: Callable[[str], str]) -> Any:
+        """Word ids of the prompts of fairseq-interactive, and how many each has."""
+        return super().get_interactive_tokens_and_lengths([clean_prompt(line) for line in lines], encode_fn)
 
     def build_dataset_for_inference(self, src_tokens: Any, src_lengths: Any, **kwargs: Any) -> PromptDataset:
         """Whole texts to score or continue, each read from an empty memory after an end-of-sentence token."""

@@ -1,0 +1,86 @@
+"""The folders that the data argument names: one, or several shards that are trained on in turn."""
+
+import os
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any, List
+
+from fairseq import utils
+from fairseq.data import Dictionary
+
+from .binarized import load_dictionary
+from .text_encoding import read_text_encoding
+
+
+def data_folders(data: str) -> List[str]:
+    """Split the data argument.
+
+    Raises:
+        OSError: a folder is not there, or is something else.
+        ValueError: the list has an empty entry.
+    """
+    folders = utils.split_paths(data)
+    among = f", one of the {len(folders)} in '{data}'" if len(folders) > 1 else ""
+    for folder in folders:
+        if not folder.strip():
+            raise ValueError(
+                f"the data argument '{data}' has an empty entry: name folders, separated by '{os.pathsep}'"
+            )
+        if not os.path.exists(folder):
+            raise FileNotFoundError(
+                f"the data folder {folder}{among} is not there: pass the folder that fairseq-preprocess or "
+                "python -m preprocess wrote"
+            )
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(f"the data argument {folder}{among} is a file: pass the folder that it lies in")
+        os.scandir(folder).close()  # raises PermissionError, which names the folder
+    return folders
+
+
+def shared_dictionary(folders: List[str]) -> Dictionary:
+    """Load the dictionary of the first folder, and see that the others have the same words, made in the same way.
+
+    Raises:
+        FileNotFoundError: a folder has no dictionary.
+        ValueError: one cannot be read, or two differ.
+    """
+    first = folders[0]
+    dictionary = load_dictionary(os.path.join(first, "dict.txt"))
+    for folder in folders[1:]:
+        _check_words(first, dictionary, folder)
+        _check_encoding(first, folder)
+    return dictionary
+
+
+def _check_words(first: str, dictionary: Dictionary, folder: str) -> None:
+    other = load_dictionary(os.path.join(folder, "dict.txt"))
+    if dictionary.symbols == other.symbols:
+        return
+    pairs = enumerate(zip_longest(dictionary.symbols, other.symbols))
+    index, (one, two) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    raise _different(
+        first,
+        folder,
+        f"different dictionaries (word {index} is {_named(one)} in one and {_named(two)} in the other; "
+        f"{len(dictionary):,} and {len(other):,} words)",
+        f"binarize all of them with one dictionary (--srcdict {os.path.join(first, 'dict.txt')})",
+    )
+
+
+def _check_encoding(first: str, folder: str) -> None:
+    one, two = read_text_encoding(first), read_text_encoding(folder)
+    if one is None or two is None or replace(one, model=None) == replace(two, model=None):
+        return
+    names = [name for name in vars(one) if name != "model" and getattr(one, name) != getattr(two, name)]
+    what = ", ".join(f"{name} {getattr(one, name)!r} and {getattr(two, name)!r}" for name in names)
+    raise _different(
+        first, folder, f"text of different {what}", "make them with the same options of python -m preprocess"
+    )
+
+
+def _different(first: str, folder: str, what: str, remedy: str) -> ValueError:
+    return ValueError(f"the data folders {first} and {folder} hold {what}: {remedy}, or train on one of them")
+
+
+def _named(word: Any) -> str:
+    return "missing" if word is None else repr(word)

@@ -1,0 +1,72 @@
+"""Text files and prompts: UTF-8, with or without a byte order mark, or refused."""
+
+import os
+import sys
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+
+MARK = "\ufeff"  # the byte order mark that some editors write before a text
+_REMEDY = "save it as UTF-8 (iconv -f latin1 -t utf-8, or -f utf-16)"
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file without its byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8, or holds NUL bytes as UTF-16 and binary files do.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        text = content.decode("utf-8")
+        wrong = content.find(b"\0")
+    except UnicodeDecodeError as error:
+        text, wrong = "", error.start
+    if wrong >= 0:
+        line = content.count(b"\n", 0, wrong) + 1
+        raise ValueError(
+            f"{path} is not text in UTF-8: line {line:,} has {content[wrong : wrong + 1]!r} (at byte {wrong:,} of the "
+            f"file): {_REMEDY}"
+        )
+    return text.removeprefix(MARK)
+
+
+def clean_prompt(line: str) -> str:
+    """Return a line of a prompt without a byte order mark at its beginning.
+
+    Raises:
+        ValueError: it holds what is not UTF-8, or NUL characters.
+    """
+    line = line.lstrip(MARK)
+    if "\0" in line or any("\ud800" <= character <= "\udfff" for character in line):
+        raise ValueError(f"the prompt {line[:80]!r} is not text in UTF-8: {_REMEDY}")
+    return line
+
+
+def check_input(cfg: Any) -> None:
+    """See that the prompts of ``--input`` can be read; ``-`` stands for the standard input.
+
+    Undecodable bytes of the standard input are kept until `clean_prompt` names the prompt that has them.
+
+    Args:
+        cfg: options of the task, with the option as ``input``. Outside of a command there is none.
+
+    Raises:
+        ValueError, OSError: they cannot.
+    """
+    try:
+        path = str(cfg.input)
+    except OmegaConfBaseException:
+        return
+    if path == "-":
+        stdin: Any = sys.stdin
+        if hasattr(stdin, "reconfigure"):
+            stdin.reconfigure(errors="surrogateescape")
+    elif path.startswith("${"):
+        return
+    elif not os.path.isfile(path):
+        raise FileNotFoundError(f"--input {path}: there is no such file; without the option, prompts come from stdin")
+    else:
+        read_text(path)

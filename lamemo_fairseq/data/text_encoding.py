@@ -1,0 +1,72 @@
+"""Reading from a data folder how its text became tokens: `python -m preprocess` records it in ``preprocess.json``."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, Optional
+
+RECORD = "preprocess.json"
+MODEL = "sentencepiece.bpe.model"  # its name in a folder, whatever it was called before
+
+_WHOLE_TEXT = {"bytes": "bytes", "text8": "characters", "letters": "characters"}
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """How a text became tokens.
+
+    Args:
+        tokenizer: ``space``, ``words`` or ``moses``; ``none`` for bytes and letters, which are no words.
+        pieces: ``none``, ``sentencepiece``, ``bytes`` or ``characters``.
+        pattern: regular expression of a word for the tokenizer ``words``, empty for its own.
+        source_lang: language for the tokenizer ``moses``, else empty.
+        model: path of the SentencePiece model.
+        model_sha256: its checksum, as recorded.
+        normalized: whether the text was first reduced to small letters and spaces, like text8.
+    """
+
+    tokenizer: str
+    pieces: str
+    pattern: str = ""
+    source_lang: str = ""
+    model: Optional[str] = None
+    model_sha256: str = ""
+    normalized: bool = False
+
+
+def read_text_encoding(folder: str) -> Optional[TextEncoding]:
+    """Return what a folder records, None if it has no record, as with data of fairseq-preprocess.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    path = os.path.join(folder, RECORD)
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+        return _read(record, folder)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): make the data again with python -m preprocess, or "
+            "delete this file, and name tokenizer and pieces on the command line"
+        ) from error
+
+
+def _read(record: Dict[str, Any], folder: str) -> TextEncoding:
+    settings = record["made_from"]["settings"]["tokenizer"]
+    name = settings["name"]
+    if name in _WHOLE_TEXT:
+        return TextEncoding("none", _WHOLE_TEXT[name], normalized=name == "text8")
+    if name != "lines":
+        raise ValueError(f"the tokenizer {name!r} is unknown")
+    pieces = settings["bpe"] == "sentencepiece"
+    return TextEncoding(
+        tokenizer=settings["tokenizer"],
+        pieces=settings["bpe"],
+        pattern=settings["pattern"],
+        source_lang=settings["source_lang"],
+        model=os.path.join(folder, MODEL) if pieces else None,
+        model_sha256=record["files"][MODEL]["sha256"] if pieces else "",
+    )
