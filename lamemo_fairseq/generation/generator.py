@@ -4,14 +4,17 @@ Shapes: B prompts, L tokens of the longest, K beams, V words.
 """
 
 import math
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
+from fairseq import search
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 from torch import Tensor
 
+from ..memory import DivergenceError
 from ..models.incremental import DecodingState
 from .progress import counter
+from .repetition import aligned_right, repeating_words
 from .sampling import is_plain_sampling, sampled_continuations
 from .scorer import stream_log_probs
 
@@ -35,32 +38,47 @@ def read_prompts(model: Any, tokens: Tensor, lengths: Sequence[int]) -> ReadProm
     return ReadPrompts(state, torch.cat(parts, dim=1))
 
 
+class Prompts(NamedTuple):
+    """What fairseq's generator carries along as an encoder's output, a row a beam."""
+
+    states: List[DecodingState]  # of each model, until the first step
+    words: Optional[Tensor]  # [B K, L], aligned on the right, where repeated n-grams are blocked
+
+
 class PromptedEnsemble(EnsembleModel):
     """fairseq's ensemble; the generator's tokens are those after the prompts.
 
     What the prompts left behind takes the way of an encoder's output to the first step.
+
+    Args:
+        models: the models.
+        eos: the end-of-sentence token.
+        no_repeat_ngram_size: n-grams of prompt and continuation that may not come again; 0 for none.
     """
 
-    def __init__(self, models: Sequence[Any]):
+    def __init__(self, models: Sequence[Any], eos: int, no_repeat_ngram_size: int = 0):
         super().__init__(models)
+        self.eos, self.no_repeat_ngram_size = eos, no_repeat_ngram_size
         self.bar: Any = None
 
-    def forward_encoder(self, net_input: Dict[str, Any]) -> List[DecodingState]:
-        return net_input["states"]
+    def forward_encoder(self, net_input: Dict[str, Any]) -> Prompts:
+        return net_input["prompts"]
 
-    def reorder_encoder_out(self, encoder_outs: Any, new_order: Tensor) -> Any:
-        for state in encoder_outs:
+    def reorder_encoder_out(self, encoder_outs: Any, new_order: Tensor) -> Prompts:
+        prompts: Prompts = encoder_outs
+        for state in prompts.states:
             state.reorder(new_order)
-        return encoder_outs
+        return prompts if prompts.words is None else prompts._replace(words=prompts.words[new_order])
 
     def forward_decoder(
         self, tokens: Tensor, encoder_outs: Any, incremental_states: Any, temperature: float = 1.0
     ) -> tuple[Tensor, None]:
         """Log-probabilities ``[B K, V]`` of the next word, in float32 or wider."""
-        if encoder_outs:  # the first step: from now on the incremental states have them, and are reordered
-            for model, incremental, state in zip(self.models, incremental_states, encoder_outs, strict=True):
+        prompts: Prompts = encoder_outs
+        if prompts.states:  # the first step: from now on the incremental states have them, and are reordered
+            for model, incremental, state in zip(self.models, incremental_states, prompts.states, strict=True):
                 model.decoder.set_decoding_state(incremental, state)
-            encoder_outs.clear()
+            prompts.states.clear()
         logs = []
         for model, incremental in zip(self.models, incremental_states, strict=True):
             scores = model.decoder(tokens, incremental_state=incremental)
@@ -70,7 +88,16 @@ class PromptedEnsemble(EnsembleModel):
         if self.bar is not None:
             self.bar.update(1)
         together = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
+        if prompts.words is not None:
+            together = self._without_repetition(together, prompts.words, tokens[:, 1:])
         return together, None
+
+    def _without_repetition(self, log_probs: Tensor, prompts: Tensor, new: Tensor) -> Tensor:
+        """Forbid the words that would repeat an n-gram; a text may always end."""
+        texts = torch.cat([prompts, new], dim=1)
+        repeating = repeating_words(texts, self.no_repeat_ngram_size, log_probs.size(-1))
+        repeating[:, self.eos] = False
+        return log_probs.masked_fill(repeating, -math.inf)
 
 
 class PromptGenerator(SequenceGenerator):
@@ -79,21 +106,26 @@ class PromptGenerator(SequenceGenerator):
     A hypothesis is the prompt and what follows, as fairseq gives it for language models; scores include the
     prompt's. ``--max-len-a`` times the prompt's length plus ``--max-len-b`` new words are generated at most.
     Takes the arguments of fairseq's `SequenceGenerator`, whose own loop searches; plain sampling takes a faster one
-    (`sampling.py`). Blocks of repeated n-grams and a function of allowed words see the prompt's last word and what
-    follows.
+    (`sampling.py`). ``no_repeat_ngram_size`` counts the n-grams of prompt and continuation together. A function of
+    allowed words sees the prompt's last word and what follows.
     """
 
     max_len_a: float
     max_len_b: int
 
-    def __init__(self, models: Sequence[Any], tgt_dict: Any, **kwargs: Any):
+    def __init__(self, models: Sequence[Any], tgt_dict: Any, no_repeat_ngram_size: int = 0, **kwargs: Any):
         if kwargs.get("match_source_len"):
             raise ValueError("--match-source-len is for translation: pass --max-len-a and --max-len-b instead")
         if kwargs.get("lm_model") is not None:
             raise ValueError(
                 "--lm-path adds a language model to a translation model: pass both to --path, separated by :"
             )
-        super().__init__(PromptedEnsemble(models), tgt_dict, **kwargs)
+        super().__init__(PromptedEnsemble(models, tgt_dict.eos(), no_repeat_ngram_size), tgt_dict, **kwargs)
+        self.no_repeat_ngram_size = no_repeat_ngram_size
+        if isinstance(self.search, search.Sampling):
+            self.beam_size = kwargs.get("beam_size", 1)  # samples may be alike, so there can be more than words
+            self.search.sampling_topk = min(self.search.sampling_topk, self.vocab_size)
+        self.search.step = self._guarded(self.search.step)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def generate(
@@ -145,19 +177,21 @@ class PromptGenerator(SequenceGenerator):
             with counter(limit, "generated") as bar:
                 hypotheses = sampled_continuations(self, read[0].state, last, limit, bar)
         else:
-            ids = sample["id"][index] if "id" in sample else index
-            hypotheses = self._search([r.state for r in read], ids, last, limit, kwargs)
+            words = aligned_right(prompts[:, 1:], [n - 1 for n in lengths]) if self.no_repeat_ngram_size else None
+            ids = sample.get("id", torch.arange(len(tokens)))[index.cpu()].to(index)
+            hypotheses = self._search(Prompts([r.state for r in read], words), ids, last, limit, kwargs)
         log_probs = torch.stack([r.log_probs for r in read]).logsumexp(0) - math.log(len(read))
         return [self._with_prompt(prompts[i, 1:n], log_probs[i, : n - 1], hypotheses[i]) for i, n in enumerate(lengths)]
 
     def _search(
-        self, states: List[DecodingState], ids: Tensor, last: Tensor, limit: int, kwargs: Any
+        self, prompts: Prompts, ids: Tensor, last: Tensor, limit: int, kwargs: Any
     ) -> List[List[Dict[str, Tensor]]]:
-        """What fairseq's own generator finds after the last words ``last [B]`` of prompts."""
+        """Search with fairseq's own generator after the last words ``last [B]`` of prompts ``ids [B]``."""
         inner: Dict[str, Any] = {
-            "net_input": {"src_tokens": last.unsqueeze(1), "src_lengths": torch.ones_like(last), "states": states},
-            "id": ids,
+            "net_input": {"src_tokens": last.unsqueeze(1), "src_lengths": torch.ones_like(last), "prompts": prompts}
         }
+        if isinstance(self.search, search.PrefixConstrainedBeamSearch):
+            inner["id"] = ids  # for the function of allowed words; diverse beams take ids for rows of the batch
         # One text a column, whose limit was worked out before.
         factors, self.max_len_a, self.max_len_b = (self.max_len_a, self.max_len_b), 0, limit
         try:
@@ -167,6 +201,41 @@ class PromptGenerator(SequenceGenerator):
         finally:
             self.model.bar = None
             self.max_len_a, self.max_len_b = factors
+
+    def _guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a search's *step*, so that no text goes on after its end, or without a word that may follow.
+
+        Diverse beams and functions of allowed words would extend hypotheses that fairseq has handed out as ended.
+        """
+
+        def guarded(at: int, log_probs: Tensor, scores: Tensor, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(self.search, search.Sampling):  # what it draws after an end is left out
+                if log_probs.isneginf().all(-1).any():
+                    self._raise_stuck(at)
+                return step(at, log_probs, scores, tokens, *args, **kwargs)
+            ended = tokens[:, 1:].eq(self.eos).any(1).view(*log_probs.shape[:2], 1)
+            found = step(at, log_probs.masked_fill(ended, -math.inf), scores, tokens, *args, **kwargs)
+            if found[0].isneginf().all(1).any():
+                self._raise_stuck(at)
+            return found
+
+        return guarded
+
+    def _raise_stuck(self, new_words: int) -> None:
+        if self.no_repeat_ngram_size > 0:
+            raise ValueError(
+                f"after {new_words} new words every further one would repeat an n-gram: pass a larger "
+                f"--no-repeat-ngram-size than {self.no_repeat_ngram_size}, or a smaller --min-len than {self.min_len}"
+            )
+        if isinstance(self.search, search.PrefixConstrainedBeamSearch):
+            raise ValueError(
+                f"prefix_allowed_tokens_fn leaves a text no word after {new_words} new ones: let it allow the end, "
+                f"{self.eos}, or pass a smaller min_len than {self.min_len}"
+            )
+        raise DivergenceError(
+            f"no word has a probability after {new_words} new ones: the weights have diverged, or do not fit into this "
+            "precision"
+        )
 
     def _with_prompt(
         self, prompt: Tensor, log_probs: Tensor, hypotheses: List[Dict[str, Tensor]]

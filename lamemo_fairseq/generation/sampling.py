@@ -23,7 +23,7 @@ def is_plain_sampling(generator: Any) -> bool:
     return (
         type(generator.search) is search.Sampling
         and len(generator.model.models) == 1
-        and generator.repeat_ngram_blocker is None
+        and generator.no_repeat_ngram_size == 0
     )
 
 

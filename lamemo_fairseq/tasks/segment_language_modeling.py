@@ -24,6 +24,7 @@ from ..data.streams import TokenSequence
 from ..data.text import check_input, clean_prompt
 from ..faults import LossWatch, retry_out_of_memory
 from ..generation import PromptDataset, PromptGenerator, StreamingScorer
+from ..generation.options import check_generation, warn_without_effect
 from ..host.options import launched_ranks
 from ..host.ranks import several_ranks, sum_eval_lm
 from ..host.training import stop_where_the_run_has_ended
@@ -374,12 +375,10 @@ class SegmentLanguageModelingTask(FairseqTask):
         prefix_allowed_tokens_fn: Any = None,
     ) -> Any:
         """A generator that reads prompts into the memory first, or with ``score_reference`` a scorer."""
+        check_generation(args)
+        warn_without_effect(args)
         if getattr(args, "score_reference", False):
             return StreamingScorer(self.target_dictionary)
-        if getattr(args, "print_alignment", None):
-            raise ValueError("--print-alignment is for translation: a language model aligns nothing")
-        if getattr(args, "constraints", None):
-            raise ValueError("--constraints is for translation: a language model takes a prompt instead")
         return super().build_generator(
             models, args, seq_gen_cls or PromptGenerator, extra_gen_cls_kwargs, prefix_allowed_tokens_fn
         )
