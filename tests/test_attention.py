@@ -107,6 +107,22 @@ def test_gradients_of_lookahead_attention(both_sides):
     assert torch.autograd.gradcheck(output, inputs)
 
 
+def test_the_mixing_weight_has_the_gradient_of_its_maximum(monkeypatch):
+    """With an eps large enough for differences to show; ``d alpha / d l = -g alpha (1 - alpha)``."""
+    monkeypatch.setattr(eager, "INTERPOLATION_EPS", 0.1)
+    o, c, d = tensors((1, 1, 8, 3), (1, 1, 8, 3), (1, 1, 8))
+    new = (d + torch.linspace(-3, 3, 8)).requires_grad_()
+    c.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda c, new: eager.merge(Attended(o, d), Attended(c, new)).output, (c, new), atol=1e-8
+    )
+
+    one, equal = d.new_ones(1, 1, 8, 1), d.clone().requires_grad_()
+    alpha = eager.merge(Attended(one, d), Attended(0 * one, equal)).output.squeeze(-1)
+    alpha.sum().backward()
+    torch.testing.assert_close(equal.grad, -alpha * (1 - alpha))  # where both are equal, the new one is the maximum
+
+
 def test_merging_is_one_softmax_over_both_sets_of_keys():
     """What a slot held and what it sees make the read-out over all keys, up to the eps of the released code."""
     q, k, v = tensors((1, 1, 1, 3), (1, 1, 9, 3), (1, 1, 9, 3))

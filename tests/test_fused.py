@@ -256,6 +256,17 @@ def test_stored_read_outs_far_ahead_or_behind():
         assert float((found - exact).norm() / exact.norm()) < 1e-3
 
 
+def test_the_mixing_weight_has_the_gradient_of_its_maximum(monkeypatch):
+    """With an eps so large that float32 shows what it does to the gradients, whichever normaliser is the greater."""
+    case = Case(33, 33, 8, "right")
+    for module in (eager, launch):
+        monkeypatch.setattr(module, "INTERPOLATION_EPS", 0.1)
+    found, exact = run(case, fused, torch.float32), run(case, eager, torch.float64)
+    for name in NAMES:
+        assert (found[name] is None) == (exact[name] is None)
+        assert found[name] is None or error(found[name], exact[name]) < 5e-6, name
+
+
 def test_no_double_backward_in_silence():
     case = Case(3, 3, 4)
     q, k, v, *_ = (t.float().requires_grad_() for t in case.tensors() if t is not None)

@@ -90,7 +90,7 @@ def cached_attention(
     scale = 1 / math.sqrt(size)
     content_q = q if bias.content is None else q + bias.content.unsqueeze(1)
     by_key = columns.of(keys).flatten(0, 1).transpose(1, 2)
-    if bias.table is None:
+    if bias.table is None and bias.score is None:
         scores = torch.bmm(content_q.flatten(0, 1) * scale, by_key)
     else:
         by_distance = _by_distance(q, bias, columns, scale)
@@ -110,15 +110,20 @@ def cached_attention(
 def _by_distance(q: Tensor, bias: RelativeBias, columns: Columns, scale: float) -> Tensor:
     """The position's share of the scores: ``[B, H, k, K]``."""
     width = columns.end - columns.first
-    position_q = q if bias.position is None else q + bias.position.unsqueeze(1)
-    # One product a head for all rows, so that the table is not copied for each of them.
-    by_head = position_q.transpose(0, 1).flatten(1, 2)
-    table = bias.table[:, -width:].transpose(1, 2)  # type: ignore[index]
-    if bias.score is None:
-        scores = torch.bmm(by_head * scale, table)
+    learned = None
+    if bias.score is not None:
+        learned = bias.score[:, None, -width:].expand(-1, q.size(0) * q.size(2), -1)
+    if bias.table is None:
+        assert learned is not None
+        scores = learned * scale
     else:
-        learned = bias.score[:, None, -width:].expand(-1, by_head.size(1), -1)
-        scores = torch.baddbmm(learned, by_head, table, beta=scale, alpha=scale)
+        position_q = q if bias.position is None else q + bias.position.unsqueeze(1)
+        # One product a head for all rows, so that the table is not copied for each of them.
+        by_head, table = position_q.transpose(0, 1).flatten(1, 2), bias.table[:, -width:].transpose(1, 2)
+        if learned is None:
+            scores = torch.bmm(by_head * scale, table)
+        else:
+            scores = torch.baddbmm(learned, by_head, table, beta=scale, alpha=scale)
     scores = scores.unflatten(1, (q.size(0), q.size(2))).transpose(0, 1)
     if columns.pairs is None:
         return scores

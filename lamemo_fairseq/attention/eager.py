@@ -69,11 +69,12 @@ def relative_scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int, scale
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
     content_q = q if bias.content is None else q + bias.content.unsqueeze(1)
     scores = (content_q * scale) @ k.transpose(-1, -2)
+    by_distance = None if bias.score is None else (scale * bias.score).unsqueeze(1).expand(-1, q.size(-2), -1)
     if bias.table is not None:
         position_q = q if bias.position is None else q + bias.position.unsqueeze(1)
-        by_distance = (position_q * scale) @ bias.table.transpose(-1, -2)
-        if bias.score is not None:
-            by_distance = by_distance + scale * bias.score.unsqueeze(1)
+        by_table = (position_q * scale) @ bias.table.transpose(-1, -2)
+        by_distance = by_table if by_distance is None else by_table + by_distance
+    if by_distance is not None:
         scores.add_(relative_shift(by_distance, offset, k.size(-2)))
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
@@ -191,8 +192,12 @@ def memory_attention(
 
 
 def merge(stored: Attended, new: Attended) -> Attended:
-    """Interpolate stored read-outs ``[B, H, m, D]`` with new ones, by the share of each in the common softmax."""
-    top = torch.maximum(stored.normalizer, new.normalizer.detach())
+    """Interpolate stored read-outs ``[B, H, m, D]`` with new ones, by the share of each in the common softmax.
+
+    The eps is added after both normalisers were reduced by their maximum, so the maximum has a gradient as well.
+    It goes to the new normaliser where both are equal, as in the released code.
+    """
+    top = torch.where(new.normalizer >= stored.normalizer, new.normalizer, stored.normalizer)
     kept = (stored.normalizer - top).exp()
     added = (new.normalizer - top).exp()
     alpha = (kept / (kept + added + INTERPOLATION_EPS)).unsqueeze(-1)

@@ -13,7 +13,8 @@ class RelativeBias(NamedTuple):
 
     The score of query ``q`` for a key ``k`` at the distance of row ``t`` of the table is
     ``((q + content) . k + (q + position) . table[t] + score[t]) / sqrt(D)``.
-    Every part may be None, which leaves its term out.
+    Every part may be None, which leaves it out. Without a table there is nothing that the position bias could be
+    multiplied with: it then has no effect and no gradient, and the distances are those of ``score``.
     """
 
     content: Optional[Tensor] = None  # [H, D]

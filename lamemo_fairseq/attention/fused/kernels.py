@@ -171,7 +171,7 @@ def delta_kernel(
         kept, added = tl.exp(held - greater), tl.exp(lse - greater)
         total, rest = kept + added + eps, added + eps
         fresh = (delta - kept / total * tl.sum(b_g * b_o.to(tl.float32), 1)) * total / rest
-        delta = added / rest * delta + eps / rest * fresh
+        delta = tl.where(held > lse, added / rest * delta + eps / rest * fresh, delta)
         lse += tl.log(total) - tl.log(rest)
     tl.store(p_delta + row, delta, m_i)
     tl.store(p_lse + row, lse * LOG2E, m_i)

@@ -79,7 +79,7 @@ def forward(x: Inputs, out: Tensor) -> Tuple[Tensor, Saved]:
     """Attend, writing the read-outs into ``out [B, H, Q, D]``; returns the normalisers ``[B, H, Q]`` as well."""
     x, layout = _contiguous(x), Layout.of(x)
     batch, heads, queries, size = x.q.shape
-    scores = _position_scores(x, layout)[0] if x.bias.table is not None else None
+    scores = _position_scores(x, layout).scores if _has_positions(x.bias) else None
     merged = x.q.new_empty(batch, heads, queries, dtype=torch.float32)
     new = merged if x.stored is None else torch.empty_like(merged)
     held_out, held = (None, None) if x.stored is None else x.stored
@@ -121,10 +121,8 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     )  # fmt: skip
 
     # The buffer of position scores becomes the one of score gradients, pair by pair.
-    if table is None:
-        scores, position_q, padded = _score_buffer(x, layout), None, None
-    else:
-        scores, position_q, padded = _position_scores(x, layout)
+    made = _position_scores(x, layout)
+    scores = made.scores
     geometry = _geometry(x, layout)
     low, high = x.band.limits
     rows = layout.chunks * layout.chunk
@@ -139,13 +137,13 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
         *_strides(x.q), *_strides(x.k), *_strides(x.v), *_score_strides(scores), *_strides(grad),
         *_strides(dk), *_strides(dv),
         **geometry, scale=x.scale, dropout=x.dropout, **_block_sizes(x, tile),
-        CONTENT=x.bias.content is not None, POSITION=table is not None, FIRST=x.first is not None, ADD=add,
+        CONTENT=x.bias.content is not None, POSITION=_has_positions(x.bias), FIRST=x.first is not None, ADD=add,
         DROPOUT=x.dropout > 0, CHUNKED=layout.chunks > 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
     by_position = d_table = None
     if table is not None:
-        by_position, d_table = _position_gradients(x, layout, scores, position_q, padded)
+        by_position, d_table = _position_gradients(x, layout, made)
     tile = all_tiles.query
     blocks = triton.cdiv(queries, tile.queries)
     sums = x.q.new_empty(batch, heads, blocks, 2, size, dtype=torch.float32)
@@ -157,31 +155,47 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     d_content, d_position = sums.sum((0, 2)).unbind(1)
-    d_score = None
-    if x.bias.score is not None:  # chunks are for slots, and no position encoding with scores has slots
-        d_score = scores.sum((0, 2, 3), dtype=torch.float32)[:, : x.bias.score.size(1)] * x.scale
-    return RelativeBias(d_content, d_position, d_table, d_score)
+    d_score = None if x.bias.score is None else _learned_gradients(x, layout, scores)
+    return RelativeBias(d_content, None if table is None else d_position, d_table, d_score)
 
 
-def _position_scores(x: Inputs, layout: Layout) -> Tuple[Tensor, Tensor, Tensor]:
-    """Unscaled position scores ``[chunks, H, B, C, W]``, and the queries and the table they were made from."""
-    table = x.bias.table
-    assert table is not None
-    position_q = _position_queries(x, layout)
-    starts = layout.starts(x.band.shift)
-    padded, missing = table.to(x.q.dtype), max(starts) + layout.width - table.size(1)
-    if missing > 0:  # F.pad copies in any case
-        padded = F.pad(padded, (0, 0, 0, missing))
-    scores = _score_buffer(x, layout)
+class PositionScores(NamedTuple):
+    """Unscaled position scores, and what they were made from; without a table and scores, room for gradients."""
+
+    scores: Tensor  # [chunks, H, B, C, W]
+    queries: Optional[Tensor] = None  # [chunks, H, B, C, D], None without a table
+    table: Optional[Tensor] = None  # [H, at least T, D], followed by zeros as far as a chunk's columns reach
+
+
+def _has_positions(bias: RelativeBias) -> bool:
+    return bias.table is not None or bias.score is not None
+
+
+def _position_scores(x: Inputs, layout: Layout) -> PositionScores:
+    scores, starts = _score_buffer(x, layout), layout.starts(x.band.shift)
+    columns, learned = max(starts) + layout.width, x.bias.score
+    if learned is not None:
+        learned = _followed_by_zeros(learned.to(x.q.dtype).unsqueeze(-1), columns).transpose(1, 2)
+    if x.bias.table is None:
+        if learned is not None:
+            for c, start in enumerate(starts):
+                scores[c].flatten(1, 2).copy_(learned[:, :, start : start + layout.width])
+        return PositionScores(scores)
+    position_q, table = _position_queries(x, layout), _followed_by_zeros(x.bias.table.to(x.q.dtype), columns)
     for c, start in enumerate(starts):
-        by_distance = padded[:, start : start + layout.width].transpose(1, 2)
-        flat_q, flat = position_q[c].flatten(1, 2), scores[c].flatten(1, 2)
-        if x.bias.score is None:
+        seen = slice(start, start + layout.width)
+        by_distance, flat_q, flat = table[:, seen].transpose(1, 2), position_q[c].flatten(1, 2), scores[c].flatten(1, 2)
+        if learned is None:
             torch.bmm(flat_q, by_distance, out=flat)
         else:
-            score = F.pad(x.bias.score.to(x.q.dtype), (0, padded.size(1) - table.size(1)))
-            torch.baddbmm(score[:, None, start : start + layout.width], flat_q, by_distance, out=flat)
-    return scores, position_q, padded
+            torch.baddbmm(learned[:, :, seen], flat_q, by_distance, out=flat)
+    return PositionScores(scores, position_q, table)
+
+
+def _followed_by_zeros(by_distance: Tensor, columns: int) -> Tensor:
+    """``[H, T, ..] -> [H, at least columns, ..]``."""
+    missing = columns - by_distance.size(1)
+    return F.pad(by_distance, (0, 0, 0, missing)) if missing > 0 else by_distance  # F.pad copies in any case
 
 
 def _position_queries(x: Inputs, layout: Layout) -> Tensor:
@@ -197,10 +211,20 @@ def _position_queries(x: Inputs, layout: Layout) -> Tensor:
     return made
 
 
-def _position_gradients(
-    x: Inputs, layout: Layout, scores: Tensor, position_q: Optional[Tensor], padded: Optional[Tensor]
-) -> Tuple[Tensor, Tensor]:
+def _learned_gradients(x: Inputs, layout: Layout, scores: Tensor) -> Tensor:
+    """From score gradients ``[chunks, H, B, C, W]``: those of the learned scores ``[H, T]``, in float32."""
+    assert x.bias.score is not None
+    starts, count = layout.starts(x.band.shift), x.bias.score.size(1)
+    by_chunk = scores.sum((2, 3), dtype=torch.float32)  # [chunks, H, W]
+    found = by_chunk.new_zeros(by_chunk.size(1), max(count, max(starts) + layout.width))
+    for c, start in enumerate(starts):
+        found[:, start : start + layout.width] += by_chunk[c]
+    return found[:, :count] * x.scale
+
+
+def _position_gradients(x: Inputs, layout: Layout, made: PositionScores) -> Tuple[Tensor, Tensor]:
     """From score gradients ``[chunks, H, B, C, W]``: unscaled ones of the queries, and those of the table."""
+    scores, position_q, padded = made
     assert position_q is not None and padded is not None and x.bias.table is not None
     starts = layout.starts(x.band.shift)
     by_position = torch.empty_like(position_q)
