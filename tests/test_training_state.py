@@ -14,7 +14,20 @@ def trainer_of(weights, flat=False, **optimizer):
     if flat:
         masters = {0: Parameter(torch.cat([w.flatten() for w in weights]))}
     rounded = [Parameter(w.bfloat16()) for w in weights]
-    return SimpleNamespace(optimizer=SimpleNamespace(fp32_params=masters, fp16_params=rounded, **optimizer))
+    return trainer_with(fp32_params=masters, fp16_params=rounded, **optimizer)
+
+
+class Trainer(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+def trainer_with(**optimizer):
+    return Trainer(
+        optimizer=SimpleNamespace(param_groups=[], **optimizer),
+        lr_scheduler=SimpleNamespace(),
+        cfg=SimpleNamespace(ema=SimpleNamespace(store_ema=False)),
+        _amp_retries=0,
+    )
 
 
 def rounded_again(weights):
@@ -52,4 +65,12 @@ def test_the_scale_of_amp_comes_back():
 
 def test_another_kind_of_optimizer_takes_what_it_has():
     state = training_state(trainer_of([torch.randn(2)], scaler=torch.amp.GradScaler("cpu")))
-    restore_training_state(SimpleNamespace(optimizer=SimpleNamespace()), state)
+    restore_training_state(trainer_with(), state)
+
+
+def test_a_batch_that_overflowed_is_tried_as_often():
+    """fairseq's --amp counts the tries of several batches together."""
+    before, after = trainer_with(), trainer_with()
+    before._amp_retries = 2
+    restore_training_state(after, training_state(before))
+    assert after._amp_retries == 2

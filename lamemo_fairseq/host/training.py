@@ -8,6 +8,7 @@ from typing import Any, Callable, Iterator
 import torch
 from fairseq.trainer import Trainer
 
+from . import schedules
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def _train(original: Callable[..., Any], cfg: Any, trainer: Any, *args: Any) -> 
     if limit and updates >= limit:
         logger.info("nothing left to do: the checkpoint has %d updates, and --max-update is %d", updates, limit)
         return [None], True
+    schedules.begin_epoch(trainer)
     return original(cfg, trainer, *args)
 
 

@@ -1,7 +1,8 @@
 """What fairseq's trainer holds and does not save, so that a resumed run would go on otherwise than one never stopped.
 
 These are the float32 weights behind those of ``--fp16`` and ``--bf16``, which fairseq makes anew from the rounded ones;
-when the loss scale last changed, and with ``--amp`` the scale itself; and how long ``--patience`` has waited.
+when the loss scale last changed, with ``--amp`` the scale itself and how often a batch was tried again; how long
+``--patience`` has waited; what the schedule has come to; and how long ago the averages of ``--store-ema`` were updated.
 """
 
 import logging
@@ -14,12 +15,15 @@ from fairseq.file_io import PathManager
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from torch import Tensor
 
+from .averages import Averages
+from .schedules import restore_schedule, schedule_state
 from .stand_in import stand_in
 from .training import training_commands
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE = ("best", "num_runs")  # attributes that fairseq gives its function
+_AVERAGES = ("update_freq_counter", "decay")
 
 
 def training_state(trainer: Any) -> Dict[str, Any]:
@@ -38,6 +42,10 @@ def training_state(trainer: Any) -> Dict[str, Any]:
     for command in training_commands():
         function = command.should_stop_early
         state["patience"] = {name: getattr(function, name) for name in _PATIENCE if hasattr(function, name)}
+    if trainer.cfg.ema.store_ema:
+        state["averages"] = {name: getattr(trainer.ema, name) for name in _AVERAGES}
+    state["amp_retries"] = getattr(trainer, "_amp_retries", 0)
+    state["schedule"] = schedule_state(trainer)
     return state
 
 
@@ -52,6 +60,10 @@ def restore_training_state(trainer: Any, state: Dict[str, Any]) -> None:
         scaler.load_state_dict(saved)
     for command in training_commands():
         vars(command.should_stop_early).update(state.get("patience", {}))
+    if trainer.cfg.ema.store_ema:
+        vars(trainer.ema).update(state.get("averages", {}))
+    if hasattr(trainer, "_amp_retries"):
+        trainer._amp_retries = state.get("amp_retries", 0)
 
 
 def _masters(optimizer: Any) -> List[Tensor]:
@@ -81,11 +93,26 @@ def _counted(scaler: DynamicLossScaler) -> Set[str]:
 @stand_in(checkpoint_utils, "load_checkpoint")
 def load_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, **kwargs: Any) -> Any:
     """fairseq's, and then the rest of the state, unless the optimizer or the meters begin anew."""
+    if not hasattr(trainer.task, "training_state"):
+        return original(cfg, trainer, **kwargs)
     anew = cfg.reset_optimizer or cfg.reset_meters or _begins_finetuning(cfg, trainer)
+    if trainer.cfg.ema.store_ema:  # built when first asked for, which may be after the first update
+        trainer._build_ema = lambda: setattr(trainer, "_ema", Averages(trainer._model, trainer.cfg.ema, trainer.device))
     extra_state, epoch_itr = original(cfg, trainer, **kwargs)
     state = (extra_state or {}).get(type(trainer.task).__name__)
     if state and not anew:
         restore_training_state(trainer, state)
+        if "schedule" in state and not cfg.reset_lr_scheduler:
+            place = extra_state["train_iterator"]
+            ended = place["iterations_in_epoch"] == 0
+            restore_schedule(
+                trainer,
+                state["schedule"],
+                ended=ended,
+                epoch=place["epoch"] - ended,
+                loss=extra_state.get("val_loss"),
+                again=cfg.reset_dataloader,
+            )
     return extra_state, epoch_itr
 
 

@@ -1,0 +1,31 @@
+"""Moving averages of the weights, ``--store-ema``."""
+
+from types import SimpleNamespace
+from typing import Any, Dict
+
+from fairseq.models.ema import EMA
+from torch import nn
+
+
+class Averages(EMA):
+    """fairseq's, which would average a tensor with two names, such as tied embeddings, twice an update."""
+
+    def build_fp32_params(self, state_dict: Any = None) -> None:
+        super().build_fp32_params(state_dict)
+        for name, first in _other_names(self.model).items():
+            self.fp32_params[name] = self.fp32_params[first]
+
+    def _step_internal(self, new_model: nn.Module, updates: Any = None) -> None:
+        others = _other_names(new_model)
+        weights = {name: weight for name, weight in new_model.state_dict().items() if name not in others}
+        super()._step_internal(SimpleNamespace(state_dict=lambda: weights), updates)
+
+
+def _other_names(model: nn.Module) -> Dict[str, str]:
+    """The first name of every parameter that has several, by the others."""
+    first: Dict[int, str] = {}
+    others: Dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            others[name] = first[id(parameter)]
+    return others

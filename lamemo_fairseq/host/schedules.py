@@ -1,0 +1,107 @@
+"""What a learning rate schedule has come to. fairseq saves one or two of its values, and steps it anew at a resume."""
+
+from typing import Any, Dict, List
+from weakref import WeakKeyDictionary
+
+import torch
+from fairseq.optim.lr_scheduler import FairseqLRScheduler
+from omegaconf import OmegaConf
+
+# By trainer: the rates with which the epoch began, by which fairseq judges --stop-min-lr.
+_RATES: "WeakKeyDictionary[Any, List[float]]" = WeakKeyDictionary()
+
+
+def begin_epoch(trainer: Any) -> None:
+    """Note the rates with which a trainer begins an epoch, or goes on with one."""
+    _RATES[trainer] = _rates(trainer)
+
+
+def schedule_state(trainer: Any) -> Dict[str, Any]:
+    """Plain containers, for a checkpoint."""
+    parts = _parts(trainer.lr_scheduler)
+    return {
+        "options": {name: _options(part) for name, part in parts.items()},
+        "values": {name: _values(part) for name, part in parts.items()},
+        "rates": _RATES.get(trainer, _rates(trainer)),
+    }
+
+
+def restore_schedule(trainer: Any, saved: Dict[str, Any], ended: bool, epoch: int, loss: Any, again: bool) -> None:
+    """Go on as a schedule that was never stopped.
+
+    Args:
+        trainer: has read the checkpoint.
+        saved: what `schedule_state` gave. If this run has other options, fairseq's schedule stays, which follows them.
+        ended: the checkpoint was saved at the end of an epoch.
+        epoch: the epoch in which it was saved.
+        loss: of the validation before it was saved, None if there was none.
+        again: the data is read from the start.
+    """
+    parts = _parts(trainer.lr_scheduler)
+    same = saved.get("options") == {name: _options(part) for name, part in parts.items()}
+    if same:
+        for name, part in parts.items():
+            _restore(part, saved["values"][name])
+    if ended:  # fairseq saves before this step of its main loop, and after a resume leaves it out
+        trainer.lr_step(epoch, loss)
+        return
+    trainer.lr_step_update()
+    if same and not again:
+        _go_on_inside_epoch(trainer, saved["rates"])
+
+
+def _go_on_inside_epoch(trainer: Any, rates: List[float]) -> None:
+    """Show fairseq's main loop the rates with which the epoch began, and do not begin it again."""
+    now, scheduler = _rates(trainer), trainer.lr_scheduler
+
+    def begin_once(epoch: int) -> float:
+        del scheduler.step_begin_epoch
+        _set_rates(trainer, now)
+        return trainer.get_lr()
+
+    _set_rates(trainer, rates)
+    scheduler.step_begin_epoch = begin_once
+
+
+def _rates(trainer: Any) -> List[float]:
+    return [float(group["lr"]) for group in trainer.optimizer.param_groups]
+
+
+def _set_rates(trainer: Any, rates: List[float]) -> None:
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _parts(scheduler: Any) -> Dict[str, Any]:
+    """The schedule and, with several optimizers, theirs by name."""
+    own = getattr(getattr(scheduler, "optimizer", None), "lr_scheduler", None)
+    return {"": scheduler, **getattr(own, "lr_schedulers", {})}
+
+
+def _options(part: FairseqLRScheduler) -> Dict[str, Any]:
+    if OmegaConf.is_config(getattr(part, "cfg", None)):
+        options: Any = OmegaConf.to_container(part.cfg, resolve=True, enum_to_str=True)
+        return options
+    # A schedule without a dataclass holds the whole command line, and what it has read from --update2lr and the like.
+    return {name: str(value) for name, value in vars(part).items() if isinstance(value, dict)}
+
+
+def _values(part: FairseqLRScheduler) -> Dict[str, Any]:
+    return {
+        name: value.state_dict() if _is_torch_scheduler(value) else value
+        for name, value in vars(part).items()
+        if value is None or isinstance(value, (bool, int, float)) or _is_torch_scheduler(value)
+    }
+
+
+def _restore(part: FairseqLRScheduler, saved: Dict[str, Any]) -> None:
+    for name in _values(part).keys() & saved.keys():
+        held = getattr(part, name)
+        if _is_torch_scheduler(held):
+            held.load_state_dict(saved[name])
+        else:
+            setattr(part, name, saved[name])
+
+
+def _is_torch_scheduler(value: Any) -> bool:
+    return isinstance(value, torch.optim.lr_scheduler.LRScheduler)

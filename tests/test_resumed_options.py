@@ -1,0 +1,154 @@
+"""Whatever an option keeps in the trainer, a run stopped in the middle goes on with, to the last bit."""
+
+import copy
+import shutil
+
+import fairseq_cli.train
+import pytest
+import torch
+from fairseq import checkpoint_utils, options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+from .helpers import TASK, write_data
+
+SEGMENTS = 6  # an epoch, with four streams
+MODEL = [
+    "--arch", "lamemo_lm", "--decoder-layers", 1, "--decoder-embed-dim", 8, "--decoder-attention-heads", 1,
+    "--decoder-ffn-embed-dim", 8, "--tokens-per-sample", 8, "--mem-len", 8, "--batch-size", 4,
+]  # fmt: skip
+RUN = ["--num-workers", 0, "--log-format", "none", "--save-interval-updates", 4, "--max-update", 14]
+ADAM = ["--optimizer", "adam", "--lr", 5e-3]
+PLATEAU = ["--lr-scheduler", "reduce_lr_on_plateau", "--lr-threshold", 0.9, "--lr-shrink", 0.5]
+EMA = [*ADAM, "--store-ema", "--ema-decay", 0.8]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for number in (1, 2):
+        write_data(folder / str(number), train=4 * SEGMENTS * 8 - 6 * number, valid=60, seed=number)
+        (folder / str(number) / "dict.txt").write_text((folder / "1" / "dict.txt").read_text())
+    return folder
+
+
+def configured(data, *arguments):
+    given = [str(a) for a in (data, *TASK, *MODEL, *RUN, *arguments)]
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), given))
+
+
+def as_in_a_new_process():
+    """fairseq keeps the best loss and the count of --patience as attributes of functions."""
+    for function in (checkpoint_utils.save_checkpoint, fairseq_cli.train.should_stop_early):
+        for name in ("best", "num_runs"):
+            vars(function).pop(name, None)
+
+
+def train(cfg, folder):
+    cfg = copy.deepcopy(cfg)
+    cfg.checkpoint.save_dir = str(folder)
+    as_in_a_new_process()
+    fairseq_cli.train.main(cfg)
+
+
+def read(folder, name="checkpoint_last.pt"):
+    return torch.load(folder / name, weights_only=False)
+
+
+def differences(one, other, name=""):
+    """The names of all that differs, down to the last bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() | other.keys():
+            if key in one and key in other:
+                yield from differences(one[key], other[key], f"{name}/{key}")
+            else:
+                yield f"{name}/{key}"
+    elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            yield from differences(*pair, f"{name}/{index}")
+    elif torch.is_tensor(one) and torch.is_tensor(other):
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            yield name
+    elif one != other:
+        yield name
+
+
+def all_that_counts(folder):
+    """A checkpoint without the options and what tells the time."""
+    state = read(folder)
+    del state["cfg"], state["extra_state"]["metrics"], state["extra_state"]["previous_training_time"]
+    state["optimizer_history"] = state["optimizer_history"][-1]
+    return state
+
+
+CASES = {
+    "averages seldom": [*EMA, "--ema-update-freq", 3],
+    "averages from later on, in float32 behind bfloat16": [
+        *EMA, "--bf16", "--ema-fp32", "--ema-start-update", 5, "--ema-update-freq", 5,
+    ],
+    "float16, memory efficient": [
+        *EMA, "--fp16", "--memory-efficient-fp16", "--fp16-init-scale", 64, "--fp16-scale-window", 5,
+    ],
+    "adamax, cosine with restarts": [
+        "--optimizer", "adamax", "--lr", 5e-3, "--lr-scheduler", "cosine", "--lr-period-updates", 4, "--t-mult", 2,
+        "--lr-shrink", 0.5, "--warmup-updates", 2,
+    ],
+    "adagrad, fixed with annealing": [
+        "--optimizer", "adagrad", "--lr", "5e-3,4e-3", "--lr-scheduler", "fixed", "--force-anneal", 2,
+        "--warmup-updates", 7,
+    ],
+    "adadelta, steps": [
+        "--optimizer", "adadelta", "--lr", 1, "--lr-scheduler", "step", "--lr-deacy-period", 3, "--warmup-updates", 2,
+    ],
+    "adafactor, three stages": [
+        "--optimizer", "adafactor", "--beta1", 0.9, "--scale-parameter", "--lr", 5e-3, "--lr-scheduler", "tri_stage",
+        "--warmup-steps", 2, "--hold-steps", 4, "--decay-steps", 6,
+    ],
+    "nag, triangular": [
+        "--optimizer", "nag", "--momentum", 0.9, "--lr", 1e-3, "--lr-scheduler", "triangular", "--max-lr", 1e-2,
+        "--lr-period-updates", 6, "--shrink-min",
+    ],
+    "sgd, by hand": [
+        "--optimizer", "sgd", "--momentum", 0.9, "--lr", 5e-3, "--lr-scheduler", "manual", "--epoch2lr", "{'2':2e-3}",
+        "--update2lr", "{'3':3e-3,'8-9':1e-3}",
+    ],
+    "polynomial with annealing": [
+        *ADAM, "--lr-scheduler", "polynomial_decay", "--force-anneal", 2, "--total-num-update", 30,
+        "--warmup-updates", 2,
+    ],
+    "plateau": [*ADAM, *PLATEAU, "--lr-patience", 1, "--max-update", 20],
+    "plateau after a warm-up": [*ADAM, *PLATEAU, "--warmup-updates", 8],
+    "the least rate, reached inside an epoch": [
+        *ADAM, "--lr-scheduler", "cosine", "--lr-period-updates", 40, "--stop-min-lr", 4.6e-3, "--max-update", 26,
+    ],
+    "several segments an update, by epoch": [*ADAM, "--update-freq", "1,2,3", "--clip-norm", 0.1, "--sentence-avg"],
+    "the best ones": [*ADAM, "--keep-best-checkpoints", 2, "--validate-after-updates", 5, "--patience", 30],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_goes_on_to_the_last_bit(name, data, tmp_path):
+    cfg = configured(data / "1", *CASES[name])
+    train(cfg, tmp_path / "whole")
+    expected = all_that_counts(tmp_path / "whole")
+    inside, edge = "checkpoint_*_8.pt", "checkpoint2.pt"
+    for pattern in (inside, edge):
+        (stopped,) = (tmp_path / "whole").glob(pattern)
+        resumed = tmp_path / stopped.stem
+        resumed.mkdir()
+        shutil.copy(stopped, resumed / "checkpoint_last.pt")
+        train(cfg, resumed)
+        assert list(differences(expected, all_that_counts(resumed))) == [], stopped.name
+
+
+@pytest.mark.parametrize("options", [[], ["--bf16", "--ema-fp32"]])
+def test_averages_are_those_of_the_weights(options, data, tmp_path):
+    """Also of the embeddings, which are the output's as well. fairseq's own averaged what has two names twice."""
+    train(configured(data / "1", *EMA, *options, "--save-interval-updates", 1, "--max-update", 5), tmp_path)
+    weights = [read(tmp_path, f"checkpoint_1_{update}.pt")["model"] for update in range(1, 6)]
+    averages = read(tmp_path)["extra_state"]["ema_fp32_params" if options else "ema"]
+    assert torch.equal(weights[0]["decoder.output.weights.0"], weights[0]["decoder.embed_tokens.tables.0.weight"])
+    for name, average in averages.items():
+        expected = weights[0][name].double()
+        for later in weights[1:]:
+            expected = 0.8 * expected + 0.2 * later[name].double()
+        torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
