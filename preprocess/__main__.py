@@ -19,6 +19,7 @@ from typing import Any
 from .chunks import CHUNK
 from .datasets import DATASETS, SPLITS, Dataset, Divide, FileEach, FirstBytes, Shares
 from .download import DownloadError
+from .files import no_room
 from .pieces import PieceTraining
 from .prepare import prepare
 from .sources import holds_several
@@ -187,6 +188,11 @@ def main(arguments: list[str] | None = None) -> None:
         dataset = DATASETS[args.dataset] if args.dataset in DATASETS else own_text(args)
         prepare(dataset, args.destdir, args.source, args.workers, args.chunk_bytes)
     except (ValueError, OSError, DownloadError) as error:
+        if no_room(error):
+            sys.exit(
+                f"preprocess: {error}: there is no room for {args.destdir}. Make some, and give the same command, "
+                "which goes on where it was; or choose another --destdir"
+            )
         sys.exit(f"preprocess: {error}")
     except KeyboardInterrupt:
         sys.exit("preprocess: stopped; the same command goes on from here")

@@ -15,8 +15,11 @@ from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDataset, best_fitting_int_dtype
 from tqdm import tqdm
 
+from lamemo_fairseq.data import binarized
+
 from .chunks import load, load_counts
 from .files import replacing
+from .tokenization import END
 
 
 class SplitCount(NamedTuple):
@@ -45,30 +48,47 @@ def make_dictionary(counts: Counter[str], threshold: int, nwords: int, padding_f
 
 
 def load_dictionary(path: Path) -> Dictionary:
-    """The dictionary that a file holds.
+    """The dictionary that a file holds, as the task reads it.
 
     Raises:
         ValueError: it holds none.
     """
     try:
-        return Dictionary.load(str(path))
-    except Exception as error:  # fairseq raises many kinds, this one among them
-        raise ValueError(f"--srcdict {path} is not a dictionary: {error}") from error
+        return binarized.load_dictionary(str(path))
+    except ValueError as error:
+        raise ValueError(f"--srcdict {error}") from error
+
+
+def save_dictionary(dictionary: Dictionary, path: Path) -> None:
+    """Write ``dict.txt`` so that reading it gives the same words at the same ids.
+
+    fairseq does not write the flag of words that stand again, as its own symbols do in RoBERTa's dictionary, and then
+    cannot read what it wrote.
+    """
+    before = set(dictionary.symbols[: dictionary.nspecial])
+    with replacing(path) as file:
+        for word, count in list(zip(dictionary.symbols, dictionary.count, strict=True))[dictionary.nspecial :]:
+            file.write(f"{word} {count}{' #fairseq:overwrite' * (word in before)}\n".encode())
+            before.add(word)
+    assert binarized.load_dictionary(str(path)).symbols == dictionary.symbols
 
 
 def write_split(prefix: Path, chunks: Sequence[Path], dictionary: Dictionary) -> SplitCount:
     """Write ``PREFIX.bin`` and ``PREFIX.idx``."""
     dtype = best_fitting_int_dtype(len(dictionary))
     sizes: list[int] = []
-    unknown = 0
+    unknown, unknown_ids = 0, [dictionary.unk(), dictionary.index(dictionary.unk_word)]
     with replacing(prefix.with_suffix(".bin")) as file:
         for path in tqdm(chunks, desc=f"writing {prefix.name}", unit="chunk", mininterval=1):
             symbols, ids, lengths = load(path)
             numbers = np.array([dictionary.index(symbol) for symbol in symbols], dtype=dtype)
             tokens = numbers[ids]
+            if dictionary.index(END) != dictionary.eos():  # the word stands again in the dictionary; ends are no words
+                ends = np.cumsum(lengths) - 1
+                tokens[ends[tokens[ends] == dictionary.index(END)]] = dictionary.eos()
             file.write(tokens.tobytes())
             sizes.extend(lengths.tolist())
-            unknown += int((tokens == dictionary.unk()).sum())
+            unknown += int(np.isin(tokens, unknown_ids).sum())
     part = prefix.with_suffix(".idx.part")
     with MMapIndexedDataset.Index.writer(str(part), dtype) as index:
         index.write(sizes)

@@ -59,9 +59,12 @@ def _next_boundary(file: IO[bytes], position: int, end: int, boundary: Boundary)
         if not block:
             raise ValueError(f"{file.name} became shorter while it was read")
         seen += block
-        if match := pattern.search(seen):
+        match = pattern.search(seen)
+        # A carriage return at the end of what is seen may be the first half of a line's end.
+        if match and not (match.end() == len(seen) and seen.endswith(b"\r") and begin + len(seen) < end):
             return begin + match.end()
-        kept = max(seen.rfind(b"\n"), 0) if b"\n" in seen else len(seen)
+        line = seen.rstrip(b" \t\f\v\r")
+        kept = len(line) - line.endswith(b"\n")
         begin, seen = begin + kept, seen[kept:]
     return end if limit == end else position
 

@@ -106,6 +106,7 @@ class Dataset:
     addresses: tuple[str, ...] = ()  # of an archive that holds them
     sha256: str = ""  # of the archive
     size: int | None = None  # of the archive, in bytes
+    at_most: int | None = None  # bytes of the archive, roughly, where its size is not known
     contents: Mapping[str, Identity] = field(default_factory=dict)  # of the texts, where known
     tokens: Mapping[str, int] = field(default_factory=dict)  # of each split
     types: int | None = None  # symbols that occur in any split, the end of a line among them
@@ -121,7 +122,7 @@ class Dataset:
         return self.addresses[0].rsplit("/", 1)[-1]
 
 
-def _wikitext(name: str, sha256: str, train: int, types: int) -> Dataset:
+def _wikitext(name: str, sha256: str, at_most: int, train: int, types: int) -> Dataset:
     return Dataset(
         name=name,
         files=tuple(f"wiki.{split}.tokens" for split in SPLITS),
@@ -129,6 +130,7 @@ def _wikitext(name: str, sha256: str, train: int, types: int) -> Dataset:
         tokenizer=LineTokenizer(),
         addresses=(f"https://wikitext.smerity.com/{name}-v1.zip",),
         sha256=sha256,
+        at_most=at_most,
         tokens={"train": train, "valid": 217_646, "test": 245_569},
         types=types,
     )
@@ -156,12 +158,14 @@ DATASETS = {
         _wikitext(
             "wikitext-103",
             sha256="242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+            at_most=250_000_000,
             train=103_227_021,
             types=267_735,
         ),
         _wikitext(
             "wikitext-2",
             sha256="92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+            at_most=10_000_000,
             train=2_088_628,
             types=33_278,
         ),

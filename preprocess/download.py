@@ -1,22 +1,27 @@
 """Downloads that go on where they stopped, and keep nothing but the right file."""
 
+import email.utils
 import http.client
 import os
+import re
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from .files import Identity
+from .files import Identity, no_room
 
 TIMEOUT = 60  # seconds without a byte
 ATTEMPTS = 5  # in a row that bring nothing, for each address
+LONGEST_PAUSE = 120  # seconds that a server may ask for
 _AGENT = {"User-Agent": "lamemo-fairseq"}  # some servers turn Python's own name away
-_TROUBLE = (urllib.error.URLError, http.client.HTTPException, OSError)
+_TROUBLE = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)
+_AGAIN = (408, 429)  # answers that will be others later, besides 5xx
 
 
 class DownloadError(Exception):
@@ -27,28 +32,41 @@ class _WrongFile(Exception):
     """An address gave another file."""
 
 
-def download(addresses: Sequence[str], path: Path, sha256: str, size: int | None = None, wait: float = 2.0) -> None:
+def download(
+    addresses: Sequence[str],
+    path: Path,
+    sha256: str,
+    size: int | None = None,
+    wait: float = 2.0,
+    at_most: int | None = None,
+) -> None:
     """Fetch a file from the first address that has it.
 
     What has come so far is kept beside *path* with ``.part`` behind its name, also if the process dies; the next call
     asks for the rest only. The file gets its own name when its checksum is right, and is deleted when it is wrong.
 
     Args:
-        size: in bytes, to tell another file before it is fetched. None if it is not known.
-        wait: seconds before the second attempt; each one after it waits twice as long.
+        size: in bytes, to tell another file before it is fetched, and a cut one. None if it is not known.
+        wait: seconds before the second attempt; each one after it waits twice as long, or as long as the server asks.
+        at_most: bytes that the file has no more than, where *size* is not known.
 
     Raises:
         DownloadError: saying what each address answered.
+        OSError: there is no room on the disk.
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     answers = []
     for address in addresses:
         try:
-            _fetch(address, part, sha256, size, wait)
+            _fetch(address, part, sha256, size, wait, at_most if size is None else size)
             os.replace(part, path)
             return
         except (_WrongFile, *_TROUBLE) as error:
+            if no_room(error):
+                raise
+            if _length(part) == 0:
+                part.unlink(missing_ok=True)
             answers.append(f"{address}: {error}")
     kept = _length(part)
     again = f"{kept:,} bytes are kept and the same command goes on from there" if kept else "run it again later"
@@ -58,56 +76,96 @@ def download(addresses: Sequence[str], path: Path, sha256: str, size: int | None
     )
 
 
-def _fetch(address: str, part: Path, sha256: str, size: int | None, wait: float) -> None:
+def _fetch(address: str, part: Path, sha256: str, size: int | None, wait: float, at_most: int | None) -> None:
     """All of the file into *part*, over as many connections as it takes."""
-    failures, resumed = 0, _length(part) > 0
+    failures, mixed, again = 0, False, False
     while True:
         before = _length(part)
+        mixed |= before > 0  # what there is may have come from elsewhere, or of a file that changed meanwhile
         trouble: Exception = http.client.HTTPException("the connection was cut")
+        asked = 0.0
         try:
-            whole = _receive(address, part, size)
+            whole = _receive(address, part, size, at_most)
         except urllib.error.HTTPError as error:
             error.close()
             # 416: nothing is left to send, so the part is the file, or longer than it.
             whole, trouble = error.code == 416 and before > 0, error
-            if not whole and error.code < 500:
+            if not whole and error.code < 500 and error.code not in _AGAIN:
                 raise
+            asked = _pause_asked_for(error.headers.get("Retry-After"))
         except _TROUBLE as error:
+            if no_room(error):
+                raise
             whole, trouble = False, error
         if whole:
             found = Identity.of(part).sha256
             if found == sha256:
                 return
             part.unlink()
-            if not resumed:
+            if not mixed or again:
                 raise _WrongFile(f"the file there is another: its sha256 is {found}, not {sha256}")
-            resumed = False  # the beginning may have come from elsewhere: once more, from the start
+            mixed, again = False, True  # once more, from the start
             continue
         failures = 1 if _length(part) > before else failures + 1
         if failures >= ATTEMPTS:
             raise trouble
-        pause = wait * 2 ** (failures - 1)
+        pause = max(wait * 2 ** (failures - 1), asked)
         tqdm.write(f"{address}: {trouble}; trying again in {pause:.0f} seconds", file=sys.stderr)
         time.sleep(pause)
 
 
-def _receive(address: str, part: Path, size: int | None) -> bool:
-    """One connection's worth, behind what there is. Returns whether the file is whole."""
+def _receive(address: str, part: Path, size: int | None, at_most: int | None) -> bool:
+    """One connection's worth, behind what there is. Returns whether the file is whole, as far as can be told."""
     start = _length(part)
     request = urllib.request.Request(address, headers=_AGENT | ({"Range": f"bytes={start}-"} if start else {}))
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        if answer.status != 206:  # this server sends whole files only
-            start = 0
-        length = answer.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
+        start = _first_byte(answer, start)
+        length = _announced(answer)
+        total = None if length is None else start + length
         if size is not None and total not in (None, size):
             raise _WrongFile(f"the file there has {total:,} bytes, not {size:,}")
         bar = tqdm(desc=part.stem, total=total or size, initial=start, unit="B", unit_scale=True, mininterval=1)
         with bar, open(part, "ab" if start else "wb") as file:
-            while block := answer.read(1 << 16):
+            while block := answer.read1(1 << 16):
+                if at_most is not None and file.tell() + len(block) > at_most:
+                    file.truncate(start)
+                    raise _WrongFile(f"the file there has more than {at_most:,} bytes, and is another")
                 file.write(block)
                 bar.update(len(block))
-            return total is None or file.tell() == total
+            expected = size if total is None else total
+            return expected is None or file.tell() == expected
+
+
+def _first_byte(answer: Any, asked: int) -> int:
+    """The place in the file of the first byte that is sent: *asked*, or 0 from a server that sends whole files only."""
+    if answer.status != 206:
+        return 0
+    sent = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+    if sent is None or int(sent[1]) == asked:
+        return asked
+    if int(sent[1]) == 0:
+        return 0
+    raise http.client.HTTPException(f"the server sent the file from byte {int(sent[1]):,}, not from {asked:,}")
+
+
+def _announced(answer: Any) -> int | None:
+    """Bytes that are to come, None if that is not said."""
+    if isinstance(answer, http.client.HTTPResponse):
+        return answer.length
+    length = answer.headers.get("Content-Length", "")  # of a local file
+    return int(length) if length.isdecimal() else None
+
+
+def _pause_asked_for(header: str | None) -> float:
+    """Seconds that a server asks to be left alone for, within bounds; it may give a number of them, or a date."""
+    try:
+        seconds = float(header or 0)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(str(header)).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), LONGEST_PAUSE) if seconds == seconds else 0.0
 
 
 def _length(path: Path) -> int:

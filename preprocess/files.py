@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and what they are known by."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -8,6 +9,12 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 BLOCK = 1 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a file could not be written for want of room on the disk."""
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 @contextmanager

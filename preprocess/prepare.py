@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from . import hints
 from .chunks import CHUNK, Chunk, cut, encode
 from .datasets import Dataset, WrongText
 from .download import download
@@ -30,7 +32,8 @@ from .tokenization import LineTokenizer
 
 RECORD = "preprocess.json"
 UNFINISHED = "unfinished"
-_LAYOUT = 1  # of what is made; a change of it makes everything anew
+# Of what is made: a change of it makes everything anew. One's own text may begin with a byte order mark.
+_LAYOUT, _LAYOUT_OF_OWN = 1, 2
 
 
 def prepare(
@@ -62,15 +65,20 @@ def prepare(
             shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
             _say(f"{destdir} is complete already: nothing to do")
             return record
-        if record is None and (destdir / "dict.txt").exists():
+        if record is None and ((destdir / "dict.txt").exists() or any(destdir.glob("*.idx"))):
             raise FileExistsError(
                 f"{destdir} holds data that this command did not make: remove it, or choose another --destdir"
+            )
+        if record is not None and (former := record["made_from"]["settings"]["name"]) != dataset.name:
+            raise FileExistsError(
+                f"{destdir} holds data made by `python -m preprocess {former}`: remove it, or choose another --destdir "
+                f"for {dataset.name}"
             )
         if not texts:
             texts = [Source(name, _downloaded(dataset, destdir)) for name in dataset.files]
         work = _work_folder(destdir, made_from)
         try:
-            files = [_checked(text.extracted(work / "texts"), text, dataset) for text in texts]
+            files = [_checked(_extracted(text, work, dataset), text, dataset) for text in texts]
             made = _make(dataset, files, work, workers, chunk_bytes)
         except WrongText:
             shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
@@ -89,6 +97,7 @@ def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> d
     else:
         raise ValueError(f"{dataset.name}: name the text with --source")
     settings = asdict(dataset)
+    del settings["at_most"]  # of a download, not of its result
     tokenizer = dataset.tokenizer
     if dataset.srcdict is not None:
         settings["srcdict"] = Identity.of(dataset.srcdict)
@@ -98,15 +107,21 @@ def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> d
         used = {"moses": "sacremoses", "sentencepiece": "sentencepiece"}
         names = [used[name] for name in (tokenizer.tokenizer, tokenizer.bpe) if name in used]
         settings["versions"] = {name: version(name) for name in names}
-    made_from = {"layout": _LAYOUT, "inputs": inputs, "settings": settings, "chunk_bytes": chunk_bytes}
+    layout = _LAYOUT if dataset.addresses else _LAYOUT_OF_OWN
+    made_from = {"layout": layout, "inputs": inputs, "settings": settings, "chunk_bytes": chunk_bytes}
     return json.loads(json.dumps(made_from))
 
 
 def _downloaded(dataset: Dataset, destdir: Path) -> Path:
     archive = destdir / dataset.archive
     if not (archive.exists() and Identity.of(archive).sha256 == dataset.sha256):
-        download(dataset.addresses, archive, dataset.sha256, dataset.size)
+        download(dataset.addresses, archive, dataset.sha256, dataset.size, at_most=dataset.at_most)
     return archive
+
+
+def _extracted(text: Source, work: Path, dataset: Dataset) -> Path:
+    known = dataset.contents.get(text.name)
+    return text.extracted(work / "texts", None if known is None else known.size)
 
 
 def _checked(file: Path, text: Source, dataset: Dataset) -> Path:
@@ -154,6 +169,8 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
         if not found:  # blank lines only
             raise _no_text(split, splits[split])
     counts, everywhere = occurring["train"], set().union(*occurring.values())
+    if isinstance(tokenizer, LineTokenizer) and tokenizer.bpe == "none" and (hint := hints.without_spaces(counts)):
+        _say(f"hint: {hint}")
     if dataset.closed:
         counts = Counter({symbol: counts[symbol] for symbol in everywhere})
     if dictionary is None:
@@ -166,7 +183,7 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     for name, path in tokenizer.files().items():
         with replacing(made / name) as file:
             file.write(path.read_bytes())
-    dictionary.save(str(made / "dict.txt"))
+    binarize.save_dictionary(dictionary, made / "dict.txt")
     return {
         "splits": {split: count._asdict() for split, count in written.items()},
         "types": len(everywhere),
@@ -209,15 +226,23 @@ def _publish(destdir: Path, work: Path, record: dict[str, Any], former: dict[str
     for split, count in record["splits"].items():
         _say(f"{split}: {count['tokens']:,} tokens in {count['lines']:,} lines, {count['unknown']:,} unknown")
     _say(f"{record['types']:,} types, {record['dictionary']:,} words in {destdir / 'dict.txt'}")
+    for hint in hints.of_the_result(record["splits"], record["files"]):
+        _say(f"hint: {hint}")
     return record
 
 
 def _read_record(destdir: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((destdir / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((destdir / RECORD).read_text(encoding="utf-8"))
+        str(record["made_from"]["settings"]["name"])
+        for name, entry in record["files"].items():
+            Identity(**entry)
+            if name in ("", ".", "..") or "/" in name or "\0" in name:
+                raise ValueError(f"it lists {name!r}, which is no file of the folder")
+        return record
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{destdir / RECORD} is damaged ({error}): remove {destdir}, or choose another --destdir"
         ) from error
@@ -233,7 +258,7 @@ def _work_folder(destdir: Path, made_from: dict[str, Any]) -> Path:
     work = destdir / UNFINISHED / name
     work.mkdir(parents=True, exist_ok=True)
     for other in work.parent.iterdir():
-        if other != work:
+        if other != work and re.fullmatch("[0-9a-f]{16}", other.name):  # the folder may be a link to a larger disk
             shutil.rmtree(other, ignore_errors=True)
     return work
 

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import re
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -33,12 +34,18 @@ class Source(NamedTuple):
     def parts(self) -> tuple[Path, ...]:
         return (self.path, *self.more)
 
-    def extracted(self, folder: Path) -> Path:
+    def extracted(self, folder: Path, size: int | None = None) -> Path:
         """A plain file with the text, made in *folder* if need be.
 
+        Args:
+            size: bytes of the text, where known. No more are written.
+
         Raises:
-            ValueError: the archive is damaged, cut or encrypted, or does not hold the text.
+            ValueError: the archive is damaged, cut or encrypted, does not hold the text, or holds a longer one; or what
+                should be the text is an archive.
         """
+        for part in self.parts:
+            _refuse_packed(part)
         if not self.more and _opener(self.path) is None:
             return self.path
         target = folder / self.name
@@ -47,14 +54,16 @@ class Source(NamedTuple):
             bar = tqdm(desc=f"extracting {self.name}", unit="B", unit_scale=True, mininterval=1)
             with bar, replacing(target) as file:
                 for part in self.parts:
-                    self._copy(part, file, bar)
+                    self._copy(part, file, bar, size)
         return target
 
-    def _copy(self, part: Path, file: IO[bytes], bar: "tqdm[Any]") -> None:
+    def _copy(self, part: Path, file: IO[bytes], bar: "tqdm[Any]", size: int | None) -> None:
         open_it = _opener(part) or _plain
         try:
             with open_it(part, self.name) as text:
                 for block in blocks(text):
+                    if size is not None and file.tell() + len(block) > size:
+                        raise ValueError(f"{part}: {self.name} in it has more than the {size:,} bytes of the original")
                     file.write(block)
                     bar.update(len(block))
         except _DAMAGE as error:
@@ -169,7 +178,10 @@ Opener = Callable[[Path, str], AbstractContextManager[Any]]
 def _in_zip(path: Path, name: str) -> Iterator[IO[bytes]]:
     with zipfile.ZipFile(path) as archive:
         members = [member.filename for member in archive.infolist() if not member.is_dir()]
-        with archive.open(_member(path, members, name)) as text:
+        member = archive.getinfo(_member(path, members, name))
+        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):  # the content of a link is its target
+            raise ValueError(f"{path}: {name} in it is not a file")
+        with archive.open(member) as text:
             yield text
 
 
@@ -203,6 +215,28 @@ _COMPRESSED: dict[str, Opener] = {
     ".bz2": lambda path, name: bz2.open(path),  # noqa: SIM115
     ".xz": lambda path, name: lzma.open(path),  # noqa: SIM115
 }
+
+
+# First bytes of packed files, and the end of their name, None if it is not one of those that are unpacked.
+_PACKED = (
+    (rb"\x1f\x8b", ".gz"),
+    (rb"BZh[1-9]1AY&SY", ".bz2"),
+    (rb"\xfd7zXZ\0", ".xz"),
+    (rb"PK\x03\x04", ".zip"),
+    (rb"\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", None),
+)
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse a packed file whose name says that it is a text."""
+    if _opener(path) is not None:
+        return
+    with open(path, "rb") as file:
+        begin = file.read(10)
+    for pattern, end in _PACKED:
+        if re.match(pattern, begin):
+            remedy = "unpack it first" if end is None else f"name it {path.name}{end}, and it is unpacked"
+            raise ValueError(f"--source {path} begins like a packed file, not like a text: {remedy}")
 
 
 def _plain(path: Path, name: str) -> AbstractContextManager[Any]:

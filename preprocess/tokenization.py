@@ -23,7 +23,9 @@ from .words import PIECES, WORDS, Encoder
 
 END = "</s>"  # fairseq's end-of-sentence token
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what fairseq's encoders for bytes and characters write for a space
+MARK = "\ufeff"  # the byte order mark that some editors write before a text
 LONGEST = 1 << 16  # tokens of a line of bytes; longer ones are stored in several pieces
+_END_OF_LINE = rb"(?:\r\n|\r(?!\n)|\n)"  # any that Python knows
 ROW = 1 << 10  # tokens of a line of letters, of which a text has none
 
 
@@ -69,7 +71,34 @@ class EncodingError(ValueError):
 
     def within(self, text: Span) -> ValueError:
         """The same, said of the file that the text is of."""
-        return ValueError(f"{text.path}: at byte {text.start + self.offset:,} stand {self.what}")
+        return ValueError(
+            f"{text.path}: at byte {text.start + self.offset:,} stand {self.what}: save the text as UTF-8 "
+            "(iconv -f latin1 -t utf-8, or -f utf-16), or take --bpe bytes, which reads any bytes"
+        )
+
+
+def refuse_nul(text: bytes) -> None:
+    """Refuse UTF-16 and binary files, most of which would otherwise pass for text.
+
+    Raises:
+        EncodingError: there is a NUL byte.
+    """
+    if (nul := text.find(b"\0")) >= 0:
+        raise EncodingError("NUL bytes, which no text holds", nul)
+
+
+def decoded(text: bytes) -> str:
+    """The text, in UTF-8.
+
+    Raises:
+        EncodingError: it is something else, or holds NUL bytes, as UTF-16 and binary files do.
+    """
+    refuse_nul(text)
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = text[error.start : error.end]
+        raise EncodingError(f"the bytes {found!r}, which are not UTF-8", error.start) from error
 
 
 @dataclass(frozen=True)
@@ -123,6 +152,7 @@ class NormalizedLetterTokenizer(LetterTokenizer):
     boundary: ClassVar[Boundary] = Boundary(rb"\s", where="spaces")
 
     def encode(self, text: bytes) -> Encoded:
+        refuse_nul(text)
         for digit, name in _DIGITS.items():
             text = text.replace(digit, name)
         text = text.translate(_SMALL)
@@ -150,8 +180,8 @@ class LineTokenizer(Tokenizer):
     source_lang: str = ""
     model: Path | None = field(default=None)
     name: str = "lines"
-    _lines: ClassVar[Boundary] = Boundary(rb"\n")
-    _blank: ClassVar[Boundary] = Boundary(rb"\n[ \t\r\f\v]*\n", where="empty lines")
+    _lines: ClassVar[Boundary] = Boundary(_END_OF_LINE)
+    _blank: ClassVar[Boundary] = Boundary(_END_OF_LINE + rb"[ \t\f\v]*" + _END_OF_LINE, where="empty lines")
 
     @property
     def boundary(self) -> Boundary:  # type: ignore[override]
@@ -162,14 +192,12 @@ class LineTokenizer(Tokenizer):
         return [WORDS[self.tokenizer](self), PIECES[self.bpe](self)]
 
     def lines(self, text: bytes) -> Iterator[str]:
-        """Lines or paragraphs, ended by any of the line ends that Python knows, as in fairseq-preprocess."""
-        try:
-            lines = io.StringIO(text.decode("utf-8"), newline=None)
-        except UnicodeDecodeError as error:
-            raise EncodingError(
-                f"the bytes {text[error.start : error.end]!r}, which are not UTF-8", error.start
-            ) from error
-        stripped = (line.rstrip("\n") for line in lines)
+        """Lines or paragraphs, ended by any of the line ends that Python knows, as in fairseq-preprocess.
+
+        A byte order mark before a line, where texts that begin with one are joined, is left out.
+        """
+        lines = io.StringIO(decoded(text), newline=None)
+        stripped = (line.rstrip("\n").lstrip(MARK) for line in lines)
         return _paragraphs(stripped) if self.paragraphs else stripped
 
     def encode(self, text: bytes) -> Encoded:

@@ -293,9 +293,9 @@ def test_bad_input_names_the_option(texts, tmp_path):
         pieces = ("--bpe", "sentencepiece", "--sentencepiece-model", texts / "train.txt", "--workers", workers)
         assert "is not a SentencePiece model" in refused("own", *data, *source, *pieces)
     assert "--srcdict nowhere" in refused("own", *data, *source, "--srcdict", "nowhere")
-    for bad in b"word 1\nword 2\n", b"\xff 1\n", b"word\n":
+    for bad, what in (b"word 1\nword 2\n", "a dictionary"), (b"\xff 1\n", "text in UTF-8"), (b"word\n", "a dictionary"):
         srcdict = write(texts / "dict.txt", bad)
-        assert f"--srcdict {srcdict} is not a dictionary" in refused("own", *data, *source, "--srcdict", srcdict)
+        assert f"--srcdict {srcdict} is not {what}" in refused("own", *data, *source, "--srcdict", srcdict)
     assert "--workers" in refused("own", *data, *source, "--workers", 0)
     assert "Not a directory" in refused("own", "--destdir", texts / "train.txt" / "data", *source)
     assert "--vocab-size 9999" in refused("own", *data, *source, "--bpe", "sentencepiece", "--vocab-size", 9999)
@@ -306,7 +306,7 @@ def test_bad_input_names_the_option(texts, tmp_path):
         assert "valid.txt: at byte 5,000" in message and "not UTF-8" in message
     write(texts / "train.txt", b"fine\n" * 20_000 + b"\xff\n")
     message = refused("own", *data, *source, "--bpe", "sentencepiece")
-    assert message.endswith("train.txt: at byte 100,000 stand the bytes b'\\xff', which are not UTF-8")
+    assert "train.txt: at byte 100,000 stand the bytes b'\\xff', which are not UTF-8: save the text as UTF-8" in message
     assert "SentencePiece" not in message
     write(texts / "valid.txt", b"")
     assert "no text for valid" in refused("own", *data, *source)
