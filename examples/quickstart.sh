@@ -44,12 +44,12 @@ done
 step="continuing a prompt"
 echo "== $step"
 prompt="The statement"
-echo "$prompt" | python -m preprocess.byte_lines |
+echo "$prompt" |
     fairseq-interactive "$work/data-bin" "${task[@]}" --path "$work/lamemo_lm/checkpoint_best.pt" \
         --sampling --sampling-topp 0.9 --beam 1 --max-len-b 150 --min-len 100 --seed 1 \
         >"$work/continuation.log" 2>&1 || { tail -n 20 "$work/continuation.log"; false; }
 echo "LaMemo goes on from \"$prompt\":"
-grep -P "^D-\d+\t" "$work/continuation.log" | cut -f3 | python -m preprocess.byte_lines --decode
+grep -P "^D-\d+\t" "$work/continuation.log" | cut -f3
 
 echo
 python examples/quickstart/summary.py "LaMemo=$work/lamemo_lm" "Transformer-XL=$work/transformer_xl_lm"

@@ -66,7 +66,8 @@ def main() -> None:
         hub.to(device)
         model = hub.models[0]
         # Line feeds are end-of-sentence tokens: the prompts are full of them, and generation goes on past them.
-        texts = [hub.encode("".join(encode(p.split(b"\n")))[:-1])[:-1] for p in prompts]
+        # They may begin and end within a letter, so that they are no text, but bytes.
+        texts = [torch.cat([hub.binarize(line) for line in encode(p.split(b"\n"))])[:-1] for p in prompts]
         tokens = torch.stack([torch.cat([text.new_tensor([hub.src_dict.eos()]), text]) for text in texts]).to(device)
         torch.manual_seed(args.seed)
         with torch.no_grad():

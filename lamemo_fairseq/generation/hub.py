@@ -1,12 +1,24 @@
 """A trained model in a notebook."""
 
-from typing import Any, Dict, List, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import torch
 from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 
+from ..data.binarized import check_ids
 from ..data.text import clean_prompt
+from .lines import encode_prompts
+from .options import NAMES, check_names
+
+_OF_GENERATE = ("skip_invalid_size_inputs", "inference_step_args", "prefix_allowed_tokens_fn")
+
+# Options of commands, with what does the same here.
+_OF_COMMANDS = {
+    "nbest": "pass beam; generate gives as many texts, and sample the best one",
+    "prefix_size": "the text is the prompt: pass its beginning",
+    "no_seed_provided": "call torch.manual_seed before it",
+}
 
 
 class LanguageModelHub(GeneratorHubInterface):
@@ -26,11 +38,16 @@ class LanguageModelHub(GeneratorHubInterface):
                 "bpe='fastbpe' needs the package fastBPE: "
                 "pip install cython setuptools wheel && pip install --no-build-isolation fastBPE"
             ) from error
+        # As the data folder records, where the call names none.
+        self.tokenizer = task.build_tokenizer(cfg.tokenizer)
+        self.bpe = task.build_bpe(cfg.bpe)
 
     def encode(self, sentence: str) -> Tensor:
         """Word ids of a text; the ends of its lines become end-of-sentence tokens, one at the very end included."""
-        lines = [clean_prompt(line) for line in sentence.split("\n")]
-        return torch.cat([super(LanguageModelHub, self).encode(line) for line in lines])
+        (ids,) = encode_prompts(
+            [sentence], lambda line: self.apply_bpe(self.tokenize(clean_prompt(line))), self.src_dict, line_end="\n"
+        )
+        return ids
 
     def decode(self, tokens: Tensor) -> str:
         """The text of word ids, a line for each end-of-sentence token but the last."""
@@ -40,6 +57,70 @@ class LanguageModelHub(GeneratorHubInterface):
         for i in ids[:-1] if ids and ids[-1] == eos else ids:
             lines.append([]) if i == eos else lines[-1].append(i)
         return "\n".join(super(LanguageModelHub, self).decode(torch.tensor(line)) for line in lines)
+
+    def sample(self, sentences: Union[str, Sequence[str]], beam: int = 1, verbose: bool = False, **kwargs: Any) -> Any:
+        """Continue a text, or several: each with its best continuation.
+
+        Args:
+            sentences: one text, or several.
+            beam: texts that are searched for or drawn, of which the one of the best score is returned.
+            verbose: log them all.
+            kwargs: as for `generate`.
+        """
+        self._check("sample", kwargs)
+        if kwargs.get("score_reference"):
+            raise ValueError("sample does not know 'score_reference': call score")
+        return super().sample(sentences, beam, verbose, **kwargs)
+
+    def generate(
+        self,
+        tokenized_sentences: Union[Tensor, Sequence[Any]],
+        beam: int = 5,
+        verbose: bool = False,
+        skip_invalid_size_inputs: bool = False,
+        inference_step_args: Optional[Dict[str, Any]] = None,
+        prefix_allowed_tokens_fn: Optional[Callable[[int, Tensor], List[int]]] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue texts of word ids, as `encode` gives them.
+
+        Args:
+            tokenized_sentences: one text, or several.
+            beam: continuations of each.
+            verbose: log them.
+            skip_invalid_size_inputs: without effect, no text is too long.
+            inference_step_args: of fairseq's ``task.inference_step``.
+            prefix_allowed_tokens_fn: number of the text and its last word with what follows, to the words that may
+                come next.
+            kwargs: options of fairseq-generate, such as ``sampling``, ``max_len_b``, ``no_repeat_ngram_size``.
+
+        Returns:
+            Hypotheses of each text, the best first: dictionaries with ``tokens``, ``score``, ``positional_scores``.
+
+        Raises:
+            ValueError: an option is not known or cannot do what it says, or the dictionary lacks a word id.
+        """
+        self._check("generate", kwargs)
+        return self._generate(
+            tokenized_sentences, beam, verbose, skip_invalid_size_inputs, inference_step_args, prefix_allowed_tokens_fn,
+            **kwargs,
+        )  # fmt: skip
+
+    def _generate(self, texts: Union[Tensor, Sequence[Any]], *args: Any, **kwargs: Any) -> Any:
+        one = torch.is_tensor(texts) and texts.dim() == 1
+        tensors = [torch.as_tensor(text, dtype=torch.int64) for text in ([texts] if one else texts)]
+        if not tensors:
+            return []
+        for number, text in enumerate(tensors):
+            check_ids(text.cpu().numpy(), f"text {number}", len(self.src_dict))
+        found = super().generate(tensors, *args, **kwargs)
+        return found[0] if one else found
+
+    def _check(self, method: str, options: Dict[str, Any]) -> None:
+        for name, reason in _OF_COMMANDS.items():
+            if name in options:
+                raise ValueError(f"{method} does not know '{name}': {reason}")
+        check_names(options, [*(name for name in NAMES if name not in _OF_COMMANDS), *_OF_GENERATE], method)
 
     def score(
         self, sentences: Union[str, Sequence[str]], replace_newline_with_eos: bool = True, **kwargs: Any
@@ -55,6 +136,7 @@ class LanguageModelHub(GeneratorHubInterface):
         """
         if isinstance(sentences, str):
             return self.score([sentences], replace_newline_with_eos, **kwargs)[0]  # type: ignore[index, return-value]
+        check_names(kwargs, ["skip_invalid_size_inputs"], "score")
         texts = list(sentences) if replace_newline_with_eos else [" ".join(s.split("\n")) for s in sentences]
-        found = self.generate([self.encode(text) for text in texts], score_reference=True, **kwargs)
+        found = self._generate([self.encode(text) for text in texts], score_reference=True)
         return [hypotheses[0] for hypotheses in found]

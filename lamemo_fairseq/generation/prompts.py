@@ -23,9 +23,22 @@ class PromptDataset(FairseqDataset):
     def __init__(self, texts: Sequence[Tensor], dictionary: Dictionary, with_end: bool = False):
         super().__init__()
         self.with_end = with_end
+        self.shard = slice(None)
         self.texts = texts
         self.pad, self.eos = dictionary.pad(), dictionary.eos()
         self.sizes = np.array([len(self._text(i)) + 1 for i in range(len(texts))], dtype=np.int64)
+
+    def take_shard(self, shards: int, shard: int, name: str) -> None:
+        """Let batches be formed of one of *shards* equal parts of the texts; each keeps its number.
+
+        Raises:
+            ValueError: there are fewer texts.
+        """
+        if shards > len(self.texts):
+            raise ValueError(
+                f"{name} has {len(self.texts)} lines, fewer than --num-shards {shards}: pass a smaller one"
+            )
+        self.shard = slice(shard, None, shards)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -59,7 +72,7 @@ class PromptDataset(FairseqDataset):
 
     def ordered_indices(self) -> Any:
         """Similar lengths together, the longest first: what does not fit fails at once."""
-        return np.argsort(-self.sizes, kind="stable")
+        return np.argsort(-self.sizes, kind="stable")[self.shard]
 
     def _text(self, index: int) -> Tensor:
         text = torch.as_tensor(self.texts[index]).long()

@@ -4,12 +4,24 @@ Importing the package, or for a few setting up the task, puts the pieces in plac
 function of fairseq, says why beside it, and leaves to that function whatever it does right.
 """
 
-from . import adam, ahead, checkpoints, figures, mixed_precision, options, ranks, training, training_state
+from . import (
+    adam,
+    ahead,
+    checkpoints,
+    encoder_names,
+    figures,
+    mixed_precision,
+    options,
+    ranks,
+    training,
+    training_state,
+)
 
 __all__ = [
     "adam",
     "ahead",
     "checkpoints",
+    "encoder_names",
     "figures",
     "mixed_precision",
     "options",

@@ -9,6 +9,7 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 from fairseq import options
 
+from .generation import adapt_generation
 from .stand_in import stand_in
 
 
@@ -23,6 +24,7 @@ def parse_args_and_arch(
     given = sys.argv[1:] if input_args is None else input_args
     if getattr(namespace, "tpu", False) and "--tpu" not in given and importlib.util.find_spec("torch_xla") is None:
         namespace.tpu = False
+    adapt_generation(namespace, given, "segment_language_modeling")
     # Ranks that torchrun starts it finds on GPUs alone; on CPUs each would train for itself.
     on_cpu = getattr(namespace, "cpu", False) or not torch.cuda.is_available()
     if on_cpu and launched_ranks() > 1 and getattr(namespace, "distributed_init_method", "") is None:

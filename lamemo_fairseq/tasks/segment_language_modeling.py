@@ -12,7 +12,7 @@ from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
-from fairseq.tasks import FairseqTask, register_task
+from fairseq.tasks import register_task
 from omegaconf import II
 
 from ..criterions.memory_losses import PREFIX, WithMemoryLosses
@@ -21,14 +21,14 @@ from ..data.folders import data_folders, shared_dictionary
 from ..data.iterator import SegmentBatchIterator
 from ..data.segments import SegmentDataset
 from ..data.streams import TokenSequence
-from ..data.text import check_input, clean_prompt
+from ..data.text import check_input
 from ..faults import LossWatch, retry_out_of_memory
-from ..generation import PromptDataset, PromptGenerator, StreamingScorer
-from ..generation.options import check_generation, warn_without_effect
+from ..generation import PromptDataset
 from ..host.options import launched_ranks
 from ..host.ranks import several_ranks, sum_eval_lm
 from ..host.training import stop_where_the_run_has_ended
 from ..memory import DivergenceError
+from .prompts import PromptTask
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,13 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     train_subset: str = II("dataset.train_subset")
     update_freq: List[int] = II("optimization.update_freq")
     input: str = II("interactive.input")
+    num_shards: int = II("dataset.num_shards")
+    shard_id: int = II("dataset.shard_id")
+    post_process: Optional[str] = II("common_eval.post_process")
 
 
 @register_task("segment_language_modeling", dataclass=SegmentLanguageModelingConfig)
-class SegmentLanguageModelingTask(FairseqTask):
+class SegmentLanguageModelingTask(PromptTask):
     """Feeds B contiguous streams a rank, N tokens a step.
 
     ``--batch-size`` is B. A split is cut into B times ranks streams; every token of it is predicted
@@ -185,7 +188,9 @@ class SegmentLanguageModelingTask(FairseqTask):
         as_streams = kwargs.pop("as_streams", False)
         if isinstance(dataset, SegmentDataset) and not as_streams and getattr(self._decoder, "for_inference", False):
             # Of the commands that prepare a model for inference, fairseq-generate alone comes here: it wants prompts.
-            dataset = PromptDataset(dataset.tokens.lines, self.dictionary, with_end=True)
+            prompts = PromptDataset(dataset.tokens.lines, self.dictionary, with_end=True)
+            prompts.take_shard(*self._shard(num_shards, shard_id), name=f"the split '{dataset.split}'")
+            dataset, num_shards, shard_id = prompts, 1, 0
         if not isinstance(dataset, SegmentDataset):  # prompts and texts to score
             if max_tokens is not None:  # a text is read in parts, so that a long one is a batch of its own
                 max_tokens = max([max_tokens, *map(int, dataset.sizes)])
@@ -203,6 +208,7 @@ class SegmentLanguageModelingTask(FairseqTask):
                 **kwargs,
             )
         training = self._trains
+        num_shards, shard_id = self._shard(num_shards, shard_id)
         if not training and dataset.roll_seed is not None:
             dataset = dataset.in_order
         batch_size = max_sentences or (max_tokens or 0) // dataset.segment_length
@@ -357,40 +363,6 @@ class SegmentLanguageModelingTask(FairseqTask):
             data_buffer_size=data_buffer_size,
             as_streams=True,
         ).next_epoch_itr(shuffle=False)
-
-    def get_interactive_tokens_and_lengths(self, lines: List[str], encode_fn: Callable[[str], str]) -> Any:
-        """Word ids of the prompts of fairseq-interactive, and how many each has."""
-        return super().get_interactive_tokens_and_lengths([clean_prompt(line) for line in lines], encode_fn)
-
-    def build_dataset_for_inference(self, src_tokens: Any, src_lengths: Any, **kwargs: Any) -> PromptDataset:
-        """Whole texts to score or continue, each read from an empty memory after an end-of-sentence token."""
-        return PromptDataset(src_tokens, self.dictionary)
-
-    def build_generator(
-        self,
-        models: Any,
-        args: Any,
-        seq_gen_cls: Any = None,
-        extra_gen_cls_kwargs: Any = None,
-        prefix_allowed_tokens_fn: Any = None,
-    ) -> Any:
-        """A generator that reads prompts into the memory first, or with ``score_reference`` a scorer."""
-        check_generation(args)
-        warn_without_effect(args)
-        if getattr(args, "score_reference", False):
-            return StreamingScorer(self.target_dictionary)
-        return super().build_generator(
-            models, args, seq_gen_cls or PromptGenerator, extra_gen_cls_kwargs, prefix_allowed_tokens_fn
-        )
-
-    def inference_step(
-        self, generator: Any, models: Any, sample: Dict[str, Any], prefix_tokens: Any = None, constraints: Any = None
-    ) -> Any:
-        """Continue the texts of a batch."""
-        if constraints is not None:
-            raise NotImplementedError("--constraints is for translation: a language model takes a prompt instead")
-        with torch.no_grad():
-            return generator.generate(models, sample, prefix_tokens=prefix_tokens)
 
     def _update_freq(self, epoch: int) -> int:
         every = self.cfg.update_freq

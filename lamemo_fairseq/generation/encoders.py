@@ -1,0 +1,169 @@
+"""Text to tokens between spaces and back, as the text of a data folder was encoded.
+
+The coders have ``encode`` and ``decode`` like fairseq's. `PromptCoding` chooses among them.
+"""
+
+import hashlib
+import logging
+import os
+import re
+from typing import Any, Callable, List
+
+from fairseq.data.encoders.byte_utils import BYTE_TO_BCHAR, SPACE, SPACE_ESCAPE
+from fairseq.data.encoders.characters import Characters
+from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizerConfig
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
+
+from ..data.text_encoding import TextEncoding, read_text_encoding
+
+logger = logging.getLogger(__name__)
+
+END = "</s>"
+WORD = r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?|\d+|[^\w\s]"  # as in `preprocess.words`
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+BYTE_SYMBOLS = {**BYTE_TO_BCHAR, ord(SPACE): SPACE_ESCAPE}
+_BYTES = {symbol: byte for byte, symbol in BYTE_SYMBOLS.items()}
+_INVALID = 0xFF  # occurs in no UTF-8
+
+
+class Bytes:
+    """A token a byte. Unlike fairseq's coder of this name it keeps tabs and runs of spaces."""
+
+    def encode(self, text: str) -> str:
+        return " ".join(BYTE_SYMBOLS[byte] for byte in text.encode("utf-8"))
+
+    def decode(self, tokens: str) -> str:
+        """The text; U+FFFD for words that are no byte, and for bytes that are no UTF-8."""
+        return bytes(_BYTES.get(symbol, _INVALID) for symbol in tokens.split()).decode("utf-8", "replace")
+
+
+class Letters(Characters):
+    """A token a letter, of text that is reduced to small letters, digits spelt out, and single spaces first."""
+
+    @staticmethod
+    def encode(x: str) -> str:
+        spelt = re.sub("[0-9]", lambda digit: f" {DIGITS[int(digit[0])]} ", x)
+        return Characters.encode(" ".join(re.findall("[a-z]+", re.sub("[A-Z]", lambda c: c[0].lower(), spelt))))
+
+
+class Words:
+    """Words found by a regular expression; what was between them is not kept."""
+
+    def __init__(self, pattern: str):
+        self._find = re.compile(pattern or WORD).finditer
+
+    def encode(self, text: str) -> str:
+        return " ".join(match[0] for match in self._find(text))
+
+    def decode(self, tokens: str) -> str:
+        return tokens
+
+
+def recorded_tokenizer(record: TextEncoding) -> Any:
+    """Build the coder for the words of a recorded encoding, None for words that are separated by spaces."""
+    if record.tokenizer == "moses":
+        language = record.source_lang or "en"
+        return MosesTokenizer(MosesTokenizerConfig(source_lang=language, target_lang=language))
+    return Words(record.pattern) if record.tokenizer == "words" else None
+
+
+def recorded_pieces(record: TextEncoding) -> Any:
+    """Build the coder for the pieces of a recorded encoding, None for whole words.
+
+    Raises:
+        FileNotFoundError: the SentencePiece model is not there.
+        ValueError: it is another one than the text was encoded with.
+    """
+    if record.pieces == "sentencepiece":
+        path = str(record.model)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"the text was encoded with {path}, which is not there: put it back, or pass --bpe sentencepiece "
+                "--sentencepiece-model FILE"
+            )
+        with open(path, "rb") as file:
+            found = hashlib.sha256(file.read()).hexdigest()
+        if found != record.model_sha256:
+            raise ValueError(
+                f"{path} is not the model that the text was encoded with: put that back, or make the data again with "
+                "python -m preprocess"
+            )
+        return SentencepieceBPE(SentencepieceConfig(sentencepiece_model=path))
+    coders = {"bytes": Bytes, "characters": Letters if record.normalized else Characters}
+    return coders[record.pieces]() if record.pieces in coders else None
+
+
+class PromptCoding:
+    """How prompts become tokens: as the command says, or if it names nothing, as the data folder records.
+
+    Args:
+        folder: of the data.
+        joined: whether pieces have been joined before they are decoded, by ``--post-process``.
+    """
+
+    def __init__(self, folder: str, joined: bool = False):
+        self.folder, self.joined = folder, joined
+        self.record = read_text_encoding(folder)
+        self._named = {"tokenizer": "", "bpe": ""}
+        self._coders: Any = {}
+
+    def part(self, option: str, given: Any, build: Callable[[Any], Any]) -> Any:
+        """Return the coder for ``tokenizer`` or ``bpe``, which is None where there is nothing to do.
+
+        fairseq asks for the tokenizer first.
+
+        Args:
+            given: the option's value, or the configuration of the choice.
+            build: builds fairseq's coder of it.
+        """
+        name = (given if isinstance(given, str) else getattr(given, "_name", None)) or ""
+        self._named[option] = name
+        self._coders[option] = Bytes() if name == "bytes" else build(given) if name else None
+        if option == "bpe":
+            self._follow_record()
+        recorded = self.record is not None and not any(self._named.values())
+        return _Coder(self, option) if name or recorded else None
+
+    def coder(self, option: str) -> Any:
+        return self._coders[option]
+
+    def _follow_record(self) -> None:
+        if self.record is None:
+            return
+        if not any(self._named.values()):
+            self._coders = {"tokenizer": recorded_tokenizer(self.record), "bpe": recorded_pieces(self.record)}
+            return
+        plain = ("", "space", "none")
+        made = {"tokenizer": self.record.tokenizer, "bpe": self.record.pieces}
+        if any(name != made[o] and not {name, made[o]} <= set(plain) for o, name in self._named.items()):
+            told = " ".join(f"--{option} {name}" for option, name in self._named.items() if name)
+            logger.warning(
+                "the text in %s was made with --tokenizer %s --bpe %s, but prompts are read with %s alone: leave out "
+                "--tokenizer and --bpe to read them like the text",
+                self.folder,
+                self.record.tokenizer,
+                self.record.pieces,
+                told,
+            )
+
+
+class _Coder:
+    """A tokenizer or the pieces of a `PromptCoding`; decodes what stands between ends of lines."""
+
+    def __init__(self, coding: PromptCoding, option: str):
+        self._coding, self._option = coding, option
+
+    def encode(self, text: str) -> str:
+        coder = self._coding.coder(self._option)
+        return text if coder is None else coder.encode(text)
+
+    def decode(self, tokens: str) -> str:
+        coder = self._coding.coder(self._option)
+        if coder is None or (self._option == "bpe" and self._coding.joined):
+            return tokens
+        return f" {END} ".join(coder.decode(line) for line in split_lines(tokens))
+
+
+def split_lines(text: str) -> List[str]:
+    """Split a prompt at each ``</s>``, which stands for the end of a line, and a space on either side of it."""
+    return re.split(f" ?{END} ?", text)

@@ -1,0 +1,73 @@
+"""Prompts as they are typed, to word ids; what hardly any word of is known is told."""
+
+import logging
+import re
+from typing import Any, Callable, Iterator, List, Sequence, Tuple
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.data.encoders.characters import Characters
+from torch import Tensor
+
+from .encoders import Bytes, Words, split_lines
+
+logger = logging.getLogger(__name__)
+
+MOSTLY = 0.5  # share of words
+
+
+def encode_prompts(
+    prompts: Sequence[str], encode: Callable[[str], str], dictionary: Dictionary, line_end: str = ""
+) -> List[Tensor]:
+    """Return the word ids of prompts, each line of which ends in an end-of-sentence token.
+
+    Args:
+        prompts: texts.
+        encode: text to tokens between spaces.
+        dictionary: the words.
+        line_end: what ends a line within a prompt, ``</s>`` by default.
+    """
+    found = []
+    for prompt in prompts:
+        lines = [encode(line) for line in (prompt.split(line_end) if line_end else split_lines(prompt))]
+        ids = [dictionary.encode_line(line, add_if_not_exist=False).long() for line in lines]
+        _tell_unknown(prompt, " ".join(lines).split(), dictionary)
+        found.append(torch.cat(ids))
+    return found
+
+
+def _tell_unknown(prompt: str, words: List[str], dictionary: Dictionary) -> None:
+    unknown = [word for word in words if word not in dictionary]
+    if len(unknown) > MOSTLY * len(words):
+        logger.warning(
+            "%d of the %d words of the prompt %r are unknown to the dictionary, such as %s: %s",
+            len(unknown),
+            len(words),
+            prompt if len(prompt) <= 60 else prompt[:60] + "...",
+            ", ".join(map(repr, unknown[:3])),
+            _advice(prompt, dictionary),
+        )
+
+
+def _advice(prompt: str, dictionary: Dictionary) -> str:
+    """Find out what the dictionary's text had gone through that the prompt has not."""
+    for what, encode in _ways(dictionary):
+        words = encode(prompt).split()
+        if words and sum(word not in dictionary for word in words) <= MOSTLY * len(words):
+            return what
+    if any(symbol.startswith("\u2581") for symbol in dictionary.symbols):
+        return "it holds pieces of words: pass --bpe sentencepiece --sentencepiece-model FILE"
+    if any(symbol.endswith("@@") for symbol in dictionary.symbols):
+        return "it holds pieces of words: pass --bpe subword_nmt or fastbpe with --bpe-codes FILE"
+    return "write the prompt as the text of the data was written (dict.txt lists the words)"
+
+
+def _ways(dictionary: Dictionary) -> Iterator[Tuple[str, Callable[[str], Any]]]:
+    apart = Words("").encode
+    moses = any(re.match("&[a-z]+;", symbol) for symbol in dictionary.symbols)
+    split = "pass --tokenizer moses" if moses else "separate words and punctuation marks by spaces"
+    yield "it has them in small letters: write the prompt in small letters", str.lower
+    yield f"it has words apart from punctuation marks: {split}", apart
+    yield f"it has small letters, and words apart from punctuation marks: {split}", lambda text: apart(text.lower())
+    yield "it holds bytes: pass --bpe bytes", Bytes().encode
+    yield "it holds letters: pass --bpe characters", Characters.encode

@@ -1,0 +1,42 @@
+"""What fairseq-generate and fairseq-interactive do otherwise than for a translation model."""
+
+from argparse import Namespace
+from typing import Any, Sequence
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.scoring import BaseScorer, register_scorer
+
+NO_SCORE = "no_score"
+
+
+@register_scorer(NO_SCORE, dataclass=FairseqDataclass)
+class NoScore(BaseScorer):
+    """Stands in for BLEU, which compares a continuation with the line that it begins with."""
+
+    def __init__(self, cfg: Any):
+        super().__init__(cfg)
+        self.lines = 0
+
+    def add_string(self, ref: str, pred: str) -> None:
+        self.lines += 1
+
+    def score(self) -> float:
+        return float("nan")
+
+    def result_string(self) -> str:
+        return f"{self.lines:,} lines, without a score (--scoring computes one against the lines themselves)"
+
+
+def adapt_generation(namespace: Namespace, words: Sequence[str], task: str) -> None:
+    """Change defaults of a command line for *task*, if it is one that generates, where *words* do not name them.
+
+    There is no BLEU, and there is one process. fairseq takes as many as there are GPUs: fairseq-generate would then
+    continue that share of the lines alone, and each process of fairseq-interactive would read the same input.
+    """
+    if getattr(namespace, "task", None) != task or not hasattr(namespace, "beam"):
+        return
+    given = {word.split("=", 1)[0] for word in words}
+    if "--scoring" not in given:
+        namespace.scoring = NO_SCORE
+    if not given & {"--distributed-world-size", "--distributed-rank", "--distributed-init-method"}:
+        namespace.distributed_world_size = 1

@@ -1,0 +1,95 @@
+"""The part of the task that continues and scores prompts."""
+
+from typing import Any, Callable, Dict, List, Tuple
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.tasks import FairseqTask
+from omegaconf.errors import OmegaConfBaseException
+
+from ..data.folders import data_folders
+from ..data.text import clean_prompt
+from ..generation import PromptDataset, PromptGenerator, StreamingScorer
+from ..generation.encoders import PromptCoding
+from ..generation.lines import encode_prompts
+from ..generation.options import check_generation, warn_without_effect
+
+
+class PromptTask(FairseqTask):
+    """Prompts to word ids, in batches, to a generator or scorer."""
+
+    dictionary: Dictionary
+    _trains: bool
+    _coding: PromptCoding
+
+    def get_interactive_tokens_and_lengths(self, lines: List[str], encode_fn: Callable[[str], str]) -> Any:
+        """Word ids of the prompts of fairseq-interactive, and how many each has."""
+        found = encode_prompts([clean_prompt(line) for line in lines], encode_fn, self.dictionary)
+        return found, [len(ids) for ids in found]
+
+    def build_tokenizer(self, args: Any) -> Any:
+        """The tokenizer that is named, or the data folder's if neither it nor ``--bpe`` is."""
+        self._coding = PromptCoding(data_folders(self.cfg.data)[0], joined=self._option("post_process") is not None)
+        return self._coding.part("tokenizer", args, super().build_tokenizer)
+
+    def build_bpe(self, args: Any) -> Any:
+        """What splits words into pieces, chosen in the same way; fairseq asks for the tokenizer first."""
+        return self._coding.part("bpe", args, super().build_bpe)
+
+    def build_dataset_for_inference(self, src_tokens: Any, src_lengths: Any, **kwargs: Any) -> PromptDataset:
+        """Whole texts to score or continue, each read from an empty memory after an end-of-sentence token."""
+        return PromptDataset(src_tokens, self.dictionary)
+
+    def build_generator(
+        self,
+        models: Any,
+        args: Any,
+        seq_gen_cls: Any = None,
+        extra_gen_cls_kwargs: Any = None,
+        prefix_allowed_tokens_fn: Any = None,
+    ) -> Any:
+        """A generator that reads prompts into the memory first, or with ``score_reference`` a scorer."""
+        check_generation(args)
+        warn_without_effect(args)
+        if getattr(args, "score_reference", False):
+            return StreamingScorer(self.target_dictionary)
+        return super().build_generator(
+            models, args, seq_gen_cls or PromptGenerator, extra_gen_cls_kwargs, prefix_allowed_tokens_fn
+        )
+
+    def inference_step(
+        self, generator: Any, models: Any, sample: Dict[str, Any], prefix_tokens: Any = None, constraints: Any = None
+    ) -> Any:
+        """Continue or score the texts of a batch."""
+        if constraints is not None:
+            raise NotImplementedError("--constraints is for translation: a language model takes a prompt instead")
+        if "target" not in sample:  # fairseq-interactive's, to be scored
+            source = sample["net_input"]["src_tokens"]
+            end = source.new_full((len(source), 1), self.dictionary.pad())
+            sample = {**sample, "target": torch.cat([source[:, 1:], end], dim=1)}
+        with torch.no_grad():
+            return generator.generate(models, sample, prefix_tokens=prefix_tokens)
+
+    def _shard(self, ranks: int, rank: int) -> Tuple[int, int]:
+        """Of how many shards this one is which: those of ``--num-shards``, or of several ranks.
+
+        Raises:
+            ValueError: both are asked for, or shards of a training split.
+        """
+        asked = self._option("num_shards") or 1, self._option("shard_id") or 0
+        if asked[0] == 1 or asked == (ranks, rank):
+            return ranks, rank
+        if self._trains or ranks > 1:
+            raise ValueError(
+                f"--num-shards {asked[0]} is for one process that evaluates or generates, and several ranks divide the "
+                "data themselves: leave it out"
+            )
+        return asked
+
+    def _option(self, name: str) -> Any:
+        """Return an option that another part of fairseq's configuration has, None outside of a command."""
+        try:
+            value = getattr(self.cfg, name)
+        except OmegaConfBaseException:
+            return None
+        return None if isinstance(value, str) and value.startswith("${") else value

@@ -1,0 +1,270 @@
+"""Prompts become the tokens that the data folder's text became, and texts again, without a word on the command line."""
+
+import logging
+import re
+
+import pytest
+import torch
+from fairseq_cli import generate, interactive, train
+
+from lamemo_fairseq.generation import encoders
+from lamemo_fairseq.generation.lines import encode_prompts
+from lamemo_fairseq.models.language_models import TransformerXLLanguageModel
+from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
+from preprocess import words as preprocess_words
+from preprocess.tokenization import NormalizedLetterTokenizer
+
+from .helpers import TASK, dictionary_of, run_command
+from .preprocessing import TEXTS, own, tokens_of, write, write_texts
+from .test_commands import TRAIN
+
+KINDS = {
+    "space": (),
+    "words": ("--tokenizer", "words"),
+    "pattern": ("--tokenizer", "words", "--pattern", r"\w|\S"),
+    "moses": ("--tokenizer", "moses"),
+    "sentencepiece": ("--bpe", "sentencepiece", "--vocab-size", "90"),
+    "moses-sentencepiece": ("--tokenizer", "moses", "--bpe", "sentencepiece", "--vocab-size", "90"),
+    "bytes": ("--bpe", "bytes"),
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts")
+
+
+@pytest.fixture(scope="module")
+def folders(texts, tmp_path_factory):
+    made = tmp_path_factory.mktemp("folders")
+
+    def folder(kind):
+        if not (made / kind).exists():
+            own(texts, made / kind, *KINDS[kind])
+        return made / kind
+
+    return folder
+
+
+def task_of(folder):
+    return SegmentLanguageModelingTask.setup_task(SegmentLanguageModelingConfig(data=str(folder), tokens_per_sample=8))
+
+
+def coders(task, tokenizer=None, bpe=None):
+    """As fairseq's commands put them together."""
+    words, pieces = task.build_tokenizer(tokenizer), task.build_bpe(bpe)
+
+    def encode(text):
+        text = text if words is None else words.encode(text)
+        return text if pieces is None else pieces.encode(text)
+
+    def decode(tokens):
+        tokens = tokens if pieces is None else pieces.decode(tokens)
+        return tokens if words is None else words.decode(tokens)
+
+    return encode, decode
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_becomes_what_the_text_became(kind, folders):
+    """The validation text as one prompt: the ids of the validation split."""
+    task = task_of(folders(kind))
+    encode, decode = coders(task)
+    lines = TEXTS["valid"].decode().splitlines()
+    (ids,), (length,) = task.get_interactive_tokens_and_lengths(["</s>".join(lines)], encode)
+    assert [task.dictionary[i] for i in ids] == tokens_of(folders(kind), "valid") and length == len(ids)
+    if kind in ("sentencepiece", "bytes"):
+        assert decode(" ".join(task.dictionary[i] for i in ids[:-1])).split(" </s> ") == lines
+
+
+def test_letters_are_reduced_as_the_text_was(tmp_path):
+    text = b"The 2 caf\xc3\xa9s,  it's 10 o'clock!\n"
+    own(write(tmp_path / "text", text * 40), tmp_path / "data", "--bpe", "text8", "--shares", "9", "1")
+    encode, decode = coders(task_of(tmp_path / "data"))
+    tokenizer = NormalizedLetterTokenizer()
+    symbols, ids, _ = tokenizer.encode(text)
+    assert encode(text.decode()).split() == [symbols[i] for i in ids][:-1]  # a space for the line's end
+    assert decode(encode(text.decode())) == "the two caf s it s one zero o clock"
+
+
+def test_what_is_repeated_here_is_as_in_preprocess():
+    assert encoders.WORD == preprocess_words.WORD
+
+
+@pytest.mark.parametrize(
+    "text", ["", " a  b\t", "caf\xe9 \u65e5\u672c \U0001f600", "\u2581 \xa0 <unk> </ s>", "\r\x0b"]
+)
+def test_bytes_keep_every_character(text):
+    coder = encoders.Bytes()
+    assert coder.decode(coder.encode(text)) == text
+    assert len(coder.encode(text).split()) == len(text.encode())
+
+
+def test_what_is_no_text_is_marked():
+    assert encoders.Bytes().decode("a \xc3 b <unk> c") == "a\ufffdb\ufffdc"
+
+
+def test_what_a_command_names_comes_before_what_the_folder_records(folders, caplog):
+    task = task_of(folders("moses-sentencepiece"))
+    with caplog.at_level(logging.WARNING):
+        encode, decode = coders(task, tokenizer="space")
+    assert encode("it's  so") == "it's so" and decode("it's so") == "it's so"
+    assert "made with --tokenizer moses --bpe sentencepiece, but prompts are read with --tokenizer space" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        coders(task_of(folders("bytes")), bpe="bytes")
+        coders(task_of(folders("space")), tokenizer="space")
+        coders(task_of(folders("moses")), tokenizer="moses")
+    assert not caplog.text
+
+
+def test_folders_of_fairseqs_record_nothing(tmp_path):
+    dictionary_of(20).save(str(tmp_path / "dict.txt"))
+    task = task_of(tmp_path)
+    assert task.build_tokenizer(None) is None and task.build_bpe(None) is None
+
+
+def test_another_model_of_pieces_is_refused(folders, texts, tmp_path):
+    own(texts, tmp_path / "data", *KINDS["sentencepiece"])
+    model = tmp_path / "data" / "sentencepiece.bpe.model"
+    model.write_bytes((folders("moses-sentencepiece") / model.name).read_bytes() + b"\n")
+    with pytest.raises(ValueError, match="is not the model that the text was encoded with"):
+        coders(task_of(tmp_path / "data"))
+    model.unlink()
+    with pytest.raises(FileNotFoundError, match="put it back, or pass --bpe sentencepiece"):
+        coders(task_of(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("symbols", "prompt", "advice"),
+    [
+        ("the old house", "The OLD House", "in small letters: write the prompt"),
+        ("old house , !", "old, house!", "separate words and punctuation marks by spaces"),
+        ("old house , &apos;s", "house, old, house,", "pass --tokenizer moses"),
+        ("t h e o", "the theo", "pass --bpe bytes"),
+        ("\u2581the \u2581o ld", "the old", "pass --bpe sentencepiece --sentencepiece-model"),
+        ("th@@ e o@@ ld", "the old", "pass --bpe subword_nmt or fastbpe with --bpe-codes"),
+        ("der alte", "the old", "dict.txt lists the words"),
+    ],
+)
+def test_a_prompt_of_unknown_words_is_told_with_what_was_forgotten(symbols, prompt, advice, caplog):
+    dictionary = dictionary_of(6)
+    for symbol in symbols.split():
+        dictionary.add_symbol(symbol)
+    encode_prompts(["w0 w1 zebra", "", symbols], str, dictionary)
+    assert not caplog.text
+    encode_prompts([prompt], str, dictionary)
+    assert re.search(rf"of the {len(prompt.split())} words of the prompt .* are unknown.*{advice}", caplog.text)
+
+
+# Commands and the hub, on bytes.
+
+
+@pytest.fixture(scope="module")
+def model(folders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run_command(
+        train.cli_main, folders("bytes"), *TASK, "--arch", "transformer_xl_lm", *TRAIN, "--max-update", 20,
+        "--disable-validation", "--save-dir", folder,
+    )  # fmt: skip
+    return folder
+
+
+def lines_of(kind, output):
+    return dict(re.findall(rf"^{kind}-(\d+)\t(?:-?[\d.]+\t)?(.*)$", output, flags=re.MULTILINE))
+
+
+PROMPT = "the w7\xe9,  word</s></s>of 1"
+
+
+@pytest.mark.parametrize("named", [[], ["--bpe", "bytes"]], ids=["recorded", "named"])
+def test_interactive_reads_and_writes_text(named, folders, model, tmp_path, capsys):
+    (tmp_path / "prompts").write_text(f"{PROMPT}\n", encoding="utf-8")
+    run_command(
+        interactive.cli_main, folders("bytes"), *TASK, "--path", model / "checkpoint_last.pt", "--input",
+        tmp_path / "prompts", "--beam", 1, "--max-len-b", 5, *named,
+    )  # fmt: skip
+    output = capsys.readouterr().out
+    whole = len(PROMPT.replace("</s>", "\n").encode())
+    scores = lines_of("P", output)["0"].split()
+    assert whole + 1 < len(scores) <= whole + 6
+    assert lines_of("H", output)["0"].startswith("t h e \u2581 w 7 \xc3 \xa9 , \u2581 \u2581 w")
+    assert lines_of("D", output)["0"].replace("</s>", "").startswith("the w7\xe9,  word")
+
+
+def test_interactive_scores_prompts(folders, model, tmp_path, capsys):
+    (tmp_path / "prompts").write_text("the w7\xe9\nof\n", encoding="utf-8")
+    run_command(
+        interactive.cli_main, folders("bytes"), *TASK, "--path", model / "checkpoint_last.pt", "--score-reference",
+        *["--input", tmp_path / "prompts", "--buffer-size", 2, "--batch-size", 2],
+    )  # fmt: skip
+    output = capsys.readouterr().out
+    assert lines_of("D", output) == {"0": "the w7\xe9", "1": "of"}
+    hub = TransformerXLLanguageModel.from_pretrained(str(model), "checkpoint_last.pt", str(folders("bytes")))
+    for row, text in lines_of("D", output).items():
+        expected = hub.score(text)["positional_scores"] / torch.tensor(2.0).log()
+        found = torch.tensor([float(score) for score in lines_of("P", output)[row].split()])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_shards_together_have_every_line_once(folders, model, capsys):
+    """Numbers kept, and the continuations of one process."""
+
+    def generated(*options):
+        run_command(
+            generate.cli_main, folders("bytes"), *TASK, "--path", model / "checkpoint_last.pt", "--gen-subset", "valid",
+            *["--beam", 1, "--max-len-b", 3, "--prefix-size", 9, "--batch-size", 8, "--num-workers", 0, *options],
+        )  # fmt: skip
+        output = capsys.readouterr().out
+        assert "BLEU" not in output and re.search(r"^Generate valid .* without a score", output, flags=re.MULTILINE)
+        return lines_of("D", output)
+
+    parts = [generated("--num-shards", 3, "--shard-id", i) for i in range(3)]
+    assert sum(map(len, parts)) == 40 and all(len(part) >= 13 for part in parts)
+    whole = generated()
+    assert {row: text for part in parts for row, text in part.items()} == whole
+    lines = TEXTS["valid"].decode().splitlines()
+    assert all(text.startswith(lines[int(row)][:5]) for row, text in whole.items())
+    with pytest.raises(ValueError, match="has 40 lines, fewer than --num-shards 41"):
+        generated("--num-shards", 41, "--shard-id", 0)
+
+
+def test_a_score_that_is_asked_for_is_printed(folders, model, capsys):
+    run_command(
+        generate.cli_main, folders("bytes"), *TASK, "--path", model / "checkpoint_last.pt", "--gen-subset", "valid",
+        *["--beam", 1, "--max-len-b", 3, "--scoring", "bleu"],
+    )  # fmt: skip
+    assert re.search(r"^Generate valid .*: BLEU", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_hub_reads_and_writes_text(folders, model):
+    hub = TransformerXLLanguageModel.from_pretrained(str(model), "checkpoint_last.pt", str(folders("bytes")))
+    text = "the  w7\xe9 \n\n of <unk>"
+    assert len(hub.encode(text)) == len(text.encode()) + 1
+    assert hub.decode(hub.encode(text)) == text
+    assert hub.sample(text, beam=2, max_len_b=4, no_repeat_ngram_size=2).startswith(text)
+    assert len(hub.score(text)["positional_scores"]) == len(text.encode())
+
+
+def test_hub_refuses_what_it_does_not_know(folders, model):
+    hub = TransformerXLLanguageModel.from_pretrained(str(model), "checkpoint_last.pt", str(folders("bytes")))
+    for options, message in (
+        ({"no_repeat_ngram": 2}, "sample does not know 'no_repeat_ngram': did you mean 'no_repeat_ngram_size'"),
+        ({"top_p": 0.9}, "'sampling_topp'"),
+        ({"seed": 1}, "call torch.manual_seed"),
+        ({"nbest": 3}, "pass beam"),
+        ({"beam": 0}, "--beam is 0"),
+        ({"prefix_size": 3}, "pass its beginning"),
+        ({"score_reference": True}, "call score"),
+        ({"temperature": 0.0, "sampling": True}, "--temperature is 0.0"),
+        ({"replace_unk": "@@ "}, "--replace-unk copies"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hub.sample("the", **options)
+    with pytest.raises(ValueError, match="score does not know 'beam'"):
+        hub.score("the", beam=2)
+    with pytest.raises(ValueError, match=r"text 0 holds the word id 5000, but dict.txt has"):
+        hub.generate([torch.tensor([5000])])
+    assert hub.generate([], beam=2) == [] == hub.sample([])
+    allowed = hub.generate(hub.encode("the"), beam=1, max_len_b=3, prefix_allowed_tokens_fn=lambda row, words: [2, 9])
+    assert set(allowed[0]["tokens"][3:].tolist()) <= {2, 9}
