@@ -7,11 +7,12 @@ import torch
 
 from lamemo_fairseq.attention import BACKENDS, RelativeBias, choice
 
+from .gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
 
 
-def rows(dtype=torch.float32, size=4):
-    return [torch.randn(1, 2, 3, size, dtype=dtype) for _ in range(3)]
+def rows(dtype=torch.float32, size=4, device="cpu"):
+    return [torch.randn(1, 2, 3, size, dtype=dtype, device=device) for _ in range(3)]
 
 
 def test_auto_is_eager_without_a_gpu_and_says_so_once(caplog):
@@ -31,7 +32,7 @@ def test_auto_is_eager_without_a_gpu_and_says_so_once(caplog):
 def test_fused_by_name_never_falls_back(dtype, size, reason):
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match=f"--attention-backend fused cannot run here.*{reason}.*auto or eager"):
-        BACKENDS["fused"].causal_attention(*rows(dtype, size), RelativeBias())
+        BACKENDS["fused"].causal_attention(*rows(dtype, size, DEVICE), RelativeBias())
 
 
 def test_fused_by_name_needs_a_gpu(monkeypatch):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fairseq.logging.progress_bar import format_stat
@@ -35,6 +36,25 @@ def test_a_benchmark_prints_its_figures(command, row):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert row in done.stdout, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("device", "shown"), [("cpu", ""), ("cuda", "0,1")])
+def test_ranks_on_a_cpu_see_no_gpu(device, shown, monkeypatch):
+    """Also where there are some: fairseq asks for them without regard to --cpu."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import scaling
+
+    seen = []
+
+    def run(command, env, **_):
+        seen.append(("--cpu" in command, env["CUDA_VISIBLE_DEVICES"]))
+        return SimpleNamespace(returncode=0, stdout='{"wps": "10"}\n' * 4, stderr="")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(scaling.subprocess, "run", run)
+    args = SimpleNamespace(steps=4, device=device, options="")
+    assert scaling.train("quickstart", "lamemo-eager", 2, "legacy_ddp", args, "data")["tok/s"] == 10
+    assert seen == [(device == "cpu", shown)]
 
 
 @pytest.mark.parametrize("rate", [7, 98765, 1176610, 21000000])

@@ -43,7 +43,8 @@ def train(size: str, path: str, world: int, backend: str, args: argparse.Namespa
     command += [*TRAINING.split(), "--max-update", str(args.steps), "--log-interval", str(max(1, args.steps // 8))]
     command += [*model_options(size, path), "--ddp-backend", backend]
     command += ["--cpu"] if args.device == "cpu" else ["--fp16", "--distributed-world-size", str(world)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
+    environment = {**os.environ, **hidden, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command += args.options.split()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     log = done.stdout + done.stderr

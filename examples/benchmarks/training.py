@@ -281,6 +281,8 @@ def main() -> None:
     parser.add_argument("--options", default="", help="more options of fairseq-train")
     parser.add_argument("--no-parts", action="store_true")
     args = parser.parse_args()
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import fairseq_cli.train  # noqa: F401  (once, for all processes)
     import torch
 
