@@ -27,6 +27,20 @@ def test_recipes_say_what_tables_say(path, monkeypatch):
     assert "\n\n".join(recipes.lines(loaded, table.Run(ours, loaded.seeds[0]), runner.table_name(path))) in readme
 
 
+def test_a_shell_recipe_computes_nothing_but_the_streams():
+    """Whatever the values of a table look like."""
+    words = ["data", "--lr", "$((1)); touch x", "--batch-size", "$((4 / GPUS))", "--title", "`x`"]
+    quoted = commands.shell("fairseq-train", words)
+    assert quoted == "fairseq-train data --lr '$((1)); touch x' --batch-size $((4 / GPUS)) --title '`x`'"
+
+
+def test_an_option_that_no_yaml_can_hold_is_told(tiny):
+    loaded = table.load(tiny)
+    loaded.options["tokens-per-sampel"] = 3
+    with pytest.raises(table.TableError, match="has no --tokens-per-sampel for a YAML; near are --tokens-per-sample"):
+        recipes.config(loaded, "lamemo", "tiny")
+
+
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: runner.table_name(p))
 def test_rows_train_on_as_many_tokens(path):
     """In all, and an update, but for rows that say otherwise in their names."""

@@ -233,11 +233,20 @@ def test_lengths_are_compared_within_the_seeds_that_have_most(tiny, monkeypatch)
 def test_files_of_results_are_joined_by_hand(tmp_path):
     path = tmp_path / "runs.jsonl"
     runs = [
-        {"run": {"row": row, "seed": 1}, "training": training, "evaluations": dict.fromkeys(names, number)}
-        for number, (row, training, names) in enumerate((("a", 1, "xy"), ("a", 1, "xz"), ("b", 1, "z"), ("a", 2, "xy")))
+        {
+            "run": {"row": row, "seed": 1, "streams": 2, "options": {}, "data": {}},
+            "training": {"parameters": parameters, "curve": []},
+            "evaluations": {name: {"loss": number, "perplexity": 1.0} for name in names},
+            "scale": None,
+            "starts": [],
+        }
+        for number, (row, parameters, names) in enumerate(
+            (("a", 1, "xy"), ("a", 1, "xz"), ("b", 1, "z"), ("a", 2, "xy"))
+        )
     ]
+    held = [runs[index]["evaluations"][name] for index, name in ((1, "x"), (0, "y"), (1, "z"))]
     path.write_text("\n\n".join(map(json.dumps, runs)) + "\n")
-    joined = {**runs[1], "evaluations": {"x": 1, "y": 0, "z": 1}}  # those of one model; later ones count
+    joined = {**runs[1], "evaluations": dict(zip("xyz", held, strict=True))}  # those of one model; later ones count
     assert kept.read(path) == {"a/seed-1": joined, "b/seed-1": runs[2]}
     path.write_text("\n\n".join(map(json.dumps, [runs[0], runs[3]])) + "\n")
     assert kept.read(path) == {"a/seed-1": runs[3]}
@@ -361,7 +370,7 @@ def test_evaluations_end_with_the_process_that_began_them(tmp_path):
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     started.terminate()
-    assert started.wait(10) == 128 + 15
+    assert started.wait(120) == 128 + 15
     started.stderr.close()
     pids = [int(path.stem) for path in tmp_path.glob("*.pid")]
     while any(map(alive, pids)):

@@ -102,15 +102,17 @@ def act(args: argparse.Namespace) -> int:
     if not plan.on_cpu:
         for row in dict.fromkeys(run.row for run in runs):
             commands.streams_a_device(loaded, row, plan.gpus)  # an error unless they can be shared
-    if args.print_slurm:
-        print("\n".join(jobs(plan, runs, args)))
-        return 0
     if args.scale is not None and not 0 < args.scale < math.inf:
         raise table.TableError(f"--scale is {args.scale}, it must be a positive number of minutes")
     if args.speed is not None and args.speed < 2:
         raise table.TableError(f"--speed is {args.speed}, it must be two updates at least: the first is left out")
     if args.speed is not None and args.scale is not None:
         raise table.TableError("--speed measures rows at their own number of updates: leave out --scale")
+    if not args.render and args.speed is None:
+        scale.check(plan, runs, args.scale)
+    if args.print_slurm:
+        print("\n".join(jobs(plan, runs, args)))
+        return 0
     if ledger:
         kept.add(ledger, [])  # what cannot be written is told before anything is run
     if args.speed is not None:

@@ -1,5 +1,6 @@
 """Command lines of fairseq for the runs of a table, as lists, for the shell, and for SLURM."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from .table import Evaluation, Run, Table, TableError, find, streams
 
 # Options of training that evaluation shares.
 SHARED = ("user-dir", "task", "cpu", "num-workers", "log-format")
+# What a shell recipe leaves to the shell: the streams of a device.
+_COMPUTED = re.compile(r"\$\(\(\d+ / GPUS\)\)")
 MODULES = {"fairseq-train": "fairseq_cli.train", "fairseq-eval-lm": "fairseq_cli.eval_lm"}
 
 
@@ -95,8 +98,7 @@ def _options(arguments: Sequence[str]) -> List[str]:
     """Options with their values, quoted."""
     found: List[str] = []
     for word in arguments:
-        # What is computed by the shell is to stay so.
-        quoted = word if word.startswith("$((") else shlex.quote(word)
+        quoted = word if _COMPUTED.fullmatch(word) else shlex.quote(word)
         if found and found[-1].startswith("--") and " " not in found[-1] and not word.startswith("--"):
             found[-1] += " " + quoted
         else:

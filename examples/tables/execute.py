@@ -1,5 +1,6 @@
 """Runs what a table still lacks: trains, evaluates, and leaves results.json where a run is complete."""
 
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from .folder import BusyError, ChangedError, RunFolder, data_identity, differenc
 from .kept import Result, run_of
 from .table import Evaluation, Run, Table, evaluations, find, streams
 
+DIVERGED = re.compile(r"DivergenceError|FloatingPointError")  # ends the log of such a command
 SCALE = "scale.json"  # in the folder of a table that was shrunk: how
 
 
@@ -169,7 +171,7 @@ def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]
                     return f"{run.name}: not started"
                 complete(plan, run, slot, board)
                 return None
-            except (RunError, BusyError, logs.LogError, OSError) as error:
+            except (RunError, BusyError, OSError, ValueError) as error:
                 return f"{run.name}: {error}"
             finally:
                 board.done(run)
@@ -231,7 +233,7 @@ def _train(plan: Plan, run: Run, folder: RunFolder, slot: Slot, lock: int, board
         argv, folder.log, slot.environment(), [lock], lambda: board.show(run, logs.now(folder.log) or "starts")
     )
     if ended.code:
-        again = "Start again to go on from the last checkpoint"
+        again = diverged(plan, run) or "Start again to go on from the last checkpoint"
         raise RunError(failure("fairseq-train", ended.code, folder.log, again))
     valid = str(commands.training_options(plan.table, run.row, plan.changes).get("valid-subset", "valid"))
     write_json(folder.trained, {**logs.training(folder.log, valid), "host_memory_gib": ended.memory_gib})
@@ -273,6 +275,21 @@ def _evaluate(
         logs_left = [folder.evaluated(evaluation.name).with_suffix(".log") for evaluation in plan.missing(run)]
         inner = next((path for path in logs_left if path.exists()), log)
         raise RunError(failure("fairseq-eval-lm", ended.code, inner, "Start again to do what is missing"))
+
+
+def diverged(plan: Plan, run: Run) -> Optional[str]:
+    """What to do about a training that diverged, as its log says; None if it did not."""
+    folder = plan.folder(run)
+    if not any(map(DIVERGED.search, logs.tail(folder.log))):
+        return None
+    options = commands.training_options(plan.table, run.row, plan.changes)
+    ways = [f"lr below {options['lr']}"] if "lr" in options else ["a lower lr"]
+    ways.append(f"clip-norm below {options['clip-norm']}" if options.get("clip-norm") else "clip-norm, such as 0.25")
+    ways += [f"{name}: false" for name in ("fp16", "amp") if options.get(name)]
+    return (
+        f"It diverged, and would do so again. Give row '{run.row}' other options in the table ({' or '.join(ways)}; "
+        f"--set gives them to all rows), and move {folder.path} away"
+    )
 
 
 def failure(command: str, code: int, log: Path, again: str) -> str:

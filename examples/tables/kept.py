@@ -7,8 +7,37 @@ from pathlib import Path
 from typing import Any, Dict, Iterable
 
 from .table import Run
+from .validation import fits, is_mapping, is_nothing, is_number, is_pair, is_text, is_whole, values
 
 Result = Dict[str, Any]  # run, training, evaluations, scale and starts, as in a run's results.json
+
+_FIGURE = (is_number, is_nothing)
+_NOTE = (is_text, is_nothing)
+SHAPE = {
+    "run": {"row": is_text, "seed": is_whole, "streams": is_whole, "options": is_mapping, "data": is_mapping},
+    "training": {
+        "parameters": is_number,
+        **dict.fromkeys(("tokens_per_second", "device_memory_gib", "host_memory_gib"), _FIGURE),
+        "curve": [is_pair],
+    },
+    "evaluations": values(
+        {
+            "loss": is_number,
+            "perplexity": is_number,
+            **dict.fromkeys(("tokens_per_second", "device_memory_gib"), _FIGURE),
+        }
+    ),
+    "scale": (
+        is_nothing,
+        {
+            "asked": {"minutes": is_number, "runs": [is_text], "options": is_mapping},
+            "changes": {"max-update": is_whole},
+            "shards": is_whole,
+            "of_updates": is_whole,
+        },
+    ),
+    "starts": [{"device": is_text, "versions": values(is_text), "commit": _NOTE, "changed_files": _NOTE}],
+}
 
 
 def read(path: Path) -> Dict[str, Result]:
@@ -20,12 +49,16 @@ def read(path: Path) -> Dict[str, Result]:
     held: Dict[str, Result] = {}
     if not path.exists():
         return held
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): JSON may hold other characters that end a line for it.
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            _put(held, json.loads(line))
-        except (ValueError, KeyError, TypeError):
+            result = json.loads(line.decode("utf-8"))
+            if not fits(result, SHAPE):
+                raise ValueError
+            _put(held, result)
+        except (ValueError, RecursionError):
             raise ValueError(f"line {number} of {path} is not the result of a run: mend it, or take it out") from None
     return held
 

@@ -51,8 +51,17 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
         validation.
 
     Raises:
-        LogError: there are no parameters in it.
+        LogError: there are no parameters in it, or records without their figures.
     """
+    try:
+        return _training(path, valid_subset)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, LogError):
+            raise
+        raise LogError(f"{path} has a record that is not one of fairseq's: {error!r}") from None
+
+
+def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
     text = path.read_text(encoding="utf-8", errors="replace")
     parameters = _PARAMETERS.findall(text)
     if not parameters:

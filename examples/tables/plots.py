@@ -24,6 +24,7 @@ def pyplot() -> Any:
         raise TableError("plots need matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "tables"  # the same file from the same figures
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a title is a $
     from matplotlib import pyplot
 
     return pyplot
@@ -77,6 +78,7 @@ def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> A
     for axis, (label, unit, figures_of) in zip(axes, costs, strict=True):
         found_at = {place: figures_of(*found) for place, found in enumerate(results.items())}
         known = {place: unit * mean(figures) for place, figures in found_at.items() if figures}
+        known = {place: figure for place, figure in known.items() if math.isfinite(figure)}
         bars = axis.barh(list(known), list(known.values()), color="0.6")
         axis.bar_label(bars, fmt="{:,.4g}", padding=2, fontsize=8)
         axis.set_xlabel(label)
@@ -97,12 +99,18 @@ def _curves(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> An
     for number, (name, found) in enumerate(results.items()):
         for i, result in enumerate(found):
             updates, losses = zip(*result["training"]["curve"], strict=True)
-            axis.plot(updates, losses, label=plan.table.rows[name].title if i == 0 else None, **_style(number))
+            axis.plot(updates, losses, label=_label(plan, name) if i == 0 else None, **_style(number))
     axis.set_xlabel("updates")
     axis.set_ylabel("valid loss, bits per token")
     figure.legend(loc="outside right center", fontsize=8)
     figure.suptitle(plan.table.title, fontsize=10)
     return figure
+
+
+def _label(plan: Plan, name: str) -> str:
+    """A row's title in a legend, which leaves out what begins with an underscore."""
+    title = plan.table.rows[name].title
+    return f" {title}" if title.startswith("_") else title
 
 
 def _style(number: int) -> Dict[str, Any]:
@@ -132,7 +140,7 @@ def _memory(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> An
             for evaluation in at:
                 figures = next((v for v in (render.values(plan, found, evaluation, key) for key in keys) if v), None)
                 points.append(render.finite(mean(figures) if figures else None))
-            axis.plot(sweep.lengths, points, label=plan.table.rows[name].title, **_style(number))
+            axis.plot(sweep.lengths, points, label=_label(plan, name), **_style(number))
         axis.set_xlabel("memory length at test time")
         axis.set_ylabel(f"{sweep.subset} {label}")
         if keys != panels[0][1]:

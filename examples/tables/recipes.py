@@ -1,5 +1,6 @@
 """Rows as recipes: a shell script and a YAML for fairseq-hydra-train, both from the row's command line."""
 
+import difflib
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, get_origin
@@ -13,6 +14,7 @@ from .table import Evaluation, Run, Table, TableError, find, streams
 # Where an option belongs that several groups have: the first one owns it.
 GROUPS = ["common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion"]
 GROUPS += ["optimizer", "lr_scheduler"]
+WRITTEN_BY = "# Written by `python -m examples.tables "
 NAMED = {
     "task": "task",
     "arch": "model",
@@ -26,11 +28,14 @@ def write(table: Table, folder: Path, name: str) -> List[Path]:
     """Write the recipes of every row of the table called *name* to *folder*; returns the files.
 
     Raises:
-        TableError: the folder is outside the checkout.
+        TableError: the folder is outside the checkout, or holds other files of these names.
     """
     if not folder.resolve().is_relative_to(ROOT):
         raise TableError(f"{folder} is outside {ROOT}: recipes start from there, so move the table below it")
     texts = written(table, folder.resolve().relative_to(ROOT), name)
+    for former in (folder / file for file in texts):
+        if former.exists() and WRITTEN_BY not in former.read_text(encoding="utf-8", errors="replace"):
+            raise TableError(f"{former} is no recipe that was written from a table: move it, or rename the row")
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
     return [folder / file for file in texts]
@@ -69,7 +74,7 @@ def script(table: Table, row: str, folder: Path, name: str) -> str:
     up = "/".join(".." for _ in folder.parts)
     return f"""#!/usr/bin/env bash
 # {title(table, row)}.
-# Written by `{_writer(folder)}`.
+{_writer(folder)}
 #   bash {folder}/{row}.sh                            the {number} streams over all GPUs that there are
 #   CUDA_VISIBLE_DEVICES=0 bash {folder}/{row}.sh     on one
 set -euo pipefail
@@ -87,7 +92,7 @@ export CUDA_VISIBLE_DEVICES=$(echo "${{CUDA_VISIBLE_DEVICES:-0}}" | cut -d, -f1)
 
 
 def _writer(folder: Path) -> str:
-    return f"python -m examples.tables {folder}/table.yaml --write-recipes"
+    return f"{WRITTEN_BY}{folder}/table.yaml --write-recipes`."
 
 
 def title(table: Table, row: str) -> str:
@@ -103,7 +108,7 @@ def hydra(table: Table, row: str, folder: Path, name: str) -> str:
     found = config(table, row, name)
     head = [
         f"# {title(table, row)}.",
-        f"# Written by `{_writer(folder)}`.",
+        _writer(folder),
         f"#   fairseq-hydra-train --config-dir {folder} --config-name {row} task.data=$PWD/{table.data}",
     ]
     return "\n".join(head) + "\n\n" + yaml.safe_dump(found, sort_keys=False)
@@ -157,5 +162,10 @@ class _UserDir:
 def _owner(groups: Dict[str, Any], key: str) -> str:
     owners: Sequence[str] = [group for group in GROUPS if group in groups and key in groups[group].__dataclass_fields__]
     if not owners:
-        raise KeyError(f"no group of fairseq's configuration has '{key}'")
+        known = [option for group in groups.values() for option in group.__dataclass_fields__]
+        near = ", ".join(f"--{option.replace('_', '-')}" for option in difflib.get_close_matches(key, known))
+        raise TableError(
+            f"fairseq's configuration has no --{key.replace('_', '-')} for a YAML"
+            + (f"; near are {near}" if near else "")
+        )
     return owners[0]

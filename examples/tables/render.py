@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import re
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Dict, Iterable, List, Optional, Sequence
@@ -12,6 +13,7 @@ from . import scale, speed
 from .execute import Plan
 from .kept import Result, run_of
 from .table import MEASURES, Evaluation, Row, Run
+from .validation import without_controls
 
 
 def collect(plan: Plan, runs: Sequence[Run]) -> Dict[str, List[Result]]:
@@ -49,12 +51,12 @@ def values(plan: Plan, results: List[Result], evaluation: Evaluation, key: Optio
     """A figure of an evaluation in all runs of a row; without a *key*, the measure of the table."""
     key = key or MEASURES[plan.table.measure][0]
     held = [r["evaluations"].get(evaluation.name) for r in results]
-    return [e[key] for e in held if e is not None and e[key] is not None]
+    return [e[key] for e in held if e is not None and e.get(key) is not None]
 
 
 def trained(results: List[Result], key: str) -> List[float]:
     """A figure of training in all runs of a row."""
-    return [r["training"][key] for r in results if r["training"][key] is not None]
+    return [r["training"][key] for r in results if r["training"].get(key) is not None]
 
 
 def rates(plan: Plan, name: str, results: List[Result]) -> List[float]:
@@ -108,16 +110,15 @@ def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[
                 held = result["evaluations"].get(evaluation.name)
                 if held is None:
                     continue
-                lines.append(
-                    {
-                        "row": name,
-                        "seed": result["run"]["seed"],
-                        "subset": evaluation.subset,
-                        "mem_len": evaluation.mem_len,
-                        "tokens_per_sample": evaluation.tokens_per_sample,
-                        **{key: value for key, value in held.items() if key != "identity"},
-                    }
-                )
+                line = {
+                    "row": name,
+                    "seed": result["run"]["seed"],
+                    "subset": evaluation.subset,
+                    "mem_len": evaluation.mem_len,
+                    "tokens_per_sample": evaluation.tokens_per_sample,
+                }
+                found = {key: value for key, value in held.items() if key != "identity" and key not in line}
+                lines.append({**line, **found})
     return lines
 
 
@@ -134,10 +135,22 @@ def curve_lines(results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
 def _csv(path: Path, lines: List[Dict[str, Any]]) -> None:
     text = io.StringIO()
     if lines:
-        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        cells = [{inert(key): inert(value) for key, value in line.items()} for line in lines]
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for line in cells for key in line)), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(lines)
+        writer.writerows(cells)
     _put(path, text.getvalue())
+
+
+def inert(value: Any) -> Any:
+    """A text as a cell of a CSV, with an apostrophe in front if spreadsheets would compute it; others as they are."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in ("=", "+", "-", "@") else value
+
+
+def escaped(text: str) -> str:
+    """A text for a line or a cell of Markdown, where it means nothing but itself."""
+    text = re.sub(r"([\\`*\[\]<>|~&$#])|(?<!\w)_|_(?!\w)", r"\\\g<0>", without_controls(text).strip())
+    return re.sub(r"^(\d*)(?=[-+=:.)])", r"\1\\", text)  # where it would begin a list or a rule
 
 
 def _put(path: Path, text: str) -> None:
@@ -155,7 +168,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     head = ["model", *splits, "reported " + " / ".join(splits), "parameters", "tokens/s", "memory GiB", "seeds"]
     lines = [
         [
-            row.title,
+            escaped(row.title),
             *(shown(values(plan, results[name], Evaluation(subset)), digits) for subset in splits),
             reported(row, splits),
             shown(trained(results[name], "parameters")[:1], 0),
@@ -166,7 +179,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         for name, row in table.rows.items()
     ]
     parts = [
-        f"# {table.title}",
+        f"# {escaped(table.title)}",
         f"{MEASURES[table.measure][1].capitalize()}; mean and standard deviation over the seeds.",
     ]
     parts += map(scale.note, scales(plan, results))
@@ -174,19 +187,19 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     alone = speed.read(plan)
     if alone:
         parts.append(
-            f"Tokens/s and memory: each row alone for a few updates, on {speed.devices(alone)} (`speed.json`)."
+            f"Tokens/s and memory: each row alone for a few updates, on {escaped(speed.devices(alone))} (`speed.json`)."
         )
     parts += _sweeps(plan, results, digits)
     sources = {row.paper.source: None for row in table.rows.values() if row.paper.source}
     if sources:
-        parts.append("Reported: " + "; ".join(sources) + ".")
+        parts.append("Reported: " + "; ".join(map(escaped, sources)) + ".")
     lacking = [run.name for run in runs if not plan.complete(run)]
     if lacking:
         parts.append(f"Not complete: {', '.join(lacking)}.")
     for result in (result for found in results.values() for result in found):
         run, other = run_of(result), plan.otherwise(result)
         if other:
-            parts.append(f"{run.name} was run with other options than here: {'; '.join(other)}.")
+            parts.append(f"{run.name} was run with other options than here: {escaped('; '.join(other))}.")
         stale = [e.name for e in plan.missing(run) if e.name in result["evaluations"]]
         if stale:
             parts.append(f"{run.name} was evaluated with other options than here: {', '.join(stale)}.")
@@ -207,9 +220,9 @@ def _sweeps(plan: Plan, results: Dict[str, List[Result]], digits: int) -> Iterab
         lines, notes = [], ""
         for name, row in rows.items():
             found = fullest(results[name], at)
-            lines.append([row.title, *(shown(values(plan, found, e), digits) for e in at)])
+            lines.append([escaped(row.title), *(shown(values(plan, found, e), digits) for e in at)])
             if len(found) < len(results[name]):
-                notes += f"\n\n{row.title}: {_seeds(found)} only, as others lack lengths."
+                notes += f"\n\n{escaped(row.title)}: {_seeds(found)} only, as others lack lengths."
         grid = _grid([[f"{sweep.subset}, {what.lower()}", *map(str, sweep.lengths)], *lines])
         yield f"## {what} at test time\n\n{grid}{notes}"
 
@@ -248,7 +261,7 @@ def _where(results: Dict[str, List[Result]]) -> Iterable[str]:
         found = sorted({of(start) for start in starts})
         if found:
             several = " (several: compare tokens/s and memory within one only)" if len(found) > 1 else ""
-            yield f"{what.capitalize()}: {'; '.join(found)}{several}."
+            yield f"{what.capitalize()}: {escaped('; '.join(found))}{several}."
 
 
 def _grid(lines: List[List[str]]) -> str:

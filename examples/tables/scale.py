@@ -7,14 +7,16 @@ schedules counted in them; and the part of a split that an evaluation reads, the
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from tqdm import tqdm
 
 from . import commands, speed
 from .execute import SCALE, Plan, Slot
 from .folder import ChangedError, locked, read_json, write_json
+from .kept import SHAPE
 from .table import Run, TableError
+from .validation import fits
 
 # What the minutes go to; the rest is validation during training, and starting processes.
 TRAINING, EVALUATION = 0.65, 0.2
@@ -24,6 +26,49 @@ SCHEDULES = ("warmup-updates", "lr-period-updates")
 # Set by the runner when it shrinks a table.
 SHRUNK = ("max-update", "validate-interval-updates", "save-interval-updates", *SCHEDULES)
 NEVER = 10**6  # epochs
+
+
+def decided(plan: Plan) -> Optional[Dict[str, Any]]:
+    """How the table of a folder was shrunk; None if it was not.
+
+    Raises:
+        ValueError: the file that says so is damaged.
+    """
+    path = plan.out / SCALE
+    held = read_json(path)
+    if not fits(held, SHAPE["scale"]):
+        raise ValueError(f"{path} does not say how the table was shrunk: put back what it was, or remove {plan.out}")
+    return held  # type: ignore[no-any-return]
+
+
+def check(plan: Plan, runs: Sequence[Run], minutes: Optional[float]) -> None:
+    """See that neither the folder nor what is kept of *runs* was run with another ``--scale``, or without.
+
+    Raises:
+        ChangedError: it was.
+    """
+    held = decided(plan)
+    begun = held is not None or any(plan.out.glob("*/seed-*/checkpoints/*.pt"))
+    if begun and _minutes(held) != minutes:
+        raise ChangedError(
+            f"{plan.out} was begun {_asked(_minutes(held))}, and this is {_asked(minutes)}: "
+            "ask for the same, or take another folder with --out"
+        )
+    for run in runs:
+        kept = plan.kept.get(run.name)
+        if kept is not None and _minutes(kept["scale"]) != minutes:
+            raise ChangedError(
+                f"{plan.results} keeps results of {run.name} {_asked(_minutes(kept['scale']))}, and this is "
+                f"{_asked(minutes)}: ask for the same, or keep these in another folder with --results"
+            )
+
+
+def _minutes(held: Optional[Dict[str, Any]]) -> Optional[float]:
+    return None if held is None else held["asked"]["minutes"]
+
+
+def _asked(minutes: Optional[float]) -> str:
+    return "without --scale" if minutes is None else f"with --scale {minutes:g}"
 
 
 def shrink(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float) -> Plan:
@@ -46,7 +91,7 @@ def _shrink(
 ) -> Plan:
     asked = {"minutes": minutes, "runs": [run.name for run in runs], "options": plan.changes}
     kept = (result["scale"] for result in plan.kept.values() if result["scale"])
-    held = read_json(path) or next((decided for decided in kept if decided["asked"] == asked), None)
+    held = decided(plan) or next((scale for scale in kept if scale["asked"] == asked), None)
     if held is None:
         if not slots:
             raise ChangedError(f"{plan.out} holds nothing to render")

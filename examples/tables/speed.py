@@ -10,9 +10,13 @@ from . import commands, logs, process
 from .execute import Plan, RunError, Slot, failure, in_slots
 from .folder import BusyError, environment, locked, read_json, write_json
 from .table import Run
+from .validation import is_nothing, is_number, is_text, values
 
 # Options that a few updates have no use for.
 _OFF = ("validate-interval-updates", "save-interval-updates", "lr-period-updates", "warmup-updates")
+
+FIGURES = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
+RATE = {**dict.fromkeys(FIGURES, (is_number, is_nothing)), "device": is_text, "versions": {"torch": is_text}}
 
 
 def measure(
@@ -60,8 +64,7 @@ def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates:
         try:
             with locked(place / "lock", "another process measures this row") as lock:
                 found = measure(plan, row, slot, updates, max(1, updates // 16), place, [lock])
-            keys = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
-            rate = {**{key: found[key] for key in keys}, "updates": updates, "changes": plan.changes, **where(slot)}
+            rate = {**{key: found[key] for key in FIGURES}, "updates": updates, "changes": plan.changes, **where(slot)}
             with writing:
                 write_json(plan.speed, {**(read_json(plan.speed) or {}), row: rate})
         except (RunError, BusyError, OSError) as error:
@@ -81,8 +84,14 @@ def where(slot: Slot) -> Dict[str, Any]:
 
 
 def read(plan: Plan) -> Dict[str, Any]:
-    """What was measured, by row."""
+    """What was measured, by row.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     found: Dict[str, Any] = read_json(plan.speed) or {}
+    if not values(RATE)(found):
+        raise ValueError(f"{plan.speed} does not hold rates of rows: remove it, and measure them with --speed")
     return {row: found[row] for row in plan.table.rows if row in found}
 
 

@@ -1,5 +1,6 @@
 """Table files: rows, seeds and evaluations as data, so that a new row is a few lines of YAML."""
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -8,9 +9,10 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from . import validation
+from .validation import TableError
 
-class TableError(ValueError):
-    """A table file, or what was asked of it, makes no sense."""
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
 @dataclass
@@ -112,38 +114,91 @@ def load(path: Path) -> Table:
     Raises:
         TableError: it says something unknown, or not enough.
     """
+    text = _text(path)
     try:
-        loaded = OmegaConf.merge(OmegaConf.structured(Table), OmegaConf.load(path))
+        loaded = OmegaConf.merge(OmegaConf.structured(Table), OmegaConf.load(io.StringIO(text)))
         table: Table = OmegaConf.to_object(loaded)  # type: ignore[assignment]
-    except FileNotFoundError:
-        raise TableError(f"there is no table file {path}") from None
-    except (OmegaConfBaseException, TypeError) as error:
+    except (OmegaConfBaseException, TypeError, OSError) as error:
         raise TableError(f"{path}: {str(error).splitlines()[0]}") from error
     except yaml.YAMLError as error:
         raise TableError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if table.measure not in MEASURES:
-        raise TableError(f"{path}: unknown measure '{table.measure}'; the known ones are {', '.join(MEASURES)}")
-    if not table.rows or not table.seeds:
-        raise TableError(f"{path}: a table needs at least one row and one seed")
-    if not table.evaluation.subsets:
-        raise TableError(f"{path}: evaluation.subsets names no split to evaluate")
-    for name in table.rows:
-        if streams(table, name) < 1:
-            raise TableError(f"{path}: row '{name}' has {streams(table, name)} `streams`, it must have one at least")
-    for name in ("batch-size", "seed", "save-dir"):
-        if any(name in options for options in (table.options, *(row.options for row in table.rows.values()))):
-            raise TableError(f"{path}: --{name} is set by the runner, from `streams`, `seeds` and --out")
+    except RecursionError:
+        raise TableError(f"{path} holds something that holds itself: write it out without & and *") from None
+    try:
+        _check(table)
+    except TableError as error:
+        raise TableError(f"{path}: {error}") from None
     return table
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise TableError(f"there is no table file {path}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise TableError(f"{path} is not UTF-8 in line {line}: save it as UTF-8") from None
+
+
+def _check(table: Table) -> None:
+    """See that a table makes sense, and that its names can be those of files.
+
+    Raises:
+        TableError: as for `load`.
+    """
+    if table.measure not in MEASURES:
+        raise TableError(f"unknown measure '{table.measure}'; the known ones are {', '.join(MEASURES)}")
+    if not table.rows or not table.seeds:
+        raise TableError("a table needs at least one row and one seed")
+    if not table.evaluation.subsets:
+        raise TableError("evaluation.subsets names no split to evaluate")
+    validation.line_of_text("the table's title", table.title)
+    validation.folder("data", table.data)
+    validation.options("options", table.options, validation.SET_IN_TRAINING)
+    for name, row in table.rows.items():
+        validation.file_name("a row", name)
+        validation.line_of_text(f"the title of row '{name}'", row.title)
+        if row.paper.source:
+            validation.line_of_text(f"the source of row '{name}'", row.paper.source)
+        validation.options(f"row '{name}'", row.options, validation.SET_IN_TRAINING)
+        if streams(table, name) < 1:
+            raise TableError(f"row '{name}' has {streams(table, name)} `streams`, it must have one at least")
+        _check_evaluations(table, row)
+    _check_seeds(table.seeds)
+
+
+def _check_evaluations(table: Table, row: Row) -> None:
+    wanted = table.evaluation
+    validation.options("evaluation.options", wanted.options, validation.SET_IN_EVALUATION)
+    for subset in (*wanted.subsets, wanted.memory.subset, wanted.segments.subset):
+        validation.file_name("a split", subset)
+    for sweep, least in (("memory", 0), ("segments", 1)):
+        lengths = getattr(wanted, sweep).lengths
+        if any(length < least for length in lengths):
+            raise TableError(f"evaluation.{sweep} has the length {min(lengths)}, it must be {least} at least")
+    if wanted.memory.lengths and "model-overrides" in wanted.options:
+        raise TableError("evaluation.options: --model-overrides is set by the runner, from `evaluation.memory`")
+    several = validation.twice([evaluation.name for evaluation in evaluations(table, row)])
+    if several:
+        raise TableError(f"the evaluation '{next(iter(several))}' is asked for twice: name each split and length once")
+
+
+def _check_seeds(seeds: List[int]) -> None:
+    for seed in seeds:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise TableError(f"there is no seed {seed}: take one from 0 to {LARGEST_SEED}")
 
 
 def runs(table: Table, rows: Optional[List[str]] = None, seeds: Optional[List[int]] = None) -> List[Run]:
     """The runs of a table, all first seeds before the second ones, *rows* in their order.
 
     Raises:
-        TableError: a row is unknown.
+        TableError: a row is unknown, or a seed is none.
     """
     for name in rows or []:
         find(table, name)
+    _check_seeds(seeds or [])
     chosen = dict.fromkeys(rows or table.rows)
     return [Run(name, seed) for seed in dict.fromkeys(seeds or table.seeds) for name in chosen]
 

@@ -1,0 +1,146 @@
+"""Checks of what a table file, or a file of results, names and says, before anything is made of it."""
+
+import re
+import unicodedata
+from typing import Any, Callable, Dict, Mapping, Sequence
+
+LONGEST_NAME = 100
+LONGEST_LINE = 300
+# Folders beside those of rows, and files beside those of evaluations.
+TAKEN_BY_RUNNER = {"a row": ("rates", "speed", "table"), "a split": ("jobs", "log")}
+SET_IN_TRAINING = {
+    **dict.fromkeys(("batch-size", "max-sentences"), "`streams`"),
+    "seed": "`seeds`",
+    "save-dir": "--out",
+}
+SET_IN_EVALUATION = {
+    "path": "the run that is evaluated",
+    "gen-subset": "`evaluation.subsets`",
+    **dict.fromkeys(("num-shards", "shard-id"), "--scale"),
+}
+
+
+class TableError(ValueError):
+    """A table file, or what was asked of it, makes no sense."""
+
+
+def file_name(what: str, name: str) -> None:
+    """Check the name of *what*, "a row" or "a split", from which names of files are made.
+
+    Raises:
+        TableError: it could lead to another folder, or be taken for an option or a file of the runner.
+    """
+    extra = "." if what == "a split" else ""
+    if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9_{extra}-]*", name) or len(name) > LONGEST_NAME:
+        points = ", points" if extra else ""
+        raise TableError(
+            f"{shortened(name)} cannot be the name of {what}: files are named after it, so take letters, digits, _"
+            f"{points} and - within, {LONGEST_NAME} at most"
+        )
+    if name in TAKEN_BY_RUNNER[what]:
+        raise TableError(f"'{name}' cannot be the name of {what}: the runner has files of that name; take another")
+
+
+def line_of_text(what: str, text: str) -> None:
+    """Check a title or a source, *what*: it stands within a line of a page, a script and a plot.
+
+    Raises:
+        TableError: it is empty, too long, or holds a line end or another character that is no text.
+    """
+    wrong = next((c for c in text if _is_control(c)), None)
+    if wrong is not None:
+        raise TableError(f"{what} {shortened(text)} holds {wrong!a}: write one line of plain text")
+    if not text.strip() or len(text) > LONGEST_LINE:
+        raise TableError(f"{what} has {len(text)} characters: write one line of text, {LONGEST_LINE} at most")
+
+
+def without_controls(text: str) -> str:
+    """The text with a space for each line end and other character that is no text."""
+    return "".join(" " if _is_control(c) else c for c in text)
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def options(where: str, given: Mapping[str, Any], set_by_runner: Mapping[str, str]) -> None:
+    """Check options of a command that a table gives in *where*.
+
+    Raises:
+        TableError: a name is none, or is one that the runner sets itself.
+    """
+    for name in given:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            raise TableError(f"{where} names {shortened(name)}: write the name of an option, without -- and =")
+        if name in set_by_runner:
+            raise TableError(f"{where}: --{name} is set by the runner, from {set_by_runner[name]}")
+    if "data" in given:
+        folder("data", str(given["data"]))
+
+
+def folder(what: str, path: str) -> None:
+    """Check the path of a folder that a command is given.
+
+    Raises:
+        TableError: the command would take it for an option, or it is none.
+    """
+    if path.startswith("-"):
+        raise TableError(f"{what} {shortened(path)} would be taken for an option: write ./ in front")
+    line_of_text(what, path)
+
+
+def shortened(text: str) -> str:
+    """A text in quotes for a message, in one line."""
+    return ascii(text) if len(text) <= 60 else f"{text[:60]!a}..."
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a value read from JSON has a *shape*.
+
+    The shape is a dictionary of shapes of what must be there, a list of the one shape that all entries have, a tuple of
+    shapes of which one fits, or a function.
+    """
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(fits(value.get(key), part) for key, part in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(entry, shape[0]) for entry in value)
+    if isinstance(shape, tuple):
+        return any(fits(value, one) for one in shape)
+    return bool(shape(value))
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_number(value: Any) -> bool:
+    """Also infinity and NaN; what is finite is small enough to be drawn."""
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return True
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def is_whole(value: Any) -> bool:
+    return is_number(value) and isinstance(value, int)
+
+
+def is_nothing(value: Any) -> bool:
+    return value is None
+
+
+def is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def is_pair(value: Any) -> bool:
+    return fits(value, [is_number]) and len(value) == 2
+
+
+def values(shape: Any) -> Callable[[Any], bool]:
+    """Of a dictionary, all whose values have a shape."""
+    return lambda value: isinstance(value, dict) and all(fits(part, shape) for part in value.values())
+
+
+def twice(names: Sequence[Any]) -> Dict[Any, int]:
+    """Those that there are several of."""
+    return {name: names.count(name) for name in names if names.count(name) > 1}

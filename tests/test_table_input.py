@@ -1,0 +1,337 @@
+"""Table files and files of results from anyone: right, or refused in one line that says what to change."""
+
+import csv
+import io
+import json
+import re
+import shlex
+import string
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from examples.tables import commands, execute, folder, kept, logs, plots, process, recipes, render, table
+
+from .tables import run
+
+HOSTILE = [
+    "../../x", "/etc/x", "a/b", "a\\b", "..", ".", "-x", "--out", "", " ", "a\nb", "a\rb", "a\tb", "a\u2028b", "\x00",
+    "\x1b[31m", "\u202eabc", "\ud800", "a|b", "`a`", "<script>x</script>", "[x](javascript:y)", "# x", "- x", "1. x",
+    "---", "*a*", "_a_", "_a", "a_b", "a\\|b", "&amp;", "$\\frac{", "$x", "a$b$c", "=1+1", "+1", "@x", "-1+1", "'x",
+    '"x"', "a,b", "x" * 5000, "é", "語", "$(touch x)", "$((1)); touch x", "table", "speed", "jobs", "%s", "{x}",
+]  # fmt: skip
+texts = st.sampled_from(HOSTILE) | st.text(max_size=20)
+lines_of_text = st.sampled_from(HOSTILE) | st.text("aB1 _|`*#<>[]()\\$=+-@.:~&'\"é", min_size=1, max_size=20)
+slow = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def content(**changes):
+    """A table with every text that is rendered, as its file would say it."""
+    found = {
+        "title": "T", "data": "d", "measure": "perplexity", "streams": 2, "options": {"lr": 0.1},
+        "evaluation": {"subsets": ["valid", "test"], "memory": {"subset": "test", "lengths": [0, 8]}},
+        "rows": {"a": {"title": "A", "paper": {"test": 1.0, "source": "S"}}},
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+def load(path, **changes):
+    path.write_text(yaml.safe_dump(content(**changes), allow_unicode=False))
+    return table.load(path)
+
+
+def result(row="a", **changes):
+    """A complete line of a file of results."""
+    figures = {"loss": 1.0, "perplexity": 2.0, "identity": []}
+    found = {
+        "run": {"row": row, "seed": 1, "streams": 2, "options": {"--lr": 0.1}, "data": {}},
+        "training": {"parameters": 1, "curve": [[1, 2.0]]},
+        "evaluations": dict.fromkeys(("valid", "test", "test-memory-0", "test-memory-8"), figures),
+        "scale": None,
+        "starts": [{"device": "D", "versions": {"torch": "2"}, "commit": None, "changed_files": None}],
+    }
+    return {**found, **changes}
+
+
+@slow
+@given(st.sampled_from(["row", "subset", "option", "data"]), texts)
+def test_hostile_names(tmp_path, kind, name):
+    """Each is refused in one line, or names files of one folder and options of one word."""
+    changes = {
+        "row": {"rows": {name: {"title": "A"}}},
+        "subset": {"evaluation": {"subsets": [name]}},
+        "option": {"options": {name: 1}},
+        "data": {"data": name},
+    }[kind]
+    try:
+        loaded = load(tmp_path / "t.yaml", **changes)
+    except table.TableError as error:
+        assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000
+        return
+    (one,) = table.runs(loaded)
+    plan = execute.Plan(loaded, tmp_path / "out")
+    held = plan.folder(one).path.resolve()
+    assert held.parent.parent == (tmp_path / "out").resolve()
+    for evaluation in plan.evaluations(one):
+        file = plan.folder(one).evaluated(evaluation.name).resolve()
+        assert file.parent == held / "evaluations" and file.name != "jobs.json"
+    words = commands.train(loaded, one, "saved", {})
+    assert not words[0].startswith("-") and all(word.split() == [word] for word in words if word[:2] == "--")
+    assert shlex.split(commands.shell("fairseq-train", words).replace("\\\n", ""))[1:] == words
+
+
+@slow
+@given(lines_of_text, lines_of_text, lines_of_text)
+def test_hostile_titles(tmp_path, title, row_title, source):
+    """Each is refused in one line, or stays in its line and cell and means itself."""
+    rows = {"a": {"title": row_title, "paper": {"test": 1.0, "source": source}}}
+    try:
+        loaded = load(tmp_path / "t.yaml", title=title, rows=rows)
+    except table.TableError as error:
+        assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000
+        return
+    (one,) = table.runs(loaded)
+    text = render.write(execute.Plan(loaded, tmp_path, kept={one.name: result()}), [one])
+    lines = text.splitlines()
+    grid = [line for line in lines if line.startswith("|")][:3]
+    cells = [[cell.strip() for cell in CELLS.findall(line)] for line in grid]
+    assert len({len(line) for line in cells}) == 1 and len(cells[0]) == 8
+    assert plain(cells[2][0]) == row_title.strip()
+    assert lines[0].startswith("# ") and plain(lines[0][2:]) == title.strip()
+    assert [plain(line) for line in lines if line.startswith("Reported: ")] == [f"Reported: {source.strip()}."]
+    assert len([line for line in lines if line.startswith("#")]) == 2
+    assert not re.search(r"(?<!\\)[<`]", text)
+    (line,) = csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))
+    assert line["title"] in (row_title, f"'{row_title}") and line["title"].strip()[:1] not in "=+-@"
+
+
+CELLS = re.compile(r"(?<=\|)((?:[^\\|]|\\.)*)(?=\|)")  # a pipe behind a backslash is no end
+
+
+def plain(markdown):
+    """What a reader of CommonMark sees."""
+    return re.sub(rf"\\([{re.escape(string.punctuation)}])", r"\1", markdown)
+
+
+def test_hostile_titles_in_plots(tmp_path):
+    """They are drawn as they stand, one that begins with an underscore has its line in the legend."""
+    titles = ["_first", "$\\frac{", "a$b$ & <c>", "=1|2"]
+    rows = {f"row{i}": {"title": title} for i, title in enumerate(titles)}
+    loaded = load(tmp_path / "t.yaml", title="a $x$ <b>", rows=rows)
+    lines = [result(row) for row in rows]
+    lines[0]["training"] = {
+        "parameters": 1,
+        "curve": [[1, float("inf")], [2, float("nan")]],
+        "tokens_per_second": float("inf"),
+    }
+    plan = execute.Plan(loaded, tmp_path, kept={f"{line['run']['row']}/seed-1": line for line in lines})
+    files = plots.write(plan, table.runs(loaded))
+    assert [file.stem for file in files] == ["summary", "curves", "memory"]
+    for file in files:
+        ElementTree.parse(file)
+        assert all(
+            f"<!-- {title.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')} -->" in file.read_text()
+            for title in ["a$b$ & <c>", "$\\frac{"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": {"../x": {"title": "A"}}}, "'../x' cannot be the name of a row"),
+        ({"rows": {"table": {"title": "A"}}}, "'table' cannot be the name of a row: the runner has files"),
+        ({"rows": {"a": {"title": "A\nB"}}}, "title of row 'a' 'A.nB' holds '.n': write one line"),
+        ({"rows": {"a": {"title": ""}}}, "title of row 'a' has 0 characters"),
+        ({"rows": {"a": {"title": "A", "paper": {"source": "x\x1b"}}}}, "the source of row 'a'"),
+        ({"rows": {"a": {"title": "A", "options": {"max-sentences": 3}}}}, "row 'a': --max-sentences is set by"),
+        ({"rows": {"a": {"title": "A", "options": {"save-dir=/x": 3}}}}, "row 'a' names 'save-dir=/x'"),
+        ({"rows": {"a": {"title": "A", "options": {"data": "--user-dir"}}}}, "would be taken for an option"),
+        ({"data": "-x"}, "data '-x' would be taken for an option"),
+        ({"evaluation": {"subsets": ["../test"]}}, "'../test' cannot be the name of a split"),
+        ({"evaluation": {"subsets": ["jobs"]}}, "'jobs' cannot be the name of a split"),
+        ({"evaluation": {"subsets": ["test", "test"]}}, "'test' is asked for twice"),
+        ({"evaluation": {"memory": {"lengths": [8, 8]}}}, "'test-memory-8' is asked for twice"),
+        ({"evaluation": {"memory": {"lengths": [-8]}}}, "evaluation.memory has the length -8"),
+        ({"evaluation": {"segments": {"lengths": [0]}}}, "evaluation.segments has the length 0"),
+        ({"evaluation": {"options": {"path": "x"}}}, "--path is set by the runner, from the run"),
+        ({"evaluation": {"options": {"model-overrides": "{}"}, "memory": {"lengths": [1]}}}, "--model-overrides is"),
+        ({"seeds": [-1]}, "there is no seed -1"),
+    ],
+)  # fmt: skip
+def test_what_a_table_must_not_say(changes, message, tmp_path):
+    with pytest.raises(table.TableError, match=message):
+        load(tmp_path / "t.yaml", **changes)
+
+
+WRITTEN = yaml.safe_dump(content(title="é, x"), allow_unicode=True)
+
+
+@pytest.mark.parametrize("data", [
+    WRITTEN.encode(), b"\xef\xbb\xbf" + WRITTEN.encode(), WRITTEN.replace("\n", "\r\n").encode(),
+    b"\xef\xbb\xbf" + WRITTEN.replace("\n", "\r\n").encode(),
+])  # fmt: skip
+def test_marks_and_line_ends(data, tmp_path):
+    (tmp_path / "t.yaml").write_bytes(data)
+    loaded = table.load(tmp_path / "t.yaml")
+    assert loaded.title == "é, x" and loaded.rows["a"].title == "A"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (WRITTEN.encode("latin-1"), "is not UTF-8 in line .*: save it as UTF-8"),
+        (WRITTEN.encode("utf-16"), "is not UTF-8 in line 1"),
+        (f"{WRITTEN}title: other\n".encode(), "duplicate key title"),
+        (WRITTEN.replace("  a:", "  a: {title: B}\n  a:").encode(), "duplicate key a"),
+        (b"a: &a [*a]", "holds itself"),
+        (b"3", "Invalid loaded object"),
+        (b"", "missing mandatory value"),
+        (WRITTEN.encode() + b"\x00", "is no YAML"),
+    ],
+)
+def test_files_that_are_no_tables(data, message, tmp_path, capsys):
+    path = tmp_path / "t.yaml"
+    path.write_bytes(data)
+    with pytest.raises(table.TableError, match=f"{path}.*{message}") as error:
+        table.load(path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_lines_of_results_with_a_mark_and_any_line_end(tmp_path):
+    line = json.dumps(result(), ensure_ascii=False).replace('"D"', '"a\u2028b"')
+    (tmp_path / "runs.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\r\n".encode())
+    assert kept.read(tmp_path / "runs.jsonl")["a/seed-1"]["starts"][0]["device"] == "a\u2028b"
+
+
+def damaged(*path, value):
+    """A line of results with another value somewhere."""
+    found = json.loads(json.dumps(result()))
+    *way, last = path
+    inner = found
+    for key in way:
+        inner = inner[key]
+    inner[last] = value
+    return json.dumps(found).encode()
+
+
+@pytest.mark.parametrize("line", [
+    b"{", b"\xff", b"[]", b"3", b"[" * 100_000,
+    damaged("run", "row", value=3), damaged("run", "seed", value="../x"), damaged("run", value=None),
+    damaged("training", "curve", value=[[1]]), damaged("training", "curve", value=[["x", 1]]),
+    damaged("training", value=1), damaged("training", "parameters", value=10**40),
+    damaged("training", "tokens_per_second", value=True), damaged("evaluations", "test", "loss", value="1"),
+    damaged("evaluations", value=[]), damaged("evaluations", "x", value=1), damaged("scale", value={"asked": {}}),
+    damaged("starts", value=[{}]), damaged("starts", 0, "versions", value={"a": 1}),
+])  # fmt: skip
+def test_lines_that_are_no_results(line, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_bytes(damaged("evaluations", "test", "loss", value=1.0) + b"\n" + line + b"\n")
+    with pytest.raises(ValueError, match=f"line 2 of {path} is not the result of a run: mend it, or take it out"):
+        kept.read(path)
+
+
+def test_what_results_say_means_itself(tmp_path):
+    """Devices, versions and options from a file of results, on the page and in CSV."""
+    loaded = load(tmp_path / "t.yaml")
+    (one,) = table.runs(loaded)
+    line = result()
+    line["run"]["options"] = {"--lr": "0.1\n| x | <b>"}
+    line["starts"][0].update(device="<b>\n# `x`", versions={"=x": "|"}, commit="*c*")
+    line["evaluations"]["test"] = {"loss": 1.0, "perplexity": 2.0, "row": "other", "=formula": "+1", "identity": []}
+    text = render.write(execute.Plan(loaded, tmp_path, kept={one.name: line}), [one])
+    assert len([part for part in text.splitlines() if part.startswith("#")]) == 2  # of the table, and of memory lengths
+    assert len([part for part in text.splitlines() if part.startswith("|")]) == 6
+    assert "Device: \\<b\\> \\# \\`x\\`." in text and "\\*c\\*" in text
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "evaluations.csv").read_text())))
+    assert {held["row"] for held in lines} == {"a"} and lines[1]["'=formula"] == "'+1"
+
+
+def test_rates_that_are_none(tiny, capsys):
+    (tiny.parent / "out").mkdir()
+    (tiny.parent / "out" / "speed.json").write_text('{"lamemo": {"device": 3}}')
+    assert run(tiny, "--render") == 1
+    assert "speed.json does not hold rates of rows: remove it, and measure them" in capsys.readouterr().err
+
+
+def test_a_log_with_records_of_another_kind(tmp_path):
+    head = "2026-01-01 00:00:00 | INFO | fairseq_cli.train | num. shared model params: 1,234 (num. trained: 1,234)\n"
+    for record in (
+        'train_inner | {"wps": "1"}',
+        'valid | {"valid_num_updates": "x"}',
+        'train_inner | {"num_updates": []}',
+    ):
+        (tmp_path / "log").write_text(f"{head}2026-01-01 00:00:00 | INFO | {record}\n")
+        with pytest.raises(logs.LogError, match="has a record that is not one of fairseq's"):
+            logs.training(tmp_path / "log")
+
+
+def begin(plan, one):
+    """A run of which there is a checkpoint."""
+    held = plan.folder(one)
+    held.claim(plan.identity(one))
+    held.checkpoints.mkdir()
+    (held.checkpoints / "checkpoint_last.pt").touch()
+
+
+SCALE = {
+    "asked": {"minutes": 60, "runs": ["lamemo/seed-1"], "options": {}},
+    "changes": {"max-update": 3},
+    "shards": 1,
+    "of_updates": 12,
+}
+
+
+def test_a_folder_of_another_scale_is_told_before_anything_is_run(tiny, capsys, monkeypatch):
+    """In either direction, by the option's name; also of results that are kept, and for jobs."""
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run"))
+    out, results = tiny.parent / "out", tiny.parent / "results"
+    plan = execute.Plan(table.load(tiny), out)
+    begin(plan, table.Run("lamemo", 1))
+    for action in ([], ["--print-slurm"]):
+        assert run(tiny, *action, "--scale", 60) == 1
+        assert "out was begun without --scale, and this is with --scale 60: ask" in capsys.readouterr().err
+    folder.write_json(out / "scale.json", SCALE)
+    for minutes, asked in (([], "without --scale"), (["--scale", 30], "with --scale 30")):
+        assert run(tiny, *minutes) == 1
+        assert f"out was begun with --scale 60, and this is {asked}: ask" in capsys.readouterr().err
+    assert run(tiny, "--render") == 0
+    (out / "scale.json").write_text('{"asked": 3}')
+    assert run(tiny) == 1
+    assert "scale.json does not say how the table was shrunk" in capsys.readouterr().err
+
+    results.mkdir()
+    (results / "runs.jsonl").write_text(json.dumps({**result("lamemo"), "scale": SCALE}) + "\n")
+    assert run(tiny, "--results", results, "--out", tiny.parent / "other") == 1
+    assert (
+        "results keeps results of lamemo/seed-1 with --scale 60, and this is without --scale" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "ways"),
+    [
+        ({}, "lr below 0.02 or clip-norm, such as 0.25;"),
+        ({"clip-norm": 0.5, "fp16": True, "lr": 1}, "lr below 1 or clip-norm below 0.5 or fp16: false;"),
+    ],
+)
+def test_advice_for_a_row_that_diverged(changes, ways, tiny, capsys, monkeypatch):
+    """Going on from its last checkpoint, it would diverge again."""
+    told = "lamemo_fairseq.memory.streams.DivergenceError: NaN or infinity in update 7"
+    monkeypatch.setattr(process, "run", lambda argv, log, *_: log.write_text(f"{told}\n") and process.Ended(1, 0.1))
+    given_ = [f"{name}={value}" for name, value in changes.items()]
+    assert run(tiny, "--only", "lamemo", *(["--set", *given_] if given_ else [])) == 1
+    message = capsys.readouterr().err
+    assert f"Give row 'lamemo' other options in the table ({ways}" in message and "Start again" not in message
+    assert f"move {tiny.parent / 'out' / 'lamemo' / 'seed-1'} away" in message
+
+
+def test_recipes_replace_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    monkeypatch.setattr(recipes, "written", lambda *_: {"a.sh": f"{recipes.WRITTEN_BY}x`\n", "a.yaml": "x"})
+    (tmp_path / "a.yaml").write_text("mine: 1\n")
+    with pytest.raises(table.TableError, match=r"a.yaml is no recipe that was written from a table"):
+        recipes.write(None, tmp_path, "t")
+    assert (tmp_path / "a.yaml").read_text() == "mine: 1\n" and not (tmp_path / "a.sh").exists()
