@@ -27,6 +27,12 @@ def test_recipes_say_what_tables_say(path, monkeypatch):
     assert "\n\n".join(recipes.lines(loaded, table.Run(ours, loaded.seeds[0]), runner.table_name(path))) in readme
 
 
+def test_every_yaml_is_a_table_or_comes_from_one():
+    """So that none can say other settings than the tables do."""
+    rows = [path.parent / f"{row}.yaml" for path in TABLES for row in table.load(path).rows]
+    assert {*(ROOT / "examples").glob("**/*.yaml")} == {*TABLES, *rows}
+
+
 def test_a_shell_recipe_computes_nothing_but_the_streams():
     """Whatever the values of a table look like."""
     words = ["data", "--lr", "$((1)); touch x", "--batch-size", "$((4 / GPUS))", "--title", "`x`"]
