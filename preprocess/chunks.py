@@ -31,6 +31,7 @@ class Chunk(NamedTuple):
 
     text: Span
     encoded: Path
+    more: bool = False  # whether its split goes on behind it
 
 
 def cut(text: Span, boundary: Boundary, size: int = CHUNK) -> list[Span]:
@@ -66,7 +67,9 @@ def _next_boundary(file: IO[bytes], position: int, end: int, boundary: Boundary)
         line = seen.rstrip(b" \t\f\v\r")
         kept = len(line) - line.endswith(b"\n")
         begin, seen = begin + kept, seen[kept:]
-    return end if limit == end else position
+    if limit == end:
+        return end
+    return position if boundary.beyond is None else _next_boundary(file, limit, end, Boundary(boundary.beyond))
 
 
 def encode(chunks: Sequence[Chunk], tokenizer: Tokenizer, workers: int) -> None:
@@ -134,7 +137,7 @@ def _work(chunk: Chunk) -> Chunk:
 
 def _encode(chunk: Chunk, tokenizer: Tokenizer) -> Chunk:
     try:
-        symbols, ids, sizes = tokenizer.encode(chunk.text.read())
+        symbols, ids, sizes = tokenizer.encode(chunk.text.read(), chunk.more)
     except EncodingError as error:
         raise error.within(chunk.text) from error
     names = np.frombuffer("\n".join(symbols).encode("utf-8"), dtype=np.uint8)

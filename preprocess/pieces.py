@@ -1,7 +1,8 @@
 """Training of SentencePiece models."""
 
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from .files import Span, replacing
 from .tokenization import EncodingError, LineTokenizer
 
 _PART = 1 << 16
+_LONGEST = 1 << 16  # bytes of a sentence
+_SHORT = f".{{1,{_LONGEST // 4 - 1}}}"  # characters, of four bytes at most
+_SHORT_ENOUGH = re.compile(rf"{_SHORT}(?:\s|$)|{_SHORT}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class PieceTraining:
                 model_writer=written,
                 vocab_size=self.vocab_size,
                 character_coverage=self.character_coverage,
-                max_sentence_length=1 << 16,
+                max_sentence_length=_LONGEST,
                 minloglevel=2,
             )
         except RuntimeError as error:
@@ -68,4 +72,11 @@ class PieceTraining:
                 raise error.within(part) from error
             for line in lines:
                 if line.strip():
-                    yield words(line)
+                    yield from _sentences(words(line))
+
+
+def _sentences(line: str) -> Iterable[str]:
+    """Parts of a line that SentencePiece does not skip for their length, cut at spaces if there are any."""
+    if len(line.encode()) <= _LONGEST:
+        return [line]
+    return (match[0] for match in _SHORT_ENOUGH.finditer(line))

@@ -156,7 +156,7 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     (work / "chunks").mkdir(exist_ok=True)
     chunks = {
         split: [
-            Chunk(part, work / "chunks" / f"{split}-{i:06d}.npz")
+            Chunk(part, work / "chunks" / f"{split}-{i:06d}.npz", more=part.stop < span.stop)
             for i, part in enumerate(cut(span, tokenizer.boundary, chunk_bytes))
         ]
         for split, span in splits.items()
@@ -218,7 +218,7 @@ def _publish(destdir: Path, work: Path, record: dict[str, Any], former: dict[str
     for name in ("dict.txt", *(former or {"files": {}})["files"]):
         (destdir / name).unlink(missing_ok=True)
     with replacing(work / RECORD) as file:
-        file.write(json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(record, indent=1).encode() + b"\n")
     os.replace(work / RECORD, destdir / RECORD)
     for name in made:
         os.replace(work / "made" / name, destdir / name)
@@ -269,7 +269,7 @@ def _alone(destdir: Path) -> Iterator[None]:
     with open(destdir / ".lock", "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise FileExistsError(f"another run is at work in {destdir}") from error
         yield
 

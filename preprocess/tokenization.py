@@ -26,6 +26,7 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what fairseq's encoders for bytes and ch
 MARK = "\ufeff"  # the byte order mark that some editors write before a text
 LONGEST = 1 << 16  # tokens of a line of bytes; longer ones are stored in several pieces
 _END_OF_LINE = rb"(?:\r\n|\r(?!\n)|\n)"  # any that Python knows
+LONG_LINE = 1 << 22  # bytes; a longer line is cut between words, so that memory does not grow with it
 ROW = 1 << 10  # tokens of a line of letters, of which a text has none
 
 
@@ -38,19 +39,24 @@ class Encoded(NamedTuple):
 
 
 class Boundary(NamedTuple):
-    """Where a text may be cut: behind a match of *pattern*, or anywhere if none begins within *reach* bytes."""
+    """Where a text may be cut: behind a match of *pattern*, or if none begins within *reach* bytes, behind one of
+    *beyond*, or anywhere."""
 
     pattern: bytes
     reach: int | None = None
     where: str = "ends of lines"  # the pattern in words
+    beyond: bytes | None = None
 
 
 class Tokenizer(ABC):
     boundary: ClassVar[Boundary]
 
     @abstractmethod
-    def encode(self, text: bytes) -> Encoded:
+    def encode(self, text: bytes, more: bool = False) -> Encoded:
         """The tokens of a chunk.
+
+        Args:
+            more: whether there is text behind it, of the same line if the chunk does not end in one's end.
 
         Raises:
             EncodingError: it holds what this tokenizer cannot read.
@@ -111,7 +117,7 @@ class ByteTokenizer(Tokenizer):
     name: str = "bytes"
     boundary: ClassVar[Boundary] = Boundary(rb"\n", 1 << 20)
 
-    def encode(self, text: bytes) -> Encoded:
+    def encode(self, text: bytes, more: bool = False) -> Encoded:
         from .byte_lines import SYMBOLS
 
         symbols = [END if byte == ord("\n") else SYMBOLS[byte] for byte in range(256)]
@@ -132,7 +138,7 @@ class LetterTokenizer(Tokenizer):
     name: str = "letters"
     boundary: ClassVar[Boundary] = Boundary(rb"", 0)
 
-    def encode(self, text: bytes) -> Encoded:
+    def encode(self, text: bytes, more: bool = False) -> Encoded:
         ids = _LETTER_IDS[np.frombuffer(text, dtype=np.uint8)]
         if (wrong := np.flatnonzero(ids == len(_LETTERS))).size:
             offset = int(wrong[0])
@@ -151,7 +157,7 @@ class NormalizedLetterTokenizer(LetterTokenizer):
     name: str = "text8"
     boundary: ClassVar[Boundary] = Boundary(rb"\s", where="spaces")
 
-    def encode(self, text: bytes) -> Encoded:
+    def encode(self, text: bytes, more: bool = False) -> Encoded:
         refuse_nul(text)
         for digit, name in _DIGITS.items():
             text = text.replace(digit, name)
@@ -185,7 +191,11 @@ class LineTokenizer(Tokenizer):
 
     @property
     def boundary(self) -> Boundary:  # type: ignore[override]
-        return self._blank if self.paragraphs else self._lines
+        if self.paragraphs:
+            return self._blank
+        # Words at the sides of a space do not depend on each other; what else there is may look further.
+        apart = self.bpe == "none" and (self.tokenizer == "space" or (self.tokenizer == "words" and not self.pattern))
+        return self._lines._replace(reach=LONG_LINE, beyond=rb" ") if apart else self._lines
 
     @cached_property
     def encoders(self) -> list[Encoder]:
@@ -200,7 +210,7 @@ class LineTokenizer(Tokenizer):
         stripped = (line.rstrip("\n").lstrip(MARK) for line in lines)
         return _paragraphs(stripped) if self.paragraphs else stripped
 
-    def encode(self, text: bytes) -> Encoded:
+    def encode(self, text: bytes, more: bool = False) -> Encoded:
         numbers: defaultdict[str, int] = defaultdict(count().__next__)
         ids, sizes = array("I"), array("i")
         words, pieces = self.encoders
@@ -209,6 +219,9 @@ class LineTokenizer(Tokenizer):
             tokens.append(END)
             ids.extend(map(numbers.__getitem__, tokens))
             sizes.append(len(tokens))
+        if more and sizes and not text.endswith((b"\n", b"\r")):  # the line goes on
+            ids.pop()
+            sizes[-1] -= 1
         narrow = np.min_scalar_type(max(len(numbers) - 1, 0))
         return Encoded(
             list(numbers), np.frombuffer(ids, dtype=np.uint32).astype(narrow), np.frombuffer(sizes, dtype=np.int32)

@@ -180,6 +180,31 @@ def test_a_packed_file_that_is_called_a_text(texts, tmp_path, bpe, pack, remedy)
     assert "train.txt begins like a packed file, not like a text" in message and remedy in message
 
 
+@pytest.mark.parametrize("space", [b" ", b""])
+def test_pieces_of_a_text_in_one_line(tmp_path, space):
+    """SentencePiece itself leaves out sentences beyond a length."""
+    generator = np.random.default_rng(0)
+    text = space.join([b"the", b"old", b"\xc3\xa9t\xc3\xa9"][i] for i in generator.integers(0, 3, 40_000))
+    for name, content in ("one", text), ("short", text[:20_000]):
+        source = write(tmp_path / name, content)
+        own(source, tmp_path / f"{name}-data", "--shares", "1", "--bpe", "sentencepiece", "--vocab-size", "11")
+        tokens = tokens_of(tmp_path / f"{name}-data", "train")
+        assert tokens.count(END) == 1 and "<unk>" not in tokens
+        assert "".join(tokens[:-1]).replace("\u2581", " ").strip() == content.decode()
+
+
+def test_words_of_a_text_in_one_line(tmp_path, monkeypatch):
+    source = write(tmp_path / "text", b"the old house " * 2000)
+    own(source, tmp_path / "whole", "--shares", "1")
+    monkeypatch.setattr("preprocess.tokenization.LONG_LINE", 3000)
+    own(source, tmp_path / "cut", "--shares", "1")
+    assert tokens_of(tmp_path / "cut", "train") == tokens_of(tmp_path / "whole", "train")
+    dictionary = load_dictionary(str(tmp_path / "cut" / "dict.txt"))
+    assert len(load_lines(str(tmp_path / "cut"), "train", dictionary, None, False)) > 3
+    own(source, tmp_path / "divided", "--shares", "80", "20")
+    assert tokens_of(tmp_path / "divided", "valid")[-1] == END
+
+
 # Hints.
 
 

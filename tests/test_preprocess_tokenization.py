@@ -104,6 +104,48 @@ def test_the_cut_makes_no_difference(tokenizer, tmp_path_factory):
     check()
 
 
+@pytest.mark.parametrize("tokenizer", [LineTokenizer(), LineTokenizer(tokenizer="words")])
+def test_the_cut_of_long_lines_makes_no_difference(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocess.tokenization.LONG_LINE", 6)
+    path = tmp_path / "text"
+    inside = False
+
+    @given(st.lists(st.sampled_from([b"one", b"2", b" ", b" ", b"\n", b"\xc3\xa9t."]), max_size=30).map(b"".join))
+    @settings(max_examples=100, deadline=None)
+    def check(text):
+        nonlocal inside
+        path.write_bytes(text)
+        parts = [part.read() for part in cut(Span(path, 0, len(text)), tokenizer.boundary, 4)]
+        assert b"".join(parts) == text
+        tokens = []
+        for i, part in enumerate(parts):
+            more = i < len(parts) - 1
+            inside |= more and not part.endswith(b"\n")
+            symbols, ids, sizes = tokenizer.encode(part, more)
+            assert sizes.sum() == len(ids)
+            tokens += [symbols[i] for i in ids]
+        assert tokens == tokens_of(tokenizer, text)
+
+    check()
+    assert inside
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        LineTokenizer(tokenizer="moses"),
+        LineTokenizer(tokenizer="words", pattern="[a-z ]+"),
+        LineTokenizer(bpe="sentencepiece"),
+        LineTokenizer(paragraphs=True),
+    ],
+)
+def test_lines_of_which_words_depend_on_each_other_are_whole(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocess.tokenization.LONG_LINE", 6)
+    path = tmp_path / "text"
+    path.write_bytes(b"one two " * 10)
+    assert len(cut(Span(path, 0, 80), tokenizer.boundary, 4)) == 1
+
+
 def test_where_a_text_may_be_cut(tmp_path):
     path = tmp_path / "text"
     text = b"aaaa\nbb\nccccccccccccc\n\n  \ndd"
