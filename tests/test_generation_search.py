@@ -187,3 +187,12 @@ def test_there_may_be_more_samples_and_top_words_than_words(blocked):
         [model_of()], prompts_of([3]), beam_size=40, search_strategy=strategy, no_repeat_ngram_size=blocked
     )
     assert len(found) == 40
+
+
+def test_more_beams_than_words_are_refused():
+    """fairseq takes fewer without a word."""
+    assert len(generate([model_of()], prompts_of([3]), beam_size=16)[0]) == 16
+    with pytest.raises(ValueError, match="--beam 17 is more than the 16 words"):
+        generate([model_of()], prompts_of([3]), beam_size=17)
+    with pytest.raises(ValueError, match="--diversity-rate ranks the best 2 x --beam 9 words, of which there are 17"):
+        generate([model_of()], prompts_of([3]), beam_size=9, search_strategy=SEARCHES["siblings"]())

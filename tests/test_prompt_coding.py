@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
+from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPEConfig
 from fairseq_cli import generate, interactive, train
+from omegaconf import OmegaConf
 
 from lamemo_fairseq.generation import encoders
 from lamemo_fairseq.generation.lines import encode_prompts
@@ -46,8 +48,9 @@ def folders(texts, tmp_path_factory):
     return folder
 
 
-def task_of(folder):
-    return SegmentLanguageModelingTask.setup_task(SegmentLanguageModelingConfig(data=str(folder), tokens_per_sample=8))
+def task_of(folder, **options):
+    config = SegmentLanguageModelingConfig(data=str(folder), tokens_per_sample=8, **options)
+    return SegmentLanguageModelingTask.setup_task(config)
 
 
 def coders(task, tokenizer=None, bpe=None):
@@ -118,6 +121,13 @@ def test_what_a_command_names_comes_before_what_the_folder_records(folders, capl
     assert not caplog.text
 
 
+def test_pieces_without_their_file_are_refused(folders):
+    task = task_of(folders("space"))
+    task.build_tokenizer(None)
+    with pytest.raises(ValueError, match="--bpe subword_nmt needs a file: pass --bpe-codes"):
+        task.build_bpe(OmegaConf.structured(SubwordNMTBPEConfig(_name="subword_nmt")))
+
+
 def test_folders_of_fairseqs_record_nothing(tmp_path):
     dictionary_of(20).save(str(tmp_path / "dict.txt"))
     task = task_of(tmp_path)
@@ -144,6 +154,7 @@ def test_another_model_of_pieces_is_refused(folders, texts, tmp_path):
         ("t h e o", "the theo", "pass --bpe bytes"),
         ("\u2581the \u2581o ld", "the old", "pass --bpe sentencepiece --sentencepiece-model"),
         ("th@@ e o@@ ld", "the old", "pass --bpe subword_nmt or fastbpe with --bpe-codes"),
+        ("the old", "the old", "leave out --tokenizer and --bpe"),
         ("der alte", "the old", "dict.txt lists the words"),
     ],
 )
@@ -153,7 +164,7 @@ def test_a_prompt_of_unknown_words_is_told_with_what_was_forgotten(symbols, prom
         dictionary.add_symbol(symbol)
     encode_prompts(["w0 w1 zebra", "", symbols], str, dictionary)
     assert not caplog.text
-    encode_prompts([prompt], str, dictionary)
+    encode_prompts([prompt], (lambda text: text[::-1]) if symbols == prompt else str, dictionary)
     assert re.search(rf"of the {len(prompt.split())} words of the prompt .* are unknown.*{advice}", caplog.text)
 
 
@@ -227,6 +238,26 @@ def test_shards_together_have_every_line_once(folders, model, capsys):
     assert all(text.startswith(lines[int(row)][:5]) for row, text in whole.items())
     with pytest.raises(ValueError, match="has 40 lines, fewer than --num-shards 41"):
         generated("--num-shards", 41, "--shard-id", 0)
+
+
+def test_shards_of_an_evaluation_together_have_every_token_once(folders):
+    def targets(**options):
+        task = task_of(folders("bytes"), train_subset="train", dataset_impl=None, **options)
+        batches = task.get_batch_iterator(task.load_dataset("valid"), max_sentences=2).next_epoch_itr(shuffle=False)
+        return sorted(
+            int(word) for batch in batches for word in batch["target"].flatten() if word != task.dictionary.pad()
+        )
+
+    parts = [targets(num_shards=3, shard_id=i) for i in range(3)]
+    assert all(parts) and sorted(word for part in parts for word in part) == targets()
+    with pytest.raises(ValueError, match="--shard-id 3 is none of --num-shards 3: pass 0 to 2"):
+        targets(num_shards=3, shard_id=3)
+
+
+def test_shards_are_not_for_training(folders):
+    task = task_of(folders("bytes"), train_subset="train", dataset_impl=None, num_shards=2, shard_id=0)
+    with task.training_batches(), pytest.raises(ValueError, match="--num-shards 2 is for one process"):
+        task.get_batch_iterator(task.load_dataset("train"), max_sentences=2)
 
 
 def test_a_score_that_is_asked_for_is_printed(folders, model, capsys):

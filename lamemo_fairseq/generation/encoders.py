@@ -13,6 +13,7 @@ from fairseq.data.encoders.byte_utils import BYTE_TO_BCHAR, SPACE, SPACE_ESCAPE
 from fairseq.data.encoders.characters import Characters
 from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizerConfig
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
+from omegaconf.errors import MissingMandatoryValue
 
 from ..data.text_encoding import TextEncoding, read_text_encoding
 
@@ -115,10 +116,17 @@ class PromptCoding:
         Args:
             given: the option's value, or the configuration of the choice.
             build: builds fairseq's coder of it.
+
+        Raises:
+            ValueError: the choice needs another option.
         """
         name = (given if isinstance(given, str) else getattr(given, "_name", None)) or ""
         self._named[option] = name
-        self._coders[option] = Bytes() if name == "bytes" else build(given) if name else None
+        try:
+            self._coders[option] = Bytes() if name == "bytes" else build(given) if name else None
+        except MissingMandatoryValue as error:
+            missing = str(error.full_key).rsplit(".", 1)[-1].replace("_", "-")
+            raise ValueError(f"--{option} {name} needs a file: pass --{missing}") from error
         if option == "bpe":
             self._follow_record()
         recorded = self.record is not None and not any(self._named.values())

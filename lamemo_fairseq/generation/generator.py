@@ -125,6 +125,16 @@ class PromptGenerator(SequenceGenerator):
         if isinstance(self.search, search.Sampling):
             self.beam_size = kwargs.get("beam_size", 1)  # samples may be alike, so there can be more than words
             self.search.sampling_topk = min(self.search.sampling_topk, self.vocab_size)
+        elif self.beam_size < kwargs.get("beam_size", 1):
+            raise ValueError(
+                f"--beam {kwargs['beam_size']} is more than the {self.beam_size} words that may come next: pass fewer, "
+                "or --sampling"
+            )
+        if isinstance(self.search, search.DiverseSiblingsSearch) and 2 * self.beam_size > self.vocab_size:
+            raise ValueError(
+                f"--diversity-rate ranks the best 2 x --beam {self.beam_size} words, of which there are "
+                f"{self.vocab_size}: pass a smaller --beam"
+            )
         self.search.step = self._guarded(self.search.step)  # type: ignore[method-assign]
 
     @torch.no_grad()

@@ -66,6 +66,7 @@ def _ways(dictionary: Dictionary) -> Iterator[Tuple[str, Callable[[str], Any]]]:
     apart = Words("").encode
     moses = any(re.match("&[a-z]+;", symbol) for symbol in dictionary.symbols)
     split = "pass --tokenizer moses" if moses else "separate words and punctuation marks by spaces"
+    yield "its text was not encoded like this: leave out --tokenizer and --bpe", str
     yield "it has them in small letters: write the prompt in small letters", str.lower
     yield f"it has words apart from punctuation marks: {split}", apart
     yield f"it has small letters, and words apart from punctuation marks: {split}", lambda text: apart(text.lower())

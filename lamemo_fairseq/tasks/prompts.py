@@ -74,11 +74,13 @@ class PromptTask(FairseqTask):
         """Of how many shards this one is which: those of ``--num-shards``, or of several ranks.
 
         Raises:
-            ValueError: both are asked for, or shards of a training split.
+            ValueError: there is no such shard, both are asked for, or shards of a training split.
         """
         asked = self._option("num_shards") or 1, self._option("shard_id") or 0
         if asked[0] == 1 or asked == (ranks, rank):
             return ranks, rank
+        if not 0 <= asked[1] < asked[0]:
+            raise ValueError(f"--shard-id {asked[1]} is none of --num-shards {asked[0]}: pass 0 to {asked[0] - 1}")
         if self._trains or ranks > 1:
             raise ValueError(
                 f"--num-shards {asked[0]} is for one process that evaluates or generates, and several ranks divide the "
