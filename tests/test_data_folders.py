@@ -294,11 +294,15 @@ def test_prompts(data, tmp_path, monkeypatch):
 
 
 def test_the_prompts_of_a_command(tmp_path, monkeypatch):
-    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    stdin = io.TextIOWrapper(io.BytesIO(b"old\rMac\r\nends\ncaf\xe9\n"), encoding="utf-8", newline="\n")
     monkeypatch.setattr(sys, "stdin", stdin)
     check_input(SegmentLanguageModelingConfig(input="-"))
+    assert [clean_prompt(stdin.readline()) for _ in range(3)] == ["old\n", "Mac\n", "ends\n"]
     with pytest.raises(ValueError, match="not text in UTF-8"):
         clean_prompt(stdin.readline())
+    check_input(SegmentLanguageModelingConfig(input="-"))  # read already
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    check_input(SegmentLanguageModelingConfig(input="-"))
     with pytest.raises(FileNotFoundError, match=r"--input .*nowhere: there is no such file"):
         check_input(SegmentLanguageModelingConfig(input=str(tmp_path / "nowhere")))
     check_input(SegmentLanguageModelingConfig())  # of no command

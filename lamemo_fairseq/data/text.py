@@ -1,5 +1,7 @@
 """Text files and prompts: UTF-8, with or without a byte order mark, or refused."""
 
+import contextlib
+import io
 import os
 import sys
 from typing import Any
@@ -62,8 +64,9 @@ def check_input(cfg: Any) -> None:
         return
     if path == "-":
         stdin: Any = sys.stdin
-        if hasattr(stdin, "reconfigure"):
-            stdin.reconfigure(errors="surrogateescape")
+        # A notebook has another stdin, and a stream that has been read from stays as it is.
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            stdin.reconfigure(errors="surrogateescape", newline=None)  # None: any line end, as in files
     elif path.startswith("${"):
         return
     elif not os.path.isfile(path):
