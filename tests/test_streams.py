@@ -1,13 +1,18 @@
 """Splits are cut into streams, and streams into segments, without losing or doubling a token."""
 
 from itertools import pairwise
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from fairseq.data import ConcatDataset
+from fairseq.data.indexed_dataset import MMapIndexedDataset, MMapIndexedDatasetBuilder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamemo_fairseq.data.iterator import SegmentBatchIterator
+from lamemo_fairseq.data.position import real_tokens
 from lamemo_fairseq.data.segments import SegmentDataset, SegmentKey
 from lamemo_fairseq.data.streams import StreamLayout, TokenSequence
 from lamemo_fairseq.memory import StreamMemory
@@ -15,14 +20,19 @@ from lamemo_fairseq.memory.lookahead import LookaheadState
 
 from .helpers import split_of, tiny_decoder
 
-PAD, EOS = 1, 2
-texts = st.lists(st.lists(st.integers(4, 16), max_size=12), min_size=1, max_size=12).filter(lambda t: sum(map(len, t)))
+EOS = 2
+texts = st.lists(st.lists(st.integers(0, 16), max_size=12), min_size=1, max_size=12).filter(lambda t: sum(map(len, t)))
 
 
 def numbered(count: int, line: int = 7):
     """Lines whose tokens are all different."""
     ids = list(range(4, 4 + count))
     return [ids[i : i + line] for i in range(0, count, line)]
+
+
+def rows_of(batch):
+    """The targets of a batch, without padding."""
+    return [row[:n].tolist() for row, n in zip(batch["target"], batch["net_input"]["src_lengths"], strict=True)]
 
 
 def epoch_of(dataset, num_streams, epoch=1, shards=1):
@@ -47,9 +57,8 @@ def test_every_token_is_a_target_once(text, streams, length, seed):
     for k, batch in enumerate(batches):
         position = batch["net_input"]["position"]
         assert position.index == k and position.last == (k == len(batches) - 1)
-        real = batch["target"].ne(PAD)
+        real = real_tokens(batch["target"], batch["net_input"]["src_lengths"])
         assert batch["ntokens"] == int(real.sum())
-        assert torch.equal(batch["net_input"]["src_lengths"], real.sum(1))
         assert position.ragged == (not real.all())
         for row, stream in enumerate(position.streams):
             rows[stream] += batch["target"][row][real[row]].tolist()
@@ -168,6 +177,28 @@ def test_reading_a_sequence_is_slicing_it(text, data):
     assert split_of(text, 3).tokens.read(start, stop).tolist() == tokens[start:stop]
 
 
+@settings(max_examples=40, deadline=None)
+@given(text=texts, dtype=st.sampled_from([np.uint8, np.uint16, np.int32, np.int64]), data=st.data())
+def test_a_part_of_a_line_is_read_without_the_line(text, dtype, data, tmp_path_factory):
+    """A text in one long line costs no more than in short ones, also if it is one of several files."""
+    path = tmp_path_factory.mktemp("mapped") / "train"
+    builder = MMapIndexedDatasetBuilder(f"{path}.bin", dtype=dtype)
+    for line in text:
+        builder.add_item(torch.tensor(line, dtype=torch.int64))
+    builder.finalize(f"{path}.idx")
+    mapped = MMapIndexedDataset(str(path))
+    tokens = [t for line in text for t in line]
+    start = data.draw(st.integers(0, 2 * len(tokens)))
+    stop = data.draw(st.integers(0, 2 * len(tokens)))
+    with mock.patch.object(MMapIndexedDataset, "__getitem__", side_effect=AssertionError("loads a whole line")):
+        read = TokenSequence(mapped, 17, "train").read(start, min(stop, len(tokens)))
+        assert read.dtype == np.int64 and read.tolist() == tokens[start : min(stop, len(tokens))]
+        assert (
+            TokenSequence(ConcatDataset([mapped, mapped]), 17, "train").read(start, stop).tolist()
+            == ((tokens * 2)[start:stop])
+        )
+
+
 def test_a_word_id_beyond_the_dictionary_is_named():
     sequence = split_of([[4, 5, 99]], 3, words=17, name="data-bin/train").tokens
     assert isinstance(sequence, TokenSequence)
@@ -182,9 +213,8 @@ def test_shards_read_the_streams_that_one_rank_would(shards):
     parts = epoch_of(dataset, 4, shards=shards)
     assert {len(part) for part in parts} == {len(whole)}
     for k, batch in enumerate(whole):
-        rows = [row for part in parts for row in part[k]["target"].tolist()]
-        width = max(map(len, rows))
-        assert [r + [PAD] * (width - len(r)) for r in rows] == batch["target"].tolist()
+        rows = [row for part in parts for row in rows_of(part[k])]
+        assert rows == rows_of(batch)
         assert sum(part[k]["ntokens"] for part in parts) == batch["ntokens"]
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, List, Optional, Sequence, Tuple
 
+import torch
 from torch import Tensor
 
 
@@ -37,3 +38,8 @@ class SegmentPosition:
         several = "streams" if len(named) > 1 else "stream"
         listed = f"{named[0]}..{named[-1]}" if len(named) > 8 else ", ".join(map(str, named))
         return f"{several} {listed}"
+
+
+def real_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Booleans ``[B, N]``: which of ``tokens [B, N]`` are not padding, in rows of *lengths* ``[B]``."""
+    return torch.arange(tokens.size(1), device=tokens.device) < lengths.unsqueeze(1)

@@ -1,11 +1,17 @@
 """A binarized split as one sequence of tokens, cut into contiguous streams."""
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from fairseq.data import ConcatDataset
+from fairseq.data.indexed_dataset import MMapIndexedDataset
 from numpy.typing import NDArray
 
 from .binarized import check_ids
+
+logger = logging.getLogger(__name__)
 
 
 class TokenSequence:
@@ -31,11 +37,27 @@ class TokenSequence:
         if start >= stop:
             return np.empty(0, dtype=np.int64)
         first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
-        tokens = np.concatenate([np.asarray(self.lines[i], dtype=np.int64) for i in range(first, last + 1)])
-        skipped = int(self.ends[first - 1]) if first > 0 else 0
-        tokens = tokens[start - skipped : stop - skipped]
+        parts = []
+        for i in range(first, last + 1):
+            begin = int(self.ends[i - 1]) if i > 0 else 0
+            parts.append(part_of_line(self.lines, i, max(start - begin, 0), min(stop, int(self.ends[i])) - begin))
+        tokens = np.concatenate(parts)
         check_ids(tokens, self.name, self.num_words)
         return tokens
+
+
+def part_of_line(lines: Any, index: int, start: int, stop: int) -> NDArray[np.int64]:
+    """Tokens ``start .. stop-1`` of a line, int64, without loading the rest of it where the format allows that."""
+    if isinstance(lines, ConcatDataset):
+        number, index = lines._get_dataset_and_sample_index(index)
+        return part_of_line(lines.datasets[number], index, start, stop)
+    if not isinstance(lines, MMapIndexedDataset):
+        part = getattr(lines, "part", None)
+        return part(index, start, stop) if part else np.asarray(lines[index][start:stop], dtype=np.int64)
+    address, _ = lines._index[index]
+    dtype = np.dtype(lines._index.dtype)
+    stored = np.frombuffer(lines._bin_buffer, dtype, count=stop - start, offset=int(address) + start * dtype.itemsize)
+    return stored.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -60,6 +82,22 @@ class StreamLayout:
         short, longer = divmod(self.num_tokens, self.num_streams)
         start = stream * short + min(stream, longer)
         return start, start + short + (stream < longer)
+
+    def warn_of_empty_memories(self, split: str, enough: int, ranks: int) -> None:
+        """Tell that streams of less than *enough* segments hardly use the memory, and how many streams would."""
+        if self.num_streams == 1 or self.num_segments >= enough:
+            return
+        fitting = max(1, self.num_tokens // (enough * self.segment_length * ranks))
+        if self.num_segments == 1:
+            use = "and ends after one segment, so that the memory is not used"
+        else:
+            use = f"and has only {self.num_segments} segments"
+        logger.warning(
+            "%s: each stream starts from an empty memory, %s; --batch-size %d gives more tokens their full context",
+            split,
+            use,
+            fitting,
+        )
 
     def check(self, name: str, training: bool) -> None:
         """Refuse streams that hold too little.
