@@ -6,9 +6,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-from fairseq.data import Dictionary, data_utils
+from fairseq.data import data_utils
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 
+from lamemo_fairseq.data.dictionary import TextDictionary
 from lamemo_fairseq.data.position import SegmentPosition
 from lamemo_fairseq.data.segments import SegmentDataset
 from lamemo_fairseq.data.streams import TokenSequence
@@ -43,8 +44,8 @@ VARIANTS = [
 CHOICES = {"compressive": "compression"}
 
 
-def dictionary_of(words: int) -> Dictionary:
-    dictionary = Dictionary()
+def dictionary_of(words: int) -> TextDictionary:
+    dictionary = TextDictionary()
     for i in range(words - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
     assert len(dictionary) == words
@@ -84,15 +85,23 @@ def random_tokens(streams: int, length: int, words=17, seed=0) -> torch.Tensor:
     return torch.randint(4, words, (streams, length), generator=torch.Generator().manual_seed(seed))
 
 
-def read_streams(decoder: MemoryDecoder, tokens: torch.Tensor, split="valid", streams=None) -> torch.Tensor:
-    """Scores of ``tokens [B, T]`` read as streams, segment by segment, through the memory of streams."""
+def read_streams(
+    decoder: MemoryDecoder, tokens: torch.Tensor, split="valid", streams=None, lengths=None
+) -> torch.Tensor:
+    """Scores of ``tokens [B, T]``, of each row as many as *lengths* says, read through the memory of streams."""
     scores = []
-    for position, segment in segments_of(decoder, tokens, split, streams):
-        scores.append(decoder(segment, segment.ne(1).sum(1), position)[0])
+    for position, segment in segments_of(decoder, tokens, split, streams, lengths):
+        scores.append(decoder(segment, lengths_within(position, segment, lengths), position)[0])
     return torch.cat(scores, dim=1)
 
 
-def segments_of(decoder: MemoryDecoder, tokens: torch.Tensor, split="valid", streams=None):
+def lengths_within(position: SegmentPosition, segment: torch.Tensor, lengths=None):
+    """How much of each row of a segment is not padding, for rows of *lengths* in all; None if they have no padding."""
+    start = position.index * position.segment_length
+    return None if lengths is None else (torch.as_tensor(lengths) - start).clamp(0, segment.size(1)).to(segment.device)
+
+
+def segments_of(decoder: MemoryDecoder, tokens: torch.Tensor, split="valid", streams=None, lengths=None):
     """The positions and tokens of all segments, in order."""
     parts = tokens.split(decoder.segment_length, dim=1)
     for index, segment in enumerate(parts):
@@ -104,7 +113,7 @@ def segments_of(decoder: MemoryDecoder, tokens: torch.Tensor, split="valid", str
             streams=tuple(streams if streams is not None else range(len(tokens))),
             index=index,
             last=index == len(parts) - 1,
-            ragged=bool(segment.eq(1).any()),
+            ragged=lengths is not None and index * decoder.segment_length + segment.size(1) > min(lengths),
         )
         yield position, segment
 
@@ -116,7 +125,7 @@ def split_of(lines, segment_length, words=17, name="train", roll_seed=None) -> S
         sizes = np.array([len(line) for line in lines], dtype=np.int64)
 
     tensors = Lines(torch.tensor(line, dtype=torch.int64) for line in lines)
-    return SegmentDataset(TokenSequence(tensors, words, name), name, segment_length, pad=1, eos=2, roll_seed=roll_seed)
+    return SegmentDataset(TokenSequence(tensors, words, name), name, segment_length, eos=2, roll_seed=roll_seed)
 
 
 def write_data(folder: Path, words=40, seed=0, **sizes: int) -> Path:

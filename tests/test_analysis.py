@@ -137,11 +137,11 @@ def test_by_distance_attention_adds_up_to_more_than_one(slots):
 
 def test_padding_does_not_count():
     losses = Losses(3)
-    target = torch.tensor([[5, 6, 7], [5, 1, 1]])
+    target = torch.tensor([[5, 1, 7], [5, 5, 5]])
     log_probs = torch.full((2, 3, 9), -math.log(2))
     log_probs[1] *= 3
-    losses.add(log_probs, target, pad=1)
-    losses.add(log_probs[:1, :2], target[:1, :2], pad=1)
+    losses.add(log_probs, target, torch.tensor([3, 1]))
+    losses.add(log_probs[:1, :2], target[:1, :2], torch.tensor([2]))
     assert losses.by_position().tolist() == pytest.approx([5 / 3, 1, 1]) and losses.counts.tolist() == [3, 2, 1]
     assert losses.mean() == pytest.approx(8 / 6)
 

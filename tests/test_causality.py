@@ -32,7 +32,7 @@ def test_changing_a_token_changes_no_earlier_prediction(variant, options, data):
     other = tokens.clone()
     other[:, changed] = 4 + (other[:, changed] - 3) % 13
     with torch.no_grad():
-        before, after = (read_streams(decoder, pad(t, padding)) for t in (tokens, other))
+        before, after = (read_streams(decoder, pad(t, padding), lengths=[length] * 2) for t in (tokens, other))
     # The score of a token's successor stands at the token's own place, the first that may change.
     torch.testing.assert_close(before[:, :changed], after[:, :changed], rtol=0, atol=1e-12)
     assert not torch.equal(before[:, changed], after[:, changed])
@@ -43,8 +43,9 @@ def test_changing_a_token_changes_no_earlier_prediction(variant, options, data):
 def test_padding_at_the_end_changes_nothing(variant, options, padding):
     decoder = tiny_decoder(variant, **options)
     tokens = random_tokens(2, 2 * options["tokens_per_sample"] + 1)
+    lengths = [tokens.size(1)] * 2
     with torch.no_grad():
-        plain, padded = (read_streams(decoder, pad(tokens, p)) for p in (0, padding))
+        plain, padded = (read_streams(decoder, pad(tokens, p), lengths=lengths) for p in (0, padding))
     torch.testing.assert_close(plain, padded[:, : tokens.size(1)], rtol=0, atol=1e-12)
 
 

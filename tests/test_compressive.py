@@ -315,7 +315,7 @@ def test_the_loss_weighs_the_same_on_a_token_whatever_the_criterion_is_averaged_
         criterion = WithMemoryLosses(CrossEntropyCriterion(task, sentence_avg))
         for position, segment in segments_of(decoder, random_tokens(4, 5 * decoder.segment_length), split="train"):
             model.zero_grad()
-            inputs = {"src_tokens": segment, "src_lengths": segment.ne(1).sum(1), "position": position}
+            inputs = {"src_tokens": segment, "position": position}
             sample = {"net_input": inputs, "target": segment.contiguous(), "ntokens": segment.numel()}
             loss, size, logged = criterion(model, sample)
         loss.backward()

@@ -60,8 +60,7 @@ def assert_continued(found, prompts):
     """Two hypotheses a prompt, which begin as it does and have 3 to 20 words more, all of them of the dictionary."""
     assert [int(row) for row, _, _ in found] == [0, 0, 1, 1, 2, 2, 3, 3]
     for row, _, text in found:
-        # fairseq leaves end-of-sentence symbols out of what it prints.
-        prompt, words = prompts[int(row)].replace("</s>", "").split(), text.split()
+        prompt, words = prompts[int(row)].split(), text.split()
         assert words[: len(prompt)] == prompt and 3 <= len(words) - len(prompt) <= 20
 
 
@@ -94,7 +93,7 @@ def test_prompts_from_a_file_and_more_new_words_for_longer_prompts(data, checkpo
         *["--min-len", 2, "--unkpen", 1],
     )  # fmt: skip
     for row, _, text in hypotheses(capsys.readouterr().out):
-        prompt = PROMPTS[int(row)].replace("</s>", "").split()
+        prompt = PROMPTS[int(row)].split()
         assert len(prompt) + 2 <= len(text.split()) <= 2 * len(PROMPTS[int(row)].split()) + 2
 
 

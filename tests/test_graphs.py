@@ -12,7 +12,7 @@ from lamemo_fairseq.modules.graphs import run_on_aliases
 
 from . import fake_graphs
 from .gpus import gpu
-from .helpers import VARIANTS, random_tokens, segments_of, tiny_decoder
+from .helpers import VARIANTS, lengths_within, random_tokens, segments_of, tiny_decoder
 
 # One variant of each memory, two of the compressive one; sizes with which every state stops growing.
 MEMORIES = [v for v in VARIANTS if v[:2] == ("lookahead", "disentangled") or (v[0] != "lookahead" and v[1] != "shaw")]
@@ -135,14 +135,15 @@ def losses(cuda_graphs, device, variant=VARIANTS[0], dtype=torch.float64):
     options = {**SIZES, "decoder_head_dim": 4, "cuda_graphs": cuda_graphs}
     decoder = tiny_decoder(variant, dtype=dtype, **options).to(device).train()
     tokens = random_tokens(2, 6 * SEGMENT).to(device)
-    tokens[1, -2:] = 1
+    lengths = [tokens.size(1) - 1, tokens.size(1) - 3]
     found = []
     optimizer = torch.optim.SGD(decoder.parameters(), lr=1e-3)
-    for position, segment in segments_of(decoder, tokens[:, :-1], split="train"):
+    for position, segment in segments_of(decoder, tokens[:, :-1], split="train", lengths=lengths):
         start = position.index * decoder.segment_length
         target = tokens[:, start + 1 : start + 1 + segment.size(1)]
         for _ in range(2):  # gradients add up over two passes
-            loss, extra = decoder(segment, segment.ne(1).sum(1), position, target=target)
+            real = {"src_lengths": lengths_within(position, segment, lengths), "real_only": position.ragged}
+            loss, extra = decoder(segment, position=position, target=target, **real)
             loss = sum((extra or {}).values(), loss)
             loss.backward()
         optimizer.step()

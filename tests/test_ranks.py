@@ -107,8 +107,17 @@ def test_evaluation_is_the_sum_over_ranks(ranks, streams, data, one_rank, tmp_pa
     assert one[0] == TEST and several == one
 
 
-def test_what_lists_words_asks_for_one_rank(data, one_rank, tmp_path):
+def test_words_of_all_ranks_are_listed_in_order(data, one_rank, tmp_path):
     path = one_rank("--roll", arch="lamemo_lm") / "checkpoints" / "checkpoint_last.pt"
-    command = [data, *TASK, "--path", path, "--gen-subset", "test", "--batch-size", 2, "--output-word-probs"]
-    assert 0 not in run_in_processes("eval_lm", command, tmp_path, ranks=2)
-    assert "--output-word-probs would report the words of the first rank alone" in output_of(tmp_path)
+    command = [data, *TASK, "--path", path, "--gen-subset", "test", "--output-word-probs"]
+
+    def listed(ranks):
+        folder = tmp_path / str(ranks)
+        assert run_in_processes("eval_lm", [*command, "--batch-size", 4 // ranks], folder, ranks) == [0] * ranks
+        lines = re.findall(r"\| (\d+) (\S+ \[.*\])$", output_of(folder), flags=re.MULTILINE)
+        assert [int(number) for number, _ in lines] == list(range(len(lines)))
+        return [re.fullmatch(r"(\S+) \[(.*)\]", word).groups() for _, line in lines for word in line.split("\t")]
+
+    one, two = listed(1), listed(2)
+    assert len(one) == TEST and [word for word, _ in one] == [word for word, _ in two]
+    assert [float(p) for _, p in two] == pytest.approx([float(p) for _, p in one], abs=1e-4)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.data.position import real_tokens
 from lamemo_fairseq.memory import MissingMemoryError
 
 from .helpers import VARIANTS, random_tokens, read_streams, segments_of, tiny_decoder
@@ -19,7 +20,7 @@ memories = pytest.mark.parametrize("variant", MEMORIES, ids="-".join)
 
 
 def forward(decoder, segment, position):
-    return decoder(segment, segment.ne(1).sum(1), position)[0]
+    return decoder(segment, position=position)[0]
 
 
 @memories
@@ -48,12 +49,13 @@ def test_whole_texts_do_not_depend_on_their_neighbours(variant):
 def test_streams_do_not_depend_on_their_neighbours(variant, cut, lengths):
     decoder = tiny_decoder(variant)
     tokens = random_tokens(4, max(lengths))
-    for row, length in enumerate(lengths):
-        tokens[row, length:] = 1
     with torch.no_grad():
-        together = read_streams(decoder, tokens)
-        apart = [read_streams(decoder, part, streams=range(len(part))) for part in tokens.split(cut)]
-    real = tokens.ne(1)
+        together = read_streams(decoder, tokens, lengths=lengths)
+        apart = [
+            read_streams(decoder, part, streams=range(len(part)), lengths=of_part.tolist())
+            for part, of_part in zip(tokens.split(cut), torch.tensor(lengths).split(cut), strict=True)
+        ]
+    real = real_tokens(tokens, torch.tensor(lengths))
     torch.testing.assert_close(together[real], torch.cat(apart)[real], rtol=0, atol=1e-12)
 
 
@@ -205,7 +207,7 @@ def test_every_parameter_has_a_gradient_from_the_first_segment_on(variant, layer
     decoder = tiny_decoder(variant, decoder_layers=layers).train()
     for position, segment in segments_of(decoder, random_tokens(2, 9), split="train"):
         decoder.zero_grad()
-        scores, losses = decoder(segment, segment.ne(1).sum(1), position)
+        scores, losses = decoder(segment, position=position)
         (scores.logsumexp(-1).sum() + sum((losses or {}).values())).backward()
         assert [name for name, p in decoder.named_parameters() if p.grad is None] == []
 

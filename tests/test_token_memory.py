@@ -287,7 +287,7 @@ def test_segments_inside_an_update_are_causal_and_rows_do_not_depend_on_their_ne
         assert not torch.equal(found[:, changed], expected[:, changed])
     lengths = torch.tensor([15, 10, 1])
     padded = tokens.masked_fill(torch.arange(15) >= lengths.unsqueeze(1), 1)
-    for found in (read_streams(decoder, padded), decoder(padded, lengths)[0]):
+    for found in (read_streams(decoder, padded, lengths=lengths.tolist()), decoder(padded, lengths)[0]):
         for row, length in enumerate(lengths.tolist()):
             torch.testing.assert_close(found[row, :length], expected[row, :length], rtol=0, atol=1e-12)
 

@@ -17,7 +17,7 @@ from lamemo_fairseq.modules.vocabulary import Bands, WordEmbedding
 from .gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
 
-PAD, WORDS = 1, 17
+WORDS = 17
 SOFTMAXES = {
     "full": {},
     "full, narrow": {"decoder_input_dim": 4},
@@ -36,19 +36,15 @@ adaptive_ones = pytest.mark.parametrize(
 
 
 def every_word_once():
-    """Targets holding every word, the padding among them as padding."""
+    """Targets holding every word."""
     return torch.arange(WORDS).view(1, WORDS)
 
 
 def loss_of(criterion_class, decoder, target):
     task = SimpleNamespace(target_dictionary=decoder.dictionary)
     criterion = criterion_class(task, sentence_avg=False)
-    position = None
-    sample = {
-        "net_input": {"src_tokens": random_tokens(*target.shape), "position": position},
-        "target": target,
-        "ntokens": int(target.ne(PAD).sum()),
-    }
+    inputs = {"src_tokens": random_tokens(*target.shape), "position": None}
+    sample = {"net_input": inputs, "target": target, "ntokens": target.numel()}
     decoder.zero_grad()
     loss, _, _ = criterion(LaMemoLanguageModel(decoder), sample)
     loss.sum().backward()
@@ -69,7 +65,7 @@ def test_both_criterions_give_the_same_loss_and_gradients(options):
 @softmaxes
 @pytest.mark.parametrize("chunk", [1, 3, 10**9])
 def test_chunked_criterion_gives_the_same_loss_and_gradients(options, chunk, monkeypatch):
-    """However many tokens are scored at once, with padding, and with bands that no target is in."""
+    """However many tokens are scored at once, and with bands that no target is in."""
     monkeypatch.setattr(chunked_loss, "tokens_at_once", lambda *_: chunk)
     decoder = tiny_decoder(words=WORDS, **options)
     for target in (every_word_once(), torch.tensor([[4, 1], [5, 3]])):
@@ -91,11 +87,9 @@ def test_loss_in_chunks_against_float64(dtype, words, width, chunk, monkeypatch)
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in ((23, width), (words, width), (words,))]
     target = torch.randint(words, (23,), generator=generator)
     exact = [t.double().requires_grad_() for t in tensors]
-    expected = torch.nn.functional.cross_entropy(
-        torch.nn.functional.linear(*exact), target, ignore_index=PAD, reduction="sum"
-    )
+    expected = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*exact), target, reduction="sum")
     given = [t.to(DEVICE).requires_grad_() for t in tensors]
-    found = chunked_loss.linear_cross_entropy(*given, target.to(DEVICE), PAD)
+    found = chunked_loss.linear_cross_entropy(*given, target.to(DEVICE))
     tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     torch.testing.assert_close(found.cpu().double(), expected.detach(), rtol=tolerance, atol=0)
     (found / 3).backward()
@@ -111,10 +105,10 @@ def test_softmax_kernel(words):
     scores = torch.randn(6, words, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     target = torch.tensor([0, 1, words - 1, 3, 1, 5], device=DEVICE)
     exact = scores.double().requires_grad_()
-    losses = torch.nn.functional.cross_entropy(exact, target, ignore_index=PAD, reduction="none")
+    losses = torch.nn.functional.cross_entropy(exact, target, reduction="none")
     losses.sum().backward()
     in_place = torch.full((6, words + 3), float("nan"), device=DEVICE)[:, :words].copy_(scores)
-    found = softmax_kernel.softmax_gradient_(in_place, target, PAD, True)
+    found = softmax_kernel.softmax_gradient_(in_place, target, True)
     torch.testing.assert_close(found.double(), losses.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(in_place.double(), exact.grad, rtol=1e-4, atol=1e-7)
 

@@ -197,7 +197,7 @@ def step(model: Any, tokens: Any, start: int, length: int, state: Any, scale: fl
         features, state, _ = model.step(source, state)
     else:
         features, state, _ = model.graphs(model.step, model, source, state)
-    loss = output.loss(features, target, plan, 1)
+    loss = output.loss(features, target, plan)
     if loss.requires_grad:
         (loss * scale).backward()
     return loss.detach() / target.numel(), state

@@ -102,7 +102,7 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
     iterator = batches.next_epoch_itr(shuffle=False)
     total = len(iterator) if args.segments is None else min(args.segments, len(iterator))
     shown = tqdm(itertools.islice(iterator, total), total=total, desc=name, unit="segment")
-    found = collect(model, shown, task.target_dictionary.pad(), device)
+    found = collect(model, shown, device)
     if found.slots < model.decoder.memory.slots:
         print(
             f"{name}: the memory of {model.decoder.memory.slots} slots was never full when a whole segment was read; "

@@ -12,6 +12,7 @@ from fairseq import utils
 from torch import Tensor
 
 from ..attention import LookaheadWindow
+from ..data.position import real_tokens
 from .recording import record
 
 
@@ -85,10 +86,10 @@ class Losses:
         self.sums = torch.zeros(segment_length, dtype=torch.float64)
         self.counts = torch.zeros(segment_length, dtype=torch.int64)
 
-    def add(self, log_probs: Tensor, target: Tensor, pad: int) -> None:
-        """Add log-probabilities ``[B, N, V]`` of the words ``target [B, N]``."""
+    def add(self, log_probs: Tensor, target: Tensor, lengths: Tensor) -> None:
+        """Add log-probabilities ``[B, N, V]`` of the words ``target [B, N]``; rows have *lengths* ``[B]``."""
         found = log_probs.gather(2, target.unsqueeze(2)).squeeze(2).double()
-        real = target.ne(pad)
+        real = real_tokens(target, lengths)
         bits = -found.masked_fill(~real, 0).sum(0).cpu() / math.log(2)
         self.sums[: bits.size(0)] += bits
         self.counts[: bits.size(0)] += real.sum(0).cpu()
@@ -144,15 +145,12 @@ class _Listener:
 
 
 @torch.no_grad()
-def collect(
-    model: Any, batches: Iterable[Dict[str, Any]], pad: int, device: Optional[torch.device] = None
-) -> Collected:
+def collect(model: Any, batches: Iterable[Dict[str, Any]], device: Optional[torch.device] = None) -> Collected:
     """Read *batches* of consecutive segments, as the task feeds them, and average.
 
     Args:
         model: a language model of this package in evaluation mode.
         batches: of a split, from its beginning.
-        pad: id of the padding symbol.
         device: where the model is; None for the CPU.
     """
     decoder = model.decoder
@@ -167,6 +165,6 @@ def collect(
             listener.counts = whole and not inputs["position"].ragged
             output = model(**inputs)
             log_probs = model.get_normalized_probs(output, log_probs=True, sample=batch)
-            collected.losses.add(log_probs, batch["target"], pad)
+            collected.losses.add(log_probs, batch["target"], inputs["src_lengths"])
             collected.segments += 1
     return collected

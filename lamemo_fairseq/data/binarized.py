@@ -6,13 +6,14 @@ from typing import Any, List, Optional
 
 from fairseq.data import ConcatDataset, Dictionary
 
+from .dictionary import TextDictionary
 from .storage import check_files, check_ids, open_lines, other_format, refuse_format
 from .text import read_text
 
 __all__ = ["check_ids", "check_split", "load_dictionary", "load_lines"]
 
 
-def load_dictionary(path: str) -> Dictionary:
+def load_dictionary(path: str) -> TextDictionary:
     """The words of a ``dict.txt``.
 
     Raises:
@@ -26,7 +27,7 @@ def load_dictionary(path: str) -> Dictionary:
             f"no dictionary at {path}: binarize the text with fairseq-preprocess --only-source --destdir "
             f"{os.path.dirname(path)}"
         ) from error
-    dictionary = Dictionary()
+    dictionary = TextDictionary()
     try:
         dictionary.add_from_file(lines)
     except Exception as error:

@@ -36,25 +36,22 @@ class SegmentDataset(FairseqDataset):
         tokens: the split.
         split: its name.
         segment_length: N.
-        pad, eos: ids of these symbols. The first token of the split is predicted after an eos.
+        eos: id of the end-of-sentence token, after which the first token of the split is predicted.
         roll_seed: rotate every stream by a random offset in each epoch, drawn with this seed (None: do not).
     """
 
-    def __init__(
-        self, tokens: TokenSequence, split: str, segment_length: int, pad: int, eos: int, roll_seed: int | None = None
-    ):
+    def __init__(self, tokens: TokenSequence, split: str, segment_length: int, eos: int, roll_seed: int | None = None):
         super().__init__()
         self.tokens = tokens
         self.split = split
         self.segment_length = segment_length
-        self.pad = pad
         self.eos = eos
         self.roll_seed = roll_seed
 
     @cached_property
     def in_order(self) -> "SegmentDataset":
         """A split whose streams are rotated, as it lies."""
-        return SegmentDataset(self.tokens, self.split, self.segment_length, self.pad, self.eos)
+        return SegmentDataset(self.tokens, self.split, self.segment_length, self.eos)
 
     def __len__(self) -> int:
         """Segments of the split read as a single stream."""
@@ -73,12 +70,15 @@ class SegmentDataset(FairseqDataset):
         return Segment(key, inputs[:-1], inputs[1:])
 
     def collater(self, samples: List[Segment]) -> Dict[str, Any]:
-        """Rows of the same segment index to a batch, padded on the right."""
+        """Rows of the same segment index to a batch.
+
+        Rows are filled on the right with any word, here ``</s>``: ``src_lengths`` alone tells what a row holds.
+        """
         if not samples:
             return {}
         sources, targets = (
             # A rank whose streams are all one token shorter may end on a column of padding.
-            data_utils.collate_tokens([torch.from_numpy(getattr(s, name)) for s in samples], self.pad, pad_to_length=1)
+            data_utils.collate_tokens([torch.from_numpy(getattr(s, name)) for s in samples], self.eos, pad_to_length=1)
             for name in ("source", "target")
         )
         lengths = torch.tensor([len(s.target) for s in samples])
@@ -115,6 +115,15 @@ class SegmentDataset(FairseqDataset):
         parts.append(self.tokens.read(start + offset + low, start + offset + min(high, seam)))
         parts.append(self.tokens.read(start + max(low - seam, 0), start + high - seam))
         return np.concatenate(parts)
+
+
+def without_padding(batch: Dict[str, Any]) -> Dict[str, Any]:
+    """The same batch, of whose padding the model shows none to a criterion.
+
+    Criterions tell padding by the id of a word, which a text may hold.
+    """
+    inputs = batch["net_input"]
+    return {**batch, "net_input": {**inputs, "real_only": True}} if inputs["position"].ragged else batch
 
 
 @lru_cache(maxsize=4096)

@@ -11,6 +11,7 @@ from fairseq import search
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 from torch import Tensor
 
+from ..data.dictionary import NO_WORD
 from ..memory import DivergenceError
 from ..models.incremental import DecodingState
 from .progress import counter
@@ -136,6 +137,7 @@ class PromptGenerator(SequenceGenerator):
                 f"{self.vocab_size}: pass a smaller --beam"
             )
         self.search.step = self._guarded(self.search.step)  # type: ignore[method-assign]
+        self.pad = tgt_dict.pad_index  # which is never generated
 
     @torch.no_grad()
     def generate(
@@ -147,7 +149,7 @@ class PromptGenerator(SequenceGenerator):
     ) -> List[List[Dict[str, Tensor]]]:
         """Continue the batch's texts, or the first words of them or other ones, *prefix_tokens* ``[B, P]``."""
         tokens = sample["net_input"]["src_tokens"]
-        lengths: List[int] = sample["net_input"]["src_lengths"].tolist()  # padding may be a word of a text
+        lengths: List[int] = sample["net_input"]["src_lengths"].tolist()
         if prefix_tokens is not None:
             tokens = torch.cat([tokens[:, :1], prefix_tokens], dim=1)
             lengths = [self._beginning(row, length) for row, length in zip(tokens.tolist(), lengths, strict=True)]
@@ -165,9 +167,9 @@ class PromptGenerator(SequenceGenerator):
 
         Of a text that is shorter than the beginnings asked for, fairseq also takes the end among its targets.
         """
-        if length >= len(tokens) or tokens[length] in (self.eos, self.pad):
+        if length >= len(tokens) or tokens[length] in (self.eos, NO_WORD):
             return min(length, len(tokens))
-        return sum(token != self.pad for token in tokens)
+        return sum(token != NO_WORD for token in tokens)
 
     def _continue(
         self, tokens: Tensor, lengths: List[int], rows: List[int], limit: int, sample: Dict[str, Any], kwargs: Any

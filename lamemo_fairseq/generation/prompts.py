@@ -7,6 +7,8 @@ import torch
 from fairseq.data import Dictionary, FairseqDataset, data_utils
 from torch import Tensor
 
+from ..data.dictionary import NO_WORD
+
 
 class PromptDataset(FairseqDataset):
     """Each text after an end-of-sentence token, on its own.
@@ -25,7 +27,7 @@ class PromptDataset(FairseqDataset):
         self.with_end = with_end
         self.shard = slice(None)
         self.texts = texts
-        self.pad, self.eos = dictionary.pad(), dictionary.eos()
+        self.eos = dictionary.eos()
         self.sizes = np.array([len(self._text(i)) + 1 for i in range(len(texts))], dtype=np.int64)
 
     def take_shard(self, shards: int, shard: int, name: str) -> None:
@@ -48,18 +50,21 @@ class PromptDataset(FairseqDataset):
         return {"id": index, "source": torch.cat([text.new_tensor([self.eos]), text])}
 
     def collater(self, samples: List[Dict[str, Any]], pad_to_length: Optional[int] = None) -> Dict[str, Any]:
-        """A batch: ``src_tokens [B, L]`` padded on the right, and as targets the same without the first token."""
+        """A batch: ``src_tokens [B, L]``, and as targets the same without the first token.
+
+        Both are filled with `NO_WORD` on the right.
+        """
         if not samples:
             return {}
-        source = data_utils.collate_tokens([s["source"] for s in samples], self.pad, pad_to_length=pad_to_length)
+        source = data_utils.collate_tokens([s["source"] for s in samples], NO_WORD, pad_to_length=pad_to_length)
         lengths = torch.tensor([len(s["source"]) for s in samples])
-        target = torch.cat([source[:, 1:], source.new_full((len(source), 1), self.pad)], dim=1)
+        target = torch.cat([source[:, 1:], source.new_full((len(source), 1), NO_WORD)], dim=1)
         if self.with_end:
             target[torch.arange(len(source)), lengths - 1] = self.eos
         return {
             "id": torch.tensor([s["id"] for s in samples]),
             "nsentences": len(samples),
-            "ntokens": int(target.ne(self.pad).sum()),
+            "ntokens": int(target.ne(NO_WORD).sum()),
             "net_input": {"src_tokens": source, "src_lengths": lengths},
             "target": target,
         }

@@ -9,6 +9,7 @@ from typing import Any, Dict, Iterator, List, Sequence
 import torch
 from torch import Tensor
 
+from ..data.dictionary import NO_WORD
 from ..models.incremental import TOKENS_AT_ONCE, DecodingState
 from .progress import counter
 
@@ -16,7 +17,7 @@ from .progress import counter
 def stream_log_probs(
     model: Any, state: DecodingState, tokens: Tensor, target: Tensor, lengths: Sequence[int]
 ) -> Iterator[Tensor]:
-    """Read ``tokens [B, L]`` into *state*, of each row as many as *lengths* says.
+    """Read ``tokens [B, L]`` into *state*, of each row as many as *lengths* says. What follows may be no words.
 
     Yields:
         Log-probabilities ``[B, k]`` of *target*, in float32 or wider; those beyond a row's length mean nothing.
@@ -24,8 +25,8 @@ def stream_log_probs(
     for start in range(0, max(lengths), TOKENS_AT_ONCE):
         part = slice(start, min(start + TOKENS_AT_ONCE, max(lengths)))
         left = [min(max(n - start, 0), part.stop - start) for n in lengths]
-        features = state.read(tokens[:, part], left)
-        words = target[:, part]
+        features = state.read(tokens[:, part].clamp(min=0), left)
+        words = target[:, part].clamp(min=0)
         probs = model.get_normalized_probs((state.decoder.output_layer(features), None), True, {"target": words})
         yield probs.gather(-1, words.unsqueeze(-1)).squeeze(-1)
 
@@ -38,14 +39,14 @@ class StreamingScorer:
     """
 
     def __init__(self, dictionary: Any):
-        self.pad, self.eos = dictionary.pad(), dictionary.eos()
+        self.eos = dictionary.eos()
         self.symbols_to_strip_from_output = {self.eos}
 
     @torch.no_grad()
     def generate(self, models: Sequence[Any], sample: Dict[str, Any], **kwargs: Any) -> List[List[Dict[str, Any]]]:
         """Score the batch's targets; several models are averaged as fairseq averages them."""
         source, target = sample["net_input"]["src_tokens"], sample["target"]
-        counts = target.ne(self.pad).sum(1).tolist()
+        counts = target.ne(NO_WORD).sum(1).tolist()
         logs = []
         for model in models:
             model.eval()

@@ -2,7 +2,7 @@
 
 import io
 import pickle
-from typing import Any, Callable, Dict, Iterable, Iterator, List
+from typing import Any, Callable, List
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,15 @@ def sum_over_ranks(*values: float) -> List[float]:
     total = torch.tensor(values, dtype=torch.float64, device=_device())
     dist.all_reduce(total)
     return total.tolist()
+
+
+def gather_objects(value: Any) -> List[Any]:
+    """The values of all ranks, in order, on the first one; on others nothing. Every rank has to call it."""
+    if not several_ranks():
+        return [value]
+    gathered: List[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered if dist.get_rank() == 0 else []
 
 
 def several_ranks() -> bool:
@@ -104,42 +113,3 @@ def _to_host(data: Any) -> Any:
     from fairseq import utils
 
     return utils.move_to_cpu(data)
-
-
-def sum_eval_lm() -> None:
-    """Let fairseq-eval-lm, which logs the first rank's share of a split, log the sum over ranks."""
-    from fairseq_cli import eval_lm
-
-    if not hasattr(eval_lm.eval_lm, "__wrapped__"):  # not yet
-        stand_in(eval_lm, "eval_lm")(_eval_lm)
-
-
-def _eval_lm(
-    original: Callable[..., Dict[str, float]], models: Any, source_dictionary: Any, batch_iterator: Any, **options: Any
-) -> Dict[str, float]:
-    if not several_ranks():
-        return original(models, source_dictionary, batch_iterator, **options)
-    for name in ("post_process", "output_word_probs", "output_word_stats"):
-        if options.get(name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} would report the words of the first rank alone: run fairseq-eval-lm on one"
-            )
-    own = _Counted(batch_iterator)
-    loss = original(models, source_dictionary, own, **options)["loss"]
-    loss_sum, tokens = sum_over_ranks(float(loss) * own.tokens, own.tokens)
-    loss = loss_sum / tokens
-    return {"loss": loss, "perplexity": 2**loss}
-
-
-class _Counted:
-    """Batches whose ``ntokens``, which fairseq-eval-lm adds up, count those of every rank."""
-
-    def __init__(self, batches: Iterable[Dict[str, Any]]):
-        self.batches = batches
-        self.tokens = 0
-
-    def __iter__(self) -> Iterator[Dict[str, Any]]:
-        for batch in self.batches:
-            self.tokens += batch["ntokens"]
-            (total,) = sum_over_ranks(batch["ntokens"])
-            yield {**batch, "ntokens": int(total)}

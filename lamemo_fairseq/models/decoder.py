@@ -13,7 +13,7 @@ from fairseq.data import Dictionary
 from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor, nn
 
-from ..data.position import SegmentPosition
+from ..data.position import SegmentPosition, real_tokens
 from ..memory import MEMORIES, DivergenceError, MemoryConfig, MemoryState, Passage, StreamMemory
 from ..modules import AttentionConfig, DecoderLayer, LayerConfig
 from ..modules.graphs import SegmentGraphs
@@ -118,6 +118,7 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         encoder_out: Any = None,
         incremental_state: Optional[Dict[str, Any]] = None,
         target: Optional[Tensor] = None,
+        real_only: bool = False,
     ) -> Tuple[Tensor, Extra]:
         """Scores of the word after each token, or with an adaptive softmax the features that it takes.
 
@@ -131,19 +132,23 @@ class MemoryDecoder(FairseqIncrementalDecoder):
                 N is their number.
             target: ``[B, N]`` the word after each token. Then the sum of their losses is returned in place of
                 scores, which are never held all at once (`criterions/chunked_cross_entropy.py`).
+            real_only: leave out the padding of streams: with R tokens in all rows, N is R and B is 1.
 
         Returns:
             Scores ``[B, N, V]`` (features ``[B, N, d]``), and in training the losses of memories that have some.
         """
+        real = real_tokens(src_tokens, src_lengths) if real_only and src_lengths is not None else None
         if target is not None:
             planned, plan = self._planned
+            target = target if real is None else target[real].unsqueeze(0)
             if planned is not target:
                 plan = self._loss_layer.plan(target)
             self._planned = None, None
             features, extra = self.extract_features(src_tokens, src_lengths, position)
-            return self._loss_layer.loss(features, target, plan, self.dictionary.pad()), extra
+            features = features if real is None else features[real].unsqueeze(0)
+            return self._loss_layer.loss(features, target, plan), extra
         features, extra = self.extract_features(src_tokens, src_lengths, position, incremental_state)
-        return self.output_layer(features), extra
+        return self.output_layer(features if real is None else features[real].unsqueeze(0)), extra
 
     def extract_features(
         self,

@@ -4,8 +4,9 @@ from typing import Any, Dict, List, Tuple, Type, cast
 
 from fairseq import hub_utils
 from fairseq.models import FairseqLanguageModel, register_model
-from torch import nn
+from torch import Tensor, nn
 
+from ..data.position import real_tokens
 from ..generation import LanguageModelHub
 from ..memory import MEMORIES
 from ..tasks.segment_language_modeling import SegmentLanguageModelingTask
@@ -40,6 +41,11 @@ class MemoryLanguageModel(FairseqLanguageModel):
             # In evaluation it may differ from the trained one; prompts and texts are cut as the streams are.
             cfg.tokens_per_sample = task.cfg.tokens_per_sample
         return cls(MemoryDecoder(cfg, task.target_dictionary))
+
+    def get_targets(self, sample: Dict[str, Any], net_output: Any) -> Tensor:
+        """The words ``[B, N]`` that the scores of `MemoryDecoder.forward` are for."""
+        inputs, target = sample["net_input"], sample["target"]
+        return target[real_tokens(target, inputs["src_lengths"])].unsqueeze(0) if inputs.get("real_only") else target
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Take a checkpoint's weights.

@@ -17,9 +17,7 @@ from .aligned import padded
 SMALLEST_CHUNK = 1 << 25  # scores, 64 MiB in half precision
 
 
-def linear_cross_entropy(
-    features: Tensor, weight: Tensor, bias: Tensor, target: Tensor, ignored: Optional[int] = None
-) -> Tensor:
+def linear_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
     """Sum of the negative log-likelihoods (nats) of *target*, a float32 (or wider) scalar.
 
     Scores are made for some tokens at a time, and their gradients at once, so that memory does not grow with T V. It is
@@ -30,12 +28,11 @@ def linear_cross_entropy(
         features: ``[T, d]``.
         weight, bias: ``[V, d]`` and ``[V]``.
         target: ``[T]`` word ids.
-        ignored: the id whose tokens count nothing.
     """
     if torch.is_autocast_enabled(features.device.type):
         half = torch.get_autocast_dtype(features.device.type)
         features, weight = features.to(half), weight.to(half)
-    return _LinearCrossEntropy.apply(features, weight, bias, target, ignored)
+    return _LinearCrossEntropy.apply(features, weight, bias, target)
 
 
 def tokens_at_once(words: int, width: int) -> int:
@@ -48,9 +45,7 @@ def tokens_at_once(words: int, width: int) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, target: Tensor, ignored: Optional[int]
-    ) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
         width, exact = features.size(1), torch.promote_types(features.dtype, torch.float32)
         learns = any(ctx.needs_input_grad)
         x, w, b = features, weight, bias.to(weight.dtype)
@@ -68,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = tokens_at_once(*w.shape)
         for part, words, d_part in zip(x.split(rows), target.split(rows), d_x.split(rows), strict=True):
             scores = F.linear(part, w, None if inside else b)
-            nll, d_scores = _softmax_gradient(scores, words, ignored, learns)
+            nll, d_scores = _softmax_gradient(scores, words, learns)
             loss += nll
             if learns:
                 torch.mm(d_scores, w, out=d_part)
@@ -89,24 +84,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mul(t, grad, out=torch.empty(t.shape, dtype=dtype, device=t.device)) if needed else None
             for t, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         )
-        return (*found, None, None)
+        return (*found, None)
 
 
-def _softmax_gradient(scores: Tensor, target: Tensor, ignored: Optional[int], learns: bool) -> Tuple[Tensor, Tensor]:
+def _softmax_gradient(scores: Tensor, target: Tensor, learns: bool) -> Tuple[Tensor, Tensor]:
     """The summed loss, and its gradient with respect to scores ``[T, V]``, which may be overwritten."""
     if scores.is_cuda and scores.dtype != torch.float64 and _has_triton():
         from .softmax_kernel import softmax_gradient_
 
-        return softmax_gradient_(scores, target, -1 if ignored is None else ignored, learns).sum(), scores
+        return softmax_gradient_(scores, target, learns).sum(), scores
     exact = torch.promote_types(scores.dtype, torch.float32)
     log_probs = scores.log_softmax(-1, dtype=exact)
-    counted = torch.ones_like(target, dtype=exact) if ignored is None else target.ne(ignored).to(exact)
-    loss = -(log_probs.gather(1, target.unsqueeze(1)).squeeze(1) * counted).sum()
+    loss = -log_probs.gather(1, target.unsqueeze(1)).sum()
     if not learns:
         return loss, scores
     probs = log_probs.exp_()
-    probs.scatter_add_(1, target.unsqueeze(1), -torch.ones_like(counted).unsqueeze(1))
-    return loss, (probs.mul_(counted.unsqueeze(1))).to(scores.dtype)
+    probs.scatter_add_(1, target.unsqueeze(1), -torch.ones_like(target, dtype=exact).unsqueeze(1))
+    return loss, probs.to(scores.dtype)
 
 
 def _add_product(total: Optional[Tensor], d_scores: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:

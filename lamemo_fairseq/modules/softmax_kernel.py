@@ -11,7 +11,7 @@ from torch import Tensor
 
 @triton.jit
 def softmax_gradient_kernel(
-    p_scores, p_target, p_nll, s_row, V, ignored, LEARNS: tl.constexpr, BLOCK: tl.constexpr
+    p_scores, p_target, p_nll, s_row, V, LEARNS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One row a program: first the normaliser, then ``softmax - onehot`` in the place of the scores."""
     row = tl.program_id(0).to(tl.int64)
@@ -29,22 +29,21 @@ def softmax_gradient_kernel(
         b_top = top
     top = tl.max(b_top, 0)
     lse = top + tl.log(tl.sum(b_sum * tl.exp(b_top - top), 0))
-    counted = (target != ignored).to(tl.float32)
-    tl.store(p_nll + row, (lse - at_target) * counted)
+    tl.store(p_nll + row, lse - at_target)
     if LEARNS:
         for start in range(0, V, BLOCK):
             word = start + tl.arange(0, BLOCK)
             b_s = tl.load(p_scores + word, word < V, other=-float("inf")).to(tl.float32)
-            b_d = (tl.exp(b_s - lse) - (word == target).to(tl.float32)) * counted
+            b_d = tl.exp(b_s - lse) - (word == target).to(tl.float32)
             tl.store(p_scores + word, b_d.to(p_scores.dtype.element_ty), word < V)
 
 
-def softmax_gradient_(scores: Tensor, target: Tensor, ignored: int, learns: bool) -> Tensor:
+def softmax_gradient_(scores: Tensor, target: Tensor, learns: bool) -> Tensor:
     """Replace scores ``[T, V]`` by the gradient of their summed loss if *learns*; returns the losses ``[T]``."""
     nll = torch.empty(len(target), dtype=torch.float32, device=scores.device)
     block = min(4096, triton.next_power_of_2(scores.size(1)))
     if len(target):
         softmax_gradient_kernel[(len(target),)](
-            scores, target, nll, scores.stride(0), scores.size(1), ignored, LEARNS=learns, BLOCK=block, num_warps=8
+            scores, target, nll, scores.stride(0), scores.size(1), LEARNS=learns, BLOCK=block, num_warps=8
         )
     return nll

@@ -60,7 +60,7 @@ class WordEmbedding(nn.Module):
     def __init__(self, bands: Bands, embed_dim: int):
         super().__init__()
         self.bands = bands
-        # No padding row: padding only ends a stream, where nothing that is scored can see it.
+        # No padding row: what fills a row of tokens stands behind all that is scored.
         self.tables = nn.ModuleList(nn.Embedding(rows, dim) for rows, dim in bands.tables)
         narrow = not bands.shared or bands.dims[0] != embed_dim
         self.projections = nn.ParameterList(
@@ -148,10 +148,10 @@ class FullSoftmax(_Output):
     def plan(self, target: Tensor) -> None:
         """Nothing has to be known of the targets beforehand."""
 
-    def loss(self, features: Tensor, target: Tensor, plan: None, ignored: int) -> Tensor:
-        """Sum of the negative log-likelihoods of *target* ``[B, N]`` but for those *ignored*, a float32 scalar."""
+    def loss(self, features: Tensor, target: Tensor, plan: None) -> Tensor:
+        """Sum of the negative log-likelihoods of *target* ``[B, N]``, a float32 scalar."""
         flat = self._project(features.flatten(0, 1), 0)
-        return linear_cross_entropy(flat, self.weights[0], self.biases[0], target.reshape(-1), ignored)
+        return linear_cross_entropy(flat, self.weights[0], self.biases[0], target.reshape(-1))
 
 
 class AdaptiveSoftmax(_Output):
@@ -182,7 +182,8 @@ class AdaptiveSoftmax(_Output):
             target: ``[T]`` word ids.
 
         Returns:
-            For the first band scores ``[T, C]``; for each other band those of its own words' rows, or None twice.
+            For the first band scores ``[T, C]``; for each other band those of its own words' rows, and None if no
+            target is in it.
         """
         flat = features.reshape(-1, features.size(-1))
         first = self.bands.ends[0]
@@ -190,27 +191,27 @@ class AdaptiveSoftmax(_Output):
         entry = torch.where(band > 0, first + len(self.bands) - 1 - band, target)
         logits: List[Tensor] = [self._head(flat)]
         targets: List[Optional[Tensor]] = [entry]
+        if len(entry) == 0:
+            # fairseq's criterion fails on no targets, and training needs a loss: one row with a single class costs 0.
+            logits, targets = [logits[0].sum().view(1, 1)], [entry.new_zeros(1)]
         for i in range(1, len(self.bands)):
             rows = (band == i).nonzero().squeeze(-1)
-            # fairseq's criterion ignores class 1, its padding, in every softmax: keep the words off it.
-            padded = F.pad(self._tail(flat[rows], i), (2, 0), value=-math.inf)
-            logits.append(padded)
-            targets.append(target[rows] - self.bands.starts[i] + 2 if len(rows) else None)
+            logits.append(self._tail(flat[rows], i))
+            targets.append(target[rows] - self.bands.starts[i] if len(rows) else None)
         return logits, targets
 
     def plan(self, target: Tensor) -> "BandPlan":
         """Sort targets ``[B, N]`` by band; called before the layers, so that the counts are there in time."""
         return BandPlan(self._band_of(target.reshape(-1)), len(self.bands))
 
-    def loss(self, features: Tensor, target: Tensor, plan: "BandPlan", ignored: int) -> Tensor:
-        """Sum of the negative log-likelihoods of *target* ``[B, N]`` but for those *ignored*, a float32 scalar."""
+    def loss(self, features: Tensor, target: Tensor, plan: "BandPlan") -> Tensor:
+        """Sum of the negative log-likelihoods of *target* ``[B, N]``, a float32 scalar."""
         flat, words = features.flatten(0, 1), target.reshape(-1)
         first = self.bands.ends[0]
-        # Padding is a word of the first band, where it can be told apart from every other entry.
         entry = torch.where(plan.band > 0, first + len(self.bands) - 1 - plan.band, words)
         parts = self._parts()
         weight, bias = self._with_clusters(*parts[0])
-        loss = linear_cross_entropy(self._project(flat, 0), weight, bias, entry, ignored)
+        loss = linear_cross_entropy(self._project(flat, 0), weight, bias, entry)
         for i, rows in plan.rows():
             weight, bias = parts[i]
             of_band = words[rows] - self.bands.starts[i]

@@ -19,13 +19,14 @@ from ..criterions.memory_losses import PREFIX, WithMemoryLosses
 from ..data.binarized import check_split, load_lines
 from ..data.folders import data_folders, shared_dictionary
 from ..data.iterator import SegmentBatchIterator
-from ..data.segments import SegmentDataset
+from ..data.segments import SegmentDataset, without_padding
 from ..data.streams import TokenSequence
 from ..data.text import check_input
+from ..evaluation import use_for_eval_lm
 from ..faults import LossWatch, retry_out_of_memory
 from ..generation import PromptDataset
 from ..host.options import launched_ranks
-from ..host.ranks import several_ranks, sum_eval_lm
+from ..host.ranks import several_ranks
 from ..host.training import stop_where_the_run_has_ended
 from ..memory import DivergenceError
 from .prompts import PromptTask
@@ -149,7 +150,6 @@ class SegmentLanguageModelingTask(PromptTask):
             tokens,
             split,
             self.segment_length,
-            pad=self.dictionary.pad(),
             eos=self.dictionary.eos(),
             roll_seed=self.cfg.seed if rolls else None,
         )
@@ -230,13 +230,8 @@ class SegmentLanguageModelingTask(PromptTask):
                 f"{layout.num_tokens // layout.num_streams:,}",
                 f"{layout.num_segments:,}",
             )
-            if layout.num_streams > 1 and layout.num_segments < ENOUGH_SEGMENTS // 4 and not training:
-                logger.warning(
-                    "%s: each stream starts from an empty memory and has only %d segments; "
-                    "a smaller --batch-size gives more tokens their full context",
-                    dataset.split,
-                    layout.num_segments,
-                )
+            if not training and self._decoder is not None and self._decoder.memory.remembers:
+                layout.warn_of_empty_memories(dataset.split, ENOUGH_SEGMENTS // 4, num_shards)
             self._iterators[key] = SegmentBatchIterator(
                 dataset,
                 batch_size,
@@ -272,6 +267,7 @@ class SegmentLanguageModelingTask(PromptTask):
         Raises:
             DivergenceError: the loss of the batch before was not a finite number.
         """
+        sample = without_padding(sample)
         inputs = sample["net_input"]
 
         def step(forward: Any) -> Any:
@@ -310,6 +306,7 @@ class SegmentLanguageModelingTask(PromptTask):
         Raises:
             DivergenceError: it is not a finite number.
         """
+        sample = without_padding(sample)
         try:
             result = super().valid_step(sample, model, criterion, **kwargs)
         except DivergenceError as error:
@@ -352,7 +349,7 @@ class SegmentLanguageModelingTask(PromptTask):
                 "--context-window does not apply to a model with memory, whose memory is the context: leave it out, "
                 "and choose the memory length with --model-overrides \"{'mem_len': M}\""
             )
-        sum_eval_lm()
+        use_for_eval_lm()
         return self.get_batch_iterator(
             dataset,
             max_tokens=max_tokens,

@@ -1,0 +1,50 @@
+"""fairseq's dictionary, each symbol of which a text may hold."""
+
+from typing import Any, Iterable, List, Optional
+
+import torch
+from fairseq.data import Dictionary, data_utils
+
+# Fills rows of texts on the right. fairseq uses a symbol's id for that, and then drops the symbol from texts.
+NO_WORD = -1
+
+
+class TextDictionary(Dictionary):
+    """A dictionary whose special symbols are words like any other.
+
+    ``pad_index`` is still the id of ``<pad>``.
+    """
+
+    def pad(self) -> int:
+        """The id of what is no word: `NO_WORD`."""
+        return NO_WORD
+
+    def string(
+        self,
+        tensor: Any,
+        bpe_symbol: Optional[str] = None,
+        escape_unk: bool = False,
+        extra_symbols_to_ignore: Optional[Iterable[int]] = None,
+        unk_string: Optional[str] = None,
+        include_eos: bool = False,
+        separator: str = " ",
+    ) -> str:
+        """The words of ids, one row a line.
+
+        fairseq drops ``<s>`` and ``</s>`` wherever they stand. Here the ``</s>`` at the end is dropped, and the one
+        before a prompt. A caller who names *extra_symbols_to_ignore* has a hypothesis or a target, without the latter.
+        """
+        if torch.is_tensor(tensor) and tensor.dim() == 2:
+            extra = None if extra_symbols_to_ignore is None else set(extra_symbols_to_ignore)
+            rows = (self.string(t, bpe_symbol, escape_unk, extra, unk_string, include_eos, separator) for t in tensor)
+            return "\n".join(rows)
+        ids: List[int] = [int(i) for i in tensor]
+        if not include_eos:
+            if extra_symbols_to_ignore is None and ids[:1] == [self.eos()]:
+                ids = ids[1:]
+            if ids[-1:] == [self.eos()]:
+                ids = ids[:-1]
+        ignored = set(extra_symbols_to_ignore or ()) - {self.eos()}
+        unknown = self.unk_string(escape_unk) if unk_string is None else unk_string
+        words = [unknown if i == self.unk() else self[i] for i in ids if i not in ignored]
+        return data_utils.post_process(separator.join(words), bpe_symbol)

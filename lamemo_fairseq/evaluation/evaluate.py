@@ -1,0 +1,141 @@
+"""The evaluation of fairseq-eval-lm, of streams rather than of sentences.
+
+fairseq's own scores each row of a batch by itself: a word whose pieces a segment's end cuts counts as two, what has the
+id of padding is left out, and with several ranks the first one's share is reported.
+
+Shapes: B streams, N tokens of a segment, R of them in all that are not padding, V words.
+"""
+
+import logging
+import math
+from typing import Any, Callable, Dict, Iterable, List, Optional
+
+import torch
+from fairseq import utils
+from fairseq.logging.meters import StopwatchMeter
+from torch import Tensor
+
+from ..data.position import real_tokens
+from ..host.ranks import several_ranks, sum_over_ranks
+from ..host.stand_in import stand_in
+from ..memory import DivergenceError
+from .output import TokenLog, print_words, words_of
+from .words import WordUnits
+
+logger = logging.getLogger("fairseq_cli.eval_lm")
+
+
+def use_for_eval_lm() -> None:
+    """Let fairseq-eval-lm evaluate models of this package with `evaluate`, and others as it does."""
+    from fairseq_cli import eval_lm
+
+    if not hasattr(eval_lm.eval_lm, "__wrapped__"):  # not yet
+        stand_in(eval_lm, "eval_lm")(_eval_lm)
+
+
+def _eval_lm(
+    original: Callable[..., Dict[str, float]], models: Any, source_dictionary: Any, batch_iterator: Any, **options: Any
+) -> Dict[str, float]:
+    if not all(hasattr(getattr(model, "decoder", None), "streams") for model in models):
+        return original(models, source_dictionary, batch_iterator, **options)
+    return evaluate(models, source_dictionary, batch_iterator, **options)
+
+
+@torch.no_grad()
+def evaluate(
+    models: List[Any],
+    dictionary: Any,
+    batches: Iterable[Dict[str, Any]],
+    post_process: Optional[str] = None,
+    output_word_probs: bool = False,
+    output_word_stats: bool = False,
+    softmax_batch: int = 0,
+    device: Optional[torch.device] = None,
+    **unused: Any,
+) -> Dict[str, float]:
+    """The mean loss of a split, a token or a word, over all streams of all ranks.
+
+    Args:
+        models: one, or several whose probabilities are averaged.
+        dictionary: the words.
+        batches: of consecutive segments, as the task feeds them.
+        post_process: fairseq's name of what makes words of pieces (`words.py`). The loss is then a word's: the sum
+            over all tokens divided by the number of words, wherever segments and streams begin. ``</s>`` is a word.
+        output_word_probs, output_word_stats: log the words, once everything has been read.
+        softmax_batch: score at most so many tokens at once; 0 for a whole batch.
+        device: where the models are.
+
+    Returns:
+        The loss in bits, and 2 to its power.
+
+    Raises:
+        ValueError: an option has a value that makes no sense.
+        DivergenceError: a token has no probability.
+    """
+    if softmax_batch < 0:
+        raise ValueError(f"--softmax-batch is {softmax_batch}: pass a number of tokens, or leave it out")
+    device = next(models[0].parameters()).device if device is None else device
+    units = WordUnits.of(post_process, dictionary).to(device)
+    log = TokenLog() if output_word_probs or output_word_stats else None
+    for model in models:
+        model.eval()
+    timer = StopwatchMeter()
+    nll, tokens, words = 0.0, 0, 0
+    for batch in batches:
+        if "net_input" not in batch:
+            continue
+        batch = utils.move_to_cuda(batch, device=device) if device.type == "cuda" else batch
+        inputs = batch["net_input"]
+        timer.start()
+        real = real_tokens(batch["target"], inputs["src_lengths"])
+        target = batch["target"][real]
+        log_probs = target_log_probs(models, inputs, target, softmax_batch)
+        nll -= _sum(log_probs, inputs["position"])
+        words += int(units.begun(target, inputs["src_tokens"][real]).sum())
+        tokens += len(target)
+        timer.stop(len(target))
+        if log is not None:
+            log.add(inputs["position"].streams, inputs["src_lengths"].tolist(), target, log_probs)
+    if several_ranks():
+        nll, *counts = sum_over_ranks(nll, tokens, words)
+        tokens, words = map(int, counts)
+    speed = tokens / timer.sum if timer.sum > 0 else 0
+    logger.info(f"Evaluated {tokens:,} tokens in {timer.sum:.1f}s ({speed:.2f} tokens/s)")
+    if log is not None:
+        found = list(words_of(*log.whole(), units.to(torch.device("cpu")), dictionary))
+        print_words(found, output_word_probs, output_word_stats)
+    loss = nll / words / math.log(2) if words > 0 else 0.0
+    return {"loss": loss, "perplexity": 2**loss if loss < 1024 else math.inf}
+
+
+def target_log_probs(models: List[Any], inputs: Dict[str, Any], target: Tensor, at_once: int = 0) -> Tensor:
+    """Natural log-probabilities ``[R]`` of the words ``target [R]`` of a batch, in float32 or wider.
+
+    Those of several models are of their mean probability.
+    """
+    logs = []
+    for model in models:
+        if 0 < at_once < len(target):
+            features, _ = model.decoder.extract_features(**inputs)
+            rows = features[real_tokens(inputs["src_tokens"], inputs["src_lengths"])]
+            parts = zip(rows.split(at_once), target.split(at_once), strict=True)
+            logs.append(torch.cat([_log_probs(model, model.decoder.output_layer(r[None]), t) for r, t in parts]))
+        else:
+            logs.append(_log_probs(model, model(**inputs, real_only=True)[0], target))
+    return logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
+
+
+def _log_probs(model: Any, scores: Tensor, target: Tensor) -> Tensor:
+    words = target.unsqueeze(0)
+    found = model.get_normalized_probs((scores, None), log_probs=True, sample={"target": words})
+    return found.gather(2, words.unsqueeze(2)).flatten()
+
+
+def _sum(log_probs: Tensor, position: Any) -> float:
+    total = float(log_probs.double().sum())
+    if not math.isfinite(total):
+        raise DivergenceError(
+            f"NaN or infinity in the loss of segment {position.index} of {position.named_streams()} of "
+            f"'{position.split}': the weights have diverged, or do not fit into this precision"
+        )
+    return total

@@ -1,0 +1,84 @@
+"""Words of a text that is stored in pieces.
+
+A piece is a symbol of the dictionary. V is their number.
+"""
+
+from dataclasses import dataclass
+from typing import List, Optional, Sequence
+
+import torch
+from fairseq.data import Dictionary, data_utils
+from torch import Tensor
+
+# Of fairseq's names for --post-process, what stands between words when pieces are written one behind the other.
+_BETWEEN_WORDS = {"sentencepiece": "\u2581", "wordpiece": "_", "letter": "|", "_EOW": "_EOW"}
+_GOES_ON = "@@"  # at the end of a piece, whose word goes on
+_GOING_ON = ("subword_nmt", "@@ ", "@@")
+_SILENCE = "<SIL>"
+
+
+def check_post_process(name: Optional[str]) -> None:
+    """Refuse a ``--post-process`` that fairseq does not know.
+
+    Raises:
+        ValueError: naming those that it knows.
+    """
+    known = (*_GOING_ON, *_BETWEEN_WORDS, "silence", "none")
+    if name is not None and name not in known:
+        raise ValueError(f"--post-process {name!r} is not known: pass one of {', '.join(map(repr, known))}")
+
+
+@dataclass(frozen=True)
+class WordUnits:
+    """How many words begin with a piece, which depends on the piece before it.
+
+    A piece belongs to the word before it if it `joins`, and that word is still open. ``</s>`` is a word.
+    """
+
+    name: Optional[str]  # fairseq's, of --post-process
+    words: Tensor  # [V] int64, words of which the piece has a part
+    joins: Tensor  # [V] bool, whether the piece goes on with a word that is open before it
+    closes: Tensor  # [V] bool, whether no word is open behind the piece
+
+    @classmethod
+    def of(cls, name: Optional[str], dictionary: Dictionary) -> "WordUnits":
+        """The units that ``--post-process`` names; without one, every piece is a word.
+
+        Raises:
+            ValueError: the name is not known.
+        """
+        check_post_process(name)
+        pieces: List[str] = [dictionary[i] for i in range(len(dictionary))]
+        words, joins, closes = [1] * len(pieces), [False] * len(pieces), [True] * len(pieces)
+        if name in _GOING_ON:
+            name = "subword_nmt"  # by another of its names, fairseq does not join the pieces
+            joins = [True] * len(pieces)
+            closes = [not piece.endswith(_GOES_ON) for piece in pieces]
+        elif name in _BETWEEN_WORDS:
+            mark = _BETWEEN_WORDS[name]
+            words = [sum(map(bool, piece.split(mark))) for piece in pieces]
+            joins = [not piece.startswith(mark) for piece in pieces]
+            closes = [piece.endswith(mark) for piece in pieces]
+        elif name == "silence":
+            words = [int(piece.replace(_SILENCE, "") != "") for piece in pieces]
+        eos = dictionary.eos()
+        words[eos], joins[eos], closes[eos] = 1, False, True
+        return cls(name, torch.tensor(words), torch.tensor(joins), torch.tensor(closes))
+
+    def to(self, device: torch.device) -> "WordUnits":
+        return WordUnits(self.name, self.words.to(device), self.joins.to(device), self.closes.to(device))
+
+    def begun(self, pieces: Tensor, before: Tensor) -> Tensor:
+        """How many words begin with each of the *pieces*, given the ones *before* them: int64 of their shape."""
+        return self.words[pieces] - (self.joins[pieces] & ~self.closes[before]).long()
+
+    def first_pieces(self, pieces: Tensor, before: Tensor) -> Tensor:
+        """Which *pieces* ``[T]`` are the first of what `written` makes a word of.
+
+        A piece without any part of a word, such as a mark alone, goes with the piece after it.
+        """
+        return ~(self.joins[pieces] & ~self.closes[before]) & self.words[before].bool()
+
+    def written(self, pieces: Sequence[str]) -> str:
+        """The word that pieces make."""
+        return data_utils.post_process(" ".join(pieces), self.name)

@@ -1,0 +1,25 @@
+"""Several models in fairseq-eval-lm."""
+
+from typing import Any, Callable, List, Sequence
+
+from fairseq import checkpoint_utils, utils
+
+from .stand_in import stand_in
+
+
+@stand_in(checkpoint_utils, "load_model_ensemble_and_task")
+def load_model_ensemble_and_task(
+    original: Callable[..., Any],
+    filenames: Sequence[str],
+    arg_overrides: Any = None,
+    task: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Load the models of ``--path``, separated by ``:``, which fairseq-eval-lm takes for the name of one file."""
+    from ..tasks.segment_language_modeling import SegmentLanguageModelingTask
+
+    names: List[str] = list(filenames)
+    if isinstance(task, SegmentLanguageModelingTask):
+        names = [path for name in names for path in utils.split_paths(name)]
+    return original(names, arg_overrides, task, *args, **kwargs)
