@@ -53,8 +53,8 @@ class LossWatch:
             memory = ", nor is their memory" if broken else ""
             raise DivergenceError(
                 f"NaN or infinity in update {update}, epoch {position.epoch}: the loss of segment {position.index} of "
-                f"{where} of '{position.split}' is not finite{memory}. Go on from an earlier checkpoint with "
-                "--restore-file and a lower --lr, a lower --clip-norm, or without --fp16"
+                f"{where} of '{position.split}' is not finite{memory}. Go on from an earlier checkpoint, named with "
+                "--restore-file, at a lower --lr, with --clip-norm such as 0.5, or with --bf16 in place of --fp16"
             )
 
 

@@ -5,9 +5,11 @@ of zip files pass over it. So every tool of fairseq reads it, and one cut short 
 """
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -18,6 +20,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
+from . import interruption
 from .stand_in import stand_in
 from .training_state import training_state
 
@@ -100,15 +103,19 @@ def _advice(path: Path) -> str:
 
     The same command reads checkpoint_last.pt again, and without one begins at update 0 and says nothing.
     """
-    others = sorted(path.parent.glob("checkpoint*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
-    # Checkpoints may be large: those older than the newest whole one are not read.
-    whole = next((p.name for p in others if p.name != path.name and _damage(p) is None), None)
+    whole = _newest_whole(path.parent, but=path.name)
     last = path.name.startswith("checkpoint_last")
     if whole is None:
         return "No other one beside it is whole" + (": move it away to train from the start" if last else "")
     if last:
-        return f"To go on from the newest whole one beside it, copy {whole} over {path.name}"
-    return f"The newest whole one beside it is {whole}: name that instead"
+        return f"To go on from the newest whole one beside it, copy {whole.name} over {path.name}"
+    return f"The newest whole one beside it is {whole.name}: name that instead"
+
+
+def _newest_whole(folder: Path, but: str = "") -> Optional[Path]:
+    """The last checkpoint that is whole. They may be large: those that are older are not read."""
+    found = sorted(folder.glob("checkpoint*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return next((p for p in found if p.name != but and _damage(p) is None), None)
 
 
 @stand_in(checkpoint_utils, "load_checkpoint_to_cpu")
@@ -129,7 +136,15 @@ def load_checkpoint_to_cpu(original: Callable[..., Any], path: str, *args: Any, 
 
 @stand_in(checkpoint_utils, "torch_persistent_save")
 def torch_persistent_save(original: Callable[..., Any], obj: Any, filename: str, async_write: bool = False) -> Any:
-    """fairseq's writes have no checksum, and on a full disk append a second try to the first."""
+    """fairseq's writes have no checksum, and on a full disk append a second try to the first.
+
+    Raises:
+        OSError: the file was not written, with the reason and the last whole checkpoint.
+    """
+    crashed = isinstance(filename, str) and os.path.basename(filename) == "crash.pt"
+    if crashed and obj["cfg"]["checkpoint"]["no_save"]:
+        logger.info("%s is not written: --no-save", filename)
+        return
     if async_write or not isinstance(filename, str) or not PathManager.supports_rename(filename):
         return original(obj, filename, async_write=async_write)
 
@@ -138,7 +153,13 @@ def torch_persistent_save(original: Callable[..., Any], obj: Any, filename: str,
         seal(unfinished)
 
     started = time.monotonic()
-    _replace(Path(filename), write)
+    try:
+        _replace(Path(filename), write)
+    except OSError as error:
+        if not crashed:
+            raise
+        logger.warning("%s", error)  # what the run has crashed of matters more
+        return
     logger.info(
         "%s: %.1f MB, of which the memory of the streams %.1f MB; written and sealed in %.1f s",
         filename,
@@ -175,14 +196,42 @@ checkpoint_utils.PathManager = _PathManager
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside *path*, and only when that is complete put it there."""
+    """Write a file beside *path*, and only when that is complete put it there.
+
+    Raises:
+        OSError: it cannot be written, with the reason and the last whole checkpoint.
+    """
     unfinished = path.with_name(path.name + ".tmp")
     try:
         write(unfinished)
         os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        reason = _reason(error, unfinished)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if reason is None:
+            raise
+        raise OSError(reason.errno, f"{reason.strerror}: {path} was not written. {_what_is_left(path)}") from None
+
+
+def _reason(error: BaseException, unfinished: Path) -> Optional[OSError]:
+    """Why a file could not be written. torch does not say, so that it is tried once more."""
+    if isinstance(error, RuntimeError):
+        try:
+            with unfinished.open("ab") as file:
+                file.write(b"\0" * (1 << 20))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as reason:
+            return reason
+    return error if isinstance(error, OSError) else None
+
+
+def _what_is_left(path: Path) -> str:
+    whole = _newest_whole(path.parent)
+    if whole is None:
+        return "No checkpoint is there yet: make room, or pass another --save-dir"
+    return f"The last whole checkpoint is {whole}: make room, and start the same command again"
 
 
 @stand_in(checkpoint_utils, "save_checkpoint")
@@ -195,6 +244,34 @@ def save_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, epoch_
     if trainer.should_save_checkpoint_on_current_rank:
         trainer.task.training_state = training_state(trainer)
     try:
-        return original(cfg, trainer, epoch_itr, val_loss)
+        saved = original(cfg, trainer, epoch_itr, val_loss)
+        _keep_at_the_end_of_an_epoch(cfg, trainer, epoch_itr, saved)
     finally:
         trainer.task.training_state = {}  # kept until the next save, it could hold a copy of the weights
+    interruption.note_saved(trainer.get_num_updates())
+    return saved
+
+
+def _keep_at_the_end_of_an_epoch(cfg: Any, trainer: Any, epoch_itr: Any, saved: Optional[str]) -> None:
+    """Keep the checkpoint of ``--save-interval-updates``, which fairseq leaves out where an epoch ends with it."""
+    updates, every = trainer.get_num_updates(), cfg.save_interval_updates
+    writes = trainer.should_save_checkpoint_on_current_rank
+    if not (writes and epoch_itr.end_of_epoch() and every > 0 and updates % every == 0):
+        return
+    suffix = trainer.checkpoint_suffix
+    path = os.path.join(cfg.save_dir, f"checkpoint_{epoch_itr.epoch}_{updates}{suffix}.pt")
+    if saved is None:
+        logger.warning(
+            "%s is not written: epoch %d ends with this update, and --no-epoch-checkpoints and --no-last-checkpoints "
+            "leave nothing to copy it from",
+            path,
+            epoch_itr.epoch,
+        )
+        return
+    _PathManager.copy(saved, path, overwrite=True)
+    if cfg.keep_interval_updates > 0:
+        pattern, spared = rf"checkpoint_\d+_(\d+){re.escape(suffix)}\.pt", cfg.keep_interval_updates_pattern
+        kept: Any = checkpoint_utils.checkpoint_paths(cfg.save_dir, pattern=pattern, keep_match=True)
+        removable = [name for name, update in kept if spared == -1 or update % spared]
+        for name in removable[cfg.keep_interval_updates :]:
+            os.remove(name)

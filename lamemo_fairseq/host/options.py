@@ -1,6 +1,7 @@
 """fairseq's command line."""
 
 import importlib.util
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -10,7 +11,10 @@ import torch
 from fairseq import options
 
 from .generation import adapt_generation
+from .interruption import end_in_one_line
 from .stand_in import stand_in
+
+logger = logging.getLogger(__name__)
 
 
 @stand_in(options, "parse_args_and_arch")
@@ -25,6 +29,9 @@ def parse_args_and_arch(
     if getattr(namespace, "tpu", False) and "--tpu" not in given and importlib.util.find_spec("torch_xla") is None:
         namespace.tpu = False
     adapt_generation(namespace, given, "segment_language_modeling")
+    # One process a GPU is for GPUs.
+    if getattr(namespace, "cpu", False) and not any(w.startswith("--distributed-world-size") for w in given):
+        namespace.distributed_world_size = 1
     # Ranks that torchrun starts it finds on GPUs alone; on CPUs each would train for itself.
     on_cpu = getattr(namespace, "cpu", False) or not torch.cuda.is_available()
     if on_cpu and launched_ranks() > 1 and getattr(namespace, "distributed_init_method", "") is None:
@@ -33,9 +40,29 @@ def parse_args_and_arch(
         namespace.distributed_rank = int(os.environ["RANK"])
         namespace.distributed_no_spawn = True
         namespace.distributed_backend = "gloo"
-        if hasattr(namespace, "ddp_backend"):
-            namespace.ddp_backend = "legacy_ddp"  # fairseq's other ones ask for a GPU
+        if getattr(namespace, "ddp_backend", "legacy_ddp") != "legacy_ddp":
+            if namespace.distributed_rank == 0:
+                logger.info("--ddp-backend legacy_ddp takes the place of %s, which needs GPUs", namespace.ddp_backend)
+            namespace.ddp_backend = "legacy_ddp"
+    if hasattr(namespace, "max_update"):
+        check_save_dir(namespace.save_dir)
+    end_in_one_line()
     return parsed
+
+
+def check_save_dir(folder: str) -> None:
+    """Check that a folder can be made and written to.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    existing = os.path.abspath(folder)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise ValueError(f"--save-dir {folder}: {existing} is a file, pass a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--save-dir {folder}: {existing} cannot be written to, pass a folder of yours")
 
 
 def launched_ranks() -> int:

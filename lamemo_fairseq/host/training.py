@@ -3,15 +3,20 @@
 import contextlib
 import logging
 import sys
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Optional
+from weakref import WeakSet
 
 import torch
+from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
-from . import schedules
+from . import interruption, schedules
+from .devices import without_gpus
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
+
+_begun: "WeakSet[Any]" = WeakSet()  # trainers
 
 
 def training_commands() -> Iterator[Any]:
@@ -22,25 +27,61 @@ def training_commands() -> Iterator[Any]:
             yield module
 
 
-def stop_where_the_run_has_ended() -> None:
-    """Let a run that has reached ``--max-update`` end when it is started again, as schedulers do after a lost node.
-
-    fairseq looks at ``--max-update`` after an update, so that every start adds one.
-    """
+def prepare_training() -> None:
+    """Put `_train` in its place, where there is a command that trains."""
     for module in training_commands():
-        if not hasattr(module, "_stops_at_the_end"):
-            setattr(module, "_stops_at_the_end", True)  # noqa: B010
+        if not hasattr(module, "_is_prepared"):
+            setattr(module, "_is_prepared", True)  # noqa: B010
             stand_in(module, "train")(_train)
 
 
 def _train(original: Callable[..., Any], cfg: Any, trainer: Any, *args: Any) -> Any:
-    check(cfg)
+    """Train for an epoch, unless the run has ended: fairseq would add an update, or several, at every start."""
+    with interruption.told(), without_gpus(cfg.common.cpu):
+        if trainer not in _begun:
+            check(cfg)
+            _check_metric(cfg, trainer)
+            reason = _ended(cfg, trainer)
+            if reason is not None:
+                logger.info("nothing left to do: %s", reason)
+                return [None], True
+            _begun.add(trainer)
+        schedules.begin_epoch(trainer)
+        return original(cfg, trainer, *args)
+
+
+def _ended(cfg: Any, trainer: Any) -> Optional[str]:
+    """Why a run that is started again has nothing to do, as schedulers start one after a lost node."""
     limit, updates = cfg.optimization.max_update, trainer.get_num_updates()
     if limit and updates >= limit:
-        logger.info("nothing left to do: the checkpoint has %d updates, and --max-update is %d", updates, limit)
-        return [None], True
-    schedules.begin_epoch(trainer)
-    return original(cfg, trainer, *args)
+        return f"the checkpoint has {updates} updates, and --max-update is {limit}"
+    patience = cfg.checkpoint.patience
+    waited = max((getattr(command.should_stop_early, "num_runs", 0) for command in training_commands()), default=0)
+    if 0 < patience <= waited:
+        return f"the last {waited} validations were no better, and --patience is {patience}"
+    hours, trained = cfg.optimization.stop_time_hours, trainer._previous_training_time / 3600
+    if 0 < hours < trained:
+        return f"the run has trained for {trained:.2f} hours, and --stop-time-hours is {hours:g}"
+    return None
+
+
+def _check_metric(cfg: Any, trainer: Any) -> None:
+    """Look for the metric of ``--best-checkpoint-metric`` in the figures of one batch. fairseq does after an epoch.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    metric = cfg.checkpoint.best_checkpoint_metric
+    if cfg.dataset.disable_validation or metric in ("loss", "num_updates"):
+        return
+    with metrics.aggregate(new_root=True) as figures:
+        trainer.valid_step(trainer._dummy_batch)
+    names = figures.get_smoothed_values()
+    if metric not in names:
+        raise ValueError(
+            f"--best-checkpoint-metric {metric} is not a figure of a validation: pass one of "
+            f"{', '.join(name for name in names if not name.startswith('_'))}"
+        )
 
 
 def check(cfg: Any) -> None:

@@ -15,6 +15,7 @@ from fairseq.file_io import PathManager
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from torch import Tensor
 
+from . import interruption
 from .averages import Averages
 from .schedules import restore_schedule, schedule_state
 from .stand_in import stand_in
@@ -92,14 +93,30 @@ def _counted(scaler: DynamicLossScaler) -> Set[str]:
 
 @stand_in(checkpoint_utils, "load_checkpoint")
 def load_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, **kwargs: Any) -> Any:
-    """fairseq's, and then the rest of the state, unless the optimizer or the meters begin anew."""
+    """fairseq's, and then the rest of the state, unless the optimizer begins anew.
+
+    Raises:
+        FileNotFoundError: the checkpoint named by an option is not there.
+        ValueError: it does not hold the optimizer's state.
+    """
     if not hasattr(trainer.task, "training_state"):
         return original(cfg, trainer, **kwargs)
-    anew = cfg.reset_optimizer or cfg.reset_meters or _begins_finetuning(cfg, trainer)
+    check_named_checkpoint(cfg, trainer.checkpoint_suffix)
+    anew = cfg.reset_optimizer or _begins_finetuning(cfg, trainer)
     if trainer.cfg.ema.store_ema:  # built when first asked for, which may be after the first update
         trainer._build_ema = lambda: setattr(trainer, "_ema", Averages(trainer._model, trainer.cfg.ema, trainer.device))
     extra_state, epoch_itr = original(cfg, trainer, **kwargs)
+    if anew:
+        trainer._previous_training_time = 0  # what --stop-time-hours counts is this run's
+    elif extra_state is not None and trainer._optim_history[-1]["num_updates"] > trainer.get_num_updates():
+        raise ValueError(
+            "the checkpoint was saved with --no-save-optimizer-state, and a run cannot go on without that: pass "
+            "--reset-optimizer to count updates from 0 with its weights, or --finetune-from-model"
+        )
+    interruption.begin(trainer)
     state = (extra_state or {}).get(type(trainer.task).__name__)
+    if cfg.reset_meters and state:
+        state = {name: value for name, value in state.items() if name != "patience"}
     if state and not anew:
         restore_training_state(trainer, state)
         if "schedule" in state and not cfg.reset_lr_scheduler:
@@ -116,8 +133,33 @@ def load_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, **kwar
     return extra_state, epoch_itr
 
 
+def check_named_checkpoint(cfg: Any, suffix: str) -> None:
+    """Check that the checkpoint to begin with is there. Without it fairseq trains from the start.
+
+    Raises:
+        FileNotFoundError: it is not, with the option that names it.
+    """
+    default = "checkpoint_last.pt"
+    last = os.path.join(cfg.save_dir, default.replace(".pt", suffix + ".pt"))
+    begun = PathManager.isfile(last)
+    if cfg.restore_file != default:
+        option, path = "--restore-file", cfg.restore_file.replace(".pt", suffix + ".pt")
+    elif cfg.continue_once is not None and not begun:
+        option, path = "--continue-once", cfg.continue_once
+    elif cfg.finetune_from_model is not None and not begun:
+        option, path = "--finetune-from-model", cfg.finetune_from_model
+    else:
+        return
+    if not PathManager.isfile(path):
+        beside = os.path.join(cfg.save_dir, os.path.basename(path))
+        advice = f"pass {beside}" if PathManager.isfile(beside) else "pass the path of a checkpoint, or leave it out"
+        raise FileNotFoundError(f"{option} {path}: there is no such file, {advice}")
+    if begun and os.path.realpath(path) != os.path.realpath(last):
+        logger.warning("%s %s is taken, although there is a %s from a run that has begun", option, path, last)
+
+
 def _begins_finetuning(cfg: Any, trainer: Any) -> bool:
     """Whether fairseq takes nothing but weights from a checkpoint, which its options do not say then."""
     last = os.path.join(cfg.save_dir, f"checkpoint_last{trainer.checkpoint_suffix}.pt")
-    begins = cfg.finetune_from_model is not None and getattr(cfg, "continue_once", None) is None
+    begins = cfg.finetune_from_model is not None and cfg.continue_once is None
     return begins and not PathManager.exists(last)

@@ -27,7 +27,7 @@ from ..faults import LossWatch, retry_out_of_memory
 from ..generation import PromptDataset
 from ..host.options import launched_ranks
 from ..host.ranks import several_ranks
-from ..host.training import stop_where_the_run_has_ended
+from ..host.training import prepare_training
 from ..memory import DivergenceError
 from .prompts import PromptTask
 
@@ -90,7 +90,7 @@ class SegmentLanguageModelingTask(PromptTask):
             ValueError: one cannot be read, folders have different dictionaries, or torchrun's processes do not know of
                 each other.
         """
-        stop_where_the_run_has_ended()
+        prepare_training()
         if launched_ranks() > 1 and not several_ranks():
             raise ValueError(
                 f"torchrun has started {launched_ranks()} processes, of which fairseq takes each for a job of its own: "

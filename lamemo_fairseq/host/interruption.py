@@ -1,0 +1,116 @@
+"""A command that is interrupted ends in one line, which for a training says what is saved and how to go on."""
+
+import os
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Iterator, Optional, Type
+
+import torch.distributed as dist
+
+
+class Terminated(KeyboardInterrupt):
+    """A scheduler asks the run to end (SIGTERM)."""
+
+
+class _Training:
+    """The training run of this process, as far as its end has to be told of."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.restored: int = trainer.get_num_updates()
+        self.saved: Optional[int] = None
+
+    def summary(self) -> str:
+        return f"after update {self.trainer.get_num_updates()}{self._saved()}"
+
+    def _saved(self) -> str:
+        checkpoint = self.trainer.cfg.checkpoint
+        last = os.path.join(checkpoint.save_dir, f"checkpoint_last{self.trainer.checkpoint_suffix}.pt")
+        if checkpoint.no_save:
+            return ", of which --no-save keeps nothing"
+        if self.saved is None:
+            again = f"goes on from update {self.restored} again" if self.restored else "begins again"
+            return f": nothing has been saved since the start, the same command {again}"
+        if checkpoint.no_last_checkpoints:
+            return (
+                f": update {self.saved} is saved in {checkpoint.save_dir}, name its file with --restore-file to go on"
+            )
+        if checkpoint.restore_file != "checkpoint_last.pt":
+            return (
+                f": update {self.saved} is saved in {last}. To go on from it, leave out --restore-file "
+                f"{checkpoint.restore_file}"
+            )
+        return f": update {self.saved} is saved in {last}, from which the same command goes on"
+
+
+_training: Optional[_Training] = None
+_told = False
+
+
+def end_in_one_line() -> None:
+    """Put `_ended` in the place of what prints tracebacks."""
+    if sys.excepthook is not _ended:
+        global _otherwise
+        _otherwise = sys.excepthook
+        sys.excepthook = _ended
+
+
+def begin(trainer: Any) -> None:
+    """A training begins, or goes on after as many updates as the trainer has."""
+    global _training, _told
+    _training, _told = _Training(trainer), False
+    end_in_one_line()
+
+
+def note_saved(updates: int) -> None:
+    """A checkpoint was saved."""
+    if _training is not None:
+        _training.saved = updates
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Tell of an interruption meanwhile, once for all ranks. SIGTERM is one."""
+    former = None
+    if threading.current_thread() is threading.main_thread():
+        former = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        _tell(error)
+        raise
+    finally:
+        if former is not None:
+            signal.signal(signal.SIGTERM, former)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated
+
+
+def _tell(error: BaseException) -> None:
+    global _told
+    if not _told and _rank() == 0:
+        what = "Terminated" if isinstance(error, Terminated) else "Interrupted"
+        summary = f" {_training.summary()}" if _training is not None else ""
+        print(f"{what}{summary}", file=sys.stderr, flush=True)
+    _told = True
+
+
+def _ended(kind: Type[BaseException], error: BaseException, traceback: Optional[TracebackType]) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        return _otherwise(kind, error, traceback)
+    _tell(error)
+    raise SystemExit(128 + (signal.SIGTERM if issubclass(kind, Terminated) else signal.SIGINT))
+
+
+_otherwise = sys.excepthook
+
+
+def _rank() -> int:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
