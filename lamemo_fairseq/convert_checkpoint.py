@@ -16,10 +16,13 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from fairseq.data import Dictionary
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from .data.binarized import load_dictionary
-from .models.config import option_name
+from .host.configuration import check_options, complete, read_ours
+from .memory import MEMORIES
+from .models.config import MemoryLanguageModelConfig, option_name
 from .models.decoder import vocabulary_checksum
 from .positions.base import inverse_frequencies
 from .released import ATTENTION_TYPES, from_released, model_options, to_released
@@ -80,12 +83,13 @@ def words_of(vocabulary: Any) -> List[str]:
 def fairseq_dictionary(words: List[str]) -> Dictionary:
     """fairseq's dictionary for them: its own four symbols, then the others in their order."""
     dictionary = Dictionary()
-    exported = released_words(dictionary)
-    for word in words[len(exported) :] if words[: len(exported)] == exported else words:
+    for word in words:
         if word not in EOS and word not in UNK:
-            if word in dictionary.indices:
-                raise ValueError(f"the vocabulary holds fairseq's own symbol {word}")
-            dictionary.add_symbol(word)
+            dictionary.add_symbol(word)  # fairseq's own symbols stay in front
+    ours = [{**EOS, **UNK}.get(word, word) for word in words]
+    if len(set(ours)) != len(ours):
+        double = next(word for word in ours if ours.count(word) > 1)
+        raise ValueError(f"the vocabulary holds {double} under two names: pass --vocabulary FILE with one of them")
     return dictionary
 
 
@@ -118,31 +122,42 @@ def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[
     lacking = [key for key in REQUIRED if key not in config]
     if lacking:
         raise ValueError(f"the released checkpoint's model_config lacks {', '.join(lacking)}")
+    odd = [key for key in REQUIRED if type(config[key]) is not int]
+    if odd:
+        raise ValueError(f"the released checkpoint's model_config has {odd[0]} {config[odd[0]]!r}, no whole number")
+    if not all(isinstance(weight, Tensor) for weight in state.values()):
+        raise ValueError("the released checkpoint's model_state holds something that is no tensor")
     dictionary = fairseq_dictionary(words)
     order = row_order(words, dictionary)
     if config.get("n_token", len(words)) != len(words):
         raise ValueError(f"the model has {config['n_token']} words, the vocabulary {len(words)}")
     cutoffs = list(config.get("cutoffs") or [])
-    options = model_options({**config, "cutoffs": _moved_cutoffs(cutoffs, order, len(dictionary) - len(words))})
+    try:
+        options = model_options({**config, "cutoffs": _moved_cutoffs(cutoffs, order, len(dictionary) - len(words))})
+        check_options(options, MemoryLanguageModelConfig)
+    except TypeError as error:
+        raise ValueError(f"the released checkpoint's model_config holds a value of another kind: {error}") from None
 
     try:
         weights = {f"decoder.{k}": v for k, v in from_released(state, config["n_layer"]).items()}
     except KeyError as error:
         raise ValueError(f"the released checkpoint lacks the weight {error}") from None
+    except RuntimeError as error:
+        raise ValueError(f"the released weights do not fit their model_config: {error}") from None
     for name, weight in weights.items():
         if _is_first_table(name):
             weights[name] = _reordered(weight, order[: weight.size(0) + order.count(None)], name.split(".")[-2])
     weights["decoder.dictionary_version"] = vocabulary_checksum(dictionary)
     mapped = to_released(from_released(state, config["n_layer"]), config["n_layer"], _joined(config))
     rest = {k: v for k, v in state.items() if k not in mapped}
-    model = {"_name": "lamemo_lm", **options}
+    cfg = {
+        "model": {"_name": MEMORIES[options["memory"]].architecture.name, **options},
+        "task": {"_name": "segment_language_modeling", "data": None, "tokens_per_sample": config["tgt_len"]},
+        "criterion": {"_name": "cross_entropy", "sentence_avg": False},
+    }
     checkpoint: Dict[str, Any] = {
         "args": None,
-        "cfg": {
-            "model": model,
-            "task": {"_name": "segment_language_modeling", "data": None, "tokens_per_sample": config["tgt_len"]},
-            "criterion": {"_name": "cross_entropy", "sentence_avg": False},
-        },
+        "cfg": OmegaConf.to_container(OmegaConf.create(complete(cfg)), resolve=True),
         "model": weights,
         "criterion": None,
         "optimizer_history": [NO_HISTORY],
@@ -162,12 +177,10 @@ def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dic
     Raises:
         ValueError: the checkpoint is of another model, or its dictionary another one.
     """
-    if "model" not in checkpoint or not checkpoint.get("cfg"):
-        raise ValueError(f"this is no checkpoint of fairseq-train; it holds {sorted(map(str, checkpoint))}")
     ours = {k.removeprefix("decoder."): v for k, v in checkpoint["model"].items()}
     if int(ours.get("dictionary_version", -1)) != int(vocabulary_checksum(dictionary)):
         raise ValueError("the checkpoint was trained with another dictionary: pass its own as --dictionary")
-    options = dict(checkpoint["cfg"]["model"])
+    options = complete(checkpoint["cfg"])["model"]
     imported = (checkpoint.get("extra_state") or {}).get("released")
     if imported:
         config, words, rest = (imported[key] for key in ("model_config", "vocab", "rest"))
@@ -178,8 +191,13 @@ def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dic
     else:
         words = released_words(dictionary)
         config = released_config(options, len(words))
+        if "embed_tokens.tables.0.weight" not in ours:
+            raise ValueError("the checkpoint lacks the weight decoder.embed_tokens.tables.0.weight")
         rest = _buffers(config, ours["embed_tokens.tables.0.weight"].dtype)
-    state = {**to_released(ours, config["n_layer"], _joined(config)), **rest}
+    try:
+        state = {**to_released(ours, config["n_layer"], _joined(config)), **rest}
+    except KeyError as error:
+        raise ValueError(f"the checkpoint lacks the weight {error}") from None
     return {"model_config": config, "model_state": state, "vocab": words}
 
 
@@ -275,6 +293,18 @@ def _save(data: Any, path: Path) -> None:
     os.replace(part, path)
 
 
+def _save_dictionary(dictionary: Dictionary, path: Path) -> None:
+    """Write a dictionary, a word a line.
+
+    Raises:
+        ValueError: a word has an end of a line in it.
+    """
+    odd = [word for word in dictionary.symbols if "\n" in word or "\r" in word]
+    if odd:
+        raise ValueError(f"dict.txt has a word a line, and the vocabulary holds {odd[0]!r}: rename it")
+    dictionary.save(str(path))
+
+
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -296,10 +326,10 @@ def main(arguments: Optional[List[str]] = None) -> None:
             checkpoint, dictionary = import_checkpoint(released, words_of(vocabulary))
             folder = Path(args.folder)
             folder.mkdir(parents=True, exist_ok=True)
-            dictionary.save(str(folder / "dict.txt"))
+            _save_dictionary(dictionary, folder / "dict.txt")
             _save(checkpoint, folder / "checkpoint.pt")
         else:
-            _save(export_checkpoint(load_plain(args.checkpoint), load_dictionary(args.dictionary)), Path(args.released))
+            _save(export_checkpoint(read_ours(args.checkpoint), load_dictionary(args.dictionary)), Path(args.released))
     except (ValueError, OSError) as error:
         sys.exit(f"convert_checkpoint: {error}")
 

@@ -91,7 +91,12 @@ def trained_here(folder, **options):
         **{"attention_dropout": 0.0, "same_length": False, "clamp_len": 0, "tokens_per_sample": 3},
     }
     weights = {f"decoder.{k}": v for k, v in decoder.state_dict().items()}
-    torch.save({"model": weights, "cfg": {"model": {**defaults, **options}}, "extra_state": {}}, folder / "trained.pt")
+    cfg = {
+        "model": {"_name": "lamemo_lm", **defaults, **options},
+        "task": {"_name": "segment_language_modeling", "tokens_per_sample": 3},
+    }
+    rest = {"optimizer_history": [{"num_updates": 1}], "extra_state": {"train_iterator": {"epoch": 1}}}
+    torch.save({"model": weights, "cfg": cfg, **rest}, folder / "trained.pt")
     return decoder
 
 

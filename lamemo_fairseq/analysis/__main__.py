@@ -15,6 +15,7 @@ import torch
 from fairseq import checkpoint_utils
 from tqdm import tqdm
 
+from ..host.configuration import read_ours
 from . import report
 from .collect import Collected, collect
 
@@ -89,11 +90,13 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or no such split.
+        ValueError: it is not one of this package.
     """
     overrides: Dict[str, Any] = {"data": args.data}
     for option in ("mem_len", "tokens_per_sample"):
         if getattr(args, option) is not None:
             overrides[option] = getattr(args, option)
+    read_ours(path)
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides=overrides)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     model = models[0].to(device).eval()

@@ -14,13 +14,17 @@ import shutil
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
+from omegaconf import OmegaConf
 
 from . import interruption
+from .configuration import CheckpointError, check, complete, is_ours, read_checkpoint
+from .overrides import override
+from .restoring import check_restored
 from .stand_in import stand_in
 from .training_state import training_state
 
@@ -119,19 +123,42 @@ def _newest_whole(folder: Path, but: str = "") -> Optional[Path]:
 
 
 @stand_in(checkpoint_utils, "load_checkpoint_to_cpu")
-def load_checkpoint_to_cpu(original: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
-    """fairseq loads what torch can make sense of, and where that is nothing, does not say in which file."""
+def load_checkpoint_to_cpu(
+    original: Callable[..., Any],
+    path: str,
+    arg_overrides: Optional[Dict[str, Any]] = None,
+    load_on_all_ranks: bool = False,
+) -> Any:
+    """Load a checkpoint whole, of this package checked and with the options that it lacks; others as fairseq does.
+
+    Raises:
+        DamagedCheckpointError: the file is not what was once saved.
+        CheckpointError: it is no checkpoint, or its configuration is not one of plain values of known options.
+        ValueError: an option to override is not known, or has a value of another type.
+    """
     local = Path(PathManager.get_local_path(path))
-    if local.is_file():
-        verify(local)
+    if not local.is_file():
+        return original(path, arg_overrides, load_on_all_ranks)
+    verify(local)
+    state = read_checkpoint(str(local))
+    ours = is_ours(state)
+    if ours:
+        check(state, path)
+    check_restored(state, path)
+    if not ours:
+        return _load_another(original, path, arg_overrides, load_on_all_ranks)
+    state["cfg"] = OmegaConf.create(complete(state["cfg"]), flags={"allow_objects": True})
+    override(state["cfg"], arg_overrides or {})
+    return state
+
+
+def _load_another(original: Callable[..., Any], path: str, *args: Any) -> Any:
+    """Load what is not of this package; fairseq does not say which file it can make no sense of."""
     try:
-        # Options of optimizers and schedulers that fairseq has no dataclass for, such as sgd, are saved as one.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return original(path, *args, **kwargs)
-    except FileNotFoundError:
-        raise
+            return original(path, *args)
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of fairseq: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{path} is no checkpoint of fairseq: {type(error).__name__}: {error}") from error
 
 
 @stand_in(checkpoint_utils, "torch_persistent_save")

@@ -12,6 +12,7 @@ from fairseq import options
 
 from .generation import adapt_generation
 from .interruption import end_in_one_line
+from .named_checkpoints import check_checkpoints, take_task_from_checkpoint
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 def parse_args_and_arch(
     original: Callable[..., Any], parser: Any, input_args: Optional[Sequence[str]] = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Two things that fairseq concludes from the command line and its environment."""
+    """Two things that fairseq concludes from the command line and its environment, and the checkpoints it names."""
+    take_task_from_checkpoint(parser, input_args)
     parsed = original(parser, input_args, *args, **kwargs)
     namespace: Namespace = parsed[0] if isinstance(parsed, tuple) else parsed
     # --bf16 it takes for a TPU's, from the days before GPUs had it, and then looks for torch_xla.
@@ -46,6 +48,7 @@ def parse_args_and_arch(
             namespace.ddp_backend = "legacy_ddp"
     if hasattr(namespace, "max_update"):
         check_save_dir(namespace.save_dir)
+    check_checkpoints(namespace)
     end_in_one_line()
     return parsed
 

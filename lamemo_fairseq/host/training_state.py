@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import interruption
 from .averages import Averages
+from .restoring import restoring
 from .schedules import restore_schedule, schedule_state
 from .stand_in import stand_in
 from .training import training_commands
@@ -105,7 +106,8 @@ def load_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, **kwar
     anew = cfg.reset_optimizer or _begins_finetuning(cfg, trainer)
     if trainer.cfg.ema.store_ema:  # built when first asked for, which may be after the first update
         trainer._build_ema = lambda: setattr(trainer, "_ema", Averages(trainer._model, trainer.cfg.ema, trainer.device))
-    extra_state, epoch_itr = original(cfg, trainer, **kwargs)
+    with restoring(trainer, anew=anew):
+        extra_state, epoch_itr = original(cfg, trainer, **kwargs)
     if anew:
         trainer._previous_training_time = 0  # what --stop-time-hours counts is this run's
     elif extra_state is not None and trainer._optim_history[-1]["num_updates"] > trainer.get_num_updates():

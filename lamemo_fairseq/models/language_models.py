@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..data.position import real_tokens
 from ..generation import LanguageModelHub
+from ..host.named_checkpoints import check_files
 from ..memory import MEMORIES
 from ..tasks.segment_language_modeling import SegmentLanguageModelingTask
 from .config import MemoryLanguageModelConfig, with_defaults
@@ -98,7 +99,12 @@ class MemoryLanguageModel(FairseqLanguageModel):
             data_name_or_path: folder of ``dict.txt``; one that begins with a dot is sought in the checkpoint's folder.
             kwargs: options to override, such as ``mem_len``, and ``tokenizer``, ``bpe`` with their options
                 (``bpe="sentencepiece", sentencepiece_model="FILE"``).
+
+        Raises:
+            FileNotFoundError: a folder or a checkpoint is not there.
+            ValueError: a checkpoint is not one of this package, or an argument is not known.
         """
+        check_files(str(model_name_or_path), checkpoint_file, str(data_name_or_path), kwargs)
         loaded = hub_utils.from_pretrained(str(model_name_or_path), checkpoint_file, str(data_name_or_path), **kwargs)
         return LanguageModelHub(loaded["args"], loaded["task"], loaded["models"])
 

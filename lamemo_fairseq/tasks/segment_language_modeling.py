@@ -25,6 +25,7 @@ from ..data.text import check_input
 from ..evaluation import use_for_eval_lm
 from ..faults import LossWatch, retry_out_of_memory
 from ..generation import PromptDataset
+from ..host.configuration import check_criterion, check_model
 from ..host.options import launched_ranks
 from ..host.ranks import several_ranks
 from ..host.training import prepare_training
@@ -80,6 +81,7 @@ class SegmentLanguageModelingTask(PromptTask):
         self._iterators: Dict[Any, SegmentBatchIterator] = {}
         self._batches: Optional[SegmentBatchIterator] = None  # that a model is trained on
         self._trains = False  # whether what is asked for is to be trained on
+        self._from_checkpoint = bool(kwargs.get("from_checkpoint", False))
 
     @classmethod
     def setup_task(cls, cfg: SegmentLanguageModelingConfig, **kwargs: Any) -> "SegmentLanguageModelingTask":
@@ -113,17 +115,17 @@ class SegmentLanguageModelingTask(PromptTask):
         return self.dictionary
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        check_model(cfg, self.NAME)
         model = super().build_model(cfg, from_checkpoint)
-        decoder: Any = getattr(model, "decoder", None)
-        if not hasattr(decoder, "streams"):
-            raise ValueError(
-                f"--task {self.NAME} feeds segments with memory, which {type(model).__name__} does not have: "
-                "pass --arch lamemo_lm or another architecture of this package, or --task language_modeling"
-            )
-        self._decoder = decoder
+        self._decoder = model.decoder
         if self.segment_length is None:
-            self.segment_length = decoder.segment_length
+            self.segment_length = self._decoder.segment_length
         return model
+
+    def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        if self._from_checkpoint:
+            check_criterion(cfg)
+        return super().build_criterion(cfg, from_checkpoint)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> SegmentDataset:
         """Load a split.

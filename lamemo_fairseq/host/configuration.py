@@ -1,0 +1,314 @@
+"""The configuration that a checkpoint brings along, checked before anything is built from it.
+
+fairseq builds whatever model, task and criterion a checkpoint names, and some of those run strings of their options.
+So a checkpoint of this package is plain values of known options; one that names anything else is refused.
+"""
+
+import argparse
+import logging
+import pickle
+import reprlib
+import zipfile
+from dataclasses import fields
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
+
+import torch
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.configs import FairseqConfig, GenerationConfig
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
+from fairseq.registry import REGISTRIES
+from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+CRITERIONS = {"cross_entropy", "label_smoothed_cross_entropy", "adaptive_loss", "chunked_cross_entropy"}
+"""Criterions that may be built because a checkpoint names them. They run no string of their options."""
+
+ENCODERS = {
+    "tokenizer": {"moses", "space"},
+    "bpe": {"bytes", "byte_bpe", "characters", "fastbpe", "sentencepiece", "subword_nmt"},
+}
+"""Tokenizers and pieces of words that may be built because a checkpoint names them."""
+
+# Sections of a configuration that fairseq saves as a namespace where it has no dataclass for them.
+_NAMESPACES = ("criterion", "optimizer", "lr_scheduler", "scoring")
+_ORIGINS = "train with this package, or import with python -m lamemo_fairseq.convert_checkpoint"
+
+
+class CheckpointError(ValueError):
+    """A file is not a checkpoint that may be read."""
+
+
+def read_checkpoint(path: str, mapped: bool = False) -> Any:
+    """Read tensors and plain values; nothing in the file is run.
+
+    Args:
+        path: a local file.
+        mapped: leave tensors on the disk until they are used, if the file's format allows it.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    try:
+        # Options of optimizers and schedulers that fairseq has no dataclass for, such as sgd, are saved as a namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=True if mapped and zipfile.is_zipfile(path) else None
+            )
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint of tensors and plain values; nothing in it was run ({_reason(error)})"
+        ) from None
+    except Exception as error:
+        raise CheckpointError(f"{path} is no checkpoint of fairseq: {type(error).__name__}: {_first(error)}") from error
+
+
+def is_our_model(name: Any) -> bool:
+    """Return whether an architecture is one of this package, or derived from one."""
+    from ..models.language_models import MemoryLanguageModel
+
+    return isinstance(name, str) and _is(ARCH_MODEL_REGISTRY.get(name), MemoryLanguageModel)
+
+
+def is_our_task(name: Any) -> bool:
+    """Return whether a task is the one of this package, or derived from it."""
+    from ..tasks.segment_language_modeling import SegmentLanguageModelingTask
+
+    return isinstance(name, str) and _is(TASK_REGISTRY.get(name), SegmentLanguageModelingTask)
+
+
+def is_ours(state: Any) -> bool:
+    """Return whether a checkpoint names a model or a task of this package."""
+    model, task = names(state)
+    return is_our_model(model) or is_our_task(task)
+
+
+def names(state: Any) -> Tuple[Optional[str], Optional[str]]:
+    """Return the names of a checkpoint's model and task, None where it has none."""
+    state = state if isinstance(state, dict) else {}
+    args, cfg = state.get("args"), state.get("cfg")
+    if args is not None:  # fairseq prefers them to a configuration
+        found = [getattr(args, key, None) for key in ("arch", "task")]
+    else:
+        sections = [cfg.get(key) if isinstance(cfg, dict) else None for key in ("model", "task")]
+        found = [section.get("_name") if isinstance(section, dict) else None for section in sections]
+    model, task = (name if isinstance(name, str) else None for name in found)
+    return model, task
+
+
+def read_ours(path: str) -> Dict[str, Any]:
+    """Read a checkpoint of this package, its tensors mapped, and check it.
+
+    Raises:
+        CheckpointError: the file is another one, or its configuration is not one of plain values of known options.
+    """
+    state = read_checkpoint(path, mapped=True)
+    if not is_ours(state):
+        raise CheckpointError(f"{path} is {describe(state)}, which is not one of this package: {_ORIGINS}")
+    check(state, path)
+    return state
+
+
+def describe(state: Any) -> str:
+    """Say in a few words of which model a checkpoint is."""
+    model, task = names(state)
+    if model is None and task is None:
+        held = ", ".join(sorted(map(str, state))[:8]) if isinstance(state, dict) else type(state).__name__
+        return f"no checkpoint of fairseq-train (it holds {held or 'nothing'})"
+    return f"a checkpoint of the model {_short(model)} and the task {_short(task)}"
+
+
+def check(state: Dict[str, Any], path: str) -> None:
+    """Check a checkpoint that names a model or a task of this package.
+
+    Raises:
+        CheckpointError: naming what in it is not known, or is of a wrong type.
+    """
+    cfg = state.get("cfg")
+    if state.get("args") is not None or not isinstance(cfg, dict):
+        raise CheckpointError(f"{path} has no configuration as this package saves it, under 'cfg' alone: {_ORIGINS}")
+    model, task = names(state)
+    if not is_our_model(model):
+        raise CheckpointError(f"{path} names the model {_short(model)}, which is not one of this package: {_ORIGINS}")
+    if not is_our_task(task):
+        raise CheckpointError(f"{path} names the task {_short(task)}, which is not one of this package: {_ORIGINS}")
+    try:
+        for name, section in cfg.items():
+            _check_plain(section, f"cfg.{name}", namespace=name in _NAMESPACES)
+        check_options(cfg["model"], MODEL_DATACLASS_REGISTRY[model])
+        check_options(cfg["task"], TASK_DATACLASS_REGISTRY[task])
+        generation = cfg.get("generation")
+        if generation is not None:
+            check_options(generation, GenerationConfig)
+        _check_contents(state)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    unknown = sorted(set(cfg["model"]) - {f.name for f in fields(MODEL_DATACLASS_REGISTRY[model])})
+    if unknown:
+        logger.warning("%s: options of another version of this package are ignored: %s", path, ", ".join(unknown))
+
+
+def check_options(section: Any, dataclass: Type[FairseqDataclass]) -> None:
+    """Check the types of options.
+
+    Raises:
+        ValueError: naming an option, its value and its type.
+    """
+    if not isinstance(section, Mapping):
+        raise ValueError(f"options of {dataclass.__name__} are a {type(section).__name__}, not a dictionary")
+    known = {f.name for f in fields(dataclass)}
+    given = {name: value for name, value in section.items() if name in known}
+    try:
+        OmegaConf.merge(OmegaConf.structured(dataclass()), given)
+    except OmegaConfBaseException as error:
+        name = str(error.full_key or error.key)
+        value = given.get(name.split("[")[0].split(".")[0])
+        raise ValueError(f"--{name.replace('_', '-')} cannot be {_short(value)}: {_first(error)}") from None
+
+
+def check_model(cfg: Any, task: str) -> None:
+    """Check the name of a model before the task builds it.
+
+    Raises:
+        ValueError: the model is not one of this package.
+    """
+    name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
+    if not is_our_model(name):
+        model = ARCH_MODEL_REGISTRY[name].__name__ if name in ARCH_MODEL_REGISTRY else _short(name)
+        raise ValueError(
+            f"--task {task} feeds segments with memory, which {model} does not have: "
+            "pass --arch lamemo_lm or another architecture of this package, or --task language_modeling"
+        )
+
+
+def check_criterion(cfg: Any) -> None:
+    """Check the criterion of a checkpoint before it is built.
+
+    Raises:
+        CheckpointError: the criterion is not known to be safe, or an option of it has a wrong type.
+    """
+    name = getattr(cfg, "_name", None)
+    if name not in CRITERIONS:
+        raise CheckpointError(
+            f"the checkpoint names the criterion {_short(name)}; those built from a checkpoint are "
+            f"{', '.join(sorted(CRITERIONS))}: evaluate with fairseq-eval-lm, which builds none"
+        )
+    options = OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
+    try:
+        check_options(options, CRITERION_DATACLASS_REGISTRY[name])
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint's criterion {name}: {error}") from None
+
+
+def check_encoders(state: Dict[str, Any], given: Mapping[str, Any], path: str) -> None:
+    """Check the tokenizer and the pieces of words that a checkpoint names, unless others are *given*.
+
+    Raises:
+        CheckpointError: one is not known to be safe.
+    """
+    for kind, known in ENCODERS.items():
+        section = state["cfg"].get(kind)
+        name = section.get("_name") if isinstance(section, dict) else section
+        if section is None or kind in given:
+            continue
+        if not isinstance(name, str) or name not in known:
+            raise CheckpointError(
+                f"{path} names the {kind} {_short(name)}; those built from a checkpoint are "
+                f"{', '.join(sorted(known))}: pass {kind}=NAME yourself"
+            )
+        dataclass = REGISTRIES[kind]["dataclass_registry"].get(name)
+        if isinstance(section, dict) and dataclass is not None:
+            try:
+                check_options(section, dataclass)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {kind} {name}: {error}") from None
+            remote = [value for value in section.values() if isinstance(value, str) and "://" in value]
+            if remote:
+                raise CheckpointError(
+                    f"{path} names {_short(remote[0])}, and nothing is fetched because a file asks for it: "
+                    f"pass {kind}={name!r} and its file yourself"
+                )
+
+
+def complete(cfg: Dict[str, Any]) -> Dict[str, Any]:
+    """Return a configuration with fairseq's defaults, and this package's, for the options that it lacks."""
+    defaults: Dict[str, Any] = {f.name: None for f in fields(FairseqConfig) if f.name != "_name"}
+    defaults.update(_defaults(FairseqConfig))
+    for name, registry in (
+        ("model", MODEL_DATACLASS_REGISTRY),
+        ("task", TASK_DATACLASS_REGISTRY),
+        ("criterion", CRITERION_DATACLASS_REGISTRY),
+    ):
+        section = cfg.get(name)
+        dataclass = registry.get(section.get("_name")) if isinstance(section, dict) else None
+        defaults[name] = None if dataclass is None else _defaults(dataclass)
+    return {**defaults, **{name: _filled(defaults.get(name), section) for name, section in cfg.items()}}
+
+
+def _defaults(dataclass: Type[FairseqDataclass]) -> Dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.structured(dataclass()), resolve=False, enum_to_str=True)  # type: ignore
+
+
+def _filled(defaults: Any, section: Any) -> Any:
+    return {**defaults, **section} if isinstance(defaults, dict) and isinstance(section, dict) else section
+
+
+def _check_plain(value: Any, where: str, namespace: bool = False) -> None:
+    """Refuse what is no plain value, and strings that a configuration would replace by something else."""
+    pending: List[Tuple[str, Any]] = [(where, value)]
+    while pending:
+        where, value = pending.pop()
+        if namespace and isinstance(value, argparse.Namespace):
+            value = vars(value)
+        if isinstance(value, dict):
+            if not all(isinstance(key, str) for key in value):
+                raise ValueError(f"{where} has names of options that are no words")
+            pending += [(f"{where}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            pending += [(where, item) for item in value]
+        elif isinstance(value, str):
+            if "${" in value or value == "???":
+                raise ValueError(f"{_short(where)} is {_short(value)}, which stands for another value")
+        elif value is not None and not isinstance(value, (bool, int, float)):
+            raise ValueError(f"{_short(where)} is a {type(value).__name__}, not a plain value")
+
+
+def _check_contents(state: Dict[str, Any]) -> None:
+    """Check what fairseq takes for granted in a checkpoint."""
+    weights, history = state.get("model"), state.get("optimizer_history")
+    if not (isinstance(weights, dict) and all(isinstance(weight, Tensor) for weight in weights.values())):
+        raise ValueError("the weights under 'model' are no tensors by name")
+    if not (isinstance(history, list) and history and all(isinstance(entry, dict) for entry in history)):
+        raise ValueError("'optimizer_history' is no list of what was optimized")
+    if not isinstance(history[-1].get("num_updates"), int):
+        raise ValueError("'optimizer_history' does not say after how many updates it was saved")
+    extra = state.get("extra_state")
+    if not (isinstance(extra, dict) and isinstance(extra.get("train_iterator"), dict)):
+        raise ValueError("'extra_state' does not say where in the data it was saved")
+    if not isinstance(state.get("task_state", {}), dict):
+        raise ValueError("'task_state' is no dictionary")
+
+
+def _is(registered: Any, base: type) -> bool:
+    return isinstance(registered, type) and issubclass(registered, base)
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
+
+
+def _first(error: BaseException) -> str:
+    """Return the first line of a message."""
+    return str(error).strip().split("\n")[0]
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """Return what torch's message says of the file, without its advice to run it."""
+    told = (line.strip() for line in str(error).split("\n"))
+    return next((line for line in told if "nsupported" in line or "GLOBAL" in line), "it holds an object")

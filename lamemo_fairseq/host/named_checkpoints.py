@@ -1,0 +1,106 @@
+"""Checkpoints that a command or a call names, looked at before anything is built from them."""
+
+import argparse
+import os
+from typing import Any, Dict, Optional, Sequence
+
+from fairseq import utils
+from fairseq.file_io import PathManager
+
+from .configuration import (
+    CheckpointError,
+    check,
+    check_encoders,
+    describe,
+    is_our_task,
+    is_ours,
+    names,
+    read_checkpoint,
+    read_ours,
+)
+from .overrides import check_arguments, check_overrides, parse_overrides
+
+
+def take_task_from_checkpoint(parser: argparse.ArgumentParser, arguments: Optional[Sequence[str]]) -> None:
+    """Let a command without ``--task`` take the task of the checkpoint given as ``--path``.
+
+    Raises:
+        CheckpointError: the checkpoint is not one of this package.
+    """
+    if not any(action.dest == "path" for action in parser._actions):
+        return
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in ("--task", "--path", "--user-dir"):
+        given.add_argument(option)
+    try:
+        options, _ = given.parse_known_args(arguments)
+    except argparse.ArgumentError:  # the command's own parser tells
+        return
+    if options.task is not None or options.user_dir is None:
+        return
+    for path in _files(options.path):
+        state = read_checkpoint(path, mapped=True)
+        if not is_ours(state):
+            _, task = names(state)
+            raise CheckpointError(
+                f"{path} is {describe(state)}, which is not one of this package: to open it with fairseq's own, pass "
+                f"--task {task or 'NAME'}, if you trust the file"
+            )
+        check(state, path)
+        parser.set_defaults(task=names(state)[1])
+
+
+def check_checkpoints(options: argparse.Namespace) -> None:
+    """Check the checkpoints of ``--path`` against ``--task``, and ``--model-overrides`` against them.
+
+    Raises:
+        CheckpointError: a checkpoint is not one of this package, and the task is.
+        ValueError: another option does not go with them.
+    """
+    if not is_our_task(getattr(options, "task", None)):
+        _refuse_another_task(options)
+        return
+    if getattr(options, "lm_path", None) is not None:
+        raise ValueError("--lm-path adds a language model to a translation model: pass both to --path, separated by :")
+    overrides = parse_overrides(getattr(options, "model_overrides", "{}"))
+    only_validates = not (hasattr(options, "beam") or hasattr(options, "context_window"))
+    for path in _files(getattr(options, "path", None)):
+        check_overrides(overrides, read_ours(path)["cfg"], with_criterion=only_validates)
+
+
+def check_files(folder: str, files: str, data: str, arguments: Dict[str, Any]) -> None:
+    """Check the checkpoints and the arguments of `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: a folder or a checkpoint is not there.
+        ValueError: a checkpoint is not one of this package, or an argument is not known.
+    """
+    for place in (folder, *([] if data.startswith(".") else utils.split_paths(data))):
+        if not os.path.isdir(place):
+            raise FileNotFoundError(f"there is no folder {place}: an archive or address has to be unpacked there first")
+    for name in files.split(os.pathsep):
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no checkpoint {path}: pass its name as checkpoint_file")
+        state = read_ours(path)
+        check_encoders(state, arguments, path)
+        check_arguments(arguments, state["cfg"])
+
+
+def _refuse_another_task(options: argparse.Namespace) -> None:
+    for path in _files(getattr(options, "path", None)):
+        try:
+            state = read_checkpoint(path, mapped=True)
+        except ValueError:  # of fairseq's own, in whatever format
+            continue
+        if is_ours(state) and hasattr(options, "task"):
+            raise CheckpointError(
+                f"{path} is {describe(state)}, which --task {options.task} does not read: leave --task out, or pass "
+                f"--task {names(state)[1]}"
+            )
+
+
+def _files(paths: Optional[str]) -> Sequence[str]:
+    """Return those of the paths that are files here; the command itself tells of the others."""
+    found = [] if not paths else [PathManager.get_local_path(path) for path in utils.split_paths(paths)]
+    return [path for path in found if os.path.isfile(path)]

@@ -1,0 +1,160 @@
+"""Options of a checkpoint that a command changes with ``--model-overrides``, and `from_pretrained` with arguments.
+
+fairseq changes the options that it finds by name, and passes over all others without a word.
+"""
+
+import ast
+import difflib
+import logging
+from dataclasses import fields
+from typing import Any, Dict, Iterable, Mapping, Set
+
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+from fairseq.dataclass.configs import DatasetConfig, FairseqConfig, GenerationConfig
+from fairseq.dataclass.utils import overwrite_args_by_name
+from fairseq.models import MODEL_DATACLASS_REGISTRY
+from fairseq.registry import REGISTRIES
+from omegaconf import DictConfig
+
+from .configuration import ENCODERS, check_options
+
+logger = logging.getLogger(__name__)
+
+# They change a training run and not what a trained model computes.
+_TRAINING_ONLY = {
+    "activation_dropout", "attention_dropout", "checkpoint_activations", "compression_loss",
+    "compression_loss_weight", "dropout", "kl_sigma", "kl_weight",
+}  # fmt: skip
+
+
+def parse_overrides(text: str) -> Dict[str, Any]:
+    """Return the options that ``--model-overrides`` gives. Nothing in the text is run.
+
+    Raises:
+        ValueError: the text is no dictionary of plain values.
+    """
+    try:
+        given = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise ValueError(
+            f"--model-overrides {text!r} is no dictionary of options: write it as \"{{'mem_len': 640}}\", with names "
+            "and words in quotes"
+        )
+    return given
+
+
+def check_overrides(given: Mapping[str, Any], cfg: Mapping[str, Any], with_criterion: bool = False) -> None:
+    """Check that each option of ``--model-overrides`` is one that the command uses.
+
+    Args:
+        given: what `parse_overrides` returned.
+        cfg: the checkpoint's configuration.
+        with_criterion: whether the command builds the checkpoint's criterion.
+
+    Raises:
+        ValueError: naming the option, and the nearest one that there is.
+    """
+    known = {"model": _model_options(given, cfg)}
+    criterion = cfg.get("criterion") or {}
+    dataclass = CRITERION_DATACLASS_REGISTRY.get(criterion.get("_name")) if isinstance(criterion, dict) else None
+    if with_criterion and dataclass is not None:
+        known["criterion"] = _names(dataclass)
+    for name, value in given.items():
+        if name in known and isinstance(value, dict):
+            _check_known(value, known[name], "--model-overrides", cfg)
+        else:
+            _check_known({name: value}, set().union(*known.values()), "--model-overrides", cfg)
+    _tell_training_only(given, "--model-overrides")
+
+
+def check_arguments(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
+    """Check the keyword arguments of `from_pretrained`: options of the model, of its data, and of sampling.
+
+    Raises:
+        ValueError: naming the argument, and the nearest one that there is.
+    """
+    known = _model_options(given, cfg) | _names(GenerationConfig) | {"max_tokens", "batch_size", "user_dir"}
+    known = (known | {"generation_args"} | set(ENCODERS)) - {"beam"}
+    for kind in ENCODERS:
+        section = cfg.get(kind)
+        name = given.get(kind, section.get("_name") if isinstance(section, dict) else section)
+        dataclass = REGISTRIES[kind]["dataclass_registry"].get(str(name))
+        known |= set() if dataclass is None else _names(dataclass)
+    if "beam" in given:
+        raise ValueError("from_pretrained: beam is an argument of sample() and generate(), pass it there")
+    _check_known(given, known, "from_pretrained", cfg)
+    _check_known(given.get("generation_args") or {}, _names(GenerationConfig), "from_pretrained, generation_args", cfg)
+    check_options({k: v for k, v in given.items() if k in _names(DatasetConfig)}, DatasetConfig)
+    check_options({**given, **(given.get("generation_args") or {})}, GenerationConfig)
+    _tell_training_only(given, "from_pretrained")
+
+
+def override(cfg: DictConfig, given: Mapping[str, Any]) -> None:
+    """Change the options of a whole configuration.
+
+    Raises:
+        ValueError: an option is not there, or cannot have the value.
+    """
+    known = {str(name) for section in cfg.values() if isinstance(section, DictConfig) for name in section}
+    known |= {
+        name
+        for registry in REGISTRIES.values()
+        for dc in registry["dataclass_registry"].values()
+        for name in _names(dc)
+    }
+    known |= {f.name for f in fields(FairseqConfig)} | {"generation_args", "user_dir"}
+    _check_known(given, known, "an option to override", cfg)
+    dataclass = MODEL_DATACLASS_REGISTRY[cfg.model._name]
+    inner = given.get("model")
+    check_options({**given, **(inner if isinstance(inner, dict) else {})}, dataclass)
+    for kind in REGISTRIES:  # fairseq keeps the checkpoint's where it names one
+        if isinstance(given.get(kind), str):
+            cfg[kind] = None
+    overwrite_args_by_name(cfg, given)
+
+
+def _model_options(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> Set[str]:
+    """Return the options that change what the model computes; those of other memories do not."""
+    from ..memory import MEMORIES
+
+    model = cfg["model"]
+    known = _names(MODEL_DATACLASS_REGISTRY[model["_name"]]) - {"preset_tokens_per_sample"}
+    memory = given.get("memory", model.get("memory"))
+    if memory not in MEMORIES.names():
+        return known
+    return known - {name for name, owners in owners_of_options().items() if memory not in owners}
+
+
+def owners_of_options() -> Dict[str, Set[str]]:
+    """Return the memories that an option belongs to, by the options' names."""
+    from ..memory import MEMORIES
+
+    owners: Dict[str, Set[str]] = {}
+    for memory in MEMORIES.names():
+        for name in _names(MEMORIES[memory].options):
+            owners.setdefault(name, set()).add(memory)
+    return owners
+
+
+def _check_known(given: Iterable[str], known: Set[str], where: str, cfg: Mapping[str, Any]) -> None:
+    for name in given:
+        if name in known:
+            continue
+        if name in owners_of_options():
+            memory = " or ".join(sorted(owners_of_options()[name]))
+            raise ValueError(f"{where}: {name} belongs to --memory {memory}, and this model has another: leave it out")
+        near = difflib.get_close_matches(name, sorted(known), 1, cutoff=0.5)
+        advice = f"the nearest that there is: {near[0]}" if near else f"there are {', '.join(sorted(known)[:60])}"
+        raise ValueError(f"{where}: there is nothing to change by the name {name!r}; {advice}")
+
+
+def _tell_training_only(given: Iterable[str], where: str) -> None:
+    unused = sorted(_TRAINING_ONLY.intersection(given))
+    if unused:
+        logger.warning("%s: %s has no effect outside training", where, ", ".join(unused))
+
+
+def _names(dataclass: Any) -> Set[str]:
+    return {f.name for f in fields(dataclass) if not f.name.startswith("_")}

@@ -1,0 +1,194 @@
+"""What a training run that goes on from a checkpoint has otherwise than the run that wrote it.
+
+Options that the weights do not fit are refused by name before anything is loaded; others are told in the log.
+"""
+
+import argparse
+import logging
+import os
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, cast
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from .configuration import CheckpointError, complete, describe, is_our_task, is_ours, read_ours
+from .overrides import owners_of_options
+
+logger = logging.getLogger(__name__)
+
+# With the same weights, another value of these makes another model.
+_FUNCTION = ("memory", "position_encoding", "lookahead_window", "activation_fn", "decoder_normalize_before")
+# The weights' names and shapes do not depend on these.
+_WEIGHTLESS = {
+    "activation_dropout", "attention_backend", "attention_dropout", "checkpoint_activations", "clamp_len",
+    "cuda_graphs", "dropout", "preset_tokens_per_sample", "same_length", "tokens_per_sample",
+}  # fmt: skip
+# Sections, and those of their options that change how a run goes on; None for all of them.
+_TOLD: Dict[str, Any] = {
+    "model": None,
+    "task": ("tokens_per_sample", "roll"),
+    "criterion": None,
+    "optimizer": None,
+    "lr_scheduler": None,
+    "optimization": ("lr", "clip_norm", "sentence_avg", "update_freq"),
+    "dataset": ("batch_size", "max_tokens"),
+    "common": ("fp16", "bf16", "amp", "seed"),
+    "ema": ("store_ema", "ema_decay", "ema_start_update", "ema_update_freq"),
+}
+_NAMED = {"model": "arch"}  # the options that choose a section, where it has another name
+
+
+class _Run(NamedTuple):
+    trainer: Any
+    anew: bool  # without the optimizer's state, as in finetuning
+
+
+class _Difference(NamedTuple):
+    section: str
+    name: str
+    now: Any
+    then: Any
+
+    def __str__(self) -> str:
+        option = f"--{self.name.replace('_', '-')}"
+        return f"{option} is {_shown(self.now)}, the checkpoint was trained with {_shown(self.then)}"
+
+
+_OBJECTS = {"allow_objects": True}
+_run: ContextVar[Any] = ContextVar("_run", default=None)
+
+
+@contextmanager
+def restoring(trainer: Any, anew: bool) -> Iterator[None]:
+    """Hold the checkpoint that is loaded meanwhile against the options of a run.
+
+    Args:
+        trainer: fairseq's.
+        anew: the optimizer's state is not taken from the checkpoint, as in finetuning.
+
+    Raises:
+        ValueError: ``--ema-seed-model`` names no checkpoint with averages of this model.
+    """
+    if not is_our_task(getattr(trainer.cfg.task, "_name", None)):
+        yield
+        return
+    _seed_averages(trainer)
+    token = _run.set(_Run(trainer, anew))
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
+def check_restored(state: Dict[str, Any], path: str) -> None:
+    """Check a checkpoint that is loaded within `restoring`, and tell what differs; elsewhere do nothing.
+
+    Raises:
+        CheckpointError: it is of another package, or of a model that this run's options do not make.
+    """
+    run = _run.get()
+    if run is None:
+        return
+    if not is_ours(state):
+        raise CheckpointError(
+            f"{path} is {describe(state)}, from which --task {run.trainer.cfg.task._name} cannot go on"
+        )
+    differences = _differences(run.trainer, state)
+    check_weights(run.trainer.get_model(), state["model"], path, differences)
+    if not run.anew:
+        other = [d for d in differences if d.section == "model" and d.name in _FUNCTION]
+        if other:
+            raise CheckpointError(
+                f"{path}: {_listed(other)}. Go on with the former values, or pass --finetune-from-model to take "
+                "nothing but its weights"
+            )
+    told = [d for d in differences if d.section == "model" or not run.anew]
+    if told:
+        logger.warning("%s: %s", path, _listed(told))
+
+
+def check_weights(model: Any, weights: Mapping[str, Any], path: str, differences: List[_Difference]) -> None:
+    """Check that a model can take weights, before it does.
+
+    Raises:
+        CheckpointError: naming the options that differ, or else a weight.
+    """
+    weights = dict(weights)
+    try:
+        model.upgrade_state_dict(weights)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    wanted = model.state_dict()
+    wrong = [name for name in sorted({*wanted, *weights}) if _shape(wanted.get(name)) != _shape(weights.get(name))]
+    if not wrong:
+        return
+    # Only learned distances depend on lengths.
+    lengths = set() if any(".distance_" in name for name in wrong) else {"mem_len", "tokens_per_sample"}
+    possible = [d for d in differences if d.section == "model" and d.name not in _WEIGHTLESS | lengths]
+    reason = _listed(possible) or (
+        f"{wrong[0]} has the shape {_shape(wanted.get(wrong[0]))}, there {_shape(weights.get(wrong[0]))}"
+    )
+    raise CheckpointError(
+        f"the weights of {path} do not fit this model: {reason}. Pass the former values, or train from the start in "
+        "another --save-dir"
+    )
+
+
+def _differences(trainer: Any, state: Dict[str, Any]) -> List[_Difference]:
+    """Return what differs between the options of a run and those of a checkpoint, a name once."""
+    now, then = _resolved(trainer.cfg), _resolved(complete(state["cfg"]))
+    memories = {cfg["model"]["memory"] for cfg in (now, then)}
+    owners = owners_of_options()
+    found: Dict[str, _Difference] = {}
+    for section, told in _TOLD.items():
+        mine, theirs = _options(now, section), _options(then, section)
+        for name in [n for n in mine if n in theirs and (told is None or n in told)]:
+            concerns = not (name in owners and section == "model" and not owners[name] & memories)
+            if concerns and mine[name] != theirs[name]:
+                shown = _NAMED.get(section, section) if name == "_name" else name
+                found.setdefault(shown, _Difference(section, shown, mine[name], theirs[name]))
+    return list(found.values())
+
+
+def _resolved(cfg: Any) -> Dict[str, Any]:
+    resolved = OmegaConf.to_container(OmegaConf.create(cfg, flags=_OBJECTS), resolve=True, enum_to_str=True)
+    return cast(Dict[str, Any], resolved)
+
+
+def _options(cfg: Mapping[str, Any], name: str) -> Dict[str, Any]:
+    section = cfg.get(name)
+    if isinstance(section, argparse.Namespace):  # with all options of all sections
+        others = {key for other in cfg.values() if isinstance(other, dict) for key in other}
+        return {key: value for key, value in vars(section).items() if key == "_name" or key not in others}
+    return section if isinstance(section, dict) else {}
+
+
+def _seed_averages(trainer: Any) -> None:
+    """Begin the moving averages with those of ``--ema-seed-model`` now, where a wrong file can be told from others."""
+    path = trainer.cfg.ema.ema_seed_model
+    if not trainer.cfg.ema.store_ema or path is None:
+        return
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--ema-seed-model {path}: there is no such file")
+    state = read_ours(path)
+    averages = state["extra_state"].get("ema")
+    if not isinstance(averages, dict) or not all(isinstance(weight, Tensor) for weight in averages.values()):
+        raise CheckpointError(f"--ema-seed-model {path} holds no averages: name a checkpoint trained with --store-ema")
+    check_weights(trainer.get_model(), averages, path, _differences(trainer, state))
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        trainer.ema  # noqa: B018
+
+
+def _shape(weight: Any) -> Any:
+    return None if weight is None else tuple(weight.shape)
+
+
+def _shown(value: Any) -> str:
+    return str(value[0] if isinstance(value, list) and len(value) == 1 else value)
+
+
+def _listed(differences: List[_Difference]) -> str:
+    return "; ".join(map(str, differences))
