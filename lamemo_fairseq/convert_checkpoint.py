@@ -23,7 +23,7 @@ from .data.binarized import load_dictionary
 from .host.configuration import check_options, complete, read_ours
 from .memory import MEMORIES
 from .models.config import MemoryLanguageModelConfig, option_name
-from .models.decoder import vocabulary_checksum
+from .models.decoder import MemoryDecoder, vocabulary_checksum
 from .positions.base import inverse_frequencies
 from .released import ATTENTION_TYPES, from_released, model_options, to_released
 
@@ -148,6 +148,7 @@ def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[
         if _is_first_table(name):
             weights[name] = _reordered(weight, order[: weight.size(0) + order.count(None)], name.split(".")[-2])
     weights["decoder.dictionary_version"] = vocabulary_checksum(dictionary)
+    _check_shapes(weights, options, dictionary)
     mapped = to_released(from_released(state, config["n_layer"]), config["n_layer"], _joined(config))
     rest = {k: v for k, v in state.items() if k not in mapped}
     cfg = {
@@ -169,6 +170,19 @@ def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[
         "last_optimizer_state": None,
     }
     return checkpoint, dictionary
+
+
+def _check_shapes(weights: Dict[str, Tensor], options: Dict[str, Any], dictionary: Dictionary) -> None:
+    with torch.device("meta"):  # shapes alone, of no size
+        decoder = MemoryDecoder(MemoryLanguageModelConfig(**options), dictionary)
+    wanted = {f"decoder.{name}": tuple(weight.shape) for name, weight in decoder.state_dict().items()}
+    there = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in sorted({*wanted, *there}):
+        if wanted.get(name) != there.get(name):
+            raise ValueError(
+                f"the released weights do not fit their model_config: {name} has the shape {there.get(name)}, "
+                f"and by the config {wanted.get(name)}"
+            )
 
 
 def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dict[str, Any]:

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
-from fairseq_cli import eval_lm
+from fairseq_cli import eval_lm, generate, interactive, train, validate
 
+from lamemo_fairseq.analysis.__main__ import main as analyse
 from lamemo_fairseq.convert_checkpoint import load_plain, main
+from lamemo_fairseq.models.language_models import LaMemoLanguageModel, TransformerXLLanguageModel
 
-from .helpers import TASK, run_command, tiny_decoder
+from .helpers import TASK, USER_DIR, run_command, tiny_decoder, write_data
 from .test_commands import printed
 from .test_golden import FOLDER
 
@@ -241,3 +244,103 @@ def test_export_with_another_dictionary_is_refused(tmp_path):
         run_command(
             lambda: main(["export", str(tmp_path / "checkpoint.pt"), "x", "--dictionary", str(tmp_path / "dict.txt")])
         )
+
+
+def test_an_imported_checkpoint_serves_every_command(tmp_path, capsys):
+    """With the figures of the one that was exported; resumed and finetuned from; in Python by any class."""
+    model = ["--decoder-layers", 1, "--decoder-embed-dim", 8, "--decoder-attention-heads", 2]
+    model += ["--arch", "transformer_xl_lm", "--decoder-ffn-embed-dim", 8, "--mem-len", 8, "--tokens-per-sample", 8]
+    run = [*TASK, *model, "--batch-size", 2, "--optimizer", "adam", "--lr", 0.01, "--num-workers", 0, "--max-update", 4]
+    data = write_data(tmp_path / "data", train=300, valid=60)
+    run_command(train.cli_main, data, *run, "--disable-validation", "--save-dir", tmp_path / "trained")
+    trained, imported = tmp_path / "trained" / "checkpoint_last.pt", tmp_path / "imported" / "checkpoint.pt"
+    main(["export", str(trained), str(tmp_path / "released.pt"), "--dictionary", str(data / "dict.txt")])
+    main(["import", str(tmp_path / "released.pt"), str(imported.parent)])
+    assert (imported.parent / "dict.txt").read_text() == (data / "dict.txt").read_text()
+    saved, again = (torch.load(path, weights_only=True)["model"] for path in (trained, imported))
+    assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
+
+    no_task = ["--user-dir", USER_DIR, "--cpu", "--num-workers", 0]
+    split = ["--gen-subset", "valid", "--batch-size", 2]
+    (tmp_path / "prompt").write_text("w3 w4\n")
+    commands = {
+        "eval-lm": (eval_lm.cli_main, split, r"Loss \(base 2\): (\S+),"),
+        "validate": (validate.cli_main, ["--valid-subset", "valid", "--batch-size", 2], r" loss (\S+) "),
+        "generate": (generate.cli_main, [*split, "--max-len-b", 3, "--prefix-size", 2], r"(?m)^H-\d+\t(.*)$"),
+        "interactive": (
+            interactive.cli_main,
+            ["--input", tmp_path / "prompt", "--max-len-b", 3, "--beam", 2],
+            r"(?m)^H-\d+\t(.*)$",
+        ),
+    }
+    for name, (command, options, figures) in commands.items():
+        found = []
+        for path in (trained, imported):
+            text = printed(command, data, *no_task, "--path", path, *options)
+            found.append(re.findall(figures, text)[-1:])
+        assert found[0] == found[1] and found[0], name
+    scores = []
+    for path, kind in ((trained, TransformerXLLanguageModel), (imported, TransformerXLLanguageModel),
+                       (imported, LaMemoLanguageModel)):  # fmt: skip
+        scores.append(kind.from_pretrained(path.parent, path.name, data).score("w3 w4 w5")["positional_scores"])
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+    assert analyse([str(data), f"A={trained}", f"B={imported}", "--out", str(tmp_path / "figures"), "--cpu"]) == 0
+    one, other = re.findall(r"^[AB]: (loss .*)$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert one == other
+    for option in ("--restore-file", "--finetune-from-model"):
+        folder = tmp_path / option
+        run_command(train.cli_main, data, *run, "--disable-validation", "--save-dir", folder, option, imported)
+        assert not torch.equal(last(folder)["model"]["decoder.layers.0.self_attn.qkv_proj.weight"],
+                               saved["decoder.layers.0.self_attn.qkv_proj.weight"])  # fmt: skip
+
+
+def last(folder):
+    return torch.load(folder / "checkpoint_last.pt", weights_only=False)
+
+
+def test_a_released_vocabulary_with_odd_words(tmp_path):
+    """Words that no text has, fairseq's own symbols among them, keep their rows."""
+    _, words, checkpoint = released(SQUARE)
+    odd = ["<s>", "<pad>", "", "two words", " ", "a\u2028b", "#fairseq:overwrite", "madeupword0000", "\ufeff"]
+    for word in odd:
+        words[next(i for i, w in enumerate(words) if w.startswith("word"))] = word
+    torch.save(checkpoint, tmp_path / "released.pt")
+    main(["import", str(tmp_path / "released.pt"), str(tmp_path)])
+    dictionary = Dictionary.load(str(tmp_path / "dict.txt"))
+    table = load_plain(tmp_path / "checkpoint.pt")["model"]["decoder.embed_tokens.tables.0.weight"]
+    theirs = checkpoint["model_state"]["word_emb.emb_layers.0.weight"]
+    for place, word in enumerate(words):
+        assert torch.equal(table[dictionary.symbols.index({"<eos>": "</s>"}.get(word, word))], theirs[place]), word
+    main(
+        [
+            "export",
+            str(tmp_path / "checkpoint.pt"),
+            str(tmp_path / "back.pt"),
+            "--dictionary",
+            str(tmp_path / "dict.txt"),
+        ]
+    )
+    back = load_plain(tmp_path / "back.pt")
+    assert back["vocab"] == words and torch.equal(back["model_state"]["word_emb.emb_layers.0.weight"], theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["vocab"].__setitem__(c["vocab"].index("word5"), "a\nb"), r"a word a line, and .* 'a\\nb': rename"),
+        (lambda c: c["vocab"].__setitem__(c["vocab"].index("word5"), "</s>"), r"holds </s> under two names"),
+        (lambda c: c["model_config"].update(n_layer="2"), r"has n_layer '2', no whole number"),
+        (lambda c: c["model_config"].update(mem_len=[3]), r"has mem_len \[3\], no whole number"),
+        (lambda c: c["model_config"].update(clamp_len="x"), r"holds a value of another kind"),
+        (lambda c: c["model_config"].update(dropout="x"), r"could not convert|another kind"),
+        (lambda c: c["model_config"].update(d_inner=6), r"fc1.bias has the shape \(\d+,\), and by the config \(6,\)"),
+        (lambda c: c["model_state"].update(more="__import__('os')"), r"holds something that is no tensor"),
+    ],
+)  # fmt: skip
+def test_a_released_checkpoint_with_values_of_another_kind(change, message, tmp_path):
+    _, _, checkpoint = released(SQUARE)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "released.pt")
+    with pytest.raises(SystemExit, match=message) as refusal:
+        main(["import", str(tmp_path / "released.pt"), str(tmp_path / "out")])
+    assert "\n" not in str(refusal.value) and not (tmp_path / "out" / "checkpoint.pt").exists()
