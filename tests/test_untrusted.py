@@ -102,7 +102,7 @@ def training(*option):
 
 EVALUATE = ["--gen-subset", "valid", "--batch-size", 2]
 VALIDATE = ["--valid-subset", "valid", "--batch-size", 2]
-PROMPT = ["--input", os.devnull, "--beam", 1]
+PROMPT = ["--input", Path(__file__).parent / "__init__.py", "--beam", 1, "--max-len-b", 2]
 WAYS = {
     "eval-lm": command(eval_lm.cli_main, *EVALUATE),
     "eval-lm, no task": command(eval_lm.cli_main, *EVALUATE, task=NO_TASK),

@@ -4,7 +4,6 @@ fairseq changes the options that it finds by name, and passes over all others wi
 """
 
 import ast
-import difflib
 import logging
 from dataclasses import fields
 from typing import Any, Dict, Iterable, Mapping, Set
@@ -63,9 +62,9 @@ def check_overrides(given: Mapping[str, Any], cfg: Mapping[str, Any], with_crite
         known["criterion"] = _names(dataclass)
     for name, value in given.items():
         if name in known and isinstance(value, dict):
-            _check_known(value, known[name], "--model-overrides", cfg)
+            _check_known(value, known[name], "--model-overrides")
         else:
-            _check_known({name: value}, set().union(*known.values()), "--model-overrides", cfg)
+            _check_known({name: value}, set().union(*known.values()), "--model-overrides")
     _tell_training_only(given, "--model-overrides")
 
 
@@ -84,8 +83,8 @@ def check_arguments(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
         known |= set() if dataclass is None else _names(dataclass)
     if "beam" in given:
         raise ValueError("from_pretrained: beam is an argument of sample() and generate(), pass it there")
-    _check_known(given, known, "from_pretrained", cfg)
-    _check_known(given.get("generation_args") or {}, _names(GenerationConfig), "from_pretrained, generation_args", cfg)
+    _check_known(given, known, "from_pretrained")
+    _check_known(given.get("generation_args") or {}, _names(GenerationConfig), "from_pretrained, generation_args")
     check_options({k: v for k, v in given.items() if k in _names(DatasetConfig)}, DatasetConfig)
     check_options({**given, **(given.get("generation_args") or {})}, GenerationConfig)
     _tell_training_only(given, "from_pretrained")
@@ -105,7 +104,7 @@ def override(cfg: DictConfig, given: Mapping[str, Any]) -> None:
         for name in _names(dc)
     }
     known |= {f.name for f in fields(FairseqConfig)} | {"generation_args", "user_dir"}
-    _check_known(given, known, "an option to override", cfg)
+    _check_known(given, known, "an option to override")
     dataclass = MODEL_DATACLASS_REGISTRY[cfg.model._name]
     inner = given.get("model")
     check_options({**given, **(inner if isinstance(inner, dict) else {})}, dataclass)
@@ -138,16 +137,15 @@ def owners_of_options() -> Dict[str, Set[str]]:
     return owners
 
 
-def _check_known(given: Iterable[str], known: Set[str], where: str, cfg: Mapping[str, Any]) -> None:
+def _check_known(given: Iterable[str], known: Set[str], where: str) -> None:
+    from ..generation.options import check_names
+
+    owners = owners_of_options()
     for name in given:
-        if name in known:
-            continue
-        if name in owners_of_options():
-            memory = " or ".join(sorted(owners_of_options()[name]))
+        if name in owners and name not in known:
+            memory = " or ".join(sorted(owners[name]))
             raise ValueError(f"{where}: {name} belongs to --memory {memory}, and this model has another: leave it out")
-        near = difflib.get_close_matches(name, sorted(known), 1, cutoff=0.5)
-        advice = f"the nearest that there is: {near[0]}" if near else f"there are {', '.join(sorted(known)[:60])}"
-        raise ValueError(f"{where}: there is nothing to change by the name {name!r}; {advice}")
+    check_names(given, sorted(known), where)
 
 
 def _tell_training_only(given: Iterable[str], where: str) -> None:
