@@ -59,10 +59,12 @@ class MemoryLanguageModel(FairseqLanguageModel):
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
+            told = [line.strip() for line in str(error).split("\n")[1:]]
+            first = next((line for line in told if line.startswith("size mismatch")), told[0])
             raise ValueError(
                 "the checkpoint's weights are those of a model with another --arch or other options: take those that "
                 "it was trained with. --model-overrides can change what has no weights, and {'memory': 'none'} leaves "
-                f"out weights of a memory, but not those that it brought into the layers. {error}"
+                f"out weights of a memory, but not those that it brought into the layers. {first[:200]}"
             ) from error
 
     def train(self, mode: bool = True) -> "MemoryLanguageModel":

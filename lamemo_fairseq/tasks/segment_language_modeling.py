@@ -31,6 +31,7 @@ from ..host.ranks import several_ranks
 from ..host.training import prepare_training
 from ..memory import DivergenceError
 from .prompts import PromptTask
+from .state import TaskState
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class SegmentLanguageModelingTask(PromptTask):
 
     def __init__(self, cfg: SegmentLanguageModelingConfig, dictionary: Dictionary, **kwargs: Any):
         super().__init__(cfg, **kwargs)
+        self.state = TaskState()
         if cfg.tokens_per_sample is not None and cfg.tokens_per_sample <= 0:
             raise ValueError(f"--tokens-per-sample is {cfg.tokens_per_sample}, it must be positive")
         self.dictionary = dictionary

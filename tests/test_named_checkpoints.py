@@ -1,0 +1,227 @@
+"""Checkpoints that commands name: their task, options that are changed of them, runs that go on with other options."""
+
+import copy
+import logging
+import re
+
+import pytest
+import torch
+from fairseq_cli import eval_lm, generate, interactive, train, validate
+
+from lamemo_fairseq.host.overrides import check_overrides, parse_overrides
+from lamemo_fairseq.models.language_models import LaMemoLanguageModel
+
+from .helpers import TASK, USER_DIR, run_command, write_data
+from .test_commands import printed
+
+SIZES = {
+    "--decoder-layers": 1, "--decoder-embed-dim": 8, "--decoder-attention-heads": 2, "--decoder-ffn-embed-dim": 8,
+    "--tokens-per-sample": 8, "--mem-len": 8, "--batch-size": 2, "--optimizer": "adam", "--lr": 0.01,
+    "--max-update": 2, "--num-workers": 0, "--dropout": 0.1,
+}  # fmt: skip
+
+
+def trained_with(data, folder, *options, arch="lamemo_lm", **sizes):
+    """Train, or go on training, with other sizes and options than those above."""
+    given = {**SIZES, **{f"--{name.replace('_', '-')}": value for name, value in sizes.items()}}
+    flat = [part for pair in given.items() for part in pair]
+    run_command(
+        train.cli_main, data, *TASK, "--arch", arch, *flat, "--disable-validation", "--save-dir", folder, *options
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), train=300, valid=40)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    trained_with(data, folder)
+    return folder / "checkpoint_last.pt"
+
+
+SPLIT = ["--gen-subset", "valid", "--batch-size", 2, "--num-workers", 0]
+COMMANDS = {
+    "eval-lm": (eval_lm.cli_main, SPLIT),
+    "validate": (validate.cli_main, ["--valid-subset", "valid", "--batch-size", 2, "--num-workers", 0]),
+    "generate": (generate.cli_main, [*SPLIT, "--max-len-b", 2, "--prefix-size", 1]),
+    "interactive": (interactive.cli_main, ["--max-len-b", 2, "--beam", 1]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_task_is_the_checkpoints(name, data, checkpoint, tmp_path):
+    command, options = COMMANDS[name]
+    if name == "interactive":
+        (tmp_path / "prompts").write_text("w3 w4\n")
+        options = [*options, "--input", tmp_path / "prompts"]
+    here = ["--user-dir", USER_DIR, "--cpu", "--path", checkpoint, *options]
+    without, given = (
+        re.findall(r"(?m)^[HPT]-.*$|Loss.*$|valid on .*? ppl \S+", printed(command, data, *here, *task))[-1:]
+        for task in ([], ["--task", "segment_language_modeling"])
+    )
+    assert without and without == given
+    with pytest.raises(ValueError, match=r"checkpoint_last.pt is a checkpoint of .*--task language_modeling does not"):
+        run_command(command, data, *here, "--task", "language_modeling")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{'memlen': 32}", r"--model-overrides does not know 'memlen': did you mean 'mem_len'"),
+        ("{'model': {'memlen': 32}}", r"does not know 'memlen': did you mean 'mem_len'"),
+        ("{'mem-len': 32}", r"does not know 'mem-len': did you mean 'mem_len'"),
+        ("{'data': '/tmp'}", r"does not know 'data'"),
+        ("{'lr': 0.1}", r"does not know 'lr'"),
+        ("{'preset_tokens_per_sample': 4}", r"did you mean 'tokens_per_sample'"),
+        ("{'compression_rate': 4}", r"compression_rate belongs to --memory compressive, .* leave it out"),
+        ("{mem_len: 32}", r"is no dictionary of options: write it as \"\{'mem_len': 640\}\""),
+        ("mem_len=32", r"is no dictionary of options"),
+        ("{'mem_len': 32", r"is no dictionary of options"),
+        ("['mem_len']", r"is no dictionary of options"),
+        ("{1: 2}", r"is no dictionary of options"),
+        ("", r"is no dictionary of options"),
+        ("__import__('os').mkdir('CANARY')", r"is no dictionary of options"),
+        ("{'mem_len': __import__('os').mkdir('CANARY')}", r"is no dictionary of options"),
+        ("{'mem_len': 'many'}", r"--mem-len cannot be 'many'"),
+        ("{'mem_len': [1]}", r"--mem-len cannot be \[1\]"),
+        ("{'model': {'mem_len': None}}", r"--mem-len cannot be None"),
+        ("{'memory': 'lokahead'}", r"--memory cannot be 'lokahead'"),
+        ("{'mem_len': -3}", r"--mem-len is -3"),
+        ("{'decoder_layers': 2}", r"another --arch or other options"),
+    ],
+)
+def test_overrides_that_a_checkpoint_does_not_have(text, message, data, checkpoint, tmp_path):
+    canary = tmp_path / "ran"
+    text = text.replace("CANARY", str(canary))
+    command, options = COMMANDS["validate" if "model" in text else "eval-lm"]
+    with pytest.raises(ValueError, match=message) as refusal:
+        run_command(command, data, *TASK, "--path", checkpoint, *options, "--model-overrides", text)
+    assert "\n" not in str(refusal.value) and not canary.exists()
+
+
+def test_overrides_that_a_checkpoint_has(data, checkpoint, caplog):
+    cfg = torch.load(checkpoint, weights_only=False)["cfg"]
+    for text in (
+        "{'mem_len': 4}",
+        "{'model': {'mem_len': 4}}",
+        "{'memory': 'none', 'position_encoding': 'shaw'}",
+        "{}",
+    ):
+        check_overrides(parse_overrides(text), cfg)
+    with pytest.raises(ValueError, match="does not know 'sentence_avg'"):
+        check_overrides({"sentence_avg": True}, cfg)
+    check_overrides({"sentence_avg": True}, cfg, with_criterion=True)
+    compressive = copy.deepcopy(cfg)
+    compressive["model"]["memory"] = "compressive"
+    check_overrides({"compression_rate": 4}, compressive)
+    with caplog.at_level(logging.WARNING):
+        check_overrides({"dropout": 0.5}, cfg)
+    assert "dropout has no effect outside training" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memlen": 4}, "from_pretrained does not know 'memlen': did you mean 'mem_len'"),
+        ({"fp16": True}, "does not know 'fp16'"),
+        ({"bpe": "sentencepiece", "sentencpiece_model": "x"}, "did you mean 'sentencepiece_model'"),
+        ({"sentencepiece_model": "x"}, "does not know 'sentencepiece_model'"),
+        ({"beam": 3}, r"beam is an argument of sample\(\)"),
+        ({"compression_rate": 3}, "belongs to --memory compressive"),
+        ({"mem_len": "x"}, "--mem-len cannot be 'x'"),
+        ({"sampling": "x"}, "--sampling cannot be 'x'"),
+        ({"generation_args": {"sampling_topc": 3}}, "generation_args does not know 'sampling_topc'"),
+    ],
+    ids=str,
+)
+def test_arguments_that_a_model_in_python_does_not_have(arguments, message, data, checkpoint):
+    with pytest.raises(ValueError, match=message):
+        LaMemoLanguageModel.from_pretrained(checkpoint.parent, checkpoint.name, data, **arguments)
+
+
+def test_a_model_in_python_is_found_or_not(data, checkpoint):
+    hub = LaMemoLanguageModel.from_pretrained(
+        checkpoint.parent, checkpoint.name, data, mem_len=4, bpe="bytes", batch_size=3, generation_args={"lenpen": 2.0}
+    )
+    assert hub.models[0].decoder.memory.slots == 4 and hub.cfg.generation.lenpen == 2.0
+    for folder, name, words in ((checkpoint, checkpoint.name, data), (checkpoint.parent, "no.pt", data),
+                                (checkpoint.parent, checkpoint.name, data / "no")):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match=r"there is no (folder|checkpoint)"):
+            LaMemoLanguageModel.from_pretrained(folder, name, words)
+
+
+def test_copies_of_a_model_in_python(data, checkpoint):
+    hub = LaMemoLanguageModel.from_pretrained(checkpoint.parent, checkpoint.name, data)
+    text = "w3 w4 w5"
+    scores = hub.score(text)["positional_scores"]
+    twin = copy.deepcopy(hub)
+    assert torch.equal(twin.score(text)["positional_scores"], scores) and twin.task is not hub.task
+    with torch.no_grad():
+        next(twin.models[0].parameters()).zero_()
+    assert torch.equal(hub.score(text)["positional_scores"], scores)
+    assert not torch.equal(twin.score(text)["positional_scores"], scores)
+
+
+def folder_of(path):
+    return sorted(p.name for p in path.iterdir()) if path.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"decoder_layers": 2}, "--decoder-layers is 2, the checkpoint was trained with 1. Pass the former"),
+        ({"decoder_ffn_embed_dim": 12}, "--decoder-ffn-embed-dim is 12, the checkpoint was trained with 8. Pass"),
+        ({"position_encoding": "transformer-xl"}, "--position-encoding is transformer-xl, .* with disentangled"),
+        ({"arch": "transformer_xl_lm"}, "--memory is recurrent, the checkpoint was trained with lookahead"),
+        ({"adaptive_softmax_cutoff": "10,20"}, "--adaptive-softmax-cutoff is 10,20, the checkpoint .* with None"),
+    ],
+    ids=str,
+)
+def test_training_that_goes_on_with_what_the_weights_do_not_fit(other, message, data, checkpoint, tmp_path):
+    for option in ("--restore-file", "--finetune-from-model"):
+        with pytest.raises(ValueError, match=message) as refusal:
+            trained_with(data, tmp_path, option, checkpoint, **other)
+        assert "\n" not in str(refusal.value) and not list(tmp_path.glob("*.pt"))
+
+
+def test_training_that_goes_on_with_another_function_of_the_same_weights(data, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"--activation-fn is gelu, the checkpoint was trained with relu\. Go on with"):
+        trained_with(data, tmp_path, "--restore-file", checkpoint, "--activation-fn", "gelu", max_update=3)
+    text = printed(lambda: trained_with(data, tmp_path, "--finetune-from-model", checkpoint, "--activation-fn", "gelu"))
+    assert "--activation-fn is gelu, the checkpoint was trained with relu" in text and "--lr" not in text
+
+
+def test_what_else_differs_is_told(data, checkpoint, tmp_path):
+    text = printed(
+        lambda: trained_with(data, tmp_path, "--restore-file", checkpoint, lr=0.02, dropout=0.3, max_update=3)
+    )
+    (told,) = {line for line in text.split("\n") if "the checkpoint was trained with" in line}
+    for option in ("--lr is 0.02, the checkpoint was trained with 0.01", "--dropout is 0.3, the checkpoint"):
+        assert option in told
+    assert told.count("--lr ") == 1 and "max-update" not in told
+    text = printed(lambda: trained_with(data, tmp_path, lr=0.02, dropout=0.3, max_update=4))
+    assert "the checkpoint was trained with" not in text
+
+
+def test_another_dictionary(data, checkpoint, tmp_path):
+    other = write_data(tmp_path / "other", words=44, train=300)
+    for option in ("--restore-file", "--finetune-from-model"):
+        with pytest.raises(ValueError, match=r"checkpoint_last.pt: .* another dictionary .* 44 words"):
+            trained_with(other, tmp_path / "run", option, checkpoint)
+
+
+def test_averages_begin_with_those_of_another_run(data, checkpoint, tmp_path):
+    ema = ["--store-ema", "--ema-decay", 0.5]
+    trained_with(data, tmp_path / "seed", *ema, "--optimizer", "sgd")
+    seed = tmp_path / "seed" / "checkpoint_last.pt"
+    trained_with(data, tmp_path / "run", *ema, "--ema-seed-model", seed)
+    with pytest.raises(ValueError, match=r"--ema-seed-model .*holds no averages: .* --store-ema"):
+        trained_with(data, tmp_path / "none", *ema, "--ema-seed-model", checkpoint)
+    with pytest.raises(FileNotFoundError, match=r"--ema-seed-model .*there is no such file"):
+        trained_with(data, tmp_path / "none", *ema, "--ema-seed-model", tmp_path / "no.pt")
+    with pytest.raises(ValueError, match="--decoder-layers is 2, the checkpoint was trained with 1"):
+        trained_with(data, tmp_path / "none", *ema, "--ema-seed-model", seed, decoder_layers=2)
+    assert folder_of(tmp_path / "none") == []
