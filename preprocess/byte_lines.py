@@ -33,7 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="lines of text to lines of byte symbols, from stdin to stdout")
     parser.add_argument("--decode", action="store_true", help="byte symbols to text instead")
     if parser.parse_args().decode:
-        symbols = open(sys.stdin.fileno(), encoding="utf-8", newline="\n", closefd=False)  # noqa: SIM115
+        symbols = open(  # noqa: SIM115
+            sys.stdin.fileno(), encoding="utf-8-sig", errors="replace", newline=None, closefd=False
+        )
         sys.stdout.buffer.writelines(decode(symbols))
     else:
         text = open(sys.stdout.fileno(), "w", encoding="utf-8", newline="\n", closefd=False)  # noqa: SIM115

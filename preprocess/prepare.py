@@ -266,7 +266,7 @@ def _work_folder(destdir: Path, made_from: dict[str, Any]) -> Path:
 @contextmanager
 def _alone(destdir: Path) -> Iterator[None]:
     """Two runs in one folder would take each other's files."""
-    with open(destdir / ".lock", "w") as file:
+    with open(destdir / ".lock", "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:

@@ -6,6 +6,7 @@ import json
 import lzma
 import resource
 import stat
+import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from fairseq_cli.preprocess import cli_main as fairseq_preprocess
 from lamemo_fairseq.data.binarized import load_dictionary, load_lines
 from lamemo_fairseq.data.text_encoding import read_text_encoding
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
-from preprocess import binarize
+from preprocess import binarize, byte_lines
 from preprocess.__main__ import main
 from preprocess.datasets import DATASETS
 from preprocess.files import Identity
@@ -205,6 +206,17 @@ def test_words_of_a_text_in_one_line(tmp_path, monkeypatch):
     assert tokens_of(tmp_path / "divided", "valid")[-1] == END
 
 
+@pytest.mark.parametrize(
+    ("symbols", "text"), [("\ufeffa \u2581 b\r\n".encode(), "a b\n"), (b"a \xe9 b\n", "a?b\n")], ids=["mark", "no byte"]
+)
+def test_symbols_of_bytes_from_another_editor(tmp_path, symbols, text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["byte_lines", "--decode"])
+    with write(tmp_path / "symbols", symbols).open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        byte_lines.main()
+    assert capsys.readouterr().out == text
+
+
 # Hints.
 
 
@@ -321,6 +333,14 @@ def test_unfinished_work_may_be_a_link_to_another_disk(texts, tmp_path):
     (tmp_path / "data" / UNFINISHED).symlink_to(scratch)
     own(texts, tmp_path / "data")
     assert (scratch / "precious").exists() and not (scratch / "0123456789abcdef").exists()
+
+
+def test_a_lock_that_is_a_link_changes_nothing(texts, tmp_path):
+    precious = write(tmp_path / "precious", b"precious")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / ".lock").symlink_to(precious)
+    own(texts, tmp_path / "data")
+    assert precious.read_bytes() == b"precious"
 
 
 @contextmanager
