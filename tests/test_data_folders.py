@@ -207,6 +207,16 @@ def test_an_index_that_lies(data, at, value):
         opened(data)
 
 
+@pytest.mark.parametrize("array", [0, 1, 2])
+def test_an_index_that_says_wrongly_where_lines_are(data, array):
+    lines = len(as_older_format(data))
+    index = np.fromfile(data / "train.idx", dtype=np.int64)
+    index[6 + array * (lines + 1) + 1] += 1  # the second line's first dimension, place or size
+    index.tofile(data / "train.idx")
+    with pytest.raises(ValueError, match=r"train is damaged: \.(idx does not say where its lines are|bin has)"):
+        opened(data)
+
+
 def test_an_id_beyond_the_dictionary_in_the_older_format(data):
     as_older_format(data)
     for number, named in (0, -1), (41, 40):
