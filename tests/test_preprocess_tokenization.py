@@ -175,6 +175,16 @@ def test_a_boundary_across_the_blocks_that_are_read(tmp_path):
     assert second.read() == b"y"
 
 
+@pytest.mark.parametrize("paragraphs", [False, True])
+@pytest.mark.parametrize("end", [b"\r\n", b"\r", b"\n"])
+def test_a_line_end_across_the_blocks_that_are_read(tmp_path, end, paragraphs):
+    path = tmp_path / "text"
+    text = b"x" * 16_383 + end * (1 + paragraphs) + b"y" + end
+    path.write_bytes(text)
+    parts = [part.read() for part in cut(Span(path, 0, len(text)), LineTokenizer(paragraphs=paragraphs).boundary, 1)]
+    assert parts == [text[: -1 - len(end)], b"y" + end]
+
+
 def test_lines_count_like_fairseq():
     assert lines_of(LineTokenizer(), b" = a =  b \n\nc\x0bd") == [f"= a = b {END}", END, f"c d {END}"]
     assert lines_of(LineTokenizer(), b"a\r\nb\rc\n") == [f"a {END}", f"b {END}", f"c {END}"]
