@@ -3,9 +3,12 @@
 from argparse import Namespace
 
 import pytest
+from fairseq import options
 from fairseq.dataclass.configs import GenerationConfig
 
 from lamemo_fairseq.generation.options import NAMES, REFUSED, WITHOUT_EFFECT, check_generation, check_names
+
+from .helpers import USER_DIR
 
 # Options that do what fairseq says, beside those of the two lists.
 WORKING = {
@@ -30,7 +33,7 @@ def test_what_means_nothing_here_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("given", "message"),
     [
         ({"beam": 0}, "--beam is 0: pass 1 or more"),
         ({"beam": -2}, "--beam is -2"),
@@ -61,13 +64,13 @@ def test_what_means_nothing_here_is_refused_by_name(name):
     ],
     ids=str,
 )
-def test_values_out_of_range_are_refused(options, message):
+def test_values_out_of_range_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        check_generation(Namespace(**options))
+        check_generation(Namespace(**given))
 
 
 @pytest.mark.parametrize(
-    "options",
+    "given",
     [
         {},
         {"min_len": 300, "max_len_a": 2.0},
@@ -80,9 +83,9 @@ def test_values_out_of_range_are_refused(options, message):
     ],
     ids=str,
 )
-def test_what_makes_sense_is_accepted(options):
-    check_generation(Namespace(**options))
-    check_generation(GenerationConfig(**options))
+def test_what_makes_sense_is_accepted(given):
+    check_generation(Namespace(**given))
+    check_generation(GenerationConfig(**given))
 
 
 def test_unknown_names_are_refused_with_the_nearest():
@@ -92,3 +95,20 @@ def test_unknown_names_are_refused_with_the_nearest():
         check_names(["seed"], NAMES, "sample")
     with pytest.raises(ValueError, match=r"does not know 'xyzzy': it knows .*max_len_b"):
         check_names(["xyzzy"], NAMES, "sample")
+
+
+def parsed(task, *words):
+    parser = options.get_interactive_generation_parser()
+    parser.set_defaults(distributed_world_size=4)  # as on a machine with four GPUs
+    return options.parse_args_and_arch(
+        parser, ["data", "--user-dir", USER_DIR, "--task", task, "--path", "c.pt", *words]
+    )
+
+
+def test_one_process_generates_without_a_score():
+    found = parsed("segment_language_modeling")
+    assert (found.distributed_world_size, found.scoring) == (1, "no_score")
+    found = parsed("segment_language_modeling", "--distributed-world-size", "2", "--scoring=bleu")
+    assert (found.distributed_world_size, found.scoring) == (2, "bleu")
+    found = parsed("language_modeling")
+    assert (found.distributed_world_size, found.scoring) == (4, "bleu")
