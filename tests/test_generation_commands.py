@@ -180,6 +180,25 @@ def test_generate_scores_the_lines_of_a_split(data, checkpoints, capsys):
     assert lines and {row: found for row, _, found in hypotheses(text)} == lines
 
 
+@pytest.mark.parametrize(
+    ("name", "prompt", "shown"),
+    [
+        ("letter", "w1 w2 </s> w3", "w1w2</s>w3"),
+        ("none", "w1 w2 </s> w3", "w1 w2 </s> w3"),
+        ("@@ ", "w1 w2", "w1 w2"),
+    ],
+)
+def test_joined_pieces_are_no_words_of_later_prompts(name, prompt, shown, data, checkpoints, capsys, monkeypatch):
+    """fairseq adds them to the dictionary, with ids that the model does not have."""
+    path = checkpoints / "lamemo_lm" / "checkpoint_last.pt"
+    options = ["--score-reference", "--post-process", name]
+    found = ask(data, path, [prompt, "w1w2</s>w3", prompt], capsys, monkeypatch, *options)
+    assert found[0][2] == found[2][2] == shown and found[0][1] == found[2][1]
+    assert found[1][2].startswith("<unk>")
+    with pytest.raises(ValueError, match="--post-process 'bpe' is not known: pass one of"):
+        ask(data, path, [prompt], capsys, monkeypatch, "--post-process", "bpe")
+
+
 @gpu
 @pytest.mark.parametrize("arch", ARCHS)
 def test_interactive_on_a_gpu(arch, data, checkpoints, capsys, monkeypatch):

@@ -200,7 +200,8 @@ def test_interactive_reads_and_writes_text(named, folders, model, tmp_path, caps
     scores = lines_of("P", output)["0"].split()
     assert whole + 1 < len(scores) <= whole + 6
     assert lines_of("H", output)["0"].startswith("t h e \u2581 w 7 \xc3 \xa9 , \u2581 \u2581 w")
-    assert lines_of("D", output)["0"].replace("</s>", "").startswith("the w7\xe9,  word")
+    assert lines_of("D", output)["0"].startswith("the w7\xe9,  word </s>  </s> of 1")
+    assert lines_of("S", output)["0"].endswith("w o r d </s> </s> o f \u2581 1")
 
 
 def test_interactive_scores_prompts(folders, model, tmp_path, capsys):

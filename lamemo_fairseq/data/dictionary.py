@@ -1,5 +1,6 @@
 """fairseq's dictionary, each symbol of which a text may hold."""
 
+import copy
 from typing import Any, Iterable, List, Optional
 
 import torch
@@ -12,8 +13,11 @@ NO_WORD = -1
 class TextDictionary(Dictionary):
     """A dictionary whose special symbols are words like any other.
 
-    ``pad_index`` is still the id of ``<pad>``.
+    ``pad_index`` is still the id of ``<pad>``. The words are those of the model. fairseq's commands add more when they
+    print, such as joined pieces, to number them for a score: those go into a copy, so that no prompt gets their ids.
     """
+
+    _with_others: Optional[Dictionary] = None
 
     def pad(self) -> int:
         """The id of what is no word: `NO_WORD`."""
@@ -48,3 +52,11 @@ class TextDictionary(Dictionary):
         unknown = self.unk_string(escape_unk) if unk_string is None else unk_string
         words = [unknown if i == self.unk() else self[i] for i in ids if i not in ignored]
         return data_utils.post_process(separator.join(words), bpe_symbol)
+
+    def encode_line(self, line: str, *args: Any, add_if_not_exist: bool = True, **kwargs: Any) -> torch.Tensor:
+        """Number the words of a line as fairseq does. New words get ids beyond the model's, without being added."""
+        if not add_if_not_exist:
+            return super().encode_line(line, *args, add_if_not_exist=False, **kwargs)
+        if self._with_others is None:
+            self._with_others = copy.deepcopy(self)
+        return Dictionary.encode_line(self._with_others, line, *args, add_if_not_exist=True, **kwargs)

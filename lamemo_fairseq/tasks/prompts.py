@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..data.folders import data_folders
 from ..data.text import clean_prompt
+from ..evaluation.words import check_post_process
 from ..generation import PromptDataset, PromptGenerator, StreamingScorer
 from ..generation.encoders import PromptCoding
 from ..generation.lines import encode_prompts
@@ -29,7 +30,9 @@ class PromptTask(FairseqTask):
 
     def build_tokenizer(self, args: Any) -> Any:
         """The tokenizer that is named, or the data folder's if neither it nor ``--bpe`` is."""
-        self._coding = PromptCoding(data_folders(self.cfg.data)[0], joined=self._option("post_process") is not None)
+        joins = self._option("post_process")
+        check_post_process(joins)
+        self._coding = PromptCoding(data_folders(self.cfg.data)[0], joined=joins not in (None, "none"))
         return self._coding.part("tokenizer", args, super().build_tokenizer)
 
     def build_bpe(self, args: Any) -> Any:
