@@ -112,3 +112,10 @@ def test_one_process_generates_without_a_score():
     assert (found.distributed_world_size, found.scoring) == (2, "bleu")
     found = parsed("language_modeling")
     assert (found.distributed_world_size, found.scoring) == (4, "bleu")
+
+
+def test_torchrun_does_not_generate(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without torchrun, or fairseq-generate 2 times with --num-shards 2"):
+        parsed("segment_language_modeling", "--cpu")

@@ -1,5 +1,6 @@
 """Prompts become the tokens that the data folder's text became, and texts again, without a word on the command line."""
 
+import itertools
 import logging
 import re
 
@@ -274,7 +275,12 @@ def test_hub_reads_and_writes_text(folders, model):
     text = "the  w7\xe9 \n\n of <unk>"
     assert len(hub.encode(text)) == len(text.encode()) + 1
     assert hub.decode(hub.encode(text)) == text
-    assert hub.sample(text, beam=2, max_len_b=4, no_repeat_ngram_size=2).startswith(text)
+    for options in ({"beam": 2}, {"sampling": True, "beam": 2}, {"sampling": True, "sampling_topp": 0.9}):
+        prompt = hub.encode("the  w7\xe9")
+        for found in hub.generate(prompt, max_len_b=30, min_len=30, no_repeat_ngram_size=2, **options):
+            pairs = list(itertools.pairwise(found["tokens"].tolist()))
+            assert len(set(pairs)) == len(pairs) == len(prompt) + 29
+    assert hub.sample("the  w7\xe9", beam=2, max_len_b=4, no_repeat_ngram_size=2).startswith("the  w7\xe9")
     assert len(hub.score(text)["positional_scores"]) == len(text.encode())
 
 

@@ -32,9 +32,20 @@ def adapt_generation(namespace: Namespace, words: Sequence[str], task: str) -> N
 
     There is no BLEU, and there is one process. fairseq takes as many as there are GPUs: fairseq-generate would then
     continue that share of the lines alone, and each process of fairseq-interactive would read the same input.
+
+    Raises:
+        ValueError: torchrun has started several processes, which these commands do not divide the work among.
     """
     if getattr(namespace, "task", None) != task or not hasattr(namespace, "beam"):
         return
+    from .options import launched_ranks  # which imports this module
+
+    ranks = launched_ranks()
+    if ranks > 1:
+        raise ValueError(
+            f"torchrun has started {ranks} processes, but one generates: start the command without torchrun, or "
+            f"fairseq-generate {ranks} times with --num-shards {ranks} and --shard-id 0 to {ranks - 1}"
+        )
     given = {word.split("=", 1)[0] for word in words}
     if "--scoring" not in given:
         namespace.scoring = NO_SCORE
