@@ -90,7 +90,7 @@ def _flags(names: Iterable[str]) -> str:
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
-    """Refuse options that would have no effect, and files that are not there."""
+    """Refuse options that would have no effect or cannot be, and files that are not there."""
     given = _given(args, _NEEDS)
     if args.bpe in WHOLE_TEXT:
         words = [*["tokenizer"] * (args.tokenizer != "space"), *["paragraphs"] * args.paragraphs]
@@ -104,6 +104,10 @@ def _refuse_idle(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{_flags([name])} {path}: there is no such file")
         if idle := _given(args, _MADE_ALREADY[name]):
             raise ValueError(f"{_flags([name])} is made already: leave {_flags(idle)} out")
+    if args.vocab_size is not None and args.vocab_size < 1:
+        raise ValueError(f"--vocab-size {args.vocab_size}: a model has at least 1 piece")
+    if args.character_coverage is not None and not 0.98 <= args.character_coverage <= 1:
+        raise ValueError(f"--character-coverage {args.character_coverage}: SentencePiece takes .98 to 1")
 
 
 def _say_fallback(language: str) -> None:

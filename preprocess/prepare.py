@@ -56,6 +56,8 @@ def prepare(
         FileExistsError: the folder holds data of another origin.
         DownloadError: the data set cannot be downloaded.
     """
+    if destdir.exists() and not destdir.is_dir():
+        raise NotADirectoryError(f"--destdir {destdir} is a file: name a folder")
     destdir.mkdir(parents=True, exist_ok=True)
     with _alone(destdir):
         texts = resolve(sources, dataset.files) if sources else []

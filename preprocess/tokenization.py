@@ -90,7 +90,7 @@ def refuse_nul(text: bytes) -> None:
         EncodingError: there is a NUL byte.
     """
     if (nul := text.find(b"\0")) >= 0:
-        raise EncodingError("NUL bytes, which no text holds", nul)
+        raise EncodingError("NUL bytes, as UTF-16 and binary files have them", nul)
 
 
 def decoded(text: bytes) -> str:

@@ -296,6 +296,9 @@ def test_bad_input_names_the_option(texts, tmp_path):
     for bad, what in (b"word 1\nword 2\n", "a dictionary"), (b"\xff 1\n", "text in UTF-8"), (b"word\n", "a dictionary"):
         srcdict = write(texts / "dict.txt", bad)
         assert f"--srcdict {srcdict} is not {what}" in refused("own", *data, *source, "--srcdict", srcdict)
+    assert "--destdir" in refused("own", "--destdir", texts / "train.txt", *source)
+    for option, value in ("--vocab-size", 0), ("--character-coverage", 7), ("--character-coverage", "nan"):
+        assert f"{option} {value}" in refused("own", *data, *source, "--bpe", "sentencepiece", option, value)
     assert "--workers" in refused("own", *data, *source, "--workers", 0)
     assert "Not a directory" in refused("own", "--destdir", texts / "train.txt" / "data", *source)
     assert "--vocab-size 9999" in refused("own", *data, *source, "--bpe", "sentencepiece", "--vocab-size", 9999)
