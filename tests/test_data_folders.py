@@ -311,8 +311,11 @@ def test_the_prompts_of_a_command(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not text in UTF-8"):
         clean_prompt(stdin.readline())
     check_input(SegmentLanguageModelingConfig(input="-"))  # read already
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    stdin.close()
     check_input(SegmentLanguageModelingConfig(input="-"))
+    for other in io.StringIO(), None:
+        monkeypatch.setattr(sys, "stdin", other)
+        check_input(SegmentLanguageModelingConfig(input="-"))
     with pytest.raises(FileNotFoundError, match=r"--input .*nowhere: there is no such file"):
         check_input(SegmentLanguageModelingConfig(input=str(tmp_path / "nowhere")))
     check_input(SegmentLanguageModelingConfig())  # of no command

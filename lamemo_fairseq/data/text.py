@@ -1,7 +1,6 @@
 """Text files and prompts: UTF-8, with or without a byte order mark, or refused."""
 
 import contextlib
-import io
 import os
 import sys
 from typing import Any
@@ -64,8 +63,8 @@ def check_input(cfg: Any) -> None:
         return
     if path == "-":
         stdin: Any = sys.stdin
-        # A notebook has another stdin, and a stream that has been read from stays as it is.
-        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+        # A notebook has another stdin, and a stream that is closed or has been read from stays as it is.
+        with contextlib.suppress(AttributeError, ValueError):
             stdin.reconfigure(errors="surrogateescape", newline=None)  # None: any line end, as in files
     elif path.startswith("${"):
         return
