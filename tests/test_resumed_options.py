@@ -1,6 +1,7 @@
 """Whatever an option keeps in the trainer, a run stopped in the middle goes on with, to the last bit."""
 
 import copy
+import os
 import shutil
 
 import fairseq_cli.train
@@ -125,9 +126,11 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "several folders"])
 def test_goes_on_to_the_last_bit(name, data, tmp_path):
-    cfg = configured(data / "1", *CASES[name])
+    cfg = configured(data / "1", *CASES.get(name, ADAM))
+    if name == "several folders":  # an epoch each
+        cfg.task.data = os.pathsep.join(str(data / number) for number in "12")
     train(cfg, tmp_path / "whole")
     expected = all_that_counts(tmp_path / "whole")
     inside, edge = "checkpoint_*_8.pt", "checkpoint2.pt"
