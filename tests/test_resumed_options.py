@@ -20,7 +20,8 @@ MODEL = [
 RUN = ["--num-workers", 0, "--log-format", "none", "--save-interval-updates", 4, "--max-update", 14]
 ADAM = ["--optimizer", "adam", "--lr", 5e-3]
 PLATEAU = ["--lr-scheduler", "reduce_lr_on_plateau", "--lr-threshold", 0.9, "--lr-shrink", 0.5]
-EMA = [*ADAM, "--store-ema", "--ema-decay", 0.8]
+AVERAGED = ["--store-ema", "--ema-decay", 0.8]
+EMA = [*ADAM, *AVERAGED]
 
 
 @pytest.fixture(scope="module")
@@ -82,33 +83,29 @@ def all_that_counts(folder):
 
 
 CASES = {
-    "averages seldom": [*EMA, "--ema-update-freq", 3],
-    "averages from later on, in float32 behind bfloat16": [
-        *EMA, "--bf16", "--ema-fp32", "--ema-start-update", 5, "--ema-update-freq", 5,
-    ],
-    "float16, memory efficient": [
-        *EMA, "--fp16", "--memory-efficient-fp16", "--fp16-init-scale", 64, "--fp16-scale-window", 5,
-    ],
-    "adamax, cosine with restarts": [
+    "adamax, cosine with restarts, averages seldom": [
         "--optimizer", "adamax", "--lr", 5e-3, "--lr-scheduler", "cosine", "--lr-period-updates", 4, "--t-mult", 2,
-        "--lr-shrink", 0.5, "--warmup-updates", 2,
+        "--lr-shrink", 0.5, "--warmup-updates", 2, *AVERAGED, "--ema-update-freq", 3,
     ],
-    "adagrad, fixed with annealing": [
+    "adagrad, fixed with annealing, averages from later on in float32 behind bfloat16": [
         "--optimizer", "adagrad", "--lr", "5e-3,4e-3", "--lr-scheduler", "fixed", "--force-anneal", 2,
-        "--warmup-updates", 7,
+        "--warmup-updates", 7, "--bf16", *AVERAGED, "--ema-fp32", "--ema-start-update", 5, "--ema-update-freq", 5,
     ],
-    "adadelta, steps": [
-        "--optimizer", "adadelta", "--lr", 1, "--lr-scheduler", "step", "--lr-deacy-period", 3, "--warmup-updates", 2,
-    ],
-    "adafactor, three stages": [
-        "--optimizer", "adafactor", "--beta1", 0.9, "--scale-parameter", "--lr", 5e-3, "--lr-scheduler", "tri_stage",
-        "--warmup-steps", 2, "--hold-steps", 4, "--decay-steps", 6,
-    ],
-    "nag, triangular": [
+    "nag, triangular, float16": [
         "--optimizer", "nag", "--momentum", 0.9, "--lr", 1e-3, "--lr-scheduler", "triangular", "--max-lr", 1e-2,
-        "--lr-period-updates", 6, "--shrink-min",
+        "--lr-period-updates", 6, "--shrink-min", "--fp16", "--memory-efficient-fp16", "--fp16-init-scale", 64,
+        "--fp16-scale-window", 5,
     ],
-    "sgd, by hand": [
+    "adafactor, three stages, several segments an update": [
+        "--optimizer", "adafactor", "--beta1", 0.9, "--scale-parameter", "--lr", 5e-3, "--lr-scheduler", "tri_stage",
+        "--warmup-steps", 2, "--hold-steps", 4, "--decay-steps", 6, "--update-freq", "1,2,3", "--clip-norm", 0.1,
+        "--sentence-avg",
+    ],
+    "adadelta, steps, the best ones": [
+        "--optimizer", "adadelta", "--lr", 1, "--lr-scheduler", "step", "--lr-deacy-period", 3, "--warmup-updates", 2,
+        "--keep-best-checkpoints", 2, "--validate-after-updates", 5, "--patience", 30,
+    ],
+    "sgd, by hand, several folders": [
         "--optimizer", "sgd", "--momentum", 0.9, "--lr", 5e-3, "--lr-scheduler", "manual", "--epoch2lr", "{'2':2e-3}",
         "--update2lr", "{'3':3e-3,'8-9':1e-3}",
     ],
@@ -121,15 +118,13 @@ CASES = {
     "the least rate, reached inside an epoch": [
         *ADAM, "--lr-scheduler", "cosine", "--lr-period-updates", 40, "--stop-min-lr", 4.6e-3, "--max-update", 26,
     ],
-    "several segments an update, by epoch": [*ADAM, "--update-freq", "1,2,3", "--clip-norm", 0.1, "--sentence-avg"],
-    "the best ones": [*ADAM, "--keep-best-checkpoints", 2, "--validate-after-updates", 5, "--patience", 30],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*CASES, "several folders"])
+@pytest.mark.parametrize("name", CASES)
 def test_goes_on_to_the_last_bit(name, data, tmp_path):
-    cfg = configured(data / "1", *CASES.get(name, ADAM))
-    if name == "several folders":  # an epoch each
+    cfg = configured(data / "1", *CASES[name])
+    if "several folders" in name:  # an epoch each
         cfg.task.data = os.pathsep.join(str(data / number) for number in "12")
     train(cfg, tmp_path / "whole")
     expected = all_that_counts(tmp_path / "whole")
@@ -155,3 +150,24 @@ def test_averages_are_those_of_the_weights(options, data, tmp_path):
         for later in weights[1:]:
             expected = 0.8 * expected + 0.2 * later[name].double()
         torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("options", [[], ["--bf16", "--ema-fp32"]])
+def test_averages_may_begin_at_a_resume(options, data, tmp_path):
+    train(configured(data / "1", *ADAM, *options, "--max-update", 4), tmp_path)
+    train(configured(data / "1", *EMA, *options, "--save-interval-updates", 1, "--max-update", 5), tmp_path)
+    before, after = (read(tmp_path, f"checkpoint_1_{update}.pt")["model"] for update in (4, 5))
+    for name, average in read(tmp_path)["extra_state"]["ema_fp32_params" if options else "ema"].items():
+        expected = 0.8 * before[name].double() + 0.2 * after[name].double()
+        torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_finetuning_takes_the_averages_that_are_named(data, tmp_path):
+    options = [*EMA, "--max-update", 2, "--disable-validation"]
+    train(configured(data / "1", *options), tmp_path / "one")
+    train(configured(data / "1", *options, "--seed", 2), tmp_path / "other")
+    one, other = (tmp_path / name / "checkpoint_last.pt" for name in ("one", "other"))
+    tuned = [*options, "--finetune-from-model", one, "--ema-seed-model", other, "--ema-decay", 1]
+    train(configured(data / "1", *tuned), tmp_path / "tuned")
+    averages, wanted = (read(tmp_path / name)["extra_state"]["ema"] for name in ("tuned", "other"))
+    assert list(differences(averages, wanted)) == []

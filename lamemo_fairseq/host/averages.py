@@ -1,10 +1,14 @@
 """Moving averages of the weights, ``--store-ema``."""
 
+import logging
 from types import SimpleNamespace
 from typing import Any, Dict
 
+from fairseq import utils
 from fairseq.models.ema import EMA
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 class Averages(EMA):
@@ -19,6 +23,22 @@ class Averages(EMA):
         others = _other_names(new_model)
         weights = {name: weight for name, weight in new_model.state_dict().items() if name not in others}
         super()._step_internal(SimpleNamespace(state_dict=lambda: weights), updates)
+
+
+def supply_averages(trainer: Any, state: Dict[str, Any], anew: bool) -> None:
+    """Put averages into a checkpoint to go on from that has none, or if a run begins *anew* others than wanted.
+
+    fairseq means to begin with the weights then, but no longer has them; ``--ema-seed-model`` it would forget.
+    """
+    options, extra = trainer.cfg.ema, state["extra_state"]
+    if not options.store_ema or ("ema" in extra and not (anew and options.ema_seed_model)):
+        return
+    extra.pop("ema_fp32_params", None)
+    if options.ema_seed_model:
+        extra["ema"] = utils.move_to_cpu(trainer.ema.get_model().state_dict())
+    else:
+        logger.warning("the checkpoint was trained without --store-ema: the averages begin with its weights")
+        extra["ema"] = state["model"]
 
 
 def _other_names(model: nn.Module) -> Dict[str, str]:

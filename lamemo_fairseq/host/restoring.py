@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from .averages import supply_averages
 from .configuration import CheckpointError, complete, describe, is_our_task, is_ours, read_ours
 from .overrides import owners_of_options
 
@@ -108,6 +109,7 @@ def check_restored(state: Dict[str, Any], path: str) -> None:
     told = [d for d in differences if d.section == "model" or not run.anew]
     if told:
         logger.warning("%s: %s", path, _listed(told))
+    supply_averages(run.trainer, state, run.anew)
 
 
 def check_weights(model: Any, weights: Mapping[str, Any], path: str, differences: List[_Difference]) -> None:
