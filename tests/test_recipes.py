@@ -101,6 +101,7 @@ def test_hydra_recipes_train_what_the_command_line_trains(monkeypatch):
     path = ROOT / "examples" / "enwik8" / "table.yaml"
     loaded = table.load(path)
     arguments = commands.train(loaded, table.Run("lamemo", 1), "checkpoints/enwik8/lamemo", {})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # the recipes' precision needs a GPU
     parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=arguments)
     expected = OmegaConf.to_container(convert_namespace_to_omegaconf(parsed), resolve=True, enum_to_str=True)
 

@@ -10,6 +10,7 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 from fairseq import options
 
+from .command_line import TASK, CommandLine
 from .generation import adapt_generation
 from .interruption import end_in_one_line
 from .named_checkpoints import check_checkpoints, take_task_from_checkpoint
@@ -22,17 +23,22 @@ logger = logging.getLogger(__name__)
 def parse_args_and_arch(
     original: Callable[..., Any], parser: Any, input_args: Optional[Sequence[str]] = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Two things that fairseq concludes from the command line and its environment, and the checkpoints it names."""
+    """Check the command line of our models, and correct what fairseq concludes from it and its environment."""
     take_task_from_checkpoint(parser, input_args)
-    parsed = original(parser, input_args, *args, **kwargs)
+    words = list(sys.argv[1:] if input_args is None else input_args)
+    line = CommandLine(parser, words)
+    if kwargs.get("suppress_defaults"):  # of a line that has been read already
+        with line.unchecked():
+            return original(parser, input_args, *args, **kwargs)
+    with line.plain_errors():
+        parsed = original(parser, input_args, *args, **kwargs)
     namespace: Namespace = parsed[0] if isinstance(parsed, tuple) else parsed
     # --bf16 it takes for a TPU's, from the days before GPUs had it, and then looks for torch_xla.
-    given = sys.argv[1:] if input_args is None else input_args
-    if getattr(namespace, "tpu", False) and "--tpu" not in given and importlib.util.find_spec("torch_xla") is None:
+    if getattr(namespace, "tpu", False) and "--tpu" not in words and importlib.util.find_spec("torch_xla") is None:
         namespace.tpu = False
-    adapt_generation(namespace, given, "segment_language_modeling")
+    adapt_generation(namespace, words, TASK)
     # One process a GPU is for GPUs.
-    if getattr(namespace, "cpu", False) and not any(w.startswith("--distributed-world-size") for w in given):
+    if getattr(namespace, "cpu", False) and not any(w.startswith("--distributed-world-size") for w in words):
         namespace.distributed_world_size = 1
     # Ranks that torchrun starts it finds on GPUs alone; on CPUs each would train for itself.
     on_cpu = getattr(namespace, "cpu", False) or not torch.cuda.is_available()
@@ -46,6 +52,7 @@ def parse_args_and_arch(
             if namespace.distributed_rank == 0:
                 logger.info("--ddp-backend legacy_ddp takes the place of %s, which needs GPUs", namespace.ddp_backend)
             namespace.ddp_backend = "legacy_ddp"
+    line.check(namespace)
     if hasattr(namespace, "max_update"):
         check_save_dir(namespace.save_dir)
     check_checkpoints(namespace)

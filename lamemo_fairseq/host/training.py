@@ -39,7 +39,6 @@ def _train(original: Callable[..., Any], cfg: Any, trainer: Any, *args: Any) -> 
     """Train for an epoch, unless the run has ended: fairseq would add an update, or several, at every start."""
     with interruption.told(), without_gpus(cfg.common.cpu):
         if trainer not in _begun:
-            check(cfg)
             _check_metric(cfg, trainer)
             reason = _ended(cfg, trainer)
             if reason is not None:
@@ -81,24 +80,6 @@ def _check_metric(cfg: Any, trainer: Any) -> None:
         raise ValueError(
             f"--best-checkpoint-metric {metric} is not a figure of a validation: pass one of "
             f"{', '.join(name for name in names if not name.startswith('_'))}"
-        )
-
-
-def check(cfg: Any) -> None:
-    """Refuse what a run could not be resumed with.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if cfg.checkpoint.write_checkpoints_asynchronously:
-        raise ValueError(
-            "--write-checkpoints-asynchronously writes neither checkpoint_last.pt, from which a run resumes, nor "
-            "checksums: leave it out. What writing takes is in the log"
-        )
-    if cfg.distributed_training.ddp_backend == "fully_sharded":
-        raise ValueError(
-            "--ddp-backend fully_sharded cuts checkpoints up, and a run resumes exactly from whole ones alone: pass "
-            "pytorch_ddp or legacy_ddp"
         )
 
 

@@ -28,6 +28,7 @@ from ..generation import PromptDataset
 from ..host.configuration import check_criterion, check_model
 from ..host.options import launched_ranks
 from ..host.ranks import several_ranks
+from ..host.start import check_task
 from ..host.training import prepare_training
 from ..memory import DivergenceError
 from .prompts import PromptTask
@@ -94,6 +95,7 @@ class SegmentLanguageModelingTask(PromptTask):
             ValueError: one cannot be read, folders have different dictionaries, or torchrun's processes do not know of
                 each other.
         """
+        check_task(cfg, kwargs.get("from_checkpoint", False))
         prepare_training()
         if launched_ranks() > 1 and not several_ranks():
             raise ValueError(

@@ -1,0 +1,178 @@
+"""A command line before fairseq reads it: which command it is for, what it gives, and names that are not known."""
+
+import contextlib
+import difflib
+import re
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from typing import Iterable, Iterator, NoReturn, Sequence, Set
+
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
+from fairseq.registry import REGISTRIES
+from fairseq.tasks import TASK_REGISTRY
+
+from . import start
+from .option_table import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE, option_name
+
+TASK = "segment_language_modeling"
+
+# An option that a command has and those before it do not.
+_MARKS = {
+    INTERACTIVE: "--buffer-size",
+    GENERATE: "--beam",
+    EVAL_LM: "--context-window",
+    TRAIN: "--arch",
+    VALIDATE: "--path",
+}
+
+# Optimizers that follow --lr alone.
+_WITH_RATE = ("adam", "adamax", "adagrad", "cpu_adam", "lamb", "nag", "sgd")
+
+_KINDS = {"int": "a whole number", "float": "a number", "<lambda>": "a number, or several separated by commas"}
+
+
+class CommandLine:
+    """The words of a command line, and the parser that is to read them."""
+
+    _unchecked = False
+
+    def __init__(self, parser: ArgumentParser, words: Sequence[str]):
+        self.parser = parser
+        self.words = list(words)
+        self.command = next((c for c, mark in _MARKS.items() if mark in parser._option_string_actions), None)
+        lenient = ArgumentParser(add_help=False, allow_abbrev=False)
+        lenient.add_argument("--task")
+        lenient.add_argument("--arch", "-a")
+        lenient.add_argument("--criterion", default="")
+        lenient.add_argument("--update-freq", default="1")
+        self.named = lenient.parse_known_args(self.words)[0]
+        self.task = self.named.task or parser.get_default("task")
+
+    @property
+    def ours(self) -> bool:
+        """Whether the command line is for a model of this package."""
+        return self.command is not None and (self.task == TASK or self._is_our_architecture())
+
+    def _is_our_architecture(self) -> bool:
+        model = ARCH_MODEL_REGISTRY.get(self.named.arch)
+        return model is not None and model.__module__.startswith(f"{__package__.split('.')[0]}.")
+
+    @classmethod
+    @contextlib.contextmanager
+    def unchecked(cls) -> Iterator[None]:
+        """Lines that are read meanwhile have been checked."""
+        cls._unchecked = True
+        try:
+            yield
+        finally:
+            cls._unchecked = False
+
+    @contextlib.contextmanager
+    def plain_errors(self) -> Iterator[None]:
+        """Report what cannot be read in one line, without the usage of 250 options.
+
+        Raises:
+            ValueError: naming the option and the remedy.
+        """
+        if self.command is None or self._unchecked:
+            yield
+            return
+        self._check_names()
+        if not self.ours:
+            yield
+            return
+        self._check_what_fairseq_misreads()
+
+        def error(message: str) -> NoReturn:
+            raise ValueError(self._in_words(message)) from None
+
+        self.parser.error = error  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.parser.error
+
+    def check(self, namespace: Namespace) -> None:
+        """Check the options that were read.
+
+        Raises:
+            ValueError: as `start.check` does.
+        """
+        if self.command is None or self._unchecked or not self.ours:
+            return
+        settings = vars(namespace)
+        defaults = {action.dest: action.default for action in self.parser._actions}
+        given = self._given()
+        changed = {name for name in given if settings.get(name) != defaults.get(name)}
+        default_rate = self.command == TRAIN and "lr" not in given and settings["lr_scheduler"] != "manual"
+        if default_rate and settings["optimizer"] in _WITH_RATE:
+            raise ValueError(f"no --lr: pass one, such as 2.5e-4; fairseq's default of {defaults['lr']} is too large")
+        start.check_line(self.command, settings, given, changed)
+
+    def _given(self) -> Set[str]:
+        strings = {word.split("=", 1)[0] for word in self.words if word.startswith("-")}
+        return {action.dest for action in self.parser._actions if strings.intersection(action.option_strings)}
+
+    def _check_names(self) -> None:
+        task, arch = self.named.task, self.named.arch
+        architectures = {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}
+        if task is not None and task not in TASK_REGISTRY:
+            raise ValueError(_unknown("--task", task, TASK_REGISTRY))
+        if self.command != TRAIN:
+            return
+        if arch is None:
+            raise ValueError("no --arch: pass a model's name, such as --arch lamemo_lm or transformer_xl_lm")
+        if arch not in architectures:
+            raise ValueError(_unknown("--arch", arch, architectures))
+        if self._is_our_architecture() and task is None:
+            raise ValueError(f"no --task: --arch {arch} reads consecutive segments, pass --task {TASK}")
+
+    def _check_what_fairseq_misreads(self) -> None:
+        if self.command == TRAIN:
+            start.check_criterion(self.named.criterion)
+        if not re.fullmatch(r"[\s\[\](),\d+-]+", self.named.update_freq):  # 1.5 would become 1
+            raise ValueError(f"--update-freq is {self.named.update_freq}: pass whole numbers such as 4 or 4,2")
+        precisions = [word for word in self.words if re.fullmatch("--(memory-efficient-)?(fp16|bf16)", word)]
+        if len({word[-4:] for word in precisions}) > 1:  # an error about TPUs
+            raise ValueError(f"{' and '.join(precisions)} exclude each other: pass one")
+
+    def _in_words(self, message: str) -> str:
+        """An error of argparse, with what to do."""
+        if found := re.match(r"unrecognized arguments: (.*)", message, flags=re.DOTALL):
+            names = [word.split("=", 1)[0] for word in found[1].split() if word.startswith("-")]
+            return (
+                self._unrecognized(names[0]) if names else f"{message}: an option's value is one word, put it in quotes"
+            )
+        if found := re.match(r"argument (\S+): invalid choice: '?([^']*)'? \(", message):
+            option = found[1].split("/")[0]
+            return _unknown(option, found[2], self.parser._option_string_actions[option].choices or ())
+        if found := re.match(r"argument (\S+): invalid (\S+) value: '(.*)'", message):
+            if found[3] == "???":
+                return f"{found[1]} is not given: pass it"
+            return f"{found[1]} is '{found[3]}': pass {_KINDS.get(found[2], found[2])}"
+        return message
+
+    def _unrecognized(self, name: str) -> str:
+        field = name.lstrip("-").replace("-", "_")
+        owners = [
+            f"{option_name(registry)} {choice}"
+            for registry in ("criterion", "optimizer", "lr_scheduler", "bpe", "tokenizer")
+            for choice, config in REGISTRIES[registry]["dataclass_registry"].items()
+            if config is not None and field in {f.name for f in fields(config)}
+            if registry != "criterion" or start.serves(choice)
+        ]
+        if owners:
+            return f"{name} belongs to {' or '.join(owners)}, which is not given"
+        if field in {f.name for f in fields(MODEL_DATACLASS_REGISTRY["lamemo_lm"])}:
+            return f"{name} belongs to training: change a trained model with --model-overrides \"{{'{field}': VALUE}}\""
+        return _unknown("option", name, self.parser._option_string_actions)
+
+
+def _unknown(option: str, name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3)
+    if near:
+        advice = f"did you mean {' or '.join(near)}?"
+    else:
+        advice = f"pass one of {', '.join(names)}" if len(names) < 20 else "--help lists what is"
+    return f"{option} {name} is not known: {advice}"

@@ -1,0 +1,58 @@
+"""The page of options that do not apply to streams.
+
+``python -m lamemo_fairseq.host.option_page > docs/options.md`` writes it.
+"""
+
+from typing import Tuple
+
+from .option_table import COMMANDS, EVALUATION, HYDRA, IGNORED, NOTED, REFUSED, TRAINING, all_rules, option_name
+
+
+def render() -> str:
+    """The table in Markdown."""
+    parts = [_HEAD]
+    for effect, heading in _HEADINGS.items():
+        parts.append(f"## {heading}\n\n| option | command | reason, and what to do |\n|---|---|---|")
+        for rule in all_rules():
+            if rule.effect == effect:
+                options = ", ".join(f"`{option_name(option)}`" for option in rule.options)
+                parts.append(f"| {options} | {_named(rule.commands)} | {rule.reason} |")
+        parts.append("")
+    return "\n".join([*parts, _TAIL])
+
+
+def _named(commands: Tuple[str, ...]) -> str:
+    for name, those in {"all": COMMANDS, "training": TRAINING, "evaluation": EVALUATION}.items():
+        if set(commands) == set(those):
+            return name
+    return ", ".join(f"`{command}`" for command in commands if command != HYDRA)
+
+
+_HEADINGS = {
+    REFUSED: "Refused",
+    IGNORED: "Ignored with a warning",
+    NOTED: "Used with a warning",
+}
+
+_HEAD = """# Options that do not apply to streams
+
+fairseq's commands list the options of all its models. With `--task segment_language_modeling` an option works, is
+refused in one line that says what to do, or is ignored with a warning. This page has those that do not simply work;
+`tests/test_options.py` asks for every option of every command. `training` is `fairseq-train` and `fairseq-hydra-train`,
+`evaluation` the other four commands. A refused option may be given with its default value. In a YAML an option counts
+as given if it differs from its default.
+
+`python -m lamemo_fairseq.host.option_page > docs/options.md` writes this page.
+"""
+
+_TAIL = """## Out of reach
+
+- Without `--user-dir`, or with a folder that is not there, none of this code is loaded. fairseq then lists the tasks
+  that it knows (`invalid choice: 'segment_language_modeling'`), or names the folder.
+- hydra reads its overrides before it loads the package. An option that a YAML does not hold needs a `+`, as in
+  `+model.mem_len=300`; hydra's message ends with that advice. `task=NAME` and `model=NAME` are not known to it:
+  `task._name=NAME` is.
+"""
+
+if __name__ == "__main__":
+    print(render(), end="")

@@ -1,0 +1,256 @@
+"""Checks before a command begins: options without a use, values out of range, options that are missing."""
+
+import logging
+import re
+from argparse import Namespace
+from typing import Any, Callable, Collection, Dict, List, NamedTuple, Tuple
+
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY
+from fairseq.registry import REGISTRIES
+from omegaconf import DictConfig, OmegaConf
+
+from .option_table import GENERATION, HYDRA, REFUSED, TRAINING, Settings, option_name, rules_for
+
+logger = logging.getLogger(__name__)
+
+# Those of fairseq's criterions that score every token of a segment by itself.
+CRITERIONS = ("adaptive_loss", "cross_entropy", "label_smoothed_cross_entropy")
+
+_AT_LEAST: Dict[int, Tuple[str, ...]] = {
+    1: (
+        *("update_freq", "log_interval", "validate_interval", "save_interval", "max_valid_steps"),
+        *("batch_size", "batch_size_valid", "max_tokens", "max_tokens_valid", "tokens_per_sample"),
+        *("distributed_world_size", "num_shards", "fp16_init_scale", "ema_update_freq"),
+    ),
+    0: (
+        *("num_workers", "data_buffer_size", "seed", "lr", "clip_norm", "warmup_updates", "max_update", "max_epoch"),
+        *("stop_time_hours", "validate_interval_updates", "validate_after_updates", "save_interval_updates"),
+        *("empty_cache_freq", "ema_start_update", "shard_id", "softmax_batch"),
+    ),
+}
+
+
+class Need(NamedTuple):
+    """What a choice does not work without."""
+
+    option: str
+    choice: str
+    met: Callable[[Settings], bool]
+    remedy: str
+
+
+def _positive(*names: str) -> Callable[[Settings], bool]:
+    return lambda settings: any(float(settings.get(name) or 0) > 0 for name in names)
+
+
+_NEEDS = (
+    Need(
+        "lr_scheduler",
+        "cosine",
+        _positive("max_update", "lr_period_updates"),
+        "pass --max-update, over which the rate falls, or --lr-period-updates",
+    ),
+    Need(
+        "lr_scheduler",
+        "polynomial_decay",
+        _positive("total_num_update"),
+        "pass --total-num-update, the number of updates over which the rate falls, such as that of --max-update",
+    ),
+    Need(
+        "lr_scheduler",
+        "tri_stage",
+        lambda s: _positive("warmup_steps", "hold_steps", "decay_steps")(s) or bool(s.get("phase_ratio")),
+        "pass --warmup-steps, --hold-steps and --decay-steps, or --phase-ratio such as '(0.1,0.4,0.5)'",
+    ),
+    Need(
+        "lr_scheduler",
+        "tri_stage",
+        lambda s: not s.get("phase_ratio") or _positive("max_update")(s),
+        "with --phase-ratio pass --max-update, of which it gives parts",
+    ),
+    Need(
+        "lr_scheduler",
+        "triangular",
+        lambda s: float(s.get("max_lr") or 0) > _first(s.get("lr")),
+        "pass --max-lr, a rate above --lr",
+    ),
+    Need(
+        "lr_scheduler",
+        "reduce_lr_on_plateau",
+        lambda s: not s.get("disable_validation"),
+        "it lowers the rate by the validation loss: leave out --disable-validation",
+    ),
+    Need(
+        "lr_scheduler",
+        "pass_through",
+        lambda s: str(s.get("optimizer")) == "composite",
+        "it is for --optimizer composite: pass another, such as fixed or cosine",
+    ),
+    Need(
+        "optimizer",
+        "composite",
+        lambda s: bool(s.get("groups")),
+        "it takes groups of parameters from a YAML, which these models do not form: pass another, such as adam",
+    ),
+    Need(
+        "criterion",
+        "adaptive_loss",
+        lambda s: bool(s.get("adaptive_softmax_cutoff")),
+        "pass --adaptive-softmax-cutoff, such as 20000,60000, or --criterion cross_entropy",
+    ),
+    Need(
+        "criterion",
+        "adaptive_loss",
+        lambda s: s.get("ddp_backend") in ("legacy_ddp", "no_c10d"),
+        "pass --ddp-backend legacy_ddp as well",
+    ),
+)
+
+
+def check(command: str, settings: Settings, given: Collection[str], changed: Collection[str]) -> None:
+    """Check the options of a command.
+
+    Args:
+        given: options to warn about if they have no use.
+        changed: those that differ from their defaults, to refuse if they cannot be followed.
+
+    Raises:
+        ValueError: in one line, with the option's name and the remedy.
+    """
+    told: List[str] = []
+    for option, rules in rules_for(command).items():
+        for rule in rules:
+            if option in (changed if rule.effect == REFUSED else given) and rule.applies(settings):
+                if rule.effect == REFUSED:
+                    raise ValueError(rule.message(option))
+                told.append(rule.message(option))
+    _check_values(settings)
+    if command in TRAINING:
+        _check_choices(settings)
+    for message in told:
+        logger.warning(message)
+
+
+def _check_values(settings: Settings) -> None:
+    for least, names in _AT_LEAST.items():
+        for name in names:
+            value = settings.get(name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(v, (int, float)) and v < least for v in values):
+                raise ValueError(f"{option_name(name)} is {', '.join(map(str, values))}, it must be at least {least}")
+    if (settings.get("shard_id") or 0) >= (settings.get("num_shards") or 1):
+        raise ValueError(
+            f"--shard-id is {settings['shard_id']}, it must be below --num-shards, {settings.get('num_shards')}"
+        )
+    if settings.get("store_ema") and not 0 <= settings["ema_decay"] <= 1:
+        raise ValueError(f"--ema-decay is {settings['ema_decay']}, it must be between 0 and 1")
+
+
+def _check_choices(settings: Settings) -> None:
+    if not settings.get("optimizer"):
+        raise ValueError("no --optimizer: pass one, such as --optimizer adam")
+    check_criterion(str(settings.get("criterion")))
+    for need in _NEEDS:
+        if str(settings.get(need.option)) == need.choice and not need.met(settings):
+            raise ValueError(f"{option_name(need.option)} {need.choice} misses something: {need.remedy}")
+    restored = settings.get("restore_file") not in (None, "checkpoint_last.pt")
+    if settings.get("finetune_from_model") and restored:
+        raise ValueError("--finetune-from-model begins a run and --restore-file goes on with one: pass one of the two")
+    if not any(settings.get(name) for name in ("max_update", "max_epoch", "stop_time_hours")):
+        logger.warning("neither --max-update nor --max-epoch is given: the run goes on until it is stopped")
+
+
+def check_criterion(name: str) -> None:
+    """Refuse those of fairseq's criterions that are for other tasks.
+
+    Raises:
+        ValueError: it is one of them.
+    """
+    if not serves(name):
+        raise ValueError(
+            f"--criterion {name} is not for language models: pass chunked_cross_entropy or one of fairseq's "
+            f"{', '.join(CRITERIONS)}"
+        )
+
+
+def serves(name: str) -> bool:
+    """Whether a criterion can train these models, as far as it is fairseq's."""
+    criterion = REGISTRIES["criterion"]["registry"].get(name)
+    return name in CRITERIONS or criterion is None or not criterion.__module__.startswith("fairseq.")
+
+
+def _first(value: Any) -> float:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return float(values[0] or 0)
+
+
+_line_checked = False  # whether the next task to be set up is that of a command line that has been checked
+
+
+def check_line(command: str, settings: Settings, given: Collection[str], changed: Collection[str]) -> None:
+    """Check the options of a command line, once for the task that is set up next.
+
+    Raises:
+        ValueError: as `check` does.
+    """
+    global _line_checked
+    check(command, settings, given, changed)
+    if command in GENERATION:
+        from ..generation.options import check_generation  # which imports models, and they this package
+
+        check_generation(Namespace(**settings))
+    _line_checked = True
+
+
+def check_task(config: Any, from_checkpoint: bool = False) -> None:
+    """Check the configuration that a task's is part of, if it is one of training and comes from a YAML.
+
+    Raises:
+        ValueError: as `check` does.
+    """
+    global _line_checked
+    checked, _line_checked = _line_checked or from_checkpoint, False
+    whole: Any = config._get_root() if isinstance(config, DictConfig) else {}
+    if not checked and "optimization" in whole and OmegaConf.select(whole, "common_eval.path") is None:
+        check_config(whole)
+
+
+def check_config(config: DictConfig) -> None:
+    """Check the configuration of a training run that was not read from a command line.
+
+    Raises:
+        ValueError: as `check` does.
+    """
+    values: Any = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    for name, section in values.items():
+        values[name] = vars(section) if isinstance(section, Namespace) else section or {}  # of options without a type
+    settings: Dict[str, Any] = {}
+    changed = set()
+    for section, defaults in _defaults(values).items():
+        for name, default in defaults.items():
+            default = _referred(default, values)
+            settings[name] = values[section].get(name, default)
+            if settings[name] != default:
+                changed.add(name)
+    settings.update({name: values[name].get("_name") for name in ("criterion", "optimizer", "lr_scheduler")})
+    check(HYDRA, settings, changed, changed)
+
+
+def _defaults(values: Any) -> Dict[str, Dict[str, Any]]:
+    """The options of training by section, with the defaults of the model and the other choices in *values*."""
+    known: Any = OmegaConf.structured(FairseqConfig)
+    for name in ("model", "criterion", "optimizer", "lr_scheduler"):
+        choice = values[name].get("_name")
+        choice = ARCH_MODEL_NAME_REGISTRY.get(choice, choice) if name == "model" else choice
+        classes = MODEL_DATACLASS_REGISTRY if name == "model" else REGISTRIES[name]["dataclass_registry"]
+        known[name] = OmegaConf.structured(classes[choice]) if classes.get(choice) else {}
+    sections = ("common", "distributed_training", "dataset", "optimization", "checkpoint", "ema")
+    plain: Any = OmegaConf.to_container(known, resolve=False, enum_to_str=True)
+    return {name: plain[name] for name in (*sections, "criterion", "optimizer", "lr_scheduler", "model")}
+
+
+def _referred(default: Any, values: Any) -> Any:
+    """The value of another option where a default is ``${section.option}``."""
+    found = re.fullmatch(r"\$\{(\w+)\.(\w+)\}", default) if isinstance(default, str) else None
+    return values[found[1]][found[2]] if found else default
