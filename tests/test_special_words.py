@@ -1,12 +1,20 @@
 """A text may hold every symbol of its dictionary: <s>, <pad>, </s> and <unk> are words like any other."""
 
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
-from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.data import data_utils
+from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+from fairseq_cli import eval_lm, generate, train, validate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +24,8 @@ from lamemo_fairseq.generation import PromptDataset, StreamingScorer
 from lamemo_fairseq.models.language_models import LaMemoLanguageModel
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 
-from .helpers import dictionary_of, split_of, tiny_decoder
+from .helpers import TASK, dictionary_of, split_of, tiny_decoder, write_data
+from .test_commands import printed
 
 WORDS = 9
 SOFTMAXES = {
@@ -127,6 +136,12 @@ def test_strings_hold_every_symbol():
     assert dictionary.pad() == NO_WORD and dictionary[dictionary.pad_index] == "<pad>"
 
 
+def test_no_criterion_leaves_tokens_out():
+    task = SegmentLanguageModelingTask(SegmentLanguageModelingConfig(tokens_per_sample=3), dictionary_of(WORDS))
+    with pytest.raises(ValueError, match="--ignore-prefix-size drops the first tokens of every segment"):
+        task.build_criterion(LabelSmoothedCrossEntropyCriterionConfig(ignore_prefix_size=1))
+
+
 @pytest.mark.parametrize("name", ["valid", "train"])
 def test_no_padding_is_told_by_a_word(name):
     """The batch of a ragged segment tells by its lengths alone what is a word."""
@@ -134,3 +149,72 @@ def test_no_padding_is_told_by_a_word(name):
     task = SegmentLanguageModelingTask(SegmentLanguageModelingConfig(tokens_per_sample=3), dictionary_of(WORDS))
     batches = list(task.get_batch_iterator(dataset, max_sentences=2).next_epoch_itr(shuffle=False))
     assert [batch["net_input"]["src_lengths"].tolist() for batch in batches] == [[3, 3], [1, 0]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Data whose lines hold every symbol, and two models trained on it, with what the training logged."""
+    folder = tmp_path_factory.mktemp("special")
+    data = write_data(folder / "data", words=WORDS, train=400)
+    generator = np.random.default_rng(0)
+    builder = MMapIndexedDatasetBuilder(str(data / "valid.bin"), dtype=np.int32)
+    for _ in range(12):
+        builder.add_item(torch.from_numpy(np.append(generator.integers(0, WORDS, 6), 2)))
+    builder.finalize(str(data / "valid.idx"))
+    command = [
+        data, *TASK, "--arch", "transformer_xl_lm", "--decoder-layers", 1, "--decoder-embed-dim", 8,
+        "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 8, "--tokens-per-sample", 4, "--mem-len", 4,
+        "--batch-size", 5, "--optimizer", "adam", "--lr", 0.05, "--max-update", 12, "--log-format", "simple",
+        "--num-workers", 0, "--no-epoch-checkpoints",
+    ]  # fmt: skip
+    logged = [printed(train.cli_main, *command, "--seed", n, "--save-dir", folder / str(n)) for n in (1, 2)]
+    return data, [folder / seed / "checkpoint_last.pt" for seed in ("1", "2")], logged
+
+
+def eval_lm_of(data, path, *options):
+    command = [data, *TASK, "--gen-subset", "valid", "--batch-size", 5, "--num-workers", 0, "--path", path, *options]
+    text = printed(eval_lm.cli_main, *command)
+    return tuple(map(float, re.search(r"Evaluated (\d+) tokens.*Loss \(base 2\): ([\d.]+)", text, re.DOTALL).groups()))
+
+
+def test_commands_agree_on_all_tokens(trained):
+    data, paths, logged = trained
+    for path, log in zip(paths, logged, strict=True):
+        tokens, loss = eval_lm_of(data, path)
+        assert tokens == 12 * 7
+        validated = printed(
+            validate.cli_main, data, *TASK, "--valid-subset", "valid", "--batch-size", 5, "--num-workers", 0,
+            "--path", path, "--log-format", "simple",
+        )  # fmt: skip
+        for text in (validated, log):
+            told = re.findall(r"valid on 'valid' subset \| .*?loss ([\d.]+) .*wpb ([\d.]+)", text)[-1]
+            assert float(told[0]) == pytest.approx(loss, abs=6e-4)
+        assert told[1] == "16.8"  # tokens a segment
+        hub = LaMemoLanguageModel.from_pretrained(str(path.parent), path.name, str(data))
+        line = "<s> w0 <pad> </s> <unk> w1 </s>"
+        scored = hub.score(line)
+        assert len(scored["positional_scores"]) == 7 and hub.decode(scored["tokens"]) == "<s> w0 <pad>\n<unk> w1"
+
+
+def test_references_are_scored_and_printed_whole(trained):
+    data, paths, _ = trained
+    text = printed(
+        generate.cli_main, data, *TASK, "--path", paths[0], "--gen-subset", "valid", "--score-reference",
+        "--batch-size", 4, "--num-workers", 0,
+    )  # fmt: skip
+    lines = data_utils.load_indexed_dataset(str(data / "valid"), None)
+    dictionary = dictionary_of(WORDS)
+    for number, line in enumerate(lines):
+        printed_line = {kind: re.search(rf"^{kind}-{number}\t(.*)$", text, re.MULTILINE)[1] for kind in "STHP"}
+        words = " ".join(dictionary[i] for i in line[:-1])
+        assert printed_line["S"] == printed_line["H"].split("\t")[1] == words
+        assert printed_line["T"].replace("<<unk>>", "<unk>") == words  # fairseq's way to let no hypothesis match it
+        assert len(printed_line["P"].split()) == len(line)
+
+
+def test_two_models_in_eval_lm(trained):
+    data, paths, _ = trained
+    alone = [eval_lm_of(data, path)[1] for path in paths]
+    tokens, loss = eval_lm_of(data, ":".join(map(str, paths)))
+    assert tokens == 84 and loss < sum(alone) / 2  # the mean probability's loss is below the mean loss
+    assert eval_lm_of(data, f"{paths[0]}:{paths[0]}")[1] == pytest.approx(alone[0], abs=1e-4)

@@ -35,8 +35,8 @@ class TextDictionary(Dictionary):
     ) -> str:
         """The words of ids, one row a line.
 
-        fairseq drops ``<s>`` and ``</s>`` wherever they stand. Here the ``</s>`` at the end is dropped, and the one
-        before a prompt. A caller who names *extra_symbols_to_ignore* has a hypothesis or a target, without the latter.
+        fairseq drops ``<s>`` and ``</s>`` wherever they stand. Here one ``</s>`` is dropped: that before a prompt, or
+        that at the end of a hypothesis or a line. Callers who name *extra_symbols_to_ignore* have one of the latter.
         """
         if torch.is_tensor(tensor) and tensor.dim() == 2:
             extra = None if extra_symbols_to_ignore is None else set(extra_symbols_to_ignore)
@@ -46,7 +46,7 @@ class TextDictionary(Dictionary):
         if not include_eos:
             if extra_symbols_to_ignore is None and ids[:1] == [self.eos()]:
                 ids = ids[1:]
-            if ids[-1:] == [self.eos()]:
+            elif ids[-1:] == [self.eos()]:
                 ids = ids[:-1]
         ignored = set(extra_symbols_to_ignore or ()) - {self.eos()}
         unknown = self.unk_string(escape_unk) if unk_string is None else unk_string

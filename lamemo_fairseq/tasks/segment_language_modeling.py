@@ -129,6 +129,8 @@ class SegmentLanguageModelingTask(PromptTask):
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         if self._from_checkpoint:
             check_criterion(cfg)
+        if getattr(cfg, "ignore_prefix_size", 0):
+            raise ValueError("--ignore-prefix-size drops the first tokens of every segment from the loss: leave it out")
         return super().build_criterion(cfg, from_checkpoint)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> SegmentDataset:
