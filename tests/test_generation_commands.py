@@ -192,9 +192,9 @@ def test_joined_pieces_are_no_words_of_later_prompts(name, prompt, shown, data, 
     """fairseq adds them to the dictionary, with ids that the model does not have."""
     path = checkpoints / "lamemo_lm" / "checkpoint_last.pt"
     options = ["--score-reference", "--post-process", name]
-    found = ask(data, path, [prompt, "w1w2</s>w3", prompt], capsys, monkeypatch, *options)
-    assert found[0][2] == found[2][2] == shown and found[0][1] == found[2][1]
-    assert found[1][2].startswith("<unk>")
+    found = ask(data, path, [prompt, "w1 w2", "w1w2", prompt], capsys, monkeypatch, *options)
+    assert found[0][2] == found[3][2] == shown and found[0][1] == found[3][1]
+    assert found[2][2] == "<unk>"
     with pytest.raises(ValueError, match="--post-process 'bpe' is not known: pass one of"):
         ask(data, path, [prompt], capsys, monkeypatch, "--post-process", "bpe")
 
