@@ -102,6 +102,8 @@ CASES = [
     Case(36, 20, 8, "full"),
     Case(100, 33, 8, "full", ragged=True),
     Case(36, 36, 8, "right", parts=""),
+    Case(18, 35, 6, parts="content position score"),
+    Case(150, 40, 8, "right", ragged=True, parts="content table score"),
     Case(130, 200, 4, heads=1),  # blocks to clear in full, in part and not at all
     Case(200, 100, 4, "full", heads=1, ragged=True),
 ]

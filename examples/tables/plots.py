@@ -78,7 +78,6 @@ def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> A
     for axis, (label, unit, figures_of) in zip(axes, costs, strict=True):
         found_at = {place: figures_of(*found) for place, found in enumerate(results.items())}
         known = {place: unit * mean(figures) for place, figures in found_at.items() if figures}
-        known = {place: figure for place, figure in known.items() if math.isfinite(figure)}
         bars = axis.barh(list(known), list(known.values()), color="0.6")
         axis.bar_label(bars, fmt="{:,.4g}", padding=2, fontsize=8)
         axis.set_xlabel(label)
