@@ -1,6 +1,8 @@
 """A text may hold every symbol of its dictionary: <s>, <pad>, </s> and <unk> are words like any other."""
 
+import functools
 import re
+import runpy
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,9 +173,9 @@ def trained(tmp_path_factory):
     return data, [folder / seed / "checkpoint_last.pt" for seed in ("1", "2")], logged
 
 
-def eval_lm_of(data, path, *options):
+def eval_lm_of(data, path, *options, main=eval_lm.cli_main):
     command = [data, *TASK, "--gen-subset", "valid", "--batch-size", 5, "--num-workers", 0, "--path", path, *options]
-    text = printed(eval_lm.cli_main, *command)
+    text = printed(main, *command)
     return tuple(map(float, re.search(r"Evaluated (\d+) tokens.*Loss \(base 2\): ([\d.]+)", text, re.DOTALL).groups()))
 
 
@@ -218,3 +220,10 @@ def test_two_models_in_eval_lm(trained):
     tokens, loss = eval_lm_of(data, ":".join(map(str, paths)))
     assert tokens == 84 and loss < sum(alone) / 2  # the mean probability's loss is below the mean loss
     assert eval_lm_of(data, f"{paths[0]}:{paths[0]}")[1] == pytest.approx(alone[0], abs=1e-4)
+
+
+def test_the_command_as_a_module_evaluates_the_same(trained):
+    """Then the command is another copy of its module, whose functions fairseq calls."""
+    data, [path, _], _ = trained
+    run = functools.partial(runpy.run_module, "fairseq_cli.eval_lm", run_name="__main__", alter_sys=True)
+    assert eval_lm_of(data, path, main=run) == eval_lm_of(data, path)

@@ -8,6 +8,7 @@ Shapes: B streams, N tokens of a segment, R of them in all that are not padding,
 
 import logging
 import math
+import sys
 from typing import Any, Callable, Dict, Iterable, List, Optional
 
 import torch
@@ -29,8 +30,11 @@ def use_for_eval_lm() -> None:
     """Let fairseq-eval-lm evaluate models of this package with `evaluate`, and others as it does."""
     from fairseq_cli import eval_lm
 
-    if not hasattr(eval_lm.eval_lm, "__wrapped__"):  # not yet
-        stand_in(eval_lm, "eval_lm")(_eval_lm)
+    started = sys.modules["__main__"]  # by python -m, another copy of the module
+    is_copy = getattr(getattr(started, "__spec__", None), "name", None) == eval_lm.__name__
+    for module in (eval_lm, started) if is_copy else (eval_lm,):
+        if not hasattr(module.eval_lm, "__wrapped__"):  # not yet
+            stand_in(module, "eval_lm")(_eval_lm)
 
 
 def _eval_lm(
