@@ -28,10 +28,10 @@ from .working_options import FAIRSEQS_OWN, WORKING
 ROOT = Path(__file__).parent.parent
 PARSERS = {
     TRAIN: (options.get_training_parser, ["--arch", "lamemo_lm", "--optimizer", "adam", "--lr", "1e-3"]),
-    EVAL_LM: (options.get_eval_lm_parser, []),
-    VALIDATE: (options.get_validation_parser, []),
-    GENERATE: (options.get_generation_parser, []),
-    INTERACTIVE: (options.get_interactive_generation_parser, []),
+    EVAL_LM: (options.get_eval_lm_parser, ["--path", "x"]),
+    VALIDATE: (options.get_validation_parser, ["--path", "x"]),
+    GENERATE: (options.get_generation_parser, ["--path", "x"]),
+    INTERACTIVE: (options.get_interactive_generation_parser, ["--path", "x"]),
 }
 MODEL = ["--arch", "lamemo_lm", "--decoder-layers", 1, "--decoder-embed-dim", 8, "--decoder-attention-heads", 2]
 MODEL += ["--decoder-ffn-embed-dim", 8, "--mem-len", 4]
@@ -169,6 +169,7 @@ WRONG = {
     "a negative rate": (["--lr", -1], "--lr is -1.0, it must be at least 0"),
     "a negative limit": (["--max-update", -1], "--max-update is -1"),
     "no rank": (["--distributed-world-size", 0], "--distributed-world-size is 0, it must be at least 1"),
+    "ranks for which there are no GPUs": (["--distributed-world-size", 99], "99, and fairseq starts one rank a GPU"),
     "averages that grow": (["--store-ema", "--ema-decay", 2], "--ema-decay is 2.0, it must be between 0 and 1"),
     "two beginnings": (["--finetune-from-model", "a.pt", "--restore-file", "b.pt"], "pass one of the two"),
     "two precisions": (["--fp16", "--memory-efficient-bf16"], "--fp16 and --memory-efficient-bf16 exclude each other"),
@@ -254,14 +255,20 @@ def test_an_option_of_training_in_evaluation():
     with pytest.raises(
         ValueError, match=r"--mem-len belongs to training: .*--model-overrides \"\{'mem_len': VALUE\}\""
     ):
-        read(EVAL_LM, "--path", "x", "--mem-len", 5)
+        read(EVAL_LM, "--mem-len", 5)
+
+
+@pytest.mark.parametrize("command", [EVAL_LM, VALIDATE, GENERATE, INTERACTIVE])
+def test_no_path(command):
+    with pytest.raises(ValueError, match="no --path: pass the checkpoint"):
+        read(command, "--path", "")
 
 
 def test_evaluation_of_another_split_than_the_one_meant():
     with pytest.raises(ValueError, match="--gen-subset is refused: this command evaluates --valid-subset"):
-        read(VALIDATE, "--path", "x", "--gen-subset", "train")
+        read(VALIDATE, "--gen-subset", "train")
     with pytest.raises(ValueError, match="--valid-subset is refused: this command reads --gen-subset"):
-        read(EVAL_LM, "--path", "x", "--valid-subset", "train")
+        read(EVAL_LM, "--valid-subset", "train")
     with pytest.raises(ValueError, match=r"--path is refused: .*evaluate several with fairseq-eval-lm"):
         read(VALIDATE, "--path", "x:y")
 
@@ -306,7 +313,7 @@ def configuration(data, **changes):
     cfg.optimizer = {"_name": "adam"}
     cfg.common.cpu, cfg.dataset.batch_size, cfg.optimization.max_update = True, 4, 3
     for name, value in changes.items():
-        OmegaConf.update(cfg, name.replace("__", "."), value)
+        OmegaConf.update(cfg, name.replace("__", "."), value, force_add=True)
     return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
 
 
@@ -323,6 +330,8 @@ def test_a_yaml_is_checked_as_a_command_line_is(data, caplog):
         ({"optimization__update_freq": [0]}, "--update-freq is 0"),
         ({"optimization__skip_remainder_batch": True}, "--skip-remainder-batch is refused"),
         ({"criterion___name": "ctc"}, "--criterion ctc is not for language models"),
+        ({"optimization.max_updat": 3}, r"optimization\.max_updat is not known: did you mean max_update"),
+        ({"common__threads": 3}, r"common\.threads is not known"),
         ({"lr_scheduler___name": "tri_stage"}, "pass --warmup-steps"),
         ({"distributed_training__ddp_backend": "slowmo"}, "--ddp-backend is refused"),
     ):

@@ -99,8 +99,13 @@ def test_going_on_with_another_optimizer(fit, tmp_path):
 
 
 def test_a_checkpoint_without_optimizer(fit, tmp_path):
+    """It serves evaluation and finetuning; a run that went on from it would begin anew without a word."""
     fit("--max-update", 4, "--disable-validation", "--no-save-optimizer-state")
-    assert "last_optimizer_state" not in loaded(tmp_path / "run" / "checkpoint_last.pt")
+    path = tmp_path / "run" / "checkpoint_last.pt"
+    assert "last_optimizer_state" not in loaded(path)
+    with pytest.raises(ValueError, match=r"saved with --no-save-optimizer-state.*pass --finetune-from-model"):
+        fit("--max-update", 6, "--disable-validation")
+    fit("--max-update", 2, "--disable-validation", "--finetune-from-model", path, folder="tuned")
 
 
 def test_a_split_in_parts(fit, data, tmp_path):

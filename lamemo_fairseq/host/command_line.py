@@ -1,11 +1,10 @@
 """A command line before fairseq reads it: which command it is for, what it gives, and names that are not known."""
 
 import contextlib
-import difflib
 import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
-from typing import Iterable, Iterator, NoReturn, Sequence, Set
+from typing import Iterator, NoReturn, Sequence, Set
 
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from fairseq.registry import REGISTRIES
@@ -117,13 +116,13 @@ class CommandLine:
         task, arch = self.named.task, self.named.arch
         architectures = {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}
         if task is not None and task not in TASK_REGISTRY:
-            raise ValueError(_unknown("--task", task, TASK_REGISTRY))
+            raise ValueError(start.not_known("--task ", task, TASK_REGISTRY))
         if self.command != TRAIN:
             return
         if arch is None:
             raise ValueError("no --arch: pass a model's name, such as --arch lamemo_lm or transformer_xl_lm")
         if arch not in architectures:
-            raise ValueError(_unknown("--arch", arch, architectures))
+            raise ValueError(start.not_known("--arch ", arch, architectures))
         if self._is_our_architecture() and task is None:
             raise ValueError(f"no --task: --arch {arch} reads consecutive segments, pass --task {TASK}")
 
@@ -145,7 +144,7 @@ class CommandLine:
             )
         if found := re.match(r"argument (\S+): invalid choice: '?([^']*)'? \(", message):
             option = found[1].split("/")[0]
-            return _unknown(option, found[2], self.parser._option_string_actions[option].choices or ())
+            return start.not_known(f"{option} ", found[2], self.parser._option_string_actions[option].choices or ())
         if found := re.match(r"argument (\S+): invalid (\S+) value: '(.*)'", message):
             if found[3] == "???":
                 return f"{found[1]} is not given: pass it"
@@ -165,14 +164,4 @@ class CommandLine:
             return f"{name} belongs to {' or '.join(owners)}, which is not given"
         if field in {f.name for f in fields(MODEL_DATACLASS_REGISTRY["lamemo_lm"])}:
             return f"{name} belongs to training: change a trained model with --model-overrides \"{{'{field}': VALUE}}\""
-        return _unknown("option", name, self.parser._option_string_actions)
-
-
-def _unknown(option: str, name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=3)
-    if near:
-        advice = f"did you mean {' or '.join(near)}?"
-    else:
-        advice = f"pass one of {', '.join(names)}" if len(names) < 20 else "--help lists what is"
-    return f"{option} {name} is not known: {advice}"
+        return start.not_known("option ", name, self.parser._option_string_actions)

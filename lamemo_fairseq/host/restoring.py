@@ -106,6 +106,11 @@ def check_restored(state: Dict[str, Any], path: str) -> None:
                 f"{path}: {_listed(other)}. Go on with the former values, or pass --finetune-from-model to take "
                 "nothing but its weights"
             )
+        if "last_optimizer_state" not in state:
+            raise CheckpointError(
+                f"{path} was saved with --no-save-optimizer-state, and a run cannot go on from it as if it had not "
+                "ended: pass --finetune-from-model to begin one with its weights"
+            )
     told = [d for d in differences if d.section == "model" or not run.anew]
     if told:
         logger.warning("%s: %s", path, _listed(told))

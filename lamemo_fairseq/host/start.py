@@ -1,16 +1,19 @@
 """Checks before a command begins: options without a use, values out of range, options that are missing."""
 
+import difflib
 import logging
+import os
 import re
 from argparse import Namespace
-from typing import Any, Callable, Collection, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Collection, Dict, Iterable, List, NamedTuple, Tuple
 
+import torch
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY
 from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig, OmegaConf
 
-from .option_table import GENERATION, HYDRA, REFUSED, TRAINING, Settings, option_name, rules_for
+from .option_table import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, Settings, option_name, rules_for
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +129,25 @@ def check(command: str, settings: Settings, given: Collection[str], changed: Col
                     raise ValueError(rule.message(option))
                 told.append(rule.message(option))
     _check_values(settings)
+    _check_ranks(settings)
+    if command in EVALUATION and not settings.get("path"):
+        raise ValueError("no --path: pass the checkpoint of a trained model")
     if command in TRAINING:
         _check_choices(settings)
     for message in told:
         logger.warning(message)
+
+
+def _check_ranks(settings: Settings) -> None:
+    """Refuse more ranks than a machine has GPUs, where nothing says how others are started."""
+    ranks, gpus = settings.get("distributed_world_size") or 1, torch.cuda.device_count()
+    launched = {"MASTER_ADDR", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST"}.intersection(os.environ)
+    addressed = settings.get("distributed_init_method") or (settings.get("distributed_port") or 0) > 0
+    if ranks > max(1, gpus) and not launched and not addressed:
+        raise ValueError(
+            f"--distributed-world-size is {ranks}, and fairseq starts one rank a GPU, of which there are {gpus} here: "
+            "start the ranks with torchrun, on CPUs too"
+        )
 
 
 def _check_values(settings: Settings) -> None:
@@ -180,6 +198,21 @@ def serves(name: str) -> bool:
     return name in CRITERIONS or criterion is None or not criterion.__module__.startswith("fairseq.")
 
 
+def not_known(kind: str, name: str, known: Iterable[str]) -> str:
+    """A line on a name that is not among those *known*, with the nearest of them.
+
+    Args:
+        kind: what precedes the name.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3)
+    if near:
+        advice = f"did you mean {' or '.join(near)}?"
+    else:
+        advice = f"pass one of {', '.join(names)}" if len(names) < 20 else "--help lists what is"
+    return f"{kind}{name} is not known: {advice}"
+
+
 def _first(value: Any) -> float:
     values = value if isinstance(value, (list, tuple)) else [value]
     return float(values[0] or 0)
@@ -228,6 +261,8 @@ def check_config(config: DictConfig) -> None:
     settings: Dict[str, Any] = {}
     changed = set()
     for section, defaults in _defaults(values).items():
+        for name in set(values[section]) - set(defaults) if defaults else ():
+            raise ValueError(not_known(f"{section}.", name, defaults))
         for name, default in defaults.items():
             default = _referred(default, values)
             settings[name] = values[section].get(name, default)
