@@ -1,5 +1,6 @@
 """An interrupted command, or one whose disk is full, says in one line what is saved, and leaves nothing half done."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -138,12 +139,15 @@ def test_a_training_is_interrupted_on_a_terminal(tmp_path):
     )
 
 
-@pytest.fixture
-def full_disk(monkeypatch):
-    """A limit on files' sizes, in bytes; Python then gets an error in place of a signal."""
+@contextlib.contextmanager
+def full_disk(size):
+    """A limit on files' sizes, in bytes; Python then gets an error in place of a signal. It holds for pytest's too."""
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
 def checkpoint_of(size):
@@ -151,25 +155,23 @@ def checkpoint_of(size):
 
 
 @pytest.mark.parametrize("size", [0, 3_000, 40_000, 80_000])
-def test_a_full_disk_while_a_checkpoint_is_written(size, full_disk, tmp_path):
+def test_a_full_disk_while_a_checkpoint_is_written(size, tmp_path):
     """At the start, within the weights, behind them."""
     path = tmp_path / "checkpoint_last.pt"
     checkpoint_utils.torch_persistent_save(checkpoint_of(9_000), str(path))
     former = path.read_bytes()
-    full_disk(size)
-    with pytest.raises(
-        OSError, match=f"File too large: {path} was not written. The last whole checkpoint is {path}"
-    ) as error:
+    message = f"File too large: {path} was not written. The last whole checkpoint is {path}"
+    with full_disk(size), pytest.raises(OSError, match=message) as error:
         checkpoint_utils.torch_persistent_save(checkpoint_of(20_500), str(path))
     assert error.value.errno == errno.EFBIG and "start the same command again" in str(error.value)
     assert path.read_bytes() == former and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_while_a_checkpoint_is_copied(full_disk, tmp_path):
+def test_a_full_disk_while_a_checkpoint_is_copied(tmp_path):
     path, copy = tmp_path / "checkpoint_1_5.pt", tmp_path / "checkpoint_last.pt"
     checkpoint_utils.torch_persistent_save(checkpoint_of(9_000), str(path))
-    full_disk(20_000)
-    with pytest.raises(OSError, match=f"{copy} was not written. The last whole checkpoint is {path}"):
+    message = f"{copy} was not written. The last whole checkpoint is {path}"
+    with full_disk(20_000), pytest.raises(OSError, match=message):
         checkpoint_utils.PathManager.copy(str(path), str(copy), overwrite=True)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -186,7 +188,7 @@ def test_a_disk_that_fails_at_the_end(place, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_does_not_hide_a_crash(full_disk, tmp_path, caplog):
-    full_disk(1_000)
-    checkpoint_utils.torch_persistent_save(checkpoint_of(9_000), str(tmp_path / "crash.pt"))
+def test_a_full_disk_does_not_hide_a_crash(tmp_path, caplog):
+    with full_disk(1_000):
+        checkpoint_utils.torch_persistent_save(checkpoint_of(9_000), str(tmp_path / "crash.pt"))
     assert "File too large" in caplog.text and list(tmp_path.iterdir()) == []
