@@ -15,7 +15,13 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
 import torch
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.dataclass import FairseqDataclass
-from fairseq.dataclass.configs import FairseqConfig, GenerationConfig
+from fairseq.dataclass.configs import (
+    CommonEvalConfig,
+    DatasetConfig,
+    FairseqConfig,
+    GenerationConfig,
+    InteractiveConfig,
+)
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
@@ -36,6 +42,13 @@ ENCODERS = {
 
 # Sections of a configuration that fairseq saves as a namespace where it has no dataclass for them.
 _NAMESPACES = ("criterion", "optimizer", "lr_scheduler", "scoring")
+# Other sections that commands and calls read of a checkpoint.
+_READ: Dict[str, Type[FairseqDataclass]] = {
+    "common_eval": CommonEvalConfig,
+    "dataset": DatasetConfig,
+    "generation": GenerationConfig,
+    "interactive": InteractiveConfig,
+}
 _ORIGINS = "train with this package, or import with python -m lamemo_fairseq.convert_checkpoint"
 
 
@@ -143,9 +156,9 @@ def check(state: Dict[str, Any], path: str) -> None:
             _check_plain(section, f"cfg.{name}", namespace=name in _NAMESPACES)
         check_options(cfg["model"], MODEL_DATACLASS_REGISTRY[model])
         check_options(cfg["task"], TASK_DATACLASS_REGISTRY[task])
-        generation = cfg.get("generation")
-        if generation is not None:
-            check_options(generation, GenerationConfig)
+        for name, dataclass in _READ.items():
+            if cfg.get(name) is not None:
+                check_options(cfg[name], dataclass)
         _check_contents(state)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -256,6 +269,8 @@ def _defaults(dataclass: Type[FairseqDataclass]) -> Dict[str, Any]:
 
 
 def _filled(defaults: Any, section: Any) -> Any:
+    if section is None:
+        return defaults
     return {**defaults, **section} if isinstance(defaults, dict) and isinstance(section, dict) else section
 
 
