@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairseq import checkpoint_utils
 from fairseq_cli import eval_lm, generate, interactive, train, validate
 
 from lamemo_fairseq import convert_checkpoint
 from lamemo_fairseq.analysis.__main__ import main as analyse
 from lamemo_fairseq.models.language_models import TransformerXLLanguageModel
+from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 
 from .helpers import TASK, USER_DIR, run_command, write_data
 
@@ -84,6 +86,13 @@ def analysed(data, path, folder):
         raise SystemExit("told on the terminal")
 
 
+def called(data, path, folder):
+    """As the commands do, but without their look at the file."""
+    config = SegmentLanguageModelingConfig(data=str(data), dataset_impl=None, update_freq=[1])
+    task = SegmentLanguageModelingTask.setup_task(config)
+    checkpoint_utils.load_model_ensemble_and_task([str(path)], task=task)
+
+
 def exported(data, path, folder):
     dictionary = str(data / "dict.txt")
     convert_checkpoint.main(["export", str(path), str(folder / "released.pt"), "--dictionary", dictionary])
@@ -115,6 +124,7 @@ WAYS = {
     "hub": hub,
     "analysis": analysed,
     "export": exported,
+    "a task in Python": called,
     "restore": training("--restore-file"),
     "finetune": training("--finetune-from-model"),
     "averages": training("--store-ema", "--ema-seed-model"),
@@ -143,7 +153,7 @@ def test_nothing_in_a_checkpoint_is_run(way, data, trained, tmp_path, capsys):
             assert isinstance(refused, (ValueError, SystemExit)), (kind, refused)
             told = str(refused) if way != "analysis" else capsys.readouterr().err.strip().split("\n")[-1]
             assert "\n" not in told and len(told) < 400, (kind, told)
-            assert str(path) in told or kind == "criterion", (kind, told)
+            assert str(path) in told or kind == "criterion" or "feeds segments with memory" in told, (kind, told)
 
 
 def change(*keys, to):
