@@ -78,7 +78,7 @@ def test_a_run_that_has_begun_goes_on_whatever_it_began_with(tmp_path, caplog):
 
 def test_a_run_does_not_go_on_without_the_state_of_its_optimizer(data, tmp_path):
     train(data, tmp_path, "--no-save-optimizer-state", "--max-update", 4)
-    with pytest.raises(ValueError, match=r"saved with --no-save-optimizer-state.*--reset-optimizer"):
+    with pytest.raises(ValueError, match=r"saved with --no-save-optimizer-state.*--finetune-from-model"):
         train(data, tmp_path, "--max-update", 6)
     train(data, tmp_path, "--max-update", 6, "--reset-optimizer", "--reset-dataloader")
     saved = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)

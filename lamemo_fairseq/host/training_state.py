@@ -98,7 +98,6 @@ def load_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, **kwar
 
     Raises:
         FileNotFoundError: the checkpoint named by an option is not there.
-        ValueError: it does not hold the optimizer's state.
     """
     if not hasattr(trainer.task, "training_state"):
         return original(cfg, trainer, **kwargs)
@@ -110,11 +109,6 @@ def load_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, **kwar
         extra_state, epoch_itr = original(cfg, trainer, **kwargs)
     if anew:
         trainer._previous_training_time = 0  # what --stop-time-hours counts is this run's
-    elif extra_state is not None and trainer._optim_history[-1]["num_updates"] > trainer.get_num_updates():
-        raise ValueError(
-            "the checkpoint was saved with --no-save-optimizer-state, and a run cannot go on without that: pass "
-            "--reset-optimizer to count updates from 0 with its weights, or --finetune-from-model"
-        )
     interruption.begin(trainer)
     state = (extra_state or {}).get(type(trainer.task).__name__)
     if cfg.reset_meters and state:
