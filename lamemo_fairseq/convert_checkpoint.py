@@ -22,8 +22,9 @@ from torch import Tensor
 from .data.binarized import load_dictionary
 from .host.configuration import check_options, complete, read_ours
 from .memory import MEMORIES
-from .models.config import MemoryLanguageModelConfig, option_name
+from .models.config import MemoryLanguageModelConfig
 from .models.decoder import MemoryDecoder, vocabulary_checksum
+from .names import TASK, option_name
 from .positions.base import inverse_frequencies
 from .released import ATTENTION_TYPES, from_released, model_options, to_released
 
@@ -153,7 +154,7 @@ def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[
     rest = {k: v for k, v in state.items() if k not in mapped}
     cfg = {
         "model": {"_name": MEMORIES[options["memory"]].architecture.name, **options},
-        "task": {"_name": "segment_language_modeling", "data": None, "tokens_per_sample": config["tgt_len"]},
+        "task": {"_name": TASK, "data": None, "tokens_per_sample": config["tgt_len"]},
         "criterion": {"_name": "cross_entropy", "sentence_avg": False},
     }
     checkpoint: Dict[str, Any] = {

@@ -2,4 +2,7 @@
 
 from . import chunked_cross_entropy
 
-__all__ = ["chunked_cross_entropy"]
+FAIRSEQ_CRITERIONS = ("adaptive_loss", "cross_entropy", "label_smoothed_cross_entropy")
+"""Those of fairseq's criterions that score every token of a segment by itself."""
+
+__all__ = ["FAIRSEQ_CRITERIONS", "chunked_cross_entropy"]

@@ -16,6 +16,7 @@ from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, Sentencepi
 from omegaconf.errors import MissingMandatoryValue
 
 from ..data.text_encoding import TextEncoding, read_text_encoding
+from ..names import option_name
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +126,8 @@ class PromptCoding:
         try:
             self._coders[option] = Bytes() if name == "bytes" else build(given) if name else None
         except MissingMandatoryValue as error:
-            missing = str(error.full_key).rsplit(".", 1)[-1].replace("_", "-")
-            raise ValueError(f"--{option} {name} needs a file: pass --{missing}") from error
+            missing = str(error.full_key).rsplit(".", 1)[-1]
+            raise ValueError(f"--{option} {name} needs a file: pass {option_name(missing)}") from error
         if option == "bpe":
             self._follow_record()
         recorded = self.record is not None and not any(self._named.values())

@@ -1,11 +1,12 @@
 """fairseq's options for generation: which of them make sense for a language model with memory."""
 
-import difflib
 import logging
 from dataclasses import fields
 from typing import Any, Dict, Iterable, List
 
 from fairseq.dataclass.configs import GenerationConfig
+
+from ..names import did_you_mean, option_name
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +51,6 @@ _DEFAULTS = GenerationConfig()
 NAMES: List[str] = [field.name for field in fields(GenerationConfig) if not field.name.startswith("_")]
 
 
-def flag(name: str) -> str:
-    """Return an option as it is written on the command line."""
-    return "--" + name.replace("_", "-")
-
-
 def check_generation(options: Any) -> None:
     """Refuse options of *options*, an object with fairseq's names as attributes, that cannot do what they say.
 
@@ -67,20 +63,22 @@ def check_generation(options: Any) -> None:
 
     for name, reason in REFUSED.items():
         if value(name) not in (None, getattr(_DEFAULTS, name)):
-            raise ValueError(f"{flag(name)} {reason}")
+            raise ValueError(f"{option_name(name)} {reason}")
     _check_ranges(value)
     _check_search(value)
     if value("score_reference"):
         for name in ("prefix_size", "sampling"):
             if value(name):
-                raise ValueError(f"{flag(name)} generates and --score-reference scores what is there: pass one of them")
+                raise ValueError(
+                    f"{option_name(name)} generates and --score-reference scores what is there: pass one of them"
+                )
 
 
 def warn_without_effect(options: Any) -> None:
     """Log a warning for each option of `WITHOUT_EFFECT` that is given."""
     for name, reason in WITHOUT_EFFECT.items():
         if getattr(options, name, None):
-            logger.warning("%s has no effect: %s", flag(name), reason)
+            logger.warning("%s has no effect: %s", option_name(name), reason)
 
 
 def _check_ranges(value: Any) -> None:
@@ -95,7 +93,7 @@ def _check_ranges(value: Any) -> None:
         ("diverse_beam_strength", 0),
     ):
         if not value(name) >= least:
-            raise ValueError(f"{flag(name)} is {value(name)}: pass {least} or more")
+            raise ValueError(f"{option_name(name)} is {value(name)}: pass {least} or more")
     if not value("temperature") > 0:
         raise ValueError(
             f"--temperature is {value('temperature')}: pass a positive number; for the most probable words leave out "
@@ -113,7 +111,7 @@ def _check_ranges(value: Any) -> None:
 def _check_search(value: Any) -> None:
     groups, rate = value("diverse_beam_groups"), value("diversity_rate")
     ways = {"sampling": value("sampling"), "diverse_beam_groups": groups > 0, "diversity_rate": rate != -1}
-    chosen = [flag(name) for name, on in ways.items() if on]
+    chosen = [option_name(name) for name, on in ways.items() if on]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} are different searches: pass one of them")
     if groups > 0 and value("beam") % groups:
@@ -125,7 +123,7 @@ def _check_search(value: Any) -> None:
     top_k, top_p = value("sampling_topk"), value("sampling_topp")
     for name, given in (("sampling_topk", top_k != -1), ("sampling_topp", top_p != -1)):
         if given and not value("sampling"):
-            raise ValueError(f"{flag(name)} is for sampling: pass --sampling with it")
+            raise ValueError(f"{option_name(name)} is for sampling: pass --sampling with it")
     if top_k != -1 and not top_k >= 0:
         raise ValueError(f"--sampling-topk is {top_k}: pass 1 or more")
     if top_p != -1 and not 0 < top_p <= 1:
@@ -147,6 +145,5 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
             continue
         if name == "seed":
             raise ValueError(f"{where} does not know 'seed': call torch.manual_seed before it")
-        near = difflib.get_close_matches(name, useful, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"it knows {', '.join(useful)}"
+        hint = did_you_mean(name, useful, cutoff=0.4, shown=repr) or f"it knows {', '.join(useful)}"
         raise ValueError(f"{where} does not know '{name}': {hint}")

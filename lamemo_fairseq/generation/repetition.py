@@ -11,12 +11,12 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-NOTHING = -1  # stands before a text that is shorter than others
+from ..data.dictionary import NO_WORD
 
 
 def aligned_right(texts: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Move the first ``lengths[r]`` words of each row of ``texts [R, T]`` to its end, `NOTHING` before them."""
-    moved = torch.full_like(texts, NOTHING)
+    """Move the first ``lengths[r]`` words of each row of ``texts [R, T]`` to its end, `NO_WORD` before them."""
+    moved = torch.full_like(texts, NO_WORD)
     for row, length in enumerate(lengths):
         if length > 0:
             moved[row, -length:] = texts[row, :length]

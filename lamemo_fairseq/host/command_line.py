@@ -10,10 +10,9 @@ from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
 
+from ..names import TASK, option_name
 from . import start
-from .option_table import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE, option_name
-
-TASK = "segment_language_modeling"
+from .option_table import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
 
 # An option that a command has and those before it do not.
 _MARKS = {
@@ -128,7 +127,7 @@ class CommandLine:
 
     def _check_what_fairseq_misreads(self) -> None:
         if self.command == TRAIN:
-            start.check_criterion(self.named.criterion)
+            start.check_criterion_name(self.named.criterion)
         if not re.fullmatch(r"[\s\[\](),\d+-]+", self.named.update_freq):  # 1.5 would become 1
             raise ValueError(f"--update-freq is {self.named.update_freq}: pass whole numbers such as 4 or 4,2")
         precisions = [word for word in self.words if re.fullmatch("--(memory-efficient-)?(fp16|bf16)", word)]

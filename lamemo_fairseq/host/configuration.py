@@ -29,9 +29,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from ..criterions import FAIRSEQ_CRITERIONS
+from ..names import option_name
+
 logger = logging.getLogger(__name__)
 
-CRITERIONS = {"cross_entropy", "label_smoothed_cross_entropy", "adaptive_loss", "chunked_cross_entropy"}
+CRITERIONS = {*FAIRSEQ_CRITERIONS, "chunked_cross_entropy"}
 """Criterions that may be built because a checkpoint names them. They run no string of their options."""
 
 ENCODERS = {
@@ -182,7 +185,7 @@ def check_options(section: Any, dataclass: Type[FairseqDataclass]) -> None:
     except OmegaConfBaseException as error:
         name = str(error.full_key or error.key)
         value = given.get(name.split("[")[0].split(".")[0])
-        raise ValueError(f"--{name.replace('_', '-')} cannot be {_short(value)}: {_first(error)}") from None
+        raise ValueError(f"{option_name(name)} cannot be {_short(value)}: {_first(error)}") from None
 
 
 def check_model(cfg: Any, task: str) -> None:

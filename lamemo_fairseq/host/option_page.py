@@ -5,7 +5,8 @@
 
 from typing import Tuple
 
-from .option_table import COMMANDS, EVALUATION, HYDRA, IGNORED, NOTED, REFUSED, TRAINING, all_rules, option_name
+from ..names import option_name
+from .option_table import COMMANDS, EVALUATION, HYDRA, IGNORED, NOTED, REFUSED, TRAINING, all_rules
 
 
 def render() -> str:

@@ -10,6 +10,7 @@ import torch
 from ..attention.choice import why_not_fused
 from ..memory import MEMORIES
 from ..memory.compressive.compressions import COMPRESSIONS
+from ..names import option_name
 
 Settings = Mapping[str, Any]
 """The values of a command's options, by field."""
@@ -44,11 +45,6 @@ class Rule:
     def message(self, option: str) -> str:
         """One line on an option that was given."""
         return f"{option_name(option)}{self.joined}{self.reason}"
-
-
-def option_name(field: str) -> str:
-    """An option's name on the command line."""
-    return "--" + field.replace("_", "-")
 
 
 def on_cpu(settings: Settings) -> bool:

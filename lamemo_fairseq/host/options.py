@@ -10,7 +10,8 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 from fairseq import options
 
-from .command_line import TASK, CommandLine
+from ..names import TASK
+from .command_line import CommandLine
 from .generation import adapt_generation
 from .interruption import end_in_one_line
 from .named_checkpoints import check_checkpoints, take_task_from_checkpoint

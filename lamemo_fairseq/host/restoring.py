@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ..names import option_name
 from .averages import supply_averages
 from .configuration import CheckpointError, complete, describe, is_our_task, is_ours, read_ours
 from .overrides import owners_of_options
@@ -54,8 +55,7 @@ class _Difference(NamedTuple):
     then: Any
 
     def __str__(self) -> str:
-        option = f"--{self.name.replace('_', '-')}"
-        return f"{option} is {_shown(self.now)}, the checkpoint was trained with {_shown(self.then)}"
+        return f"{option_name(self.name)} is {_shown(self.now)}, the checkpoint was trained with {_shown(self.then)}"
 
 
 _OBJECTS = {"allow_objects": True}

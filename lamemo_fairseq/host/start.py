@@ -1,6 +1,5 @@
 """Checks before a command begins: options without a use, values out of range, options that are missing."""
 
-import difflib
 import logging
 import os
 import re
@@ -13,12 +12,11 @@ from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY
 from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig, OmegaConf
 
-from .option_table import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, Settings, option_name, rules_for
+from ..criterions import FAIRSEQ_CRITERIONS
+from ..names import did_you_mean, option_name
+from .option_table import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, Settings, rules_for
 
 logger = logging.getLogger(__name__)
-
-# Those of fairseq's criterions that score every token of a segment by itself.
-CRITERIONS = ("adaptive_loss", "cross_entropy", "label_smoothed_cross_entropy")
 
 _AT_LEAST: Dict[int, Tuple[str, ...]] = {
     1: (
@@ -168,7 +166,7 @@ def _check_values(settings: Settings) -> None:
 def _check_choices(settings: Settings) -> None:
     if not settings.get("optimizer"):
         raise ValueError("no --optimizer: pass one, such as --optimizer adam")
-    check_criterion(str(settings.get("criterion")))
+    check_criterion_name(str(settings.get("criterion")))
     for need in _NEEDS:
         if str(settings.get(need.option)) == need.choice and not need.met(settings):
             raise ValueError(f"{option_name(need.option)} {need.choice} misses something: {need.remedy}")
@@ -179,7 +177,7 @@ def _check_choices(settings: Settings) -> None:
         logger.warning("neither --max-update nor --max-epoch is given: the run goes on until it is stopped")
 
 
-def check_criterion(name: str) -> None:
+def check_criterion_name(name: str) -> None:
     """Refuse those of fairseq's criterions that are for other tasks.
 
     Raises:
@@ -188,29 +186,25 @@ def check_criterion(name: str) -> None:
     if not serves(name):
         raise ValueError(
             f"--criterion {name} is not for language models: pass chunked_cross_entropy or one of fairseq's "
-            f"{', '.join(CRITERIONS)}"
+            f"{', '.join(FAIRSEQ_CRITERIONS)}"
         )
 
 
 def serves(name: str) -> bool:
     """Whether a criterion can train these models, as far as it is fairseq's."""
     criterion = REGISTRIES["criterion"]["registry"].get(name)
-    return name in CRITERIONS or criterion is None or not criterion.__module__.startswith("fairseq.")
+    return name in FAIRSEQ_CRITERIONS or criterion is None or not criterion.__module__.startswith("fairseq.")
 
 
 def not_known(kind: str, name: str, known: Iterable[str]) -> str:
-    """A line on a name that is not among those *known*, with the nearest of them.
+    """Return a message on a name that is not *known*, with the nearest known ones.
 
     Args:
         kind: what precedes the name.
     """
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=3)
-    if near:
-        advice = f"did you mean {' or '.join(near)}?"
-    else:
-        advice = f"pass one of {', '.join(names)}" if len(names) < 20 else "--help lists what is"
-    return f"{kind}{name} is not known: {advice}"
+    otherwise = f"pass one of {', '.join(names)}" if len(names) < 20 else "--help lists what is"
+    return f"{kind}{name} is not known: {did_you_mean(name, names) or otherwise}"
 
 
 def _first(value: Any) -> float:

@@ -11,6 +11,7 @@ from omegaconf import II
 
 from ..attention import BACKENDS
 from ..memory import MEMORIES, MemoryOptions
+from ..names import option_name
 from ..positions import POSITIONS
 
 Config = TypeVar("Config", bound=FairseqDataclass)
@@ -176,8 +177,3 @@ def _check_memory(cfg: MemoryLanguageModelConfig) -> None:
     memory_options(cfg).check()
     if cfg.same_length and (not remembers or cfg.mem_len == 0):
         raise ValueError(f"--same-length lets every token see --mem-len tokens, but --memory {cfg.memory} has none")
-
-
-def option_name(name: str) -> str:
-    """An option's name on the command line."""
-    return "--" + name.replace("_", "-")

@@ -18,8 +18,9 @@ from ..memory import MEMORIES, DivergenceError, MemoryConfig, MemoryState, Passa
 from ..modules import AttentionConfig, DecoderLayer, LayerConfig
 from ..modules.graphs import SegmentGraphs
 from ..modules.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
+from ..names import option_name
 from ..positions import POSITIONS, PositionConfig
-from .config import MemoryLanguageModelConfig, check, cutoffs, memory_options, option_name
+from .config import MemoryLanguageModelConfig, check, cutoffs, memory_options
 from .incremental import DecodingState, Spare
 
 logger = logging.getLogger(__name__)

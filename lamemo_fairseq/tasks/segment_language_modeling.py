@@ -31,6 +31,7 @@ from ..host.ranks import several_ranks
 from ..host.start import check_task
 from ..host.training import prepare_training
 from ..memory import DivergenceError
+from ..names import TASK
 from .prompts import PromptTask
 from .state import TaskState
 
@@ -61,7 +62,7 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     post_process: Optional[str] = II("common_eval.post_process")
 
 
-@register_task("segment_language_modeling", dataclass=SegmentLanguageModelingConfig)
+@register_task(TASK, dataclass=SegmentLanguageModelingConfig)
 class SegmentLanguageModelingTask(PromptTask):
     """Feeds B contiguous streams a rank, N tokens a step.
 
@@ -69,7 +70,7 @@ class SegmentLanguageModelingTask(PromptTask):
     once an epoch. Each batch says which streams it belongs to and where it stands in them.
     """
 
-    NAME: ClassVar[str] = "segment_language_modeling"
+    NAME: ClassVar[str] = TASK
 
     def __init__(self, cfg: SegmentLanguageModelingConfig, dictionary: Dictionary, **kwargs: Any):
         super().__init__(cfg, **kwargs)

@@ -3,6 +3,7 @@
 # No postponed annotations: fairseq turns these dataclasses into a parser.
 from dataclasses import dataclass, field
 
+from ...names import option_name
 from ..base import MemoryOptions
 
 
@@ -23,4 +24,4 @@ class TokenOptions(MemoryOptions):
     def check(self) -> None:
         for name in ("memory_tokens", "bptt_segments"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be at least 1")
+                raise ValueError(f"{option_name(name)} is {getattr(self, name)}, it must be at least 1")
