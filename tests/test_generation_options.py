@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 import pytest
+import torch
 from fairseq import options
 from fairseq.dataclass.configs import GenerationConfig
 
@@ -105,7 +106,8 @@ def parsed(task, *words):
     )
 
 
-def test_one_process_generates_without_a_score():
+def test_one_process_generates_without_a_score(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     found = parsed("segment_language_modeling")
     assert (found.distributed_world_size, found.scoring) == (1, "no_score")
     found = parsed("segment_language_modeling", "--distributed-world-size", "2", "--scoring=bleu")
