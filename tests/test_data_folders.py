@@ -318,4 +318,8 @@ def test_the_prompts_of_a_command(tmp_path, monkeypatch):
         check_input(SegmentLanguageModelingConfig(input="-"))
     with pytest.raises(FileNotFoundError, match=r"--input .*nowhere: there is no such file"):
         check_input(SegmentLanguageModelingConfig(input=str(tmp_path / "nowhere")))
+    with pytest.raises(FileNotFoundError, match=r"--input .*: there is no such file"):
+        check_input(SegmentLanguageModelingConfig(input=str(tmp_path)))
+    os.mkfifo(tmp_path / "pipe")
+    check_input(SegmentLanguageModelingConfig(input=str(tmp_path / "pipe")))  # it would wait here if it read
     check_input(SegmentLanguageModelingConfig())  # of no command

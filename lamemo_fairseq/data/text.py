@@ -68,7 +68,7 @@ def check_input(cfg: Any) -> None:
             stdin.reconfigure(errors="surrogateescape", newline=None)  # None: any line end, as in files
     elif path.startswith("${"):
         return
-    elif not os.path.isfile(path):
+    elif not os.path.exists(path) or os.path.isdir(path):
         raise FileNotFoundError(f"--input {path}: there is no such file; without the option, prompts come from stdin")
-    else:
+    elif os.path.isfile(path):  # a pipe can be read only once
         read_text(path)
