@@ -12,15 +12,8 @@ from omegaconf import OmegaConf
 
 from lamemo_fairseq.host import start
 from lamemo_fairseq.host.option_page import render
-from lamemo_fairseq.host.option_table import (
-    EVAL_LM,
-    GENERATE,
-    INTERACTIVE,
-    REFUSED,
-    TRAIN,
-    VALIDATE,
-    rules_for,
-)
+from lamemo_fairseq.host.option_rules import EVAL_LM, GENERATE, INTERACTIVE, REFUSED, TRAIN, VALIDATE
+from lamemo_fairseq.host.option_table import rules_for
 
 from .helpers import TASK, USER_DIR, write_data
 from .working_options import FAIRSEQS_OWN, WORKING

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from typing import DefaultDict, Dict, List
 
-from lamemo_fairseq.host.option_table import (
+from lamemo_fairseq.host.option_rules import (
     COMMANDS,
     EVAL_LM,
     GENERATE,

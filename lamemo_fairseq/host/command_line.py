@@ -12,7 +12,7 @@ from fairseq.tasks import TASK_REGISTRY
 
 from ..names import TASK, option_name
 from . import start
-from .option_table import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
+from .option_rules import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
 
 # An option that a command has and those before it do not.
 _MARKS = {

@@ -6,7 +6,8 @@
 from typing import Tuple
 
 from ..names import option_name
-from .option_table import COMMANDS, EVALUATION, HYDRA, IGNORED, NOTED, REFUSED, TRAINING, all_rules
+from .option_rules import COMMANDS, EVALUATION, HYDRA, IGNORED, NOTED, REFUSED, TRAINING
+from .option_table import all_rules
 
 
 def render() -> str:

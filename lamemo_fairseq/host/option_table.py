@@ -1,88 +1,37 @@
 """Options of fairseq's commands that do not apply to streams, and why; `option_page.py` renders the table."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cache
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 import torch
 
 from ..attention.choice import why_not_fused
 from ..memory import MEMORIES
 from ..memory.compressive.compressions import COMPRESSIONS
-from ..names import option_name
-
-Settings = Mapping[str, Any]
-"""The values of a command's options, by field."""
-Condition = Callable[[Settings], bool]
-
-TRAIN, HYDRA, EVAL_LM, VALIDATE = "fairseq-train", "fairseq-hydra-train", "fairseq-eval-lm", "fairseq-validate"
-GENERATE, INTERACTIVE = "fairseq-generate", "fairseq-interactive"
-TRAINING = (TRAIN, HYDRA)
-GENERATION = (GENERATE, INTERACTIVE)
-EVALUATION = (EVAL_LM, VALIDATE, *GENERATION)
-COMMANDS = (*TRAINING, *EVALUATION)
-
-# What follows an option that is given. A refused one may have its default value.
-REFUSED, IGNORED, NOTED = "refused", "ignored", "noted"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A verdict on some options in some commands, under a condition that the reason tells."""
-
-    effect: str
-    options: Tuple[str, ...]  # by field
-    commands: Tuple[str, ...]
-    reason: str  # and the remedy
-    applies: Condition
-    joined: str  # what stands between an option and the reason
-
-    @property
-    def unconditional(self) -> bool:
-        return self.applies is _always
-
-    def message(self, option: str) -> str:
-        """One line on an option that was given."""
-        return f"{option_name(option)}{self.joined}{self.reason}"
-
-
-def on_cpu(settings: Settings) -> bool:
-    return bool(settings.get("cpu")) or not torch.cuda.is_available()
-
-
-def _always(_: Settings) -> bool:
-    return True
-
-
-def _without(*names: str) -> Condition:
-    return lambda settings: not any(settings.get(name) for name in names)
-
-
-def _with(*names: str) -> Condition:
-    return lambda settings: all(settings.get(name) for name in names)
-
-
-def _is(name: str, *values: str) -> Condition:
-    return lambda settings: str(settings.get(name)) in values
-
-
-def _is_not(name: str, *values: str) -> Condition:
-    return lambda settings: str(settings.get(name)) not in values
-
-
-_JOINED = {REFUSED: " is refused: ", IGNORED: " is ignored: ", NOTED: ": "}
-
-
-def _rule(
-    effect: str,
-    options: str,
-    commands: Sequence[str],
-    reason: str,
-    applies: Condition = _always,
-    joined: Optional[str] = None,
-) -> Rule:
-    return Rule(effect, tuple(options.split()), tuple(commands), reason, applies, joined or _JOINED[effect])
+from .option_rules import (
+    COMMANDS,
+    EVAL_LM,
+    EVALUATION,
+    GENERATE,
+    GENERATION,
+    IGNORED,
+    INTERACTIVE,
+    NOTED,
+    REFUSED,
+    TRAIN,
+    TRAINING,
+    VALIDATE,
+    Rule,
+    Settings,
+    is_one,
+    is_other,
+    on_cpu,
+    rule,
+    with_all,
+    without,
+)
 
 
 def _no_fused_kernels(settings: Settings) -> bool:
@@ -94,75 +43,75 @@ FOR_TRAINING = "it is for training"
 
 _RULES = [
     # Devices and precision
-    _rule(
+    rule(
         REFUSED,
         "fp16 memory_efficient_fp16 bf16 memory_efficient_bf16 amp",
         TRAINING,
         "only one precision is possible; pass one of --fp16, --bf16, --amp",
         lambda s: sum(bool(s.get(name)) for name in ("fp16", "bf16", "amp")) > 1,
     ),
-    _rule(REFUSED, "tpu", COMMANDS, "models with memory run on CPUs and GPUs; leave it out"),
-    _rule(
+    rule(REFUSED, "tpu", COMMANDS, "models with memory run on CPUs and GPUs; leave it out"),
+    rule(
         REFUSED,
         "fp16",
         TRAINING,
         "fairseq trains in fp16 on GPUs alone; on a CPU leave it out, or pass --bf16",
         lambda s: on_cpu(s) and not s.get("memory_efficient_fp16"),
     ),
-    _rule(
+    rule(
         NOTED,
         "memory_efficient_fp16",
         TRAINING,
         "on a CPU the first gradient that overflows ends the run; pass --bf16 instead",
         on_cpu,
     ),
-    _rule(REFUSED, "amp", TRAINING, "fairseq has it for GPUs alone; on a CPU leave it out, or pass --bf16", on_cpu),
-    _rule(
+    rule(REFUSED, "amp", TRAINING, "fairseq has it for GPUs alone; on a CPU leave it out, or pass --bf16", on_cpu),
+    rule(
         IGNORED,
         "bf16 memory_efficient_bf16 amp",
         EVALUATION,
         "these commands compute in float32; pass --fp16 for half precision",
     ),
-    _rule(
+    rule(
         REFUSED,
         "amp_init_scale",
         TRAINING,
         "fairseq begins with the scale of --fp16-init-scale also with --amp; pass that",
     ),
-    _rule(
+    rule(
         REFUSED,
         "amp_scale_window",
         TRAINING,
         "fairseq uses another option's value in its place; leave it out, for torch's window of 2,000 updates",
     ),
-    _rule(IGNORED, "fp16_init_scale min_loss_scale", TRAINING, "without --fp16 or --amp", _without("fp16", "amp")),
-    _rule(
+    rule(IGNORED, "fp16_init_scale min_loss_scale", TRAINING, "without --fp16 or --amp", without("fp16", "amp")),
+    rule(
         IGNORED,
         "fp16_scale_window fp16_scale_tolerance threshold_loss_scale",
         TRAINING,
         "without --fp16",
-        _without("fp16"),
+        without("fp16"),
     ),
-    _rule(IGNORED, "amp_batch_retries", TRAINING, "without --amp", _without("amp")),
-    _rule(IGNORED, "fp16_no_flatten_grads", TRAINING, "without --fp16 or --bf16", _without("fp16", "bf16")),
-    _rule(IGNORED, "on_cpu_convert_precision", TRAINING, "batches are word ids, which have no precision"),
-    _rule(
+    rule(IGNORED, "amp_batch_retries", TRAINING, "without --amp", without("amp")),
+    rule(IGNORED, "fp16_no_flatten_grads", TRAINING, "without --fp16 or --bf16", without("fp16", "bf16")),
+    rule(IGNORED, "on_cpu_convert_precision", TRAINING, "batches are word ids, which have no precision"),
+    rule(
         REFUSED,
         "attention_backend",
         TRAINING,
         "the fused backend runs on GPUs with Triton; on a CPU pass auto or eager",
         _no_fused_kernels,
     ),
-    _rule(REFUSED, "cuda_graphs", TRAINING, "CUDA graphs need a GPU; on a CPU leave it out", on_cpu),
-    _rule(REFUSED, "profile", TRAINING, "it marks ranges for NVIDIA's profiler; on a CPU leave it out", on_cpu),
-    _rule(
+    rule(REFUSED, "cuda_graphs", TRAINING, "CUDA graphs need a GPU; on a CPU leave it out", on_cpu),
+    rule(REFUSED, "profile", TRAINING, "it marks ranges for NVIDIA's profiler; on a CPU leave it out", on_cpu),
+    rule(
         REFUSED,
         "quantization_config_path",
         COMMANDS,
         "fairseq's quantization has not been tried with these layers; leave it out",
     ),
     # Several devices
-    _rule(
+    rule(
         REFUSED,
         "model_parallel_size pipeline_model_parallel pipeline_balance pipeline_devices pipeline_chunks "
         "pipeline_encoder_balance pipeline_encoder_devices pipeline_decoder_balance pipeline_decoder_devices "
@@ -170,191 +119,191 @@ _RULES = [
         COMMANDS,
         "a model with memory is not divided over devices; leave it out (--checkpoint-activations saves memory)",
     ),
-    _rule(
+    rule(
         REFUSED,
         "ddp_backend",
         TRAINING,
         "fully_sharded cuts checkpoints up, and a run resumes exactly from whole ones alone; pass pytorch_ddp or "
         "legacy_ddp",
-        _is("ddp_backend", "fully_sharded"),
+        is_one("ddp_backend", "fully_sharded"),
     ),
-    _rule(
+    rule(
         REFUSED,
         "ddp_backend",
         TRAINING,
         "no checkpoint holds slowmo's momentum, so that a run could not resume exactly; pass pytorch_ddp or legacy_ddp",
-        _is("ddp_backend", "slowmo"),
+        is_one("ddp_backend", "slowmo"),
     ),
-    _rule(
+    rule(
         REFUSED,
         "slowmo_momentum slowmo_base_algorithm localsgd_frequency nprocs_per_node",
         COMMANDS,
         "it belongs to --ddp-backend slowmo, from which a run could not resume exactly; leave it out",
     ),
-    _rule(
+    rule(
         REFUSED,
         "no_reshard_after_forward fp32_reduce_scatter cpu_offload use_sharded_state not_fsdp_flatten_parameters",
         COMMANDS,
         "it belongs to --ddp-backend fully_sharded, which cuts checkpoints up; leave it out",
     ),
-    _rule(
+    rule(
         REFUSED,
         "zero_sharding",
         COMMANDS,
         "a run resumes exactly from a whole optimizer alone, and this one is cut up; leave it out",
     ),
-    _rule(
+    rule(
         REFUSED,
         "use_bmuf",
         TRAINING,
         "no checkpoint holds its momentum, so that a run could not resume exactly; leave it out",
     ),
-    _rule(IGNORED, "all_gather_list_size", COMMANDS, "messages between ranks have no limit here"),
-    _rule(IGNORED, "fast_stat_sync", COMMANDS, "fairseq no longer reads it"),
+    rule(IGNORED, "all_gather_list_size", COMMANDS, "messages between ranks have no limit here"),
+    rule(IGNORED, "fast_stat_sync", COMMANDS, "fairseq no longer reads it"),
     # Data
-    _rule(
+    rule(
         IGNORED,
         "required_batch_size_multiple required_seq_len_multiple skip_invalid_size_inputs_valid_test curriculum "
         "grouped_shuffling update_epoch_batch_itr update_ordered_indices_seed fix_batches_to_gpus",
         COMMANDS,
         "it is for sentences that are shuffled and sorted by length; a stream is read in order, whole",
     ),
-    _rule(
+    rule(
         REFUSED,
         "skip_remainder_batch",
         TRAINING,
         "every token of a stream is trained on once an epoch; leave it out",
     ),
-    _rule(
+    rule(
         IGNORED,
         "max_tokens",
         (*TRAINING, EVAL_LM, VALIDATE),
         "--batch-size is the number of streams; pass one of the two",
-        _with("batch_size"),
+        with_all("batch_size"),
     ),
-    _rule(
+    rule(
         IGNORED,
         "max_tokens_valid",
         TRAINING,
         "--batch-size-valid, or else --batch-size, is the number of streams; pass that",
-        _with("batch_size_valid"),
+        with_all("batch_size_valid"),
     ),
-    _rule(IGNORED, "max_tokens_valid batch_size_valid", EVALUATION, "pass --batch-size, the number of streams"),
-    _rule(
+    rule(IGNORED, "max_tokens_valid batch_size_valid", EVALUATION, "pass --batch-size, the number of streams"),
+    rule(
         REFUSED,
         "use_plasma_view",
         COMMANDS,
         "binarized text is mapped into memory that processes share anyway; leave it out",
     ),
-    _rule(IGNORED, "plasma_path", COMMANDS, "it belongs to --use-plasma-view"),
-    _rule(
+    rule(IGNORED, "plasma_path", COMMANDS, "it belongs to --use-plasma-view"),
+    rule(
         REFUSED,
         "num_shards shard_id",
         TRAINING,
         "in training the ranks share the streams; pass --distributed-world-size",
     ),
-    _rule(
+    rule(
         REFUSED,
         "combine_valid_subsets",
         TRAINING,
         "it joins the parts of one split, valid, valid1 and so on; leave --valid-subset out, or, to validate on each "
         "split by itself, this option",
-        _is_not("valid_subset", "valid"),
+        is_other("valid_subset", "valid"),
     ),
-    _rule(REFUSED, "gen_subset", (VALIDATE,), "this command evaluates --valid-subset; pass that"),
-    _rule(
+    rule(REFUSED, "gen_subset", (VALIDATE,), "this command evaluates --valid-subset; pass that"),
+    rule(
         REFUSED,
         "combine_valid_subsets",
         (VALIDATE,),
         "this command evaluates every split of --valid-subset by itself; leave it out",
     ),
-    _rule(
+    rule(
         REFUSED,
         "context_window",
         (EVAL_LM,),
         "the memory of a model is its context; leave it out, and choose the memory's length with --model-overrides "
         "\"{'mem_len': M}\"",
     ),
-    _rule(
+    rule(
         REFUSED,
         "path",
         (VALIDATE,),
         "this command computes the loss of one model; pass one, or evaluate several with fairseq-eval-lm",
         lambda s: os.pathsep in (s.get("path") or "") and not os.path.exists(s["path"]),
     ),
-    _rule(REFUSED, "valid_subset", (EVAL_LM, GENERATE), "this command reads --gen-subset; pass that"),
-    _rule(IGNORED, "gen_subset", TRAINING, "training reads --train-subset and --valid-subset"),
-    _rule(
+    rule(REFUSED, "valid_subset", (EVAL_LM, GENERATE), "this command reads --gen-subset; pass that"),
+    rule(IGNORED, "gen_subset", TRAINING, "training reads --train-subset and --valid-subset"),
+    rule(
         REFUSED,
         "num_shards shard_id",
         (INTERACTIVE,),
         "every line of --input is read; divide the file, or take fairseq-generate",
     ),
-    _rule(
+    rule(
         IGNORED,
         "gen_subset valid_subset num_workers data_buffer_size dataset_impl",
         (INTERACTIVE,),
         "this command reads --input",
     ),
     # Training
-    _rule(
+    rule(
         NOTED,
         "max_valid_steps",
         TRAINING,
         "fairseq evaluates one batch more than it says, and streams then end before the split does",
     ),
-    _rule(
+    rule(
         IGNORED,
         "patience best_checkpoint_metric maximize_best_checkpoint_metric keep_best_checkpoints max_valid_steps "
         "fixed_validation_seed",
         TRAINING,
         "with --disable-validation",
-        _with("disable_validation"),
+        with_all("disable_validation"),
     ),
-    _rule(
+    rule(
         IGNORED,
         "ema_decay ema_start_update ema_seed_model ema_update_freq ema_fp32",
         TRAINING,
         "without --store-ema",
-        _without("store_ema"),
+        without("store_ema"),
     ),
-    _rule(
+    rule(
         IGNORED,
         "keep_interval_updates keep_interval_updates_pattern",
         TRAINING,
         "without --save-interval-updates",
-        _without("save_interval_updates"),
+        without("save_interval_updates"),
     ),
-    _rule(
+    rule(
         IGNORED,
         "debug_param_names",
         TRAINING,
         "without --fp16-no-flatten-grads",
-        _without("fp16_no_flatten_grads"),
+        without("fp16_no_flatten_grads"),
     ),
-    _rule(
+    rule(
         REFUSED,
         "write_checkpoints_asynchronously",
         TRAINING,
         "it writes neither checkpoint_last.pt, from which a run resumes, nor checksums; leave it out. What writing "
         "takes is in the log",
     ),
-    _rule(
+    rule(
         REFUSED,
         "checkpoint_shard_count",
         (*TRAINING, *GENERATION),
         "checkpoints of these models are whole; leave it out",
     ),
-    _rule(IGNORED, "reset_logging suppress_crashes", (TRAIN, *EVALUATION), "it is for fairseq-hydra-train"),
-    _rule(
+    rule(IGNORED, "reset_logging suppress_crashes", (TRAIN, *EVALUATION), "it is for fairseq-hydra-train"),
+    rule(
         IGNORED,
         "scoring",
         (*TRAINING, EVAL_LM, VALIDATE, INTERACTIVE),
         "no text is compared with another here",
     ),
-    _rule(IGNORED, "pad eos unk", COMMANDS, "the dictionary has them"),
+    rule(IGNORED, "pad eos unk", COMMANDS, "the dictionary has them"),
     # Evaluation
-    _rule(
+    rule(
         IGNORED,
         "fp16_no_flatten_grads fp16_init_scale fp16_scale_window fp16_scale_tolerance on_cpu_convert_precision "
         "min_loss_scale threshold_loss_scale amp_batch_retries amp_init_scale amp_scale_window empty_cache_freq "
@@ -366,8 +315,8 @@ _RULES = [
         EVALUATION,
         FOR_TRAINING,
     ),
-    _rule(IGNORED, "combine_valid_subsets", (EVAL_LM, *GENERATION), FOR_TRAINING),
-    _rule(
+    rule(IGNORED, "combine_valid_subsets", (EVAL_LM, *GENERATION), FOR_TRAINING),
+    rule(
         IGNORED,
         "save_dir restore_file continue_once finetune_from_model reset_dataloader reset_lr_scheduler reset_meters "
         "reset_optimizer optimizer_overrides save_interval save_interval_updates keep_interval_updates "
@@ -377,71 +326,72 @@ _RULES = [
         GENERATION,
         f"{FOR_TRAINING}; the checkpoint to read is --path",
     ),
-    _rule(
+    rule(
         IGNORED, "quiet results_path", (EVAL_LM, VALIDATE, INTERACTIVE), "what is printed can be redirected to a file"
     ),
-    _rule(IGNORED, "post_process tokenizer bpe", (VALIDATE,), "the loss is that of the binarized tokens"),
-    _rule(IGNORED, "no_progress_bar log_interval log_format", (INTERACTIVE,), "this command shows no progress"),
+    rule(IGNORED, "post_process tokenizer bpe", (VALIDATE,), "the loss is that of the binarized tokens"),
+    rule(IGNORED, "no_progress_bar log_interval log_format", (INTERACTIVE,), "this command shows no progress"),
 ]
 
 
 def _of_memories() -> Iterator[Rule]:
-    """Every model has the options of all memories."""
+    """Yield the rules on options of memories. Every model has the options of all memories."""
     for name in MEMORIES.names():
         own = " ".join(f.name for f in fields(MEMORIES[name].options) if f.name != "_name")
         if own:
-            yield _rule(IGNORED, own, TRAINING, f"it belongs to --memory {name}", _is_not("memory", name))
-    without = ", ".join(name for name in MEMORIES.names() if not MEMORIES[name].remembers)
-    yield _rule(
+            yield rule(IGNORED, own, TRAINING, f"it belongs to --memory {name}", is_other("memory", name))
+    memoryless = ", ".join(name for name in MEMORIES.names() if not MEMORIES[name].remembers)
+    yield rule(
         IGNORED,
         "mem_len",
         TRAINING,
-        f"--memory {without} has no slots",
+        f"--memory {memoryless} has no slots",
         lambda s: s.get("memory") is not None and not MEMORIES[str(s["memory"])].remembers,
     )
     unlearned = [name for name in COMPRESSIONS.names() if not COMPRESSIONS[name].trains]
-    yield _rule(
+    yield rule(
         IGNORED,
         "compression_loss compression_loss_weight",
         TRAINING,
         f"--compression {', '.join(unlearned)} have nothing to train",
-        _is("compression", *unlearned),
+        is_one("compression", *unlearned),
     )
-    yield _rule(
+    yield rule(
         IGNORED,
         "clamp_len",
         TRAINING,
         "--position-encoding absolute knows no distances",
-        _is("position_encoding", "absolute"),
+        is_one("position_encoding", "absolute"),
     )
-    yield _rule(
-        IGNORED, "preset_tokens_per_sample", TRAINING, "--tokens-per-sample is given", _with("tokens_per_sample")
+    yield rule(
+        IGNORED, "preset_tokens_per_sample", TRAINING, "--tokens-per-sample is given", with_all("tokens_per_sample")
     )
 
 
 def _of_generation() -> Iterator[Rule]:
-    """The verdicts on options that choose words."""
+    """Yield the rules on options that choose words."""
     from ..generation.options import REFUSED as refused  # which imports models, and they this package
     from ..generation.options import WITHOUT_EFFECT as without_effect
 
     for effect, reasons, joined in ((REFUSED, refused, " "), (IGNORED, without_effect, None)):
         for reason in dict.fromkeys(reasons.values()):
             options = " ".join(name for name, why in reasons.items() if why == reason)
-            yield _rule(effect, options, GENERATION, reason, joined=joined)
-    yield _rule(IGNORED, "no_seed_provided", GENERATION, "fairseq sets it where --seed is not given")
-    yield _rule(IGNORED, "prefix_size", (INTERACTIVE,), "a prompt is its own prefix")
+            yield rule(effect, options, GENERATION, reason, joined=joined)
+    yield rule(IGNORED, "no_seed_provided", GENERATION, "fairseq sets it where --seed is not given")
+    yield rule(IGNORED, "prefix_size", (INTERACTIVE,), "a prompt is its own prefix")
 
 
 @cache
 def all_rules() -> Tuple[Rule, ...]:
+    """Return the rules of all commands."""
     return (*_RULES, *_of_memories(), *_of_generation())
 
 
 def rules_for(command: str) -> Dict[str, List[Rule]]:
-    """The rules of a command, by option."""
+    """Return the rules of a command, by option."""
     found: Dict[str, List[Rule]] = {}
-    for rule in all_rules():
-        if command in rule.commands:
-            for option in rule.options:
-                found.setdefault(option, []).append(rule)
+    for one in all_rules():
+        if command in one.commands:
+            for option in one.options:
+                found.setdefault(option, []).append(one)
     return found

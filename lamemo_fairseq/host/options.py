@@ -7,7 +7,6 @@ import sys
 from argparse import Namespace
 from typing import Any, Callable, Optional, Sequence
 
-import torch
 from fairseq import options
 
 from ..names import TASK
@@ -15,6 +14,7 @@ from .command_line import CommandLine
 from .generation import adapt_generation
 from .interruption import end_in_one_line
 from .named_checkpoints import check_checkpoints, take_task_from_checkpoint
+from .option_rules import on_cpu
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,7 @@ def parse_args_and_arch(
     if getattr(namespace, "cpu", False) and not any(w.startswith("--distributed-world-size") for w in words):
         namespace.distributed_world_size = 1
     # Ranks that torchrun starts it finds on GPUs alone; on CPUs each would train for itself.
-    on_cpu = getattr(namespace, "cpu", False) or not torch.cuda.is_available()
-    if on_cpu and launched_ranks() > 1 and getattr(namespace, "distributed_init_method", "") is None:
+    if on_cpu(vars(namespace)) and launched_ranks() > 1 and getattr(namespace, "distributed_init_method", "") is None:
         namespace.distributed_init_method = "env://"
         namespace.distributed_world_size = launched_ranks()
         namespace.distributed_rank = int(os.environ["RANK"])

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..criterions import FAIRSEQ_CRITERIONS
 from ..names import did_you_mean, option_name
-from .option_table import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, Settings, rules_for
+from .option_rules import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, Settings
+from .option_table import rules_for
 
 logger = logging.getLogger(__name__)
 
