@@ -127,7 +127,8 @@ def hydra(data, folder):
     sizes = {"layers": 2, "embed_dim": 16, "attention_heads": 2, "head_dim": 8, "ffn_embed_dim": 32}
     small = [f"+model.decoder_{name}={value}" for name, value in sizes.items()]
     small += ["task.tokens_per_sample=16", "+model.mem_len=16", "dataset.batch_size=4", "dataset.num_workers=0"]
-    small += ["optimization.max_update=5", "common.cpu=true", f"hydra.run.dir={folder}"]
+    small += ["dataset.batch_size_valid=4", "optimization.max_update=5", f"checkpoint.save_dir={folder}/checkpoints"]
+    small += ["common.cpu=true", "common.fp16=false", "common.bf16=true", f"hydra.run.dir={folder}"]
     return f"{line_of('fairseq-hydra-train').replace('$PWD/data-bin/enwik8', str(data))} {' '.join(small)}"
 
 
