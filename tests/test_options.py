@@ -244,6 +244,24 @@ def test_options_that_depend_on_others_are_told(words, warning, caplog):
     assert warning in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("arch", "words", "warning"),
+    [
+        ("lamemo_lm", ["--lookahead-window", "full"], None),
+        ("compressive_transformer_lm_wt103", ["--compression-rate", 5], None),
+        ("infinity_former_lm", ["--num-basis-functions", 8], None),
+        ("recurrent_memory_transformer_lm", ["--bptt-segments", 2], None),
+        ("transformer_xl_lm", ["--memory", "lookahead", "--lookahead-window", "full"], None),
+        ("lamemo_lm", ["--memory", "recurrent", "--lookahead-window", "full"], "belongs to --memory lookahead"),
+        ("relative_transformer_lm", ["--mem-len", 5], "--mem-len is ignored: --memory none has no slots"),
+    ],
+)
+def test_the_memory_is_that_of_the_architecture(arch, words, warning, caplog):
+    """Where no --memory is given."""
+    start_training("--max-update", 1, *words, arch=arch)
+    assert ("is ignored" in caplog.text) is (warning is not None) and (warning or "") in caplog.text
+
+
 def test_an_option_of_training_in_evaluation():
     with pytest.raises(
         ValueError, match=r"--mem-len belongs to training: .*--model-overrides \"\{'mem_len': VALUE\}\""

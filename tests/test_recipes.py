@@ -120,6 +120,22 @@ def test_hydra_recipes_train_what_the_command_line_trains(monkeypatch):
             assert wanted == value or str(wanted) == str(value), (group, key, wanted, value)
 
 
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: runner.table_name(p))
+def test_commands_of_every_row_pass_the_checks(path, monkeypatch, caplog):
+    """Without a warning, but for the memory's length that a table gives to all its rows."""
+    from fairseq import options
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # the recipes' precision needs a GPU
+    loaded = table.load(path)
+    for row in loaded.rows:
+        train = commands.train(loaded, table.Run(row, loaded.seeds[0]), "checkpoints/x", {})
+        options.parse_args_and_arch(options.get_training_parser(), input_args=train)
+        test = commands.evaluate(loaded, row, "checkpoints/x/checkpoint_best.pt", table.Evaluation("test"), {})
+        options.parse_args_and_arch(options.get_eval_lm_parser(), input_args=test)
+    told = {record.message for record in caplog.records if record.levelname == "WARNING"}
+    assert told <= {"--mem-len is ignored: --memory none has no slots"}
+
+
 def test_means_and_spreads():
     assert render.shown([3.0], 2) == "3.00" and render.shown([], 2) == ""
     assert render.shown([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"

@@ -4,14 +4,16 @@ import contextlib
 import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
-from typing import Iterator, NoReturn, Sequence, Set
+from typing import Any, Dict, Iterator, NoReturn, Sequence, Set
 
-from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
+from fairseq.models import ARCH_MODEL_NAME_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
+from omegaconf import OmegaConf
 
 from ..names import TASK, option_name
 from . import start
+from .configuration import is_our_model
 from .option_rules import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
 
 # An option that a command has and those before it do not.
@@ -98,7 +100,10 @@ class CommandLine:
         """
         if self.command is None or self._unchecked or not self.ours:
             return
-        settings = vars(namespace)
+        settings = dict(vars(namespace))
+        for name, default in self._model_defaults().items():
+            if settings.get(name) is None:
+                settings[name] = default
         defaults = {action.dest: action.default for action in self.parser._actions}
         given = self._given()
         changed = {name for name in given if settings.get(name) != defaults.get(name)}
@@ -106,6 +111,14 @@ class CommandLine:
         if default_rate and settings["optimizer"] in _WITH_RATE:
             raise ValueError(f"no --lr: pass one, such as 2.5e-4; fairseq's default of {defaults['lr']} is too large")
         start.check_line(self.command, settings, given, changed)
+
+    def _model_defaults(self) -> Dict[str, Any]:
+        """Return the defaults of the architecture's options, which fairseq fills in after the checks."""
+        if self.command != TRAIN or not is_our_model(self.named.arch):
+            return {}
+        dataclass = MODEL_DATACLASS_REGISTRY[ARCH_MODEL_NAME_REGISTRY[self.named.arch]]
+        plain = OmegaConf.to_container(OmegaConf.structured(dataclass), resolve=False, enum_to_str=True)
+        return {str(k): v for k, v in plain.items() if not str(v).startswith("${")}  # type: ignore[union-attr]
 
     def _given(self) -> Set[str]:
         strings = {word.split("=", 1)[0] for word in self.words if word.startswith("-")}
