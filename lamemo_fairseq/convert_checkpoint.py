@@ -115,19 +115,7 @@ def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[
     Raises:
         ValueError: something is missing, or does not fit together.
     """
-    for key in ("model_state", "model_config"):
-        if key not in released:
-            raise ValueError(f"the released checkpoint lacks '{key}'; it holds {sorted(map(str, released))}")
-    config = dict(released["model_config"] or {})
-    state: Dict[str, Tensor] = dict(released["model_state"])
-    lacking = [key for key in REQUIRED if key not in config]
-    if lacking:
-        raise ValueError(f"the released checkpoint's model_config lacks {', '.join(lacking)}")
-    odd = [key for key in REQUIRED if type(config[key]) is not int]
-    if odd:
-        raise ValueError(f"the released checkpoint's model_config has {odd[0]} {config[odd[0]]!r}, no whole number")
-    if not all(isinstance(weight, Tensor) for weight in state.values()):
-        raise ValueError("the released checkpoint's model_state holds something that is no tensor")
+    config, state = _parts(released)
     dictionary = fairseq_dictionary(words)
     order = row_order(words, dictionary)
     if config.get("n_token", len(words)) != len(words):
@@ -171,6 +159,28 @@ def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[
         "last_optimizer_state": None,
     }
     return checkpoint, dictionary
+
+
+def _parts(released: Dict[str, Any]) -> tuple[Dict[str, Any], Dict[str, Tensor]]:
+    """Return the configuration and the weights of a released checkpoint.
+
+    Raises:
+        ValueError: one is missing, or holds something else.
+    """
+    for key in ("model_state", "model_config"):
+        if key not in released:
+            raise ValueError(f"the released checkpoint lacks '{key}'; it holds {sorted(map(str, released))}")
+    config = dict(released["model_config"] or {})
+    state: Dict[str, Tensor] = dict(released["model_state"])
+    lacking = [key for key in REQUIRED if key not in config]
+    if lacking:
+        raise ValueError(f"the released checkpoint's model_config lacks {', '.join(lacking)}")
+    odd = [key for key in REQUIRED if type(config[key]) is not int]
+    if odd:
+        raise ValueError(f"the released checkpoint's model_config has {odd[0]} {config[odd[0]]!r}, no whole number")
+    if not all(isinstance(weight, Tensor) for weight in state.values()):
+        raise ValueError("the released checkpoint's model_state holds something that is no tensor")
+    return config, state
 
 
 def _check_shapes(weights: Dict[str, Tensor], options: Dict[str, Any], dictionary: Dictionary) -> None:

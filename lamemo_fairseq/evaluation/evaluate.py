@@ -9,7 +9,7 @@ Shapes: B streams, N tokens of a segment, R of them in all that are not padding,
 import logging
 import math
 import sys
-from typing import Any, Callable, Dict, Iterable, List, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq import utils
@@ -85,10 +85,7 @@ def evaluate(
         model.eval()
     timer = StopwatchMeter()
     nll, tokens, words = 0.0, 0, 0
-    for batch in batches:
-        if "net_input" not in batch:
-            continue
-        batch = utils.move_to_cuda(batch, device=device) if device.type == "cuda" else batch
+    for batch in _on_device(batches, device):
         inputs = batch["net_input"]
         timer.start()
         real = real_tokens(batch["target"], inputs["src_lengths"])
@@ -100,9 +97,7 @@ def evaluate(
         timer.stop(len(target))
         if log is not None:
             log.add(inputs["position"].streams, inputs["src_lengths"].tolist(), target, log_probs)
-    if several_ranks():
-        nll, *counts = sum_over_ranks(nll, tokens, words)
-        tokens, words = map(int, counts)
+    nll, tokens, words = _totals(nll, tokens, words)
     speed = tokens / timer.sum if timer.sum > 0 else 0
     logger.info(f"Evaluated {tokens:,} tokens in {timer.sum:.1f}s ({speed:.2f} tokens/s)")
     if log is not None:
@@ -110,6 +105,21 @@ def evaluate(
         print_words(found, output_word_probs, output_word_stats)
     loss = nll / words / math.log(2) if words > 0 else 0.0
     return {"loss": loss, "perplexity": 2**loss if loss < 1024 else math.inf}
+
+
+def _on_device(batches: Iterable[Dict[str, Any]], device: torch.device) -> Iterator[Dict[str, Any]]:
+    """Yield the batches that are not empty, on the device."""
+    for batch in batches:
+        if "net_input" in batch:
+            yield utils.move_to_cuda(batch, device=device) if device.type == "cuda" else batch
+
+
+def _totals(nll: float, tokens: int, words: int) -> Tuple[float, int, int]:
+    """Return the sums over all ranks."""
+    if several_ranks():
+        nll, *counts = sum_over_ranks(nll, tokens, words)
+        tokens, words = map(int, counts)
+    return nll, tokens, words
 
 
 def target_log_probs(models: List[Any], inputs: Dict[str, Any], target: Tensor, at_once: int = 0) -> Tensor:

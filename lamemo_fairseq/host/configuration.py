@@ -255,7 +255,7 @@ def check_encoders(state: Dict[str, Any], given: Mapping[str, Any], path: str) -
 def complete(cfg: Dict[str, Any]) -> Dict[str, Any]:
     """Return a configuration with fairseq's defaults, and this package's, for the options that it lacks."""
     defaults: Dict[str, Any] = {f.name: None for f in fields(FairseqConfig) if f.name != "_name"}
-    defaults.update(_defaults(FairseqConfig))
+    defaults.update(defaults_of(FairseqConfig))
     for name, registry in (
         ("model", MODEL_DATACLASS_REGISTRY),
         ("task", TASK_DATACLASS_REGISTRY),
@@ -263,11 +263,12 @@ def complete(cfg: Dict[str, Any]) -> Dict[str, Any]:
     ):
         section = cfg.get(name)
         dataclass = registry.get(section.get("_name")) if isinstance(section, dict) else None
-        defaults[name] = None if dataclass is None else _defaults(dataclass)
+        defaults[name] = None if dataclass is None else defaults_of(dataclass)
     return {**defaults, **{name: _filled(defaults.get(name), section) for name, section in cfg.items()}}
 
 
-def _defaults(dataclass: Type[FairseqDataclass]) -> Dict[str, Any]:
+def defaults_of(dataclass: Type[FairseqDataclass]) -> Dict[str, Any]:
+    """Return the default of each option, one that refers to another option as ``${section.option}``."""
     return OmegaConf.to_container(OmegaConf.structured(dataclass()), resolve=False, enum_to_str=True)  # type: ignore
 
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..criterions import FAIRSEQ_CRITERIONS
 from ..names import did_you_mean, option_name
+from .configuration import defaults_of
 from .option_rules import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, Settings
 from .option_table import rules_for
 
@@ -268,19 +269,18 @@ def check_config(config: DictConfig) -> None:
 
 
 def _defaults(values: Any) -> Dict[str, Dict[str, Any]]:
-    """The options of training by section, with the defaults of the model and the other choices in *values*."""
-    known: Any = OmegaConf.structured(FairseqConfig)
+    """Return the options of training by section, with the defaults of the model and the other choices in *values*."""
+    known = defaults_of(FairseqConfig)
     for name in ("model", "criterion", "optimizer", "lr_scheduler"):
         choice = values[name].get("_name")
         choice = ARCH_MODEL_NAME_REGISTRY.get(choice, choice) if name == "model" else choice
         classes = MODEL_DATACLASS_REGISTRY if name == "model" else REGISTRIES[name]["dataclass_registry"]
-        known[name] = OmegaConf.structured(classes[choice]) if classes.get(choice) else {}
+        known[name] = defaults_of(classes[choice]) if classes.get(choice) else {}
     sections = ("common", "distributed_training", "dataset", "optimization", "checkpoint", "ema")
-    plain: Any = OmegaConf.to_container(known, resolve=False, enum_to_str=True)
-    return {name: plain[name] for name in (*sections, "criterion", "optimizer", "lr_scheduler", "model")}
+    return {name: known[name] for name in (*sections, "criterion", "optimizer", "lr_scheduler", "model")}
 
 
 def _referred(default: Any, values: Any) -> Any:
-    """The value of another option where a default is ``${section.option}``."""
+    """Return a default, that of ``${section.option}`` from the other option's value."""
     found = re.fullmatch(r"\$\{(\w+)\.(\w+)\}", default) if isinstance(default, str) else None
     return values[found[1]][found[2]] if found else default

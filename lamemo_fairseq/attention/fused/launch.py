@@ -124,13 +124,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     made = _position_scores(x, layout)
     scores = made.scores
     geometry = _geometry(x, layout)
-    low, high = x.band.limits
-    rows = layout.chunks * layout.chunk
-    kernels.clear_kernel[(triton.cdiv(rows, 64), triton.cdiv(layout.width, 64), batch * heads)](
-        scores, x.first, *_score_strides(scores),
-        heads, queries, keys, layout.width, low, high, layout.chunk, geometry["shift"],
-        BLOCK_Q=64, BLOCK_W=64, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
-    )  # fmt: skip
+    _clear_unseen(x, layout, scores)
     tile = all_tiles.key
     kernels.key_kernel[(triton.cdiv(keys, tile.keys), batch * heads)](
         x.q, x.k, x.v, x.bias.content, scores, x.first, x.seed, grad, delta, lse, dk, dv,
@@ -157,6 +151,18 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     d_content, d_position = sums.sum((0, 2)).unbind(1)
     d_score = None if x.bias.score is None else _learned_gradients(x, layout, scores)
     return RelativeBias(d_content, None if table is None else d_position, d_table, d_score)
+
+
+def _clear_unseen(x: Inputs, layout: Layout, scores: Tensor) -> None:
+    """Set the entries ``[chunks, H, B, C, W]`` that no visible pair owns to 0."""
+    batch, heads, queries, _ = x.q.shape
+    low, high = x.band.limits
+    rows = layout.chunks * layout.chunk
+    kernels.clear_kernel[(triton.cdiv(rows, 64), triton.cdiv(layout.width, 64), batch * heads)](
+        scores, x.first, *_score_strides(scores),
+        heads, queries, x.k.size(2), layout.width, low, high, layout.chunk, _geometry(x, layout)["shift"],
+        BLOCK_Q=64, BLOCK_W=64, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
+    )  # fmt: skip
 
 
 class PositionScores(NamedTuple):
