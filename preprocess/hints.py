@@ -1,4 +1,4 @@
-"""What a text looks like that was prepared with an option forgotten."""
+"""Hints that a text was prepared with an option forgotten."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -55,7 +55,7 @@ def line_of_text(what: str, text: str) -> None:
 
 
 def without_controls(text: str) -> str:
-    """The text with a space for each line end and other character that is no text."""
+    """Return the text with a space for each line end and other character that is no text."""
     return "".join(" " if _is_control(c) else c for c in text)
 
 
@@ -90,15 +90,15 @@ def folder(what: str, path: str) -> None:
 
 
 def shortened(text: str) -> str:
-    """A text in quotes for a message, in one line."""
+    """Return a text in quotes for a message, in one line."""
     return ascii(text) if len(text) <= 60 else f"{text[:60]!a}..."
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether a value read from JSON has a *shape*.
+    """Return whether a value read from JSON has a *shape*.
 
-    The shape is a dictionary of shapes of what must be there, a list of the one shape that all entries have, a tuple of
-    shapes of which one fits, or a function.
+    A shape is a dictionary with the shapes of required keys, a list of one shape for all entries, a tuple of
+    alternative shapes, or a function.
     """
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(fits(value.get(key), part) for key, part in shape.items())
@@ -114,7 +114,7 @@ def is_text(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Also infinity and NaN; what is finite is small enough to be drawn."""
+    """Return whether a value is a number, be it infinite or NaN. A finite number must be small enough to be drawn."""
     if isinstance(value, float) and not abs(value) < float("inf"):
         return True
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
@@ -137,10 +137,10 @@ def is_pair(value: Any) -> bool:
 
 
 def values(shape: Any) -> Callable[[Any], bool]:
-    """Of a dictionary, all whose values have a shape."""
+    """Return a check that all values of a dictionary have a shape."""
     return lambda value: isinstance(value, dict) and all(fits(part, shape) for part in value.values())
 
 
 def twice(names: Sequence[Any]) -> Dict[Any, int]:
-    """Those that there are several of."""
+    """Return the names that occur several times, with their counts."""
     return {name: names.count(name) for name in names if names.count(name) > 1}

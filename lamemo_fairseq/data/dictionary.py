@@ -13,14 +13,15 @@ NO_WORD = -1
 class TextDictionary(Dictionary):
     """A dictionary whose special symbols are words like any other.
 
-    ``pad_index`` is still the id of ``<pad>``. The words are those of the model. fairseq's commands add more when they
-    print, such as joined pieces, to number them for a score: those go into a copy, so that no prompt gets their ids.
+    ``pad_index`` is still the id of ``<pad>``. The words are those of the model. When fairseq's commands print, they
+    add words such as joined pieces, to number them for a score. Those words go into a copy, so that no prompt gets
+    their ids.
     """
 
     _with_others: Optional[Dictionary] = None
 
     def pad(self) -> int:
-        """The id of what is no word: `NO_WORD`."""
+        """Return `NO_WORD`, the id of what is no word."""
         return NO_WORD
 
     def string(
@@ -33,10 +34,10 @@ class TextDictionary(Dictionary):
         include_eos: bool = False,
         separator: str = " ",
     ) -> str:
-        """The words of ids, one row a line.
+        """Return the words of ids, one row a line.
 
-        fairseq drops ``<s>`` and ``</s>`` wherever they stand. Here one ``</s>`` is dropped: that before a prompt, or
-        that at the end of a hypothesis or a line. Callers who name *extra_symbols_to_ignore* have one of the latter.
+        fairseq drops ``<s>`` and ``</s>`` wherever they stand. Here a single ``</s>`` is dropped: the first symbol of a
+        prompt, or the last one of a hypothesis or line. Hypotheses come with *extra_symbols_to_ignore*.
         """
         if torch.is_tensor(tensor) and tensor.dim() == 2:
             extra = None if extra_symbols_to_ignore is None else set(extra_symbols_to_ignore)

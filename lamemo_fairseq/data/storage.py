@@ -17,11 +17,11 @@ _AGAIN = "binarize the text again with fairseq-preprocess"
 
 
 class Index(NamedTuple):
-    """What the index of a split says of its lines, which lie one behind the other."""
+    """The lines of a split according to its index. They lie one behind the other."""
 
     dtype: Any
     sizes: NDArray[Any]  # [lines]
-    shift: int  # what stored numbers have more than ids
+    shift: int  # stored numbers minus ids
 
 
 class OlderLines(FairseqDataset):

@@ -1,4 +1,4 @@
-"""Reading from a data folder how its text became tokens: `python -m preprocess` records it in ``preprocess.json``."""
+"""Read from a data folder how its text became tokens: `python -m preprocess` records it in ``preprocess.json``."""
 
 import json
 import os
@@ -13,7 +13,7 @@ _WHOLE_TEXT = {"bytes": "bytes", "text8": "characters", "letters": "characters"}
 
 @dataclass(frozen=True)
 class TextEncoding:
-    """How a text became tokens.
+    """The way in which a text became tokens.
 
     Args:
         tokenizer: ``space``, ``words`` or ``moses``; ``none`` for bytes and letters, which are no words.

@@ -1,4 +1,4 @@
-"""What fairseq-eval-lm reports of a split: figures per token or per word, and the words' own."""
+"""The report of fairseq-eval-lm on a split: figures per token or per word, and those of single words."""
 
 from .evaluate import use_for_eval_lm
 

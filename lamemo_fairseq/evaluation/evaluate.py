@@ -1,7 +1,7 @@
 """The evaluation of fairseq-eval-lm, of streams rather than of sentences.
 
-fairseq's own scores each row of a batch by itself: a word whose pieces a segment's end cuts counts as two, what has the
-id of padding is left out, and with several ranks the first one's share is reported.
+fairseq's own evaluation scores each row of a batch by itself. It counts a word that a segment's end cuts as two, leaves
+out words with the id of padding, and with several ranks reports the first one's share.
 
 Shapes: B streams, N tokens of a segment, R of them in all that are not padding, V words.
 """
@@ -57,13 +57,13 @@ def evaluate(
     device: Optional[torch.device] = None,
     **unused: Any,
 ) -> Dict[str, float]:
-    """The mean loss of a split, a token or a word, over all streams of all ranks.
+    """Return the mean loss of a split, a token or a word, over all streams of all ranks.
 
     Args:
         models: one, or several whose probabilities are averaged.
         dictionary: the words.
         batches: of consecutive segments, as the task feeds them.
-        post_process: fairseq's name of what makes words of pieces (`words.py`). The loss is then a word's: the sum
+        post_process: fairseq's name of the way to join pieces to words (`words.py`). The loss is then a word's: the sum
             over all tokens divided by the number of words, wherever segments and streams begin. ``</s>`` is a word.
         output_word_probs, output_word_stats: log the words, once everything has been read.
         softmax_batch: score at most so many tokens at once; 0 for a whole batch.
@@ -123,9 +123,9 @@ def _totals(nll: float, tokens: int, words: int) -> Tuple[float, int, int]:
 
 
 def target_log_probs(models: List[Any], inputs: Dict[str, Any], target: Tensor, at_once: int = 0) -> Tensor:
-    """Natural log-probabilities ``[R]`` of the words ``target [R]`` of a batch, in float32 or wider.
+    """Return natural log-probabilities ``[R]`` of the words ``target [R]`` of a batch, in float32 or wider.
 
-    Those of several models are of their mean probability.
+    Several models give the logarithm of their mean probability.
     """
     logs = []
     for model in models:

@@ -1,4 +1,4 @@
-"""What ``--output-word-probs`` and ``--output-word-stats`` print: words of the text, whole, in its order."""
+"""The output of ``--output-word-probs`` and ``--output-word-stats``: whole words of the text, in its order."""
 
 import logging
 from itertools import pairwise
@@ -30,13 +30,13 @@ class TokenLog:
         self._streams: Dict[int, List[Tuple[Tensor, Tensor]]] = {}
 
     def add(self, streams: Tuple[int, ...], lengths: List[int], tokens: Tensor, log_probs: Tensor) -> None:
-        """Add a segment: of stream b as many ``tokens [R]`` and ``log_probs [R]`` as ``lengths[b]`` says."""
+        """Add a segment: ``lengths[b]`` of ``tokens [R]`` and ``log_probs [R]`` belong to stream b."""
         found = zip(streams, tokens.cpu().split(lengths), log_probs.cpu().split(lengths), strict=True)
         for stream, *row in found:
             self._streams.setdefault(stream, []).append((row[0], row[1]))
 
     def whole(self) -> Tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities ``[T]`` of the split in order, on the first rank; nothing on others."""
+        """Return tokens and log-probabilities ``[T]`` of the split in order, on the first rank; nothing on others."""
         streams = {k: v for part in gather_objects(self._streams) for k, v in part.items()}
         parts = [row for stream in sorted(streams) for row in streams[stream]]
         if not parts:
@@ -45,7 +45,7 @@ class TokenLog:
 
 
 def words_of(tokens: Tensor, log_probs: Tensor, units: WordUnits, dictionary: Dictionary) -> Iterator[Word]:
-    """The words of ``tokens [T]`` of a split from its beginning."""
+    """Yield the words of ``tokens [T]`` of a split from its beginning."""
     eos = dictionary.eos()
     before = torch.cat([tokens.new_tensor([eos]), tokens[:-1]])
     starts = units.first_pieces(tokens, before).nonzero().squeeze(1).tolist()
@@ -58,7 +58,7 @@ def words_of(tokens: Tensor, log_probs: Tensor, units: WordUnits, dictionary: Di
 
 
 def print_words(words: List[Word], probs: bool, stats: bool) -> None:
-    """Log the words of each line of the text, or of each word what fairseq's `WordStat` counts, or both."""
+    """Log the words of each line of the text, or fairseq's `WordStat` of each word, or both."""
     if probs:
         line: List[str] = []
         number = 0

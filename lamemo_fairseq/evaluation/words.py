@@ -30,7 +30,7 @@ def check_post_process(name: Optional[str]) -> None:
 
 @dataclass(frozen=True)
 class WordUnits:
-    """How many words begin with a piece, which depends on the piece before it.
+    """The number of words that begin with a piece, which depends on the piece before it.
 
     A piece belongs to the word before it if it `joins`, and that word is still open. ``</s>`` is a word.
     """
@@ -42,7 +42,7 @@ class WordUnits:
 
     @classmethod
     def of(cls, name: Optional[str], dictionary: Dictionary) -> "WordUnits":
-        """The units that ``--post-process`` names; without one, every piece is a word.
+        """Make the units that ``--post-process`` names; without one, every piece is a word.
 
         Raises:
             ValueError: the name is not known.
@@ -69,16 +69,16 @@ class WordUnits:
         return WordUnits(self.name, self.words.to(device), self.joins.to(device), self.closes.to(device))
 
     def begun(self, pieces: Tensor, before: Tensor) -> Tensor:
-        """How many words begin with each of the *pieces*, given the ones *before* them: int64 of their shape."""
+        """Count the words that begin with each of the *pieces*, given the ones *before* them: int64 of their shape."""
         return self.words[pieces] - (self.joins[pieces] & ~self.closes[before]).long()
 
     def first_pieces(self, pieces: Tensor, before: Tensor) -> Tensor:
-        """Which *pieces* ``[T]`` are the first of what `written` makes a word of.
+        """Tell which *pieces* ``[T]`` are the first ones of words as `written` joins them: bool ``[T]``.
 
         A piece without any part of a word, such as a mark alone, goes with the piece after it.
         """
         return ~(self.joins[pieces] & ~self.closes[before]) & self.words[before].bool()
 
     def written(self, pieces: Sequence[str]) -> str:
-        """The word that pieces make."""
+        """Return the word that pieces make."""
         return data_utils.post_process(" ".join(pieces), self.name)

@@ -29,13 +29,13 @@ _INVALID = 0xFF  # occurs in no UTF-8
 
 
 class Bytes:
-    """A token a byte. Unlike fairseq's coder of this name it keeps tabs and runs of spaces."""
+    """A token a byte. Unlike fairseq's coder of this name, this one keeps tabs and runs of spaces."""
 
     def encode(self, text: str) -> str:
         return " ".join(BYTE_SYMBOLS[byte] for byte in text.encode("utf-8"))
 
     def decode(self, tokens: str) -> str:
-        """The text; U+FFFD for words that are no byte, and for bytes that are no UTF-8."""
+        """Return the text, with U+FFFD for words that are no byte, and for bytes that are no UTF-8."""
         return bytes(_BYTES.get(symbol, _INVALID) for symbol in tokens.split()).decode("utf-8", "replace")
 
 
@@ -96,7 +96,7 @@ def recorded_pieces(record: TextEncoding) -> Any:
 
 
 class PromptCoding:
-    """How prompts become tokens: as the command says, or if it names nothing, as the data folder records.
+    """The coders of prompts: those that the command names, or if it names none, those that the data folder records.
 
     Args:
         folder: of the data.

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.dictionary import NO_WORD
 from ..memory import DivergenceError
 from ..models.incremental import DecodingState
+from .options import refusal
 from .progress import counter
 from .repetition import aligned_right, repeating_words
 from .sampling import is_plain_sampling, sampled_continuations
@@ -116,11 +117,9 @@ class PromptGenerator(SequenceGenerator):
 
     def __init__(self, models: Sequence[Any], tgt_dict: Any, no_repeat_ngram_size: int = 0, **kwargs: Any):
         if kwargs.get("match_source_len"):
-            raise ValueError("--match-source-len is for translation: pass --max-len-a and --max-len-b instead")
+            raise ValueError(refusal("match_source_len"))
         if kwargs.get("lm_model") is not None:
-            raise ValueError(
-                "--lm-path adds a language model to a translation model: pass both to --path, separated by :"
-            )
+            raise ValueError(refusal("lm_path"))
         super().__init__(PromptedEnsemble(models, tgt_dict.eos(), no_repeat_ngram_size), tgt_dict, **kwargs)
         self.no_repeat_ngram_size = no_repeat_ngram_size
         if isinstance(self.search, search.Sampling):

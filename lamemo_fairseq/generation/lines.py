@@ -1,4 +1,4 @@
-"""Prompts as they are typed, to word ids; what hardly any word of is known is told."""
+"""Prompts as they are typed, to word ids. A prompt with hardly any known word gets a warning."""
 
 import logging
 import re
@@ -50,7 +50,7 @@ def _tell_unknown(prompt: str, words: List[str], dictionary: Dictionary) -> None
 
 
 def _advice(prompt: str, dictionary: Dictionary) -> str:
-    """Find out what the dictionary's text had gone through that the prompt has not."""
+    """Return a remedy: the step that the dictionary's text went through and the prompt did not."""
     for what, encode in _ways(dictionary):
         words = encode(prompt).split()
         if words and sum(word not in dictionary for word in words) <= MOSTLY * len(words):

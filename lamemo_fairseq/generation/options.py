@@ -51,8 +51,16 @@ _DEFAULTS = GenerationConfig()
 NAMES: List[str] = [field.name for field in fields(GenerationConfig) if not field.name.startswith("_")]
 
 
+def refusal(name: str) -> str:
+    """Return the message on an option of `REFUSED` that is given."""
+    return f"{option_name(name)} {REFUSED[name]}"
+
+
 def check_generation(options: Any) -> None:
-    """Refuse options of *options*, an object with fairseq's names as attributes, that cannot do what they say.
+    """Refuse options that cannot do what they say.
+
+    Args:
+        options: an object with fairseq's names as attributes.
 
     Raises:
         ValueError: naming the option and what to pass instead.
@@ -61,9 +69,9 @@ def check_generation(options: Any) -> None:
     def value(name: str) -> Any:
         return getattr(options, name, getattr(_DEFAULTS, name))
 
-    for name, reason in REFUSED.items():
+    for name in REFUSED:
         if value(name) not in (None, getattr(_DEFAULTS, name)):
-            raise ValueError(f"{option_name(name)} {reason}")
+            raise ValueError(refusal(name))
     _check_ranges(value)
     _check_search(value)
     if value("score_reference"):

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Averages(EMA):
-    """fairseq's, which would average a tensor with two names, such as tied embeddings, twice an update."""
+    """fairseq's averages. fairseq averages a tensor with two names, such as tied embeddings, twice an update."""
 
     def build_fp32_params(self, state_dict: Any = None) -> None:
         super().build_fp32_params(state_dict)
@@ -26,9 +26,10 @@ class Averages(EMA):
 
 
 def supply_averages(trainer: Any, state: Dict[str, Any], anew: bool) -> None:
-    """Put averages into a checkpoint to go on from that has none, or if a run begins *anew* others than wanted.
+    """Put averages into a checkpoint that a run goes on from, if the checkpoint has none.
 
-    fairseq means to begin with the weights then, but no longer has them; ``--ema-seed-model`` it would forget.
+    fairseq means to begin with the weights then, but no longer has them. If a run begins *anew*, those of
+    ``--ema-seed-model``, which fairseq would forget, replace the checkpoint's.
     """
     options, extra = trainer.cfg.ema, state["extra_state"]
     if not options.store_ema or ("ema" in extra and not (anew and options.ema_seed_model)):
@@ -42,7 +43,7 @@ def supply_averages(trainer: Any, state: Dict[str, Any], anew: bool) -> None:
 
 
 def _other_names(model: nn.Module) -> Dict[str, str]:
-    """The first name of every parameter that has several, by the others."""
+    """Return the first name of every parameter that has several, by its other names."""
     first: Dict[int, str] = {}
     others: Dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -50,7 +50,7 @@ class CommandLine:
 
     @property
     def ours(self) -> bool:
-        """Whether the command line is for a model of this package."""
+        """The command line is for a model of this package."""
         return self.command is not None and (self.task == TASK or self._is_our_architecture())
 
     def _is_our_architecture(self) -> bool:
@@ -60,7 +60,7 @@ class CommandLine:
     @classmethod
     @contextlib.contextmanager
     def unchecked(cls) -> Iterator[None]:
-        """Lines that are read meanwhile have been checked."""
+        """Leave lines that are read meanwhile unchecked, as they have been checked before."""
         cls._unchecked = True
         try:
             yield
@@ -69,7 +69,7 @@ class CommandLine:
 
     @contextlib.contextmanager
     def plain_errors(self) -> Iterator[None]:
-        """Report what cannot be read in one line, without the usage of 250 options.
+        """Report an unreadable command line in one line, without the usage of 250 options.
 
         Raises:
             ValueError: naming the option and the remedy.
@@ -148,7 +148,7 @@ class CommandLine:
             raise ValueError(f"{' and '.join(precisions)} exclude each other: pass one")
 
     def _in_words(self, message: str) -> str:
-        """An error of argparse, with what to do."""
+        """Return an error of argparse with its remedy."""
         if found := re.match(r"unrecognized arguments: (.*)", message, flags=re.DOTALL):
             names = [word.split("=", 1)[0] for word in found[1].split() if word.startswith("-")]
             return (

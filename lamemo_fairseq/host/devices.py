@@ -8,9 +8,9 @@ import torch
 
 @contextmanager
 def without_gpus(hide: bool) -> Iterator[None]:
-    """If *hide*, torch says meanwhile that there is no GPU.
+    """If *hide*, let torch report meanwhile that there is no GPU.
 
-    fairseq asks torch in places that do not know of ``--cpu``: where it clips gradients, keeps random states and loads
+    fairseq asks torch in places that do not look at ``--cpu``: when it clips gradients, keeps random states and loads
     batches ahead.
     """
     former = torch.cuda.is_available, torch.cuda.device_count

@@ -1,4 +1,4 @@
-"""What fairseq-generate and fairseq-interactive do otherwise than for a translation model."""
+"""Defaults of fairseq-generate and fairseq-interactive that differ from those for a translation model."""
 
 from argparse import Namespace
 from typing import Any, Sequence
@@ -30,8 +30,8 @@ class NoScore(BaseScorer):
 def adapt_generation(namespace: Namespace, words: Sequence[str], task: str) -> None:
     """Change defaults of a command line for *task*, if it is one that generates, where *words* do not name them.
 
-    There is no BLEU, and there is one process. fairseq takes as many as there are GPUs: fairseq-generate would then
-    continue that share of the lines alone, and each process of fairseq-interactive would read the same input.
+    There is no BLEU, and there is one process. fairseq takes as many processes as there are GPUs. fairseq-generate
+    would then continue one share of the lines alone, and each process of fairseq-interactive would read the same input.
 
     Raises:
         ValueError: torchrun has started several processes, which these commands do not divide the work among.

@@ -16,7 +16,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class _Training:
-    """The training run of this process, as far as its end has to be told of."""
+    """The training run of this process, and the report on its end."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -51,7 +51,7 @@ _told = False
 
 
 def end_in_one_line() -> None:
-    """Put `_ended` in the place of what prints tracebacks."""
+    """Put `_ended` in the place of the function that prints tracebacks."""
     if sys.excepthook is not _ended:
         global _otherwise
         _otherwise = sys.excepthook
@@ -59,21 +59,21 @@ def end_in_one_line() -> None:
 
 
 def begin(trainer: Any) -> None:
-    """A training begins, or goes on after as many updates as the trainer has."""
+    """Note that a training begins, or goes on after as many updates as the trainer has."""
     global _training, _told
     _training, _told = _Training(trainer), False
     end_in_one_line()
 
 
 def note_saved(updates: int) -> None:
-    """A checkpoint was saved."""
+    """Note that a checkpoint was saved after so many *updates*."""
     if _training is not None:
         _training.saved = updates
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Tell of an interruption meanwhile, once for all ranks. SIGTERM is one."""
+    """Report an interruption meanwhile, once for all ranks. SIGTERM is one."""
     former = None
     if threading.current_thread() is threading.main_thread():
         former = signal.signal(signal.SIGTERM, _terminate)

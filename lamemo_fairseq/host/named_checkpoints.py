@@ -61,7 +61,9 @@ def check_checkpoints(options: argparse.Namespace) -> None:
         _refuse_another_task(options)
         return
     if getattr(options, "lm_path", None) is not None:
-        raise ValueError("--lm-path adds a language model to a translation model: pass both to --path, separated by :")
+        from ..generation.options import refusal  # which imports models, and they this module
+
+        raise ValueError(refusal("lm_path"))
     overrides = parse_overrides(getattr(options, "model_overrides", "{}"))
     only_validates = not (hasattr(options, "beam") or hasattr(options, "context_window"))
     for path in _files(getattr(options, "path", None)):

@@ -11,7 +11,7 @@ from .option_table import all_rules
 
 
 def render() -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     parts = [_HEAD]
     for effect, heading in _HEADINGS.items():
         parts.append(f"## {heading}\n\n| option | command | reason, and what to do |\n|---|---|---|")

@@ -1,4 +1,4 @@
-"""What a training run that goes on from a checkpoint has otherwise than the run that wrote it.
+"""Differences between a training run that goes on from a checkpoint and the run that wrote it.
 
 Options that the weights do not fit are refused by name before anything is loaded; others are told in the log.
 """
@@ -64,7 +64,7 @@ _run: ContextVar[Any] = ContextVar("_run", default=None)
 
 @contextmanager
 def restoring(trainer: Any, anew: bool) -> Iterator[None]:
-    """Hold the checkpoint that is loaded meanwhile against the options of a run.
+    """Compare the checkpoint that is loaded meanwhile with the options of a run.
 
     Args:
         trainer: fairseq's.
@@ -85,7 +85,7 @@ def restoring(trainer: Any, anew: bool) -> Iterator[None]:
 
 
 def check_restored(state: Dict[str, Any], path: str) -> None:
-    """Check a checkpoint that is loaded within `restoring`, and tell what differs; elsewhere do nothing.
+    """Check a checkpoint that is loaded within `restoring`, and log the differences; elsewhere do nothing.
 
     Raises:
         CheckpointError: it is of another package, or of a model that this run's options do not make.
@@ -118,7 +118,7 @@ def check_restored(state: Dict[str, Any], path: str) -> None:
 
 
 def check_weights(model: Any, weights: Mapping[str, Any], path: str, differences: List[_Difference]) -> None:
-    """Check that a model can take weights, before it does.
+    """Check that weights fit a model, before it loads them.
 
     Raises:
         CheckpointError: naming the options that differ, or else a weight.
@@ -145,7 +145,7 @@ def check_weights(model: Any, weights: Mapping[str, Any], path: str, differences
 
 
 def _differences(trainer: Any, state: Dict[str, Any]) -> List[_Difference]:
-    """Return what differs between the options of a run and those of a checkpoint, a name once."""
+    """Return the differences between the options of a run and those of a checkpoint, each name once."""
     now, then = _resolved(trainer.cfg), _resolved(complete(state["cfg"]))
     memories = {cfg["model"]["memory"] for cfg in (now, then)}
     owners = owners_of_options()

@@ -1,4 +1,4 @@
-"""What a learning rate schedule has come to. fairseq saves one or two of its values, and steps it anew at a resume."""
+"""The state of a learning rate schedule. fairseq saves one or two of its values, and steps it anew at a resume."""
 
 from typing import Any, Dict, List
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ def begin_epoch(trainer: Any) -> None:
 
 
 def schedule_state(trainer: Any) -> Dict[str, Any]:
-    """Plain containers, for a checkpoint."""
+    """Return the state of a schedule for a checkpoint, in plain containers."""
     parts = _parts(trainer.lr_scheduler)
     return {
         "options": {name: _options(part) for name, part in parts.items()},
@@ -73,7 +73,7 @@ def _set_rates(trainer: Any, rates: List[float]) -> None:
 
 
 def _parts(scheduler: Any) -> Dict[str, Any]:
-    """The schedule and, with several optimizers, theirs by name."""
+    """Return the schedule and, with several optimizers, theirs by name."""
     own = getattr(getattr(scheduler, "optimizer", None), "lr_scheduler", None)
     return {"": scheduler, **getattr(own, "lr_schedulers", {})}
 

@@ -35,7 +35,7 @@ _AT_LEAST: Dict[int, Tuple[str, ...]] = {
 
 
 class Need(NamedTuple):
-    """What a choice does not work without."""
+    """A requirement of a choice."""
 
     option: str
     choice: str
@@ -193,7 +193,7 @@ def check_criterion_name(name: str) -> None:
 
 
 def serves(name: str) -> bool:
-    """Whether a criterion can train these models, as far as it is fairseq's."""
+    """Return whether a criterion can train these models. Only fairseq's own criterions are judged."""
     criterion = REGISTRIES["criterion"]["registry"].get(name)
     return name in FAIRSEQ_CRITERIONS or criterion is None or not criterion.__module__.startswith("fairseq.")
 
@@ -233,7 +233,7 @@ def check_line(command: str, settings: Settings, given: Collection[str], changed
 
 
 def check_task(config: Any, from_checkpoint: bool = False) -> None:
-    """Check the configuration that a task's is part of, if it is one of training and comes from a YAML.
+    """Check the whole configuration that contains a task's, if it is one of training and comes from a YAML.
 
     Raises:
         ValueError: as `check` does.

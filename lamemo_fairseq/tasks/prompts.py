@@ -13,7 +13,7 @@ from ..evaluation.words import check_post_process
 from ..generation import PromptDataset, PromptGenerator, StreamingScorer
 from ..generation.encoders import PromptCoding
 from ..generation.lines import encode_prompts
-from ..generation.options import check_generation, warn_without_effect
+from ..generation.options import check_generation, refusal, warn_without_effect
 
 
 class PromptTask(FairseqTask):
@@ -24,23 +24,23 @@ class PromptTask(FairseqTask):
     _coding: PromptCoding
 
     def get_interactive_tokens_and_lengths(self, lines: List[str], encode_fn: Callable[[str], str]) -> Any:
-        """Word ids of the prompts of fairseq-interactive, and how many each has."""
+        """Return the word ids of the prompts of fairseq-interactive, and how many each has."""
         found = encode_prompts([clean_prompt(line) for line in lines], encode_fn, self.dictionary)
         return found, [len(ids) for ids in found]
 
     def build_tokenizer(self, args: Any) -> Any:
-        """The tokenizer that is named, or the data folder's if neither it nor ``--bpe`` is."""
+        """Build the tokenizer that is named, or the data folder's if neither it nor ``--bpe`` is."""
         joins = self._option("post_process")
         check_post_process(joins)
         self._coding = PromptCoding(data_folders(self.cfg.data)[0], joined=joins not in (None, "none"))
         return self._coding.part("tokenizer", args, super().build_tokenizer)
 
     def build_bpe(self, args: Any) -> Any:
-        """What splits words into pieces, chosen in the same way; fairseq asks for the tokenizer first."""
+        """Build the coder of pieces, chosen in the same way. fairseq asks for the tokenizer first."""
         return self._coding.part("bpe", args, super().build_bpe)
 
     def build_dataset_for_inference(self, src_tokens: Any, src_lengths: Any, **kwargs: Any) -> PromptDataset:
-        """Whole texts to score or continue, each read from an empty memory after an end-of-sentence token."""
+        """Return whole texts to score or continue, each read from an empty memory after an end-of-sentence token."""
         return PromptDataset(src_tokens, self.dictionary)
 
     def build_generator(
@@ -51,7 +51,7 @@ class PromptTask(FairseqTask):
         extra_gen_cls_kwargs: Any = None,
         prefix_allowed_tokens_fn: Any = None,
     ) -> Any:
-        """A generator that reads prompts into the memory first, or with ``score_reference`` a scorer."""
+        """Build a generator that reads prompts into the memory first, or with ``score_reference`` a scorer."""
         check_generation(args)
         warn_without_effect(args)
         if getattr(args, "score_reference", False):
@@ -65,7 +65,7 @@ class PromptTask(FairseqTask):
     ) -> Any:
         """Continue or score the texts of a batch."""
         if constraints is not None:
-            raise NotImplementedError("--constraints is for translation: a language model takes a prompt instead")
+            raise NotImplementedError(refusal("constraints"))
         if "target" not in sample:  # fairseq-interactive's, to be scored
             source = sample["net_input"]["src_tokens"]
             end = source.new_full((len(source), 1), self.dictionary.pad())
@@ -74,7 +74,7 @@ class PromptTask(FairseqTask):
             return generator.generate(models, sample, prefix_tokens=prefix_tokens)
 
     def _shard(self, ranks: int, rank: int) -> Tuple[int, int]:
-        """Of how many shards this one is which: those of ``--num-shards``, or of several ranks.
+        """Return the number of shards and the index of this one: those of ``--num-shards``, or of several ranks.
 
         Raises:
             ValueError: there is no such shard, both are asked for, or shards of a training split.

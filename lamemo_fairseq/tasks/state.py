@@ -1,4 +1,4 @@
-"""What a task keeps of a run."""
+"""The state that a task keeps of a run."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from fairseq.tasks.fairseq_task import StatefulContainer
 
 
 class TaskState(StatefulContainer):
-    """fairseq's, which can be copied and pickled; there, a copy looks for attributes that it does not have yet."""
+    """fairseq's container, which can be copied and pickled here. A copy of fairseq's reads what it has not got yet."""
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_state", "_factories") or name.startswith("__"):
