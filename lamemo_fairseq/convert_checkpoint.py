@@ -276,7 +276,7 @@ def _moved_cutoffs(cutoffs: List[int], order: List[Optional[int]], added: int) -
 
 
 def _is_first_table(name: str) -> bool:
-    """Whether a weight has a row for each word of the first band, among which are fairseq's own symbols."""
+    """Return whether a weight has a row for each word of the first band, among which are fairseq's own symbols."""
     return name.endswith((".tables.0.weight", ".weights.0", ".biases.0"))
 
 
@@ -299,7 +299,7 @@ def _joined(config: Dict[str, Any]) -> bool:
 
 
 def _buffers(config: Dict[str, Any], dtype: torch.dtype) -> Dict[str, Tensor]:
-    """What the released code keeps beside its weights: frequencies, and unused constants of its look-ahead layers."""
+    """Return the released code's buffers: frequencies, and unused constants of its look-ahead layers."""
     buffers = {}
     if config["attn_type"] != 1:
         buffers["pos_emb.inv_freq"] = inverse_frequencies(config["d_model"], dtype)

@@ -23,7 +23,7 @@ from .tokenization import END
 
 
 class SplitCount(NamedTuple):
-    """What a split holds."""
+    """The counts of a split."""
 
     tokens: int
     lines: int
@@ -31,7 +31,7 @@ class SplitCount(NamedTuple):
 
 
 def count_symbols(chunks: Iterable[Path]) -> Counter[str]:
-    """How often each symbol occurs."""
+    """Count how often each symbol occurs."""
     counts: Counter[str] = Counter()
     for path in chunks:
         counts.update(load_counts(path))

@@ -13,7 +13,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def no_room(error: BaseException) -> bool:
-    """Whether a file could not be written for want of room on the disk."""
+    """Return whether a file could not be written for want of room on the disk."""
     return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 

@@ -78,7 +78,7 @@ class Source(NamedTuple):
 
 
 def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
-    """Where the texts called *names* are.
+    """Find the texts called *names*.
 
     Args:
         sources: a file for each name, or one folder or archive that holds all of them. In a folder, they may be
@@ -120,7 +120,7 @@ def _in_folder(folder: Path, names: Sequence[str]) -> list[Source]:
 
 
 def _one_a_folder(folder: Path, name: str) -> list[Source]:
-    """Where a text is, in *folder* first and then one level deeper."""
+    """Find a text in *folder*, and then one level deeper."""
     named = PurePath(name)
     part = re.compile(rf"{re.escape(named.stem)}(?:-(\d+))?{re.escape(named.suffix)}")
     files: dict[Path, dict[int | None, Path]] = {}  # by folder and part
@@ -255,5 +255,5 @@ def _opener(path: Path) -> Opener | None:
 
 
 def holds_several(path: Path) -> bool:
-    """Whether a path is a folder or an archive."""
+    """Return whether a path is a folder or an archive."""
     return path.is_dir() or _is_archive(path)

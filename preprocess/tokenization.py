@@ -39,8 +39,10 @@ class Encoded(NamedTuple):
 
 
 class Boundary(NamedTuple):
-    """Where a text may be cut: behind a match of *pattern*, or if none begins within *reach* bytes, behind one of
-    *beyond*, or anywhere."""
+    """The places where a text may be cut: behind a match of *pattern*.
+
+    If no match begins within *reach* bytes, they are those behind a match of *beyond*, or any place.
+    """
 
     pattern: bytes
     reach: int | None = None

@@ -278,7 +278,7 @@ def _evaluate(
 
 
 def diverged(plan: Plan, run: Run) -> Optional[str]:
-    """What to do about a training that diverged, as its log says; None if it did not."""
+    """Return the advice on a training that diverged, as its log says; None if it did not."""
     folder = plan.folder(run)
     if not any(map(DIVERGED.search, logs.tail(folder.log))):
         return None

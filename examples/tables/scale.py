@@ -29,7 +29,7 @@ NEVER = 10**6  # epochs
 
 
 def decided(plan: Plan) -> Optional[Dict[str, Any]]:
-    """How the table of a folder was shrunk; None if it was not.
+    """Return how the table of a folder was shrunk, None if it was not.
 
     Raises:
         ValueError: the file that says so is damaged.

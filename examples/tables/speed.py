@@ -84,7 +84,7 @@ def where(slot: Slot) -> Dict[str, Any]:
 
 
 def read(plan: Plan) -> Dict[str, Any]:
-    """What was measured, by row.
+    """Return the measured rates by row.
 
     Raises:
         ValueError: the file holds something else.

@@ -14,7 +14,7 @@ __all__ = ["check_ids", "check_split", "load_dictionary", "load_lines"]
 
 
 def load_dictionary(path: str) -> TextDictionary:
-    """The words of a ``dict.txt``.
+    """Load the words of a ``dict.txt``.
 
     Raises:
         FileNotFoundError: there is none.
@@ -38,7 +38,7 @@ def load_dictionary(path: str) -> TextDictionary:
 
 
 def load_lines(folder: str, split: str, dictionary: Dictionary, impl: Optional[str], combine: bool) -> Any:
-    """The lines of a split, an indexed dataset of fairseq.
+    """Open the lines of a split, an indexed dataset of fairseq.
 
     Args:
         impl: ``--dataset-impl``, None to tell the format from the files.

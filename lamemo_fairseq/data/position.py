@@ -41,5 +41,5 @@ class SegmentPosition:
 
 
 def real_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Booleans ``[B, N]``: which of ``tokens [B, N]`` are not padding, in rows of *lengths* ``[B]``."""
+    """Return booleans ``[B, N]``, True where ``tokens [B, N]`` in rows of *lengths* ``[B]`` are not padding."""
     return torch.arange(tokens.size(1), device=tokens.device) < lengths.unsqueeze(1)

@@ -22,7 +22,7 @@ class SegmentKey(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What a key leads to."""
+    """The tokens that a key names."""
 
     key: SegmentKey
     source: NDArray[np.int64]  # [n], the token before each target
@@ -128,5 +128,5 @@ def without_padding(batch: Dict[str, Any]) -> Dict[str, Any]:
 
 @lru_cache(maxsize=4096)
 def roll_offset(seed: int, epoch: int, stream: int, length: int) -> int:
-    """How far a stream of *length* tokens is rotated in an epoch: the same on every rank and after a resume."""
+    """Return the rotation of a stream of *length* tokens in an epoch: the same on every rank and after a resume."""
     return int(np.random.default_rng((seed, epoch, stream)).integers(length))

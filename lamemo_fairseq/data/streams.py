@@ -62,7 +62,7 @@ def part_of_line(lines: Any, index: int, start: int, stop: int) -> NDArray[np.in
 
 @dataclass(frozen=True)
 class StreamLayout:
-    """How *num_tokens* tokens are cut into streams, and these into segments.
+    """A cut of *num_tokens* tokens into streams, and of these into segments.
 
     Streams are contiguous and differ by one token at most; every token is in exactly one.
     """

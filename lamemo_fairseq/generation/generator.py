@@ -41,7 +41,7 @@ def read_prompts(model: Any, tokens: Tensor, lengths: Sequence[int]) -> ReadProm
 
 
 class Prompts(NamedTuple):
-    """What fairseq's generator carries along as an encoder's output, a row a beam."""
+    """The prompts, which fairseq's generator carries along as an encoder's output, a row a beam."""
 
     states: List[DecodingState]  # of each model, until the first step
     words: Optional[Tensor]  # [B K, L], aligned on the right, where repeated n-grams are blocked
@@ -162,7 +162,7 @@ class PromptGenerator(SequenceGenerator):
         return [found[row] for row in range(len(lengths))]
 
     def _beginning(self, tokens: List[int], length: int) -> int:
-        """How many *tokens* are a text of *length* or a beginning of it, or a text of their own.
+        """Count the *tokens* that are a text of *length* or a beginning of it, or a text of their own.
 
         Of a text that is shorter than the beginnings asked for, fairseq also takes the end among its targets.
         """

@@ -1,4 +1,4 @@
-"""What fairseq, the host of this plugin, does not do for a model that carries state, or does wrong on today's torch.
+"""Replacements for what fairseq, the host, does not do for a model with state, or does wrong on today's torch.
 
 Importing the package, or for a few setting up the task, puts the pieces in place. Each stands in for one
 function of fairseq, says why beside it, and leaves to that function whatever it does right.

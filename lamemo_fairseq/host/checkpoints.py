@@ -71,7 +71,7 @@ def verify(path: Path) -> None:
 
 
 def _damage(path: Path) -> Optional[str]:
-    """What is wrong with a file, if anything is."""
+    """Return the damage of a file, None if it is whole."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4)
@@ -103,7 +103,7 @@ def _digest(path: Path, length: int) -> bytes:
 
 
 def _advice(path: Path) -> str:
-    """How to go on without a damaged file.
+    """Return the advice on going on without a damaged file.
 
     The same command reads checkpoint_last.pt again, and without one begins at update 0 and says nothing.
     """
@@ -242,7 +242,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _reason(error: BaseException, unfinished: Path) -> Optional[OSError]:
-    """Why a file could not be written. torch does not say, so that it is tried once more."""
+    """Return why a file could not be written. torch does not say, so that a write is tried once more."""
     if isinstance(error, RuntimeError):
         try:
             with unfinished.open("ab") as file:

@@ -76,5 +76,5 @@ def check_save_dir(folder: str) -> None:
 
 
 def launched_ranks() -> int:
-    """How many processes torchrun has started for this job, 1 if it was not torchrun."""
+    """Return the number of processes that torchrun has started for this job, 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1

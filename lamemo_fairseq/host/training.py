@@ -50,7 +50,7 @@ def _train(original: Callable[..., Any], cfg: Any, trainer: Any, *args: Any) -> 
 
 
 def _ended(cfg: Any, trainer: Any) -> Optional[str]:
-    """Why a run that is started again has nothing to do, as schedulers start one after a lost node."""
+    """Return why a run that is started again, as by a scheduler after a lost node, has nothing left to do."""
     limit, updates = cfg.optimization.max_update, trainer.get_num_updates()
     if limit and updates >= limit:
         return f"the checkpoint has {updates} updates, and --max-update is {limit}"
@@ -65,7 +65,7 @@ def _ended(cfg: Any, trainer: Any) -> Optional[str]:
 
 
 def _check_metric(cfg: Any, trainer: Any) -> None:
-    """Look for the metric of ``--best-checkpoint-metric`` in the figures of one batch. fairseq does after an epoch.
+    """Look for the metric of ``--best-checkpoint-metric`` in the figures of one batch, long before fairseq does.
 
     Raises:
         ValueError: it is not there.
@@ -97,7 +97,7 @@ def get_train_iterator(original: Callable[..., Any], trainer: Trainer, *args: An
 
 @stand_in(Trainer, "_set_seed")
 def _set_seed(original: Callable[..., Any], trainer: Any) -> None:
-    """The seed of an update, for its device alone: torch.manual_seed notes a stack of calls for each that is absent."""
+    """Seed only the training device. torch.manual_seed also records a stack trace for every backend that is absent."""
     if trainer.device.type not in ("cpu", "cuda"):
         return original(trainer)
     seed = seed_of(trainer, trainer.get_num_updates())

@@ -1,8 +1,8 @@
-"""What fairseq's trainer holds and does not save, so that a resumed run would go on otherwise than one never stopped.
+"""The state of fairseq's trainer that fairseq does not save. Without it, a resumed run differs from one never stopped.
 
-These are the float32 weights behind those of ``--fp16`` and ``--bf16``, which fairseq makes anew from the rounded ones;
-when the loss scale last changed, with ``--amp`` the scale itself and how often a batch was tried again; how long
-``--patience`` has waited; what the schedule has come to; and how long ago the averages of ``--store-ema`` were updated.
+- The float32 weights behind those of ``--fp16`` and ``--bf16``. fairseq makes them anew from the rounded ones.
+- When the loss scale last changed; with ``--amp`` the scale itself, and how often a batch was tried again.
+- How long ``--patience`` has waited, the state of the schedule, and when the averages of ``--store-ema`` were updated.
 """
 
 import logging
@@ -155,7 +155,7 @@ def check_named_checkpoint(cfg: Any, suffix: str) -> None:
 
 
 def _begins_finetuning(cfg: Any, trainer: Any) -> bool:
-    """Whether fairseq takes nothing but weights from a checkpoint, which its options do not say then."""
+    """Return whether fairseq takes nothing but weights from a checkpoint. Its options do not say so then."""
     last = os.path.join(cfg.save_dir, f"checkpoint_last{trainer.checkpoint_suffix}.pt")
     begins = cfg.finetune_from_model is not None and cfg.continue_once is None
     return begins and not PathManager.exists(last)
