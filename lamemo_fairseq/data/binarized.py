@@ -7,10 +7,8 @@ from typing import Any, List, Optional
 from fairseq.data import ConcatDataset, Dictionary
 
 from .dictionary import TextDictionary
-from .storage import check_files, check_ids, open_lines, other_format, refuse_format
+from .storage import check_files, open_lines, other_format, refuse_format
 from .text import read_text
-
-__all__ = ["check_ids", "check_split", "load_dictionary", "load_lines"]
 
 
 def load_dictionary(path: str) -> TextDictionary:

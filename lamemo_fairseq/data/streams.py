@@ -9,7 +9,7 @@ from fairseq.data import ConcatDataset
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from numpy.typing import NDArray
 
-from .binarized import check_ids
+from .storage import check_ids
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch
 from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 
-from ..data.binarized import check_ids
+from ..data.storage import check_ids
 from ..data.text import clean_prompt
 from .lines import encode_prompts
 from .options import NAMES, check_names

@@ -6,6 +6,8 @@ from typing import Any, Sequence
 from fairseq.dataclass import FairseqDataclass
 from fairseq.scoring import BaseScorer, register_scorer
 
+from .ranks import launched_ranks
+
 NO_SCORE = "no_score"
 
 
@@ -38,8 +40,6 @@ def adapt_generation(namespace: Namespace, words: Sequence[str], task: str) -> N
     """
     if getattr(namespace, "task", None) != task or not hasattr(namespace, "beam"):
         return
-    from .options import launched_ranks  # which imports this module
-
     ranks = launched_ranks()
     if ranks > 1:
         raise ValueError(

@@ -15,6 +15,7 @@ from .generation import adapt_generation
 from .interruption import end_in_one_line
 from .named_checkpoints import check_checkpoints, take_task_from_checkpoint
 from .option_rules import on_cpu
+from .ranks import launched_ranks
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,3 @@ def check_save_dir(folder: str) -> None:
         raise ValueError(f"--save-dir {folder}: {existing} is a file, pass a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"--save-dir {folder}: {existing} cannot be written to, pass a folder of yours")
-
-
-def launched_ranks() -> int:
-    """Return the number of processes that torchrun has started for this job, 1 without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1

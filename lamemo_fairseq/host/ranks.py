@@ -1,6 +1,7 @@
 """Several ranks: what one of them knows, brought to the others."""
 
 import io
+import os
 import pickle
 from typing import Any, Callable, List
 
@@ -62,6 +63,11 @@ def gather_objects(value: Any) -> List[Any]:
 
 def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def launched_ranks() -> int:
+    """Return the number of processes that torchrun has started for this job, 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def _device() -> torch.device:

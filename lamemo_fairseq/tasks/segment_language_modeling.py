@@ -26,8 +26,7 @@ from ..evaluation import use_for_eval_lm
 from ..faults import LossWatch, retry_out_of_memory
 from ..generation import PromptDataset
 from ..host.configuration import check_criterion, check_model
-from ..host.options import launched_ranks
-from ..host.ranks import several_ranks
+from ..host.ranks import launched_ranks, several_ranks
 from ..host.start import check_task
 from ..host.training import prepare_training
 from ..memory import DivergenceError
