@@ -81,6 +81,16 @@ def test_an_unknown_unit_is_refused():
         WordUnits.of("bpe", dictionary_for("letter"))
 
 
+def test_units_of_another_text(caplog):
+    """Words as they are hold none of the marks."""
+    with pytest.raises(ValueError, match=r"--post-process sentencepiece divides words at '▁', .*: leave it out"):
+        WordUnits.of("sentencepiece", dictionary_for("subword_nmt"))
+    WordUnits.of("subword_nmt", dictionary_for("subword_nmt"))
+    assert not caplog.records
+    WordUnits.of("@@ ", dictionary_for("letter"))
+    assert "--post-process '@@ ' has no effect: no piece of the dictionary ends with @@" in caplog.text
+
+
 def models_of(count, words=10, **options):
     variant = ("recurrent", "transformer-xl", "right")
     return [LaMemoLanguageModel(tiny_decoder(variant, words=words, seed=n, **options)) for n in range(count)]

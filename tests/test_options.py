@@ -139,6 +139,10 @@ def start_training(*words, arch="lamemo_lm", task=TASK, optimizer=("adam", 1e-3)
 
 WRONG = {
     "an architecture's name": (["--arch", "lamemo"], "--arch lamemo is not known: did you mean lamemo_lm"),
+    "an option of another model": (
+        ["--arch", "transformer_lm", "--compression-rate", 3],
+        "--compression-rate is not known to --arch transformer_lm: pass --arch lamemo_lm or another with memory",
+    ),
     "a task's name": (["--task", "segment_language_modelling"], "did you mean segment_language_modeling"),
     "a criterion's name": (["--criterion", "chunked_crossentropy"], "did you mean chunked_cross_entropy"),
     "an optimizer's name": (["--optimizer", "adm"], "--optimizer adm is not known: did you mean adam"),
@@ -273,6 +277,11 @@ def test_an_option_of_training_in_evaluation():
 def test_no_path(command):
     with pytest.raises(ValueError, match="no --path: pass the checkpoint"):
         read(command, "--path", "")
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"--path .* is a folder: pass a checkpoint in it"):
+        read(EVAL_LM, "--path", tmp_path)
 
 
 def test_evaluation_of_another_split_than_the_one_meant():

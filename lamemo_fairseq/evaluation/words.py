@@ -3,12 +3,15 @@
 A piece is a symbol of the dictionary. V is their number.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import List, Optional, Sequence
 
 import torch
 from fairseq.data import Dictionary, data_utils
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # Of fairseq's names for --post-process, what stands between words when pieces are written one behind the other.
 _BETWEEN_WORDS = {"sentencepiece": "\u2581", "wordpiece": "_", "letter": "|", "_EOW": "_EOW"}
@@ -28,6 +31,18 @@ def check_post_process(name: Optional[str]) -> None:
         raise ValueError(f"--post-process {name!r} is not known: pass one of {', '.join(map(repr, known))}")
 
 
+def _check_mark(name: Optional[str], pieces: Sequence[str]) -> None:
+    """Refuse a ``--post-process`` for which a whole line would be one word; tell of one that joins nothing."""
+    mark = _BETWEEN_WORDS.get(name or "")
+    if mark is not None and not any(mark in piece for piece in pieces):
+        raise ValueError(
+            f"--post-process {name} divides words at '{mark}', which no piece of the dictionary has: leave it out, or "
+            "pass the one that the text was cut into pieces with"
+        )
+    if name in _GOING_ON and not any(piece.endswith(_GOES_ON) for piece in pieces):
+        logger.warning("--post-process %r has no effect: no piece of the dictionary ends with %s", name, _GOES_ON)
+
+
 @dataclass(frozen=True)
 class WordUnits:
     """The number of words that begin with a piece, which depends on the piece before it.
@@ -45,10 +60,11 @@ class WordUnits:
         """Make the units that ``--post-process`` names; without one, every piece is a word.
 
         Raises:
-            ValueError: the name is not known.
+            ValueError: the name is not known, or the dictionary has not the mark that it divides words at.
         """
         check_post_process(name)
         pieces: List[str] = [dictionary[i] for i in range(len(dictionary))]
+        _check_mark(name, pieces)
         words, joins, closes = [1] * len(pieces), [False] * len(pieces), [True] * len(pieces)
         if name in _GOING_ON:
             name = "subword_nmt"  # by another of its names, fairseq does not join the pieces

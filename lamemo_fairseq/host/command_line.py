@@ -175,5 +175,7 @@ class CommandLine:
         if owners:
             return f"{name} belongs to {' or '.join(owners)}, which is not given"
         if field in {f.name for f in fields(MODEL_DATACLASS_REGISTRY["lamemo_lm"])}:
+            if self.command == TRAIN:
+                return f"{name} is not known to --arch {self.named.arch}: pass --arch lamemo_lm or another with memory"
             return f"{name} belongs to training: change a trained model with --model-overrides \"{{'{field}': VALUE}}\""
         return start.not_known("option ", name, self.parser._option_string_actions)

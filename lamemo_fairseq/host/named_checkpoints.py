@@ -65,6 +65,9 @@ def check_checkpoints(options: argparse.Namespace) -> None:
 
         raise ValueError(refusal("lm_path"))
     overrides = parse_overrides(getattr(options, "model_overrides", "{}"))
+    for path in utils.split_paths(getattr(options, "path", None) or ""):
+        if os.path.isdir(path):
+            raise ValueError(f"--path {path} is a folder: pass a checkpoint in it, such as checkpoint_best.pt")
     only_validates = not (hasattr(options, "beam") or hasattr(options, "context_window"))
     for path in _files(getattr(options, "path", None)):
         check_overrides(overrides, read_ours(path)["cfg"], with_criterion=only_validates)
