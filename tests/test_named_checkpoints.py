@@ -129,6 +129,7 @@ def test_overrides_that_a_checkpoint_has(data, checkpoint, caplog):
         ({"fp16": True}, "does not know 'fp16'"),
         ({"bpe": "sentencepiece", "sentencpiece_model": "x"}, "did you mean 'sentencepiece_model'"),
         ({"sentencepiece_model": "x"}, "does not know 'sentencepiece_model'"),
+        ({"bpe": "sentencpiece"}, "from_pretrained: bpe=sentencpiece is not known: did you mean sentencepiece"),
         ({"beam": 3}, r"beam is an argument of sample\(\)"),
         ({"compression_rate": 3}, "belongs to --memory compressive"),
         ({"mem_len": "x"}, "--mem-len cannot be 'x'"),

@@ -162,6 +162,24 @@ def test_averages_may_begin_at_a_resume(options, data, tmp_path):
         torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_a_checkpoint_without_the_count_of_averages(data, tmp_path, caplog):
+    """As former versions saved them."""
+    train(configured(data / "1", *EMA, "--ema-update-freq", 3, "--max-update", 2), tmp_path)
+    path = tmp_path / "checkpoint_last.pt"
+    state = read(tmp_path)
+    del state["extra_state"]["SegmentLanguageModelingTask"]["averages"]
+    torch.save(state, path)
+    train(configured(data / "1", *EMA, "--ema-update-freq", 3, "--max-update", 3), tmp_path)
+    assert "does not say how long ago its averages were updated: --ema-update-freq counts from here" in caplog.text
+
+
+def test_a_resume_with_another_criterion_or_optimizer_is_refused(data, tmp_path):
+    train(configured(data / "1", *ADAM, "--max-update", 2), tmp_path)
+    for other in (["--criterion", "chunked_cross_entropy"], ["--optimizer", "sgd"]):
+        with pytest.raises(ValueError, match=rf"{other[0]} is {other[1]}, .*was trained with .*pass --reset-optimizer"):
+            train(configured(data / "1", *ADAM, *other, "--max-update", 3), tmp_path)
+
+
 def test_finetuning_takes_the_averages_that_are_named(data, tmp_path):
     options = [*EMA, "--max-update", 2, "--disable-validation"]
     train(configured(data / "1", *options), tmp_path / "one")

@@ -32,6 +32,12 @@ def supply_averages(trainer: Any, state: Dict[str, Any], anew: bool) -> None:
     ``--ema-seed-model``, which fairseq would forget, replace the checkpoint's.
     """
     options, extra = trainer.cfg.ema, state["extra_state"]
+    counted = "averages" in extra.get(type(trainer.task).__name__, {})
+    if options.store_ema and "ema" in extra and not anew and not counted and options.ema_update_freq > 1:
+        logger.warning(
+            "the checkpoint, of a former version, does not say how long ago its averages were updated: "
+            "--ema-update-freq counts from here"
+        )
     if not options.store_ema or ("ema" in extra and not (anew and options.ema_seed_model)):
         return
     extra.pop("ema_fp32_params", None)

@@ -16,6 +16,7 @@ from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig
 
 from .configuration import ENCODERS, check_options
+from .start import not_known
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ def check_arguments(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
     for kind in ENCODERS:
         section = cfg.get(kind)
         name = given.get(kind, section.get("_name") if isinstance(section, dict) else section)
+        if isinstance(given.get(kind), str) and name not in REGISTRIES[kind]["registry"]:
+            raise ValueError(not_known(f"from_pretrained: {kind}=", str(name), REGISTRIES[kind]["registry"]))
         dataclass = REGISTRIES[kind]["dataclass_registry"].get(str(name))
         known |= set() if dataclass is None else _names(dataclass)
     if "beam" in given:

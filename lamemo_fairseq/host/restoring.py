@@ -106,6 +106,11 @@ def check_restored(state: Dict[str, Any], path: str) -> None:
                 f"{path}: {_listed(other)}. Go on with the former values, or pass --finetune-from-model to take "
                 "nothing but its weights"
             )
+        choices = [d for d in differences if d.name in ("criterion", "optimizer")]
+        if choices:
+            raise CheckpointError(
+                f"{path}: {_listed(choices)}. Go on with the former, or pass --reset-optimizer to begin anew with another"
+            )
         if "last_optimizer_state" not in state:
             raise CheckpointError(
                 f"{path} was saved with --no-save-optimizer-state, and a run cannot go on from it as if it had not "
