@@ -109,7 +109,7 @@ def check_restored(state: Dict[str, Any], path: str) -> None:
         choices = [d for d in differences if d.name in ("criterion", "optimizer")]
         if choices:
             raise CheckpointError(
-                f"{path}: {_listed(choices)}. Go on with the former, or pass --reset-optimizer to begin anew with another"
+                f"{path}: {_listed(choices)}. Go on with the former, or pass --reset-optimizer to begin with another"
             )
         if "last_optimizer_state" not in state:
             raise CheckpointError(
