@@ -108,8 +108,19 @@ def test_what_is_not_read_to_the_end_is_let_go_of_by_the_next(workers):
     loading._end_all()
 
 
+_others = set()
+
+
+@pytest.fixture(autouse=True)
+def threads_of_other_tests():
+    """Commands that other tests stopped inside an epoch leave a thread behind for the rest of the process."""
+    _others.clear()
+    _others.update(loading_threads())
+
+
 def loading_threads():
-    return [thread for thread in threading.enumerate() if isinstance(thread, BackgroundConsumer)]
+    """Threads that have begun to load in this test."""
+    return [t for t in threading.enumerate() if isinstance(t, BackgroundConsumer) and t not in _others]
 
 
 def test_what_hangs_is_not_waited_for(monkeypatch):
