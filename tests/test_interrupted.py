@@ -102,6 +102,7 @@ def test_other_errors_are_shown_as_ever(training, capsys):
 INTERRUPTED = """
 import os, signal, fairseq_cli.train
 from fairseq.trainer import Trainer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins by ignoring it
 step = Trainer.train_step
 def interrupting(self, *args, **kwargs):
     result = step(self, *args, **kwargs)
