@@ -19,13 +19,13 @@ from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from .core.memory import MEMORIES
+from .core.names import TASK, option_name
+from .core.positions.base import inverse_frequencies
 from .data.binarized import load_dictionary
 from .host.configuration import check_options, complete, read_ours
-from .memory import MEMORIES
 from .models.config import MemoryLanguageModelConfig
 from .models.decoder import MemoryDecoder, vocabulary_checksum
-from .names import TASK, option_name
-from .positions.base import inverse_frequencies
 from .released import ATTENTION_TYPES, from_released, model_options, to_released
 
 # fairseq's own words, which a released vocabulary lacks, are never predicted: their probability underflows to 0.

@@ -9,8 +9,8 @@ import torch
 from fairseq.data import data_utils
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 
+from lamemo_fairseq.core.memory.position import SegmentPosition
 from lamemo_fairseq.data.dictionary import TextDictionary
-from lamemo_fairseq.data.position import SegmentPosition
 from lamemo_fairseq.data.segments import SegmentDataset
 from lamemo_fairseq.data.streams import TokenSequence
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig

@@ -313,8 +313,8 @@ def waiting_for_the_host() -> None:
 @fault
 def telling_what_went_ahead() -> None:
     """Each update, and each segment, that the device was given early and that was then asked for."""
+    from lamemo_fairseq.core.graphs import _TrainingRecording
     from lamemo_fairseq.host import mixed_precision
-    from lamemo_fairseq.modules.graphs import _TrainingRecording
 
     finish, take = mixed_precision._finish, _TrainingRecording._is
 

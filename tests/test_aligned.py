@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lamemo_fairseq.modules import aligned, layer
-from lamemo_fairseq.modules import rows as rows_module
+from lamemo_fairseq.core.kernels import aligned
+from lamemo_fairseq.core.kernels import rows as rows_module
+from lamemo_fairseq.core.layers import layer
 
 from .gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder

@@ -11,7 +11,7 @@ import torch
 from fairseq_cli import eval_lm, train
 
 from lamemo_fairseq.analysis import Attention, Losses, Mixing, __main__, record, report
-from lamemo_fairseq.attention import BACKENDS, eager
+from lamemo_fairseq.core.attention import BACKENDS, eager
 
 from .helpers import TASK, VARIANTS, random_tokens, read_streams, run_command, segments_of, tiny_decoder, write_data
 from .processes import _FORKS

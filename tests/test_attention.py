@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamemo_fairseq.attention import Attended, LookaheadWindow, RelativeBias, eager
+from lamemo_fairseq.core.attention import Attended, LookaheadWindow, RelativeBias, eager
 
 
 def tensors(*shapes, seed=0):

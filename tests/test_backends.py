@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from lamemo_fairseq.attention import BACKENDS, RelativeBias, choice
+from lamemo_fairseq.core.attention import BACKENDS, RelativeBias, choice
 
 from .gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder

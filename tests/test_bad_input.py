@@ -10,10 +10,10 @@ import pytest
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq_cli import eval_lm, train
 
+from lamemo_fairseq.core.registry import Registry
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import MemoryDecoder
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
-from lamemo_fairseq.registry import Registry
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 
 from .helpers import TASK, USER_DIR, dictionary_of, run_command, tiny_decoder, write_data

@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from lamemo_fairseq.attention import Attended, LookaheadWindow, RelativeBias, eager
-from lamemo_fairseq.attention.cached import Columns, cached_attention
+from lamemo_fairseq.core.attention import Attended, LookaheadWindow, RelativeBias, eager
+from lamemo_fairseq.core.decoding.attention import Columns, cached_attention
 
 from .gpus import DEVICE
 
@@ -91,7 +91,7 @@ def backend_of(name):
     if name == "eager":
         return eager
     pytest.importorskip("triton", reason="the fused backend needs Triton")
-    from lamemo_fairseq.attention import fused
+    from lamemo_fairseq.core.attention import fused
 
     return fused
 

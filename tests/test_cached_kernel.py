@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lamemo_fairseq.generation import sampler
-from lamemo_fairseq.generation.sampler import Adjustment, Draw, Sampler
-from lamemo_fairseq.generation.step import kernel_step
-from lamemo_fairseq.models.incremental import DecodingState
+from lamemo_fairseq.core.decoding import sampler
+from lamemo_fairseq.core.decoding.sampler import Adjustment, Draw, Sampler
+from lamemo_fairseq.core.decoding.state import DecodingState
+from lamemo_fairseq.core.decoding.step import kernel_step
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
 
 from .gpus import DEVICE
@@ -80,7 +80,7 @@ def test_steps_by_the_kernels_are_the_plain_ones(variant, rows, options):
 @torch.no_grad()
 def test_half_precision_is_as_exact_as_plain_operations(widest, monkeypatch):
     """And so are rows too wide to be normalised within a map."""
-    monkeypatch.setattr("lamemo_fairseq.modules.row_kernels.WIDEST", widest)
+    monkeypatch.setattr("lamemo_fairseq.core.kernels.row_kernels.WIDEST", widest)
     sizes = {"mem_len": LONGEST, "tokens_per_sample": 20, "decoder_embed_dim": 32, "decoder_ffn_embed_dim": 48}
     decoder = tiny_decoder(LOOKAHEAD, dtype=torch.float16, **sizes).to(DEVICE)
     for parameter in decoder.parameters():

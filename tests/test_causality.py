@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamemo_fairseq.attention import Attended
-from lamemo_fairseq.memory.lookahead import WINDOWS
+from lamemo_fairseq.core.attention import Attended
+from lamemo_fairseq.core.memory.lookahead import WINDOWS
 
 from .helpers import VARIANTS, random_tokens, read_streams, tiny_decoder
 

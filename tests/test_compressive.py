@@ -12,11 +12,11 @@ from fairseq_cli import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.core.decoding.state import DecodingState
+from lamemo_fairseq.core.memory.compressive import COMPRESSIONS, attention
 from lamemo_fairseq.criterions.memory_losses import WithMemoryLosses
-from lamemo_fairseq.memory.compressive import COMPRESSIONS, attention
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig, check
 from lamemo_fairseq.models.decoder import MemoryDecoder
-from lamemo_fairseq.models.incremental import DecodingState
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
 
 from .compressive_paper import Paper

@@ -9,17 +9,17 @@ import sys
 import pytest
 import torch
 
-from lamemo_fairseq.memory.continuous import basis, sampling
-from lamemo_fairseq.memory.continuous.sampling import BINS, Density
-from lamemo_fairseq.modules import rows
+from lamemo_fairseq.core.kernels import rows
+from lamemo_fairseq.core.memory.continuous import basis, sampling
+from lamemo_fairseq.core.memory.continuous.sampling import BINS, Density
 
 from .gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
 from .resources import printed_by, used
 
 pytest.importorskip("triton", reason="the kernels need Triton")
-from lamemo_fairseq.memory.continuous import basis_kernel, sampling_kernel
-from lamemo_fairseq.modules import shared_kernels
+from lamemo_fairseq.core.kernels import shared_kernels
+from lamemo_fairseq.core.memory.continuous import basis_kernel, sampling_kernel
 
 pytestmark = pytest.mark.usefixtures("nan_buffers")
 

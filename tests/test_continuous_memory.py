@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from lamemo_fairseq.memory.continuous.attention import divergence
-from lamemo_fairseq.memory.continuous.basis import RadialBasis, _grid
-from lamemo_fairseq.memory.continuous.options import ContinuousOptions
-from lamemo_fairseq.memory.continuous.sampling import BINS, Density, even_points, sticky_points
-from lamemo_fairseq.memory.continuous.signal import Signal, _fit
+from lamemo_fairseq.core.memory.continuous.attention import divergence
+from lamemo_fairseq.core.memory.continuous.basis import RadialBasis, _grid
+from lamemo_fairseq.core.memory.continuous.options import ContinuousOptions
+from lamemo_fairseq.core.memory.continuous.sampling import BINS, Density, even_points, sticky_points
+from lamemo_fairseq.core.memory.continuous.signal import Signal, _fit
 
 from .gpus import DEVICE
 from .helpers import random_tokens, read_streams, segments_of, tiny_decoder

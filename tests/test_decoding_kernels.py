@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lamemo_fairseq.generation.found import Found
-from lamemo_fairseq.generation.sampler import truncated
+from lamemo_fairseq.core.decoding.found import Found
+from lamemo_fairseq.core.decoding.sampler import truncated
 
 from .gpus import DEVICE
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-clock = pytest.importorskip("lamemo_fairseq.generation.word_kernels").clock
+clock = pytest.importorskip("lamemo_fairseq.core.decoding.word_kernels").clock
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"
 )
@@ -35,7 +35,7 @@ def norm_of(size, dtype, seed):
 @pytest.mark.parametrize(("rows", "size", "width"), [(1, 40, 24), (3, 13, 70), (4, 13, 70), (21, 300, 24)])
 @torch.no_grad()
 def test_a_map_with_all_that_stands_around_it(rows, size, width, dtype):
-    from lamemo_fairseq.modules.row_kernels import row_map
+    from lamemo_fairseq.core.kernels.row_kernels import row_map
 
     x, weight, bias = (
         random(rows, size, dtype=dtype),
@@ -66,7 +66,7 @@ def test_a_map_with_all_that_stands_around_it(rows, size, width, dtype):
 
 def draw(scores, added=None, seed=0, at=0, **options):
     """Words, their log-probabilities, the log-probabilities of all, and what else the kernel keeps count of."""
-    from lamemo_fairseq.generation.word_kernels import draw_next
+    from lamemo_fairseq.core.decoding.word_kernels import draw_next
 
     rows, words = len(scores), torch.full((len(scores), 1), -1, device=DEVICE)
     tokens, space = torch.arange(rows, device=DEVICE), torch.full_like(scores, torch.nan)

@@ -27,16 +27,15 @@ NUMBERS = {"eps", "residual_eps", "by_temperature", "top_p", "scale"}
 
 def launches(dtype: str) -> dict:
     """A launch's kernel, constants and tile, by name."""
-    from lamemo_fairseq.attention import cached_kernel
-    from lamemo_fairseq.generation import word_kernels
-    from lamemo_fairseq.modules import row_kernels
+    from lamemo_fairseq.core.decoding import attention_kernel, word_kernels
+    from lamemo_fairseq.core.kernels import row_kernels
 
     found = {}
     for splits, size in ((1, HEAD), (16, HEAD), (1, 1024)):
-        columns = cached_kernel.columns_at_a_time(size, 4 if dtype == "fp32" else 2)
-        blocks = {"BLOCK_D": size, "BLOCK_C": columns, "STAGES": cached_kernel.STAGES}
+        columns = attention_kernel.columns_at_a_time(size, 4 if dtype == "fp32" else 2)
+        blocks = {"BLOCK_D": size, "BLOCK_C": columns, "STAGES": attention_kernel.STAGES}
         found[f"attention, {splits} splits, heads of {size}"] = (
-            cached_kernel.cached_attention_kernel,
+            attention_kernel.cached_attention_kernel,
             {"scale": 0.125, "D": size, "S": splits, **blocks, "RECORD": True},
             {},
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fairseq_cli import eval_lm, validate
 
-from lamemo_fairseq.memory import DivergenceError
+from lamemo_fairseq.core.memory import DivergenceError
 
 from . import disturbances
 from .helpers import TASK, random_tokens, run_command, segments_of, tiny_decoder, write_data

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from lamemo_fairseq.attention import Attended, eager
-from lamemo_fairseq.memory.lookahead import WINDOWS
-from lamemo_fairseq.positions import POSITIONS, PositionConfig
+from lamemo_fairseq.core.attention import Attended, eager
+from lamemo_fairseq.core.memory.lookahead import WINDOWS
+from lamemo_fairseq.core.positions import POSITIONS, PositionConfig
 
 from .helpers import random_tokens, tiny_decoder
 

@@ -11,12 +11,12 @@ from fairseq.data import data_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.core.memory import DivergenceError
 from lamemo_fairseq.data.dictionary import TextDictionary
 from lamemo_fairseq.data.streams import StreamLayout
 from lamemo_fairseq.evaluation.evaluate import evaluate
 from lamemo_fairseq.evaluation.output import words_of
 from lamemo_fairseq.evaluation.words import WordUnits
-from lamemo_fairseq.memory import DivergenceError
 from lamemo_fairseq.models.language_models import LaMemoLanguageModel
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 

@@ -9,11 +9,11 @@ from typing import NamedTuple, Optional
 import pytest
 import torch
 
-from lamemo_fairseq.attention import Attended, LookaheadWindow, RelativeBias, eager
+from lamemo_fairseq.core.attention import Attended, LookaheadWindow, RelativeBias, eager
 
 pytest.importorskip("triton", reason="the fused backend needs Triton")
-from lamemo_fairseq.attention import fused
-from lamemo_fairseq.attention.fused import api, function, launch, tiles
+from lamemo_fairseq.core.attention import fused
+from lamemo_fairseq.core.attention.fused import api, function, launch, tiles
 
 from .gpus import DEVICE
 

@@ -15,7 +15,7 @@ def compile_all(head: int, dtype: str) -> dict:
     import torch
     import triton
 
-    from lamemo_fairseq.attention.fused import kernels, tiles
+    from lamemo_fairseq.core.attention.fused import kernels, tiles
 
     block = max(16, triton.next_power_of_2(head))
     chosen = tiles.tiles_for(head, {"fp32": torch.float32}.get(dtype, torch.bfloat16))

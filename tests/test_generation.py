@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
+from lamemo_fairseq.core.decoding.sampler import Sampler, draw
+from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.generation import PromptDataset, PromptGenerator, StreamingScorer
-from lamemo_fairseq.generation.sampler import Sampler, draw
-from lamemo_fairseq.models.incremental import DecodingState
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
 
 from .helpers import VARIANTS, dictionary_of, random_tokens, tiny_decoder

@@ -4,9 +4,9 @@ import pytest
 import torch
 from fairseq import search
 
+from lamemo_fairseq.core.memory import DivergenceError
 from lamemo_fairseq.generation import PromptGenerator
 from lamemo_fairseq.generation.repetition import aligned_right, repeating_words
-from lamemo_fairseq.memory import DivergenceError
 
 from .helpers import VARIANTS, dictionary_of
 from .test_generation import EOS, batch_of, generate, model_of, prompts_of

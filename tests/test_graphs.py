@@ -6,9 +6,9 @@ import weakref
 import pytest
 import torch
 
+from lamemo_fairseq.core import graphs
+from lamemo_fairseq.core.graphs import run_on_aliases
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig, check
-from lamemo_fairseq.modules import graphs
-from lamemo_fairseq.modules.graphs import run_on_aliases
 
 from . import fake_graphs
 from .gpus import gpu

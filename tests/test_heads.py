@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lamemo_fairseq.modules.heads import split_heads
+from lamemo_fairseq.core.layers.heads import split_heads
 
 B, R, H, D = 2, 5, 3, 4
 

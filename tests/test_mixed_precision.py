@@ -10,9 +10,9 @@ from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin as Mixin
 from torch.nn import Parameter
 
+from lamemo_fairseq.core.kernels.copies import copy_all
 from lamemo_fairseq.host.figures import meanwhile
 from lamemo_fairseq.host.mixed_precision import begin_step
-from lamemo_fairseq.modules.copies import copy_all
 
 from .gpus import DEVICE
 

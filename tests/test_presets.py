@@ -5,7 +5,7 @@ import torch
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 
 import lamemo_fairseq  # noqa: F401  (registers the models)
-from lamemo_fairseq.memory import MEMORIES
+from lamemo_fairseq.core.memory import MEMORIES
 from lamemo_fairseq.models.decoder import MemoryDecoder
 
 from .helpers import dictionary_of

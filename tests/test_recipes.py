@@ -208,7 +208,7 @@ def inner(update, wps, free):
 
 def graph(kind, memory):
     told = f"recorded a CUDA graph for {kind} segments of 4 x 16 tokens, which keeps {memory:.2f} GiB to itself"
-    return f"2026-01-01 00:00:00 | INFO | lamemo_fairseq.modules.graphs | {told}"
+    return f"2026-01-01 00:00:00 | INFO | lamemo_fairseq.core.graphs | {told}"
 
 
 def valid(update, loss):

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lamemo_fairseq.generation.step import kernel_step
-from lamemo_fairseq.models.incremental import DecodingState
-from lamemo_fairseq.modules import aligned, layer, residual, rows
+from lamemo_fairseq.core.decoding.state import DecodingState
+from lamemo_fairseq.core.decoding.step import kernel_step
+from lamemo_fairseq.core.kernels import aligned, residual, rows
+from lamemo_fairseq.core.layers import layer
 
 from .gpus import DEVICE
 from .helpers import VARIANTS, random_tokens, read_streams, tiny_decoder

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lamemo_fairseq.modules import DecoderLayer, LayerConfig, activation, layer, residual, rows
+from lamemo_fairseq.core.kernels import activation, residual, rows
+from lamemo_fairseq.core.layers import DecoderLayer, LayerConfig, layer
 
 pytest.importorskip("triton", reason="the kernels need Triton")
-from lamemo_fairseq.modules import shared_kernels
+from lamemo_fairseq.core.kernels import shared_kernels
 
 from .gpus import DEVICE
 

@@ -11,7 +11,7 @@ from .resources import printed_by, used
 
 def compile_all(width: int, dtype: str) -> dict:
     """Compile every kernel for sm_90 with all that it can do; run in a process without the interpreter."""
-    from lamemo_fairseq.modules import activation_kernel, residual_kernel, shared_kernels
+    from lamemo_fairseq.core.kernels import activation_kernel, residual_kernel, shared_kernels
 
     does = {"DROPPED": 1 << 28, "BIAS": True, "KEEP": True, "SUMMED": True}
     wide = width + -width % 8

@@ -12,11 +12,11 @@ import torch
 from fairseq.search import DiverseBeamSearch, Sampling
 from fairseq.sequence_generator import SequenceGenerator
 
+from lamemo_fairseq.core.decoding.sampler import Sampler, truncated
+from lamemo_fairseq.core.decoding.state import DecodingState
+from lamemo_fairseq.core.decoding.step import KernelStep, kernel_step
+from lamemo_fairseq.core.memory import DivergenceError
 from lamemo_fairseq.generation import PromptGenerator, sampling
-from lamemo_fairseq.generation.sampler import Sampler, truncated
-from lamemo_fairseq.generation.step import KernelStep, kernel_step
-from lamemo_fairseq.memory import DivergenceError
-from lamemo_fairseq.models.incremental import DecodingState
 
 from .helpers import VARIANTS, dictionary_of
 from .test_generation import EOS, LENGTHS, batch_of, model_of, prompts_of
@@ -28,7 +28,7 @@ class ReplayedOnTheHost(Sampler):
     """The sampler as it goes on a GPU, but for the graphs themselves."""
 
     def __init__(self, *args, **kwargs):
-        with mock.patch("lamemo_fairseq.generation.sampler.kernel_step", lambda state: None):
+        with mock.patch("lamemo_fairseq.core.decoding.sampler.kernel_step", lambda state: None):
             super().__init__(*args, graphs=True, **kwargs)
 
     def _record(self, run, warm_up=0):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamemo_fairseq.data.position import real_tokens
-from lamemo_fairseq.memory import MissingMemoryError
+from lamemo_fairseq.core.memory import MissingMemoryError
+from lamemo_fairseq.core.memory.position import real_tokens
 
 from .helpers import VARIANTS, random_tokens, read_streams, segments_of, tiny_decoder
 

@@ -11,12 +11,12 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset, MMapIndexedDatasetB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.core.memory import StreamMemory
+from lamemo_fairseq.core.memory.lookahead import LookaheadState
+from lamemo_fairseq.core.memory.position import real_tokens
 from lamemo_fairseq.data.iterator import SegmentBatchIterator
-from lamemo_fairseq.data.position import real_tokens
 from lamemo_fairseq.data.segments import SegmentDataset, SegmentKey
 from lamemo_fairseq.data.streams import StreamLayout, TokenSequence
-from lamemo_fairseq.memory import StreamMemory
-from lamemo_fairseq.memory.lookahead import LookaheadState
 
 from .helpers import split_of, tiny_decoder
 

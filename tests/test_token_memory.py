@@ -11,7 +11,7 @@ import pytest
 import torch
 from fairseq_cli import eval_lm, train
 
-from lamemo_fairseq.models.incremental import DecodingState
+from lamemo_fairseq.core.decoding.state import DecodingState
 
 from .gpus import DEVICE
 from .helpers import TASK, random_tokens, read_streams, run_command, segments_of, tiny_decoder, write_data

@@ -9,10 +9,10 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.core.layers import chunked_loss
+from lamemo_fairseq.core.layers.vocabulary import Bands, WordEmbedding
 from lamemo_fairseq.criterions.chunked_cross_entropy import ChunkedCrossEntropyCriterion
 from lamemo_fairseq.models.language_models import LaMemoLanguageModel
-from lamemo_fairseq.modules import chunked_loss
-from lamemo_fairseq.modules.vocabulary import Bands, WordEmbedding
 
 from .gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
@@ -101,7 +101,7 @@ def test_loss_in_chunks_against_float64(dtype, words, width, chunk, monkeypatch)
 
 @pytest.mark.parametrize("words", [7, 5000])
 def test_softmax_kernel(words):
-    softmax_kernel = pytest.importorskip("lamemo_fairseq.modules.softmax_kernel")
+    softmax_kernel = pytest.importorskip("lamemo_fairseq.core.kernels.softmax_kernel")
     scores = torch.randn(6, words, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     target = torch.tensor([0, 1, words - 1, 3, 1, 5], device=DEVICE)
     exact = scores.double().requires_grad_()

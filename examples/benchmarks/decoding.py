@@ -24,12 +24,12 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.search import Sampling
 
+from lamemo_fairseq.core.decoding.sampler import Draw, Sampler, draw
+from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.generation import PromptGenerator
 from lamemo_fairseq.generation.generator import read_prompts
-from lamemo_fairseq.generation.sampler import Draw, Sampler, draw
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import MemoryDecoder
-from lamemo_fairseq.models.incremental import DecodingState
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
 from lamemo_fairseq.models.presets import SETTINGS
 

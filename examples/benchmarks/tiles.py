@@ -10,9 +10,9 @@ import torch
 import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lamemo_fairseq.attention import Attended, LookaheadWindow, RelativeBias, eager, fused
-from lamemo_fairseq.attention.fused import tiles
-from lamemo_fairseq.attention.fused.tiles import Tile
+from lamemo_fairseq.core.attention import Attended, LookaheadWindow, RelativeBias, eager, fused
+from lamemo_fairseq.core.attention.fused import tiles
+from lamemo_fairseq.core.attention.fused.tiles import Tile
 
 # streams, heads, size of a head, current tokens, slots
 SHAPES = {"enwik8": (20, 8, 64, 512, 512), "wt103": (64, 10, 41, 150, 150)}

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from lamemo_fairseq.generation.sampler import Sampler, draw
-from lamemo_fairseq.models.incremental import DecodingState
+from lamemo_fairseq.core.decoding.sampler import Sampler, draw
+from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.models.language_models import MODELS
 from preprocess.byte_lines import decode, encode
 

@@ -11,8 +11,8 @@ import torch
 from fairseq import utils
 from torch import Tensor
 
-from ..attention import LookaheadWindow
-from ..data.position import real_tokens
+from ..core.attention import LookaheadWindow
+from ..core.memory.position import real_tokens
 from .recording import record
 
 

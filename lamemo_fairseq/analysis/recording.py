@@ -12,7 +12,7 @@ from typing import Any, Iterator, Optional, Protocol, Tuple
 import torch
 from torch import Tensor
 
-from ..attention import BACKENDS, Attended, LookaheadWindow, RelativeBias, eager
+from ..core.attention import BACKENDS, Attended, LookaheadWindow, RelativeBias, eager
 
 
 class Listener(Protocol):

@@ -5,11 +5,11 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from fairseq.data.iterators import EpochBatchIterator
 
+from ..core.memory.base import MemoryState
+from ..core.memory.position import SegmentPosition
+from ..core.memory.streams import StreamMemory
 from ..host.loading import end, end_at_exit
 from ..host.ranks import gather_rows
-from ..memory.base import MemoryState
-from ..memory.streams import StreamMemory
-from .position import SegmentPosition
 from .segments import SegmentDataset, SegmentKey
 
 

@@ -8,7 +8,7 @@ import torch
 from fairseq.data import FairseqDataset, data_utils
 from numpy.typing import NDArray
 
-from .position import SegmentPosition
+from ..core.memory.position import SegmentPosition
 from .streams import StreamLayout, TokenSequence
 
 

@@ -16,10 +16,10 @@ from fairseq import utils
 from fairseq.logging.meters import StopwatchMeter
 from torch import Tensor
 
-from ..data.position import real_tokens
+from ..core.memory import DivergenceError
+from ..core.memory.position import real_tokens
 from ..host.ranks import several_ranks, sum_over_ranks
 from ..host.stand_in import stand_in
-from ..memory import DivergenceError
 from .output import TokenLog, print_words, words_of
 from .words import WordUnits
 

@@ -15,8 +15,8 @@ from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizer
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 from omegaconf.errors import MissingMandatoryValue
 
+from ..core.names import option_name
 from ..data.text_encoding import TextEncoding, read_text_encoding
-from ..names import option_name
 
 logger = logging.getLogger(__name__)
 

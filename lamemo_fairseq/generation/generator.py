@@ -11,9 +11,9 @@ from fairseq import search
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 from torch import Tensor
 
+from ..core.decoding.state import DecodingState
+from ..core.memory import DivergenceError
 from ..data.dictionary import NO_WORD
-from ..memory import DivergenceError
-from ..models.incremental import DecodingState
 from .options import refusal
 from .progress import counter
 from .repetition import aligned_right, repeating_words

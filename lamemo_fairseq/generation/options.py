@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterable, List
 
 from fairseq.dataclass.configs import GenerationConfig
 
-from ..names import did_you_mean, option_name
+from ..core.names import did_you_mean, option_name
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import torch
 from fairseq import search
 from torch import Tensor
 
-from ..memory import DivergenceError
-from ..models.incremental import DecodingState
-from .sampler import Adjustment, Draw, Sampler
+from ..core.decoding.sampler import Adjustment, Draw, Sampler
+from ..core.decoding.state import DecodingState
+from ..core.memory import DivergenceError
 
 # On a GPU, asking whether all texts have ended makes the host wait; so it asks once in so many words.
 WORDS_BETWEEN_QUESTIONS = 32

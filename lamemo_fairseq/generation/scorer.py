@@ -9,8 +9,8 @@ from typing import Any, Dict, Iterator, List, Sequence
 import torch
 from torch import Tensor
 
+from ..core.decoding.state import TOKENS_AT_ONCE, DecodingState
 from ..data.dictionary import NO_WORD
-from ..models.incremental import TOKENS_AT_ONCE, DecodingState
 from .progress import counter
 
 

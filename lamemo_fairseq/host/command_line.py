@@ -11,7 +11,7 @@ from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
 from omegaconf import OmegaConf
 
-from ..names import TASK, option_name
+from ..core.names import TASK, option_name
 from . import start
 from .configuration import is_our_model
 from .option_rules import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE

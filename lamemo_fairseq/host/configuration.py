@@ -29,8 +29,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from ..core.names import option_name
 from ..criterions import FAIRSEQ_CRITERIONS
-from ..names import option_name
 
 logger = logging.getLogger(__name__)
 

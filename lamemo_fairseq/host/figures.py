@@ -15,7 +15,7 @@ from fairseq.optim import FairseqOptimizer
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from ..modules.copies import copy_to_host
+from ..core.kernels.copies import copy_to_host
 from .stand_in import stand_in
 
 _MEANWHILE: ContextVar[Optional[Callable[[Tensor], None]]] = ContextVar("meanwhile", default=None)

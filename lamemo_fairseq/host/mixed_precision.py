@@ -14,7 +14,7 @@ from fairseq.optim.adam import Adam
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from ..modules.copies import copy_all
+from ..core.kernels.copies import copy_all
 from . import adam
 from .stand_in import stand_in
 

@@ -5,7 +5,7 @@
 
 from typing import Tuple
 
-from ..names import option_name
+from ..core.names import option_name
 from .option_rules import COMMANDS, EVALUATION, HYDRA, IGNORED, NOTED, REFUSED, TRAINING
 from .option_table import all_rules
 

@@ -5,7 +5,7 @@ from typing import Any, Callable, Mapping, Optional, Sequence, Tuple
 
 import torch
 
-from ..names import option_name
+from ..core.names import option_name
 
 Settings = Mapping[str, Any]
 """The values of a command's options, by field."""

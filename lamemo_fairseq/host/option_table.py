@@ -7,9 +7,9 @@ from typing import Dict, Iterator, List, Tuple
 
 import torch
 
-from ..attention.choice import why_not_fused
-from ..memory import MEMORIES
-from ..memory.compressive.compressions import COMPRESSIONS
+from ..core.attention.choice import why_not_fused
+from ..core.memory import MEMORIES
+from ..core.memory.compressive.compressions import COMPRESSIONS
 from .option_rules import (
     COMMANDS,
     EVAL_LM,

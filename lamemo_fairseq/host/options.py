@@ -9,7 +9,7 @@ from typing import Any, Callable, Optional, Sequence
 
 from fairseq import options
 
-from ..names import TASK
+from ..core.names import TASK
 from .command_line import CommandLine
 from .generation import adapt_generation
 from .interruption import end_in_one_line

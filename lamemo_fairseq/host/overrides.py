@@ -119,7 +119,7 @@ def override(cfg: DictConfig, given: Mapping[str, Any]) -> None:
 
 def _model_options(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> Set[str]:
     """Return the options that change what the model computes; those of other memories do not."""
-    from ..memory import MEMORIES
+    from ..core.memory import MEMORIES
 
     model = cfg["model"]
     known = _names(MODEL_DATACLASS_REGISTRY[model["_name"]]) - {"preset_tokens_per_sample"}
@@ -131,7 +131,7 @@ def _model_options(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> Set[str]
 
 def owners_of_options() -> Dict[str, Set[str]]:
     """Return the memories that an option belongs to, by the options' names."""
-    from ..memory import MEMORIES
+    from ..core.memory import MEMORIES
 
     owners: Dict[str, Set[str]] = {}
     for memory in MEMORIES.names():

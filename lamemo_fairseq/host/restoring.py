@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..names import option_name
+from ..core.names import option_name
 from .averages import supply_averages
 from .configuration import CheckpointError, complete, describe, is_our_task, is_ours, read_ours
 from .overrides import owners_of_options

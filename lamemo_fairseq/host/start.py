@@ -12,8 +12,8 @@ from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY
 from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig, OmegaConf
 
+from ..core.names import did_you_mean, option_name
 from ..criterions import FAIRSEQ_CRITERIONS
-from ..names import did_you_mean, option_name
 from .configuration import defaults_of
 from .option_rules import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, Settings
 from .option_table import rules_for

@@ -9,10 +9,10 @@ from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
-from ..attention import BACKENDS
-from ..memory import MEMORIES, MemoryOptions
-from ..names import option_name
-from ..positions import POSITIONS
+from ..core.attention import BACKENDS
+from ..core.memory import MEMORIES, MemoryOptions
+from ..core.names import option_name
+from ..core.positions import POSITIONS
 
 Config = TypeVar("Config", bound=FairseqDataclass)
 

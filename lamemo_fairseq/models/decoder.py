@@ -13,15 +13,15 @@ from fairseq.data import Dictionary
 from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor, nn
 
-from ..data.position import SegmentPosition, real_tokens
-from ..memory import MEMORIES, DivergenceError, MemoryConfig, MemoryState, Passage, StreamMemory
-from ..modules import AttentionConfig, DecoderLayer, LayerConfig
-from ..modules.graphs import SegmentGraphs
-from ..modules.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
-from ..names import option_name
-from ..positions import POSITIONS, PositionConfig
+from ..core.decoding.state import DecodingState, Spare
+from ..core.graphs import SegmentGraphs
+from ..core.layers import AttentionConfig, DecoderLayer, LayerConfig
+from ..core.layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
+from ..core.memory import MEMORIES, DivergenceError, MemoryConfig, MemoryState, Passage, StreamMemory
+from ..core.memory.position import SegmentPosition, real_tokens
+from ..core.names import option_name
+from ..core.positions import POSITIONS, PositionConfig
 from .config import MemoryLanguageModelConfig, check, cutoffs, memory_options
-from .incremental import DecodingState, Spare
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from fairseq import hub_utils
 from fairseq.models import FairseqLanguageModel, register_model
 from torch import Tensor, nn
 
-from ..data.position import real_tokens
+from ..core.memory import MEMORIES
+from ..core.memory.position import real_tokens
 from ..generation import LanguageModelHub
 from ..host.named_checkpoints import check_files
-from ..memory import MEMORIES
 from ..tasks.segment_language_modeling import SegmentLanguageModelingTask
 from .config import MemoryLanguageModelConfig, with_defaults
 from .decoder import MemoryDecoder

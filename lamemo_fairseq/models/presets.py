@@ -7,7 +7,7 @@ from typing import Any, Dict
 
 from fairseq.models import register_model
 
-from ..memory import MEMORIES
+from ..core.memory import MEMORIES
 from .config import with_defaults
 from .language_models import MODELS
 

@@ -15,6 +15,8 @@ from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from omegaconf import II
 
+from ..core.memory import DivergenceError
+from ..core.names import TASK
 from ..criterions.memory_losses import PREFIX, WithMemoryLosses
 from ..data.binarized import check_split, load_lines
 from ..data.folders import data_folders, shared_dictionary
@@ -29,8 +31,6 @@ from ..host.configuration import check_criterion, check_model
 from ..host.ranks import launched_ranks, several_ranks
 from ..host.start import check_task
 from ..host.training import prepare_training
-from ..memory import DivergenceError
-from ..names import TASK
 from .prompts import PromptTask
 from .state import TaskState
 

@@ -1,0 +1,1 @@
+"""Memories for language models, with their layers, kernels and exact state."""

@@ -1,0 +1,1 @@
+"""Token-by-token decoding over a cache of each memory."""

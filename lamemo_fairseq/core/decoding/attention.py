@@ -1,0 +1,130 @@
+"""Attention of new tokens over cached keys and values.
+
+Shapes: B rows, k new tokens, N tokens of a segment, M memory slots, H heads, D size of a head; C columns of a cache:
+slots up to M, then tokens. K of them are looked at.
+"""
+
+import math
+from functools import cached_property
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from ..attention.types import Attended, RelativeBias
+
+
+class Pairs(NamedTuple):
+    """What the pairs of new tokens and columns have in common in every layer; rows that are alike are kept once."""
+
+    entry: Tensor  # [B or 1, 1, k, K] where the last K distances of a table hold the pair's
+    hidden: Tensor  # [B or 1, 1, k, K] whether the token must not see the column
+
+
+class Columns:
+    """The columns that a step's new tokens stand in and look at.
+
+    Args:
+        first, end: the columns looked at are ``first .. end-1``.
+        query: ``[B, k]`` the new tokens' own columns. Rows that are padded may lie beyond the cache.
+        oldest: ``[B]`` each row's first column.
+        last: the cache's last column, C - 1.
+        span: how many keys a token sees at most, itself included (None: all).
+        at: the first token's column, where the host knows it to be the same in every row, and *first* to be the oldest.
+    """
+
+    def __init__(
+        self, first: int, end: int, query: Tensor, oldest: Tensor, last: int, span: Optional[int], at: Optional[int]
+    ):
+        self.first, self.end, self.query, self.oldest, self.last = first, end, query, oldest, last
+        self.span, self.at = span, at
+        if at is not None and span is not None and query.size(1) == 1:
+            self.first = max(first, at + 1 - span)
+
+    @cached_property
+    def own(self) -> Tensor:
+        """``[B, k]`` the columns that the new tokens are written to; what padded rows write is never read."""
+        return self.query.clamp(max=self.last)
+
+    @cached_property
+    def pairs(self) -> Optional[Pairs]:
+        """None if every token sees every column, in the order of the table."""
+        if self.at is not None and self.query.size(1) == 1:
+            return None
+        alike = slice(0, 1 if self.at is not None else None)
+        query, oldest, width = self.query[alike], self.oldest[alike], self.end - self.first
+        column = torch.arange(self.first, self.end, device=query.device)
+        distance = query.unsqueeze(-1) - column
+        hidden = (distance < 0) | (column < oldest[:, None, None])
+        if self.span is not None:
+            hidden = hidden | (distance >= self.span)
+        entry = (width - 1 - distance).clamp(0, width - 1)
+        return Pairs(entry.unsqueeze(1), hidden.unsqueeze(1))
+
+    def put(self, buffer: Tensor, new: Tensor, dim: int) -> None:
+        """Write what belongs to the new tokens, ``new``, into *buffer*, whose columns are along *dim*."""
+        if self.at is not None:
+            buffer.narrow(dim, self.at, new.size(dim)).copy_(new)
+            return
+        shape = [1] * new.dim()
+        shape[0], shape[dim] = self.own.shape
+        buffer.scatter_(dim, self.own.view(shape).expand(new.shape), new.to(buffer.dtype))
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """``[B, H, C, ..] -> [B, H, K, ..]``, those looked at."""
+        return buffer.narrow(2, self.first, self.end - self.first)
+
+
+def cached_attention(
+    q: Tensor, keys: Tensor, values: Tensor, bias: RelativeBias, columns: Columns, need_normalizer: bool = True
+) -> Attended:
+    """Every new token attends to the columns from its row's oldest slot up to its own.
+
+    Args:
+        q: ``[B, H, k, D]``.
+        keys, values: ``[B, H, C, D]``; what lies outside a row's own columns is ignored.
+        bias: its table ends with the distances ``K-1 .. 0``.
+        need_normalizer: False saves computing it, and the result's is empty.
+    """
+    rows, heads, _, size = q.shape
+    scale = 1 / math.sqrt(size)
+    content_q = q if bias.content is None else q + bias.content.unsqueeze(1)
+    by_key = columns.of(keys).flatten(0, 1).transpose(1, 2)
+    if bias.table is None and bias.score is None:
+        scores = torch.bmm(content_q.flatten(0, 1) * scale, by_key)
+    else:
+        by_distance = _by_distance(q, bias, columns, scale)
+        scores = torch.baddbmm(by_distance.flatten(0, 1), content_q.flatten(0, 1), by_key, alpha=scale)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if columns.pairs is not None:
+        scores = scores.unflatten(0, (rows, heads)).masked_fill(columns.pairs.hidden, -math.inf).flatten(0, 1)
+    weights = scores.softmax(-1)
+    output = torch.bmm(weights.to(values.dtype), columns.of(values).flatten(0, 1)).unflatten(0, (rows, heads))
+    if not need_normalizer:
+        return Attended(output, scores.new_empty(0))
+    # The largest weight is exp(largest score - logsumexp): two maxima cost less than the sum of exponentials again.
+    normalizer = scores.amax(-1) - weights.amax(-1).log()
+    return Attended(output, normalizer.unflatten(0, (rows, heads)))
+
+
+def _by_distance(q: Tensor, bias: RelativeBias, columns: Columns, scale: float) -> Tensor:
+    """The position's share of the scores: ``[B, H, k, K]``."""
+    width = columns.end - columns.first
+    learned = None
+    if bias.score is not None:
+        learned = bias.score[:, None, -width:].expand(-1, q.size(0) * q.size(2), -1)
+    if bias.table is None:
+        assert learned is not None
+        scores = learned * scale
+    else:
+        position_q = q if bias.position is None else q + bias.position.unsqueeze(1)
+        # One product a head for all rows, so that the table is not copied for each of them.
+        by_head, table = position_q.transpose(0, 1).flatten(1, 2), bias.table[:, -width:].transpose(1, 2)
+        if learned is None:
+            scores = torch.bmm(by_head * scale, table)
+        else:
+            scores = torch.baddbmm(learned, by_head, table, beta=scale, alpha=scale)
+    scores = scores.unflatten(1, (q.size(0), q.size(2))).transpose(0, 1)
+    if columns.pairs is None:
+        return scores
+    return scores.gather(-1, columns.pairs.entry.expand(scores.shape))

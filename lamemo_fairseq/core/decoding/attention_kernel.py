@@ -1,0 +1,184 @@
+"""Attention of one new token a row over cached keys and values, as one Triton kernel.
+
+The columns of a row and head are split among programs where there are few of these; the last of them to finish joins
+the softmaxes. It adds the token itself and writes it into the cache. Positions cost no gather: rows of the table
+are as far apart as columns. Only columns that a row sees are read.
+
+Shapes: B rows, H heads, D size of a head, C columns of the cache, of them M for slots, T = C distances, S splits.
+"""
+
+import math
+from typing import NamedTuple, Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..attention.types import RelativeBias
+
+BLOCK = 64  # columns at a time, at most
+TILE_BYTES = 8192  # of keys, of values and of the table at a time
+STAGES = 2  # blocks under way, so that one is read while another is computed with
+PROGRAMS = 256  # enough of them to fill a large GPU
+NEVER = tl.constexpr(-1e30)  # below every score, and unlike -inf safe to subtract
+
+
+@triton.jit
+def cached_attention_kernel(
+    p_qkv, p_k, p_v, p_content, p_position, p_table, p_tokens, p_slots, p_out, p_outputs, p_normalizers,
+    p_acc, p_top, p_sum, p_arrived,
+    heads, columns, mem_len, s_row, s_head, s_distance,
+    scale: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr, RECORD: tl.constexpr,
+):  # fmt: skip
+    bh, split = tl.program_id(0), tl.program_id(1)
+    b, h = bh // heads, bh % heads
+    column = mem_len + tl.load(p_tokens + b).to(tl.int32)
+    oldest = mem_len - tl.load(p_slots + b).to(tl.int32)
+    d = tl.arange(0, BLOCK_D)
+    in_head = d < D
+    p_new = p_qkv + b * s_row + h * D + d
+    b_q = tl.load(p_new, mask=in_head, other=0).to(tl.float32)
+    b_content = (b_q + tl.load(p_content + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
+    b_position = (b_q + tl.load(p_position + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
+    b_k_new = tl.load(p_new + heads * D, mask=in_head, other=0)
+    b_v_new = tl.load(p_new + 2 * heads * D, mask=in_head, other=0)
+    b_r_own = tl.load(p_table + h * s_head + (columns - 1) * s_distance + d, mask=in_head, other=0).to(tl.float32)
+    own = tl.sum(b_k_new.to(tl.float32) * b_content + b_r_own * b_position, axis=0)
+    base = bh.to(tl.int64) * columns
+    p_r = p_table + h * s_head + (columns - 1 - column) * s_distance
+
+    share = (column - oldest + S - 1) // S
+    first = oldest + split * share
+    end = tl.minimum(first + share, column)
+    # Every place of a block has a softmax of its own, so that warps wait for each other at the end only.
+    # [BLOCK_C], [BLOCK_C], [BLOCK_C, BLOCK_D]
+    b_top = tl.full([BLOCK_C], NEVER, tl.float32)
+    b_sum = tl.zeros([BLOCK_C], tl.float32)
+    b_acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    for start in tl.range(first, end, BLOCK_C, num_stages=STAGES):
+        c = start + tl.arange(0, BLOCK_C)
+        seen = c < end
+        both = seen[:, None] & in_head[None, :]
+        place = (base + c)[:, None] * D + d[None, :]
+        b_k = tl.load(p_k + place, mask=both, other=0).to(tl.float32)
+        b_r = tl.load(p_r + c[:, None] * s_distance + d[None, :], mask=both, other=0).to(tl.float32)
+        b_v = tl.load(p_v + place, mask=both, other=0).to(tl.float32)
+        score = tl.sum(b_k * b_content[None, :] + b_r * b_position[None, :], axis=1)
+        score = tl.where(seen, score, NEVER)
+        top = tl.maximum(b_top, score)
+        weight = tl.where(seen, tl.exp(score - top), 0.0)
+        kept = tl.exp(b_top - top)
+        b_acc = b_acc * kept[:, None] + weight[:, None] * b_v
+        b_sum = b_sum * kept + weight
+        b_top = top
+    top = tl.max(b_top, axis=0)
+    kept = tl.exp(b_top - top)
+    total = tl.sum(b_sum * kept, axis=0)
+    b_out = tl.sum(b_acc * kept[:, None], axis=0)
+
+    last = True
+    if S > 1:
+        part = bh * S + split
+        tl.store(p_acc + part * BLOCK_D + d, b_out)
+        tl.store(p_top + part, top)
+        tl.store(p_sum + part, total)
+        tl.debug_barrier()  # all of it is written before the program counts as arrived
+        last = tl.atomic_add(p_arrived + bh, 1, sem="acq_rel") == S - 1
+    if last:
+        if S > 1:
+            tl.debug_barrier()
+            parts = bh * S + tl.arange(0, S)
+            # What other multiprocessors wrote is in the second cache, not in the first.
+            tops = tl.load(p_top + parts, cache_modifier=".cg")
+            sums = tl.load(p_sum + parts, cache_modifier=".cg")
+            accs = tl.load(p_acc + parts[:, None] * BLOCK_D + d[None, :], cache_modifier=".cg")
+            top = tl.max(tops, axis=0)
+            kept_of = tl.exp(tops - top)
+            total = tl.sum(sums * kept_of, axis=0)
+            b_out = tl.sum(accs * kept_of[:, None], axis=0)
+            tl.store(p_arrived + bh, 0)
+        joint = tl.maximum(top, own)
+        before, weight_own = tl.exp(top - joint), tl.exp(own - joint)
+        total = total * before + weight_own
+        b_out = (b_out * before + weight_own * b_v_new.to(tl.float32)) / total
+        tl.store(p_out + bh * D + d, b_out.to(p_out.dtype.element_ty), mask=in_head)
+        mine = base + column
+        tl.store(p_k + mine * D + d, b_k_new, mask=in_head)
+        tl.store(p_v + mine * D + d, b_v_new, mask=in_head)
+        if RECORD:
+            tl.store(p_outputs + mine * D + d, b_out.to(p_outputs.dtype.element_ty), mask=in_head)
+            tl.store(p_normalizers + mine, (joint + tl.log(total)).to(p_normalizers.dtype.element_ty))
+
+
+def columns_at_a_time(size: int, bytes_each: int) -> int:
+    """Of heads of *size* numbers, a power of two; what the blocks take of a multiprocessor does not grow with it."""
+    return max(1, min(BLOCK, TILE_BYTES // (size * bytes_each)))
+
+
+class Parts(NamedTuple):
+    """What the splits of a row and head leave for the last of them to join; every layer may use the same."""
+
+    acc: Tensor  # [B H S, D padded], float32
+    top: Tensor  # [B H S], float32
+    sum: Tensor  # [B H S], float32
+    arrived: Tensor  # [B H] int32, 0 between two launches
+
+    @classmethod
+    def empty(cls, keys: Tensor) -> "Parts":
+        """For keys ``[B, H, C, D]``."""
+        rows, heads, columns, size = keys.shape
+        splits = 1
+        while rows * heads * splits < PROGRAMS and splits * BLOCK < columns:
+            splits *= 2
+        count = rows * heads * splits
+        acc = torch.empty(count, triton.next_power_of_2(size), device=keys.device, dtype=torch.float32)
+        arrived = torch.zeros(rows * heads, device=keys.device, dtype=torch.int32)
+        return cls(acc, acc.new_empty(count), acc.new_empty(count), arrived)
+
+    @property
+    def splits(self) -> int:
+        return len(self.top) // len(self.arrived)
+
+
+def cached_attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: RelativeBias,
+    tokens: Tensor,
+    slots: Tensor,
+    mem_len: int,
+    parts: Parts,
+    outputs: Optional[Tensor] = None,
+    normalizers: Optional[Tensor] = None,
+) -> Tensor:
+    """Each row's new token attends to the row's slots and tokens and to itself, and is written into the cache.
+
+    Args:
+        qkv: ``[B, 3 H D]``, the token's query, key and value.
+        keys, values: ``[B, H, C, D]``, contiguous; changed in place.
+        bias: content, position and a table of the distances ``C-1 .. 0``.
+        tokens, slots: ``[B]`` int64, how many of each a row has; the new token stands in column M + *tokens*.
+        mem_len: M.
+        parts: space to work in, for keys of this shape.
+        outputs, normalizers: where read-outs ``[B, H, C, D]`` and normalisers ``[B, H, C]`` are kept too; both or none.
+
+    Returns:
+        The read-out ``[B, H D]``.
+    """
+    rows, heads, columns, size = keys.shape
+    assert bias.content is not None and bias.position is not None and bias.table is not None
+    # Only the interpreter meets the layout that plain attention has on a CPU.
+    table = bias.table if bias.table.stride(2) == 1 else bias.table.contiguous()
+    out = qkv.new_empty(rows, heads * size)
+    recorded = outputs is not None and normalizers is not None
+    cached_attention_kernel[(rows * heads, parts.splits)](
+        qkv, keys, values, bias.content, bias.position, table, tokens, slots, out,
+        outputs if recorded else keys, normalizers if recorded else keys, *parts,
+        heads, columns, mem_len, qkv.stride(0), table.stride(0), table.stride(1),
+        scale=1 / math.sqrt(size), D=size, BLOCK_D=parts.acc.size(1), S=parts.splits,
+        BLOCK_C=columns_at_a_time(parts.acc.size(1), keys.element_size()), STAGES=STAGES, RECORD=recorded,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,104 @@
+"""A decoder layer: attention and feed-forward, each with its residual and layer norm.
+
+Shapes: B streams, R rows going in, Q rows coming out, d model width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch.nn.functional as F
+from fairseq import utils
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels import aligned
+from ..kernels.activation import relu_dropout
+from ..kernels.parts import is_plain
+from ..kernels.residual import residual_norm, residual_sum_and_norm
+from ..kernels.rows import fusable
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Sizes and choices of everything in a layer but its attention."""
+
+    embed_dim: int
+    ffn_dim: int
+    dropout: float = 0.0
+    activation_dropout: float = 0.0
+    activation_fn: str = "relu"
+    normalize_before: bool = False
+    checkpoint_activations: bool = False
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with an activation between them, row by row."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        self.widths = config.embed_dim, config.ffn_dim
+        self.fc1 = nn.Linear(config.embed_dim, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, config.embed_dim)
+        self.activation_fn = utils.get_activation_fn(config.activation_fn)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return aligned.through(self.fc2, self._hidden(x), self.widths[1])
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """As `forward`, but for the last bias, and perhaps wider by zeros."""
+        return aligned.linear(self._hidden(x), self.fc2.weight, keep_padding=True)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        dropout = self.activation_dropout
+        known = is_plain(dropout, nn.Dropout)  # another one is given no padding, of which it does not know
+        if known and is_plain(self.fc1, nn.Linear) and self.activation_fn is F.relu and fusable(x):
+            hidden = aligned.linear(x, self.fc1.weight, keep_padding=True)
+            return relu_dropout(hidden, dropout.p, dropout.training, self.fc1.bias)
+        return dropout(self.activation_fn(aligned.through(self.fc1, x, self.widths[0], keep_padding=known)))
+
+
+class DecoderLayer(nn.Module):
+    """The shell that every memory's attention is put into."""
+
+    def __init__(self, config: LayerConfig, attention: nn.Module):
+        super().__init__()
+        self.config = config
+        self.self_attn = attention
+        self.self_attn_layer_norm = nn.LayerNorm(config.embed_dim)
+        self.feed_forward = FeedForward(config)
+        self.final_layer_norm = nn.LayerNorm(config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, rows: Tensor, *attention_args: Any) -> tuple[Tensor, Any]:
+        """Pass ``rows [B, R, d]`` through the layer.
+
+        Returns:
+            The last Q rows ``[B, Q, d]``, Q being what the attention returned, and what it carries on.
+        """
+        if self.config.checkpoint_activations and self.training:
+            return checkpoint(self._forward, rows, *attention_args, use_reentrant=False)
+        return self._forward(rows, *attention_args)
+
+    def _forward(self, rows: Tensor, *attention_args: Any) -> tuple[Tensor, Any]:
+        return self.around(rows, lambda normed: self.self_attn(normed, *attention_args))
+
+    def attention_input(self, rows: Tensor) -> Tensor:
+        """What the attention is given of ``rows [B, R, d]``."""
+        return self.self_attn_layer_norm(rows) if self.config.normalize_before else rows
+
+    def around(self, rows: Tensor, attend: Callable[[Tensor], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+        """The layer with another attention: *attend* gets its input and returns what `forward` expects of it."""
+        before = self.config.normalize_before
+        attended, carried = attend(self.attention_input(rows))
+        last = rows[:, rows.size(1) - attended.size(1) :]
+        if before:
+            x, normed = residual_sum_and_norm(attended, last, self.final_layer_norm, self.dropout)
+            return x + self.dropout(self.feed_forward(normed)), carried
+        x = residual_norm(attended, last, self.self_attn_layer_norm, self.dropout)
+        # A kernel adds the bias on its way, and sums its gradient; a hook sees the whole output.
+        whole = is_plain(self.feed_forward, FeedForward) and is_plain(self.feed_forward.fc2, nn.Linear)
+        apart = whole and fusable(x)
+        y = self.feed_forward.without_bias(x) if apart else self.feed_forward(x)
+        bias = self.feed_forward.fc2.bias if apart else None
+        return residual_norm(y, x, self.final_layer_norm, self.dropout, bias), carried

@@ -1,0 +1,100 @@
+"""Multi-head self-attention over memory rows and current rows.
+
+Shapes: B streams, R rows (memory, then current), Q queries, H heads, D size of a head, D' its padded size (`heads.py`),
+d model width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from torch import Tensor, nn
+
+from ..attention import BACKENDS, Attended
+from ..attention.padding import bias_for
+from ..kernels import aligned
+from ..kernels.parts import is_product
+from ..positions import LayerBias
+from .heads import split_heads, wide_heads
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Sizes and choices that every layer's attention shares."""
+
+    embed_dim: int
+    heads: int
+    head_dim: int
+    dropout: float = 0.0
+    span: Optional[int] = None  # keys a query sees at most (None: all)
+    mem_len: int = 0
+    backend: str = "auto"
+    options: Any = None  # of the memory's own class of options
+
+
+class SelfAttention(nn.Module):
+    """Projections around an attention backend; the attention itself is causal over all rows."""
+
+    def __init__(self, config: AttentionConfig):
+        super().__init__()
+        BACKENDS[config.backend]  # an unknown name is an error now, not at the first batch
+        self.config = config
+        width = config.heads * config.head_dim
+        self.qkv_proj = nn.Linear(config.embed_dim, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, config.embed_dim, bias=False)
+
+    def forward(self, rows: Tensor, bias: LayerBias, queries: int) -> tuple[Tensor, None]:
+        """The last *queries* of ``rows [B, R, d]`` attend to all rows before them: ``[B, Q, d]``."""
+        q, k, v = self.project(rows, queries, keep_padding=True)
+        attended = self.causal(q, k, v, bias, need_normalizer=False)
+        return self.merge_heads(attended.output), None
+
+    def project(self, rows: Tensor, queries: int, keep_padding: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the last rows, keys and values of all: ``[B, H, Q or R, D]`` each, D' with *keep_padding*."""
+        heads = self.config.heads
+        if not is_product(self.qkv_proj):
+            q, k, v = split_heads(self.qkv_proj(rows), 3, heads)
+            return q[:, :, rows.size(1) - queries :], k, v
+        weight = self.qkv_proj.weight
+        if keep_padding and self.config.head_dim % 8 and aligned.matters(rows):
+            weight = wide_heads(weight, self.config.head_dim, dim=0)
+        if queries == rows.size(1):
+            q, k, v = split_heads(aligned.linear(rows, weight), 3, heads)
+            return q, k, v
+        width = weight.size(0) // 3
+        q_weight, kv_weight = weight.split([width, 2 * width])
+        k, v = split_heads(aligned.linear(rows, kv_weight), 2, heads)
+        return self._split_heads(aligned.linear(rows[:, rows.size(1) - queries :], q_weight)), k, v
+
+    def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
+        """Heads ``[B, H, Q or R, D or D']`` by the backend asked for."""
+        backend, fitted = BACKENDS[self.config.backend], bias_for(q, bias.causal)
+        return backend.causal_attention(
+            q, k, v, fitted, self.config.span, self._dropout, self.scale, need_normalizer=need_normalizer
+        )
+
+    def combine(self, q: Tensor, read_out: Tensor, context: Any) -> Tensor:
+        """The read-outs ``[B, H, Q, D]`` of queries with what a memory's *context* adds to them, here nothing."""
+        return read_out
+
+    def merge_heads(self, heads: Tensor) -> Tensor:
+        """``[B, H, Q, D or D'] -> [B, Q, d]``, perhaps wider by zeros, through the output projection."""
+        size = self.config.head_dim
+        if not is_product(self.out_proj):
+            return self.out_proj(heads[..., :size].transpose(1, 2).flatten(2))
+        weight = self.out_proj.weight
+        if heads.size(-1) > size:
+            weight = wide_heads(weight, size, dim=1)
+        return aligned.linear(heads.transpose(1, 2).flatten(2), weight, keep_padding=True)
+
+    @property
+    def scale(self) -> float:
+        """Of the scores, also where heads are padded."""
+        return 1 / math.sqrt(self.config.head_dim)
+
+    @property
+    def _dropout(self) -> float:
+        return self.config.dropout if self.training else 0.0
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return split_heads(x, 1, self.config.heads)[0]

@@ -1,0 +1,26 @@
+"""Memories by name, one folder each, and the memory of the streams being read."""
+
+import importlib
+import pkgutil
+
+from ..decoding.cache import SegmentCache
+from .base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
+from .streams import DivergenceError, MissingMemoryError, StreamMemory
+
+__all__ = [
+    "MEMORIES",
+    "Architecture",
+    "DivergenceError",
+    "Memory",
+    "MemoryConfig",
+    "MemoryOptions",
+    "MemoryState",
+    "MissingMemoryError",
+    "Passage",
+    "SegmentCache",
+    "StreamMemory",
+]
+
+for _module in pkgutil.iter_modules(__path__):
+    if _module.ispkg:  # a memory, which registers itself
+        importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,195 @@
+"""What a memory is: a state carried from one segment to the next, and how a segment passes through it.
+
+Shapes: B streams, N current tokens, m <= M memory slots, d model width.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import (
+    Any,
+    Callable,
+    ClassVar,
+    Dict,
+    Generic,
+    Iterable,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    TypeVar,
+)
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from torch import Tensor, nn
+
+from ..decoding.cache import SegmentCache
+from ..layers import SelfAttention
+from ..positions import PositionEncoding
+from ..registry import Registry
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """Base of all states. Every field is a tensor, or a tuple of tensors, with the streams first.
+
+    States hold no gradient.
+    """
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "MemoryState":
+        """The same state with *fn* applied to each tensor."""
+        return type(self)(
+            *(
+                tuple(fn(t) for t in value) if isinstance(value, tuple) else fn(value)
+                for value in (getattr(self, f.name) for f in fields(self))
+            )
+        )
+
+    def tensors(self) -> List[Tensor]:
+        """All tensors, in the order in which `map` meets them."""
+        found: List[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
+        return found
+
+    def finite(self) -> Optional[Tensor]:
+        """Which streams hold neither NaN nor infinity: ``[B]`` booleans, None if there are no tensors."""
+        finite = [t.isfinite().flatten(1).all(1) for t in self.tensors()]
+        return torch.stack(finite).all(0) if finite else None
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, saved: Dict[str, Any]) -> "MemoryState":
+        names = {f.name for f in fields(cls)}
+        if set(saved) != names:
+            raise ValueError(
+                f"saved memory holds {sorted(saved)}, but this model's memory is made of {sorted(names)}: "
+                "resume with the same --memory, or pass --reset-dataloader"
+            )
+        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in saved.items()})
+
+
+@dataclass
+class MemoryOptions(FairseqDataclass):
+    """Base of a memory's own options: every model has those of all memories, under the fields' names."""
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            ValueError: with the option's name and the remedy.
+        """
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The model that fairseq knows a memory by."""
+
+    name: str  # as in --arch
+    class_name: str  # in models/language_models.py
+    summary: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # options whose default differs
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # likewise, in a released setting
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Sizes and choices that a memory is built from."""
+
+    mem_len: int
+    layers: int
+    heads: int
+    head_dim: int
+    embed_dim: int
+    segment_length: int  # N
+    options: Any  # of the memory's own class of options
+    dropout: float = 0.0
+
+
+class Passage(NamedTuple):
+    """What comes of a segment."""
+
+    features: Tensor  # [B, N, d], the last layer's current rows
+    state: Any  # for the next segment, without gradient
+    # Scalars by name, to be added to the loss of every token; in training only, and all of them in every segment.
+    losses: Dict[str, Tensor] = {}
+
+
+State = TypeVar("State", bound=MemoryState)
+
+
+class Memory(nn.Module, Generic[State]):
+    """Base of all memories; a decoder has one."""
+
+    architecture: ClassVar[Architecture]
+    options: ClassVar[Type[MemoryOptions]] = MemoryOptions
+    attention: ClassVar[Type[SelfAttention]] = SelfAttention
+    state: ClassVar[Type[MemoryState]] = MemoryState
+    cache: ClassVar[Type[SegmentCache]] = SegmentCache  # what token-by-token decoding keeps
+    looks_ahead: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
+    smallest_mem_len: ClassVar[int] = 1  # the smallest --mem-len that makes sense
+    has_losses: ClassVar[bool] = False  # whether passages have losses
+    layout: ClassVar[Tuple[str, ...]] = ()  # own options that a saved state depends on
+
+    def __init__(self, config: MemoryConfig):
+        super().__init__()
+        self.config = config
+
+    @property
+    def slots(self) -> int:
+        """Rows that come before a segment's tokens, at most."""
+        return self.config.mem_len
+
+    @property
+    def period(self) -> int:
+        """Tokens from one change of the memory to the next."""
+        return self.config.segment_length
+
+    def reset_parameters(self) -> None:
+        """Initialise what is not as in other modules: weights N(0, .02), biases 0."""
+
+    def initial_state(self, x: Tensor) -> State:
+        """The state before the first segment, for streams embedded like ``x [B, N, d]``."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        """Pass the embeddings ``x [B, N, d]`` of a segment through the layers.
+
+        ``lengths [B]`` counts the tokens that are not padding, which is on the right; None if none is.
+        """
+        raise NotImplementedError
+
+
+def last_rows(rows: Tensor, count: int, dim: int = 1) -> Tensor:
+    """A copy of the last *count* rows without gradient; a view would keep all of them alive."""
+    count = min(count, rows.size(dim))
+    return rows.detach().narrow(dim, rows.size(dim) - count, count).clone()
+
+
+def no_contribution(parameters: Iterable[Optional[Tensor]]) -> Tensor:
+    """Zero, with a gradient of zero for those of *parameters* that are there.
+
+    Data-parallel reducers wait for a gradient of every parameter, in steps too that had no use for one.
+    """
+    used = [p.sum(dtype=torch.float32) for p in parameters if p is not None]
+    return 0.0 * torch.stack(used).sum() if used else torch.zeros(())
+
+
+MEMORIES: Registry[Type[Memory[Any]]] = Registry("memory")

@@ -1,0 +1,144 @@
+"""The Compressive Transformer's memory: Transformer-XL's, and behind it a compressed one (Rae et al. 2020).
+
+Each layer attends to ``[c; m; x]``, at contiguous distances. A segment's rows join m, whose oldest then leave it in
+groups of r: as few groups as leave at most M rows. Each group is compressed to one row, which joins c, and c forgets
+its oldest. So m, once full, holds exactly M rows if r divides both N and M, and else between M - r + 1 and M; no
+remainder is ever padded or dropped.
+
+Shapes: B streams, N current tokens, m <= M memory slots, c <= C compressed slots, r compression rate, d model width.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, List, Optional, Sequence, Tuple, Type
+
+import torch
+from torch import Tensor, nn
+
+from ...decoding.cache import SegmentCache
+from ...kernels.rows import join
+from ...layers import SelfAttention
+from ...positions import PositionEncoding
+from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
+from .attention import CompressiveSelfAttention
+from .cache import CompressiveCache
+from .compressions import COMPRESSIONS
+from .losses import LOSSES
+from .options import CompressiveOptions
+
+__all__ = ["COMPRESSIONS", "LOSSES", "CompressiveMemory", "CompressiveState"]
+
+
+@dataclass(frozen=True)
+class CompressiveState(MemoryState):
+    """Per layer the rows that went into it, and what older ones were compressed to."""
+
+    hidden: Tuple[Tensor, ...]  # a layer: [B, m, d]
+    compressed: Tuple[Tensor, ...]  # a layer: [B, c, d]
+
+
+@MEMORIES.register("compressive")
+class CompressiveMemory(Memory[CompressiveState]):
+    """Compresses what segment-level recurrence would forget."""
+
+    # Together as many slots as Transformer-XL has, and sizes that the rate divides.
+    architecture: ClassVar[Architecture] = Architecture(
+        name="compressive_transformer_lm",
+        class_name="CompressiveTransformerLanguageModel",
+        summary="Compressive Transformer: recurrent memory, and compressed memory behind it (Rae et al. 2020).",
+        defaults={"position_encoding": "transformer-xl", "mem_len": 75},
+        presets={
+            "wt103": {"mem_len": 75, "compressed_len": 75, "compression_rate": 3},
+            "enwik8": {"mem_len": 256, "compressed_len": 256, "compression_rate": 4},
+            "text8": {"mem_len": 256, "compressed_len": 256, "compression_rate": 4},
+        },
+    )
+    options: ClassVar[Type[CompressiveOptions]] = CompressiveOptions
+    attention: ClassVar[Type[SelfAttention]] = CompressiveSelfAttention
+    state: ClassVar[Type[MemoryState]] = CompressiveState
+    cache: ClassVar[Type[SegmentCache]] = CompressiveCache
+    has_losses: ClassVar[bool] = True
+    layout: ClassVar[Tuple[str, ...]] = ("compressed_len", "compression_rate", "compression")
+
+    def __init__(self, config: MemoryConfig):
+        super().__init__(config)
+        options, rate = config.options, config.options.compression_rate
+        if config.mem_len < rate - 1:
+            raise ValueError(
+                f"--mem-len {config.mem_len} is too short for --compression-rate {rate}: the rows of the memory wait "
+                f"there until {rate} can be compressed together; pass --mem-len {rate - 1} or more"
+            )
+        compression, loss = COMPRESSIONS[str(options.compression)], LOSSES[str(options.compression_loss)]
+        self.watches = compression.watches
+        self.compressions = nn.ModuleList(compression(rate, config.embed_dim) for _ in range(config.layers))
+        trained = config.layers if compression.trains else 0
+        self.losses = nn.ModuleList(loss(rate, config.embed_dim) for _ in range(trained))
+
+    @property
+    def slots(self) -> int:
+        return self.config.mem_len + self.config.options.compressed_len
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def initial_state(self, x: Tensor) -> CompressiveState:
+        nothing = (x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers
+        return CompressiveState(hidden=nothing, compressed=nothing)
+
+    def leaving(self, rows: int) -> int:
+        """How many of *rows* rows, m + N, are compressed: groups of r, as few as leave no more than M."""
+        rate = self.config.options.compression_rate
+        return -(-max(0, rows - self.config.mem_len) // rate) * rate
+
+    def compressed_after(self, compressed: int, leaving: int) -> int:
+        """How many slots of c there are when *leaving* rows have joined *compressed* ones."""
+        options = self.config.options
+        return min(options.compressed_len, compressed + leaving // options.compression_rate)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: CompressiveState,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        current, compressed = x.size(1), state.compressed[0].size(1)
+        recent = state.hidden[0].size(1) + current
+        leaving = self.leaving(recent)
+        watched = slice(compressed, compressed + leaving) if leaving and self.watches else None
+        # How much a shorter last segment compresses depends on which streams share its batch.
+        learns = self.training and leaving > 0 and current == self.config.segment_length
+        kept, squeezed, lost = [], [], []
+        biases = positions(compressed + recent, None, x)
+        for i, (layer, bias) in enumerate(zip(layers, biases, strict=True)):
+            older = state.compressed[i].to(x)
+            every = join(torch.cat([older, state.hidden[i].to(x)], dim=1), x)
+            out, used = layer(every, bias, current, watched)
+            rows = every[:, compressed:].detach()
+            if leaving:
+                old = rows[:, :leaving]
+                new = self.compressions[i](old, used)
+                if learns and len(self.losses):
+                    lost.append(self.losses[i](layer, x.detach(), old, new))
+                older = torch.cat([older, new.to(older)], dim=1)
+            kept.append(last_rows(rows, recent - leaving))
+            squeezed.append(last_rows(older, self.config.options.compressed_len))
+            x = out
+        losses = {"compression": self._loss(lost, lengths)} if self.training and len(self.losses) else {}
+        return Passage(x, CompressiveState(tuple(kept), tuple(squeezed)), losses)
+
+    def _loss(self, lost: List[Tensor], lengths: Optional[Tensor]) -> Tensor:
+        """The loss of a token: the mean over layers, streams and tokens of what was *lost* ``[B]`` in each layer.
+
+        Streams that end within the segment add none. Before anything is compressed the loss is zero.
+        """
+        if not lost:
+            return no_contribution(self.parameters())
+        by_stream, length = torch.stack(lost).mean(0), self.config.segment_length
+        whole = torch.ones_like(by_stream) if lengths is None else (lengths == length).to(by_stream)
+        tokens = length * len(by_stream) if lengths is None else lengths.sum().clamp(min=1)
+        return self.config.options.compression_loss_weight * (by_stream * whole).sum() * length / tokens

@@ -1,0 +1,108 @@
+"""How rows that leave the memory are compressed, by name (Rae et al. 2020, section 3.2).
+
+Shapes: B streams, K compressed rows, r compression rate, d model width.
+"""
+
+from typing import ClassVar, Optional, Type
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels import aligned
+from ...kernels.parts import is_plain
+from ...registry import Registry
+
+
+class Compression(nn.Module):
+    """Base of all compressions; every layer has one of its own."""
+
+    trains: ClassVar[bool] = False  # whether it has weights
+    watches: ClassVar[bool] = False  # whether it wants to know how much attention the rows received
+
+    def __init__(self, rate: int, embed_dim: int):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, old: Tensor, usage: Optional[Tensor] = None) -> Tensor:
+        """Compress rows.
+
+        Args:
+            old: ``[B, K r, d]``, K >= 1, the oldest first.
+            usage: ``[B, K r]`` the attention that each received, for those compressions that watch.
+
+        Returns:
+            ``[B, K, d]``, the oldest first.
+        """
+        raise NotImplementedError
+
+
+COMPRESSIONS: Registry[Type[Compression]] = Registry("--compression")
+
+
+@COMPRESSIONS.register("mean-pool")
+class MeanPooling(Compression):
+    """The mean of every r rows."""
+
+    def forward(self, old: Tensor, usage: Optional[Tensor] = None) -> Tensor:
+        return old.unflatten(1, (-1, self.rate)).mean(2)
+
+
+@COMPRESSIONS.register("max-pool")
+class MaxPooling(Compression):
+    """The maximum of every r rows, component by component."""
+
+    def forward(self, old: Tensor, usage: Optional[Tensor] = None) -> Tensor:
+        return old.unflatten(1, (-1, self.rate)).amax(2)
+
+
+@COMPRESSIONS.register("most-used")
+class MostUsed(Compression):
+    """Of all the rows, the K that received most attention, in the order in which they stood."""
+
+    watches: ClassVar[bool] = True
+
+    def forward(self, old: Tensor, usage: Optional[Tensor] = None) -> Tensor:
+        assert usage is not None
+        # A stable sort, so that rows which received the same, such as none, are always told apart alike.
+        order = usage.argsort(dim=1, descending=True, stable=True)
+        kept = order[:, : old.size(1) // self.rate].sort(dim=1).values
+        return old.gather(1, kept.unsqueeze(-1).expand(-1, -1, old.size(2)))
+
+
+@COMPRESSIONS.register("conv")
+class Convolution(Compression):
+    """A convolution whose kernel and stride are r."""
+
+    trains: ClassVar[bool] = True
+
+    def __init__(self, rate: int, embed_dim: int):
+        super().__init__(rate, embed_dim)
+        self.conv = nn.Conv1d(embed_dim, embed_dim, rate, stride=rate)
+
+    def forward(self, old: Tensor, usage: Optional[Tensor] = None) -> Tensor:
+        if not is_plain(self.conv, nn.Conv1d):
+            return self.conv(old.transpose(1, 2)).transpose(1, 2)
+        groups = old.unflatten(1, (-1, self.rate)).flatten(2)  # which do not overlap: a product, and a faster one
+        return aligned.linear(groups, self.conv.weight.transpose(1, 2).flatten(1), self.conv.bias)
+
+
+@COMPRESSIONS.register("dilated-conv")
+class DilatedConvolution(Compression):
+    """Convolutions with kernel 2 and dilations 1, 2, 4, ..., ReLU between them, until an output has seen r rows.
+
+    Every r-th output is kept, the one at the last of its r rows. Where r is no power of two it sees some rows before
+    them too; before the first row stand zeros. (The paper does not say how its own were built.)
+    """
+
+    trains: ClassVar[bool] = True
+
+    def __init__(self, rate: int, embed_dim: int):
+        super().__init__(rate, embed_dim)
+        dilations = [2**i for i in range((rate - 1).bit_length())]
+        self.convs = nn.ModuleList(nn.Conv1d(embed_dim, embed_dim, 2, dilation=dilation) for dilation in dilations)
+
+    def forward(self, old: Tensor, usage: Optional[Tensor] = None) -> Tensor:
+        x = old.transpose(1, 2)
+        for i, conv in enumerate(self.convs):
+            x = conv(F.pad(x if i == 0 else x.relu(), (2**i, 0)))
+        return x[:, :, self.rate - 1 :: self.rate].transpose(1, 2)

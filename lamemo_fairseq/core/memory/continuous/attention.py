@@ -1,0 +1,94 @@
+"""Self-attention over the short-term memory, and continuous attention over the long-term one beside it.
+
+Shapes: B streams, R = m + N rows, Q queries, H heads, D size of a head, J basis functions, d model width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...attention.padding import as_wide
+from ...kernels import aligned
+from ...layers import AttentionConfig, SelfAttention
+from ...positions import LayerBias
+from .sampling import Density
+
+LEAST_VARIANCE = 1e-6  # as in the authors' code: far below the narrowest basis function
+
+
+class LongTerm(NamedTuple):
+    """What queries read of a signal."""
+
+    keys: Tensor  # [B, H, 2, D], what a query's mean and variance depend on, in float32 or wider
+    values: Tensor  # [B, H, J, D]
+
+
+class ContinuousSelfAttention(SelfAttention):
+    """The short-term read-out, and behind its heads as many of the long-term one, each with an output projection."""
+
+    def __init__(self, config: AttentionConfig):
+        super().__init__(config)
+        width, self.basis = config.heads * config.head_dim, config.options.basis()
+        self.out_proj = nn.Linear(2 * width, config.embed_dim, bias=False)
+        self.long_term_k_proj = nn.Linear(config.embed_dim, width, bias=False)
+        self.long_term_v_proj = nn.Linear(config.embed_dim, width, bias=False)
+        self.density_proj = nn.Linear(self.basis.count, 2, bias=False)  # w_mu and w_sigma
+
+    def forward(  # type: ignore[override]
+        self, rows: Tensor, bias: LayerBias, queries: int, coefficients: Tensor
+    ) -> tuple[Tensor, Density]:
+        """The last *queries* of ``rows [B, R, d]`` attend to all rows before them, and to a signal.
+
+        Args:
+            coefficients: ``[B, J, d]`` of the signal; zeros are one of which nothing is read.
+
+        Returns:
+            ``[B, Q, d]``, and where the queries attended to the signal.
+        """
+        q, k, v = self.project(rows, queries, keep_padding=True)
+        short_term = self.causal(q, k, v, bias, need_normalizer=False).output
+        long_term = self.long_term(coefficients)
+        density = self.locate(q[..., : self.config.head_dim], long_term)
+        long_term = long_term._replace(values=as_wide(q, long_term.values))
+        return self.merge_heads(torch.cat([short_term, self.read(density, long_term)], dim=1)), density
+
+    def combine(self, q: Tensor, read_out: Tensor, context: LongTerm) -> Tensor:
+        """``[B, 2 H, Q, D]``: the short-term read-outs and then the long-term ones."""
+        return torch.cat([read_out, self.read(self.locate(q, context), context)], dim=1)
+
+    def long_term(self, coefficients: Tensor) -> LongTerm:
+        """Keys and values of a signal with *coefficients* ``[B, J, d]``.
+
+        The scores of a query over the basis functions are ``s = (B W_k) q / sqrt(D)``, and its mean and variance take
+        nothing but ``w_mu . s`` and ``w_sigma . s``. So ``w^T B W_k`` serves as one key each, and no score is held for
+        every query and basis function.
+        """
+        with torch.autocast(coefficients.device.type, enabled=False):
+            exact = coefficients.dtype
+            summed = self.density_proj.weight.to(exact) @ coefficients  # [B, 2, d]
+            keys = F.linear(summed, self.long_term_k_proj.weight.to(exact))
+        weight = self.long_term_v_proj.weight
+        values = aligned.linear(coefficients.to(weight.dtype), weight)
+        return LongTerm(self._split_heads(keys), self._split_heads(values))
+
+    def locate(self, q: Tensor, long_term: LongTerm) -> Density:
+        """Where queries ``[B, H, Q, D]`` attend to: ``mu = sigmoid(w_mu . s)``, ``sigma^2 = softplus(w_sigma . s)``."""
+        with torch.autocast(q.device.type, enabled=False):
+            keys = long_term.keys
+            mean, variance = (q.to(keys.dtype) @ keys.transpose(-1, -2) / math.sqrt(q.size(-1))).unbind(-1)
+            return Density(mean.sigmoid(), F.softplus(variance).clamp(min=LEAST_VARIANCE))
+
+    def read(self, density: Density, long_term: LongTerm) -> Tensor:
+        """``E[psi(t)] . B W_v``: ``[B, H, Q, D]``."""
+        with torch.autocast(density.mean.device.type, enabled=False):
+            weights = self.basis.expectation(*density, long_term.values.dtype)
+        return weights @ long_term.values
+
+
+def divergence(density: Density, sigma: float) -> Tensor:
+    """``KL(N(mu, sigma^2) || N(mu, sigma_0^2))`` of every query: ``[B, H, Q]``."""
+    ratio = density.variance / sigma**2
+    return 0.5 * (ratio - ratio.log() - 1)

@@ -1,0 +1,46 @@
+"""No memory: each segment is read on its own."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Optional, Sequence, Type
+
+from torch import Tensor, nn
+
+from ...decoding.cache import SegmentCache
+from ...positions import PositionEncoding
+from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage
+from .cache import EmptyCache
+
+
+@dataclass(frozen=True)
+class EmptyState(MemoryState):
+    """Nothing."""
+
+
+@MEMORIES.register("none")
+class EmptyMemory(Memory[EmptyState]):
+    """The row of the tables without memory."""
+
+    architecture: ClassVar[Architecture] = Architecture(
+        name="relative_transformer_lm",
+        class_name="RelativeTransformerLanguageModel",
+        summary="A Transformer with relative positions and no memory.",
+        defaults={"position_encoding": "transformer-xl"},
+    )
+    state: ClassVar[Type[MemoryState]] = EmptyState
+    cache: ClassVar[Type[SegmentCache]] = EmptyCache
+    remembers: ClassVar[bool] = False
+
+    def initial_state(self, x: Tensor) -> EmptyState:
+        return EmptyState()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: EmptyState,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        for layer, bias in zip(layers, positions(x.size(1), None, x), strict=True):
+            x, _ = layer(x, bias, x.size(1))
+        return Passage(x, state)

@@ -1,0 +1,91 @@
+"""LaMemo's look-ahead memory (Ji et al. 2022): slots that attend to the tokens that came after them.
+
+The slots' rows are rebuilt through all layers from stored embeddings; stored read-outs and normalisers
+make each refresh incremental, so that its cost is linear in the memory length.
+
+Shapes: B streams, N current tokens, m <= M memory slots, H heads, D size of a head, d model width.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Optional, Sequence, Tuple, Type
+
+import torch
+from torch import Tensor, nn
+
+from ...attention import Attended, LookaheadWindow
+from ...decoding.cache import SegmentCache
+from ...kernels.rows import join
+from ...layers import SelfAttention
+from ...positions import PositionEncoding
+from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows, no_contribution
+from .attention import LookaheadSelfAttention
+from .cache import LookaheadCache
+from .options import LookaheadOptions
+from .windows import WINDOWS
+
+
+@dataclass(frozen=True)
+class LookaheadState(MemoryState):
+    """Embeddings of the slots, and per layer but the last what each slot has attended to."""
+
+    embeddings: Tensor  # [B, m, d], after dropout
+    outputs: Tuple[Tensor, ...]  # a layer: [B, H, m, D], before the output projection
+    normalizers: Tuple[Tensor, ...]  # a layer: [B, H, m], logsumexp of the scores, float32 or wider
+
+
+@MEMORIES.register("lookahead")
+class LookaheadMemory(Memory[LookaheadState]):
+    """Refreshes every slot once a segment."""
+
+    architecture: ClassVar[Architecture] = Architecture(
+        name="lamemo_lm",
+        class_name="LaMemoLanguageModel",
+        summary="LaMemo: look-ahead memory, disentangled positions (Ji et al. 2022).",
+    )
+    options: ClassVar[Type[LookaheadOptions]] = LookaheadOptions
+    attention: ClassVar[Type[SelfAttention]] = LookaheadSelfAttention
+    state: ClassVar[Type[MemoryState]] = LookaheadState
+    cache: ClassVar[Type[SegmentCache]] = LookaheadCache
+    looks_ahead: ClassVar[bool] = True
+
+    def initial_state(self, x: Tensor) -> LookaheadState:
+        batch, heads, size = x.size(0), self.config.heads, self.config.head_dim
+        exact = torch.promote_types(x.dtype, torch.float32)
+        refreshed = self.config.layers - 1
+        return LookaheadState(
+            embeddings=x.new_empty(batch, 0, x.size(2)),
+            outputs=(x.new_empty(batch, heads, 0, size),) * refreshed,
+            normalizers=(x.new_empty(batch, heads, 0, dtype=exact),) * refreshed,
+        )
+
+    def window(self, slots: int, current: int) -> LookaheadWindow:
+        """The keys that *slots* slots look ahead at in a segment of *current* tokens."""
+        return WINDOWS[str(self.config.options.lookahead_window)](slots, current)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LookaheadState,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        current, slots = x.size(1), state.embeddings.size(1)
+        window = None
+        if slots > 0:
+            window = self.window(slots, current)._replace(lengths=lengths)
+        biases = positions(slots + current, range(0) if window is None else window.distances(slots), x)
+
+        rows = join(state.embeddings.to(x), x)
+        embeddings = last_rows(rows, self.config.mem_len)
+        outputs, normalizers = [], []
+        stored = [Attended(*pair) for pair in zip(state.outputs, state.normalizers, strict=True)]
+        for layer, bias, held in zip(layers, biases, [*stored, None], strict=True):
+            rows, carried = layer(rows, bias, window, held, current)
+            if carried is not None:
+                outputs.append(carried.output)
+                normalizers.append(carried.normalizer)
+        if self.training and (window is None or len(layers) == 1):
+            # Before the first slot, nothing has used the biases of a look-ahead.
+            rows = rows + no_contribution(biases[0].ahead[:2])
+        return Passage(rows, LookaheadState(embeddings, tuple(outputs), tuple(normalizers)))

@@ -1,0 +1,49 @@
+"""Self-attention that also refreshes the memory slots by looking ahead.
+
+Shapes: B streams, R = m + N rows, m memory slots, N current tokens, H heads, D size of a head, d model width.
+"""
+
+from typing import Optional
+
+from torch import Tensor
+
+from ...attention import BACKENDS, Attended, LookaheadWindow
+from ...attention.padding import as_wide, bias_for
+from ...layers import SelfAttention
+from ...positions import LayerBias
+from ..base import last_rows
+
+
+class LookaheadSelfAttention(SelfAttention):
+    """Causal attention for the current rows, look-ahead attention and interpolation for the slots."""
+
+    def forward(  # type: ignore[override]
+        self, rows: Tensor, bias: LayerBias, window: Optional[LookaheadWindow], stored: Optional[Attended], current: int
+    ) -> tuple[Tensor, Optional[Attended]]:
+        """One layer's attention (LaMemo, equations 5 to 9).
+
+        Args:
+            rows: ``[B, R, d]``, the slots' rows first.
+            window: the keys of the look-ahead, None while there are no slots.
+            stored: what the slots attended to so far; None in the last layer, where the slots' rows end.
+            current: N.
+
+        Returns:
+            Rows ``[B, R, d]`` (``[B, N, d]`` in the last layer), and what the slots of the next segment
+            hold: read-outs ``[B, H, min(R, M), D]`` and normalisers, without gradient (None in the last).
+        """
+        if stored is None:
+            return super().forward(rows, bias, current)
+        q, k, v = self.project(rows, rows.size(1), keep_padding=True)
+        if window is None:
+            attended = self.causal(q, k, v, bias, need_normalizer=True)
+        else:
+            assert bias.ahead is not None
+            biases = bias_for(q, bias.causal), bias_for(q, bias.ahead)
+            held = Attended(as_wide(q, stored.output), stored.normalizer)
+            attended = BACKENDS[self.config.backend].memory_attention(
+                q, k, v, biases, window, held, self.config.span, self._dropout, self.scale
+            )
+        output = attended.output[..., : self.config.head_dim]
+        carried = Attended(*(last_rows(t, self.config.mem_len, dim=2) for t in (output, attended.normalizer)))
+        return self.merge_heads(attended.output), carried

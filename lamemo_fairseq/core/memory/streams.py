@@ -1,0 +1,100 @@
+"""Which memory belongs to which stream.
+
+A trainer runs forwards in any order: validation between two updates, a batch fed twice after an
+overflow, a dummy batch on a rank that has none. So nothing here depends on the order of calls: each batch
+names its streams and where it stands in them, and gets exactly the memory of that place.
+"""
+
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
+
+from .base import MemoryState
+from .position import SegmentPosition
+
+
+class MissingMemoryError(RuntimeError):
+    """A segment was fed whose predecessor was not."""
+
+
+class DivergenceError(FloatingPointError):
+    """A loss or a memory is not a finite number."""
+
+
+class StreamMemory:
+    """The memory of all streams that a model is reading, in training and in evaluation apart.
+
+    For each split it keeps the memory before the segment read last and the one after it. So the
+    same segment may be fed again and again, and is computed from the same memory each time. Segment 0
+    starts from an empty memory, whatever came before it.
+
+    Args:
+        state: the class of the states, for reading saved ones.
+        options: what a saved memory depends on, by the names of the options.
+    """
+
+    def __init__(self, state: Type[MemoryState], options: Optional[Mapping[str, Any]] = None) -> None:
+        self.options: Dict[str, Any] = dict(options or {})
+        self._state = state
+        self._readings: Dict[Tuple[str, bool], Tuple[Any, ...]] = {}
+        self._states: Dict[Tuple[str, bool], Dict[int, Optional[MemoryState]]] = {}
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        # A copied or stored model (an averaged one, say) has read nothing yet.
+        return (StreamMemory, (self._state, self.options))
+
+    def read(self, position: SegmentPosition, training: bool) -> Optional[MemoryState]:
+        """The memory before the segment at *position*, None standing for an empty one.
+
+        Raises:
+            MissingMemoryError: the segment before it has not been fed.
+        """
+        key = (position.split, training)
+        if position.index == 0:
+            self._readings[key] = position.reading
+            self._states[key] = {0: None}
+        states = self._states.get(key, {})
+        if self._readings.get(key) != position.reading or position.index not in states:
+            raise MissingMemoryError(
+                f"no memory for segment {position.index} of {position.named_streams()} of '{position.split}' "
+                f"(epoch {position.epoch}): segment {position.index - 1} of the same streams has to be fed first"
+            )
+        for index in [i for i in states if i < position.index]:
+            del states[index]
+        return states[position.index]
+
+    def write(self, position: SegmentPosition, training: bool, state: MemoryState) -> None:
+        """Keep the memory after the segment at *position*, unless its streams end there."""
+        if not position.last:
+            self._states[position.split, training][position.index + 1] = state
+
+    def diverged_streams(self, position: SegmentPosition, training: bool) -> List[int]:
+        """The streams whose memory after the segment at *position*, or before it, is not finite."""
+        if self._readings.get((position.split, training)) != position.reading:
+            return []
+        states = self._states[position.split, training]
+        for state in (states.get(position.index), states.get(position.index + 1)):
+            finite = None if state is None else state.finite()
+            if finite is not None and not finite.all():
+                return position.streams_but(finite)
+        return []
+
+    def saved(self, position: SegmentPosition) -> Optional[MemoryState]:
+        """The training memory after the segment at *position*, None if there is none."""
+        return self._kept(position, position.index + 1)
+
+    def before(self, position: SegmentPosition) -> Optional[MemoryState]:
+        """The training memory before the segment at *position*, None if it is empty or not there.
+
+        Unlike `read` it leaves the segment before to be read again.
+        """
+        return self._kept(position, position.index)
+
+    def _kept(self, position: SegmentPosition, index: int) -> Optional[MemoryState]:
+        key = (position.split, True)
+        return self._states[key].get(index) if self._readings.get(key) == position.reading else None
+
+    def restore(self, position: SegmentPosition, saved: Mapping[str, Any], streams: slice) -> None:
+        """Go on training after the segment at *position*, from these *streams* of a saved memory."""
+        key = (position.split, True)
+        state = self._state.from_dict(dict(saved)).map(lambda t: t[streams].clone())
+        self._readings[key] = position.reading
+        self._states[key] = {position.index + 1: state}

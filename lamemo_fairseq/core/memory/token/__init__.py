@@ -1,0 +1,134 @@
+"""Memory tokens (Recurrent Memory Transformer, Bulatov et al. 2022), alone or with Transformer-XL's cache.
+
+A segment of n tokens is read as ``[cache; read; x; write]``: the K memory tokens stand before the tokens, where these
+read them, and once more behind them, where the last layer's rows are what the segment has written. Gradient flows
+through them from segment to segment of one update; the cache is frozen, as in Transformer-XL.
+
+Shapes: B streams, N tokens of an update, S = N / k tokens of a segment, n <= S current tokens, K memory tokens,
+m <= M cached rows, d model width.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, List, Optional, Sequence, Tuple, Type
+
+import torch
+from torch import Tensor, nn
+
+from ...decoding.cache import SegmentCache
+from ...kernels.rows import join
+from ...layers import SelfAttention
+from ...positions import PositionEncoding
+from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
+from .attention import Blocks, TokenSelfAttention
+from .cache import TokenCache
+from .options import TokenOptions
+
+# Rows attended to besides the segment: K + M as many as Transformer-XL's M, where the paper does not say.
+_CHARACTERS = {"mem_len": 502, "bptt_segments": 2, "preset_tokens_per_sample": 1024}
+
+
+@dataclass(frozen=True)
+class TokenState(MemoryState):
+    """Memory tokens as the last segment wrote them, and per layer the tokens' rows that went into it."""
+
+    tokens: Tensor  # [B, K, d]; [B, 0, d] before the first segment, which reads the learned ones
+    hidden: Tuple[Tensor, ...]  # a layer: [B, m, d]
+
+
+@MEMORIES.register("token")
+class TokenMemory(Memory[TokenState]):
+    """Memory tokens that every segment reads and writes.
+
+    With ``bptt_segments`` k, the N tokens of an update are k segments. With k = 1 what a segment writes is
+    read in the next update alone, as a constant: writing is then not trained (the paper's BPTT of 0 unrolls).
+    """
+
+    architecture: ClassVar[Architecture] = Architecture(
+        name="recurrent_memory_transformer_lm",
+        class_name="RecurrentMemoryTransformerLanguageModel",
+        summary="Recurrent Memory Transformer: memory tokens read and written (Bulatov et al. 2022).",
+        defaults={"position_encoding": "transformer-xl", "mem_len": 0},
+        presets={
+            # Transformer-XL's cache of 150 and 10 memory tokens are the paper's.
+            "wt103": {"mem_len": 150, "bptt_segments": 2, "preset_tokens_per_sample": 300},
+            "enwik8": _CHARACTERS,
+            "text8": _CHARACTERS,
+        },
+    )
+    options: ClassVar[Type[TokenOptions]] = TokenOptions
+    attention: ClassVar[Type[SelfAttention]] = TokenSelfAttention
+    state: ClassVar[Type[MemoryState]] = TokenState
+    cache: ClassVar[Type[SegmentCache]] = TokenCache
+    looks_ahead: ClassVar[bool] = True  # within a block
+    smallest_mem_len: ClassVar[int] = 0
+    layout: ClassVar[Tuple[str, ...]] = ("memory_tokens",)
+
+    def __init__(self, config: MemoryConfig):
+        super().__init__(config)
+        length, segments = config.segment_length, config.options.bptt_segments
+        if length % segments:
+            raise ValueError(
+                f"--tokens-per-sample {length} does not divide into --bptt-segments {segments} of one length: pass "
+                "a multiple; in evaluation there is no gradient, and --model-overrides \"{'bptt_segments': 1}\" will do"
+            )
+        self.initial_tokens = nn.Parameter(torch.empty(config.options.memory_tokens, config.embed_dim))
+        self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def slots(self) -> int:
+        return self.config.mem_len + self.config.options.memory_tokens
+
+    @property
+    def period(self) -> int:
+        return self.config.segment_length // self.config.options.bptt_segments
+
+    def reset_parameters(self) -> None:
+        """As large as what a layer norm leaves, which is what later segments read."""
+        nn.init.normal_(self.initial_tokens)
+
+    def initial_state(self, x: Tensor) -> TokenState:
+        nothing = x.new_empty(x.size(0), 0, x.size(2))
+        return TokenState(nothing, (nothing,) * self.config.layers)
+
+    def first_tokens(self, like: Tensor) -> Tensor:
+        """The learned memory tokens for every row of ``like [B, .., d]``: ``[B, K, d]``."""
+        return self.initial_tokens.to(like).expand(like.size(0), -1, -1)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: TokenState,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        tokens = state.tokens.to(x) if state.tokens.size(1) > 0 else self.first_tokens(x)
+        hidden, parts = state.hidden, []
+        for segment in x.split(self.period, dim=1):
+            features, tokens, hidden = self._pass(segment, tokens, hidden, layers, positions)
+            parts.append(features)
+        features = torch.cat(parts, dim=1)
+        if self.training:
+            features = features + no_contribution([self.initial_tokens])  # read only where a stream begins
+        return Passage(features, TokenState(last_rows(tokens, tokens.size(1)), hidden))
+
+    def _pass(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        hidden: Tuple[Tensor, ...],
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+    ) -> Tuple[Tensor, Tensor, Tuple[Tensor, ...]]:
+        """A segment ``x [B, n, d]``: its features, the memory tokens ``[B, K, d]`` that it writes, and the cache."""
+        size, current, cached = tokens.size(1), x.size(1), hidden[0].size(1)
+        biases = positions(cached + size + current + size, range(size), x)
+        blocks = Blocks(cached, size, current, self.config.options.memory_reads_cache, last=False)
+        kept: List[Tensor] = []
+        rows = torch.cat([self.dropout(tokens), x, self.dropout(tokens)], dim=1)
+        for i, (layer, bias, past) in enumerate(zip(layers, biases, hidden, strict=True)):
+            past = past.to(x)
+            kept.append(last_rows(torch.cat([past, rows[:, size : size + current]], dim=1), self.config.mem_len))
+            rows = join(past, rows)
+            rows, _ = layer(rows, bias, blocks._replace(last=i == len(layers) - 1))
+        return rows[:, :current], self.dropout(rows[:, current:]), tuple(kept)
