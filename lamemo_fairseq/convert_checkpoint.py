@@ -25,7 +25,7 @@ from .core.positions.base import inverse_frequencies
 from .data.binarized import load_dictionary
 from .host.configuration import check_options, complete, read_ours
 from .models.config import MemoryLanguageModelConfig
-from .models.decoder import MemoryDecoder, vocabulary_checksum
+from .models.decoder import FairseqMemoryDecoder, vocabulary_checksum
 from .released import ATTENTION_TYPES, from_released, model_options, to_released
 
 # fairseq's own words, which a released vocabulary lacks, are never predicted: their probability underflows to 0.
@@ -185,7 +185,7 @@ def _parts(released: Dict[str, Any]) -> tuple[Dict[str, Any], Dict[str, Tensor]]
 
 def _check_shapes(weights: Dict[str, Tensor], options: Dict[str, Any], dictionary: Dictionary) -> None:
     with torch.device("meta"):  # shapes alone, of no size
-        decoder = MemoryDecoder(MemoryLanguageModelConfig(**options), dictionary)
+        decoder = FairseqMemoryDecoder(MemoryLanguageModelConfig(**options), dictionary)
     wanted = {f"decoder.{name}": tuple(weight.shape) for name, weight in decoder.state_dict().items()}
     there = {name: tuple(weight.shape) for name, weight in weights.items()}
     for name in sorted({*wanted, *there}):

@@ -109,7 +109,7 @@ def _fails_once_in(place: str, every: int, on_rank: int) -> None:
     import torch.distributed as dist
     from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 
-    from lamemo_fairseq.models.decoder import MemoryDecoder
+    from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
     count = [0]
 
@@ -120,7 +120,7 @@ def _fails_once_in(place: str, every: int, on_rank: int) -> None:
         count[0] += 1
         return count[0] % every == 0
 
-    features, loss = MemoryDecoder.extract_features, CrossEntropyCriterion.forward
+    features, loss = FairseqMemoryDecoder.extract_features, CrossEntropyCriterion.forward
 
     def failing_features(self, *args, **kwargs):
         if place == "before the memory is written" and due(self.training):
@@ -135,7 +135,7 @@ def _fails_once_in(place: str, every: int, on_rank: int) -> None:
             raise RuntimeError(OUT_OF_MEMORY)
         return result
 
-    MemoryDecoder.extract_features, CrossEntropyCriterion.forward = failing_features, failing_loss
+    FairseqMemoryDecoder.extract_features, CrossEntropyCriterion.forward = failing_features, failing_loss
 
 
 @fault
@@ -147,9 +147,9 @@ def out_of_memory(place: str, every: int = 3, on_rank: int = 0) -> None:
 @fault
 def out_of_memory_in_the_backward_pass(every: int = 3) -> None:
     """Half of the gradients have been computed by then."""
-    from lamemo_fairseq.models.decoder import MemoryDecoder
+    from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
-    embed, count = MemoryDecoder.output_layer, [0]
+    embed, count = FairseqMemoryDecoder.output_layer, [0]
 
     class Failing(torch.autograd.Function):
         @staticmethod
@@ -167,7 +167,7 @@ def out_of_memory_in_the_backward_pass(every: int = 3) -> None:
     def output_layer(self, x):
         return embed(self, Failing.apply(x))
 
-    MemoryDecoder.output_layer = output_layer
+    FairseqMemoryDecoder.output_layer = output_layer
 
 
 @fault

@@ -14,7 +14,7 @@ from lamemo_fairseq.data.dictionary import TextDictionary
 from lamemo_fairseq.data.segments import SegmentDataset
 from lamemo_fairseq.data.streams import TokenSequence
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
-from lamemo_fairseq.models.decoder import MemoryDecoder
+from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
 USER_DIR = str(Path(__file__).parent.parent / "lamemo_fairseq")
 # One rank whatever the machine: fairseq counts its GPUs also for --cpu.
@@ -52,7 +52,7 @@ def dictionary_of(words: int) -> TextDictionary:
     return dictionary
 
 
-def tiny_decoder(variant=VARIANTS[0], words=17, seed=0, dtype=torch.float64, **options) -> MemoryDecoder:
+def tiny_decoder(variant=VARIANTS[0], words=17, seed=0, dtype=torch.float64, **options) -> FairseqMemoryDecoder:
     """A decoder small enough for hundreds of examples, in evaluation mode, without dropout."""
     memory, positions, choice = variant
     defaults = {
@@ -74,7 +74,7 @@ def tiny_decoder(variant=VARIANTS[0], words=17, seed=0, dtype=torch.float64, **o
         "dropout": 0.0,
     }
     torch.manual_seed(seed)
-    decoder = MemoryDecoder(MemoryLanguageModelConfig(**{**defaults, **options}), dictionary_of(words))
+    decoder = FairseqMemoryDecoder(MemoryLanguageModelConfig(**{**defaults, **options}), dictionary_of(words))
     with torch.no_grad():  # initial weights are so small that attention would hardly matter
         for parameter in decoder.parameters():
             parameter.mul_(10)
@@ -86,7 +86,7 @@ def random_tokens(streams: int, length: int, words=17, seed=0) -> torch.Tensor:
 
 
 def read_streams(
-    decoder: MemoryDecoder, tokens: torch.Tensor, split="valid", streams=None, lengths=None
+    decoder: FairseqMemoryDecoder, tokens: torch.Tensor, split="valid", streams=None, lengths=None
 ) -> torch.Tensor:
     """Scores of ``tokens [B, T]``, of each row as many as *lengths* says, read through the memory of streams."""
     scores = []
@@ -101,7 +101,7 @@ def lengths_within(position: SegmentPosition, segment: torch.Tensor, lengths=Non
     return None if lengths is None else (torch.as_tensor(lengths) - start).clamp(0, segment.size(1)).to(segment.device)
 
 
-def segments_of(decoder: MemoryDecoder, tokens: torch.Tensor, split="valid", streams=None, lengths=None):
+def segments_of(decoder: FairseqMemoryDecoder, tokens: torch.Tensor, split="valid", streams=None, lengths=None):
     """The positions and tokens of all segments, in order."""
     parts = tokens.split(decoder.segment_length, dim=1)
     for index, segment in enumerate(parts):

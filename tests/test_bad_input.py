@@ -12,7 +12,7 @@ from fairseq_cli import eval_lm, train
 
 from lamemo_fairseq.core.registry import Registry
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
-from lamemo_fairseq.models.decoder import MemoryDecoder
+from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 
@@ -260,7 +260,7 @@ def test_options_that_do():
         {"adaptive_softmax_cutoff": "5,10", "adaptive_softmax_factor": 2.0, "adaptive_input": True},
         {"adaptive_softmax_cutoff": "5,10", "adaptive_softmax_factor": 2.0, "untie_output": True},
     ):
-        assert isinstance(tiny_decoder(**options), MemoryDecoder)
+        assert isinstance(tiny_decoder(**options), FairseqMemoryDecoder)
 
 
 def test_a_registry_refuses_doubles_and_lists_names():

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.memory.compressive import COMPRESSIONS, attention
 from lamemo_fairseq.criterions.memory_losses import WithMemoryLosses
-from lamemo_fairseq.models.config import MemoryLanguageModelConfig, check
-from lamemo_fairseq.models.decoder import MemoryDecoder
+from lamemo_fairseq.models.config import MemoryLanguageModelConfig, model_config
+from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
 
 from .compressive_paper import Paper
@@ -295,8 +295,8 @@ def test_options_that_make_no_sense(options, message):
     chosen = {"memory": "compressive", "position_encoding": "transformer-xl", "tokens_per_sample": 4, **options}
     with pytest.raises(ValueError, match=message):
         config = MemoryLanguageModelConfig(**chosen)
-        check(config)
-        MemoryDecoder(config, dictionary_of(17))
+        model_config(config, 17)
+        FairseqMemoryDecoder(config, dictionary_of(17))
 
 
 def test_what_a_saved_memory_depends_on_is_stored_as_plain_values():

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import lamemo_fairseq
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
-from lamemo_fairseq.models.decoder import MemoryDecoder
+from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 
 from .helpers import TASK, dictionary_of, random_tokens, run_command, write_data
@@ -183,7 +183,7 @@ def test_fuzz_options(options):
     }  # fmt: skip
 
     def build_and_read():
-        decoder = MemoryDecoder(MemoryLanguageModelConfig(**{**small, **options}), dictionary_of(17))
+        decoder = FairseqMemoryDecoder(MemoryLanguageModelConfig(**{**small, **options}), dictionary_of(17))
         scores = decoder(random_tokens(2, 7))
         return decoder.get_normalized_probs(scores, log_probs=True)
 

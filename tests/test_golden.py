@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
-from lamemo_fairseq.models.decoder import MemoryDecoder
+from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 from lamemo_fairseq.released import from_released, model_options
 
 from .helpers import dictionary_of
@@ -34,9 +34,9 @@ def released_weights(case, prefix, layers):
     return from_released(arrays, layers)
 
 
-def build(case, config, dtype=torch.float64, backend="eager") -> MemoryDecoder:
+def build(case, config, dtype=torch.float64, backend="eager") -> FairseqMemoryDecoder:
     chosen = {**model_options(config), "dropout": 0.0, "attention_backend": backend}
-    decoder = MemoryDecoder(MemoryLanguageModelConfig(**chosen), dictionary_of(config["vocab"])).to(dtype)
+    decoder = FairseqMemoryDecoder(MemoryLanguageModelConfig(**chosen), dictionary_of(config["vocab"])).to(dtype)
     weights = released_weights(case, "param/", config["n_layer"])
     missing, unexpected = decoder.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"dictionary_version"}, (missing, unexpected)

@@ -8,7 +8,7 @@ import torch
 
 from lamemo_fairseq.core import graphs
 from lamemo_fairseq.core.graphs import run_on_aliases
-from lamemo_fairseq.models.config import MemoryLanguageModelConfig, check
+from lamemo_fairseq.models.config import MemoryLanguageModelConfig, model_config
 
 from . import fake_graphs
 from .gpus import gpu
@@ -32,7 +32,7 @@ def device(request, monkeypatch):
 def test_graphs_and_recomputed_activations_exclude_each_other():
     options = MemoryLanguageModelConfig(cuda_graphs=True, checkpoint_activations=True, tokens_per_sample=4)
     with pytest.raises(ValueError, match="--cuda-graphs cannot record --checkpoint-activations"):
-        check(options)
+        model_config(options, 17)
 
 
 def test_without_a_gpu_nothing_is_recorded():

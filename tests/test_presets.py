@@ -6,7 +6,7 @@ from fairseq.models import MODEL_DATACLASS_REGISTRY
 
 import lamemo_fairseq  # noqa: F401  (registers the models)
 from lamemo_fairseq.core.memory import MEMORIES
-from lamemo_fairseq.models.decoder import MemoryDecoder
+from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
 from .helpers import dictionary_of
 
@@ -16,7 +16,7 @@ WIKITEXT_WORDS, ENWIK8_SYMBOLS = 267_735, 204
 def parameters(name: str, words: int, **options) -> int:
     config = MODEL_DATACLASS_REGISTRY[name](tokens_per_sample=None, **options)
     with torch.device("meta"):  # sizes without the weights
-        decoder = MemoryDecoder(config, dictionary_of(words))
+        decoder = FairseqMemoryDecoder(config, dictionary_of(words))
     return sum(p.numel() for p in decoder.parameters())
 
 
@@ -26,7 +26,7 @@ def test_memories_have_as_many_slots_as_the_released_models(memory, preset, rele
     """Of all kinds together, and as many tokens of a segment; the paper's memory tokens come on top of its cache."""
     config = MODEL_DATACLASS_REGISTRY[f"{MEMORIES[memory].architecture.name}_{preset}"](tokens_per_sample=None)
     with torch.device("meta"):
-        found = MemoryDecoder(config, dictionary_of(10)).memory
+        found = FairseqMemoryDecoder(config, dictionary_of(10)).memory
     slots = found.slots + (config.num_basis_functions if memory == "continuous" else 0)
     assert slots == released + (config.memory_tokens if (memory, preset) == ("token", "wt103") else 0)
     assert found.period == released

@@ -29,7 +29,7 @@ from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.generation import PromptGenerator
 from lamemo_fairseq.generation.generator import read_prompts
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
-from lamemo_fairseq.models.decoder import MemoryDecoder
+from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
 from lamemo_fairseq.models.presets import SETTINGS
 
@@ -46,7 +46,7 @@ def build(memory: str, length: int) -> MemoryLanguageModel:
     cfg = MemoryLanguageModelConfig(
         memory=memory, position_encoding=MEMORIES[memory], tokens_per_sample=length, **sizes
     )
-    return MemoryLanguageModel(MemoryDecoder(cfg, dictionary)).eval()
+    return MemoryLanguageModel(FairseqMemoryDecoder(cfg, dictionary)).eval()
 
 
 def synchronized() -> float:

@@ -34,7 +34,7 @@ def measure(words: int, kind: str) -> dict[str, float]:
     from fairseq.data import Dictionary
 
     from lamemo_fairseq.models.config import MemoryLanguageModelConfig
-    from lamemo_fairseq.models.decoder import MemoryDecoder
+    from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
     dictionary = Dictionary()
     for i in range(words - len(dictionary)):
@@ -42,7 +42,7 @@ def measure(words: int, kind: str) -> dict[str, float]:
     cutoffs = ",".join(str(c) for c in (20_000, 40_000, 200_000) if c < words)
     adaptive = {"adaptive_softmax_cutoff": cutoffs} if kind == "adaptive" else {}
     torch.manual_seed(0)
-    model = MemoryDecoder(MemoryLanguageModelConfig(**SIZES, **adaptive), dictionary)
+    model = FairseqMemoryDecoder(MemoryLanguageModelConfig(**SIZES, **adaptive), dictionary)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     state, seconds = None, []
     for _ in range(STEPS + 1):

@@ -165,7 +165,7 @@ def build(size: str, path: str, dtype: Any, device: str, layers: int | None = No
     from fairseq.data import Dictionary
 
     utils.import_user_module(argparse.Namespace(user_dir=str(ROOT / "lamemo_fairseq")))
-    from lamemo_fairseq.models.decoder import MemoryDecoder
+    from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
     _, words, streams, _ = SIZES[size]
     parser = options.get_training_parser("segment_language_modeling")
@@ -182,7 +182,7 @@ def build(size: str, path: str, dtype: Any, device: str, layers: int | None = No
         dictionary.add_symbol(f"w{i}")
     torch.manual_seed(0)
     with torch.device(device):
-        model = MemoryDecoder(cfg, dictionary).to(device=device, dtype=dtype)
+        model = FairseqMemoryDecoder(cfg, dictionary).to(device=device, dtype=dtype)
     segments = 3 + max(1, cfg.mem_len // length)
     tokens = torch.randint(4, words, (streams, 1 + segments * length), device=device)
     return model, tokens, length

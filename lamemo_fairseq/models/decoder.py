@@ -1,27 +1,23 @@
-"""The decoder: tokens in, memory in, scores out, memory out.
+"""The model as fairseq's decoder: the memory of streams, fairseq's incremental state, its checkpoints' words.
 
 Shapes: B streams, N tokens of a segment, V words, d model width.
 """
 
 import logging
 import zlib
-from enum import Enum
 from typing import Any, Dict, Optional, Tuple
 
 import torch
 from fairseq.data import Dictionary
 from fairseq.models import FairseqIncrementalDecoder
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..core.decoder import MemoryDecoder
 from ..core.decoding.state import DecodingState, Spare
-from ..core.graphs import SegmentGraphs
-from ..core.layers import AttentionConfig, DecoderLayer, LayerConfig
-from ..core.layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
-from ..core.memory import MEMORIES, DivergenceError, MemoryConfig, MemoryState, Passage, StreamMemory
+from ..core.memory import DivergenceError, StreamMemory
 from ..core.memory.position import SegmentPosition, real_tokens
 from ..core.names import option_name
-from ..core.positions import POSITIONS, PositionConfig
-from .config import MemoryLanguageModelConfig, check, cutoffs, memory_options
+from .config import model_config
 
 logger = logging.getLogger(__name__)
 
@@ -32,82 +28,28 @@ UNLIMITED = 10**9
 Extra = Optional[Dict[str, Tensor]]
 
 
-class MemoryDecoder(FairseqIncrementalDecoder):
-    """A decoder whose memory and positions are chosen by name.
+class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
+    """The core's decoder, as fairseq builds and calls it.
 
     Args:
         cfg: options of the model; ``cfg.tokens_per_sample`` is the segment length N.
         dictionary: the words.
     """
 
-    def __init__(self, cfg: MemoryLanguageModelConfig, dictionary: Dictionary):
-        super().__init__(dictionary)
-        check(cfg)
-        length = cfg.tokens_per_sample or cfg.preset_tokens_per_sample
-        if length is None:
-            raise ValueError("the segment length is not known: pass --tokens-per-sample")
-        self.segment_length: int = length
-        memory_class = MEMORIES[str(cfg.memory)]
-        self.graphs = SegmentGraphs() if cfg.cuda_graphs else None
-        width, heads = cfg.decoder_embed_dim, cfg.decoder_attention_heads
-        head_dim = cfg.decoder_head_dim or width // heads
-        mem_len = cfg.mem_len if memory_class.remembers else 0
-        layout = {option_name(name): _plain(getattr(cfg, name)) for name in memory_class.layout}
-        self.streams = StreamMemory(memory_class.state, {"--memory": str(cfg.memory), "--mem-len": mem_len, **layout})
+    dictionary_version: Tensor
 
-        self.embed_tokens = self._build_embedding(cfg)
-        self.dropout = nn.Dropout(cfg.dropout)
-        self.memory = memory_class(
-            MemoryConfig(
-                mem_len=mem_len,
-                layers=cfg.decoder_layers,
-                heads=heads,
-                head_dim=head_dim,
-                embed_dim=width,
-                segment_length=self.segment_length,
-                options=memory_options(cfg),
-                dropout=cfg.dropout,
-            )
+    def __init__(self, cfg: Any, dictionary: Dictionary):
+        MemoryDecoder.__init__(self, model_config(cfg, len(dictionary)))
+        self.dictionary = dictionary
+        self.onnx_trace = False  # fairseq asks
+        FairseqIncrementalDecoder.init_incremental_state(self)
+        layout = {option_name(name): getattr(self.config.own_options, name) for name in self.memory.layout}
+        self.streams = StreamMemory(
+            self.memory.state, {"--memory": self.config.memory, "--mem-len": self.config.slots, **layout}
         )
-        self.positions = POSITIONS[str(cfg.position_encoding)](
-            PositionConfig(
-                layers=cfg.decoder_layers,
-                embed_dim=width,
-                heads=heads,
-                head_dim=head_dim,
-                looks_ahead=memory_class.looks_ahead,
-                trained_distances=self.memory.slots + self.memory.period,
-                clamp_len=cfg.clamp_len,
-                dropout=cfg.dropout,
-            )
-        )
-        attention = AttentionConfig(
-            embed_dim=width,
-            heads=heads,
-            head_dim=head_dim,
-            dropout=cfg.attention_dropout,
-            span=self.memory.slots if cfg.same_length else None,
-            mem_len=mem_len,
-            backend=str(cfg.attention_backend),
-            options=memory_options(cfg),
-        )
-        layer = LayerConfig(
-            embed_dim=width,
-            ffn_dim=cfg.decoder_ffn_embed_dim,
-            dropout=cfg.dropout,
-            activation_dropout=cfg.dropout if cfg.activation_dropout is None else cfg.activation_dropout,
-            activation_fn=str(cfg.activation_fn),
-            normalize_before=cfg.decoder_normalize_before,
-            checkpoint_activations=cfg.checkpoint_activations,
-        )
-        self.layers = nn.ModuleList(
-            DecoderLayer(layer, memory_class.attention(attention)) for _ in range(cfg.decoder_layers)
-        )
-        self._build_output(cfg)
         self._planned: Tuple[Optional[Tensor], Any] = (None, None)  # targets, and what the loss will have to know
         # fairseq's moving average leaves alone what has "version" in its name, and fails on other integers.
         self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
-        self._initialize()
         self.spare_samplers = Spare()  # with graphs that another sampling call may replay
         self.for_inference = False  # whether fairseq has prepared the model for it
 
@@ -143,11 +85,11 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             planned, plan = self._planned
             target = target if real is None else target[real].unsqueeze(0)
             if planned is not target:
-                plan = self._loss_layer.plan(target)
+                plan = self.loss_layer.plan(target)
             self._planned = None, None
             features, extra = self.extract_features(src_tokens, src_lengths, position)
             features = features if real is None else features[real].unsqueeze(0)
-            return self._loss_layer.loss(features, target, plan), extra
+            return self.loss_layer.loss(features, target, plan), extra
         features, extra = self.extract_features(src_tokens, src_lengths, position, incremental_state)
         return self.output_layer(features if real is None else features[real].unsqueeze(0)), extra
 
@@ -177,38 +119,12 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         if position is not None:
             lengths = src_lengths if position.ragged else None
             before = self.streams.read(position, self.training)
-            if self.graphs is not None and lengths is None:
-                passage = self.graphs(self.step, self, src_tokens, before)
-            else:
-                passage = self.step(src_tokens, before, lengths)
+            passage = self.read(src_tokens, before, lengths)
             self.streams.write(position, self.training, passage.state)
             if not self.training:
                 _check_finite(passage.features, position)
             return passage.features, passage.losses if self.memory.has_losses else None
-        parts, text_state = [], None
-        for start in range(0, src_tokens.size(1), self.segment_length):
-            segment = src_tokens[:, start : start + self.segment_length]
-            left = None if src_lengths is None else (src_lengths - start).clamp(0, segment.size(1))
-            part, text_state, _ = self.step(segment, text_state, left)
-            parts.append(part)
-        return torch.cat(parts, dim=1), None
-
-    def step(self, tokens: Tensor, state: Optional[MemoryState], lengths: Optional[Tensor] = None) -> Passage:
-        """Read one segment.
-
-        Args:
-            tokens: ``[B, N]`` word ids.
-            state: the memory before the segment, left as it is; None for an empty one.
-            lengths: ``[B]`` tokens that are not padding, which is on the right; None if none is.
-
-        Returns:
-            Features ``[B, N, d]`` after the final dropout, the memory after the segment, and the memory's losses.
-        """
-        x = self.dropout(self.positions.embed(self.embed_tokens(tokens), lengths))
-        # The memory of a resumed run is still on the host.
-        before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
-        passage = self.memory(x, before, self.layers, self.positions, lengths)
-        return passage._replace(features=self.dropout(passage.features))
+        return self.read_text(src_tokens, src_lengths), None
 
     def begin_segment(self, tokens: Tensor, target: Tensor, position: SegmentPosition, seed: int) -> None:
         """Run the layers on the next training segment, if a CUDA graph can, before `forward` is asked for it.
@@ -221,30 +137,22 @@ class MemoryDecoder(FairseqIncrementalDecoder):
         state = self.streams.before(position)
         if self.graphs is not None and state is not None and not position.ragged:
             # The host waits for what a loss needs to know of its targets: not behind the layers.
-            self._planned = target, self._loss_layer.plan(target)
+            self._planned = target, self.loss_layer.plan(target)
             self.graphs.begin(self, tokens, state, seed)
 
     def decoding_state(self, incremental_state: Dict[str, Any]) -> Optional[DecodingState]:
         """What this model has read of a batch, None if nothing yet."""
-        return self.get_incremental_state(incremental_state, "decoding")
+        return FairseqIncrementalDecoder.get_incremental_state(self, incremental_state, "decoding")
 
     def set_decoding_state(self, incremental_state: Dict[str, Any], decoding: DecodingState) -> None:
         """Let decoding with *incremental_state* go on from what has been read."""
-        self.set_incremental_state(incremental_state, "decoding", decoding)
+        FairseqIncrementalDecoder.set_incremental_state(self, incremental_state, "decoding", decoding)
 
     def reorder_incremental_state(self, incremental_state: Dict[str, Any], new_order: Tensor) -> None:
         """Row i goes on from what row ``new_order[i]`` has read."""
         decoding = self.decoding_state(incremental_state)
         if decoding is not None:
             decoding.reorder(new_order)
-
-    @property
-    def _loss_layer(self) -> Any:
-        return self.adaptive_softmax if self.output is None else self.output
-
-    def output_layer(self, features: Tensor) -> Tensor:
-        """Scores ``[B, N, V]`` of features ``[B, N, d]``; an adaptive softmax leaves them as they are."""
-        return features if self.output is None else self.output(features)
 
     def get_normalized_probs(
         self, net_output: Tuple[Tensor, Any], log_probs: bool, sample: Optional[Dict[str, Any]] = None
@@ -291,41 +199,6 @@ class MemoryDecoder(FairseqIncrementalDecoder):
             if unused:
                 logger.info("--memory none leaves out weights of the checkpoint: %s", ", ".join(unused))
         return state_dict
-
-    def _build_embedding(self, cfg: MemoryLanguageModelConfig) -> WordEmbedding:
-        width = cfg.decoder_input_dim or cfg.decoder_embed_dim
-        cuts, factor = (cutoffs(cfg), cfg.adaptive_softmax_factor) if cfg.adaptive_input else ([], 1.0)
-        return WordEmbedding(Bands(len(self.dictionary), width, cuts, factor), cfg.decoder_embed_dim)
-
-    def _build_output(self, cfg: MemoryLanguageModelConfig) -> None:
-        words, cuts = len(self.dictionary), cutoffs(cfg)
-        width = cfg.decoder_output_dim or cfg.decoder_input_dim or cfg.decoder_embed_dim
-        tied = None if cfg.untie_output else self.embed_tokens
-        self.output: Optional[FullSoftmax] = None
-        if cuts:
-            bands = Bands(words, width, cuts, cfg.adaptive_softmax_factor)
-            self.adaptive_softmax = AdaptiveSoftmax(bands, cfg.decoder_embed_dim, tied)
-        else:
-            self.output = FullSoftmax(words, width, cfg.decoder_embed_dim, tied)
-
-    def _initialize(self) -> None:
-        """Weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions and memories see to themselves."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                nn.init.normal_(module.weight, mean=1.0, std=0.02)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, (WordEmbedding, FullSoftmax, AdaptiveSoftmax)):
-                module.reset_parameters()
-        self.memory.reset_parameters()
-
-
-def _plain(value: Any) -> Any:
-    """An option's value as a checkpoint may hold it: the choices that hydra makes cannot be stored."""
-    return str(value) if isinstance(value, Enum) else value
 
 
 def _check_finite(features: Tensor, position: SegmentPosition) -> None:

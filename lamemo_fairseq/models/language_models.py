@@ -12,7 +12,7 @@ from ..generation import LanguageModelHub
 from ..host.named_checkpoints import check_files
 from ..tasks.segment_language_modeling import SegmentLanguageModelingTask
 from .config import MemoryLanguageModelConfig, with_defaults
-from .decoder import MemoryDecoder
+from .decoder import FairseqMemoryDecoder
 
 
 def _within(module: nn.Module) -> List[nn.Module]:
@@ -41,10 +41,10 @@ class MemoryLanguageModel(FairseqLanguageModel):
         if task.cfg.tokens_per_sample is not None:
             # In evaluation it may differ from the trained one; prompts and texts are cut as the streams are.
             cfg.tokens_per_sample = task.cfg.tokens_per_sample
-        return cls(MemoryDecoder(cfg, task.target_dictionary))
+        return cls(FairseqMemoryDecoder(cfg, task.target_dictionary))
 
     def get_targets(self, sample: Dict[str, Any], net_output: Any) -> Tensor:
-        """The words ``[B, N]`` that the scores of `MemoryDecoder.forward` are for."""
+        """The words ``[B, N]`` that the scores of `FairseqMemoryDecoder.forward` are for."""
         inputs, target = sample["net_input"], sample["target"]
         return target[real_tokens(target, inputs["src_lengths"])].unsqueeze(0) if inputs.get("real_only") else target
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch.nn.functional as F
-from fairseq import utils
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +15,7 @@ from ..kernels.activation import relu_dropout
 from ..kernels.parts import is_plain
 from ..kernels.residual import residual_norm, residual_sum_and_norm
 from ..kernels.rows import fusable
+from .activations import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FeedForward(nn.Module):
         self.widths = config.embed_dim, config.ffn_dim
         self.fc1 = nn.Linear(config.embed_dim, config.ffn_dim)
         self.fc2 = nn.Linear(config.ffn_dim, config.embed_dim)
-        self.activation_fn = utils.get_activation_fn(config.activation_fn)
+        self.activation_fn = ACTIVATIONS[config.activation_fn]
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class FullSoftmax(_Output):
     def plan(self, target: Tensor) -> None:
         """Nothing has to be known of the targets beforehand."""
 
-    def loss(self, features: Tensor, target: Tensor, plan: None) -> Tensor:
+    def loss(self, features: Tensor, target: Tensor, plan: None = None) -> Tensor:
         """Sum of the negative log-likelihoods of *target* ``[B, N]``, a float32 scalar."""
         flat = self._project(features.flatten(0, 1), 0)
         return linear_cross_entropy(flat, self.weights[0], self.biases[0], target.reshape(-1))
@@ -204,8 +204,9 @@ class AdaptiveSoftmax(_Output):
         """Sort targets ``[B, N]`` by band; called before the layers, so that the counts are there in time."""
         return BandPlan(self._band_of(target.reshape(-1)), len(self.bands))
 
-    def loss(self, features: Tensor, target: Tensor, plan: "BandPlan") -> Tensor:
+    def loss(self, features: Tensor, target: Tensor, plan: "Optional[BandPlan]" = None) -> Tensor:
         """Sum of the negative log-likelihoods of *target* ``[B, N]``, a float32 scalar."""
+        plan = self.plan(target) if plan is None else plan
         flat, words = features.flatten(0, 1), target.reshape(-1)
         first = self.bands.ends[0]
         entry = torch.where(plan.band > 0, first + len(self.bands) - 1 - plan.band, words)

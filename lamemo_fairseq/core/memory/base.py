@@ -22,7 +22,6 @@ from typing import (
 )
 
 import torch
-from fairseq.dataclass import FairseqDataclass
 from torch import Tensor, nn
 
 from ..decoding.cache import SegmentCache
@@ -78,9 +77,9 @@ class MemoryState:
         return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in saved.items()})
 
 
-@dataclass
-class MemoryOptions(FairseqDataclass):
-    """Base of a memory's own options: every model has those of all memories, under the fields' names."""
+@dataclass(frozen=True)
+class MemoryOptions:
+    """Base of a memory's own options. A host offers those of all memories, under the fields' names."""
 
     def check(self) -> None:
         """Refuse values that make no sense.
@@ -92,7 +91,7 @@ class MemoryOptions(FairseqDataclass):
 
 @dataclass(frozen=True)
 class Architecture:
-    """The model that fairseq knows a memory by."""
+    """The model that a host knows a memory by."""
 
     name: str  # as in --arch
     class_name: str  # in models/language_models.py

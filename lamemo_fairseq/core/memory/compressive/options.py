@@ -1,30 +1,24 @@
 """The compressive memory's own options."""
 
-# No postponed annotations: fairseq turns these dataclasses into a parser.
+# No postponed annotations: a host reads the types of the fields.
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from fairseq.dataclass import ChoiceEnum
-
+from ...fields import option
 from ..base import MemoryOptions
 from .compressions import COMPRESSIONS
 from .losses import LOSSES
 
 
-@dataclass
+@dataclass(frozen=True)
 class CompressiveOptions(MemoryOptions):
-    compressed_len: int = field(default=75, metadata={"help": "compressed slots C a layer, beside --mem-len others"})
-    compression_rate: int = field(default=3, metadata={"help": "rows r that become one compressed slot"})
-    compression: ChoiceEnum(COMPRESSIONS.names()) = field(  # type: ignore[valid-type]
-        default="conv", metadata={"help": "how rows that leave the memory are compressed"}
+    compressed_len: int = option(75, "compressed slots C a layer, beside --mem-len others")
+    compression_rate: int = option(3, "rows r that become one compressed slot")
+    compression: str = option("conv", "how rows that leave the memory are compressed", COMPRESSIONS.names())
+    compression_loss: str = option(
+        "attention-reconstruction", "what trains a compression that has weights; others have no loss", LOSSES.names()
     )
-    compression_loss: ChoiceEnum(LOSSES.names()) = field(  # type: ignore[valid-type]
-        default="attention-reconstruction",
-        metadata={"help": "what trains a compression that has weights; others have no loss"},
-    )
-    compression_loss_weight: float = field(
-        default=1.0, metadata={"help": "factor of that loss, a mean over tokens, components and layers"}
-    )
+    compression_loss_weight: float = option(1.0, "factor of that loss, a mean over tokens, components and layers")
 
     def check(self) -> None:
         compression = COMPRESSIONS[str(self.compression)]

@@ -1,11 +1,10 @@
 """The continuous memory's own options."""
 
-# No postponed annotations: fairseq turns these dataclasses into a parser.
+# No postponed annotations: a host reads the types of the fields.
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from fairseq.dataclass import ChoiceEnum
-
+from ...fields import option
 from ..base import MemoryOptions
 from .basis import RadialBasis
 from .sampling import SAMPLINGS
@@ -14,30 +13,18 @@ from .sampling import SAMPLINGS
 _NARROWEST, _WIDEST = 1e-6, 1e6
 
 
-@dataclass
+@dataclass(frozen=True)
 class ContinuousOptions(MemoryOptions):
-    num_basis_functions: int = field(
-        default=512, metadata={"help": "radial basis functions that a continuous memory is made of"}
+    num_basis_functions: int = option(512, "radial basis functions that a continuous memory is made of")
+    basis_widths: str = option("0.01,0.05", "comma separated standard deviations of the radial basis functions")
+    ridge_penalty: float = option(1.0, "penalty of the ridge regression that fits a continuous memory")
+    contraction_factor: float = option(0.75, "part of a continuous memory that its past is squeezed into, tau")
+    memory_samples: int = option(512, "samples of the past that a continuous memory is fitted to again")
+    memory_sampling: str = option(
+        "sticky", "where a continuous memory is sampled: where attention was, or evenly", list(SAMPLINGS)
     )
-    basis_widths: str = field(
-        default="0.01,0.05", metadata={"help": "comma separated standard deviations of the radial basis functions"}
-    )
-    ridge_penalty: float = field(
-        default=1.0, metadata={"help": "penalty of the ridge regression that fits a continuous memory"}
-    )
-    contraction_factor: float = field(
-        default=0.75, metadata={"help": "part of a continuous memory that its past is squeezed into, tau"}
-    )
-    memory_samples: int = field(
-        default=512, metadata={"help": "samples of the past that a continuous memory is fitted to again"}
-    )
-    memory_sampling: ChoiceEnum(list(SAMPLINGS)) = field(  # type: ignore[valid-type]
-        default="sticky", metadata={"help": "where a continuous memory is sampled: where attention was, or evenly"}
-    )
-    kl_weight: float = field(
-        default=1e-6, metadata={"help": "weight of the KL divergence of a continuous attention from a narrow one"}
-    )
-    kl_sigma: float = field(default=0.05, metadata={"help": "standard deviation of that narrow attention, sigma_0"})
+    kl_weight: float = option(1e-6, "weight of the KL divergence of a continuous attention from a narrow one")
+    kl_sigma: float = option(0.05, "standard deviation of that narrow attention, sigma_0")
 
     def basis(self) -> RadialBasis:
         """The basis that the options name."""

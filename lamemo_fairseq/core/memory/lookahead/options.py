@@ -1,19 +1,16 @@
 """The look-ahead memory's own options."""
 
-# No postponed annotations: fairseq turns these dataclasses into a parser.
-from dataclasses import dataclass, field
+# No postponed annotations: a host reads the types of the fields.
+from dataclasses import dataclass
 
-from fairseq.dataclass import ChoiceEnum
-
+from ...fields import option
 from ..base import MemoryOptions
 from .windows import WINDOWS
 
 
-@dataclass
+@dataclass(frozen=True)
 class LookaheadOptions(MemoryOptions):
-    lookahead_window: ChoiceEnum(list(WINDOWS)) = field(  # type: ignore[valid-type]
-        default="right", metadata={"help": "which side of a memory slot it looks ahead at"}
-    )
+    lookahead_window: str = option("right", "which side of a memory slot it looks ahead at", list(WINDOWS))
 
     def check(self) -> None:
         if str(self.lookahead_window) not in WINDOWS:

@@ -1,0 +1,185 @@
+"""The configuration of a model: a plain dataclass, from which a host makes its options."""
+
+# No postponed annotations: a host reads the types of the fields.
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Dict, List, Mapping, Optional
+
+from .attention import BACKENDS
+from .fields import option
+from .layers.activations import ACTIVATIONS
+from .memory import MEMORIES, MemoryOptions
+from .names import did_you_mean, option_name
+from .positions import POSITIONS
+
+_POSITIVE = ("decoder_layers", "decoder_embed_dim", "decoder_attention_heads", "decoder_ffn_embed_dim")
+_POSITIVE_OR_NONE = ("decoder_head_dim", "decoder_input_dim", "decoder_output_dim")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of a model.
+
+    Raises:
+        ValueError: the values make no sense together; the message names the option and the remedy.
+    """
+
+    vocabulary_size: int
+    segment_length: int  # N, tokens that are read at a time
+
+    memory: str = option("lookahead", "what is carried from one segment to the next", MEMORIES.names())
+    position_encoding: str = option("disentangled", "how attention knows distances and directions", POSITIONS.names())
+    mem_len: int = option(150, "memory slots M a layer")
+    clamp_len: int = option(0, "largest distance told apart (0: no limit)")
+    same_length: bool = option(False, "let every token see the same number of tokens, M")
+    attention_backend: str = option("auto", "implementation of the attention", BACKENDS.names())
+    cuda_graphs: bool = option(False, "record segments as CUDA graphs: faster where launches take long")
+
+    decoder_layers: int = option(6, "number of layers")
+    decoder_embed_dim: int = option(512, "width of the model")
+    decoder_input_dim: Optional[int] = option(None, "width of the embeddings (default: the model's)")
+    decoder_output_dim: Optional[int] = option(None, "width of the output layer (default: the embeddings')")
+    decoder_attention_heads: int = option(8, "attention heads")
+    decoder_head_dim: Optional[int] = option(None, "size of a head (default: model width / heads)")
+    decoder_ffn_embed_dim: int = option(2048, "width of the feed-forward layers")
+    decoder_normalize_before: bool = option(False, "layer norm before each block")
+    activation_fn: str = option("relu", "activation of the feed-forward layers", ACTIVATIONS.names())
+    dropout: float = option(0.1, "dropout of embeddings, positions, blocks and output")
+    attention_dropout: float = option(0.0, "dropout of attention weights")
+    activation_dropout: Optional[float] = option(None, "dropout inside the feed-forward layers (default: --dropout)")
+    adaptive_softmax_cutoff: Optional[str] = option(
+        None, "comma separated cutoffs of the adaptive softmax (default: full softmax)"
+    )
+    adaptive_softmax_factor: float = option(
+        1.0, "each band's output is this much narrower than the one before (div_val)"
+    )
+    adaptive_input: bool = option(False, "embed the adaptive softmax's bands in the same widths as it does")
+    untie_output: bool = option(False, "give the output layer weights of its own instead of the embeddings'")
+    checkpoint_activations: bool = option(False, "recompute activations in the backward pass to save memory")
+
+    # The chosen memory's own options; None stands for its defaults.
+    memory_options: Optional[MemoryOptions] = field(default=None)
+
+    def __post_init__(self) -> None:
+        options = MEMORIES[self.memory].options  # refuses an unknown name
+        if self.memory_options is None:
+            object.__setattr__(self, "memory_options", options())
+        elif not isinstance(self.memory_options, options):
+            raise ValueError(
+                f"memory_options is a {type(self.memory_options).__name__}, but --memory {self.memory} "
+                f"takes {options.__name__}"
+            )
+        self._check_names()
+        self._check_sizes()
+        self._check_softmax()
+        self._check_memory()
+
+    @property
+    def head_dim(self) -> int:
+        """Size D of a head."""
+        return self.decoder_head_dim or self.decoder_embed_dim // self.decoder_attention_heads
+
+    @property
+    def slots(self) -> int:
+        """Memory slots M a layer, 0 without memory."""
+        return self.mem_len if MEMORIES[self.memory].remembers else 0
+
+    @property
+    def own_options(self) -> MemoryOptions:
+        """The chosen memory's own options."""
+        assert self.memory_options is not None
+        return self.memory_options
+
+    @property
+    def cutoffs(self) -> List[int]:
+        """The cutoffs of the adaptive softmax, none for a full one."""
+        text = self.adaptive_softmax_cutoff
+        try:
+            return [int(part) for part in text.split(",")] if text else []
+        except ValueError:
+            raise ValueError(f"--adaptive-softmax-cutoff '{text}': pass whole numbers such as 20000,60000") from None
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Return plain values by name, which JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """Return the configuration that `to_dict` has written.
+
+        Raises:
+            ValueError: a name is not known, or a value makes no sense.
+        """
+        chosen = dict(values)
+        _refuse_unknown(chosen, cls)
+        own = chosen.pop("memory_options", None)
+        if own is not None:
+            options = MEMORIES[chosen.get("memory", cls.memory)].options
+            _refuse_unknown(own, options)
+            chosen["memory_options"] = options(**own)
+        return cls(**chosen)
+
+    def _check_names(self) -> None:
+        POSITIONS[self.position_encoding]
+        BACKENDS[self.attention_backend]
+        ACTIVATIONS[self.activation_fn]
+
+    def _check_sizes(self) -> None:
+        sizes = {option_name(name): getattr(self, name) for name in _POSITIVE + _POSITIVE_OR_NONE}
+        sizes["--tokens-per-sample"] = self.segment_length
+        for name, size in sizes.items():
+            if size is not None and size <= 0:
+                raise ValueError(f"{name} is {size}, it must be positive")
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < 1:
+                raise ValueError(f"{option_name(name)} is {rate}, it must be at least 0 and below 1")
+        if self.clamp_len < 0:
+            raise ValueError(
+                f"--clamp-len is {self.clamp_len}: pass 0 for no limit, or the largest distance to tell apart"
+            )
+        if self.decoder_head_dim is None and self.decoder_embed_dim % self.decoder_attention_heads:
+            raise ValueError(
+                f"--decoder-embed-dim {self.decoder_embed_dim} does not divide into {self.decoder_attention_heads} "
+                "heads: pass --decoder-head-dim, or another --decoder-attention-heads"
+            )
+        if self.decoder_embed_dim % 2 and self.position_encoding != "shaw":
+            raise ValueError(f"--decoder-embed-dim {self.decoder_embed_dim} is odd, but sinusoids come in pairs")
+        if self.cuda_graphs and self.checkpoint_activations:
+            raise ValueError("--cuda-graphs cannot record --checkpoint-activations: pass one of the two")
+
+    def _check_softmax(self) -> None:
+        if self.adaptive_softmax_cutoff is None and (self.adaptive_input or self.adaptive_softmax_factor != 1):
+            raise ValueError(
+                "--adaptive-input and --adaptive-softmax-factor divide the dictionary at --adaptive-softmax-cutoff: "
+                "pass it"
+            )
+        if not 1 <= self.adaptive_softmax_factor < math.inf:
+            raise ValueError(f"--adaptive-softmax-factor is {self.adaptive_softmax_factor}, it must be at least 1")
+        self.cutoffs  # noqa: B018  (refuses what is no number)
+
+    def _check_memory(self) -> None:
+        memory = MEMORIES[self.memory]
+        if memory.remembers and self.mem_len < memory.smallest_mem_len:
+            raise ValueError(
+                f"--mem-len is {self.mem_len}, but --memory {self.memory} needs at least {memory.smallest_mem_len}: "
+                "pass a positive length, or --memory none"
+            )
+        if memory.remembers and self.position_encoding == "absolute":
+            raise ValueError(
+                "--position-encoding absolute numbers the tokens of one segment, so that memory rows would share the "
+                f"positions of current ones: take another encoding, or --memory none instead of {self.memory}"
+            )
+        self.own_options.check()
+        if self.same_length and self.slots == 0:
+            raise ValueError(
+                f"--same-length lets every token see --mem-len tokens, but --memory {self.memory} has none"
+            )
+
+
+def _refuse_unknown(values: Mapping[str, Any], config: Any) -> None:
+    known = [f.name for f in fields(config)]
+    for name in values:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ValueError(f"unknown name '{name}' in a model's configuration" + (f"; {hint}" if hint else ""))

@@ -1,0 +1,185 @@
+"""The model: tokens and memory in, features and memory out.
+
+Shapes: B streams, N tokens of a segment, V words, d model width.
+"""
+
+from typing import List, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .graphs import SegmentGraphs
+from .layers import AttentionConfig, DecoderLayer, LayerConfig
+from .layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
+from .memory import MEMORIES, Memory, MemoryConfig, MemoryState, Passage
+from .positions import POSITIONS, PositionConfig, PositionEncoding
+
+
+class MemoryDecoder(nn.Module):
+    """Embeddings, layers, memory and output layer, chosen by name: the base of models."""
+
+    def __init__(self, config: ModelConfig):
+        nn.Module.__init__(self)  # not super(): a host's class may come next, which takes other arguments
+        self.config = config
+        self.segment_length = config.segment_length
+        self.graphs = SegmentGraphs() if config.cuda_graphs else None
+        # The order of the parts is the order in which they draw random numbers.
+        self.embed_tokens = _embedding(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.memory = _memory(config)
+        self.positions = _positions(config, self.memory)
+        self.layers = _layers(config, self.memory)
+        self.output: Optional[FullSoftmax] = None
+        self.adaptive_softmax: Optional[AdaptiveSoftmax] = None
+        if config.cutoffs:
+            self.adaptive_softmax = _adaptive_softmax(config, self.embed_tokens)
+        else:
+            self.output = _full_softmax(config, self.embed_tokens)
+        self.reset_parameters()
+
+    def read(self, tokens: Tensor, state: Optional[MemoryState] = None, lengths: Optional[Tensor] = None) -> Passage:
+        """Read one segment.
+
+        Args:
+            tokens: ``[B, N]`` word ids.
+            state: the memory before the segment, left as it is; None for an empty one.
+            lengths: ``[B]`` tokens that are not padding, which is on the right; None if none is.
+
+        Returns:
+            Features ``[B, N, d]`` after the final dropout, the memory after the segment, and the memory's losses.
+        """
+        if self.graphs is not None and lengths is None:
+            return self.graphs(self.step, self, tokens, state)
+        return self.step(tokens, state, lengths)
+
+    def step(self, tokens: Tensor, state: Optional[MemoryState] = None, lengths: Optional[Tensor] = None) -> Passage:
+        """Read one segment as `read` does, without a CUDA graph."""
+        x = self.dropout(self.positions.embed(self.embed_tokens(tokens), lengths))
+        # The memory of a resumed run is still on the host.
+        before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
+        passage = self.memory(x, before, self.layers, self.positions, lengths)
+        return passage._replace(features=self.dropout(passage.features))
+
+    def read_text(self, tokens: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
+        """Read whole texts of any length from an empty memory: features ``[B, T, d]`` of ``tokens [B, T]``.
+
+        ``lengths [B]`` counts the tokens that are not padding, which is on the right; None if none is.
+        """
+        parts: List[Tensor] = []
+        state: Optional[MemoryState] = None
+        for start in range(0, tokens.size(1), self.segment_length):
+            segment = tokens[:, start : start + self.segment_length]
+            left = None if lengths is None else (lengths - start).clamp(0, segment.size(1))
+            features, state, _ = self.step(segment, state, left)
+            parts.append(features)
+        return torch.cat(parts, dim=1)
+
+    def loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """Return the sum of the negative log-likelihoods of ``target [B, N]``, a scalar in float32 or wider."""
+        return self.loss_layer.loss(features, target)
+
+    def log_probs(self, features: Tensor) -> Tensor:
+        """Return log-probabilities ``[B, N, V]`` of features ``[B, N, d]``, in float32 or wider."""
+        if self.adaptive_softmax is not None:
+            return self.adaptive_softmax.log_probs(features)
+        scores = self.output_layer(features)
+        return torch.log_softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """Return scores ``[B, N, V]`` of features ``[B, N, d]``; an adaptive softmax leaves features as they are."""
+        return features if self.output is None else self.output(features)
+
+    @property
+    def loss_layer(self) -> Union[FullSoftmax, AdaptiveSoftmax]:
+        """The output layer that computes losses without all scores at once."""
+        layer = self.adaptive_softmax if self.output is None else self.output
+        assert layer is not None
+        return layer
+
+    def reset_parameters(self) -> None:
+        """Draw weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions and memories see to themselves."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.normal_(module.weight, mean=1.0, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, (WordEmbedding, FullSoftmax, AdaptiveSoftmax)):
+                module.reset_parameters()
+        self.memory.reset_parameters()
+
+
+def _embedding(config: ModelConfig) -> WordEmbedding:
+    width = config.decoder_input_dim or config.decoder_embed_dim
+    cutoffs, factor = (config.cutoffs, config.adaptive_softmax_factor) if config.adaptive_input else ([], 1.0)
+    return WordEmbedding(Bands(config.vocabulary_size, width, cutoffs, factor), config.decoder_embed_dim)
+
+
+def _memory(config: ModelConfig) -> Memory[MemoryState]:
+    return MEMORIES[config.memory](
+        MemoryConfig(
+            mem_len=config.slots,
+            layers=config.decoder_layers,
+            heads=config.decoder_attention_heads,
+            head_dim=config.head_dim,
+            embed_dim=config.decoder_embed_dim,
+            segment_length=config.segment_length,
+            options=config.own_options,
+            dropout=config.dropout,
+        )
+    )
+
+
+def _positions(config: ModelConfig, memory: Memory[MemoryState]) -> PositionEncoding:
+    return POSITIONS[config.position_encoding](
+        PositionConfig(
+            layers=config.decoder_layers,
+            embed_dim=config.decoder_embed_dim,
+            heads=config.decoder_attention_heads,
+            head_dim=config.head_dim,
+            looks_ahead=memory.looks_ahead,
+            trained_distances=memory.slots + memory.period,
+            clamp_len=config.clamp_len,
+            dropout=config.dropout,
+        )
+    )
+
+
+def _layers(config: ModelConfig, memory: Memory[MemoryState]) -> nn.ModuleList:
+    attention = AttentionConfig(
+        embed_dim=config.decoder_embed_dim,
+        heads=config.decoder_attention_heads,
+        head_dim=config.head_dim,
+        dropout=config.attention_dropout,
+        span=memory.slots if config.same_length else None,
+        mem_len=config.slots,
+        backend=config.attention_backend,
+        options=config.own_options,
+    )
+    layer = LayerConfig(
+        embed_dim=config.decoder_embed_dim,
+        ffn_dim=config.decoder_ffn_embed_dim,
+        dropout=config.dropout,
+        activation_dropout=config.dropout if config.activation_dropout is None else config.activation_dropout,
+        activation_fn=config.activation_fn,
+        normalize_before=config.decoder_normalize_before,
+        checkpoint_activations=config.checkpoint_activations,
+    )
+    return nn.ModuleList(DecoderLayer(layer, memory.attention(attention)) for _ in range(config.decoder_layers))
+
+
+def _adaptive_softmax(config: ModelConfig, embedding: WordEmbedding) -> AdaptiveSoftmax:
+    bands = Bands(config.vocabulary_size, _output_dim(config), config.cutoffs, config.adaptive_softmax_factor)
+    return AdaptiveSoftmax(bands, config.decoder_embed_dim, None if config.untie_output else embedding)
+
+
+def _full_softmax(config: ModelConfig, embedding: WordEmbedding) -> FullSoftmax:
+    tied = None if config.untie_output else embedding
+    return FullSoftmax(config.vocabulary_size, _output_dim(config), config.decoder_embed_dim, tied)
+
+
+def _output_dim(config: ModelConfig) -> int:
+    return config.decoder_output_dim or config.decoder_input_dim or config.decoder_embed_dim
