@@ -1,9 +1,15 @@
-"""LaMemo, the language model with look-ahead memory, as a fairseq plugin.
+"""LaMemo, the language model with look-ahead memory, as a fairseq plugin over a core that needs torch alone.
 
-``--user-dir`` imports this package; importing it registers its task, models and criterion.
+``--user-dir`` imports this package; importing it registers its task, models and criterions. Without fairseq,
+`lamemo_fairseq.core` is what it offers.
 """
 
-from . import criterions, host, models, tasks
+import importlib.util
 
 __version__ = "0.1.0"
-__all__ = ["criterions", "host", "models", "tasks"]
+__all__ = ["core"]
+
+if importlib.util.find_spec("fairseq") is not None:
+    from . import criterions, host, models, tasks
+
+    __all__ += ["criterions", "host", "models", "tasks"]

@@ -1,1 +1,17 @@
-"""Memories for language models, with their layers, kernels and exact state."""
+"""Memories for language models, with their layers, kernels and exact state. It needs torch alone."""
+
+from .config import ModelConfig
+from .memory import MEMORIES, DivergenceError, MemoryState, Passage, StreamMemory
+from .model import LanguageModel
+from .positions import POSITIONS
+
+__all__ = [
+    "MEMORIES",
+    "POSITIONS",
+    "DivergenceError",
+    "LanguageModel",
+    "MemoryState",
+    "ModelConfig",
+    "Passage",
+    "StreamMemory",
+]

@@ -1,0 +1,116 @@
+"""A language model for Python: built from a configuration, saved to a folder, loaded from it."""
+
+import functools
+import json
+import os
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, Optional, Union
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .decoder import MemoryDecoder
+from .memory import MemoryState, Passage
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+FORMAT = 1  # of the folder
+
+
+class LanguageModel(MemoryDecoder):
+    """A language model with memory, which passes its memory in and out as a value.
+
+    Example::
+
+        model = LanguageModel(ModelConfig(vocabulary_size=1000, segment_length=150))
+        features, state, losses = model(tokens, state)
+        loss = model.loss(features, target) / target.numel() + sum(losses.values())
+    """
+
+    def forward(self, tokens: Tensor, state: Optional[MemoryState] = None, lengths: Optional[Tensor] = None) -> Passage:
+        """Read one segment; arguments and result as for `read`."""
+        return self.read(tokens, state, lengths)
+
+    def save(self, folder: Union[str, Path]) -> None:
+        """Write the weights and the configuration. Each file appears whole; `load` tells the files of two saves apart.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"format": FORMAT, **self.config.to_dict()}, indent=2) + "\n"
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+            _safetensors().torch.save_model(self, f"{unfinished}/{WEIGHTS}", metadata={CONFIG: text})
+            Path(unfinished, CONFIG).write_text(text, encoding="utf-8")
+            for name in (WEIGHTS, CONFIG):
+                os.replace(f"{unfinished}/{name}", folder / name)
+
+    @classmethod
+    def load(
+        cls, folder: Union[str, Path], device: Union[str, torch.device] = "cpu", **changes: Any
+    ) -> "LanguageModel":
+        """Return the model that `save` has written, in evaluation mode.
+
+        Args:
+            folder: with `config.json` and `model.safetensors`.
+            device: where the weights go.
+            changes: values of the configuration to replace, such as ``mem_len``.
+
+        Raises:
+            FileNotFoundError: a file is not there.
+            ValueError: the configuration is not known here, or the weights are those of another one.
+        """
+
+        path = Path(folder)
+        config = _read_config(path, changes)
+        model = cls(config).to(_dtype_of(path / WEIGHTS))
+        try:
+            _safetensors().torch.load_model(model, path / WEIGHTS)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+            raise ValueError(f"{folder}: the weights are those of another configuration: {lines[-1][:200]}") from error
+        return model.to(device).eval()
+
+
+def _read_config(folder: Path, changes: Dict[str, Any]) -> ModelConfig:
+
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is not there: pass a folder that LanguageModel.save has written")
+    text = (folder / CONFIG).read_text(encoding="utf-8")
+    try:
+        with _safetensors().safe_open(folder / WEIGHTS, framework="pt") as weights:
+            saved_with = (weights.metadata() or {}).get(CONFIG)
+        values = json.loads(text)
+        written = values.pop("format")
+    except (_safetensors().SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder} is not a folder that LanguageModel.save has written: {error}") from error
+    if written != FORMAT:
+        raise ValueError(f"{folder / CONFIG} has format {written}, this version reads {FORMAT}: install a newer one")
+    if saved_with != text:
+        raise ValueError(
+            f"{folder / CONFIG} is not the configuration that {WEIGHTS} was saved with: save the model again; to "
+            "change a value, pass it to LanguageModel.load"
+        )
+    return ModelConfig.from_dict({**values, **changes})
+
+
+def _dtype_of(weights: Path) -> torch.dtype:
+    """Return the widest dtype of saved weights."""
+
+    with _safetensors().safe_open(weights, framework="pt") as saved:
+        dtypes = {saved.get_tensor(name).dtype for name in saved.keys()}  # noqa: SIM118
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("models are saved and loaded with safetensors: pip install safetensors") from None
+    return safetensors
