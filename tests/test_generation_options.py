@@ -7,7 +7,7 @@ import torch
 from fairseq import options
 from fairseq.dataclass.configs import GenerationConfig
 
-from lamemo_fairseq.generation.options import NAMES, REFUSED, WITHOUT_EFFECT, check_generation, check_names
+from lamemo_fairseq.host.generation_options import NAMES, REFUSED, WITHOUT_EFFECT, check_generation, check_names
 
 from .helpers import USER_DIR
 

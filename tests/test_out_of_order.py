@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lamemo_fairseq.faults import retry_out_of_memory
+from lamemo_fairseq.tasks.faults import retry_out_of_memory
 
 from . import disturbances
 from .disturbances import OUT_OF_MEMORY, out_of_memory, struck

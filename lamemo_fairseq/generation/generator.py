@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.decoding.state import DecodingState
 from ..core.memory import DivergenceError
 from ..data.dictionary import NO_WORD
-from .options import refusal
+from ..host.generation_options import refusal
 from .progress import counter
 from .repetition import aligned_right, repeating_words
 from .sampling import is_plain_sampling, sampled_continuations

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..data.storage import check_ids
 from ..data.text import clean_prompt
+from ..host.generation_options import NAMES, check_names
 from .lines import encode_prompts
-from .options import NAMES, check_names
 
 _OF_GENERATE = ("skip_invalid_size_inputs", "inference_step_args", "prefix_allowed_tokens_fn")
 

@@ -61,7 +61,7 @@ def check_checkpoints(options: argparse.Namespace) -> None:
         _refuse_another_task(options)
         return
     if getattr(options, "lm_path", None) is not None:
-        from ..generation.options import refusal  # which imports models, and they this module
+        from .generation_options import refusal  # which imports models, and they this module
 
         raise ValueError(refusal("lm_path"))
     overrides = parse_overrides(getattr(options, "model_overrides", "{}"))

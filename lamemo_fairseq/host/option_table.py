@@ -370,8 +370,8 @@ def _of_memories() -> Iterator[Rule]:
 
 def _of_generation() -> Iterator[Rule]:
     """Yield the rules on options that choose words."""
-    from ..generation.options import REFUSED as refused  # which imports models, and they this package
-    from ..generation.options import WITHOUT_EFFECT as without_effect
+    from .generation_options import REFUSED as refused  # which imports models, and they this package
+    from .generation_options import WITHOUT_EFFECT as without_effect
 
     for effect, reasons, joined in ((REFUSED, refused, " "), (IGNORED, without_effect, None)):
         for reason in dict.fromkeys(reasons.values()):

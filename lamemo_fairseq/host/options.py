@@ -11,7 +11,7 @@ from fairseq import options
 
 from ..core.names import TASK
 from .command_line import CommandLine
-from .generation import adapt_generation
+from .generation_defaults import adapt_generation
 from .interruption import end_in_one_line
 from .named_checkpoints import check_checkpoints, take_task_from_checkpoint
 from .option_rules import on_cpu

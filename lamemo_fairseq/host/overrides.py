@@ -141,7 +141,7 @@ def owners_of_options() -> Dict[str, Set[str]]:
 
 
 def _check_known(given: Iterable[str], known: Set[str], where: str) -> None:
-    from ..generation.options import check_names
+    from .generation_options import check_names
 
     owners = owners_of_options()
     for name in given:

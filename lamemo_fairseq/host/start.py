@@ -226,7 +226,7 @@ def check_line(command: str, settings: Settings, given: Collection[str], changed
     global _line_checked
     check(command, settings, given, changed)
     if command in GENERATION:
-        from ..generation.options import check_generation  # which imports models, and they this package
+        from .generation_options import check_generation  # which imports models, and they this package
 
         check_generation(Namespace(**settings))
     _line_checked = True

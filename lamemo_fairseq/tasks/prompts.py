@@ -13,7 +13,7 @@ from ..evaluation.words import check_post_process
 from ..generation import PromptDataset, PromptGenerator, StreamingScorer
 from ..generation.encoders import PromptCoding
 from ..generation.lines import encode_prompts
-from ..generation.options import check_generation, refusal, warn_without_effect
+from ..host.generation_options import check_generation, refusal, warn_without_effect
 
 
 class PromptTask(FairseqTask):

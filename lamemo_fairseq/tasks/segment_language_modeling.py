@@ -25,12 +25,12 @@ from ..data.segments import SegmentDataset, without_padding
 from ..data.streams import TokenSequence
 from ..data.text import check_input
 from ..evaluation import use_for_eval_lm
-from ..faults import LossWatch, retry_out_of_memory
 from ..generation import PromptDataset
 from ..host.configuration import check_criterion, check_model
 from ..host.ranks import launched_ranks, several_ranks
 from ..host.start import check_task
 from ..host.training import prepare_training
+from .faults import LossWatch, retry_out_of_memory
 from .prompts import PromptTask
 from .state import TaskState
 

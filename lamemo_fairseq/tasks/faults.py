@@ -7,10 +7,10 @@ import torch
 from fairseq import utils
 from torch import Tensor, nn
 
-from .core.kernels.copies import copy_to_host
-from .core.kernels.parts import parts_of
-from .core.memory import DivergenceError, StreamMemory
-from .core.memory.position import SegmentPosition
+from ..core.kernels.copies import copy_to_host
+from ..core.kernels.parts import parts_of
+from ..core.memory import DivergenceError, StreamMemory
+from ..core.memory.position import SegmentPosition
 
 logger = logging.getLogger(__name__)
 
