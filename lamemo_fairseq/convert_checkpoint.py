@@ -20,10 +20,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from .core.memory import MEMORIES
-from .core.names import TASK, option_name
+from .core.names import option_name
 from .core.positions.base import inverse_frequencies
 from .data.binarized import load_dictionary
 from .host.configuration import check_options, complete, read_ours
+from .host.own import TASK
 from .models.config import MemoryLanguageModelConfig
 from .models.decoder import FairseqMemoryDecoder, vocabulary_checksum
 from .released import ATTENTION_TYPES, from_released, model_options, to_released

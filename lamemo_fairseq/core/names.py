@@ -1,9 +1,7 @@
-"""Names that users write: the task, the options, and the nearest known name to a misspelt one."""
+"""Names that users write: options, and the nearest known name to a misspelt one."""
 
 import difflib
 from typing import Callable, Iterable, Optional
-
-TASK = "segment_language_modeling"
 
 
 def option_name(field: str) -> str:

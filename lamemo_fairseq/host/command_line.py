@@ -11,10 +11,11 @@ from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
 from omegaconf import OmegaConf
 
-from ..core.names import TASK, option_name
+from ..core.names import option_name
 from . import start
 from .configuration import is_our_model
 from .option_rules import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
+from .own import TASK
 
 # An option that a command has and those before it do not.
 _MARKS = {

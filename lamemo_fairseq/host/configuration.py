@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..core.names import option_name
 from ..criterions import FAIRSEQ_CRITERIONS
+from .own import OwnModel, OwnTask
 
 logger = logging.getLogger(__name__)
 
@@ -87,16 +88,12 @@ def read_checkpoint(path: str, mapped: bool = False) -> Any:
 
 def is_our_model(name: Any) -> bool:
     """Return whether an architecture is one of this package, or derived from one."""
-    from ..models.language_models import MemoryLanguageModel
-
-    return isinstance(name, str) and _is(ARCH_MODEL_REGISTRY.get(name), MemoryLanguageModel)
+    return isinstance(name, str) and _is(ARCH_MODEL_REGISTRY.get(name), OwnModel)
 
 
 def is_our_task(name: Any) -> bool:
     """Return whether a task is the one of this package, or derived from it."""
-    from ..tasks.segment_language_modeling import SegmentLanguageModelingTask
-
-    return isinstance(name, str) and _is(TASK_REGISTRY.get(name), SegmentLanguageModelingTask)
+    return isinstance(name, str) and _is(TASK_REGISTRY.get(name), OwnTask)
 
 
 def is_ours(state: Any) -> bool:

@@ -4,6 +4,7 @@ from typing import Any, Callable, List, Sequence
 
 from fairseq import checkpoint_utils, utils
 
+from .own import OwnTask
 from .stand_in import stand_in
 
 
@@ -17,9 +18,7 @@ def load_model_ensemble_and_task(
     **kwargs: Any,
 ) -> Any:
     """Load the models of ``--path``, separated by ``:``, which fairseq-eval-lm takes for the name of one file."""
-    from ..tasks.segment_language_modeling import SegmentLanguageModelingTask
-
     names: List[str] = list(filenames)
-    if isinstance(task, SegmentLanguageModelingTask):
+    if isinstance(task, OwnTask):
         names = [path for name in names for path in utils.split_paths(name)]
     return original(names, arg_overrides, task, *args, **kwargs)

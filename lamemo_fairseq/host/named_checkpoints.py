@@ -18,6 +18,7 @@ from .configuration import (
     read_checkpoint,
     read_ours,
 )
+from .generation_options import refusal
 from .overrides import check_arguments, check_overrides, parse_overrides
 
 
@@ -61,8 +62,6 @@ def check_checkpoints(options: argparse.Namespace) -> None:
         _refuse_another_task(options)
         return
     if getattr(options, "lm_path", None) is not None:
-        from .generation_options import refusal  # which imports models, and they this module
-
         raise ValueError(refusal("lm_path"))
     overrides = parse_overrides(getattr(options, "model_overrides", "{}"))
     for path in utils.split_paths(getattr(options, "path", None) or ""):

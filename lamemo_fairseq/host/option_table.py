@@ -10,6 +10,7 @@ import torch
 from ..core.attention.choice import why_not_fused
 from ..core.memory import MEMORIES
 from ..core.memory.compressive.compressions import COMPRESSIONS
+from . import generation_options
 from .option_rules import (
     COMMANDS,
     EVAL_LM,
@@ -370,10 +371,10 @@ def _of_memories() -> Iterator[Rule]:
 
 def _of_generation() -> Iterator[Rule]:
     """Yield the rules on options that choose words."""
-    from .generation_options import REFUSED as refused  # which imports models, and they this package
-    from .generation_options import WITHOUT_EFFECT as without_effect
-
-    for effect, reasons, joined in ((REFUSED, refused, " "), (IGNORED, without_effect, None)):
+    for effect, reasons, joined in (
+        (REFUSED, generation_options.REFUSED, " "),
+        (IGNORED, generation_options.WITHOUT_EFFECT, None),
+    ):
         for reason in dict.fromkeys(reasons.values()):
             options = " ".join(name for name, why in reasons.items() if why == reason)
             yield rule(effect, options, GENERATION, reason, joined=joined)

@@ -9,12 +9,12 @@ from typing import Any, Callable, Optional, Sequence
 
 from fairseq import options
 
-from ..core.names import TASK
 from .command_line import CommandLine
 from .generation_defaults import adapt_generation
 from .interruption import end_in_one_line
 from .named_checkpoints import check_checkpoints, take_task_from_checkpoint
 from .option_rules import on_cpu
+from .own import TASK
 from .ranks import launched_ranks
 from .stand_in import stand_in
 

@@ -15,7 +15,9 @@ from fairseq.models import MODEL_DATACLASS_REGISTRY
 from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig
 
+from ..core.memory import MEMORIES
 from .configuration import ENCODERS, check_options
+from .generation_options import check_names
 from .start import not_known
 
 logger = logging.getLogger(__name__)
@@ -119,8 +121,6 @@ def override(cfg: DictConfig, given: Mapping[str, Any]) -> None:
 
 def _model_options(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> Set[str]:
     """Return the options that change what the model computes; those of other memories do not."""
-    from ..core.memory import MEMORIES
-
     model = cfg["model"]
     known = _names(MODEL_DATACLASS_REGISTRY[model["_name"]]) - {"preset_tokens_per_sample"}
     memory = given.get("memory", model.get("memory"))
@@ -131,8 +131,6 @@ def _model_options(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> Set[str]
 
 def owners_of_options() -> Dict[str, Set[str]]:
     """Return the memories that an option belongs to, by the options' names."""
-    from ..core.memory import MEMORIES
-
     owners: Dict[str, Set[str]] = {}
     for memory in MEMORIES.names():
         for name in _names(MEMORIES[memory].options):
@@ -141,8 +139,6 @@ def owners_of_options() -> Dict[str, Set[str]]:
 
 
 def _check_known(given: Iterable[str], known: Set[str], where: str) -> None:
-    from .generation_options import check_names
-
     owners = owners_of_options()
     for name in given:
         if name in owners and name not in known:

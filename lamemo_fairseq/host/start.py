@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..core.names import did_you_mean, option_name
 from ..criterions import FAIRSEQ_CRITERIONS
 from .configuration import defaults_of
+from .generation_options import check_generation
 from .option_rules import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, Settings
 from .option_table import rules_for
 
@@ -226,8 +227,6 @@ def check_line(command: str, settings: Settings, given: Collection[str], changed
     global _line_checked
     check(command, settings, given, changed)
     if command in GENERATION:
-        from .generation_options import check_generation  # which imports models, and they this package
-
         check_generation(Namespace(**settings))
     _line_checked = True
 

@@ -10,7 +10,7 @@ from ..core.memory import MEMORIES
 from ..core.memory.position import real_tokens
 from ..generation import LanguageModelHub
 from ..host.named_checkpoints import check_files
-from ..tasks.segment_language_modeling import SegmentLanguageModelingTask
+from ..host.own import TASK, OwnModel, OwnTask
 from .config import MemoryLanguageModelConfig, with_defaults
 from .decoder import FairseqMemoryDecoder
 
@@ -23,7 +23,7 @@ def _within(module: nn.Module) -> List[nn.Module]:
     return found
 
 
-class MemoryLanguageModel(FairseqLanguageModel):
+class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
     """A decoder with memory, as fairseq builds and calls it."""
 
     @classmethod
@@ -33,10 +33,11 @@ class MemoryLanguageModel(FairseqLanguageModel):
         Raises:
             ValueError: the task is another one, or the options make no sense.
         """
-        if not isinstance(task, SegmentLanguageModelingTask):
+        feeds_segments = isinstance(task, OwnTask)
+        if not feeds_segments:
             raise ValueError(
                 f"a model with memory reads consecutive segments, which {type(task).__name__} does not feed: "
-                f"pass --task {SegmentLanguageModelingTask.NAME}"
+                f"pass --task {TASK}"
             )
         if task.cfg.tokens_per_sample is not None:
             # In evaluation it may differ from the trained one; prompts and texts are cut as the streams are.

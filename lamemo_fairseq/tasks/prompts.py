@@ -14,9 +14,10 @@ from ..generation import PromptDataset, PromptGenerator, StreamingScorer
 from ..generation.encoders import PromptCoding
 from ..generation.lines import encode_prompts
 from ..host.generation_options import check_generation, refusal, warn_without_effect
+from ..host.own import OwnTask
 
 
-class PromptTask(FairseqTask):
+class PromptTask(OwnTask, FairseqTask):
     """Prompts to word ids, in batches, to a generator or scorer."""
 
     dictionary: Dictionary

@@ -16,7 +16,6 @@ from fairseq.tasks import register_task
 from omegaconf import II
 
 from ..core.memory import DivergenceError
-from ..core.names import TASK
 from ..criterions.memory_losses import PREFIX, WithMemoryLosses
 from ..data.binarized import check_split, load_lines
 from ..data.folders import data_folders, shared_dictionary
@@ -27,6 +26,7 @@ from ..data.text import check_input
 from ..evaluation import use_for_eval_lm
 from ..generation import PromptDataset
 from ..host.configuration import check_criterion, check_model
+from ..host.own import TASK
 from ..host.ranks import launched_ranks, several_ranks
 from ..host.start import check_task
 from ..host.training import prepare_training
