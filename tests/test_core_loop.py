@@ -1,0 +1,82 @@
+"""The code in docs/core.md runs, and its training loop equals fairseq-train to the last bit."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq.data import data_utils
+from fairseq_cli import train
+
+from lamemo_fairseq.core import MEMORIES, ModelConfig
+from lamemo_fairseq.criterions.chunked_cross_entropy import ChunkedCrossEntropyCriterion
+from lamemo_fairseq.data.dictionary import TextDictionary
+
+from .helpers import TASK, run_command
+
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/core.md").read_text(encoding="utf-8"), re.S
+)
+SIZES = {"mem_len": 8, "decoder_layers": 2, "decoder_embed_dim": 16, "decoder_attention_heads": 2}
+SIZES |= {"decoder_ffn_embed_dim": 24, "attention_dropout": 0.1}
+STREAMS, LENGTH, UPDATES = 4, 8, 12
+
+
+@pytest.fixture(scope="module")
+def docs() -> SimpleNamespace:
+    """Names that the training block of the page defines."""
+    names: dict = {}
+    exec(BLOCKS[1], names)
+    return SimpleNamespace(**names)
+
+
+def text_of(folder: Path) -> torch.Tensor:
+    """A training split as the loop takes it: the end-of-sentence token, which stands before the first word, leads."""
+    dictionary = TextDictionary.load(str(folder / "dict.txt"))
+    lines = data_utils.load_indexed_dataset(str(folder / "train"), dictionary)
+    return torch.cat([torch.tensor([dictionary.eos()]), *(lines[i].long() for i in range(len(lines)))])
+
+
+@pytest.mark.parametrize("memory", MEMORIES.names())
+def test_the_loop_equals_fairseq_train(memory, docs, tiny_data, tmp_path, monkeypatch):
+    positions = "disentangled" if memory == "lookahead" else "transformer-xl"
+    architecture = MEMORIES[memory].architecture.name
+    logged = []
+
+    def noted(criterion, model, sample, reduce=True, forward=ChunkedCrossEntropyCriterion.forward):
+        loss, size, outputs = forward(criterion, model, sample, reduce)
+        if model.training:
+            logged.append(loss.item() / size)
+        return loss, size, outputs
+
+    monkeypatch.setattr(ChunkedCrossEntropyCriterion, "forward", noted)
+    sizes = [word for name, value in SIZES.items() for word in ("--" + name.replace("_", "-"), value)]
+    run_command(
+        train.cli_main,
+        *(tiny_data, *TASK, "--arch", architecture, "--position-encoding", positions, *sizes, "--batch-size", STREAMS),
+        *("--tokens-per-sample", LENGTH, "--max-update", UPDATES, "--criterion", "chunked_cross_entropy"),
+        *("--optimizer", "adam", "--lr", 1e-3, "--clip-norm", 0.25, "--seed", 1, "--disable-validation"),
+        *("--save-dir", tmp_path),
+    )
+    saved = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)["model"]
+
+    text = text_of(tiny_data)
+    words = len(TextDictionary.load(str(tiny_data / "dict.txt")))
+    config = ModelConfig(words, LENGTH, memory=memory, position_encoding=positions, **SIZES)
+    model, losses = docs.train(config, text, STREAMS, UPDATES)
+    assert losses == logged
+    assert losses[-1] < losses[0]
+    weights = model.state_dict()
+    assert set(saved) == {f"decoder.{name}" for name in weights} | {"decoder.dictionary_version"}
+    for name, weight in weights.items():
+        assert torch.equal(weight, saved[f"decoder.{name}"]), name
+
+
+def test_the_page_runs(docs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = BLOCKS[0].replace("segment_length=150", "segment_length=8, decoder_layers=1, decoder_embed_dim=16")
+    names = {**vars(docs), "text": torch.arange(50) % 7}
+    exec(small, names)
+    exec(BLOCKS[2], names)
+    assert 100 < float(capsys.readouterr().out) < 10_000  # of 1,000 words, untrained
