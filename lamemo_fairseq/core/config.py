@@ -30,6 +30,11 @@ class ModelConfig:
     memory: str = option("lookahead", "what is carried from one segment to the next", MEMORIES.names())
     position_encoding: str = option("disentangled", "how attention knows distances and directions", POSITIONS.names())
     mem_len: int = option(150, "memory slots M a layer")
+    bptt_segments: int = option(
+        1,
+        "segments that --tokens-per-sample is read in, gradient flowing between them through a memory that lets it "
+        "(1: none, so that only what reads such a memory is trained, not what writes it)",
+    )
     clamp_len: int = option(0, "largest distance told apart (0: no limit)")
     same_length: bool = option(False, "let every token see the same number of tokens, M")
     attention_backend: str = option("auto", "implementation of the attention", BACKENDS.names())
@@ -170,10 +175,25 @@ class ModelConfig:
                 "--position-encoding absolute numbers the tokens of one segment, so that memory rows would share the "
                 f"positions of current ones: take another encoding, or --memory none instead of {self.memory}"
             )
+        self._check_gradient(memory.carries_gradient)
         self.own_options.check()
         if self.same_length and self.slots == 0:
             raise ValueError(
                 f"--same-length lets every token see --mem-len tokens, but --memory {self.memory} has none"
+            )
+
+    def _check_gradient(self, carried: bool) -> None:
+        length, segments = self.segment_length, self.bptt_segments
+        if segments < 1:
+            raise ValueError(f"--bptt-segments is {segments}, it must be at least 1")
+        if segments > 1 and not carried:
+            raise ValueError(
+                f"--bptt-segments is {segments}, but --memory {self.memory} lets no gradient through: leave it out"
+            )
+        if length % segments:
+            raise ValueError(
+                f"--tokens-per-sample {length} does not divide into --bptt-segments {segments} of one length: pass a "
+                "multiple; in evaluation there is no gradient, and --model-overrides \"{'bptt_segments': 1}\" will do"
             )
 
 

@@ -127,6 +127,7 @@ def _memory(config: ModelConfig) -> Memory[MemoryState]:
             head_dim=config.head_dim,
             embed_dim=config.decoder_embed_dim,
             segment_length=config.segment_length,
+            bptt_segments=config.bptt_segments,
             options=config.own_options,
             dropout=config.dropout,
         )

@@ -1,16 +1,14 @@
 """Options of fairseq's commands that do not apply to streams, and why; `option_page.py` renders the table."""
 
 import os
-from dataclasses import fields
 from functools import cache
 from typing import Dict, Iterator, List, Tuple
 
 import torch
 
 from ..core.attention.choice import why_not_fused
-from ..core.memory import MEMORIES
-from ..core.memory.compressive.compressions import COMPRESSIONS
 from . import generation_options
+from .memory_rules import of_memories
 from .option_rules import (
     COMMANDS,
     EVAL_LM,
@@ -335,40 +333,6 @@ _RULES = [
 ]
 
 
-def _of_memories() -> Iterator[Rule]:
-    """Yield the rules on options of memories. Every model has the options of all memories."""
-    for name in MEMORIES.names():
-        own = " ".join(f.name for f in fields(MEMORIES[name].options) if f.name != "_name")
-        if own:
-            yield rule(IGNORED, own, TRAINING, f"it belongs to --memory {name}", is_other("memory", name))
-    memoryless = ", ".join(name for name in MEMORIES.names() if not MEMORIES[name].remembers)
-    yield rule(
-        IGNORED,
-        "mem_len",
-        TRAINING,
-        f"--memory {memoryless} has no slots",
-        lambda s: s.get("memory") is not None and not MEMORIES[str(s["memory"])].remembers,
-    )
-    unlearned = [name for name in COMPRESSIONS.names() if not COMPRESSIONS[name].trains]
-    yield rule(
-        IGNORED,
-        "compression_loss compression_loss_weight",
-        TRAINING,
-        f"--compression {', '.join(unlearned)} have nothing to train",
-        is_one("compression", *unlearned),
-    )
-    yield rule(
-        IGNORED,
-        "clamp_len",
-        TRAINING,
-        "--position-encoding absolute knows no distances",
-        is_one("position_encoding", "absolute"),
-    )
-    yield rule(
-        IGNORED, "preset_tokens_per_sample", TRAINING, "--tokens-per-sample is given", with_all("tokens_per_sample")
-    )
-
-
 def _of_generation() -> Iterator[Rule]:
     """Yield the rules on options that choose words."""
     for effect, reasons, joined in (
@@ -385,7 +349,7 @@ def _of_generation() -> Iterator[Rule]:
 @cache
 def all_rules() -> Tuple[Rule, ...]:
     """Return the rules of all commands."""
-    return (*_RULES, *_of_memories(), *_of_generation())
+    return (*_RULES, *of_memories(), *_of_generation())
 
 
 def rules_for(command: str) -> Dict[str, List[Rule]]:

@@ -135,6 +135,8 @@ def owners_of_options() -> Dict[str, Set[str]]:
     for memory in MEMORIES.names():
         for name in _names(MEMORIES[memory].options):
             owners.setdefault(name, set()).add(memory)
+        if MEMORIES[memory].carries_gradient:
+            owners.setdefault("bptt_segments", set()).add(memory)
     return owners
 
 

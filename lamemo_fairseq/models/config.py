@@ -70,7 +70,11 @@ def model_config(cfg: Any, vocabulary_size: int) -> ModelConfig:
     if length is None:
         raise ValueError("the segment length is not known: pass --tokens-per-sample")
     chosen = _chosen(cfg, ModelConfig)
-    own = MEMORIES[chosen["memory"]].options
+    memory = MEMORIES[chosen["memory"]]
+    if not memory.carries_gradient:
+        # A checkpoint's own option stays where --model-overrides takes another memory.
+        chosen["bptt_segments"] = 1
+    own = memory.options
     return ModelConfig(vocabulary_size, length, **chosen, memory_options=own(**_chosen(cfg, own)))
 
 

@@ -110,7 +110,8 @@ class MemoryConfig:
     head_dim: int
     embed_dim: int
     segment_length: int  # N
-    options: Any  # of the memory's own class of options
+    bptt_segments: int = 1  # segments k of an update, gradient flowing between them
+    options: Any = None  # of the memory's own class of options
     dropout: float = 0.0
 
 
@@ -138,6 +139,7 @@ class Memory(nn.Module, Generic[State]):
     remembers: ClassVar[bool] = True
     smallest_mem_len: ClassVar[int] = 1  # the smallest --mem-len that makes sense
     has_losses: ClassVar[bool] = False  # whether passages have losses
+    carries_gradient: ClassVar[bool] = False  # whether gradient may flow from segment to segment of an update
     layout: ClassVar[Tuple[str, ...]] = ()  # own options that a saved state depends on
 
     def __init__(self, config: MemoryConfig):
@@ -152,7 +154,7 @@ class Memory(nn.Module, Generic[State]):
     @property
     def period(self) -> int:
         """Tokens from one change of the memory to the next."""
-        return self.config.segment_length
+        return self.config.segment_length // self.config.bptt_segments
 
     def reset_parameters(self) -> None:
         """Initialise what is not as in other modules: weights N(0, .02), biases 0."""
@@ -169,11 +171,52 @@ class Memory(nn.Module, Generic[State]):
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
-        """Pass the embeddings ``x [B, N, d]`` of a segment through the layers.
+        """Pass the embeddings ``x [B, N, d]`` of an update through the layers.
 
-        ``lengths [B]`` counts the tokens that are not padding, which is on the right; None if none is.
+        A memory that carries gradient overrides `pass_segment` instead, which is called for each segment in turn.
+
+        Args:
+            lengths: ``[B]`` tokens that are not padding, which is on the right; None if none is.
+
+        Returns:
+            The features ``[B, N, d]``, the state after them without gradient, and the means of the segments' losses.
         """
+        passages: List[Passage] = []
+        for start in range(0, x.size(1), self.period):
+            segment = x[:, start : start + self.period]
+            left = None if lengths is None else (lengths - start).clamp(0, segment.size(1))
+            passages.append(self.pass_segment(segment, state, layers, positions, left))
+            state = passages[-1].state
+        return Passage(
+            torch.cat([passage.features for passage in passages], dim=1), state.map(_constant), _means(passages)
+        )
+
+    def pass_segment(
+        self,
+        x: Tensor,
+        state: State,
+        layers: Sequence[nn.Module],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        """Pass one segment ``x [B, n, d]`` through the layers; its state may have a gradient."""
         raise NotImplementedError
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """Return *tensor* without gradient. A view is copied, as it would keep all of its storage alive."""
+    return tensor.detach().clone() if tensor._is_view() else tensor.detach()
+
+
+def _means(passages: Sequence[Passage]) -> Dict[str, Tensor]:
+    """Return the mean of each loss over tokens, of which the last segment may have fewer."""
+    weights = [passage.features.size(1) for passage in passages]
+    losses: Dict[str, Tensor] = {}
+    for passage, weight in zip(passages, weights, strict=True):
+        for name, loss in passage.losses.items():
+            part = loss * (weight / sum(weights))
+            losses[name] = losses[name] + part if name in losses else part
+    return losses
 
 
 def last_rows(rows: Tensor, count: int, dim: int = 1) -> Tensor:

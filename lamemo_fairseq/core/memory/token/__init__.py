@@ -62,25 +62,16 @@ class TokenMemory(Memory[TokenState]):
     looks_ahead: ClassVar[bool] = True  # within a block
     smallest_mem_len: ClassVar[int] = 0
     layout: ClassVar[Tuple[str, ...]] = ("memory_tokens",)
+    carries_gradient: ClassVar[bool] = True
 
     def __init__(self, config: MemoryConfig):
         super().__init__(config)
-        length, segments = config.segment_length, config.options.bptt_segments
-        if length % segments:
-            raise ValueError(
-                f"--tokens-per-sample {length} does not divide into --bptt-segments {segments} of one length: pass "
-                "a multiple; in evaluation there is no gradient, and --model-overrides \"{'bptt_segments': 1}\" will do"
-            )
         self.initial_tokens = nn.Parameter(torch.empty(config.options.memory_tokens, config.embed_dim))
         self.dropout = nn.Dropout(config.dropout)
 
     @property
     def slots(self) -> int:
         return self.config.mem_len + self.config.options.memory_tokens
-
-    @property
-    def period(self) -> int:
-        return self.config.segment_length // self.config.options.bptt_segments
 
     def reset_parameters(self) -> None:
         """As large as what a layer norm leaves, which is what later segments read."""
@@ -94,7 +85,7 @@ class TokenMemory(Memory[TokenState]):
         """The learned memory tokens for every row of ``like [B, .., d]``: ``[B, K, d]``."""
         return self.initial_tokens.to(like).expand(like.size(0), -1, -1)
 
-    def forward(
+    def pass_segment(
         self,
         x: Tensor,
         state: TokenState,
@@ -102,33 +93,19 @@ class TokenMemory(Memory[TokenState]):
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
+        """Read a segment ``x [B, n, d]``, and write the memory tokens ``[B, K, d]`` that the next one reads."""
         tokens = state.tokens.to(x) if state.tokens.size(1) > 0 else self.first_tokens(x)
-        hidden, parts = state.hidden, []
-        for segment in x.split(self.period, dim=1):
-            features, tokens, hidden = self._pass(segment, tokens, hidden, layers, positions)
-            parts.append(features)
-        features = torch.cat(parts, dim=1)
-        if self.training:
-            features = features + no_contribution([self.initial_tokens])  # read only where a stream begins
-        return Passage(features, TokenState(last_rows(tokens, tokens.size(1)), hidden))
-
-    def _pass(
-        self,
-        x: Tensor,
-        tokens: Tensor,
-        hidden: Tuple[Tensor, ...],
-        layers: Sequence[nn.Module],
-        positions: PositionEncoding,
-    ) -> Tuple[Tensor, Tensor, Tuple[Tensor, ...]]:
-        """A segment ``x [B, n, d]``: its features, the memory tokens ``[B, K, d]`` that it writes, and the cache."""
-        size, current, cached = tokens.size(1), x.size(1), hidden[0].size(1)
+        size, current, cached = tokens.size(1), x.size(1), state.hidden[0].size(1)
         biases = positions(cached + size + current + size, range(size), x)
         blocks = Blocks(cached, size, current, self.config.options.memory_reads_cache, last=False)
         kept: List[Tensor] = []
         rows = torch.cat([self.dropout(tokens), x, self.dropout(tokens)], dim=1)
-        for i, (layer, bias, past) in enumerate(zip(layers, biases, hidden, strict=True)):
+        for i, (layer, bias, past) in enumerate(zip(layers, biases, state.hidden, strict=True)):
             past = past.to(x)
             kept.append(last_rows(torch.cat([past, rows[:, size : size + current]], dim=1), self.config.mem_len))
             rows = join(past, rows)
             rows, _ = layer(rows, bias, blocks._replace(last=i == len(layers) - 1))
-        return rows[:, :current], self.dropout(rows[:, current:]), tuple(kept)
+        features, written = rows[:, :current], self.dropout(rows[:, current:])
+        if self.training:
+            features = features + no_contribution([self.initial_tokens])  # read only where a stream begins
+        return Passage(features, TokenState(written, tuple(kept)))

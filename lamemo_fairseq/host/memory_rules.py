@@ -1,0 +1,50 @@
+"""Rules on the options of memories: which of them apply to the memory chosen."""
+
+from dataclasses import fields
+from typing import Iterator
+
+from ..core.memory import MEMORIES
+from ..core.memory.compressive.compressions import COMPRESSIONS
+from .option_rules import IGNORED, TRAINING, Rule, is_one, is_other, rule, with_all
+
+
+def of_memories() -> Iterator[Rule]:
+    """Yield the rules on options of memories. Every model has the options of all memories."""
+    for name in MEMORIES.names():
+        own = " ".join(f.name for f in fields(MEMORIES[name].options))
+        if own:
+            yield rule(IGNORED, own, TRAINING, f"it belongs to --memory {name}", is_other("memory", name))
+    carrying = [name for name in MEMORIES.names() if MEMORIES[name].carries_gradient]
+    yield rule(
+        IGNORED,
+        "bptt_segments",
+        TRAINING,
+        f"it belongs to --memory {', '.join(carrying)}",
+        is_other("memory", *carrying),
+    )
+    memoryless = ", ".join(name for name in MEMORIES.names() if not MEMORIES[name].remembers)
+    yield rule(
+        IGNORED,
+        "mem_len",
+        TRAINING,
+        f"--memory {memoryless} has no slots",
+        lambda s: s.get("memory") is not None and not MEMORIES[str(s["memory"])].remembers,
+    )
+    unlearned = [name for name in COMPRESSIONS.names() if not COMPRESSIONS[name].trains]
+    yield rule(
+        IGNORED,
+        "compression_loss compression_loss_weight",
+        TRAINING,
+        f"--compression {', '.join(unlearned)} have nothing to train",
+        is_one("compression", *unlearned),
+    )
+    yield rule(
+        IGNORED,
+        "clamp_len",
+        TRAINING,
+        "--position-encoding absolute knows no distances",
+        is_one("position_encoding", "absolute"),
+    )
+    yield rule(
+        IGNORED, "preset_tokens_per_sample", TRAINING, "--tokens-per-sample is given", with_all("tokens_per_sample")
+    )
