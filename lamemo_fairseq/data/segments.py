@@ -1,7 +1,7 @@
 """Segments of streams, looked up by name: which epoch, which cut into streams, which segment, which stream."""
 
 from functools import cached_property, lru_cache
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from fairseq.data import FairseqDataset, data_utils
 from numpy.typing import NDArray
 
 from ..core.memory.position import SegmentPosition
-from .streams import StreamLayout, TokenSequence
+from .streams import ENOUGH_SEGMENTS, StreamLayout, TokenSequence
 
 
 class SegmentKey(NamedTuple):
@@ -130,3 +130,24 @@ def without_padding(batch: Dict[str, Any]) -> Dict[str, Any]:
 def roll_offset(seed: int, epoch: int, stream: int, length: int) -> int:
     """Return the rotation of a stream of *length* tokens in an epoch: the same on every rank and after a resume."""
     return int(np.random.default_rng((seed, epoch, stream)).integers(length))
+
+
+def streams_of_a_rank(
+    dataset: SegmentDataset, max_tokens: Optional[int], max_sentences: Optional[int], evaluating_ranks: int
+) -> int:
+    """Return how many streams a rank reads. With *evaluating_ranks*, ``max_tokens`` leaves each stream its context.
+
+    Raises:
+        ValueError: neither size holds a segment.
+    """
+    if max_sentences:
+        return max_sentences
+    streams = (max_tokens or 0) // dataset.segment_length
+    if streams <= 0:
+        raise ValueError(
+            f"how many streams to read side by side is not known: pass --batch-size (--max-tokens {max_tokens} "
+            f"holds no segment of {dataset.segment_length} tokens)"
+        )
+    if evaluating_ranks:
+        streams = max(1, min(streams, len(dataset) // (ENOUGH_SEGMENTS * evaluating_ranks)))
+    return streams

@@ -13,6 +13,9 @@ from .storage import check_ids
 
 logger = logging.getLogger(__name__)
 
+# Below this many segments a stream, the empty memory at its start shows in the figures.
+ENOUGH_SEGMENTS = 64
+
 
 class TokenSequence:
     """The lines of a fairseq dataset, read as one long sequence.

@@ -20,8 +20,8 @@ from ..criterions.memory_losses import PREFIX, WithMemoryLosses
 from ..data.binarized import check_split, load_lines
 from ..data.folders import data_folders, shared_dictionary
 from ..data.iterator import SegmentBatchIterator
-from ..data.segments import SegmentDataset, without_padding
-from ..data.streams import TokenSequence
+from ..data.segments import SegmentDataset, streams_of_a_rank, without_padding
+from ..data.streams import ENOUGH_SEGMENTS, TokenSequence
 from ..data.text import check_input
 from ..evaluation import use_for_eval_lm
 from ..generation import PromptDataset
@@ -35,9 +35,6 @@ from .prompts import PromptTask
 from .state import TaskState
 
 logger = logging.getLogger(__name__)
-
-# Below this many segments a stream, the empty memory at its start shows in the figures.
-ENOUGH_SEGMENTS = 64
 
 
 @dataclass
@@ -180,10 +177,7 @@ class SegmentLanguageModelingTask(PromptTask):
         max_sentences: Optional[int] = None,
         num_shards: int = 1,
         shard_id: int = 0,
-        num_workers: int = 0,
-        epoch: int = 1,
-        data_buffer_size: int = 0,
-        seed: int = 1,
+        as_streams: bool = False,
         **kwargs: Any,
     ) -> Any:
         """fairseq's iterator; for a split of streams, batches of consecutive segments.
@@ -193,56 +187,44 @@ class SegmentLanguageModelingTask(PromptTask):
         shuffling and remainders do not apply to streams. What is to be trained on is asked for in `training_batches`.
         For fairseq-generate, the lines of the split as prompts.
         """
-        as_streams = kwargs.pop("as_streams", False)
-        if isinstance(dataset, SegmentDataset) and not as_streams and getattr(self._decoder, "for_inference", False):
+        if isinstance(dataset, SegmentDataset) and (as_streams or not getattr(self._decoder, "for_inference", False)):
+            rank = self._shard(num_shards, shard_id)
+            return self._stream_batches(dataset, max_tokens, max_sentences, *rank, **kwargs)
+        if isinstance(dataset, SegmentDataset):
             # Of the commands that prepare a model for inference, fairseq-generate alone comes here: it wants prompts.
             prompts = PromptDataset(dataset.tokens.lines, self.dictionary, with_end=True)
             prompts.take_shard(*self._shard(num_shards, shard_id), name=f"the split '{dataset.split}'")
             dataset, num_shards, shard_id = prompts, 1, 0
-        if not isinstance(dataset, SegmentDataset):  # prompts and texts to score
-            if max_tokens is not None:  # a text is read in parts, so that a long one is a batch of its own
-                max_tokens = max([max_tokens, *map(int, dataset.sizes)])
-            kwargs["required_batch_size_multiple"] = 1  # with another, fairseq drops texts at the end
-            return super().get_batch_iterator(
-                dataset,
-                max_tokens=max_tokens,
-                max_sentences=max_sentences,
-                num_shards=num_shards,
-                shard_id=shard_id,
-                num_workers=num_workers,
-                epoch=epoch,
-                data_buffer_size=data_buffer_size,
-                seed=seed,
-                **kwargs,
-            )
+        if max_tokens is not None:  # a text is read in parts, so that a long one is a batch of its own
+            max_tokens = max([max_tokens, *map(int, dataset.sizes)])
+        kwargs["required_batch_size_multiple"] = 1  # with another, fairseq drops texts at the end
+        sizes = {"max_tokens": max_tokens, "max_sentences": max_sentences}
+        return super().get_batch_iterator(dataset, **sizes, num_shards=num_shards, shard_id=shard_id, **kwargs)
+
+    def _stream_batches(
+        self,
+        dataset: SegmentDataset,
+        max_tokens: Optional[int],
+        max_sentences: Optional[int],
+        num_shards: int,
+        shard_id: int,
+        num_workers: int = 0,
+        epoch: int = 1,
+        data_buffer_size: int = 0,
+        seed: int = 1,
+        **unused: Any,
+    ) -> SegmentBatchIterator:
+        """Return the batches of a split's streams; in evaluation, those of before where they were the same."""
         training = self._trains
-        num_shards, shard_id = self._shard(num_shards, shard_id)
         if not training and dataset.roll_seed is not None:
             dataset = dataset.in_order
-        batch_size = max_sentences or (max_tokens or 0) // dataset.segment_length
-        if not max_sentences and not training and batch_size > 0:
-            batch_size = max(1, min(batch_size, len(dataset) // (ENOUGH_SEGMENTS * num_shards)))
-        if batch_size <= 0:
-            raise ValueError(
-                f"how many streams to read side by side is not known: pass --batch-size (--max-tokens {max_tokens} "
-                f"holds no segment of {dataset.segment_length} tokens)"
-            )
-        key = (training, dataset, batch_size, num_shards, shard_id, num_workers, data_buffer_size)
+        streams = streams_of_a_rank(dataset, max_tokens, max_sentences, 0 if training else num_shards)
+        key = (training, dataset, streams, num_shards, shard_id, num_workers, data_buffer_size)
         if training or key not in self._iterators:
-            layout = dataset.layout(batch_size * num_shards)
-            layout.check(f"the split '{dataset.split}'", training)
-            logger.info(
-                "%s: %d streams of %s tokens, %s segments each",
-                dataset.split,
-                layout.num_streams,
-                f"{layout.num_tokens // layout.num_streams:,}",
-                f"{layout.num_segments:,}",
-            )
-            if not training and self._decoder is not None and self._decoder.memory.remembers:
-                layout.warn_of_empty_memories(dataset.split, ENOUGH_SEGMENTS // 4, num_shards)
+            self._announce(dataset, streams, num_shards)
             self._iterators[key] = SegmentBatchIterator(
                 dataset,
-                batch_size,
+                streams,
                 num_shards=num_shards,
                 shard_id=shard_id,
                 memory=self._decoder.streams if training and self._decoder is not None else None,
@@ -259,6 +241,24 @@ class SegmentLanguageModelingTask(PromptTask):
             if training:
                 self._batches = self._iterators[key]
         return self._iterators[key]
+
+    def _announce(self, dataset: SegmentDataset, streams: int, ranks: int) -> None:
+        """Log how a split is cut.
+
+        Raises:
+            ValueError: its streams would hold too little.
+        """
+        layout = dataset.layout(streams * ranks)
+        layout.check(f"the split '{dataset.split}'", self._trains)
+        logger.info(
+            "%s: %d streams of %s tokens, %s segments each",
+            dataset.split,
+            layout.num_streams,
+            f"{layout.num_tokens // layout.num_streams:,}",
+            f"{layout.num_segments:,}",
+        )
+        if not self._trains and self._decoder is not None and self._decoder.memory.remembers:
+            layout.warn_of_empty_memories(dataset.split, ENOUGH_SEGMENTS // 4, ranks)
 
     def train_step(
         self,
