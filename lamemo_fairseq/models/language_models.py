@@ -1,8 +1,9 @@
 """The models that fairseq knows by name."""
 
-from typing import Any, Dict, List, Tuple, Type, cast
+from typing import Any, Dict, List, NamedTuple, Optional, Type, cast
 
 from fairseq import hub_utils
+from fairseq.dataclass import FairseqDataclass
 from fairseq.models import FairseqLanguageModel, register_model
 from torch import Tensor, nn
 
@@ -112,20 +113,40 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
         return LanguageModelHub(loaded["args"], loaded["task"], loaded["models"])
 
 
-MODELS: Dict[str, Tuple[Type[MemoryLanguageModel], Type[MemoryLanguageModelConfig]]] = {}
-"""Of every architecture the model, importable from here by its name, and its config."""
+class NamedModel(NamedTuple):
+    """A model as fairseq knows it by an architecture's name."""
 
-for _memory in MEMORIES.names():
-    _architecture = MEMORIES[_memory].architecture
-    _namespace = {"__doc__": _architecture.summary, "__module__": __name__}
-    _model = type(_architecture.class_name, (MemoryLanguageModel,), _namespace)
-    _config = with_defaults(
-        MemoryLanguageModelConfig, f"{_architecture.class_name}Config", memory=_memory, **_architecture.defaults
-    )
-    globals()[_architecture.class_name] = _model
-    register_model(_architecture.name, dataclass=_config)(_model)
-    MODELS[_architecture.name] = (_model, _config)
+    model: Type[MemoryLanguageModel]
+    config: Type[FairseqDataclass]
+
+
+def subclass(base: Type[MemoryLanguageModel], name: str, summary: Optional[str]) -> Type[MemoryLanguageModel]:
+    """Return a subclass under another name: fairseq notes a model's options on its class."""
+
+    class Named(base):  # type: ignore[valid-type, misc]
+        __doc__ = summary
+
+    Named.__name__ = Named.__qualname__ = name
+    Named.__module__ = __name__
+    return Named
+
+
+def _named(memory: str) -> NamedModel:
+    architecture = MEMORIES[memory].architecture
+    name = architecture.class_name
+    config = with_defaults(MemoryLanguageModelConfig, f"{name}Config", memory=memory, **architecture.defaults)
+    model = subclass(MemoryLanguageModel, name, architecture.summary)
+    register_model(architecture.name, dataclass=config)(model)
+    return NamedModel(model, config)
+
+
+MODELS: Dict[str, NamedModel] = {MEMORIES[memory].architecture.name: _named(memory) for memory in MEMORIES.names()}
+"""The model and the config of every architecture."""
 
 
 def __getattr__(name: str) -> Type[MemoryLanguageModel]:
-    raise AttributeError(f"module {__name__} has no attribute '{name}'")  # tells type checkers that there may be more
+    """Return the model of a memory by the name of its class, such as ``LaMemoLanguageModel``."""
+    for known in MODELS.values():
+        if known.model.__name__ == name:
+            return known.model
+    raise AttributeError(f"module {__name__} has no attribute '{name}'")

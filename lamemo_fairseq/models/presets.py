@@ -9,7 +9,7 @@ from fairseq.models import register_model
 
 from ..core.memory import MEMORIES
 from .config import with_defaults
-from .language_models import MODELS
+from .language_models import MODELS, subclass
 
 _CHARACTERS: Dict[str, Any] = {
     "decoder_layers": 12,
@@ -40,4 +40,6 @@ for _name, (_model, _config) in MODELS.items():
     _presets = MEMORIES[str(_config().memory)].architecture.presets
     for _data, _sizes in SETTINGS.items():
         _preset = with_defaults(_config, f"{_config.__name__}_{_data}", **{**_sizes, **_presets.get(_data, {})})
-        register_model(f"{_name}_{_data}", dataclass=_preset)(type(f"{_model.__name__}_{_data}", (_model,), {}))
+        register_model(f"{_name}_{_data}", dataclass=_preset)(
+            subclass(_model, f"{_model.__name__}_{_data}", _model.__doc__)
+        )
