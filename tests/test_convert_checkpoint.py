@@ -12,15 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq_cli import eval_lm, generate, interactive, train, validate
 
 from lamemo_fairseq.analysis.__main__ import main as analyse
-from lamemo_fairseq.convert_checkpoint import load_plain, main
+from lamemo_fairseq.checkpoints.convert import load_plain
+from lamemo_fairseq.convert_checkpoint import main
+from lamemo_fairseq.core import LanguageModel
+from lamemo_fairseq.core.memory.compressive.options import CompressiveOptions
 from lamemo_fairseq.models.language_models import LaMemoLanguageModel, TransformerXLLanguageModel
 
-from .helpers import TASK, USER_DIR, run_command, tiny_decoder, write_data
+from .helpers import TASK, USER_DIR, random_tokens, run_command, segments_of, tiny_decoder, write_data
 from .test_commands import printed
 from .test_golden import FOLDER
 
@@ -344,3 +348,38 @@ def test_a_released_checkpoint_with_values_of_another_kind(change, message, tmp_
     with pytest.raises(SystemExit, match=message) as refusal:
         main(["import", str(tmp_path / "released.pt"), str(tmp_path / "out")])
     assert "\n" not in str(refusal.value) and not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("softmax", [{}, {"adaptive_softmax_cutoff": "8,12", "adaptive_input": True}], ids=str)
+def test_a_trained_model_becomes_one_of_the_core(tiny_data, tmp_path, softmax):
+    options = [word for name, value in softmax.items() for word in ("--" + name.replace("_", "-"), value)]
+    options = [word for word in options if word is not True]
+    run_command(
+        train.cli_main,
+        *(tiny_data, *TASK, "--arch", "compressive_transformer_lm", "--decoder-layers", 2, "--decoder-embed-dim", 16),
+        *("--decoder-attention-heads", 2, "--mem-len", 6, "--compressed-len", 4, "--compression-rate", 2, *options),
+        *("--batch-size", 4, "--tokens-per-sample", 8, "--max-update", 3, "--optimizer", "adam", "--lr", 0.01),
+        *("--disable-validation", "--save-dir", tmp_path),
+    )
+    checkpoint = str(tmp_path / "checkpoint_last.pt")
+    main(["core", checkpoint, str(tmp_path / "core"), "--dictionary", str(tiny_data / "dict.txt")])
+    assert (tmp_path / "core/dict.txt").read_text() == (tiny_data / "dict.txt").read_text()
+
+    core = LanguageModel.load(tmp_path / "core")
+    assert core.config.own_options == CompressiveOptions(compressed_len=4, compression_rate=2)
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([checkpoint])
+    decoder = model.eval().decoder
+    text, state, seen = random_tokens(3, 24, words=40), None, []
+    with torch.no_grad():
+        for position, segment in segments_of(decoder, text):
+            scores = decoder.get_normalized_probs(decoder(segment, position=position), log_probs=True)
+            features, state, _ = core(segment, state)
+            assert torch.equal(core.log_probs(features), scores)
+            seen.append(position.index)
+    assert seen == [0, 1, 2]
+
+    other = tmp_path / "other.txt"
+    other.write_text("x 1\n")
+    with pytest.raises(SystemExit, match=r"another dictionary.*--dictionary"):
+        main(["core", checkpoint, str(tmp_path / "no"), "--dictionary", str(other)])
+    assert not (tmp_path / "no").exists()

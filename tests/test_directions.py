@@ -17,9 +17,8 @@ PACKAGE = [
     "evaluation",
     "generation",
     "models tasks",
-    "analysis",
-    "released",
-    "convert_checkpoint",
+    "checkpoints",
+    "analysis convert_checkpoint",
 ]
 CORE = [
     "registry names fields",

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from lamemo_fairseq.checkpoints.released import from_released, model_options
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
-from lamemo_fairseq.released import from_released, model_options
 
 from .helpers import dictionary_of
 
