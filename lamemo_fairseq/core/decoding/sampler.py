@@ -213,7 +213,7 @@ class Sampler:
         choose, adjust, decoder = self.choose, self.adjust, self.state.decoder
         if self._kernels is None or not isinstance(choose, Draw) or choose.temperature != 1:
             return None
-        if decoder.output is None or len(decoder.dictionary) > KernelDrawing.most_words():
+        if decoder.output is None or decoder.config.vocabulary_size > KernelDrawing.most_words():
             return None
         return KernelDrawing(adjust.temperature, adjust.added, choose.top_k, choose.top_p, self.words)
 

@@ -44,7 +44,9 @@ class DecodingState:
         self.mem_len: int = decoder.memory.slots
         self.length: int = decoder.memory.period
         self.network = Network(decoder.memory, decoder.layers, decoder.positions)
-        like = decoder.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=decoder.dictionary_version.device))
+        like = decoder.embed_tokens(
+            torch.zeros(1, 1, dtype=torch.int64, device=decoder.embed_tokens.tables[0].weight.device)
+        )
         self.cache: SegmentCache = decoder.memory.cache.empty(decoder.memory, rows, like)
         # The same in every step: sinusoids and their projections are computed once a text, not once a token.
         biases = decoder.positions(self.mem_len + self.length, None, like)
