@@ -5,6 +5,7 @@ Without a GPU, Triton kernels are interpreted; Triton reads the variable when it
 
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,26 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
+
+CORE = Path(__file__).parent / "core"
+LEFT_OUT = pytest.StashKey[bool]()
+
+
+def pytest_configure(config):
+    """Keep the core's tests apart from the others: they block fairseq."""
+    paths = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
+    within = [path == CORE or CORE in path.parents for path in paths]
+    if any(within) and not all(within):
+        raise pytest.UsageError("tests/core blocks fairseq: run pytest tests/core, and the other tests in a second run")
+    if not all(within):
+        ignored = config.option.ignore or []
+        config.stash[LEFT_OUT] = not ignored and any(path in CORE.parents for path in paths)
+        config.option.ignore = [*ignored, str(CORE)]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash.get(LEFT_OUT, False):
+        terminalreporter.write_line("tests/core was left out, as it blocks fairseq: run pytest tests/core")
 
 
 @pytest.fixture(scope="session")

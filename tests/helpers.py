@@ -16,32 +16,14 @@ from lamemo_fairseq.data.streams import TokenSequence
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
+from .core.helpers import VARIANTS, random_tokens, tiny_options
+
+__all__ = ["VARIANTS", "random_tokens"]
+
 USER_DIR = str(Path(__file__).parent.parent / "lamemo_fairseq")
 # One rank whatever the machine: fairseq counts its GPUs also for --cpu.
 TASK = ["--user-dir", USER_DIR, "--task", "segment_language_modeling", "--cpu", "--distributed-world-size", "1"]
 ON_GPU = [option for option in TASK if option != "--cpu"]
-
-# Every combination of memory, positions and window that makes sense, and some of memories with more choices.
-VARIANTS = [
-    *(
-        ("lookahead", p, w)
-        for p in ("disentangled", "disentangled-content", "transformer-xl")
-        for w in ("right", "full")
-    ),
-    ("recurrent", "transformer-xl", "right"),
-    ("recurrent", "shaw", "right"),
-    ("none", "transformer-xl", "right"),
-    ("none", "shaw", "right"),
-    ("none", "absolute", "right"),
-    ("compressive", "transformer-xl", "conv"),
-    ("compressive", "transformer-xl", "most-used"),
-    ("compressive", "shaw", "most-used"),
-    ("continuous", "transformer-xl", "right"),
-    ("token", "transformer-xl", "right"),
-]
-
-# The option that the third part of a variant is for, where it is not the window.
-CHOICES = {"compressive": "compression"}
 
 
 def dictionary_of(words: int) -> TextDictionary:
@@ -54,35 +36,14 @@ def dictionary_of(words: int) -> TextDictionary:
 
 def tiny_decoder(variant=VARIANTS[0], words=17, seed=0, dtype=torch.float64, **options) -> FairseqMemoryDecoder:
     """A decoder small enough for hundreds of examples, in evaluation mode, without dropout."""
-    memory, positions, choice = variant
-    defaults = {
-        "memory": memory,
-        "position_encoding": positions,
-        CHOICES.get(memory, "lookahead_window"): choice,
-        "num_basis_functions": 6,
-        "basis_widths": "0.1,0.3",
-        "memory_samples": 7,
-        "mem_len": 4,
-        "compressed_len": 3,
-        "compression_rate": 2,
-        "memory_tokens": 2,
-        "tokens_per_sample": 3,
-        "decoder_layers": 2,
-        "decoder_embed_dim": 8,
-        "decoder_attention_heads": 2,
-        "decoder_ffn_embed_dim": 12,
-        "dropout": 0.0,
-    }
+    chosen = tiny_options(variant, {})
+    chosen["tokens_per_sample"] = chosen.pop("segment_length")
     torch.manual_seed(seed)
-    decoder = FairseqMemoryDecoder(MemoryLanguageModelConfig(**{**defaults, **options}), dictionary_of(words))
+    decoder = FairseqMemoryDecoder(MemoryLanguageModelConfig(**{**chosen, **options}), dictionary_of(words))
     with torch.no_grad():  # initial weights are so small that attention would hardly matter
         for parameter in decoder.parameters():
             parameter.mul_(10)
     return decoder.to(dtype).eval()
-
-
-def random_tokens(streams: int, length: int, words=17, seed=0) -> torch.Tensor:
-    return torch.randint(4, words, (streams, length), generator=torch.Generator().manual_seed(seed))
 
 
 def read_streams(

@@ -1,0 +1,129 @@
+"""Small models of the core, and ways to read with them."""
+
+from dataclasses import fields
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from lamemo_fairseq.core import MEMORIES, LanguageModel, MemoryState, ModelConfig
+
+Variant = Tuple[str, str, str]
+
+# Every combination of memory, positions and window that makes sense, and some of memories with more choices.
+VARIANTS = [
+    *(
+        ("lookahead", p, w)
+        for p in ("disentangled", "disentangled-content", "transformer-xl")
+        for w in ("right", "full")
+    ),
+    ("recurrent", "transformer-xl", "right"),
+    ("recurrent", "shaw", "right"),
+    ("none", "transformer-xl", "right"),
+    ("none", "shaw", "right"),
+    ("none", "absolute", "right"),
+    ("compressive", "transformer-xl", "conv"),
+    ("compressive", "transformer-xl", "most-used"),
+    ("compressive", "shaw", "most-used"),
+    ("continuous", "transformer-xl", "right"),
+    ("token", "transformer-xl", "right"),
+]
+
+# The option that the third part of a variant is for, where it is not the window.
+CHOICES = {"compressive": "compression"}
+
+# Sizes of a model small enough for hundreds of examples. Every memory's own options are among them.
+TINY = {
+    "num_basis_functions": 6,
+    "basis_widths": "0.1,0.3",
+    "memory_samples": 7,
+    "mem_len": 4,
+    "compressed_len": 3,
+    "compression_rate": 2,
+    "memory_tokens": 2,
+    "segment_length": 3,
+    "decoder_layers": 2,
+    "decoder_embed_dim": 8,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_embed_dim": 12,
+    "dropout": 0.0,
+}
+
+
+def first_of_each_memory() -> Dict[str, Variant]:
+    """Return each registered memory's first variant, by its name."""
+    first = {variant[0]: variant for variant in reversed(VARIANTS)}
+    return {name: first[name] for name in MEMORIES.names()}
+
+
+def tiny_options(variant: Variant, options: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the options of a tiny model: those of a variant, then *options*."""
+    memory, positions, choice = variant
+    chosen = {"memory": memory, "position_encoding": positions, CHOICES.get(memory, "lookahead_window"): choice}
+    return {**TINY, **chosen, **options}
+
+
+def config_of(words: int, **options: Any) -> ModelConfig:
+    """Return a configuration; the options of every memory may be among the others, and the chosen one takes its own."""
+    names = {memory: {f.name for f in fields(MEMORIES[memory].options)} for memory in MEMORIES.names()}
+    own = MEMORIES[options["memory"]].options
+    mine = {name: value for name, value in options.items() if name in names[options["memory"]]}
+    others = set().union(*names.values())
+    rest = {name: value for name, value in options.items() if name not in others}
+    return ModelConfig(words, **rest, memory_options=own(**mine))
+
+
+def tiny_decoder(
+    variant: Variant = VARIANTS[0], words: int = 17, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any
+) -> LanguageModel:
+    """Return a tiny model in evaluation mode, without dropout, with options replaced by others."""
+    torch.manual_seed(seed)
+    model = LanguageModel(config_of(words, **tiny_options(variant, options)))
+    with torch.no_grad():  # initial weights are so small that attention would hardly matter
+        for parameter in model.parameters():
+            parameter.mul_(10)
+    return model.to(dtype).eval()
+
+
+def random_tokens(streams: int, length: int, words: int = 17, seed: int = 0) -> Tensor:
+    return torch.randint(4, words, (streams, length), generator=torch.Generator().manual_seed(seed))
+
+
+def segments_of(
+    model: LanguageModel, tokens: Tensor, lengths: Optional[Sequence[int]] = None
+) -> Iterator[Tuple[Tensor, Optional[Tensor]]]:
+    """Yield the segments of ``tokens [B, T]`` in order, and how much of each row is no padding; None for all of it."""
+    for start in range(0, tokens.size(1), model.segment_length):
+        segment = tokens[:, start : start + model.segment_length]
+        if lengths is None or start + segment.size(1) <= min(lengths):
+            yield segment, None
+        else:
+            yield segment, (torch.as_tensor(lengths) - start).clamp(0, segment.size(1)).to(segment.device)
+
+
+def read_streams(
+    model: LanguageModel, tokens: Tensor, lengths: Optional[Sequence[int]] = None, state: Optional[MemoryState] = None
+) -> Tensor:
+    """Return the scores of ``tokens [B, T]``, read in segments with the memory carried from one to the next."""
+    scores = []
+    for segment, real in segments_of(model, tokens, lengths):
+        features, state, _ = model(segment, state, real)
+        scores.append(model.output_layer(features))
+    return torch.cat(scores, dim=1)
+
+
+def read_texts(model: LanguageModel, tokens: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
+    """Return the scores of whole texts ``tokens [B, T]``, each read from an empty memory."""
+    return model.output_layer(model.read_text(tokens, lengths))
+
+
+def whole_segments(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Return features of ``tokens [B, T]`` by the pass over segments, the last one filled up with more tokens."""
+    length, total = model.segment_length, tokens.size(1)
+    filled = torch.cat([tokens, random_tokens(len(tokens), -total % length, seed=9)], dim=1)
+    state, features = None, []
+    for segment in filled.split(length, dim=1):
+        passage = model.step(segment, state)
+        state = passage.state
+        features.append(passage.features)
+    return torch.cat(features, dim=1)[:, :total]
