@@ -37,21 +37,21 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m lamemo_fairseq.analysis",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("data", help="folder of fairseq-preprocess")
-    found.add_argument("models", nargs="+", metavar="NAME=CHECKPOINT")
-    found.add_argument("--subset", default="valid")
-    found.add_argument("--out", type=Path, required=True, help="folder for CSV files and pictures")
-    found.add_argument("--batch-size", type=int, default=8, help="streams read side by side")
-    found.add_argument("--segments", type=positive, help="read so many segments of every stream only")
-    found.add_argument("--mem-len", type=int, help="another memory length than in training")
-    found.add_argument("--tokens-per-sample", type=int, help="another segment length than in training")
-    found.add_argument("--cpu", action="store_true")
-    return found
+    parser.add_argument("data", help="folder of fairseq-preprocess")
+    parser.add_argument("models", nargs="+", metavar="NAME=CHECKPOINT")
+    parser.add_argument("--subset", default="valid")
+    parser.add_argument("--out", type=Path, required=True, help="folder for CSV files and pictures")
+    parser.add_argument("--batch-size", type=int, default=8, help="streams read side by side")
+    parser.add_argument("--segments", type=positive, help="read so many segments of every stream only")
+    parser.add_argument("--mem-len", type=int, help="another memory length than in training")
+    parser.add_argument("--tokens-per-sample", type=int, help="another segment length than in training")
+    parser.add_argument("--cpu", action="store_true")
+    return parser
 
 
 def named(given: str) -> Tuple[str, str]:
@@ -68,14 +68,14 @@ def checkpoints(models: List[str]) -> Dict[str, str]:
         ValueError: two have one name.
         FileNotFoundError: one is not there.
     """
-    found: Dict[str, str] = {}
+    paths: Dict[str, str] = {}
     for name, path in map(named, models):
-        if name in found:
+        if name in paths:
             raise ValueError(f"two models are called '{name}': pass NAME=CHECKPOINT")
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no checkpoint {path}")
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def positive(text: str) -> int:
@@ -105,30 +105,32 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
     iterator = batches.next_epoch_itr(shuffle=False)
     total = len(iterator) if args.segments is None else min(args.segments, len(iterator))
     shown = tqdm(itertools.islice(iterator, total), total=total, desc=name, unit="segment")
-    found = collect(model, shown, device)
-    if found.slots < model.decoder.memory.slots:
+    collected = collect(model, shown, device)
+    if collected.slots < model.decoder.memory.slots:
         print(
             f"{name}: the memory of {model.decoder.memory.slots} slots was never full when a whole segment was read; "
-            f"attention is that of {found.slots}: read more segments, or more of them with a smaller --batch-size, "
+            f"attention is that of {collected.slots}: read more segments, or more of them with a smaller --batch-size, "
             "unless the lengths never let it fill up (a compressive memory whose rate does not divide them)",
             file=sys.stderr,
         )
-    return found
+    return collected
 
 
 def summary(models: Dict[str, Collected]) -> str:
     """A line a model."""
     lines = []
-    for name, found in models.items():
-        parts = [f"{name}: loss {found.losses.mean():.4f} bits over {int(found.losses.counts.sum()):,} tokens"]
-        if found.attending_layers:
-            weights = [found.attention.by_slot(layer).sum() for layer in found.attending_layers]
-            parts.append(f"{float(torch.stack(weights).mean()):.3f} of the attention on memory")
-        if found.mixing_layers:
-            ages = [found.mixing.by_age(layer, found.segment_length) for layer in found.mixing_layers]
+    for name, collected in models.items():
+        clauses = [
+            f"{name}: loss {collected.losses.mean():.4f} bits over {int(collected.losses.counts.sum()):,} tokens"
+        ]
+        if collected.attending_layers:
+            weights = [collected.attention.by_slot(layer).sum() for layer in collected.attending_layers]
+            clauses.append(f"{float(torch.stack(weights).mean()):.3f} of the attention on memory")
+        if collected.mixing_layers:
+            ages = [collected.mixing.by_age(layer, collected.segment_length) for layer in collected.mixing_layers]
             values = ", ".join(f"{value:.3f}" for value in torch.stack(ages).mean(0).tolist())
-            parts.append(f"alpha by age {values}")
-        lines.append("; ".join(parts))
+            clauses.append(f"alpha by age {values}")
+        lines.append("; ".join(clauses))
     return "\n".join(lines)
 
 

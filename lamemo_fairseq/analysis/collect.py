@@ -27,12 +27,12 @@ class Attention:
         self.counts: Dict[int, int] = {}  # a layer: rows of weights in the sum
 
     def add(self, layer: int, weights: Tensor) -> None:
-        held = self.sums.get(layer)
-        if held is None or weights.size(-1) > held.size(-1):
-            held = torch.zeros(weights.shape[2:], dtype=torch.float64)
-            self.sums[layer], self.counts[layer] = held, 0
-        if weights.shape[2:] == held.shape:
-            held += weights.double().sum((0, 1)).cpu()
+        total = self.sums.get(layer)
+        if total is None or weights.size(-1) > total.size(-1):
+            total = torch.zeros(weights.shape[2:], dtype=torch.float64)
+            self.sums[layer], self.counts[layer] = total, 0
+        if weights.shape[2:] == total.shape:
+            total += weights.double().sum((0, 1)).cpu()
             self.counts[layer] += weights.size(0) * weights.size(1)
 
     def mean(self, layer: int) -> Tensor:
@@ -63,12 +63,12 @@ class Mixing:
         self.counts: Dict[int, int] = {}
 
     def add(self, layer: int, alpha: Tensor) -> None:
-        held = self.sums.get(layer)
-        if held is None or alpha.size(-1) > held.size(-1):
-            held = torch.zeros(alpha.size(-1), dtype=torch.float64)
-            self.sums[layer], self.counts[layer] = held, 0
-        if alpha.size(-1) == held.size(-1):
-            held += alpha.double().sum((0, 1)).cpu()
+        total = self.sums.get(layer)
+        if total is None or alpha.size(-1) > total.size(-1):
+            total = torch.zeros(alpha.size(-1), dtype=torch.float64)
+            self.sums[layer], self.counts[layer] = total, 0
+        if alpha.size(-1) == total.size(-1):
+            total += alpha.double().sum((0, 1)).cpu()
             self.counts[layer] += alpha.size(0) * alpha.size(1)
 
     def by_age(self, layer: int, segment_length: int) -> Tensor:
@@ -88,9 +88,9 @@ class Losses:
 
     def add(self, log_probs: Tensor, target: Tensor, lengths: Tensor) -> None:
         """Add log-probabilities ``[B, N, V]`` of the words ``target [B, N]``; rows have *lengths* ``[B]``."""
-        found = log_probs.gather(2, target.unsqueeze(2)).squeeze(2).double()
+        log_likelihood = log_probs.gather(2, target.unsqueeze(2)).squeeze(2).double()
         real = real_tokens(target, lengths)
-        bits = -found.masked_fill(~real, 0).sum(0).cpu() / math.log(2)
+        bits = -log_likelihood.masked_fill(~real, 0).sum(0).cpu() / math.log(2)
         self.sums[: bits.size(0)] += bits
         self.counts[: bits.size(0)] += real.sum(0).cpu()
 
@@ -105,7 +105,7 @@ class Losses:
 
 @dataclass
 class Collected:
-    """What was collected of one model."""
+    """Attention, mixing weights and losses of one model."""
 
     segment_length: int
     layers: int

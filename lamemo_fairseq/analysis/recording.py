@@ -16,7 +16,7 @@ from ..core.attention import BACKENDS, Attended, LookaheadWindow, RelativeBias, 
 
 
 class Listener(Protocol):
-    """What hears of attention, layer by layer, segment by segment."""
+    """A listener that is told of attention, layer by layer and segment by segment."""
 
     def causal(self, layer: int, weights: Tensor) -> None:
         """Current tokens gave ``weights [B, H, Q, K]`` to slots and tokens; rows add up to 1."""

@@ -1,4 +1,4 @@
-"""What was collected of models, as CSV files and, with matplotlib, as pictures."""
+"""Attention, mixing weights and losses of models as CSV files and, with matplotlib, as pictures."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ Lines = List[Dict[str, Any]]
 
 
 def tabulate(models: Models) -> Dict[str, Lines]:
-    """What was collected, by the names of the files."""
+    """Return the lines of every CSV file, by the names of the files."""
     return {
         "attention_by_distance": attention_by_distance(models),
         "attention_by_slot": attention_by_slot(models),
@@ -95,15 +95,15 @@ def csv_files(tables: Mapping[str, Lines]) -> Dict[str, bytes]:
 
 def attention_by_distance(models: Models) -> Lines:
     """Mean weight of a key by its distance behind the query, over layers, heads and queries, and of each layer."""
-    return _by_layer(models, "distance", 0, lambda found, layer: found.attention.by_distance(layer))
+    return _by_layer(models, "distance", 0, lambda collected, layer: collected.attention.by_distance(layer))
 
 
 def attention_by_slot(models: Models) -> Lines:
     """Mean weight of a memory slot by its offset from the segment, -1 being the youngest."""
     lines = []
-    for name, found in models.items():
-        slots = _slots(found)
-        lines += _by_layer({name: found}, "offset", -slots, lambda f, layer: f.attention.by_slot(layer))
+    for name, collected in models.items():
+        slots = _slots(collected)
+        lines += _by_layer({name: collected}, "offset", -slots, lambda f, layer: f.attention.by_slot(layer))
     return _same_columns(lines)
 
 
@@ -115,8 +115,8 @@ def figure1(models: Models) -> Lines:
     stand in both columns, as either may be meant.
     """
     lines = []
-    for name, found in models.items():
-        by_slot, by_distance = _mean(found, "by_slot"), _mean(found, "by_distance")
+    for name, collected in models.items():
+        by_slot, by_distance = _mean(collected, "by_slot"), _mean(collected, "by_distance")
         for offset in range(-OFFSETS[0] // BIN * -BIN, 0, BIN):
             line: Dict[str, Any] = {"model": name, "offset": offset, "into memory": None, "from the query": None}
             if by_slot is not None and -offset <= len(by_slot):
@@ -133,9 +133,9 @@ def figure1(models: Models) -> Lines:
 def alpha(models: Models) -> Lines:
     """Mean share that a slot keeps of what it held, by layer and by the segments since it was written."""
     lines = []
-    for name, found in models.items():
-        for layer in found.mixing_layers:
-            for age, value in enumerate(found.mixing.by_age(layer, found.segment_length).tolist(), start=1):
+    for name, collected in models.items():
+        for layer in collected.mixing_layers:
+            for age, value in enumerate(collected.mixing.by_age(layer, collected.segment_length).tolist(), start=1):
                 lines.append({"model": name, "layer": layer + 1, "age": age, "alpha": value})
     return lines
 
@@ -143,9 +143,9 @@ def alpha(models: Models) -> Lines:
 def loss_by_position(models: Models) -> Lines:
     """Mean loss in bits of the tokens at each position in the segment, from 1."""
     lines = []
-    for name, found in models.items():
-        counts = found.losses.counts.tolist()
-        for position, bits in enumerate(found.losses.by_position().tolist(), start=1):
+    for name, collected in models.items():
+        counts = collected.losses.counts.tolist()
+        for position, bits in enumerate(collected.losses.by_position().tolist(), start=1):
             if counts[position - 1]:
                 lines.append({"model": name, "position": position, "loss": bits, "tokens": counts[position - 1]})
     return lines
@@ -153,12 +153,12 @@ def loss_by_position(models: Models) -> Lines:
 
 def _by_layer(models: Models, what: str, first: int, of: Any) -> Lines:
     lines = []
-    for name, found in models.items():
-        layers = [of(found, layer) for layer in found.attending_layers]
+    for name, collected in models.items():
+        layers = [of(collected, layer) for layer in collected.attending_layers]
         if not layers:
             continue
         columns = torch.stack([torch.stack(layers).mean(0), *layers], dim=1).tolist()
-        names = ["mean", *(f"layer {layer + 1}" for layer in found.attending_layers)]
+        names = ["mean", *(f"layer {layer + 1}" for layer in collected.attending_layers)]
         lines += [
             {"model": name, what: first + i, **dict(zip(names, values, strict=True))}
             for i, values in enumerate(columns)
@@ -171,13 +171,13 @@ def _same_columns(lines: Lines) -> Lines:
     return [{column: line.get(column) for column in columns} for line in lines]
 
 
-def _mean(found: Collected, what: str) -> Optional[Tensor]:
-    layers = [getattr(found.attention, what)(layer) for layer in found.attending_layers]
+def _mean(collected: Collected, what: str) -> Optional[Tensor]:
+    layers = [getattr(collected.attention, what)(layer) for layer in collected.attending_layers]
     return torch.stack(layers).mean(0) if layers else None
 
 
-def _slots(found: Collected) -> int:
-    by_slot = _mean(found, "by_slot")
+def _slots(collected: Collected) -> int:
+    by_slot = _mean(collected, "by_slot")
     return 0 if by_slot is None else len(by_slot)
 
 
@@ -211,10 +211,10 @@ def draw(tables: Mapping[str, Lines]) -> Dict[str, bytes]:
 
 def _by(key: str, lines: Lines) -> Dict[Any, Lines]:
     """Lines by a column's value, in their order."""
-    found: Dict[Any, Lines] = {}
+    groups: Dict[Any, Lines] = {}
     for line in lines:
-        found.setdefault(line[key], []).append(line)
-    return found
+        groups.setdefault(line[key], []).append(line)
+    return groups
 
 
 def _draw_figure1(plt: Any, lines: Lines) -> Any:

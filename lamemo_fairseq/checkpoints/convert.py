@@ -55,16 +55,16 @@ def load_plain(path: str) -> Dict[str, Any]:
     known += [(_Vocabulary, f"{module}.Vocab") for module in ("utils.vocabulary", "vocabulary")]
     try:
         with torch.serialization.safe_globals(known):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain containers; nothing in it was run. If it is cut "
             f"short, fetch it again; otherwise save it anew without the object named here: {reason}"
         ) from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, and no checkpoint")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, and no checkpoint")
+    return content
 
 
 def words_of(vocabulary: Any) -> List[str]:
@@ -97,8 +97,8 @@ def released_words(dictionary: Dictionary) -> List[str]:
 
 def row_order(words: List[str], dictionary: Dictionary) -> List[Optional[int]]:
     """For each word of the dictionary its place among *words*, None for fairseq's own that these lack."""
-    places = {{**EOS, **UNK}.get(word, word): i for i, word in enumerate(words)}
-    return [places.get(symbol) for symbol in dictionary.symbols]
+    row_of = {{**EOS, **UNK}.get(word, word): i for i, word in enumerate(words)}
+    return [row_of.get(symbol) for symbol in dictionary.symbols]
 
 
 def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[str, Any], Dictionary]:
@@ -266,7 +266,7 @@ def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
 
 def _moved_cutoffs(cutoffs: List[int], order: List[Optional[int]], added: int) -> List[int]:
     """Cutoffs behind the symbols that fairseq puts in front; words must stay in their band."""
-    if cutoffs and any(place is not None and place >= cutoffs[0] for place in order[:4]):
+    if cutoffs and any(row is not None and row >= cutoffs[0] for row in order[:4]):
         raise ValueError(f"<eos> or <unk> is not among the first {cutoffs[0]} words: the bands would have to change")
     return [c + added for c in cutoffs]
 
@@ -278,15 +278,15 @@ def _is_first_table(name: str) -> bool:
 
 def _reordered(weight: Tensor, order: List[Optional[int]], kind: str) -> Tensor:
     rows = weight.new_full((len(order), *weight.shape[1:]), NEVER if kind == "biases" else 0.0)
-    ours = [i for i, place in enumerate(order) if place is not None]
-    rows[ours] = weight[[place for place in order if place is not None]]
+    ours = [i for i, row in enumerate(order) if row is not None]
+    rows[ours] = weight[[row for row in order if row is not None]]
     return rows
 
 
 def _restored(weight: Tensor, order: List[Optional[int]]) -> Tensor:
     rows = weight.new_empty((len(order) - order.count(None), *weight.shape[1:]))
-    ours = [i for i, place in enumerate(order) if place is not None]
-    rows[[place for place in order if place is not None]] = weight[ours]
+    ours = [i for i, row in enumerate(order) if row is not None]
+    rows[[row for row in order if row is not None]] = weight[ours]
     return rows
 
 

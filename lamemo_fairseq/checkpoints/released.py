@@ -111,8 +111,8 @@ def _stack_qkv(released: Dict[str, Tensor], prefix: str) -> Tensor:
     joined = released.get(f"{prefix}dec_attn.qkv_net.weight")
     if joined is not None:
         return joined
-    parts: List[Tensor] = [released[f"{prefix}dec_attn.{part}_net.weight"] for part in ("q", "kv")]
-    return torch.cat(parts)
+    weights: List[Tensor] = [released[f"{prefix}dec_attn.{projection}_net.weight"] for projection in ("q", "kv")]
+    return torch.cat(weights)
 
 
 def model_options(config: Dict[str, Any]) -> Dict[str, Any]:

@@ -59,11 +59,11 @@ def check_split(folder: str, split: str, impl: Optional[str]) -> None:
 
 def _parts(folder: str, split: str, combine: bool) -> List[str]:
     path = os.path.join(folder, split)
-    parts = [path]
-    while combine and _exists(f"{path}{len(parts)}"):
-        parts.append(f"{path}{len(parts)}")
+    paths = [path]
+    while combine and _exists(f"{path}{len(paths)}"):
+        paths.append(f"{path}{len(paths)}")
     if _exists(path):
-        return parts
+        return paths
     if (form := other_format(path)) is not None:
         refuse_format(path, form)
     there = sorted(f[: -len(".idx")] for f in os.listdir(folder) if f.endswith(".idx"))

@@ -153,7 +153,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         self._gathered = (position, state.map(lambda _: next(rows))) if self.shard_id == 0 else None
 
     def state_dict(self) -> Dict[str, Any]:
-        """What a checkpoint needs to go on: the place in the epoch, how the data was cut, the memory of all streams.
+        """Return what a checkpoint needs to go on: the place in the epoch, the cut of the data, the memory of all streams.
 
         With several ranks, after `gather_memory`.
         """
@@ -189,7 +189,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         super().load_state_dict(state_dict)
 
     def _layout_options(self) -> Dict[str, Any]:
-        """What the place in an epoch and the memory depend on, by the names of the options."""
+        """Return the values that the place in an epoch and the memory depend on, by the names of the options."""
         return {
             "--batch-size times ranks": self.layout.num_streams,
             "--tokens-per-sample": self.layout.segment_length,

@@ -106,15 +106,15 @@ class SegmentDataset(FairseqDataset):
         length = stop - start
         if high <= low + 1:
             return np.empty(1, dtype=np.int64)
-        parts = []
+        spans = []
         if low < 0:
             before = start + offset - 1
-            parts.append(self.tokens.read(before, before + 1) if before >= 0 else np.array([self.eos]))
+            spans.append(self.tokens.read(before, before + 1) if before >= 0 else np.array([self.eos]))
             low = 0
         seam = length - offset  # the stream's own first token stands here
-        parts.append(self.tokens.read(start + offset + low, start + offset + min(high, seam)))
-        parts.append(self.tokens.read(start + max(low - seam, 0), start + high - seam))
-        return np.concatenate(parts)
+        spans.append(self.tokens.read(start + offset + low, start + offset + min(high, seam)))
+        spans.append(self.tokens.read(start + max(low - seam, 0), start + high - seam))
+        return np.concatenate(spans)
 
 
 def without_padding(batch: Dict[str, Any]) -> Dict[str, Any]:

@@ -40,11 +40,11 @@ class TokenSequence:
         if start >= stop:
             return np.empty(0, dtype=np.int64)
         first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
-        parts = []
+        spans = []
         for i in range(first, last + 1):
             begin = int(self.ends[i - 1]) if i > 0 else 0
-            parts.append(part_of_line(self.lines, i, max(start - begin, 0), min(stop, int(self.ends[i])) - begin))
-        tokens = np.concatenate(parts)
+            spans.append(part_of_line(self.lines, i, max(start - begin, 0), min(stop, int(self.ends[i])) - begin))
+        tokens = np.concatenate(spans)
         check_ids(tokens, self.name, self.num_words)
         return tokens
 

@@ -101,8 +101,8 @@ def evaluate(
     speed = tokens / timer.sum if timer.sum > 0 else 0
     logger.info(f"Evaluated {tokens:,} tokens in {timer.sum:.1f}s ({speed:.2f} tokens/s)")
     if log is not None:
-        found = list(words_of(*log.whole(), units.to(torch.device("cpu")), dictionary))
-        print_words(found, output_word_probs, output_word_stats)
+        scored = list(words_of(*log.whole(), units.to(torch.device("cpu")), dictionary))
+        print_words(scored, output_word_probs, output_word_stats)
     loss = nll / words / math.log(2) if words > 0 else 0.0
     return {"loss": loss, "perplexity": 2**loss if loss < 1024 else math.inf}
 
@@ -132,8 +132,8 @@ def target_log_probs(models: List[Any], inputs: Dict[str, Any], target: Tensor, 
         if 0 < at_once < len(target):
             features, _ = model.decoder.extract_features(**inputs)
             rows = features[real_tokens(inputs["src_tokens"], inputs["src_lengths"])]
-            parts = zip(rows.split(at_once), target.split(at_once), strict=True)
-            logs.append(torch.cat([_log_probs(model, model.decoder.output_layer(r[None]), t) for r, t in parts]))
+            blocks = zip(rows.split(at_once), target.split(at_once), strict=True)
+            logs.append(torch.cat([_log_probs(model, model.decoder.output_layer(r[None]), t) for r, t in blocks]))
         else:
             logs.append(_log_probs(model, model(**inputs, real_only=True)[0], target))
     return logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
@@ -141,8 +141,8 @@ def target_log_probs(models: List[Any], inputs: Dict[str, Any], target: Tensor, 
 
 def _log_probs(model: Any, scores: Tensor, target: Tensor) -> Tensor:
     words = target.unsqueeze(0)
-    found = model.get_normalized_probs((scores, None), log_probs=True, sample={"target": words})
-    return found.gather(2, words.unsqueeze(2)).flatten()
+    log_probs = model.get_normalized_probs((scores, None), log_probs=True, sample={"target": words})
+    return log_probs.gather(2, words.unsqueeze(2)).flatten()
 
 
 def _sum(log_probs: Tensor, position: Any) -> float:

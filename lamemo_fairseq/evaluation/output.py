@@ -31,17 +31,17 @@ class TokenLog:
 
     def add(self, streams: Tuple[int, ...], lengths: List[int], tokens: Tensor, log_probs: Tensor) -> None:
         """Add a segment: ``lengths[b]`` of ``tokens [R]`` and ``log_probs [R]`` belong to stream b."""
-        found = zip(streams, tokens.cpu().split(lengths), log_probs.cpu().split(lengths), strict=True)
-        for stream, *row in found:
+        by_stream = zip(streams, tokens.cpu().split(lengths), log_probs.cpu().split(lengths), strict=True)
+        for stream, *row in by_stream:
             self._streams.setdefault(stream, []).append((row[0], row[1]))
 
     def whole(self) -> Tuple[Tensor, Tensor]:
         """Return tokens and log-probabilities ``[T]`` of the split in order, on the first rank; nothing on others."""
         streams = {k: v for part in gather_objects(self._streams) for k, v in part.items()}
-        parts = [row for stream in sorted(streams) for row in streams[stream]]
-        if not parts:
+        segments = [row for stream in sorted(streams) for row in streams[stream]]
+        if not segments:
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
-        return torch.cat([tokens for tokens, _ in parts]), torch.cat([log_probs for _, log_probs in parts])
+        return torch.cat([tokens for tokens, _ in segments]), torch.cat([log_probs for _, log_probs in segments])
 
 
 def words_of(tokens: Tensor, log_probs: Tensor, units: WordUnits, dictionary: Dictionary) -> Iterator[Word]:
@@ -72,9 +72,9 @@ def print_words(words: List[Word], probs: bool, stats: bool) -> None:
     if stats:
         from fairseq_cli.eval_lm import WordStat
 
-        found: Dict[str, Any] = {}
+        by_word: Dict[str, Any] = {}
         for word, after in zip(words, [*words[1:], None], strict=True):
-            stat = found.setdefault(word.text, WordStat(word.text, word.pieces > 1))
+            stat = by_word.setdefault(word.text, WordStat(word.text, word.pieces > 1))
             stat.add(word.log_prob, None if after is None else after.log_prob)
-        for stat in sorted(found.values(), key=lambda s: s.count, reverse=True):
+        for stat in sorted(by_word.values(), key=lambda s: s.count, reverse=True):
             logger.info("%s", stat)

@@ -141,7 +141,7 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             self.graphs.begin(self, tokens, state, seed)
 
     def decoding_state(self, incremental_state: Dict[str, Any]) -> Optional[DecodingState]:
-        """What this model has read of a batch, None if nothing yet."""
+        """Return the texts that this model has read of a batch, None if nothing yet."""
         return FairseqIncrementalDecoder.get_incremental_state(self, incremental_state, "decoding")
 
     def set_decoding_state(self, incremental_state: Dict[str, Any], decoding: DecodingState) -> None:
@@ -167,8 +167,10 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             if sample is None:
                 log_p = self.adaptive_softmax.log_probs(logits)
             else:
-                found = self.adaptive_softmax.target_log_probs(logits, sample["target"].view(logits.shape[:-1]))
-                log_p = found.unsqueeze(-1).expand(*found.shape, len(self.dictionary))
+                log_likelihood = self.adaptive_softmax.target_log_probs(
+                    logits, sample["target"].view(logits.shape[:-1])
+                )
+                log_p = log_likelihood.unsqueeze(-1).expand(*log_likelihood.shape, len(self.dictionary))
             return log_p if log_probs else log_p.exp()
         exact = torch.promote_types(logits.dtype, torch.float32)
         normalize = torch.log_softmax if log_probs else torch.softmax

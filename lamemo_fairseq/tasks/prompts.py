@@ -26,8 +26,8 @@ class PromptTask(OwnTask, FairseqTask):
 
     def get_interactive_tokens_and_lengths(self, lines: List[str], encode_fn: Callable[[str], str]) -> Any:
         """Return the word ids of the prompts of fairseq-interactive, and how many each has."""
-        found = encode_prompts([clean_prompt(line) for line in lines], encode_fn, self.dictionary)
-        return found, [len(ids) for ids in found]
+        encoded = encode_prompts([clean_prompt(line) for line in lines], encode_fn, self.dictionary)
+        return encoded, [len(ids) for ids in encoded]
 
     def build_tokenizer(self, args: Any) -> Any:
         """Build the tokenizer that is named, or the data folder's if neither it nor ``--bpe`` is."""

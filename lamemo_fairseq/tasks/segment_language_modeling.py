@@ -336,7 +336,7 @@ class SegmentLanguageModelingTask(PromptTask):
             metrics.log_scalar(name, total / tokens, tokens, round=5)
 
     def get_checkpoint_dict(self) -> Dict[str, Any]:
-        """What fairseq puts into a checkpoint for a task."""
+        """Return what fairseq puts into a checkpoint for a task."""
         return {type(self).__name__: self.training_state}
 
     def eval_lm_dataloader(
