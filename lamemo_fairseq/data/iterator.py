@@ -153,7 +153,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         self._gathered = (position, state.map(lambda _: next(rows))) if self.shard_id == 0 else None
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return what a checkpoint needs to go on: the place in the epoch, the cut of the data, the memory of all streams.
+        """Return what a checkpoint needs: the place in the epoch, the cut of the data, the memory of all streams.
 
         With several ranks, after `gather_memory`.
         """
