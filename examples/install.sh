@@ -11,10 +11,10 @@ python=${PYTHON:-python3}
 "$python" - <<'CHECK' || exit 1
 import sys
 if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-    sys.exit(f"this is Python {sys.version.split()[0]}; fairseq needs 3.10 to 3.12: set PYTHON=/path/to/python3.11")
+    sys.exit(f"this is Python {sys.version.split()[0]}; fairseq needs 3.10 to 3.12: set PYTHON=/path/to/python3.11 (lamemo_fairseq.core needs torch alone)")
 CHECK
 
-stamp=$(cat "$root/constraints.txt" "$root/setup.py" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
+stamp=$(cat "$root/constraints.txt" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
 mark=$venv/made-by-install.sh # there from the start, and empty until the end
 if [ -e "$venv" ]; then
     if [ ! -e "$mark" ]; then
@@ -36,7 +36,7 @@ if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; the
 else
     pip fairseq-fixed # compiles for some minutes; its wheels do not cover Python 3.10
 fi
-pip numpy sentencepiece sacremoses pytest pytest-xdist hypothesis ruff mypy matplotlib
+pip numpy safetensors sentencepiece sacremoses pyyaml tqdm pytest pytest-xdist hypothesis ruff mypy matplotlib
 # torch's GPU builds bring the Triton that they need; with others the tests interpret its kernels on the CPU.
 "$venv/bin/python" -c 'import triton' 2>/dev/null || pip triton==3.9.0
 echo "$stamp" >"$mark"

@@ -31,7 +31,9 @@ WHOLE_TEXT: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "text8": Norma
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__package__}",
+        description=(__doc__ or "").replace("python -m preprocess", f"python -m {__package__}"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="dataset", required=True, metavar="DATASET")
     for name, dataset in DATASETS.items():

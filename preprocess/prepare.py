@@ -73,8 +73,8 @@ def prepare(
             )
         if record is not None and (former := record["made_from"]["settings"]["name"]) != dataset.name:
             raise FileExistsError(
-                f"{destdir} holds data made by `python -m preprocess {former}`: remove it, or choose another --destdir "
-                f"for {dataset.name}"
+                f"{destdir} holds data made by `python -m {__package__} {former}`: remove it, or choose another "
+                f"--destdir for {dataset.name}"
             )
         if not texts:
             texts = [Source(name, _downloaded(dataset, destdir)) for name in dataset.files]

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "lamemo_fairseq"
 
 # From the bottom up. Modules of one line do not import one another.
 PACKAGE = [
-    "core",
+    "core needs_fairseq",
     "criterions",
     "host",
     "data",

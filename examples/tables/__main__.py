@@ -39,7 +39,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        prog="python -m examples.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__package__}",
+        description=(__doc__ or "").replace("python -m examples.tables", f"python -m {__package__}"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("table", type=Path, help="table file")
     found.add_argument("--only", nargs="+", metavar="ROW", help="these rows only")

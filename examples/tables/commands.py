@@ -108,7 +108,7 @@ def _options(arguments: Sequence[str]) -> List[str]:
 
 def slurm(job: str, arguments: Sequence[str], gpus: int, log: Path, extra: Optional[str]) -> str:
     """A line for SLURM that runs a part of a table, and once more if the node is lost."""
-    script = f"python -m examples.tables {shlex.join(arguments)}"
+    script = f"python -m {__package__} {shlex.join(arguments)}"
     devices = ["--gpus-per-node", str(gpus)] if gpus else []
     words = ["sbatch", "--job-name", job, "--nodes", "1", *devices, "--requeue", "--output", str(log)]
     return " ".join([shlex.join(words), *([extra] if extra else []), "--wrap", shlex.quote(script)])

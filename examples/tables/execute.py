@@ -268,7 +268,7 @@ def _evaluate(
 
     watch()
     # One device: an evaluation on several would cut the split into other streams.
-    argv = [sys.executable, "-m", "examples.tables.evaluate", str(jobs), str(plan.evaluations_at_once)]
+    argv = [sys.executable, "-m", f"{__package__}.evaluate", str(jobs), str(plan.evaluations_at_once)]
     ended = process.run(argv, log, slot.environment(1), [lock], watch)
     if ended.code:
         # Those that were not started have no log, those that went well are not missing.

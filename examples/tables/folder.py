@@ -15,7 +15,9 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+IN_CHECKOUT = __package__ == "examples.tables"
+# Where recipes start from.
+ROOT = Path(__file__).parent.parent.parent if IN_CHECKOUT else Path.cwd()
 # Workers that load data look every five seconds whether the process that started them is still there.
 PATIENCE = 10.0  # seconds
 
@@ -180,12 +182,17 @@ def environment(devices: Optional[str]) -> Dict[str, Any]:
         ).splitlines()
     return {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "changed_files": _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"),
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_files": _git("status", "--porcelain", "--untracked-files=no"),
         "device": ", ".join(names) or f"{_processor()}, {torch.get_num_threads()} threads",
         "host": platform.platform(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "fairseq": _fairseq()},
     }
+
+
+def _git(*command: str) -> Optional[str]:
+    """What git says of this code, None where it is installed: another project's repository may be around it."""
+    return _output("git", "-C", str(ROOT), *command) if IN_CHECKOUT else None
 
 
 def _output(*command: str) -> Optional[str]:

@@ -14,7 +14,7 @@ from .table import Evaluation, Run, Table, TableError, find, streams
 # Where an option belongs that several groups have: the first one owns it.
 GROUPS = ["common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion"]
 GROUPS += ["optimizer", "lr_scheduler"]
-WRITTEN_BY = "# Written by `python -m examples.tables "
+WRITTEN_BY = f"# Written by `python -m {__package__} "
 NAMED = {
     "task": "task",
     "arch": "model",

@@ -3,6 +3,7 @@
 ``python -m lamemo_fairseq.analysis`` is the command. Nothing of this is imported in training.
 """
 
+from .. import needs_fairseq  # noqa: F401
 from .collect import Attention, Collected, Losses, Mixing, collect
 from .recording import Listener, record
 

@@ -1,5 +1,6 @@
 """Losses."""
 
+from .. import needs_fairseq  # noqa: F401
 from . import chunked_cross_entropy
 
 FAIRSEQ_CRITERIONS = ("adaptive_loss", "cross_entropy", "label_smoothed_cross_entropy")

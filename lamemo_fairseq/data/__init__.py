@@ -1,1 +1,3 @@
 """Streams and segments of a binarized split."""
+
+from .. import needs_fairseq  # noqa: F401

@@ -4,6 +4,7 @@ Importing the package, or for a few setting up the task, puts the pieces in plac
 function of fairseq, says why beside it, and leaves to that function whatever it does right.
 """
 
+from .. import needs_fairseq  # noqa: F401
 from . import (
     adam,
     ahead,

@@ -32,3 +32,9 @@ def test_a_fresh_process_imports_nothing_that_it_does_not_need():
     assert done.returncode == 0, done.stderr[-2000:]
     imported = {name.split(".")[0] for name in done.stdout.split()}
     assert "lamemo_fairseq" in imported and not imported & set(LATER)
+
+
+def test_what_needs_fairseq_says_so_in_one_line():
+    with pytest.raises(ModuleNotFoundError, match=r"fairseq is not installed: .*core needs torch alone") as raised:
+        importlib.import_module("lamemo_fairseq.models")
+    assert "\n" not in str(raised.value)
