@@ -3,6 +3,7 @@
 Without a GPU, Triton kernels are interpreted; Triton reads the variable when it is imported.
 """
 
+import inspect
 import math
 import os
 from pathlib import Path
@@ -34,6 +35,36 @@ def pytest_configure(config):
 def pytest_terminal_summary(terminalreporter, config):
     if config.stash.get(LEFT_OUT, False):
         terminalreporter.write_line("tests/core was left out, as it blocks fairseq: run pytest tests/core")
+
+
+def uses_device(item):
+    """Return whether a test, its fixtures or what they call in its module name DEVICE of `tests/gpus.py`."""
+    fixtures = [definition.func for made in item._fixtureinfo.name2fixturedefs.values() for definition in made]
+    cases = [type(value) for value in item.callspec.params.values()] if hasattr(item, "callspec") else []
+    functions = [method for case in cases for method in vars(case).values() if inspect.isfunction(method)]
+    seen, codes = set(), [inspect.unwrap(function).__code__ for function in (item.function, *fixtures, *functions)]
+    while codes:
+        code = codes.pop()
+        codes += [inner for inner in code.co_consts if inspect.iscode(inner)]
+        for name in set(code.co_names) - seen:
+            seen.add(name)
+            value = getattr(item.module, name, None)
+            if getattr(value, "__module__", None) == item.module.__name__:
+                functions = vars(value).values() if inspect.isclass(value) else [value]
+                codes += [function.__code__ for function in functions if inspect.isfunction(function)]
+    return "DEVICE" in seen
+
+
+def pytest_itemcollected(item):
+    if isinstance(item, pytest.Function) and hasattr(item.module, "DEVICE") and uses_device(item):
+        item.add_marker("gpu")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    needed = max((mark.args[0] for mark in item.iter_markers("gpu") if mark.args), default=0)
+    if needed > torch.cuda.device_count():
+        pytest.skip(f"needs GPUs: {needed}")
 
 
 @pytest.fixture(scope="session")

@@ -8,5 +8,5 @@ import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+gpu = pytest.mark.gpu(1)  # skipped without one; tests that use DEVICE are marked by conftest.py
+gpus = pytest.mark.gpu(2)

@@ -17,6 +17,7 @@ from lamemo_fairseq.checkpoints.released import from_released, model_options
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
+from .gpus import DEVICE
 from .helpers import dictionary_of
 
 FOLDER = Path(os.environ.get("LAMEMO_GOLDEN_DIR") or Path(__file__).parent / "golden")
@@ -63,7 +64,7 @@ def test_golden(path):
 def test_golden_fused(path):
     """The fused kernels, in float32."""
     pytest.importorskip("triton", reason="the fused backend needs Triton")
-    compare(path, 1e-4, torch.float32, "fused", "cuda" if torch.cuda.is_available() else "cpu")
+    compare(path, 1e-4, torch.float32, "fused", DEVICE)
 
 
 def compare(path, tolerance, dtype=torch.float64, backend="eager", device="cpu"):
