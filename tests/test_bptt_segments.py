@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lamemo_fairseq.core import MemoryState, ModelConfig, Passage
-from lamemo_fairseq.core.memory import Memory, MemoryConfig
+from lamemo_fairseq.core.memory import Memory, MemoryConfig, MemoryOptions
 
 
 def test_any_memory_may_let_gradient_through():
@@ -31,7 +31,18 @@ def test_any_memory_may_let_gradient_through():
 
     seen: list = []
     memory = SumMemory(
-        MemoryConfig(mem_len=1, layers=1, heads=1, head_dim=2, embed_dim=2, segment_length=4, bptt_segments=2)
+        MemoryConfig(
+            mem_len=1, layers=1, heads=1, head_dim=2, embed_dim=2, segment_length=4, options=MemoryOptions(), bptt_segments=2,
+        )
+            mem_len=1,
+            layers=1,
+            heads=1,
+            head_dim=2,
+            embed_dim=2,
+            segment_length=4,
+            options=MemoryOptions(),
+            bptt_segments=2,
+        )
     )
     assert memory.period == 2
     x = torch.arange(12.0).view(2, 3, 2).requires_grad_()  # the last segment has one token

@@ -12,7 +12,7 @@ from .config import ModelConfig
 from .graphs import SegmentGraphs
 from .layers import AttentionConfig, DecoderLayer, LayerConfig
 from .layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
-from .memory import MEMORIES, Memory, MemoryConfig, MemoryState, Passage
+from .memory import MEMORIES, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
 from .positions import POSITIONS, PositionConfig, PositionEncoding
 
 
@@ -118,7 +118,7 @@ def _embedding(config: ModelConfig) -> WordEmbedding:
     return WordEmbedding(Bands(config.vocabulary_size, width, cutoffs, factor), config.decoder_embed_dim)
 
 
-def _memory(config: ModelConfig) -> Memory[MemoryState]:
+def _memory(config: ModelConfig) -> Memory[MemoryState, MemoryOptions]:
     return MEMORIES[config.memory](
         MemoryConfig(
             mem_len=config.slots,
@@ -134,7 +134,7 @@ def _memory(config: ModelConfig) -> Memory[MemoryState]:
     )
 
 
-def _positions(config: ModelConfig, memory: Memory[MemoryState]) -> PositionEncoding:
+def _positions(config: ModelConfig, memory: Memory[MemoryState, MemoryOptions]) -> PositionEncoding:
     return POSITIONS[config.position_encoding](
         PositionConfig(
             layers=config.decoder_layers,
@@ -149,7 +149,7 @@ def _positions(config: ModelConfig, memory: Memory[MemoryState]) -> PositionEnco
     )
 
 
-def _layers(config: ModelConfig, memory: Memory[MemoryState]) -> nn.ModuleList:
+def _layers(config: ModelConfig, memory: Memory[MemoryState, MemoryOptions]) -> nn.ModuleList:
     attention = AttentionConfig(
         embed_dim=config.decoder_embed_dim,
         heads=config.decoder_attention_heads,

@@ -19,6 +19,8 @@ from typing import (
     Tuple,
     Type,
     TypeVar,
+    Union,
+    cast,
 )
 
 import torch
@@ -29,6 +31,10 @@ from ..layers import SelfAttention
 from ..positions import PositionEncoding
 from ..registry import Registry
 
+State = TypeVar("State", bound="MemoryState")
+Options = TypeVar("Options", bound="MemoryOptions")
+SavedField = Union[Tensor, Sequence[Tensor]]
+
 
 @dataclass(frozen=True)
 class MemoryState:
@@ -37,8 +43,8 @@ class MemoryState:
     States hold no gradient.
     """
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "MemoryState":
-        """The same state with *fn* applied to each tensor."""
+    def map(self: State, fn: Callable[[Tensor], Tensor]) -> State:
+        """Return the same state with *fn* applied to each tensor."""
         return type(self)(
             *(
                 tuple(fn(t) for t in value) if isinstance(value, tuple) else fn(value)
@@ -47,27 +53,32 @@ class MemoryState:
         )
 
     def tensors(self) -> List[Tensor]:
-        """All tensors, in the order in which `map` meets them."""
-        found: List[Tensor] = []
+        """Return all tensors, in the order in which `map` meets them."""
+        tensors: List[Tensor] = []
 
         def note(tensor: Tensor) -> Tensor:
-            found.append(tensor)
+            tensors.append(tensor)
             return tensor
 
         self.map(note)
-        return found
+        return tensors
 
     def finite(self) -> Optional[Tensor]:
-        """Which streams hold neither NaN nor infinity: ``[B]`` booleans, None if there are no tensors."""
+        """Return ``[B]`` booleans, True for streams without NaN and infinity; None if there are no tensors."""
         finite = [t.isfinite().flatten(1).all(1) for t in self.tensors()]
         return torch.stack(finite).all(0) if finite else None
 
-    def to_dict(self) -> Dict[str, Any]:
-        """Plain containers and tensors, for a checkpoint."""
+    def to_dict(self) -> Dict[str, SavedField]:
+        """Return tensors in plain containers, for a checkpoint."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
-    def from_dict(cls, saved: Dict[str, Any]) -> "MemoryState":
+    def from_dict(cls: Type[State], saved: Mapping[str, SavedField]) -> State:
+        """Return the state that `to_dict` has written.
+
+        Raises:
+            ValueError: the fields are those of another memory.
+        """
         names = {f.name for f in fields(cls)}
         if set(saved) != names:
             raise ValueError(
@@ -96,12 +107,12 @@ class Architecture:
     name: str  # as in --arch
     class_name: str  # in models/language_models.py
     summary: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # options whose default differs
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # likewise, in a released setting
+    defaults: Mapping[str, object] = field(default_factory=dict)  # options whose default differs
+    presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # likewise, in a released setting
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(Generic[Options]):
     """Sizes and choices that a memory is built from."""
 
     mem_len: int
@@ -110,8 +121,8 @@ class MemoryConfig:
     head_dim: int
     embed_dim: int
     segment_length: int  # N
+    options: Options  # of the memory's own class
     bptt_segments: int = 1  # segments k of an update, gradient flowing between them
-    options: Any = None  # of the memory's own class of options
     dropout: float = 0.0
 
 
@@ -119,15 +130,12 @@ class Passage(NamedTuple):
     """What comes of a segment."""
 
     features: Tensor  # [B, N, d], the last layer's current rows
-    state: Any  # for the next segment, without gradient
+    state: MemoryState  # for the next segment, without gradient
     # Scalars by name, to be added to the loss of every token; in training only, and all of them in every segment.
     losses: Dict[str, Tensor] = {}
 
 
-State = TypeVar("State", bound=MemoryState)
-
-
-class Memory(nn.Module, Generic[State]):
+class Memory(nn.Module, Generic[State, Options]):
     """Base of all memories; a decoder has one."""
 
     architecture: ClassVar[Architecture]
@@ -142,7 +150,7 @@ class Memory(nn.Module, Generic[State]):
     carries_gradient: ClassVar[bool] = False  # whether gradient may flow from segment to segment of an update
     layout: ClassVar[Tuple[str, ...]] = ()  # own options that a saved state depends on
 
-    def __init__(self, config: MemoryConfig):
+    def __init__(self, config: MemoryConfig[Options]):
         super().__init__()
         self.config = config
 
@@ -186,7 +194,7 @@ class Memory(nn.Module, Generic[State]):
             segment = x[:, start : start + self.period]
             left = None if lengths is None else (lengths - start).clamp(0, segment.size(1))
             passages.append(self.pass_segment(segment, state, layers, positions, left))
-            state = passages[-1].state
+            state = cast(State, passages[-1].state)
         return Passage(
             torch.cat([passage.features for passage in passages], dim=1), state.map(_constant), _means(passages)
         )
@@ -234,4 +242,4 @@ def no_contribution(parameters: Iterable[Optional[Tensor]]) -> Tensor:
     return 0.0 * torch.stack(used).sum() if used else torch.zeros(())
 
 
-MEMORIES: Registry[Type[Memory[Any]]] = Registry("memory")
+MEMORIES: Registry[Type[Memory[Any, Any]]] = Registry("memory")

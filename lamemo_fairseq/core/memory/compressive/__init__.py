@@ -37,7 +37,7 @@ class CompressiveState(MemoryState):
 
 
 @MEMORIES.register("compressive")
-class CompressiveMemory(Memory[CompressiveState]):
+class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
     """Compresses what segment-level recurrence would forget."""
 
     # Together as many slots as Transformer-XL has, and sizes that the rate divides.
@@ -59,7 +59,7 @@ class CompressiveMemory(Memory[CompressiveState]):
     has_losses: ClassVar[bool] = True
     layout: ClassVar[Tuple[str, ...]] = ("compressed_len", "compression_rate", "compression")
 
-    def __init__(self, config: MemoryConfig):
+    def __init__(self, config: MemoryConfig[CompressiveOptions]):
         super().__init__(config)
         options, rate = config.options, config.options.compression_rate
         if config.mem_len < rate - 1:

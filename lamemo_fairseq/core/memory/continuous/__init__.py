@@ -46,7 +46,7 @@ class ContinuousState(MemoryState):
 
 
 @MEMORIES.register("continuous")
-class ContinuousMemory(Memory[ContinuousState]):
+class ContinuousMemory(Memory[ContinuousState, ContinuousOptions]):
     """Segment-level recurrence, and a signal for what it lets go."""
 
     architecture: ClassVar[Architecture] = Architecture(
@@ -69,9 +69,9 @@ class ContinuousMemory(Memory[ContinuousState]):
     has_losses: ClassVar[bool] = True
     layout: ClassVar[Tuple[str, ...]] = ("num_basis_functions", "basis_widths")
 
-    def __init__(self, config: MemoryConfig):
+    def __init__(self, config: MemoryConfig[ContinuousOptions]):
         super().__init__(config)
-        options: ContinuousOptions = config.options
+        options = config.options
         self.signal = Signal(
             basis=options.basis(),
             penalty=options.ridge_penalty,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...decoding.cache import SegmentCache
 from ...positions import PositionEncoding
-from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage
+from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage
 from .cache import EmptyCache
 
 
@@ -17,7 +17,7 @@ class EmptyState(MemoryState):
 
 
 @MEMORIES.register("none")
-class EmptyMemory(Memory[EmptyState]):
+class EmptyMemory(Memory[EmptyState, MemoryOptions]):
     """The row of the tables without memory."""
 
     architecture: ClassVar[Architecture] = Architecture(

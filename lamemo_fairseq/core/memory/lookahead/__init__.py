@@ -34,7 +34,7 @@ class LookaheadState(MemoryState):
 
 
 @MEMORIES.register("lookahead")
-class LookaheadMemory(Memory[LookaheadState]):
+class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
     """Refreshes every slot once a segment."""
 
     architecture: ClassVar[Architecture] = Architecture(

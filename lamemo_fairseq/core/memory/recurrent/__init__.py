@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...decoding.cache import SegmentCache
 from ...kernels.rows import join
 from ...positions import PositionEncoding
-from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows
+from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage, last_rows
 from .cache import RecurrentCache
 
 
@@ -23,7 +23,7 @@ class RecurrentState(MemoryState):
 
 
 @MEMORIES.register("recurrent")
-class RecurrentMemory(Memory[RecurrentState]):
+class RecurrentMemory(Memory[RecurrentState, MemoryOptions]):
     """Segment-level recurrence."""
 
     architecture: ClassVar[Architecture] = Architecture(

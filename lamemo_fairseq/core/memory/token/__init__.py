@@ -36,7 +36,7 @@ class TokenState(MemoryState):
 
 
 @MEMORIES.register("token")
-class TokenMemory(Memory[TokenState]):
+class TokenMemory(Memory[TokenState, TokenOptions]):
     """Memory tokens that every segment reads and writes.
 
     With ``bptt_segments`` k, the N tokens of an update are k segments. With k = 1 what a segment writes is
@@ -64,7 +64,7 @@ class TokenMemory(Memory[TokenState]):
     layout: ClassVar[Tuple[str, ...]] = ("memory_tokens",)
     carries_gradient: ClassVar[bool] = True
 
-    def __init__(self, config: MemoryConfig):
+    def __init__(self, config: MemoryConfig[TokenOptions]):
         super().__init__(config)
         self.initial_tokens = nn.Parameter(torch.empty(config.options.memory_tokens, config.embed_dim))
         self.dropout = nn.Dropout(config.dropout)
