@@ -30,20 +30,8 @@ def test_any_memory_may_let_gradient_through():
             return Passage(x + state.total, Sums((state.total + x.sum(1, keepdim=True))[:, :]), losses)
 
     seen: list = []
-    memory = SumMemory(
-        MemoryConfig(
-            mem_len=1, layers=1, heads=1, head_dim=2, embed_dim=2, segment_length=4, options=MemoryOptions(), bptt_segments=2,
-        )
-            mem_len=1,
-            layers=1,
-            heads=1,
-            head_dim=2,
-            embed_dim=2,
-            segment_length=4,
-            options=MemoryOptions(),
-            bptt_segments=2,
-        )
-    )
+    sizes = {"mem_len": 1, "layers": 1, "heads": 1, "head_dim": 2, "embed_dim": 2, "segment_length": 4}
+    memory = SumMemory(MemoryConfig(**sizes, options=MemoryOptions(), bptt_segments=2))
     assert memory.period == 2
     x = torch.arange(12.0).view(2, 3, 2).requires_grad_()  # the last segment has one token
     passage = memory(x, memory.initial_state(x), [], None, torch.tensor([3, 1]))

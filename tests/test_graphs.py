@@ -108,7 +108,7 @@ def test_evaluation_is_computed_again_from_what_was_recorded(variant, monkeypatc
     segments, state = random_tokens(2, 7 * SEGMENT).split(SEGMENT, dim=1), None
     for segment in segments[:4]:
         state = decoder.step(segment, state).state
-    recording = graphs._Recording(decoder.step, segments[4], state)
+    recording = graphs._EvaluationRecording(decoder.step, segments[4], state)
     given, copies = [], []
     for segment in segments[4:]:
         expected, found = decoder.step(segment, state), recording(segment, state)
@@ -191,7 +191,7 @@ def test_after_a_recording_that_failed(device, monkeypatch):
         for segment in segments[:4]:
             state = decoder.graphs(decoder.step, decoder, segment, state).state
         with monkeypatch.context() as patched, pytest.raises(MemoryError):
-            patched.setattr(graphs, "_Recording", no_memory)
+            patched.setattr(graphs, "_EvaluationRecording", no_memory)
             for _ in range(2):
                 decoder.graphs(decoder.step, decoder, segments[4][:, :3], state)
         found = decoder.graphs(decoder.step, decoder, segments[4], state)

@@ -58,7 +58,7 @@ class MemoryDecoder(nn.Module):
         x = self.dropout(self.positions.embed(self.embed_tokens(tokens), lengths))
         # The memory of a resumed run is still on the host.
         before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
-        passage = self.memory(x, before, self.layers, self.positions, lengths)
+        passage: Passage = self.memory(x, before, self.layers, self.positions, lengths)
         return passage._replace(features=self.dropout(passage.features))
 
     def read_text(self, tokens: Tensor, lengths: Optional[Tensor] = None) -> Tensor:

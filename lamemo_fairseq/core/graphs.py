@@ -8,28 +8,46 @@ Shapes: B streams, N tokens of a segment, d model width.
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, ContextManager, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .kernels.autograd import Context
 from .kernels.copies import copy_all
-from .kernels.parts import Parts, parts_of
+from .kernels.parts import Parts, Signature, parts_of
+from .memory import MemoryState, Passage
 
 logger = logging.getLogger(__name__)
 
-# A memory's `Passage` comes of tokens and a state: features [B, N, d], the state after the segment, and losses.
-Step = Callable[[Tensor, Any], Any]
 WARM_UP = 3  # passes before recording, in which kernels are compiled and workspaces allocated
 
 
-@dataclass
-class _Held:
-    """What is known of the segments of training, or of those of evaluation."""
+class Step(Protocol):
+    """Reads one segment: its features, the state after it, and losses."""
 
-    last: Any = None  # signature of the last segment
-    recorded: "Tuple[Any, Optional[_Recording]]" = (None, None)  # a signature, and the graph that goes with it
+    def __call__(self, tokens: Tensor, state: Optional[MemoryState]) -> Passage: ...
+
+
+OnLeaves = Callable[[Sequence[nn.Parameter], Tensor, MemoryState], Tuple[List[Tensor], Passage]]
+
+
+class SegmentSignature(NamedTuple):
+    """All that a recording depends on."""
+
+    tokens: torch.Size
+    state: List[torch.Size]
+    module: Signature
+
+
+@dataclass
+class _Recorded:
+    """The last segment of training, or of evaluation, and the graph that was recorded."""
+
+    last: Optional[SegmentSignature] = None
+    signature: Optional[SegmentSignature] = None  # of the graph
+    recording: "Optional[_Recording]" = None
 
 
 class SegmentGraphs:
@@ -41,38 +59,37 @@ class SegmentGraphs:
     """
 
     def __init__(self) -> None:
-        self._held = {True: _Held(), False: _Held()}  # by whether gradients are computed
+        self._recorded = {True: _Recorded(), False: _Recorded()}  # by whether gradients are computed
 
-    def __reduce__(self) -> Tuple[Any, ...]:
+    def __reduce__(self) -> Tuple[object, ...]:
         return (SegmentGraphs, ())  # a copied or stored model records anew
 
     def recording(self, training: bool = True) -> "Optional[_Recording]":
-        """The graph of segments of training, or of evaluation; None if there is none yet."""
-        return self._held[training].recorded[1]
+        """Return the graph of segments of training, or of evaluation; None if there is none yet."""
+        return self._recorded[training].recording
 
-    def __call__(self, step: Step, module: nn.Module, tokens: Tensor, state: Any) -> Any:
-        """``step(tokens, state)``."""
+    def __call__(self, step: Step, module: nn.Module, tokens: Tensor, state: Optional[MemoryState]) -> Passage:
+        """Return ``step(tokens, state)``."""
         learns = torch.is_grad_enabled()
         if state is None or module.training != learns or not _recordable(tokens):
             return step(tokens, state)
         parts = parts_of(module)
         if parts.hooked:
             return step(tokens, state)
-        held, signature = self._held[learns], _signature(parts, tokens, state)
-        before, held.last = held.last, signature
-        recorded, recording = held.recorded
-        if recording is not None and signature == recorded:
-            return recording(tokens, state)
+        recorded, signature = self._recorded[learns], _signature(parts, tokens, state)
+        before, recorded.last = recorded.last, signature
+        if recorded.recording is not None and signature == recorded.signature:
+            return recorded.recording(tokens, state)
         if signature != before:
             return step(tokens, state)
-        recording, held.recorded = None, (None, None)  # frees the old one's memory first
+        recorded.signature, recorded.recording = None, None  # frees the old one's memory first
         with torch.random.fork_rng([tokens.device]):  # a resumed run records at another update, and draws the same
             if learns:
                 trained = [p for p in parts.parameters if p.requires_grad]
-                recording = _TrainingRecording(step, module, trained, tokens, state)
+                recording: _Recording = _TrainingRecording(step, module, trained, tokens, state)
             else:
-                recording = _Recording(step, tokens, state)
-        held.recorded = signature, recording
+                recording = _EvaluationRecording(step, tokens, state)
+        recorded.signature, recorded.recording = signature, recording
         logger.info(
             "recorded a CUDA graph for %s segments of %s tokens, which keeps %.2f GiB to itself",
             "training" if learns else "evaluation",
@@ -81,17 +98,17 @@ class SegmentGraphs:
         )
         return recording(tokens, state)
 
-    def begin(self, module: nn.Module, tokens: Tensor, state: Any, seed: int) -> None:
+    def begin(self, module: nn.Module, tokens: Tensor, state: MemoryState, seed: int) -> None:
         """Run the forward pass of a recorded segment before it is asked for, with the random numbers of *seed*.
 
         The next call takes it over if it is for these very tensors, the device's generator begins at *seed*, and no
         parameter has changed, nor a module been replaced; otherwise it was in vain. The generator is left as it was.
         """
-        recorded, recording = self._held[True].recorded
+        recording = self._recorded[True].recording
         if not isinstance(recording, _TrainingRecording) or not module.training:
             return
         parts = parts_of(module)
-        if not parts.hooked and _signature(parts, tokens, state) == recorded:
+        if not parts.hooked and _signature(parts, tokens, state) == self._recorded[True].signature:
             recording.begin(tokens, state, seed)
 
 
@@ -100,95 +117,113 @@ def _recordable(tokens: Tensor) -> bool:
     return tokens.is_cuda and not autocast and not torch.is_inference_mode_enabled()
 
 
-def _signature(parts: Parts, tokens: Tensor, state: Any) -> Tuple[Any, ...]:
-    """What a recording depends on."""
-    return tokens.shape, [t.shape for t in state.tensors()], parts.signature()
+def _signature(parts: Parts, tokens: Tensor, state: MemoryState) -> SegmentSignature:
+    return SegmentSignature(tokens.shape, [t.shape for t in state.tensors()], parts.signature())
 
 
 class _Begun(NamedTuple):
     """A forward pass that was begun before it was asked for."""
 
     tokens: Tensor
-    state: Any
+    state: MemoryState
     versions: List[int]  # of the parameters: how often they have been changed in place
     random_before: Tensor  # state of the device's generator
     random_after: Tensor
 
 
 class _Recording:
-    """A segment's forward pass in evaluation."""
+    """A segment's forward pass, and tensors that it reads and writes."""
 
-    def __init__(self, run: Callable[..., Any], tokens: Tensor, state: Any):
+    passage: Passage  # the one recorded
+
+    def __init__(self, tokens: Tensor, state: MemoryState):
         self.tokens = tokens.clone()
         self.state = state.map(lambda t: t.to(tokens.device, copy=True))
         self.passes = 0
+        self.forward_graph = torch.cuda.CUDAGraph()
+
+    def _capture(self, warm_up: Callable[[], object], record: Callable[[], None]) -> None:
+        """Record after warming up. What they call is not kept: it holds the module, which holds this recording."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                self._warm_up(run)
+                warm_up()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = _unallocated()
-        self.forward_graph = torch.cuda.CUDAGraph()
-        self._record(run)
+        record()
         self.memory = max(0, _unallocated() - before)  # bytes that PyTorch does not count as allocated
 
-    def _warm_up(self, run: Callable[..., Any]) -> None:
-        run(self.tokens, self.state)
+    def __call__(self, tokens: Tensor, state: MemoryState) -> Passage:
+        """Replay the graph on other tokens and another state."""
+        raise NotImplementedError
 
-    def _record(self, run: Callable[..., Any]) -> None:
-        with _recorded_to(self.forward_graph):
-            self.passage = run(self.tokens, self.state)
-
-    def __call__(self, tokens: Tensor, state: Any) -> Any:
-        self._run(tokens, state)
-        return self.passage._replace(features=self.passage.features.clone(), state=self._after())
-
-    def _run(self, tokens: Tensor, state: Any) -> None:
+    def _run(self, tokens: Tensor, state: MemoryState) -> None:
         with torch.no_grad():
             self.tokens.copy_(tokens)
             copy_all(self.state.tensors(), state.tensors())
         self.forward_graph.replay()
         self.passes += 1
 
-    def _after(self) -> Any:
-        """The state after the segment: copies, as the next replay writes over what this one made."""
+    def _after(self) -> MemoryState:
+        """Return the state after the segment: copies, as the next replay writes over what this one made."""
         after = self.passage.state.map(torch.empty_like)
         copy_all(after.tensors(), self.passage.state.tensors())
         return after
 
 
+class _EvaluationRecording(_Recording):
+    """A segment's forward pass alone."""
+
+    def __init__(self, step: Step, tokens: Tensor, state: MemoryState):
+        super().__init__(tokens, state)
+        self._capture(lambda: step(self.tokens, self.state), lambda: self._record(step))
+
+    def _record(self, step: Step) -> None:
+        with _recorded_to(self.forward_graph):
+            self.passage = step(self.tokens, self.state)
+
+    def __call__(self, tokens: Tensor, state: MemoryState) -> Passage:
+        self._run(tokens, state)
+        return self.passage._replace(features=self.passage.features.clone(), state=self._after())
+
+
 class _TrainingRecording(_Recording):
     """A segment's forward pass and its backward pass."""
 
-    def __init__(self, step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any):
+    def __init__(
+        self, step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: MemoryState
+    ):
         self.begun: Optional[_Begun] = None
         self.parameters = list(parameters)
-        super().__init__(partial(run_on_aliases, step, module), tokens, state)
+        super().__init__(tokens, state)
+        run: OnLeaves = partial(run_on_aliases, step, module)
+        self._capture(lambda: self._warm_up(run), lambda: self._record(run))
 
-    def _warm_up(self, run: Callable[..., Any]) -> None:
+    def _warm_up(self, run: OnLeaves) -> None:
         leaves, passage = run(self.parameters, self.tokens, self.state)
         outputs = _outputs(passage)
-        found = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
+        gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
         # The output layer's own parameters take no part.
-        self.parameters = [p for p, g in zip(self.parameters, found, strict=True) if g is not None]
+        self.parameters = [p for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
 
-    def _record(self, run: Callable[..., Any]) -> None:
+    def _record(self, run: OnLeaves) -> None:
         with _recorded_to(self.forward_graph):
             leaves, passage = run(self.parameters, self.tokens, self.state)
         outputs = _outputs(passage)
         self.output_grads = [torch.empty_like(output) for output in outputs]
         self.backward_graph = torch.cuda.CUDAGraph()
-        with _recorded_to(self.backward_graph, pool=self.forward_graph.pool()):
+        with _recorded_to(self.backward_graph, shared=self.forward_graph):
             grads = torch.autograd.grad(outputs, leaves, self.output_grads)
             self.grads = [g.flatten() for g in grads]
         # Without the operations that made them, which the graph of the backward pass has.
         self.outputs = [output.detach() for output in outputs]
-        self.passage = passage._replace(features=self.outputs[0], losses=dict.fromkeys(passage.losses))
+        self.passage = passage._replace(features=self.outputs[0], losses={})
+        self.losses = list(passage.losses)
 
-    def __call__(self, tokens: Tensor, state: Any) -> Any:
+    def __call__(self, tokens: Tensor, state: MemoryState) -> Passage:
         begun, self.begun = self.begun, None
         if begun is not None and self._is(begun, tokens, state):
             torch.cuda.set_rng_state(begun.random_after, tokens.device)
@@ -196,10 +231,10 @@ class _TrainingRecording(_Recording):
             self._run(tokens, state)
         # With the device at work; to tie every parameter to the result takes the host a while.
         after, features, *losses = _Replay.apply(self, *self.parameters)
-        by_name = dict(zip(self.passage.losses, losses, strict=True))
+        by_name: Dict[str, Tensor] = dict(zip(self.losses, losses, strict=True))
         return self.passage._replace(features=features, state=after, losses=by_name)
 
-    def begin(self, tokens: Tensor, state: Any, seed: int) -> None:
+    def begin(self, tokens: Tensor, state: MemoryState, seed: int) -> None:
         device = tokens.device
         with torch.random.fork_rng([device]), torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
@@ -208,7 +243,7 @@ class _TrainingRecording(_Recording):
             after = torch.cuda.get_rng_state(device)
         self.begun = _Begun(tokens, state, self._versions(), before, after)
 
-    def _is(self, begun: _Begun, tokens: Tensor, state: Any) -> bool:
+    def _is(self, begun: _Begun, tokens: Tensor, state: MemoryState) -> bool:
         return (
             begun.tokens is tokens
             and begun.state is state
@@ -220,15 +255,22 @@ class _TrainingRecording(_Recording):
         return [p._version for p in self.parameters]
 
 
+class _ReplayContext(Context):
+    recording: _TrainingRecording
+    number: int
+
+
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: _TrainingRecording, *parameters: Tensor) -> Tuple[Any, ...]:
+    def forward(
+        ctx: _ReplayContext, recording: _TrainingRecording, *parameters: Tensor
+    ) -> Tuple[Union[MemoryState, Tensor], ...]:
         ctx.recording, ctx.number = recording, recording.passes
         return (recording._after(), *(output.clone() for output in recording.outputs))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Any, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: _ReplayContext, _: object, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
         recording = ctx.recording
         if ctx.number != recording.passes:
             raise RuntimeError(
@@ -242,9 +284,11 @@ class _Replay(torch.autograd.Function):
         return (None, *(g.view_as(p) for g, p in zip(parts, recording.parameters, strict=True)))
 
 
-def _recorded_to(graph: torch.cuda.CUDAGraph, **pool: Any) -> ContextManager[Any]:
-    """Other threads may use the GPU meanwhile, those that load data for one."""
-    return torch.cuda.graph(graph, capture_error_mode="thread_local", **pool)
+def _recorded_to(graph: torch.cuda.CUDAGraph, shared: Optional[torch.cuda.CUDAGraph] = None) -> ContextManager[None]:
+    """Record to a graph, in the memory of a *shared* one. Other threads, such as loaders of data, may use the GPU."""
+    pool = None if shared is None else shared.pool()
+    recorded: ContextManager[None] = torch.cuda.graph(graph, capture_error_mode="thread_local", pool=pool)
+    return recorded
 
 
 def _unallocated() -> int:
@@ -252,15 +296,15 @@ def _unallocated() -> int:
     return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def _outputs(passage: Any) -> List[Tensor]:
-    """What gradients come from."""
+def _outputs(passage: Passage) -> List[Tensor]:
+    """Return the tensors that gradients come from."""
     return [passage.features, *passage.losses.values()]
 
 
 def run_on_aliases(
-    step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: Any
-) -> Tuple[List[Tensor], Any]:
-    """``step(tokens, state)`` on other leaves over the parameters' memory, and these leaves.
+    step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: MemoryState
+) -> Tuple[List[Tensor], Passage]:
+    """Return ``step(tokens, state)`` on other leaves over the parameters' memory, and these leaves.
 
     A parameter is tied to the stream of any graph of operations that is still alive, such as that of the last loss,
     and a recording must not touch another stream.
@@ -278,5 +322,5 @@ class _Call(nn.Module):
         super().__init__()
         self.method, self.module = method, module
 
-    def forward(self, tokens: Tensor, state: Any) -> Any:
+    def forward(self, tokens: Tensor, state: MemoryState) -> Passage:
         return self.method(tokens, state)

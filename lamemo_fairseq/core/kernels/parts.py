@@ -2,7 +2,7 @@
 
 from itertools import chain, count
 from operator import is_
-from typing import Any, Dict, List, Tuple, Type, TypeGuard, TypeVar
+from typing import Dict, List, Mapping, NamedTuple, Tuple, Type, TypeGuard, TypeVar, cast
 
 from torch import nn
 
@@ -10,24 +10,35 @@ Kind = TypeVar("Kind", bound=nn.Module)
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def is_plain(module: Any, kind: Type[Kind]) -> TypeGuard[Kind]:
-    """Whether calling *module* does what *kind* does and nothing else: no subclass, no hook, no `forward` of its own.
+def is_plain(module: object, kind: Type[Kind]) -> TypeGuard[Kind]:
+    """Return whether calling *module* does what *kind* does: no subclass, no hook, no `forward` of its own.
 
     Only then may its parameters be read in place of the call. (Hooks on all modules there are do not count.)
     """
     if type(module) is not kind:
         return False
+    assert isinstance(module, nn.Module)
     # Spelled out, as every layer asks this several times in every pass.
     before, after = module._forward_pre_hooks, module._forward_hooks
     return not (before or after or module._backward_pre_hooks or module._backward_hooks or "forward" in vars(module))
 
 
-def is_product(module: Any) -> bool:
-    """Whether calling *module* is a product with its weight."""
+def is_product(module: object) -> bool:
+    """Return whether calling *module* is a product with its weight."""
     return is_plain(module, nn.Linear) and module.bias is None
 
 
 _NUMBERS = count()
+
+
+class Signature(NamedTuple):
+    """All that a recorded call of a module depends on."""
+
+    number: int  # of the walk
+    parameters: List[Tuple[int, bool]]  # address, and whether it is trained
+    training: List[bool]
+    dropouts: List[float]
+    hooked: bool
 
 
 class Parts:
@@ -38,28 +49,29 @@ class Parts:
         modules = list(module.modules())
         self.inner = modules[1:]  # without the module, which would otherwise wait for the garbage collector
         self.parameters: List[nn.Parameter] = list(module.parameters())  # as fairseq's optimizer collects them
-        self._tables: List[Dict[str, Any]] = [t for part in modules for t in (part._modules, part._parameters)]
+        tables = [table for part in modules for table in (part._modules, part._parameters)]
+        self._tables = cast(List[Dict[str, object]], tables)
         self._entries = self._now()
-        self._hooks: List[Dict[int, Any]] = [getattr(part, hooks) for part in modules for hooks in HOOKS]
+        self._hooks: List[Mapping[int, object]] = [getattr(part, hooks) for part in modules for hooks in HOOKS]
         self._dropouts = [part for part in self.inner if isinstance(part, nn.modules.dropout._DropoutNd)]
 
-    def __reduce__(self) -> Tuple[Any, ...]:
+    def __reduce__(self) -> Tuple[object, ...]:
         return (type(None), ())  # a copied or stored module is walked through anew
 
     @property
     def stand(self) -> bool:
-        """Whether the module still has these and no others."""
+        """Return whether the module still has these and no others."""
         now = self._now()
         return len(now) == len(self._entries) and all(map(is_, now, self._entries))
 
     @property
     def hooked(self) -> bool:
-        """Whether a call would call a hook of any of them."""
+        """Return whether a call would call a hook of any of them."""
         return any(self._hooks)
 
-    def signature(self) -> Tuple[Any, ...]:
-        """What a recorded call depends on. A parameter that moved would be read at its old place."""
-        return (
+    def signature(self) -> "Signature":
+        """Return what a recorded call depends on. A parameter that moved would be read at its old place."""
+        return Signature(
             self.number,
             [(p.data_ptr(), p.requires_grad) for p in self.parameters],
             [part.training for part in self.inner],
@@ -67,13 +79,13 @@ class Parts:
             self.hooked,
         )
 
-    def _now(self) -> List[Any]:
+    def _now(self) -> List[object]:
         return list(chain.from_iterable(map(dict.values, self._tables)))
 
 
 def parts_of(module: nn.Module) -> Parts:
     """The parts of a module as they are."""
-    held = vars(module).get("_walked_parts")
-    if held is None or not held.stand:
-        held = vars(module)["_walked_parts"] = Parts(module)
-    return held
+    walked = vars(module).get("_walked_parts")
+    if not isinstance(walked, Parts) or not walked.stand:
+        walked = vars(module)["_walked_parts"] = Parts(module)
+    return walked

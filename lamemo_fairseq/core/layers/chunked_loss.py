@@ -5,7 +5,7 @@ Shapes: T tokens, V words, d width.
 
 import importlib.util
 from functools import cache
-from typing import Any, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.aligned import padded
+from ..kernels.autograd import Context
 
 SMALLEST_CHUNK = 1 << 25  # scores, 64 MiB in half precision
 
@@ -32,7 +33,8 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor, target:
     if torch.is_autocast_enabled(features.device.type):
         half = torch.get_autocast_dtype(features.device.type)
         features, weight = features.to(half), weight.to(half)
-    return _LinearCrossEntropy.apply(features, weight, bias, target)
+    loss: Tensor = _LinearCrossEntropy.apply(features, weight, bias, target)
+    return loss
 
 
 def tokens_at_once(words: int, width: int) -> int:
@@ -43,9 +45,13 @@ def tokens_at_once(words: int, width: int) -> int:
     return max(2 * width, SMALLEST_CHUNK // words)
 
 
+class _LossContext(Context):
+    dtypes: Tuple[torch.dtype, torch.dtype, torch.dtype]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: _LossContext, features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
         width, exact = features.size(1), torch.promote_types(features.dtype, torch.float32)
         learns = any(ctx.needs_input_grad)
         x, w, b = features, weight, bias.to(weight.dtype)
@@ -79,12 +85,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        found = (
+    def backward(ctx: _LossContext, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        gradients = (
             torch.mul(t, grad, out=torch.empty(t.shape, dtype=dtype, device=t.device)) if needed else None
             for t, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         )
-        return (*found, None)
+        return (*gradients, None)
 
 
 def _softmax_gradient(scores: Tensor, target: Tensor, learns: bool) -> Tuple[Tensor, Tensor]:
@@ -113,7 +119,8 @@ def _add_product(total: Optional[Tensor], d_scores: Tensor, features: Tensor, dt
         return product if total is None else total.add_(product)
     if total is None:
         return torch.mm(scores, features, out_dtype=dtype)
-    return torch.ops.aten.addmm.dtype_out(total, scores, features, dtype, out=total)
+    torch.ops.aten.addmm.dtype_out(total, scores, features, dtype, out=total)
+    return total
 
 
 @cache

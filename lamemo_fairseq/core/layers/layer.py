@@ -16,6 +16,7 @@ from ..kernels.parts import is_plain
 from ..kernels.residual import residual_norm, residual_sum_and_norm
 from ..kernels.rows import fusable
 from .activations import ACTIVATIONS
+from .self_attention import SelfAttention
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class FeedForward(nn.Module):
 class DecoderLayer(nn.Module):
     """The shell that every memory's attention is put into."""
 
-    def __init__(self, config: LayerConfig, attention: nn.Module):
+    def __init__(self, config: LayerConfig, attention: SelfAttention):
         super().__init__()
         self.config = config
         self.self_attn = attention

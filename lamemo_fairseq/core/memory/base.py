@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decoding.cache import SegmentCache
-from ..layers import SelfAttention
+from ..layers import DecoderLayer, SelfAttention
 from ..positions import PositionEncoding
 from ..registry import Registry
 
@@ -175,7 +175,7 @@ class Memory(nn.Module, Generic[State, Options]):
         self,
         x: Tensor,
         state: State,
-        layers: Sequence[nn.Module],
+        layers: Sequence[DecoderLayer],
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
@@ -203,7 +203,7 @@ class Memory(nn.Module, Generic[State, Options]):
         self,
         x: Tensor,
         state: State,
-        layers: Sequence[nn.Module],
+        layers: Sequence[DecoderLayer],
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
     ) -> Passage:

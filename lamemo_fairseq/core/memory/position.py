@@ -1,10 +1,20 @@
 """Where a batch of segments stands in its streams."""
 
 from dataclasses import dataclass
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+
+
+class Reading(NamedTuple):
+    """One pass over some streams of a split."""
+
+    split: str
+    epoch: int
+    num_streams: int
+    segment_length: int
+    streams: Tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -24,9 +34,9 @@ class SegmentPosition:
     ragged: bool = False  # whether some rows are padded on the right
 
     @property
-    def reading(self) -> Tuple[Any, ...]:
-        """What tells one pass over some streams from another."""
-        return (self.split, self.epoch, self.num_streams, self.segment_length, self.streams)
+    def reading(self) -> "Reading":
+        """One pass over some streams, told from every other one."""
+        return Reading(self.split, self.epoch, self.num_streams, self.segment_length, self.streams)
 
     def streams_but(self, fine: Tensor) -> List[int]:
         """The streams whose rows are not *fine*, ``[B]`` of booleans."""

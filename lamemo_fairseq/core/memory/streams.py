@@ -5,10 +5,10 @@ overflow, a dummy batch on a rank that has none. So nothing here depends on the 
 names its streams and where it stands in them, and gets exactly the memory of that place.
 """
 
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
+from typing import Dict, List, Mapping, Optional, Tuple, Type
 
-from .base import MemoryState
-from .position import SegmentPosition
+from .base import MemoryState, SavedField
+from .position import Reading, SegmentPosition
 
 
 class MissingMemoryError(RuntimeError):
@@ -31,13 +31,13 @@ class StreamMemory:
         options: what a saved memory depends on, by the names of the options.
     """
 
-    def __init__(self, state: Type[MemoryState], options: Optional[Mapping[str, Any]] = None) -> None:
-        self.options: Dict[str, Any] = dict(options or {})
+    def __init__(self, state: Type[MemoryState], options: Optional[Mapping[str, object]] = None) -> None:
+        self.options: Dict[str, object] = dict(options or {})
         self._state = state
-        self._readings: Dict[Tuple[str, bool], Tuple[Any, ...]] = {}
+        self._readings: Dict[Tuple[str, bool], Reading] = {}
         self._states: Dict[Tuple[str, bool], Dict[int, Optional[MemoryState]]] = {}
 
-    def __reduce__(self) -> Tuple[Any, ...]:
+    def __reduce__(self) -> Tuple[object, ...]:
         # A copied or stored model (an averaged one, say) has read nothing yet.
         return (StreamMemory, (self._state, self.options))
 
@@ -92,9 +92,9 @@ class StreamMemory:
         key = (position.split, True)
         return self._states[key].get(index) if self._readings.get(key) == position.reading else None
 
-    def restore(self, position: SegmentPosition, saved: Mapping[str, Any], streams: slice) -> None:
+    def restore(self, position: SegmentPosition, saved: Mapping[str, SavedField], streams: slice) -> None:
         """Go on training after the segment at *position*, from these *streams* of a saved memory."""
         key = (position.split, True)
-        state = self._state.from_dict(dict(saved)).map(lambda t: t[streams].clone())
+        state = self._state.from_dict(saved).map(lambda t: t[streams].clone())
         self._readings[key] = position.reading
         self._states[key] = {position.index + 1: state}

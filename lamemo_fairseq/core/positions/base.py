@@ -4,7 +4,7 @@ Shapes: L layers, H heads, D size of a head, T distances, d model width.
 """
 
 from dataclasses import dataclass
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Type
 
 import torch
 import torch.nn.functional as F
@@ -86,4 +86,4 @@ def inverse_frequencies(dim: int, dtype: torch.dtype, device: Optional[torch.dev
     return 10000.0 ** -(torch.arange(0, dim, 2, device=device, dtype=dtype) / dim)
 
 
-POSITIONS: Registry = Registry("position encoding")
+POSITIONS: Registry[Type[PositionEncoding]] = Registry("position encoding")

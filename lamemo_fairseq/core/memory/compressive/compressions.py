@@ -44,7 +44,7 @@ class MeanPooling(Compression):
     """The mean of every r rows."""
 
     def forward(self, old: Tensor, usage: Optional[Tensor] = None) -> Tensor:
-        return old.unflatten(1, (-1, self.rate)).mean(2)
+        return _groups(old, self.rate).mean(2)
 
 
 @COMPRESSIONS.register("max-pool")
@@ -52,7 +52,7 @@ class MaxPooling(Compression):
     """The maximum of every r rows, component by component."""
 
     def forward(self, old: Tensor, usage: Optional[Tensor] = None) -> Tensor:
-        return old.unflatten(1, (-1, self.rate)).amax(2)
+        return _groups(old, self.rate).amax(2)
 
 
 @COMPRESSIONS.register("most-used")
@@ -81,8 +81,9 @@ class Convolution(Compression):
 
     def forward(self, old: Tensor, usage: Optional[Tensor] = None) -> Tensor:
         if not is_plain(self.conv, nn.Conv1d):
-            return self.conv(old.transpose(1, 2)).transpose(1, 2)
-        groups = old.unflatten(1, (-1, self.rate)).flatten(2)  # which do not overlap: a product, and a faster one
+            compressed: Tensor = self.conv(old.transpose(1, 2))
+            return compressed.transpose(1, 2)
+        groups = _groups(old, self.rate).flatten(2)  # which do not overlap: a product, and a faster one
         return aligned.linear(groups, self.conv.weight.transpose(1, 2).flatten(1), self.conv.bias)
 
 
@@ -106,3 +107,9 @@ class DilatedConvolution(Compression):
         for i, conv in enumerate(self.convs):
             x = conv(F.pad(x if i == 0 else x.relu(), (2**i, 0)))
         return x[:, :, self.rate - 1 :: self.rate].transpose(1, 2)
+
+
+def _groups(rows: Tensor, rate: int) -> Tensor:
+    """Return rows ``[B, K r, d]`` as ``[B, K, r, d]``."""
+    groups: Tensor = rows.unflatten(1, (-1, rate))
+    return groups

@@ -5,12 +5,13 @@ Gradients reach the compression alone: whatever else a loss is computed from is 
 Shapes: B streams, N current tokens, K compressed rows, r compression rate, H heads, D size of a head, d model width.
 """
 
-from typing import Any, ClassVar, Type
+from typing import ClassVar, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...layers import DecoderLayer
 from ...registry import Registry
 
 
@@ -22,7 +23,7 @@ class CompressionLoss(nn.Module):
     def __init__(self, rate: int, embed_dim: int):
         super().__init__()
 
-    def forward(self, layer: nn.Module, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    def forward(self, layer: DecoderLayer, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """How much is lost in each stream: ``[B]``, in float32 or wider.
 
         Args:
@@ -52,7 +53,7 @@ class AttentionReconstruction(CompressionLoss):
     The paper has the norm of the whole difference; the mean square does not grow with the sizes.
     """
 
-    def forward(self, layer: nn.Module, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    def forward(self, layer: DecoderLayer, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
         # Other tensors stand in for the weights. Detaching these themselves would freeze them for good.
         constant = {f"layer.{name}": p.detach() for name, p in layer.named_parameters()}
         seen, approximated = torch.func.functional_call(_ContentAttention(layer), constant, (rows, old, new))
@@ -67,14 +68,14 @@ class AutoEncoding(CompressionLoss):
         super().__init__(rate, embed_dim)
         self.decoder = nn.ConvTranspose1d(embed_dim, embed_dim, rate, stride=rate)
 
-    def forward(self, layer: nn.Module, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    def forward(self, layer: DecoderLayer, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
         return _square_distance(old, self.decoder(new.transpose(1, 2)).transpose(1, 2))
 
 
 class _ContentAttention(nn.Module):
     """A layer's attention to old and to compressed rows: read-outs ``[B, H, N, D]`` of both."""
 
-    def __init__(self, layer: Any):
+    def __init__(self, layer: DecoderLayer):
         super().__init__()
         self.layer = layer
 

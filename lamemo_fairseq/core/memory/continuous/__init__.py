@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from typing import ClassVar, List, Optional, Sequence, Tuple, Type
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...decoding.cache import SegmentCache
 from ...kernels.rows import join
-from ...layers import SelfAttention
+from ...layers import DecoderLayer, SelfAttention
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows
 from .attention import ContinuousSelfAttention, divergence
@@ -104,7 +104,7 @@ class ContinuousMemory(Memory[ContinuousState, ContinuousOptions]):
         self,
         x: Tensor,
         state: ContinuousState,
-        layers: Sequence[nn.Module],
+        layers: Sequence[DecoderLayer],
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
     ) -> Passage:

@@ -6,13 +6,14 @@ Shapes: J basis functions (N_b of the paper), * any.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...kernels import rows
+from ...kernels.autograd import Context
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,20 @@ def takes(mean: Tensor) -> bool:
 
 def plain(mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
     """By PyTorch's operations."""
-    return _Gaussian.apply(mean, variance, centres, squares).to(dtype)
+    density: Tensor = _Gaussian.apply(mean, variance, centres, squares)
+    return density.to(dtype)
 
 
 def by_kernel(mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
     """By one kernel, the gradients by another."""
-    return _GaussianByKernel.apply(mean.contiguous(), variance.contiguous(), centres, squares, dtype)
+    density: Tensor = _GaussianByKernel.apply(mean.contiguous(), variance.contiguous(), centres, squares, dtype)
+    return density
 
 
 class _GaussianByKernel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dtype: torch.dtype
+        ctx: Context, mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dtype: torch.dtype
     ) -> Tensor:
         from . import basis_kernel
 
@@ -83,7 +86,7 @@ class _GaussianByKernel(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: Context, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         from . import basis_kernel
 
         return *basis_kernel.backward(grad.contiguous(), *ctx.saved_tensors), None, None, None
@@ -93,12 +96,12 @@ class _Gaussian(torch.autograd.Function):
     """Densities ``[*, J]`` that save nothing as large as themselves for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor) -> Tensor:
+    def forward(ctx: Context, mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor) -> Tensor:
         ctx.save_for_backward(mean, variance, centres, squares)
         return _density(mean, variance, centres, squares)[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Context, grad: Tensor) -> Tuple[Tensor, Tensor, None, None]:
         density, offset, total = _density(*ctx.saved_tensors)
         weighted = grad * density / total
         by_variance = 0.5 * (offset.square() / total - 1)

@@ -92,7 +92,7 @@ def _regression(features: Tensor, penalty: float) -> Tensor:
     gram.diagonal().add_(penalty)
     try:
         factor = torch.linalg.cholesky(gram)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise ValueError(
             f"--ridge-penalty is {penalty:g}, too little to fit {features.size(1)} basis functions to "
             f"{features.size(0)} rows: pass a larger one, such as 1e-6"

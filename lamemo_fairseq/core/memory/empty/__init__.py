@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar, Optional, Sequence, Type
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...decoding.cache import SegmentCache
+from ...layers import DecoderLayer
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage
 from .cache import EmptyCache
@@ -37,7 +38,7 @@ class EmptyMemory(Memory[EmptyState, MemoryOptions]):
         self,
         x: Tensor,
         state: EmptyState,
-        layers: Sequence[nn.Module],
+        layers: Sequence[DecoderLayer],
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
     ) -> Passage:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional, Sequence, Tuple, Type
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...attention import Attended, LookaheadWindow
 from ...decoding.cache import SegmentCache
 from ...kernels.rows import join
-from ...layers import SelfAttention
+from ...layers import DecoderLayer, SelfAttention
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows, no_contribution
 from .attention import LookaheadSelfAttention
@@ -66,7 +66,7 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
         self,
         x: Tensor,
         state: LookaheadState,
-        layers: Sequence[nn.Module],
+        layers: Sequence[DecoderLayer],
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
     ) -> Passage:

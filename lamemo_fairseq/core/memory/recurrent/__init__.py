@@ -6,10 +6,11 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 from dataclasses import dataclass
 from typing import ClassVar, Optional, Sequence, Tuple, Type
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...decoding.cache import SegmentCache
 from ...kernels.rows import join
+from ...layers import DecoderLayer
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage, last_rows
 from .cache import RecurrentCache
@@ -42,7 +43,7 @@ class RecurrentMemory(Memory[RecurrentState, MemoryOptions]):
         self,
         x: Tensor,
         state: RecurrentState,
-        layers: Sequence[nn.Module],
+        layers: Sequence[DecoderLayer],
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
     ) -> Passage:

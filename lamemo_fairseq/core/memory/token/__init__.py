@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...decoding.cache import SegmentCache
 from ...kernels.rows import join
-from ...layers import SelfAttention
+from ...layers import DecoderLayer, SelfAttention
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
 from .attention import Blocks, TokenSelfAttention
@@ -89,7 +89,7 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
         self,
         x: Tensor,
         state: TokenState,
-        layers: Sequence[nn.Module],
+        layers: Sequence[DecoderLayer],
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
