@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lamemo_fairseq
+from lamemo_fairseq.core.memory import MEMORIES
+from lamemo_fairseq.core.positions import POSITIONS
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
@@ -140,10 +142,8 @@ def test_fuzz_dictionaries(lines, encoding, tmp_path):
 
 numbers = st.one_of(st.integers(-2, 12), st.just(None))
 OPTIONS = {
-    "memory": st.sampled_from(["lookahead", "recurrent", "token", "none", "other", ""]),
-    "position_encoding": st.sampled_from(
-        ["disentangled", "disentangled-normal", "disentangled-content", "transformer-xl", "shaw", "absolute", "other"]
-    ),
+    "memory": st.sampled_from([*MEMORIES.names(), "other", ""]),
+    "position_encoding": st.sampled_from([*POSITIONS.names(), "other"]),
     "lookahead_window": st.sampled_from(["right", "full", "left"]),
     "attention_backend": st.sampled_from(["auto", "eager", "other"]),
     "mem_len": st.integers(-2, 9),

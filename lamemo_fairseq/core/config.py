@@ -148,8 +148,6 @@ class ModelConfig:
                 f"--decoder-embed-dim {self.decoder_embed_dim} does not divide into {self.decoder_attention_heads} "
                 "heads: pass --decoder-head-dim, or another --decoder-attention-heads"
             )
-        if self.decoder_embed_dim % 2 and self.position_encoding != "shaw":
-            raise ValueError(f"--decoder-embed-dim {self.decoder_embed_dim} is odd, but sinusoids come in pairs")
         if self.cuda_graphs and self.checkpoint_activations:
             raise ValueError("--cuda-graphs cannot record --checkpoint-activations: pass one of the two")
 
@@ -170,10 +168,11 @@ class ModelConfig:
                 f"--mem-len is {self.mem_len}, but --memory {self.memory} needs at least {memory.smallest_mem_len}: "
                 "pass a positive length, or --memory none"
             )
-        if memory.remembers and self.position_encoding == "absolute":
+        if memory.remembers and not POSITIONS[self.position_encoding].reaches_memory:
             raise ValueError(
-                "--position-encoding absolute numbers the tokens of one segment, so that memory rows would share the "
-                f"positions of current ones: take another encoding, or --memory none instead of {self.memory}"
+                f"--position-encoding {self.position_encoding} numbers the tokens of one segment, so that memory rows "
+                "would share the positions of current ones: take another encoding, or --memory none instead of "
+                f"{self.memory}"
             )
         self._check_gradient(memory.carries_gradient)
         self.own_options.check()

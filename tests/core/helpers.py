@@ -27,6 +27,12 @@ VARIANTS = [
     ("compressive", "shaw", "most-used"),
     ("continuous", "transformer-xl", "right"),
     ("token", "transformer-xl", "right"),
+    ("lookahead", "alibi", "full"),
+    ("recurrent", "alibi", "right"),
+    ("none", "alibi", "right"),
+    ("compressive", "alibi", "most-used"),
+    ("continuous", "alibi", "right"),
+    ("token", "alibi", "right"),
 ]
 
 # The option that the third part of a variant is for, where it is not the window.

@@ -1,6 +1,11 @@
-"""Position encodings by name."""
+"""Position encodings by name, found automatically: one module or folder each, which registers itself."""
 
-from . import absolute, shaw, sinusoidal  # noqa: F401  (each registers itself)
+import importlib
+import pkgutil
+
 from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding
 
 __all__ = ["POSITIONS", "LayerBias", "PositionConfig", "PositionEncoding"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

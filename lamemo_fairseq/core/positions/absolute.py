@@ -1,24 +1,30 @@
 """Absolute positions: a sinusoid added to the embeddings (Vaswani et al. 2017)."""
 
-from typing import List, Optional
+from typing import ClassVar, List, Optional
 
 import torch
 from torch import Tensor
 
 from ..attention import RelativeBias
-from .base import POSITIONS, LayerBias, PositionEncoding, sinusoid
+from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding, require_pairs, sinusoid
 
 
 @POSITIONS.register("absolute")
 class AbsolutePositions(PositionEncoding):
     """Position within the segment, counted down to 0 at its end as in the released model."""
 
+    reaches_memory: ClassVar[bool] = False
+
+    def __init__(self, config: PositionConfig):
+        super().__init__(config)
+        require_pairs(config.embed_dim)
+
     def embed(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
         from_end = torch.arange(x.size(1) - 1, -1, -1, device=x.device)
         if lengths is not None:
             from_end = (from_end + (lengths - x.size(1)).unsqueeze(1)).clamp(min=0)
         table = sinusoid(self._clamp(from_end).flatten(), self.config.embed_dim, x.dtype)
-        return x + table.unflatten(0, from_end.shape)
+        return x + table.view(*from_end.shape, -1)
 
     def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         return [LayerBias(RelativeBias(), None if ahead is None else RelativeBias())] * self.config.layers

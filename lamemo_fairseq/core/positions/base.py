@@ -4,7 +4,7 @@ Shapes: L layers, H heads, D size of a head, T distances, d model width.
 """
 
 from dataclasses import dataclass
-from typing import List, NamedTuple, Optional, Type
+from typing import ClassVar, List, NamedTuple, Optional, Type
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ class LayerBias(NamedTuple):
 
 class PositionEncoding(nn.Module):
     """Base of all position encodings; one serves all layers of a decoder."""
+
+    reaches_memory: ClassVar[bool] = True  # whether it tells memory rows from a segment's own
 
     def __init__(self, config: PositionConfig):
         super().__init__()
@@ -84,6 +86,19 @@ def sinusoid(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 def inverse_frequencies(dim: int, dtype: torch.dtype, device: Optional[torch.device] = None) -> Tensor:
     """``10000^(-2i/dim)`` for i from 0 to ``dim/2 - 1``: ``[dim/2]``."""
     return 10000.0 ** -(torch.arange(0, dim, 2, device=device, dtype=dtype) / dim)
+
+
+def require_pairs(embed_dim: int) -> None:
+    """Refuse a model width that sinusoids do not fit.
+
+    Raises:
+        ValueError: the width is odd.
+    """
+    if embed_dim % 2:
+        raise ValueError(
+            f"--decoder-embed-dim {embed_dim} is odd, but sinusoids come in pairs: pass an even one, or a "
+            "--position-encoding without sinusoids"
+        )
 
 
 POSITIONS: Registry[Type[PositionEncoding]] = Registry("position encoding")

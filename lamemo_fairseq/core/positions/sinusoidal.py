@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import RelativeBias
-from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding
+from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding, require_pairs
 
 
 @POSITIONS.register("transformer-xl")
@@ -21,6 +21,7 @@ class TransformerXLPositions(PositionEncoding):
 
     def __init__(self, config: PositionConfig):
         super().__init__(config)
+        require_pairs(config.embed_dim)
         self.content_bias = nn.Parameter(torch.empty(config.heads, config.head_dim))
         self.position_bias = nn.Parameter(torch.empty(config.heads, config.head_dim))
         self.projection = nn.Parameter(torch.empty(config.layers, config.heads * config.head_dim, config.embed_dim))
@@ -47,7 +48,7 @@ class TransformerXLPositions(PositionEncoding):
     def _project(self, sinusoids: Tensor) -> Tensor:
         """``[T, d] -> [L, H, T, D]``."""
         projected = sinusoids @ self.projection.transpose(1, 2)
-        return projected.unflatten(-1, (self.config.heads, self.config.head_dim)).transpose(1, 2)
+        return projected.view(*projected.shape[:-1], self.config.heads, self.config.head_dim).transpose(1, 2)
 
 
 @POSITIONS.register("disentangled")

@@ -149,7 +149,8 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     d_content, d_position = sums.sum((0, 2)).unbind(1)
-    d_score = None if x.bias.score is None else _learned_gradients(x, layout, scores)
+    learned = x.bias.score is not None and x.bias.score.requires_grad
+    d_score = _learned_gradients(x, layout, scores) if learned else None
     return RelativeBias(d_content, None if table is None else d_position, d_table, d_score)
 
 
