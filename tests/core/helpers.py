@@ -33,6 +33,12 @@ VARIANTS = [
     ("compressive", "alibi", "most-used"),
     ("continuous", "alibi", "right"),
     ("token", "alibi", "right"),
+    ("lookahead", "rotary", "right"),
+    ("recurrent", "rotary", "right"),
+    ("none", "rotary", "right"),
+    ("compressive", "rotary", "most-used"),
+    ("continuous", "rotary", "right"),
+    ("token", "rotary", "right"),
 ]
 
 # The option that the third part of a variant is for, where it is not the window.

@@ -41,10 +41,31 @@ def alibi_score(q, k, i, j, head, clamp_len):
     return q @ k / math.sqrt(D) - paper_slopes(H)[head] * distance
 
 
-SCORES = {"alibi": alibi_score}
+def rotation(position):
+    """Su et al. 2021, equation 15, entry by entry."""
+    matrix = torch.zeros(D, D, dtype=torch.float64)
+    for pair in range(D // 2):
+        angle = position * 10000 ** (-2 * pair / D)
+        turn = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        matrix[2 * pair : 2 * pair + 2, 2 * pair : 2 * pair + 2] = torch.tensor(turn, dtype=torch.float64)
+    return matrix
+
+
+def rotary_score(q, k, i, j, head, clamp_len):
+    """Su et al. 2021, equation 16, at positions far from those of the rows: differences alone matter."""
+    return (rotation(i + 70) @ q) @ (rotation(j + 70) @ k) / math.sqrt(D)
+
+
+SCORES = {"alibi": alibi_score, "rotary": rotary_score}
 CASES = [
     pytest.param(name, span, clamp_len, id=f"{name}-{span}-{clamp_len}")
-    for name, span, clamp_len in [("alibi", None, 0), ("alibi", 3, 0), ("alibi", None, 2)]
+    for name, span, clamp_len in [
+        ("alibi", None, 0),
+        ("alibi", 3, 0),
+        ("alibi", None, 2),
+        ("rotary", None, 0),
+        ("rotary", 3, 0),
+    ]
 ]
 
 
@@ -96,7 +117,7 @@ def test_current_rows_attend_to_memory_and_themselves(name, span, clamp_len):
 
 
 @pytest.mark.parametrize("window", ["right", "full"])
-@pytest.mark.parametrize(("name", "clamp_len"), [("alibi", 0), ("alibi", 2)])
+@pytest.mark.parametrize(("name", "clamp_len"), [("alibi", 0), ("alibi", 2), ("rotary", 0)])
 def test_slots_look_ahead(name, clamp_len, window):
     decoder = decoder_of("lookahead", name, clamp_len=clamp_len)
     attention, slots, current = decoder.layers[0].self_attn, 5, 3

@@ -8,6 +8,7 @@ from typing import Any
 from ..registry import Registry
 from . import eager
 from .choice import Choice, fused_or_eager, fused_or_error
+from .rotation import Rotation
 from .types import Attended, LookaheadWindow, RelativeBias
 
 BACKENDS: Registry[Any] = Registry("attention backend")
@@ -15,4 +16,4 @@ BACKENDS.register("eager")(eager)
 BACKENDS.register("fused")(Choice(fused_or_error))
 BACKENDS.register("auto")(Choice(fused_or_eager))
 
-__all__ = ["BACKENDS", "Attended", "LookaheadWindow", "RelativeBias"]
+__all__ = ["BACKENDS", "Attended", "LookaheadWindow", "RelativeBias", "Rotation"]

@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ..attention.types import Attended, RelativeBias
+from ..attention import Attended, RelativeBias, Rotation
 
 
 class Pairs(NamedTuple):
@@ -76,7 +76,13 @@ class Columns:
 
 
 def cached_attention(
-    q: Tensor, keys: Tensor, values: Tensor, bias: RelativeBias, columns: Columns, need_normalizer: bool = True
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: RelativeBias,
+    columns: Columns,
+    need_normalizer: bool = True,
+    rotation: Optional[Rotation] = None,
 ) -> Attended:
     """Every new token attends to the columns from its row's oldest slot up to its own.
 
@@ -85,11 +91,16 @@ def cached_attention(
         keys, values: ``[B, H, C, D]``; what lies outside a row's own columns is ignored.
         bias: its table ends with the distances ``K-1 .. 0``.
         need_normalizer: False saves computing it, and the result's is empty.
+        rotation: of queries and keys, which are both unrotated; its positions are columns. Slots move when a segment
+            closes, and a key that is rotated where it is read is exact wherever it stands.
     """
     rows, heads, _, size = q.shape
+    seen = columns.of(keys)
+    if rotation is not None:
+        q, seen = rotation.at(columns.own).rotate(q), rotation.rotate(seen, columns.first)
     scale = 1 / math.sqrt(size)
     content_q = q if bias.content is None else q + bias.content.unsqueeze(1)
-    by_key = columns.of(keys).flatten(0, 1).transpose(1, 2)
+    by_key = seen.flatten(0, 1).transpose(1, 2)
     if bias.table is None and bias.score is None:
         scores = torch.bmm(content_q.flatten(0, 1) * scale, by_key)
     else:

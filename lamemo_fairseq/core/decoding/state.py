@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention import RelativeBias
+from ..positions import LayerBias
 from .attention import Columns, cached_attention
 from .cache import Network, Record, SegmentCache
 
@@ -50,7 +51,7 @@ class DecodingState:
         self.cache: SegmentCache = decoder.memory.cache.empty(decoder.memory, rows, like)
         # The same in every step: sinusoids and their projections are computed once a text, not once a token.
         biases = decoder.positions(self.mem_len + self.length, None, like)
-        self.biases: List[RelativeBias] = [_laid_out(b.causal) for b in biases]
+        self.biases: List[LayerBias] = [b._replace(causal=_laid_out(b.causal)) for b in biases]
         self.layer_step: Callable[..., Tensor] = layer_step
         self.span: Optional[int] = decoder.layers[0].self_attn.config.span
         self.seen = 0  # tokens of fairseq's generator that have been read
@@ -137,7 +138,7 @@ class DecodingState:
         *other* is of the same decoder and sizes; the decoder's weights may have changed in place meanwhile.
         """
         self.cache.copy_(other.cache)
-        for mine, new in zip(self.biases, other.biases, strict=True):
+        for mine, new in zip((b.causal for b in self.biases), (b.causal for b in other.biases), strict=True):
             if mine.table is not None and new.table is not None:
                 mine.table.copy_(new.table)
             if mine.score is not None and new.score is not None:
@@ -158,7 +159,7 @@ def layer_step(
     keys: Tensor,
     values: Tensor,
     columns: Columns,
-    bias: RelativeBias,
+    bias: LayerBias,
     record: Record,
 ) -> Tensor:
     """New rows ``x [B, k, d]`` through one layer; their keys and values go into the cache.
@@ -173,7 +174,8 @@ def layer_step(
         q, k, v = attn.project(normed, normed.size(1))
         columns.put(keys, k, 2)
         columns.put(values, v, 2)
-        attended = cached_attention(q, keys, values, bias, columns, record.outputs is not None)
+        need_normalizer = record.outputs is not None
+        attended = cached_attention(q, keys, values, bias.causal, columns, need_normalizer, bias.rotation)
         if record.outputs is not None and record.normalizers is not None:
             columns.put(record.outputs, attended.output, 2)
             columns.put(record.normalizers, attended.normalizer, 2)

@@ -23,8 +23,9 @@ def kernel_step(state: DecodingState) -> Optional["KernelStep"]:
 
     ``--attention-backend eager`` asks for plain operations, and the kernels' float32 would be too coarse for float64.
     """
-    bias, config, record = state.biases[0], state.decoder.layers[0].self_attn.config, state.cache.record(0)
+    bias, config, record = state.biases[0].causal, state.decoder.layers[0].self_attn.config, state.cache.record(0)
     sinusoids = bias.table is not None and bias.position is not None and bias.score is None
+    sinusoids = sinusoids and state.biases[0].rotation is None
     wanted = config.backend != "eager" and state.cache.keys[0].dtype.itemsize < 8
     more = record.inputs is not None or record.context is not None
     if not wanted or more or not sinusoids or config.span is not None:
@@ -108,7 +109,7 @@ class KernelStep:
             qkv,
             cache.keys[i],
             cache.values[i],
-            state.biases[i],
+            state.biases[i].causal,
             cache.tokens,
             cache.slots,
             state.mem_len,

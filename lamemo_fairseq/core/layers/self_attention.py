@@ -67,7 +67,8 @@ class SelfAttention(nn.Module):
         return self._split_heads(aligned.linear(rows[:, rows.size(1) - queries :], q_weight)), k, v
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
-        """Heads ``[B, H, Q or R, D or D']`` by the backend asked for."""
+        """Unrotated heads ``[B, H, Q or R, D or D']`` by the backend asked for."""
+        q, k = bias.rotate(q, k)
         backend, fitted = BACKENDS[self.config.backend], bias_for(q, bias.causal)
         return backend.causal_attention(
             q, k, v, fitted, self.config.span, self._dropout, self.scale, need_normalizer=need_normalizer

@@ -4,13 +4,13 @@ Shapes: L layers, H heads, D size of a head, T distances, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, List, NamedTuple, Optional, Type
+from typing import ClassVar, List, NamedTuple, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import RelativeBias
+from ..attention import RelativeBias, Rotation
 from ..registry import Registry
 
 
@@ -29,10 +29,23 @@ class PositionConfig:
 
 
 class LayerBias(NamedTuple):
-    """The bias of a layer's causal attention, and of its slots' attention to their right."""
+    """How a layer's attention knows positions: by rotation, by a bias on scores, by both or neither.
 
-    causal: RelativeBias
-    ahead: Optional[RelativeBias]
+    Queries and keys are passed around unrotated. Whoever attends with a bias rotates them first.
+    """
+
+    causal: RelativeBias  # of the causal attention
+    ahead: Optional[RelativeBias]  # of the slots' attention to their right
+    rotation: Optional[Rotation] = None  # of queries and keys; None leaves them as they are
+
+    def rotate(self, q: Tensor, k: Tensor) -> Tuple[Tensor, Tensor]:
+        """Rotate the queries ``[B, H, Q, D or D']`` of the last rows, and the keys ``[B, H, K, D or D']`` of all rows.
+
+        Scores depend on differences of positions, so that the first key's position may count as 0.
+        """
+        if self.rotation is None:
+            return q, k
+        return self.rotation.rotate(q, k.size(2) - q.size(2)), self.rotation.rotate(k)
 
 
 class PositionEncoding(nn.Module):
@@ -55,7 +68,7 @@ class PositionEncoding(nn.Module):
         """The biases of every layer for one segment.
 
         Args:
-            causal: number of keys, for the distances ``causal-1 .. 0``.
+            causal: number of keys, for the distances ``causal-1 .. 0`` and the positions ``0 .. causal-1``.
             ahead: signed distances ``key - slot`` of the look-ahead attention, or None.
             like: any tensor of the model's device and dtype.
         """

@@ -35,7 +35,7 @@ class CompressiveSelfAttention(SelfAttention):
         """
         q, k, v = self.project(rows, queries, keep_padding=watched is None)
         attended = self.causal(q, k, v, bias, need_normalizer=False)
-        used = None if watched is None else usage(q, k, bias.causal, self.config.span, watched)
+        used = None if watched is None else usage(*bias.rotate(q, k), bias.causal, self.config.span, watched)
         return self.merge_heads(attended.output), used
 
 
@@ -44,8 +44,8 @@ def usage(q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int], watched
     """The attention weights that keys receive, averaged over queries and heads; without dropout.
 
     Args:
-        q: ``[B, H, Q, D]``, the last Q positions.
-        k: ``[B, H, K, D]``.
+        q: ``[B, H, Q, D]``, the last Q positions; rotated where positions rotate.
+        k: ``[B, H, K, D]``, likewise.
         bias: its table holds the distances ``K-1 .. 0``.
         span: how many keys a query sees at most.
         watched: which keys.

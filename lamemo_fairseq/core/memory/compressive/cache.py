@@ -61,7 +61,8 @@ class CompressiveCache(SegmentCache):
                 used = None
                 if watches:
                     q, _, _ = attn.project(layer.attention_input(inputs[:, slots:]), length)
-                    used = usage(q, held(self.keys[i], 2), biases[i].causal, attn.config.span, old)
+                    q, k = biases[i].rotate(q, held(self.keys[i], 2))
+                    used = usage(q, k, biases[i].causal, attn.config.span, old)
                 new = memory.compressions[i](inputs[:, old], used)
             _, k, v = attn.project(layer.attention_input(new), 0)
             for buffer, dim, made in ((self.inputs[i], 1, new), (self.keys[i], 2, k), (self.values[i], 2, v)):

@@ -42,7 +42,7 @@ class LookaheadSelfAttention(SelfAttention):
             biases = bias_for(q, bias.causal), bias_for(q, bias.ahead)
             held = Attended(as_wide(q, stored.output), stored.normalizer)
             attended = BACKENDS[self.config.backend].memory_attention(
-                q, k, v, biases, window, held, self.config.span, self._dropout, self.scale
+                *bias.rotate(q, k), v, biases, window, held, self.config.span, self._dropout, self.scale
             )
         output = attended.output[..., : self.config.head_dim]
         carried = Attended(*(last_rows(t, self.config.mem_len, dim=2) for t in (output, attended.normalizer)))

@@ -59,8 +59,9 @@ class LookaheadCache(SegmentCache):
                 q, k, v = attn.project(normed, slots + 1)
                 current = attn.causal(q[:, :, slots:], k, v, bias, need_normalizer=False)
                 ahead = slice(window.first, slots + 1)
+                q, rotated = bias.rotate(q, k)
                 refreshed = BACKENDS[attn.config.backend].lookahead_attention(
-                    q[:, :, :slots], k[:, :, ahead], v[:, :, ahead], bias.ahead, window, stored
+                    q[:, :, :slots], rotated[:, :, ahead], v[:, :, ahead], bias.ahead, window, stored
                 )
                 for buffer, new in (
                     (self.keys[i], k[:, :, :slots]),

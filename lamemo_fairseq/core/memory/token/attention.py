@@ -79,6 +79,7 @@ class TokenSelfAttention(SelfAttention):
             bias: of at least P causal distances, and of the distances ``0 .. K-1`` to the right.
         """
         assert bias.ahead is not None
+        q, k = bias.rotate(q, k)
         size, before = q.size(2), k.size(2) - q.size(2)
         causal, right = bias_for(q, nearest(bias.causal, k.size(2))), bias_for(q, bias.ahead)
         scores = relative_scores(q, k, causal, size - 1, self.scale)
