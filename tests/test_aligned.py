@@ -7,9 +7,20 @@ import torch.nn.functional as F
 from lamemo_fairseq.core.kernels import aligned
 from lamemo_fairseq.core.kernels import rows as rows_module
 from lamemo_fairseq.core.layers import layer
+from lamemo_fairseq.core.memory import MEMORIES
 
 from .gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
+
+# Every memory with its own positions, and positions that rotate or add a score alone.
+MODELS = [
+    *(
+        (name, MEMORIES[name].architecture.defaults.get("position_encoding", "disentangled"))
+        for name in MEMORIES.names()
+    ),
+    *((memory, positions) for memory in ("lookahead", "token") for positions in ("rotary", "alibi")),
+]
+models = pytest.mark.parametrize(("memory", "positions"), MODELS, ids="-".join)
 
 
 @pytest.fixture
@@ -63,10 +74,14 @@ def test_heads_are_padded_by_their_weights(on_a_gpu):
         torch.testing.assert_close(attention.merge_heads(wide[0])[..., :10], attention.merge_heads(narrow[0])[..., :10])
 
 
-@pytest.mark.parametrize("memory", ["lookahead", "recurrent", "compressive", "continuous", "token", "none"])
-def test_a_decoder_of_odd_widths(memory, monkeypatch):
-    positions = "disentangled" if memory == "lookahead" else "transformer-xl"
-    options = {"decoder_embed_dim": 10, "decoder_attention_heads": 2, "decoder_ffn_embed_dim": 9}
+def sizes_of(positions, **options):
+    """Widths that break alignment; rotation takes heads of an even size alone."""
+    return {**options, "decoder_head_dim": 6} if positions == "rotary" else options
+
+
+@models
+def test_a_decoder_of_odd_widths(memory, positions, monkeypatch):
+    options = sizes_of(positions, decoder_embed_dim=10, decoder_attention_heads=2, decoder_ffn_embed_dim=9)
     found = []
     for matters in (False, True):
         monkeypatch.setattr(aligned, "matters", lambda x, matters=matters: matters)
@@ -76,19 +91,19 @@ def test_a_decoder_of_odd_widths(memory, monkeypatch):
             features, state, _ = decoder.step(segment, state)
             loss = loss + features.square().sum()
         found.append([loss, *torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)])
-    assert len(found[0]) > 10
+    assert len(found[0]) > 10 and decoder.layers[0].self_attn.config.head_dim % 8
     for one, other in zip(*found, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("memory", ["lookahead", "recurrent", "compressive", "continuous", "token"])
-def test_all_kernels_at_odd_widths_are_as_exact_as_plain_operations(memory, monkeypatch):
+@models
+def test_all_kernels_at_odd_widths_are_as_exact_as_plain_operations(memory, positions, monkeypatch):
     """Loss and gradients in float16 with rows and heads that break alignment; on a GPU as it is, else interpreted."""
     pytest.importorskip("triton")
-    positions = "disentangled" if memory == "lookahead" else "transformer-xl"
-    options = {"decoder_embed_dim": 26, "decoder_attention_heads": 2, "decoder_ffn_embed_dim": 36, "decoder_layers": 3}
+    widths = {"decoder_embed_dim": 26, "decoder_attention_heads": 2, "decoder_ffn_embed_dim": 36}
+    options = sizes_of(positions, **widths, decoder_layers=3)
 
     def gradients(dtype, backend, kernels):
         with monkeypatch.context() as patched:
