@@ -18,9 +18,9 @@ MODELS = [
         (name, MEMORIES[name].architecture.defaults.get("position_encoding", "disentangled"))
         for name in MEMORIES.names()
     ),
-    *((memory, positions) for memory in ("lookahead", "token") for positions in ("rotary", "alibi")),
+    ("lookahead", "rotary"),
+    ("lookahead", "alibi"),
 ]
-models = pytest.mark.parametrize(("memory", "positions"), MODELS, ids="-".join)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def sizes_of(positions, **options):
     return {**options, "decoder_head_dim": 6} if positions == "rotary" else options
 
 
-@models
+@pytest.mark.parametrize(("memory", "positions"), [*MODELS, ("token", "rotary"), ("token", "alibi")])
 def test_a_decoder_of_odd_widths(memory, positions, monkeypatch):
     options = sizes_of(positions, decoder_embed_dim=10, decoder_attention_heads=2, decoder_ffn_embed_dim=9)
     found = []
@@ -98,7 +98,7 @@ def test_a_decoder_of_odd_widths(memory, positions, monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@models
+@pytest.mark.parametrize(("memory", "positions"), MODELS)
 def test_all_kernels_at_odd_widths_are_as_exact_as_plain_operations(memory, positions, monkeypatch):
     """Loss and gradients in float16 with rows and heads that break alignment; on a GPU as it is, else interpreted."""
     pytest.importorskip("triton")

@@ -151,6 +151,34 @@ def test_scores_without_parameters_need_no_gradient():
     assert not list(encoding_of("alibi").parameters())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"decoder_head_dim": 5},
+            r"rotary rotates pairs .* a head has 5: pass an even --decoder-head-dim",
+        ),
+        ({"clamp_len": 9}, r"--clamp-len 9 clamps distances, .* rotary .*: pass --clamp-len 0, or another encoding"),
+    ],
+)
+def test_rotary_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_decoder(("recurrent", "rotary", "right"), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_padded_heads_rotate_as_their_own_numbers(dtype):
+    """And zeros behind them stay zeros; the norm stays what it was."""
+    heads = torch.randn(2, H, 5, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    rotation = encoding_of("rotary")(9, None, heads)[0].rotation
+    rotated = rotation.rotate(heads, 2)
+    wide = rotation.rotate(torch.nn.functional.pad(heads, (0, 8 - D)), 2)
+    assert rotated.dtype == dtype and wide[..., :D].equal(rotated) and not wide[..., D:].any()
+    torch.testing.assert_close(rotated.norm(dim=-1), heads.norm(dim=-1))
+    chosen = rotation.at(torch.arange(2, 7).expand(2, 5)).rotate(heads)
+    assert chosen.equal(rotated)
+
+
 def test_penalties_of_half_precision_are_finite():
     bias = encoding_of("alibi", heads=32)(200_000, None, torch.zeros(1, dtype=torch.float16))[0]
     assert bias.causal.score.isfinite().all() and bias.causal.score[0, 0] < -30_000
