@@ -305,18 +305,18 @@ def killed_while_copying(times: int) -> None:
 @fault
 def waiting_for_the_host() -> None:
     """The device is given no update and no segment before the host has waited for the norm of the gradients."""
-    from lamemo_fairseq.host import ahead
+    from lamemo_fairseq.host.trainer import SegmentTrainer
 
-    ahead._plain = lambda trainer: False
+    SegmentTrainer._goes_ahead = lambda trainer: False
 
 
 @fault
 def telling_what_went_ahead() -> None:
     """Each update, and each segment, that the device was given early and that was then asked for."""
     from lamemo_fairseq.core.graphs import _TrainingRecording
-    from lamemo_fairseq.host import mixed_precision
+    from lamemo_fairseq.host.mixed_precision import FP16Optimizer
 
-    finish, take = mixed_precision._finish, _TrainingRecording._is
+    finish, take = FP16Optimizer._finish, _TrainingRecording._is
 
     def telling_updates(*args):
         print("an update went ahead", flush=True)
@@ -327,4 +327,4 @@ def telling_what_went_ahead() -> None:
         print("a segment went ahead" if taken else "a segment went in vain", flush=True)
         return taken
 
-    mixed_precision._finish, _TrainingRecording._is = telling_updates, telling_segments
+    FP16Optimizer._finish, _TrainingRecording._is = telling_updates, telling_segments

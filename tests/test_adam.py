@@ -1,31 +1,27 @@
 """Adam in one launch against fairseq's own."""
 
 import copy
-import inspect
 
 import pytest
 import torch
 from fairseq.optim.adam import Adam
 from torch.nn import Parameter
 
-from lamemo_fairseq.host import adam  # stands in for the step
-
-theirs = inspect.unwrap(Adam.step)
-assert theirs.__module__ == Adam.__module__ and theirs is not Adam.step
+from lamemo_fairseq.host.adam import FusedAdam
 
 
-def trained(step, dtype, updates=5, missing=(), saved=None, **options):
+def trained(kind, dtype, updates=5, missing=(), saved=None, **options):
     """Parameters and moments after some updates; those in *missing* get no gradient in the first three."""
     torch.manual_seed(1)
     params = [Parameter(torch.randn(shape).to(dtype)) for shape in ((4, 3), (7,), ())]
-    optimizer = Adam(params, lr=0.1, eps=1e-3, **options)
+    optimizer = kind(params, lr=0.1, eps=1e-3, **options)
     if saved is not None:
         optimizer.load_state_dict(copy.deepcopy(saved))
     for update in range(updates):
         for index, p in enumerate(params):
             gradient = torch.randn(p.shape).to(dtype)
             p.grad = None if index in missing and update < 3 else gradient
-        step(optimizer)
+        optimizer.step()
     return params, optimizer
 
 
@@ -35,7 +31,7 @@ def trained(step, dtype, updates=5, missing=(), saved=None, **options):
 def test_the_same_update(dtype, options, missing):
     """Eps is large, so that its place in the formula shows."""
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
-    (ours, one), (expected, other) = (trained(step, dtype, missing=missing, **options) for step in (Adam.step, theirs))
+    (ours, one), (expected, other) = (trained(kind, dtype, missing=missing, **options) for kind in (FusedAdam, Adam))
     torch.testing.assert_close(ours, expected, **tolerance)
     for p, q in zip(ours, expected, strict=True):
         assert one.state[p].keys() == other.state[q].keys()
@@ -43,35 +39,35 @@ def test_the_same_update(dtype, options, missing):
 
 
 def test_half_precision_is_left_to_fairseq():
-    (ours, _), (expected, _) = (trained(step, torch.float16) for step in (Adam.step, theirs))
+    (ours, _), (expected, _) = (trained(kind, torch.float16) for kind in (FusedAdam, Adam))
     assert all(torch.equal(p, q) for p, q in zip(ours, expected, strict=True))
 
 
 def test_either_goes_on_from_the_other():
-    _, before = trained(Adam.step, torch.float64)
+    _, before = trained(FusedAdam, torch.float64)
     saved = before.state_dict()
-    (ours, _), (expected, _) = (trained(step, torch.float64, saved=saved) for step in (Adam.step, theirs))
+    (ours, _), (expected, _) = (trained(kind, torch.float64, saved=saved) for kind in (FusedAdam, Adam))
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_closure_is_called_once():
-    _, optimizer = trained(Adam.step, torch.float32)
+    _, optimizer = trained(FusedAdam, torch.float32)
     calls = []
     assert optimizer.step(lambda: calls.append(1) or 3.0) == 3.0 and len(calls) == 1
 
 
 def test_an_update_on_condition():
     """It is the usual one, unless it is to be skipped; then only what is counted later could tell."""
-    (expected, other), (params, optimizer) = (trained(Adam.step, torch.float32) for _ in range(2))
+    (expected, other), (params, optimizer) = (trained(FusedAdam, torch.float32) for _ in range(2))
     gradients = [torch.randn(p.shape) for p in params]
     before = copy.deepcopy((params, optimizer.state_dict()))
     for p, q, gradient in zip(params, expected, gradients, strict=True):
         p.grad, q.grad = gradient.clone(), gradient.clone()
-    adam.begin_step(optimizer, skip=torch.tensor(1.0))
+    optimizer.begin_step(skip=torch.tensor(1.0))
     for p, q in zip(params, before[0], strict=True):
         assert torch.equal(p, q)
     torch.testing.assert_close(optimizer.state_dict(), before[1], rtol=0, atol=0)
-    adam.begin_step(optimizer, skip=torch.tensor(0.0))()
+    optimizer.begin_step(skip=torch.tensor(0.0))()
     other.step()
     for p, q in zip(params, expected, strict=True):
         assert torch.equal(p, q)

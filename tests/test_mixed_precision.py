@@ -4,25 +4,26 @@ import math
 
 import pytest
 import torch
+from fairseq import optim
 from fairseq.optim import FairseqOptimizer
-from fairseq.optim.adam import Adam
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
-from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin as Mixin
 from torch.nn import Parameter
 
 from lamemo_fairseq.core.kernels.copies import copy_all
-from lamemo_fairseq.host.figures import meanwhile
-from lamemo_fairseq.host.mixed_precision import begin_step
+from lamemo_fairseq.host.adam import FusedAdam
+from lamemo_fairseq.host.mixed_precision import FP16Optimizer
+from lamemo_fairseq.host.optimizers import adopt, meanwhile
 
 from .gpus import DEVICE
 
 SHAPES = [(3, 4), (5,), (1, 1), (2, 3, 4)]
 
 
-def optimizer_of(layout, dtype, device="cpu"):
-    """The mixin with parameters that have gradients, and other float32 ones behind them."""
+def optimizer_of(layout, dtype, device="cpu", kind=FP16Optimizer):
+    """An optimizer with parameters that have gradients, and other float32 ones behind them."""
     torch.manual_seed(1)
-    optimizer = Mixin()
+    optimizer = kind.__new__(kind)
+    optimizer._multiply_factor = 1.0
     optimizer.fp16_params = [Parameter(torch.randn(shape).to(device, dtype)) for shape in SHAPES]
     for p in optimizer.fp16_params:
         p.grad = torch.randn(p.shape).to(p)
@@ -58,11 +59,12 @@ def with_nothing_new(optimizer):
 @pytest.mark.parametrize("change", [lambda optimizer: None, with_a_missing_gradient, with_nothing_new])
 @pytest.mark.parametrize("name", ["_sync_fp16_grads_to_fp32", "_sync_fp32_params_to_fp16"])
 def test_the_same_as_one_by_one(dtype, layout, change, name):
-    ours, theirs = optimizer_of(layout, dtype), optimizer_of(layout, dtype)
+    ours, theirs = optimizer_of(layout, dtype), optimizer_of(layout, dtype, kind=optim.FP16Optimizer)
     for optimizer in (ours, theirs):
         change(optimizer)
+    assert getattr(type(ours), name) is not getattr(type(theirs), name)
     getattr(ours, name)()
-    getattr(Mixin, name).__wrapped__(theirs)
+    getattr(theirs, name)()
     for one, other in zip(held(ours), held(theirs), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
     assert ours._needs_sync == theirs._needs_sync
@@ -90,7 +92,7 @@ def test_pairs_of_any_dtypes():
 class Inner(FairseqOptimizer):
     def __init__(self, params, **options):
         super().__init__(None)
-        self._optimizer = Adam(params, lr=0.1, **options)
+        self._optimizer = FusedAdam(params, lr=0.1, **options)
 
 
 def trained(begins, layout, scale, max_norm, gradients, **options):
@@ -98,6 +100,7 @@ def trained(begins, layout, scale, max_norm, gradients, **options):
     optimizer = optimizer_of(layout, torch.float16, DEVICE)
     masters = optimizer.fp32_params
     optimizer.fp32_optimizer = Inner(list(masters.values()) if isinstance(masters, dict) else masters, **options)
+    adopt(optimizer.fp32_optimizer)
     optimizer.scaler = scale and DynamicLossScaler(scale, scale_window=2)
     begun = []
     for number, gradient in enumerate(gradients):
@@ -108,7 +111,7 @@ def trained(begins, layout, scale, max_norm, gradients, **options):
         optimizer.multiply_grads(1 / 7)
         if begins:
             before = [t.clone() for t in held(optimizer)]
-            with meanwhile(lambda norm: begun.append(begin_step(optimizer, norm, max_norm))):
+            with meanwhile(lambda norm: begun.append(optimizer.begin_step(norm, max_norm))):
                 norm = attempt(optimizer, max_norm)
             assert len(begun) == number + 1
             changed = not all(torch.equal(t, b) for t, b in zip(optimizer.fp16_params, before[-4:], strict=True))

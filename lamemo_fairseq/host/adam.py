@@ -12,49 +12,79 @@ from fairseq.optim.adam import Adam
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .stand_in import stand_in
 
+class FusedAdam(Adam):
+    """Adam, with the parameter groups and the state of fairseq's."""
 
-@stand_in(Adam, "step")
-def step(original: Callable[..., Any], optimizer: Any, closure: Optional[Callable[[], Any]] = None) -> Any:
-    """One update, with fairseq's own where the kernel does not serve: half precision, amsgrad, sparse gradients."""
-    if not serves(optimizer):
-        return original(optimizer, closure)
-    loss = None if closure is None else closure()
-    begin_step(optimizer)()
-    return loss
+    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
+        """Update once. fairseq's own takes what the kernel does not: half precision, amsgrad, sparse gradients."""
+        if not self.serves():
+            return super().step(closure)
+        loss = None if closure is None else closure()
+        self.begin_step()()
+        return loss
 
+    def serves(self) -> bool:
+        """Return whether the kernel can update the parameters that have gradients."""
+        return all(_serves(group) for group in self.param_groups)
 
-def serves(optimizer: Adam) -> bool:
-    """Whether the kernel can update the parameters that have gradients."""
-    return all(_serves(group) for group in optimizer.param_groups)
+    def begin_step(self, skip: Optional[Tensor] = None) -> Callable[[], None]:
+        """Give the device an update where the kernel serves.
 
+        Args:
+            skip: float32 scalar beside the parameters: if it is not 0, parameters and moments stay as they are.
 
-def begin_step(optimizer: Adam, skip: Optional[Tensor] = None) -> Callable[[], None]:
-    """Give the device an update where the kernel serves.
+        Returns:
+            A function that counts the update, to be called if it was not skipped.
+        """
+        counted: List[Tuple[Dict[str, Any], int]] = []
+        for group in self.param_groups:
+            # Parameters with the same number of updates go together; one without a gradient for a while has had fewer.
+            by_step: DefaultDict[int, List[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_step[self._state_of(p)["step"]].append(p)
+            for done, params in by_step.items():
+                self._update(group, params, done, skip)
+                counted += [(self.state[p], done + 1) for p in params]
 
-    Args:
-        skip: float32 scalar beside the parameters: if it is not 0, parameters and moments stay as they are.
+        def count() -> None:
+            for state, done in counted:
+                state["step"] = done
 
-    Returns:
-        A function that counts the update, to be called if it was not skipped.
-    """
-    counted: List[Tuple[Dict[str, Any], int]] = []
-    for group in optimizer.param_groups:
-        # Parameters that have had as many updates go together; one that had no gradient for a while has had fewer.
-        by_step: DefaultDict[int, List[Tensor]] = defaultdict(list)
-        for p in group["params"]:
-            if p.grad is not None:
-                by_step[_state(optimizer, p)["step"]].append(p)
-        for done, params in by_step.items():
-            _update(optimizer, group, params, done, skip)
-            counted += [(optimizer.state[p], done + 1) for p in params]
+        return count
 
-    def count() -> None:
-        for state, done in counted:
-            state["step"] = done
+    def _state_of(self, p: Tensor) -> Dict[str, Any]:
+        """Return the moments and the number of updates, named as fairseq names them, beside the parameter."""
+        state: Dict[str, Any] = self.state[p]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].to(p)
+        return state
 
-    return count
+    @torch.no_grad()
+    def _update(self, group: Dict[str, Any], params: List[Tensor], done: int, skip: Optional[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [torch.full((), float(done), device=p.device) for p in params],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            # fairseq adds eps before it corrects the bias of the second moment, PyTorch after.
+            eps=group["eps"] / math.sqrt(1 - beta2 ** (done + 1)),
+            maximize=False,
+            found_inf=skip,
+        )
 
 
 def _serves(group: Dict[str, Any]) -> bool:
@@ -64,40 +94,4 @@ def _serves(group: Dict[str, Any]) -> bool:
         and p.device.type in ("cpu", "cuda")
         and not p.grad.is_sparse
         for p in given
-    )
-
-
-def _state(optimizer: Adam, p: Tensor) -> Dict[str, Any]:
-    """The moments and the number of updates, named as fairseq names them and where the parameter is."""
-    state = optimizer.state[p]
-    if not state:
-        state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    for name in ("exp_avg", "exp_avg_sq"):
-        state[name] = state[name].to(p)
-    return state
-
-
-@torch.no_grad()
-def _update(
-    optimizer: Adam, group: Dict[str, Any], params: List[Tensor], done: int, skip: Optional[Tensor] = None
-) -> None:
-    beta1, beta2 = group["betas"]
-    states = [optimizer.state[p] for p in params]
-    adamw(
-        params,
-        [p.grad for p in params if p.grad is not None],
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        [torch.full((), float(done), device=p.device) for p in params],
-        fused=True,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        # fairseq adds eps before it corrects the bias of the second moment, PyTorch after.
-        eps=group["eps"] / math.sqrt(1 - beta2 ** (done + 1)),
-        maximize=False,
-        found_inf=skip,
     )

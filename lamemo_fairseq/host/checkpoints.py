@@ -4,7 +4,6 @@ A checkpoint is the zip file that torch writes, with a checksum of all before it
 of zip files pass over it. So every tool of fairseq reads it, and one cut short or with a byte changed is refused.
 """
 
-import argparse
 import contextlib
 import hashlib
 import logging
@@ -14,19 +13,17 @@ import shutil
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
 
-from . import interruption
-from .configuration import CheckpointError, check, complete, is_ours, read_checkpoint
+from .configuration import CheckpointError, check, complete, is_ours, names, read_checkpoint
 from .overrides import override
-from .restoring import check_restored
+from .restoring import check_expected, expects_ours
 from .stand_in import stand_in
-from .training_state import training_state
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +54,19 @@ def seal(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def is_sealed(path: Path) -> bool:
+    """Return whether a file ends as `seal` left it, whatever is before."""
+    return path.is_file() and _ends(path)[1].startswith(_PREFIX)
+
+
+def _ends(path: Path) -> Tuple[bytes, bytes]:
+    """Return the first bytes of a file, and as many of its last as a seal has."""
+    with path.open("rb") as file:
+        head = file.read(4)
+        file.seek(-min(path.stat().st_size, _SEAL_LENGTH), os.SEEK_END)
+        return head, file.read()
+
+
 def verify(path: Path) -> None:
     """Check a file against the checksum that `seal` added, or else against those that torch wrote for each part.
 
@@ -73,10 +83,7 @@ def verify(path: Path) -> None:
 def _damage(path: Path) -> Optional[str]:
     """Return the damage of a file, None if it is whole."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(4)
-        file.seek(-min(size, _SEAL_LENGTH), os.SEEK_END)
-        tail = file.read()
+    head, tail = _ends(path)
     if size > _SEAL_LENGTH and tail.startswith(_PREFIX):
         return None if _digest(path, size - 64) == tail[-64:] else "its checksum does not match"
     if size < _END_LENGTH:
@@ -129,7 +136,7 @@ def load_checkpoint_to_cpu(
     arg_overrides: Optional[Dict[str, Any]] = None,
     load_on_all_ranks: bool = False,
 ) -> Any:
-    """Load a checkpoint whole, of this package checked and with the options that it lacks; others as fairseq does.
+    """Load a checkpoint of this package whole, checked, and with the options that it lacks; others as fairseq does.
 
     Raises:
         DamagedCheckpointError: the file is not what was once saved.
@@ -139,44 +146,60 @@ def load_checkpoint_to_cpu(
     local = Path(PathManager.get_local_path(path))
     if not local.is_file():
         return original(path, arg_overrides, load_on_all_ranks)
+    if not (expects_ours() or is_sealed(local)):
+        state = _glance(local)
+        if not is_ours(state):
+            return _load_another(original, local, state, path, arg_overrides, load_on_all_ranks)
     verify(local)
     state = read_checkpoint(str(local))
-    ours = is_ours(state)
-    if ours:
+    if is_ours(state):
         check(state, path)
-    check_restored(state, path)
-    if not ours:
-        return _load_another(original, path, arg_overrides, load_on_all_ranks)
+    check_expected(state, path)
+    if not is_ours(state):  # its seal was copied with it
+        return original(path, arg_overrides, load_on_all_ranks)
     state["cfg"] = OmegaConf.create(complete(state["cfg"]), flags={"allow_objects": True})
     override(state["cfg"], arg_overrides or {})
     return state
 
 
-def _load_another(original: Callable[..., Any], path: str, *args: Any) -> Any:
-    """Load what is not of this package; fairseq does not say which file it can make no sense of."""
+def _glance(path: Path) -> Any:
+    """Return the state of a checkpoint with its tensors left on the disk, None if it holds more than plain values."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return original(path, *args)
+        return read_checkpoint(str(path), mapped=True)
+    except CheckpointError:
+        return None
+
+
+def _load_another(original: Callable[..., Any], local: Path, state: Any, path: str, *args: Any) -> Any:
+    """Load what is not of this package. fairseq does not say which file it can make no sense of."""
+    if names(state) != (None, None):
+        return original(path, *args)
+    verify(local)
+    try:
+        return original(path, *args)
     except Exception as error:
         raise CheckpointError(f"{path} is no checkpoint of fairseq: {type(error).__name__}: {error}") from error
 
 
-@stand_in(checkpoint_utils, "torch_persistent_save")
-def torch_persistent_save(original: Callable[..., Any], obj: Any, filename: str, async_write: bool = False) -> Any:
-    """fairseq's writes have no checksum, and on a full disk append a second try to the first.
+def write_checkpoint(state: Dict[str, Any], filename: str, cfg: Any) -> None:
+    """Write a checkpoint with a checksum. fairseq's has none, and on a full disk a second try is appended to the first.
+
+    Args:
+        cfg: fairseq's options of checkpoints.
 
     Raises:
         OSError: the file was not written, with the reason and the last whole checkpoint.
     """
-    crashed = isinstance(filename, str) and os.path.basename(filename) == "crash.pt"
-    if crashed and obj["cfg"]["checkpoint"]["no_save"]:
+    crashed = os.path.basename(filename) == "crash.pt"
+    if crashed and cfg.no_save:
         logger.info("%s is not written: --no-save", filename)
         return
-    if async_write or not isinstance(filename, str) or not PathManager.supports_rename(filename):
-        return original(obj, filename, async_write=async_write)
+    if cfg.write_checkpoints_asynchronously or not PathManager.supports_rename(filename):
+        checkpoint_utils.torch_persistent_save(state, filename, async_write=cfg.write_checkpoints_asynchronously)
+        return
 
     def write(unfinished: Path) -> None:
-        torch.save(obj, unfinished)
+        torch.save(state, unfinished)
         seal(unfinished)
 
     started = time.monotonic()
@@ -191,31 +214,39 @@ def torch_persistent_save(original: Callable[..., Any], obj: Any, filename: str,
         "%s: %.1f MB, of which the memory of the streams %.1f MB; written and sealed in %.1f s",
         filename,
         os.path.getsize(filename) / 1e6,
-        _size_of_memory(obj) / 1e6,
+        _size_of_memory(state) / 1e6,
         time.monotonic() - started,
     )
 
 
-def _size_of_memory(obj: Any) -> int:
-    memory = obj.get("extra_state", {}).get("train_iterator", {}).get("memory") or {}
+def _size_of_memory(state: Dict[str, Any]) -> int:
+    memory = state.get("extra_state", {}).get("train_iterator", {}).get("memory") or {}
     tensors = (t for value in memory.values() for t in (value if isinstance(value, tuple) else (value,)))
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def copy_checkpoint(source: str, target: str) -> None:
+    """Copy a checkpoint over another, which stays until the copy is complete."""
+
+    def write(unfinished: Path) -> None:
+        shutil.copyfile(source, unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+
+    _replace(Path(target), write)
+
+
 class _PathManager(PathManager):
-    """fairseq copies over a checkpoint in place; a run killed there would be left without its last one."""
+    """Copies sealed checkpoints as `copy_checkpoint` does.
+
+    fairseq copies over one in place; a run killed there would be left without its last checkpoint.
+    """
 
     @staticmethod
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Optional[bool]:
-        if not PathManager.supports_rename(dst_path) or (os.path.exists(dst_path) and not overwrite):
+        if not (overwrite and PathManager.supports_rename(dst_path) and is_sealed(Path(src_path))):
             return PathManager.copy(src_path, dst_path, overwrite=overwrite)
-
-        def write(unfinished: Path) -> None:
-            shutil.copyfile(src_path, unfinished)
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-
-        _replace(Path(dst_path), write)
+        copy_checkpoint(src_path, dst_path)
         return True
 
 
@@ -261,44 +292,22 @@ def _what_is_left(path: Path) -> str:
     return f"The last whole checkpoint is {whole}: make room, and start the same command again"
 
 
-@stand_in(checkpoint_utils, "save_checkpoint")
-def save_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
-    """fairseq asks the first rank alone for its state; before, each rank brings it the memory of its streams."""
-    if cfg.no_save or not hasattr(epoch_itr, "gather_memory"):
-        return original(cfg, trainer, epoch_itr, val_loss)
-    trainer.task.losses.check()
-    epoch_itr.gather_memory()
-    if trainer.should_save_checkpoint_on_current_rank:
-        trainer.task.training_state = training_state(trainer)
-    try:
-        saved = original(cfg, trainer, epoch_itr, val_loss)
-        _keep_at_the_end_of_an_epoch(cfg, trainer, epoch_itr, saved)
-    finally:
-        trainer.task.training_state = {}  # kept until the next save, it could hold a copy of the weights
-    interruption.note_saved(trainer.get_num_updates())
-    return saved
+def keep_due_checkpoint(cfg: Any, saved: str, due: Optional[str]) -> None:
+    """Copy the checkpoint just *saved* to the one that is *due*, if any, and remove those that it makes too many.
 
-
-def _keep_at_the_end_of_an_epoch(cfg: Any, trainer: Any, epoch_itr: Any, saved: Optional[str]) -> None:
-    """Keep the checkpoint of ``--save-interval-updates``, which fairseq leaves out where an epoch ends with it."""
-    updates, every = trainer.get_num_updates(), cfg.save_interval_updates
-    writes = trainer.should_save_checkpoint_on_current_rank
-    if not (writes and epoch_itr.end_of_epoch() and every > 0 and updates % every == 0):
+    Args:
+        cfg: fairseq's options of checkpoints.
+        due: ``checkpoint_EPOCH_UPDATES.pt``, with fairseq's suffix before its end.
+    """
+    if due is None:
         return
-    suffix = trainer.checkpoint_suffix
-    path = os.path.join(cfg.save_dir, f"checkpoint_{epoch_itr.epoch}_{updates}{suffix}.pt")
-    if saved is None:
-        logger.warning(
-            "%s is not written: epoch %d ends with this update, and --no-epoch-checkpoints and --no-last-checkpoints "
-            "leave nothing to copy it from",
-            path,
-            epoch_itr.epoch,
-        )
-        return
-    _PathManager.copy(saved, path, overwrite=True)
+    copy_checkpoint(saved, due)
     if cfg.keep_interval_updates > 0:
-        pattern, spared = rf"checkpoint_\d+_(\d+){re.escape(suffix)}\.pt", cfg.keep_interval_updates_pattern
-        kept: Any = checkpoint_utils.checkpoint_paths(cfg.save_dir, pattern=pattern, keep_match=True)
-        removable = [name for name, update in kept if spared == -1 or update % spared]
+        suffix = re.fullmatch(r"checkpoint_\d+_\d+(.*)\.pt", os.path.basename(due))
+        assert suffix is not None
+        pattern = rf"checkpoint_\d+_(\d+){re.escape(suffix[1])}\.pt"
+        spared = cfg.keep_interval_updates_pattern
+        present: Any = checkpoint_utils.checkpoint_paths(cfg.save_dir, pattern=pattern, keep_match=True)
+        removable = [name for name, update in present if spared == -1 or update % spared]
         for name in removable[cfg.keep_interval_updates :]:
             os.remove(name)

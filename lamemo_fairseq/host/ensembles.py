@@ -1,10 +1,11 @@
 """Several models in fairseq-eval-lm."""
 
-from typing import Any, Callable, List, Sequence
+from typing import Any, Callable, Sequence
 
 from fairseq import checkpoint_utils, utils
 
 from .own import OwnTask
+from .restoring import opening
 from .stand_in import stand_in
 
 
@@ -18,7 +19,8 @@ def load_model_ensemble_and_task(
     **kwargs: Any,
 ) -> Any:
     """Load the models of ``--path``, separated by ``:``, which fairseq-eval-lm takes for the name of one file."""
-    names: List[str] = list(filenames)
-    if isinstance(task, OwnTask):
-        names = [path for name in names for path in utils.split_paths(name)]
-    return original(names, arg_overrides, task, *args, **kwargs)
+    if not isinstance(task, OwnTask):
+        return original(filenames, arg_overrides, task, *args, **kwargs)
+    with opening():
+        paths = [path for name in filenames for path in utils.split_paths(name)]
+        return original(paths, arg_overrides, task, *args, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any, Callable, Optional, Sequence
 from fairseq import options
 
 from .command_line import CommandLine
+from .configuration import is_our_model, is_our_task
 from .generation_defaults import adapt_generation
 from .interruption import end_in_one_line
 from .named_checkpoints import check_checkpoints, take_task_from_checkpoint
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 def parse_args_and_arch(
     original: Callable[..., Any], parser: Any, input_args: Optional[Sequence[str]] = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Check the command line of our models, and correct what fairseq concludes from it and its environment."""
+    """Check the command line of our models, and correct what fairseq concludes from it; read others as fairseq does."""
     take_task_from_checkpoint(parser, input_args)
     words = list(sys.argv[1:] if input_args is None else input_args)
     line = CommandLine(parser, words)
@@ -35,10 +36,22 @@ def parse_args_and_arch(
     with line.plain_errors():
         parsed = original(parser, input_args, *args, **kwargs)
     namespace: Namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+    if is_our_task(getattr(namespace, "task", None)) or is_our_model(getattr(namespace, "arch", None)):
+        _correct(namespace, words)
+        adapt_generation(namespace, words, TASK)
+        line.check(namespace)
+        if hasattr(namespace, "max_update"):
+            check_save_dir(namespace.save_dir)
+        end_in_one_line()
+    check_checkpoints(namespace)
+    return parsed
+
+
+def _correct(namespace: Namespace, words: Sequence[str]) -> None:
+    """Correct what fairseq concludes from a command line and its environment."""
     # --bf16 it takes for a TPU's, from the days before GPUs had it, and then looks for torch_xla.
     if getattr(namespace, "tpu", False) and "--tpu" not in words and importlib.util.find_spec("torch_xla") is None:
         namespace.tpu = False
-    adapt_generation(namespace, words, TASK)
     # One process a GPU is for GPUs.
     if getattr(namespace, "cpu", False) and not any(w.startswith("--distributed-world-size") for w in words):
         namespace.distributed_world_size = 1
@@ -53,12 +66,6 @@ def parse_args_and_arch(
             if namespace.distributed_rank == 0:
                 logger.info("--ddp-backend legacy_ddp takes the place of %s, which needs GPUs", namespace.ddp_backend)
             namespace.ddp_backend = "legacy_ddp"
-    line.check(namespace)
-    if hasattr(namespace, "max_update"):
-        check_save_dir(namespace.save_dir)
-    check_checkpoints(namespace)
-    end_in_one_line()
-    return parsed
 
 
 def check_save_dir(folder: str) -> None:

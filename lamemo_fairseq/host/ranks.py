@@ -1,12 +1,11 @@
 """Several ranks: what one of them knows, brought to the others."""
 
-import io
 import os
-import pickle
 from typing import Any, Callable, List
 
 import torch
 import torch.distributed as dist
+from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 from torch import Tensor
 
@@ -74,48 +73,19 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-@stand_in(distributed_utils, "_broadcast_object_slow")
-def broadcast_object(
-    original: Callable[..., Any], obj: Any, src_rank: int, group: Any, dist_device: torch.device
-) -> Any:
-    """At a resume the first rank sends the checkpoint to the others.
+def prepare_ranks() -> None:
+    """Let what ranks of this package's task gather be of any size, and on CPUs too.
 
-    They read it with torch.load, which since torch 2.6 refuses what fairseq puts into it. The sender is a rank
-    of the same job, so there is nothing to refuse.
+    fairseq-validate gathers one record a batch. fairseq's function needs a GPU, and fails where the records outgrow
+    ``--all-gather-list-size``, which those of a long split do.
     """
-    if _loads_what_it_saves():
-        return original(obj, src_rank, group, dist_device)
-    held = [obj]
-    dist.broadcast_object_list(held, src=src_rank, group=group, device=dist_device)
-    return held[0]
+    if not hasattr(distributed_utils.all_gather_list, "__wrapped__"):  # not yet
+        stand_in(distributed_utils, "all_gather_list")(_all_gather_list)
 
 
-def _loads_what_it_saves() -> bool:
-    buffer = io.BytesIO()
-    torch.save(distributed_utils._TensorPlaceholder(0), buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer)
-    except pickle.UnpicklingError:
-        return False
-    return True
-
-
-@stand_in(distributed_utils, "all_gather_list")
-def all_gather_list(
+def _all_gather_list(
     original: Callable[..., List[Any]], data: Any, group: Any = None, max_size: int = 16384
 ) -> List[Any]:
-    """fairseq-validate collects one record a batch with it.
-
-    fairseq's needs a GPU, and fails where the records outgrow ``--all-gather-list-size``, which those of a
-    long split do.
-    """
     gathered: List[Any] = [None] * distributed_utils.get_world_size(group or distributed_utils.get_global_group())
-    dist.all_gather_object(gathered, _to_host(data), group=group)
+    dist.all_gather_object(gathered, utils.move_to_cpu(data), group=group)
     return gathered
-
-
-def _to_host(data: Any) -> Any:
-    from fairseq import utils
-
-    return utils.move_to_cpu(data)

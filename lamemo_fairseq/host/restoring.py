@@ -8,7 +8,7 @@ import logging
 import os
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, cast
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.names import option_name
 from .averages import supply_averages
-from .configuration import CheckpointError, complete, describe, is_our_task, is_ours, read_ours
+from .configuration import CheckpointError, complete, describe, is_ours, read_ours
 from .overrides import owners_of_options
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ class _Difference(NamedTuple):
 
 
 _OBJECTS = {"allow_objects": True}
-_run: ContextVar[Any] = ContextVar("_run", default=None)
+_run: ContextVar[Optional[_Run]] = ContextVar("_run", default=None)
+_opening: ContextVar[bool] = ContextVar("_opening", default=False)
 
 
 @contextmanager
@@ -73,9 +74,6 @@ def restoring(trainer: Any, anew: bool) -> Iterator[None]:
     Raises:
         ValueError: ``--ema-seed-model`` names no checkpoint with averages of this model.
     """
-    if not is_our_task(getattr(trainer.cfg.task, "_name", None)):
-        yield
-        return
     _seed_averages(trainer)
     token = _run.set(_Run(trainer, anew))
     try:
@@ -84,12 +82,29 @@ def restoring(trainer: Any, anew: bool) -> Iterator[None]:
         _run.reset(token)
 
 
-def check_restored(state: Dict[str, Any], path: str) -> None:
-    """Check a checkpoint that is loaded within `restoring`, and log the differences; elsewhere do nothing.
+@contextmanager
+def opening() -> Iterator[None]:
+    """Expect a checkpoint of this package in what is loaded meanwhile, to be evaluated or continued."""
+    token = _opening.set(True)
+    try:
+        yield
+    finally:
+        _opening.reset(token)
+
+
+def expects_ours() -> bool:
+    """Return whether a checkpoint is loaded for a task of this package, in `restoring` or `opening`."""
+    return _opening.get() or _run.get() is not None
+
+
+def check_expected(state: Dict[str, Any], path: str) -> None:
+    """Check a checkpoint against what it is loaded for; in `restoring`, log the differences.
 
     Raises:
         CheckpointError: it is of another package, or of a model that this run's options do not make.
     """
+    if _opening.get() and not is_ours(state):
+        raise CheckpointError(f"{path} is {describe(state)}, which is not one of this package: pass its own task")
     run = _run.get()
     if run is None:
         return

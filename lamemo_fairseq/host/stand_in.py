@@ -1,4 +1,23 @@
-"""Putting a function in the place of one of fairseq's."""
+"""Putting a function in the place of one of fairseq's.
+
+What has a hook in fairseq is a subclass: `trainer.SegmentTrainer`, and the optimizers that `optimizers.adopt` makes.
+These are replaced, since fairseq calls them by name. For a task, a model or a checkpoint of another package each calls
+fairseq's function with the same arguments, and returns what it returns. (`all_gather_list` cannot know for whom it
+gathers: it is replaced in processes that set up a task of this package.)
+
+| replaced | when | in | reason |
+|---|---|---|---|
+| `options.parse_args_and_arch` | import | `options` | a command line has no hook; errors in one line |
+| `checkpoint_utils.load_checkpoint_to_cpu` | import | `checkpoints` | checked before anything is built of it |
+| `checkpoint_utils.PathManager` | import | `checkpoints` | its `copy` writes in place, over the last checkpoint |
+| `checkpoint_utils.load_model_ensemble_and_task` | import | `ensembles` | several models in fairseq-eval-lm |
+| `fairseq_cli.train.Trainer` | our task is set up | `training` | chooses the trainer, by the task |
+| `fairseq_cli.train.train` | our task is set up | `training` | a run that has ended, or is interrupted |
+| `distributed.utils.all_gather_list` | our task is set up | `ranks` | needs a GPU, and fails with long splits |
+| `fairseq_cli.eval_lm.eval_lm` | our split is evaluated | `evaluation` | scores sentences, not streams |
+
+``tests/test_replaced.py`` compares this list with what importing the package changes.
+"""
 
 import functools
 from typing import Any, Callable
@@ -12,7 +31,7 @@ def stand_in(owner: Any, name: str) -> Callable[[Callable[..., Any]], Callable[.
     original = getattr(owner, name)
 
     def put(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
+        @functools.wraps(original, updated=())
         def stands_in(*args: Any, **kwargs: Any) -> Any:
             return function(original, *args, **kwargs)
 

@@ -1,52 +1,47 @@
 """The training loop of fairseq-train."""
 
-import contextlib
 import logging
-import sys
-from typing import Any, Callable, Iterator, Optional
-from weakref import WeakSet
+from typing import Any, Callable, Optional
 
-import torch
 from fairseq.logging import metrics
-from fairseq.trainer import Trainer
 
-from . import interruption, schedules
+from . import interruption
+from .commands import training_commands
 from .devices import without_gpus
+from .own import OwnTask
 from .stand_in import stand_in
+from .trainer import SegmentTrainer
 
 logger = logging.getLogger(__name__)
 
-_begun: "WeakSet[Any]" = WeakSet()  # trainers
-
-
-def training_commands() -> Iterator[Any]:
-    """The module of fairseq-train, imported, or run as a script, or both."""
-    for name in ("fairseq_cli.train", "__main__"):
-        module = sys.modules.get(name)
-        if hasattr(module, "validate_and_save"):
-            yield module
-
 
 def prepare_training() -> None:
-    """Put `_train` in its place, where there is a command that trains."""
+    """Let fairseq-train, where it is imported or run, train models of this package with `SegmentTrainer`."""
     for module in training_commands():
-        if not hasattr(module, "_is_prepared"):
-            setattr(module, "_is_prepared", True)  # noqa: B010
+        if not hasattr(module.Trainer, "__wrapped__"):  # not yet
+            stand_in(module, "Trainer")(_trainer)
             stand_in(module, "train")(_train)
+
+
+def _trainer(original: Callable[..., Any], cfg: Any, task: Any, *args: Any, **kwargs: Any) -> Any:
+    return (SegmentTrainer if isinstance(task, OwnTask) else original)(cfg, task, *args, **kwargs)
 
 
 def _train(original: Callable[..., Any], cfg: Any, trainer: Any, *args: Any) -> Any:
     """Train for an epoch, unless the run has ended: fairseq would add an update, or several, at every start."""
+    if not isinstance(trainer, SegmentTrainer):
+        return original(cfg, trainer, *args)
     with interruption.told(), without_gpus(cfg.common.cpu):
-        if trainer not in _begun:
+        if not trainer.begun:
             _check_metric(cfg, trainer)
             reason = _ended(cfg, trainer)
             if reason is not None:
                 logger.info("nothing left to do: %s", reason)
                 return [None], True
-            _begun.add(trainer)
-        schedules.begin_epoch(trainer)
-        return original(cfg, trainer, *args)
+            trainer.begun = True
+        result = original(cfg, trainer, *args)
+        trainer.end_epoch()
+        return result
 
 
 def _ended(cfg: Any, trainer: Any) -> Optional[str]:
@@ -81,26 +76,3 @@ def _check_metric(cfg: Any, trainer: Any) -> None:
             f"--best-checkpoint-metric {metric} is not a figure of a validation: pass one of "
             f"{', '.join(name for name in names if not name.startswith('_'))}"
         )
-
-
-def seed_of(trainer: Any, done: int) -> int:
-    """The seed of the update that comes after *done* of them."""
-    return trainer.cfg.common.seed + done
-
-
-@stand_in(Trainer, "get_train_iterator")
-def get_train_iterator(original: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-    """fairseq asks for batches to train on in the same words as for batches of that split to validate on."""
-    with getattr(trainer.task, "training_batches", contextlib.nullcontext)():
-        return original(trainer, *args, **kwargs)
-
-
-@stand_in(Trainer, "_set_seed")
-def _set_seed(original: Callable[..., Any], trainer: Any) -> None:
-    """Seed only the training device. torch.manual_seed also records a stack trace for every backend that is absent."""
-    if trainer.device.type not in ("cpu", "cuda"):
-        return original(trainer)
-    seed = seed_of(trainer, trainer.get_num_updates())
-    torch.default_generator.manual_seed(seed)
-    if trainer.device.type == "cuda":
-        torch.cuda.manual_seed(seed)

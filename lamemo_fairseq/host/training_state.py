@@ -7,20 +7,15 @@
 
 import logging
 import os
-from typing import Any, Callable, Dict, List, Set
+from typing import Any, Dict, List, Set
 
 import torch
-from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from torch import Tensor
 
-from . import interruption
-from .averages import Averages
-from .restoring import restoring
-from .schedules import restore_schedule, schedule_state
-from .stand_in import stand_in
-from .training import training_commands
+from .commands import training_commands
+from .schedules import schedule_state
 
 logger = logging.getLogger(__name__)
 
@@ -92,43 +87,6 @@ def _counted(scaler: DynamicLossScaler) -> Set[str]:
     return {name for name in vars(scaler) if name == "loss_scale" or name.startswith("_")}
 
 
-@stand_in(checkpoint_utils, "load_checkpoint")
-def load_checkpoint(original: Callable[..., Any], cfg: Any, trainer: Any, **kwargs: Any) -> Any:
-    """fairseq's, and then the rest of the state, unless the optimizer begins anew.
-
-    Raises:
-        FileNotFoundError: the checkpoint named by an option is not there.
-    """
-    if not hasattr(trainer.task, "training_state"):
-        return original(cfg, trainer, **kwargs)
-    check_named_checkpoint(cfg, trainer.checkpoint_suffix)
-    anew = cfg.reset_optimizer or _begins_finetuning(cfg, trainer)
-    if trainer.cfg.ema.store_ema:  # built when first asked for, which may be after the first update
-        trainer._build_ema = lambda: setattr(trainer, "_ema", Averages(trainer._model, trainer.cfg.ema, trainer.device))
-    with restoring(trainer, anew=anew):
-        extra_state, epoch_itr = original(cfg, trainer, **kwargs)
-    if anew:
-        trainer._previous_training_time = 0  # what --stop-time-hours counts is this run's
-    interruption.begin(trainer)
-    state = (extra_state or {}).get(type(trainer.task).__name__)
-    if cfg.reset_meters and state:
-        state = {name: value for name, value in state.items() if name != "patience"}
-    if state and not anew:
-        restore_training_state(trainer, state)
-        if "schedule" in state and not cfg.reset_lr_scheduler:
-            place = extra_state["train_iterator"]
-            ended = place["iterations_in_epoch"] == 0
-            restore_schedule(
-                trainer,
-                state["schedule"],
-                ended=ended,
-                epoch=place["epoch"] - ended,
-                loss=extra_state.get("val_loss"),
-                again=cfg.reset_dataloader,
-            )
-    return extra_state, epoch_itr
-
-
 def check_named_checkpoint(cfg: Any, suffix: str) -> None:
     """Check that the checkpoint to begin with is there. Without it fairseq trains from the start.
 
@@ -152,10 +110,3 @@ def check_named_checkpoint(cfg: Any, suffix: str) -> None:
         raise FileNotFoundError(f"{option} {path}: there is no such file, {advice}")
     if begun and os.path.realpath(path) != os.path.realpath(last):
         logger.warning("%s %s is taken, although there is a %s from a run that has begun", option, path, last)
-
-
-def _begins_finetuning(cfg: Any, trainer: Any) -> bool:
-    """Return whether fairseq takes nothing but weights from a checkpoint. Its options do not say so then."""
-    last = os.path.join(cfg.save_dir, f"checkpoint_last{trainer.checkpoint_suffix}.pt")
-    begins = cfg.finetune_from_model is not None and cfg.continue_once is None
-    return begins and not PathManager.exists(last)

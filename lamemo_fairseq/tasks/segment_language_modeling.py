@@ -26,8 +26,9 @@ from ..data.text import check_input
 from ..evaluation import use_for_eval_lm
 from ..generation import PromptDataset
 from ..host.configuration import check_criterion, check_model
+from ..host.interruption import note_saved
 from ..host.own import TASK
-from ..host.ranks import launched_ranks, several_ranks
+from ..host.ranks import launched_ranks, prepare_ranks, several_ranks
 from ..host.start import check_task
 from ..host.training import prepare_training
 from .faults import LossWatch, retry_out_of_memory
@@ -76,7 +77,6 @@ class SegmentLanguageModelingTask(PromptTask):
         self.dictionary = dictionary
         self.segment_length: Optional[int] = cfg.tokens_per_sample
         self.losses = LossWatch()
-        self.training_state: Dict[str, Any] = {}  # of the trainer, for the checkpoint being saved
         self._decoder: Any = None
         self._iterators: Dict[Any, SegmentBatchIterator] = {}
         self._batches: Optional[SegmentBatchIterator] = None  # that a model is trained on
@@ -94,6 +94,7 @@ class SegmentLanguageModelingTask(PromptTask):
         """
         check_task(cfg, kwargs.get("from_checkpoint", False))
         prepare_training()
+        prepare_ranks()
         if launched_ranks() > 1 and not several_ranks():
             raise ValueError(
                 f"torchrun has started {launched_ranks()} processes, of which fairseq takes each for a job of its own: "
@@ -335,9 +336,9 @@ class SegmentLanguageModelingTask(PromptTask):
             total = sum(logged.get(name, 0) for logged in logging_outputs)
             metrics.log_scalar(name, total / tokens, tokens, round=5)
 
-    def get_checkpoint_dict(self) -> Dict[str, Any]:
-        """Return what fairseq puts into a checkpoint for a task."""
-        return {type(self).__name__: self.training_state}
+    def post_save(self, path: str, updates: int) -> None:
+        """Note that a checkpoint has been written, with all its copies."""
+        note_saved(updates)
 
     def eval_lm_dataloader(
         self,

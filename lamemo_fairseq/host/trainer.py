@@ -1,0 +1,240 @@
+"""The trainer of this package's task: fairseq's, with what a model with state needs and fairseq does not do.
+
+It also lets the device go ahead of the host. fairseq waits for the norm of the gradients, and only then updates, logs,
+loads a batch and runs the model; the device would have nothing to do meanwhile. Here it is given the update, and if a
+CUDA graph is recorded the next segment's forward pass, before the host waits. The numbers are the same to the last bit.
+(If ranks turn out to disagree about the norm, fairseq ends the run as ever; its crash.pt then holds the updated
+weights.)
+"""
+
+import logging
+import os
+from functools import cache
+from typing import Any, Callable, Dict, List, Optional
+
+import torch
+from fairseq import utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.tasks import FairseqTask
+from fairseq.trainer import Trainer
+from torch import Tensor
+
+from . import interruption, schedules
+from .averages import Averages
+from .checkpoints import keep_due_checkpoint, write_checkpoint
+from .mixed_precision import FP16Optimizer
+from .optimizers import adopt, meanwhile
+from .restoring import restoring
+from .training_state import check_named_checkpoint, restore_training_state, training_state
+
+logger = logging.getLogger(__name__)
+
+
+class SegmentTrainer(Trainer):
+    """Trains a model of this package.
+
+    Raises:
+        FileNotFoundError: the checkpoint named by an option is not there.
+    """
+
+    def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None):
+        super().__init__(cfg, task, model, criterion, quantizer)
+        self.begun = False
+        self._batches: Any = None  # of the epoch
+        self._updating = False
+        self._finish_loading: Optional[Callable[[], None]] = None
+        self._due, self._written = -1, -1  # the updates after which fairseq asked for a checkpoint, and wrote one
+        check_named_checkpoint(self.cfg.checkpoint, self.checkpoint_suffix)
+
+    def _build_optimizer(self) -> None:
+        super()._build_optimizer()
+        adopt(self._optimizer)
+
+    def _build_ema(self) -> None:
+        if self.cfg.ema.store_ema:
+            self._ema = Averages(self._model, self.cfg.ema, self.device)
+
+    def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the batches of an epoch. fairseq asks for those to train on as for those to validate on."""
+        with self.task.training_batches():
+            self._batches = super().get_train_iterator(*args, **kwargs)
+        return self._batches
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Begin an epoch, or go on with one."""
+        schedules.begin_epoch(self)
+        super().begin_epoch(epoch)
+
+    def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
+        """Compute an update."""
+        self._updating = True
+        try:
+            return super().train_step(samples, raise_oom)
+        finally:
+            self._updating = False
+
+    def _seed_after(self, updates: int) -> int:
+        """Return the seed of the update that comes after so many."""
+        return self.cfg.common.seed + updates
+
+    def _set_seed(self) -> None:
+        """Seed only the training device. torch.manual_seed also records a stack trace for every absent backend."""
+        if self.device.type not in ("cpu", "cuda"):
+            return super()._set_seed()
+        seed = self._seed_after(self.get_num_updates())
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def clip_grad_norm(self, clip_norm: float) -> Tensor:
+        """Return the norm of the gradients. With ``--fp16`` and ``--bf16`` the device does not wait for it."""
+        if not self._goes_ahead():
+            return super().clip_grad_norm(clip_norm)
+
+        def go_ahead(norm: Tensor) -> None:
+            if self.optimizer.begin_step(norm, clip_norm):
+                seed = self._seed_after(self.get_num_updates() + 1)
+                self.task.begin_next_segment(lambda sample: sample and self._prepare_sample(sample)[0], seed)
+
+        with meanwhile(go_ahead):
+            return super().clip_grad_norm(clip_norm)
+
+    def _goes_ahead(self) -> bool:
+        """Return whether an update is nothing but a step of the optimizer."""
+        return (
+            type(self.task).optimizer_step is FairseqTask.optimizer_step
+            and type(self.optimizer) is FP16Optimizer
+            and not self.is_fsdp
+            and self.cfg.distributed_training.ddp_backend != "slowmo"
+        )
+
+    def _aggregate_logging_outputs(
+        self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
+    ) -> Any:
+        """Return sums over all ranks, on the host. fairseq divides gradients by one of them, if it is not zero."""
+        return _on_the_host(super()._aggregate_logging_outputs(logging_outputs, *extra_stats_to_sum, ignore=ignore))
+
+    def _reduce_and_log_stats(self, logging_outputs: Any, sample_size: Any, grad_norm: Optional[Tensor] = None) -> Any:
+        """Log what the criterion computed; with a norm, that of an update whose backward pass the host has awaited."""
+        if self.device.type == "cuda" and grad_norm is not None:
+            # The optimizer has the current stream, and these figures are older.
+            with torch.cuda.stream(_beside(self.device)):
+                logging_outputs, sample_size = _on_the_host((logging_outputs, sample_size))
+        return super()._reduce_and_log_stats(logging_outputs, sample_size, grad_norm)
+
+    def consolidate_optimizer(self) -> None:
+        """Bring the memory of every rank's streams to the first one, which alone saves.
+
+        fairseq calls this on every rank before it saves, and in an update that fails, when ranks may not meet.
+        """
+        if not self._updating:
+            self._due = self.get_num_updates()
+            self.task.losses.check()
+            self._batches.gather_memory()
+        super().consolidate_optimizer()
+
+    def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
+        """Save all state of the training; without *extra_state*, what is left of one that has crashed."""
+        if not self.should_save_checkpoint_on_current_rank:
+            return None
+        path = os.path.abspath(filename)
+        logger.info("Saving checkpoint to %s", path)
+        state = utils.move_to_cpu(self.state_dict())
+        if extra_state:
+            state["extra_state"].update({**extra_state, type(self.task).__name__: training_state(self)})
+        write_checkpoint(state, filename, self.cfg.checkpoint)
+        if extra_state:
+            self._written = self.get_num_updates()
+            keep_due_checkpoint(self.cfg.checkpoint, path, self._due_path())
+        logger.info("Finished saving checkpoint to %s", path)
+        return path
+
+    def _due_path(self) -> Optional[str]:
+        """Return the name of ``--save-interval-updates`` that fairseq leaves out where an epoch ends with it."""
+        updates, every = self.get_num_updates(), self.cfg.checkpoint.save_interval_updates
+        if not (self._batches.end_of_epoch() and every > 0 and updates % every == 0):
+            return None
+        return os.path.join(
+            self.cfg.checkpoint.save_dir, f"checkpoint_{self._batches.epoch}_{updates}{self.checkpoint_suffix}.pt"
+        )
+
+    def end_epoch(self) -> None:
+        """Report a checkpoint that was due with the end of the epoch, and that nothing could be copied to."""
+        due = self._due_path() if self.should_save_checkpoint_on_current_rank else None
+        if due is not None and self._written != self._due == self.get_num_updates():
+            logger.warning(
+                "%s is not written: epoch %d ends with this update, and --no-epoch-checkpoints and "
+                "--no-last-checkpoints leave nothing to copy it from",
+                due,
+                self._batches.epoch,
+            )
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        optimizer_overrides: Any = None,
+        reset_meters: bool = False,
+    ) -> Any:
+        """Load a checkpoint if it is there. What fairseq does not restore waits until `lr_step` has been called.
+
+        Raises:
+            CheckpointError: the run cannot go on from it.
+            DamagedCheckpointError: it is not what was once saved.
+        """
+        # The first rank sends it to the others, which since torch 2.6 refuse fairseq's mark for a tensor in it.
+        marks = [distributed_utils._TensorPlaceholder]
+        with restoring(self, anew=reset_optimizer), torch.serialization.safe_globals(marks):
+            extra_state = super().load_checkpoint(
+                filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters
+            )
+        if reset_optimizer:
+            self._previous_training_time = 0  # --stop-time-hours counts those of this run
+
+        def finish() -> None:
+            interruption.begin(self)
+            if extra_state and not reset_optimizer:
+                self._restore(extra_state, reset_lr_scheduler, reset_meters)
+
+        self._finish_loading = finish
+        return extra_state
+
+    def lr_step(self, epoch: int, val_loss: Any = None) -> Any:
+        """Step the schedule at the end of an epoch, and as the last thing that fairseq does to load a checkpoint."""
+        rate = super().lr_step(epoch, val_loss)
+        finish, self._finish_loading = self._finish_loading, None
+        if finish is None:
+            return rate
+        finish()
+        return self.get_lr()
+
+    def _restore(self, extra_state: Dict[str, Any], reset_lr_scheduler: bool, reset_meters: bool) -> None:
+        """Restore the state that fairseq does not, from a checkpoint that has it."""
+        state = extra_state.get(type(self.task).__name__)
+        if not state:
+            return
+        if reset_meters:
+            state = {name: value for name, value in state.items() if name != "patience"}
+        restore_training_state(self, state)
+        if "schedule" in state and not reset_lr_scheduler:
+            position = extra_state["train_iterator"]
+            ended = position["iterations_in_epoch"] == 0
+            schedules.restore_schedule(
+                self,
+                state["schedule"],
+                ended=ended,
+                epoch=position["epoch"] - ended,
+                loss=extra_state.get("val_loss"),
+                again=self.cfg.checkpoint.reset_dataloader,
+            )
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _on_the_host(sample: Any) -> Any:
+    """Return a copy with all tensors within lists, tuples and dictionaries on the host; their dtypes stay."""
+    return utils.apply_to_sample(lambda t: t.cpu(), sample)
