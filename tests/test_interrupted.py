@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq.dataclass.configs import CheckpointConfig
 
 from lamemo_fairseq.host import interruption
+from lamemo_fairseq.host.checkpoints import write_checkpoint
 
 from .helpers import TASK, write_data
 from .test_training_starts import OPTIONS
@@ -152,25 +154,29 @@ def full_disk(size):
 
 
 def checkpoint_of(size):
-    return {"model": {"weight": torch.zeros(size)}, "cfg": {"checkpoint": {"no_save": False}}, "extra_state": {}}
+    return {"model": {"weight": torch.zeros(size)}, "extra_state": {}}
+
+
+def write(size, path):
+    write_checkpoint(checkpoint_of(size), str(path), CheckpointConfig())
 
 
 @pytest.mark.parametrize("size", [0, 3_000, 40_000, 80_000])
 def test_a_full_disk_while_a_checkpoint_is_written(size, tmp_path):
     """At the start, within the weights, behind them."""
     path = tmp_path / "checkpoint_last.pt"
-    checkpoint_utils.torch_persistent_save(checkpoint_of(9_000), str(path))
+    write(9_000, path)
     former = path.read_bytes()
     message = f"File too large: {path} was not written. The last whole checkpoint is {path}"
     with full_disk(size), pytest.raises(OSError, match=message) as error:
-        checkpoint_utils.torch_persistent_save(checkpoint_of(20_500), str(path))
+        write(20_500, path)
     assert error.value.errno == errno.EFBIG and "start the same command again" in str(error.value)
     assert path.read_bytes() == former and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_while_a_checkpoint_is_copied(tmp_path):
     path, copy = tmp_path / "checkpoint_1_5.pt", tmp_path / "checkpoint_last.pt"
-    checkpoint_utils.torch_persistent_save(checkpoint_of(9_000), str(path))
+    write(9_000, path)
     message = f"{copy} was not written. The last whole checkpoint is {path}"
     with full_disk(20_000), pytest.raises(OSError, match=message):
         checkpoint_utils.PathManager.copy(str(path), str(copy), overwrite=True)
@@ -185,11 +191,11 @@ def test_a_disk_that_fails_at_the_end(place, tmp_path, monkeypatch):
     path = tmp_path / "checkpoint_last.pt"
     monkeypatch.setattr(os, place, fail)
     with pytest.raises(OSError, match=r"No space left on device: .* No checkpoint is there yet"):
-        checkpoint_utils.torch_persistent_save(checkpoint_of(10), str(path))
+        write(10, path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_does_not_hide_a_crash(tmp_path, caplog):
     with full_disk(1_000):
-        checkpoint_utils.torch_persistent_save(checkpoint_of(9_000), str(tmp_path / "crash.pt"))
+        write(9_000, tmp_path / "crash.pt")
     assert "File too large" in caplog.text and list(tmp_path.iterdir()) == []

@@ -41,7 +41,8 @@ from fairseq_cli import eval_lm, generate, hydra_train, interactive, train, vali
 from fairseq import hub_utils, registry, tasks, utils
 from omegaconf import OmegaConf
 
-MODULES = {n: m for n, m in sorted(sys.modules.items()) if n.split(".")[0] in ("fairseq", "fairseq_cli")}
+MODULES = {n: m for n, m in sorted(sys.modules.items())
+           if n.split(".")[0] in ("fairseq", "fairseq_cli") and m.__name__ == n}
 CLASSES = {f"{n}.{c.__qualname__}": c for n, m in MODULES.items() for c in vars(m).values()
            if isinstance(c, type) and c.__module__ == n}
 

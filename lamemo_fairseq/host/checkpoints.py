@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from .configuration import CheckpointError, check, complete, is_ours, names, read_checkpoint
 from .overrides import override
-from .restoring import check_expected, expects_ours
+from .restoring import check_expected, expects_ours, restores
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
@@ -155,8 +155,10 @@ def load_checkpoint_to_cpu(
     if is_ours(state):
         check(state, path)
     check_expected(state, path)
-    if not is_ours(state):  # its seal was copied with it
+    if not is_ours(state):  # another's, as a former version of this package sealed them
         return original(path, arg_overrides, load_on_all_ranks)
+    if restores():  # a trainer has its own options, and other ranks would refuse objects
+        return {**state, "cfg": None}
     state["cfg"] = OmegaConf.create(complete(state["cfg"]), flags={"allow_objects": True})
     override(state["cfg"], arg_overrides or {})
     return state

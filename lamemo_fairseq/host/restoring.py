@@ -92,9 +92,14 @@ def opening() -> Iterator[None]:
         _opening.reset(token)
 
 
+def restores() -> bool:
+    """Return whether a checkpoint is loaded for a run to go on from, in `restoring`."""
+    return _run.get() is not None
+
+
 def expects_ours() -> bool:
     """Return whether a checkpoint is loaded for a task of this package, in `restoring` or `opening`."""
-    return _opening.get() or _run.get() is not None
+    return _opening.get() or restores()
 
 
 def check_expected(state: Dict[str, Any], path: str) -> None:
