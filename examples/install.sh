@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
 "$python" - <<'CHECK' || exit 1
 import sys
 if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-    sys.exit(f"this is Python {sys.version.split()[0]}; fairseq needs 3.10 to 3.12: set PYTHON=/path/to/python3.11 (lamemo_fairseq.core needs torch alone)")
+    sys.exit(f"this is Python {sys.version.split()[0]}; this script is for 3.10 to 3.12: set PYTHON=/path/to/python3.11 (lamemo_fairseq.core needs torch alone)")
 CHECK
 
 stamp=$(cat "$root/constraints.txt" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)

@@ -4,7 +4,7 @@ import importlib.util
 
 if importlib.util.find_spec("fairseq") is None:
     raise ModuleNotFoundError(
-        "fairseq is not installed: on Python 3.10 to 3.12 install lamemo-fairseq[fairseq]; "
+        "fairseq is not installed: on Python 3.10 to 3.13 install lamemo-fairseq[fairseq]; "
         "lamemo_fairseq.core needs torch alone and works without",
         name="fairseq",
     )
