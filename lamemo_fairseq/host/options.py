@@ -37,8 +37,8 @@ def parse_args_and_arch(
         parsed = original(parser, input_args, *args, **kwargs)
     namespace: Namespace = parsed[0] if isinstance(parsed, tuple) else parsed
     if is_our_task(getattr(namespace, "task", None)) or is_our_model(getattr(namespace, "arch", None)):
-        _correct(namespace, words)
         adapt_generation(namespace, words, TASK)
+        _correct(namespace, words)
         line.check(namespace)
         if hasattr(namespace, "max_update"):
             check_save_dir(namespace.save_dir)
