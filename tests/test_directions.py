@@ -21,7 +21,7 @@ PACKAGE = [
     "analysis convert_checkpoint",
 ]
 CORE = [
-    "registry names fields",
+    "registry names fields released",
     "kernels",
     "attention",
     "positions",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lamemo_fairseq.checkpoints.released import from_released, model_options
+from lamemo_fairseq.core.released import from_released, model_options
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from ..core.memory import MEMORIES
 from ..core.names import option_name
 from ..core.positions.base import inverse_frequencies
+from ..core.released import ATTENTION_TYPES, from_released, model_options, to_released
 from ..host.configuration import check_options, complete
 from ..host.own import TASK
 from ..models.config import MemoryLanguageModelConfig
 from ..models.decoder import FairseqMemoryDecoder, vocabulary_checksum
-from .released import ATTENTION_TYPES, from_released, model_options, to_released
 
 # fairseq's own words, which a released vocabulary lacks, are never predicted: their probability underflows to 0.
 NEVER = -1e4
