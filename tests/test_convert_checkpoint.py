@@ -24,11 +24,11 @@ from lamemo_fairseq.core import LanguageModel
 from lamemo_fairseq.core.memory.compressive.options import CompressiveOptions
 from lamemo_fairseq.models.language_models import LaMemoLanguageModel, TransformerXLLanguageModel
 
+from .core.test_golden import FOLDER
 from .helpers import TASK, USER_DIR, random_tokens, run_command, segments_of, tiny_decoder, write_data
 from .test_commands import printed
-from .test_golden import FOLDER
 
-SQUARE = Path(__file__).parent / "golden" / "attn3_square.npz"
+SQUARE = Path(__file__).parent / "core/golden" / "attn3_square.npz"
 CASES = [pytest.param(p, id=p.name) for p in sorted(FOLDER.glob("*.npz"))]
 
 

@@ -10,8 +10,8 @@ from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.generation import PromptDataset, PromptGenerator, StreamingScorer
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
 
+from .core.helpers import whole_segments
 from .helpers import VARIANTS, dictionary_of, random_tokens, tiny_decoder
-from .test_incremental import whole_segments
 
 EOS = 2
 LENGTHS = [0, 1, 17, 3, 8, 2, 16]

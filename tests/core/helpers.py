@@ -1,12 +1,14 @@
 """Small models of the core, and ways to read with them."""
 
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from lamemo_fairseq.core import MEMORIES, LanguageModel, MemoryState, ModelConfig
+from lamemo_fairseq.core.decoding.state import DecodingState
 
 Variant = Tuple[str, str, str]
 
@@ -139,3 +141,22 @@ def whole_segments(model: LanguageModel, tokens: Tensor) -> Tensor:
         state = passage.state
         features.append(passage.features)
     return torch.cat(features, dim=1)[:, :total]
+
+
+def read_by_token(model: LanguageModel, tokens: Tensor, first: int = 1) -> Tensor:
+    """Return the scores of ``tokens [B, T]``, decoded one by one after the *first*."""
+    state = DecodingState(model, len(tokens))
+    features = [state.read(tokens[:, :first]), *(state.read(new) for new in tokens[:, first:].split(1, dim=1))]
+    return model.output_layer(torch.cat(features, dim=1))
+
+
+def for_sampler(model: LanguageModel) -> Any:
+    """Return the model as a `Sampler` takes it."""
+
+    def normalized(output: Tuple[Tensor, None], log_probs: bool) -> Tensor:
+        if model.adaptive_softmax is not None:
+            return model.adaptive_softmax.log_probs(output[0])
+        exact = torch.promote_types(output[0].dtype, torch.float32)
+        return torch.log_softmax(output[0], dim=-1, dtype=exact)
+
+    return SimpleNamespace(decoder=model, get_normalized_probs=normalized)

@@ -62,10 +62,10 @@ def printed_by(module: str, *arguments: object) -> Dict[str, Usage]:
     pytest.importorskip("triton", minversion="3.3")  # before, kernels were described to the compiler otherwise
     if not cuobjdump() or not os.access(cuobjdump(), os.X_OK):
         pytest.skip("no cuobjdump: Triton for this platform does not carry NVIDIA's tools")
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    command: List[str] = [sys.executable, "-m", module, *map(str, arguments)]
+    command: List[str] = [sys.executable, "-m", "tests.core.hosts", module, *map(str, arguments)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found: Dict[str, Usage] = json.loads(done.stdout.splitlines()[-1])

@@ -9,7 +9,7 @@ from lamemo_fairseq.core.kernels import rows as rows_module
 from lamemo_fairseq.core.layers import layer
 from lamemo_fairseq.core.memory import MEMORIES
 
-from .gpus import DEVICE
+from ..gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
 
 # Every memory with its own positions, and positions that rotate or add a score alone.

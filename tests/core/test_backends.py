@@ -7,7 +7,7 @@ import torch
 
 from lamemo_fairseq.core.attention import BACKENDS, RelativeBias, choice
 
-from .gpus import DEVICE
+from ..gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
 
 
@@ -40,7 +40,7 @@ def test_fused_by_name_needs_a_gpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     decoder = tiny_decoder(attention_backend="fused", dtype=torch.float32)
     with pytest.raises(ValueError, match="it runs on GPUs, and this is cpu"):
-        decoder(random_tokens(1, 5))
+        decoder(random_tokens(1, 3))
 
 
 def test_fused_by_name_needs_triton(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from lamemo_fairseq.core.attention import Attended, LookaheadWindow, RelativeBias, eager
 from lamemo_fairseq.core.decoding.attention import Columns, cached_attention
 
-from .gpus import DEVICE
+from ..gpus import DEVICE
 
 SUBSETS = list(itertools.chain.from_iterable(itertools.combinations(RelativeBias._fields, n) for n in range(5)))
 subsets = pytest.mark.parametrize("parts", SUBSETS, ids=lambda parts: "-".join(parts) or "none")

@@ -11,10 +11,9 @@ from lamemo_fairseq.core.decoding import sampler
 from lamemo_fairseq.core.decoding.sampler import Adjustment, Draw, Sampler
 from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.decoding.step import kernel_step
-from lamemo_fairseq.models.language_models import MemoryLanguageModel
 
-from .gpus import DEVICE
-from .helpers import random_tokens, tiny_decoder
+from ..gpus import DEVICE
+from .helpers import for_sampler, random_tokens, tiny_decoder
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -70,7 +69,7 @@ def steps(decoder, rows, count):
 )
 @torch.no_grad()
 def test_steps_by_the_kernels_are_the_plain_ones(variant, rows, options):
-    sizes = {"mem_len": LONGEST, "tokens_per_sample": 20, "decoder_embed_dim": 12, **options}
+    sizes = {"mem_len": LONGEST, "segment_length": 20, "decoder_embed_dim": 12, **options}
     decoder = tiny_decoder(variant, dtype=torch.float32, **sizes).to(DEVICE)
     found, expected = steps(decoder, rows, 4)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
@@ -81,7 +80,7 @@ def test_steps_by_the_kernels_are_the_plain_ones(variant, rows, options):
 def test_half_precision_is_as_exact_as_plain_operations(widest, monkeypatch):
     """And so are rows too wide to be normalised within a map."""
     monkeypatch.setattr("lamemo_fairseq.core.kernels.row_kernels.WIDEST", widest)
-    sizes = {"mem_len": LONGEST, "tokens_per_sample": 20, "decoder_embed_dim": 32, "decoder_ffn_embed_dim": 48}
+    sizes = {"mem_len": LONGEST, "segment_length": 20, "decoder_embed_dim": 32, "decoder_ffn_embed_dim": 48}
     decoder = tiny_decoder(LOOKAHEAD, dtype=torch.float16, **sizes).to(DEVICE)
     for parameter in decoder.parameters():
         parameter.mul_(0.3)  # softmaxes that are not one-hot
@@ -98,7 +97,7 @@ def test_half_precision_is_as_exact_as_plain_operations(widest, monkeypatch):
 @torch.no_grad()
 def test_a_row_does_not_depend_on_the_others():
     """To the last bit, from four rows on, which are multiplied in tiles; while the columns are split alike."""
-    decoder = tiny_decoder(LOOKAHEAD, dtype=torch.float32, mem_len=LONGEST, tokens_per_sample=20).to(DEVICE)
+    decoder = tiny_decoder(LOOKAHEAD, dtype=torch.float32, mem_len=LONGEST, segment_length=20).to(DEVICE)
     words, states = random_tokens(5, 1, seed=5).to(DEVICE), []
     for rows in (4, 5):
         state = DecodingState(decoder, 5)
@@ -120,7 +119,7 @@ def test_the_sampler_by_the_kernels_finds_the_most_probable_words(monkeypatch):
     """Across segments, and what is held on the device, collected in parts."""
     monkeypatch.setattr(sampler, "HELD", 3)
     decoder = tiny_decoder(LOOKAHEAD, dtype=torch.float32).to(DEVICE)
-    model, prompts, found = MemoryLanguageModel(decoder), random_tokens(2, 8).to(DEVICE), []
+    model, prompts, found = for_sampler(decoder), random_tokens(2, 8).to(DEVICE), []
     adjust = Adjustment(0.7, torch.linspace(-1, 0, 17, device=DEVICE))
     for kind, graphs in ((Replayed, True), (Sampler, False)):
         state = DecodingState(decoder, 2)

@@ -12,7 +12,7 @@ from .helpers import VARIANTS, random_tokens, read_streams, tiny_decoder
 
 sizes = st.fixed_dictionaries(
     {
-        "tokens_per_sample": st.integers(1, 6),
+        "segment_length": st.integers(1, 6),
         "mem_len": st.integers(1, 9),
         "decoder_layers": st.integers(1, 4),
         "clamp_len": st.sampled_from([0, 0, 3]),
@@ -26,7 +26,7 @@ sizes = st.fixed_dictionaries(
 def test_changing_a_token_changes_no_earlier_prediction(variant, options, data):
     assume(variant[1] != "rotary" or not options["clamp_len"])  # refused
     decoder = tiny_decoder(variant, **options)
-    length = data.draw(st.integers(1, 4 * options["tokens_per_sample"]), label="length")
+    length = data.draw(st.integers(1, 4 * options["segment_length"]), label="length")
     padding = data.draw(st.integers(0, 3), label="padding")
     changed = data.draw(st.integers(0, length - 1), label="changed")
     tokens = random_tokens(2, length)
@@ -44,7 +44,7 @@ def test_changing_a_token_changes_no_earlier_prediction(variant, options, data):
 def test_padding_at_the_end_changes_nothing(variant, options, padding):
     assume(variant[1] != "rotary" or not options["clamp_len"])  # refused
     decoder = tiny_decoder(variant, **options)
-    tokens = random_tokens(2, 2 * options["tokens_per_sample"] + 1)
+    tokens = random_tokens(2, 2 * options["segment_length"] + 1)
     lengths = [tokens.size(1)] * 2
     with torch.no_grad():
         plain, padded = (read_streams(decoder, pad(tokens, p), lengths=lengths) for p in (0, padding))

@@ -13,7 +13,7 @@ from lamemo_fairseq.core.kernels import rows
 from lamemo_fairseq.core.memory.continuous import basis, sampling
 from lamemo_fairseq.core.memory.continuous.sampling import BINS, Density
 
-from .gpus import DEVICE
+from ..gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
 from .resources import printed_by, used
 
@@ -126,7 +126,7 @@ def compile_all(dtype: str) -> dict:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_no_spills(dtype):
-    assert len(printed_by("tests.test_continuous_kernels", dtype)) == 5
+    assert len(printed_by("tests.core.test_continuous_kernels", dtype)) == 5
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from lamemo_fairseq.core.memory.continuous.options import ContinuousOptions
 from lamemo_fairseq.core.memory.continuous.sampling import BINS, Density, even_points, sticky_points
 from lamemo_fairseq.core.memory.continuous.signal import Signal, _fit
 
-from .gpus import DEVICE
-from .helpers import random_tokens, read_streams, segments_of, tiny_decoder
+from ..gpus import DEVICE
+from .helpers import random_tokens, read_by_token, read_streams, read_texts, tiny_decoder
 from .infinity_former import InfinityFormer
 
 VARIANT = ("continuous", "transformer-xl", "right")
@@ -34,8 +34,8 @@ def decoder_of(**options):
 SIZES = [
     {"memory_sampling": "sticky"},
     {"memory_sampling": "even", "memory_samples": 5},
-    {"mem_len": 2, "tokens_per_sample": 5, "decoder_layers": 1},
-    {"mem_len": 0, "tokens_per_sample": 4, "num_basis_functions": 10, "decoder_layers": 3},
+    {"mem_len": 2, "segment_length": 5, "decoder_layers": 1},
+    {"mem_len": 0, "segment_length": 4, "num_basis_functions": 10, "decoder_layers": 3},
     {"decoder_normalize_before": True, "basis_widths": "0.1,0.2,0.5", "clamp_len": 3},
 ]
 
@@ -289,7 +289,7 @@ def test_streams_without_a_signal_yet_stay_without():
 
 def test_the_kl_term_leaves_out_padding():
     decoder = decoder_of().train()
-    *_, (_, last) = segments_of(decoder, random_tokens(2, 12))
+    last = random_tokens(2, 12)[:, 9:]
     state = None
     for segment in random_tokens(2, 9, seed=5).split(3, dim=1):
         _, state, _ = decoder.step(segment, state)
@@ -308,10 +308,11 @@ def test_the_kl_term_leaves_out_padding():
 @torch.no_grad()
 def test_decoding_with_other_options(options):
     decoder = decoder_of(**options)
-    tokens, incremental = random_tokens(2, 18), {}
+    tokens = random_tokens(2, 18)
+    scores = read_by_token(decoder, tokens)
     for end in range(1, 19):
-        scores, _ = decoder(tokens[:, :end], incremental_state=incremental)
-        torch.testing.assert_close(scores[:, 0], decoder(tokens[:, :end])[0][:, -1], rtol=0, atol=1e-9)
+        expected = read_texts(decoder, tokens[:, :end])[:, -1]
+        torch.testing.assert_close(scores[:, end - 1], expected, rtol=0, atol=1e-9)
 
 
 @torch.no_grad()
@@ -320,7 +321,7 @@ def test_the_fused_backend_does_the_short_term_part():
     backends = ("eager", "fused")
     eager, fused = (decoder_of(dtype=torch.float32, attention_backend=name).to(DEVICE) for name in backends)
     tokens = random_tokens(2, 12).to(DEVICE)
-    torch.testing.assert_close(fused(tokens)[0], eager(tokens)[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(read_texts(fused, tokens), read_texts(eager, tokens), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -337,12 +338,6 @@ def test_half_precision_keeps_the_signal_in_float32(dtype, autocast):
     # The first layer's rows are embeddings, so that its signal differs by their rounding and its samples' places.
     one, other = (s.coefficients[0] for s in states)
     assert (one - other).abs().max() < 0.05 * one.abs().max()
-
-
-def test_a_run_goes_on_with_the_same_basis_alone():
-    """The coefficients of one mean nothing in another; how they are updated may change."""
-    names = set(decoder_of().streams.options)
-    assert names == {"--memory", "--mem-len", "--num-basis-functions", "--basis-widths"}
 
 
 @pytest.mark.parametrize(

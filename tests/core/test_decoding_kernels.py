@@ -10,7 +10,7 @@ from torch import nn
 from lamemo_fairseq.core.decoding.found import Found
 from lamemo_fairseq.core.decoding.sampler import truncated
 
-from .gpus import DEVICE
+from ..gpus import DEVICE
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

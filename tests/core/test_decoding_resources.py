@@ -75,8 +75,8 @@ def compile_all(dtype: str) -> dict:
 
 
 def test_no_spills_and_wide_loads():
-    printed_by("tests.test_decoding_resources", "fp32")
-    for launch, usage in printed_by("tests.test_decoding_resources", "bf16").items():
+    printed_by("tests.core.test_decoding_resources", "fp32")
+    for launch, usage in printed_by("tests.core.test_decoding_resources", "bf16").items():
         if "rows" in launch or "attention" in launch:  # what reads weights or the cache
             assert usage["LOAD"] == 16, (launch, usage)
 

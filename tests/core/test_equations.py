@@ -137,7 +137,7 @@ def test_slots_look_ahead_by_sinusoids(name, window, slots, current, clamp):
 @pytest.mark.parametrize(("segment", "mem_len"), [(1, 5), (2, 5), (3, 3), (4, 2)])
 def test_a_slot_holds_one_softmax_over_everything_it_has_seen(segment, mem_len):
     """In the first layer, whose rows never change: it meets no position twice and misses none, whatever the sizes."""
-    decoder = tiny_decoder(tokens_per_sample=segment, mem_len=mem_len)
+    decoder = tiny_decoder(segment_length=segment, mem_len=mem_len)
     positions = decoder.positions
     tokens, state = random_tokens(1, 6 * segment), None
     with torch.no_grad():

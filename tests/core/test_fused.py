@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the fused backend needs Triton")
 from lamemo_fairseq.core.attention import fused
 from lamemo_fairseq.core.attention.fused import api, function, launch, tiles
 
-from .gpus import DEVICE
+from ..gpus import DEVICE
 
 GPU = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]

@@ -48,7 +48,7 @@ def compile_all(head: int, dtype: str) -> dict:
 
 @pytest.mark.parametrize(("head", "dtype"), [(48, "bf16"), (64, "bf16"), (128, "bf16"), (64, "fp32")])
 def test_no_spills(head, dtype):
-    assert printed_by("tests.test_fused_resources", head, dtype).keys() == set(KERNELS)
+    assert printed_by("tests.core.test_fused_resources", head, dtype).keys() == set(KERNELS)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The released code passes scores, normalisers and alpha through float32. For the figures these steps were widened to
 float64.
-`tests/golden` holds a selection; `LAMEMO_GOLDEN_DIR` names a folder with other cases.
+`golden` holds a selection; `LAMEMO_GOLDEN_DIR` names a folder with other cases.
 """
 
 import json
@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from lamemo_fairseq.core import LanguageModel
 from lamemo_fairseq.core.released import from_released, model_options
-from lamemo_fairseq.models.config import MemoryLanguageModelConfig
-from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
-from .gpus import DEVICE
-from .helpers import dictionary_of
+from ..gpus import DEVICE
+from .helpers import config_of
 
 FOLDER = Path(os.environ.get("LAMEMO_GOLDEN_DIR") or Path(__file__).parent / "golden")
 ZERO = 1e-13  # below it a gradient is nothing but rounding, as of a parameter that the loss does not depend on
@@ -35,12 +34,11 @@ def released_weights(case, prefix, layers):
     return from_released(arrays, layers)
 
 
-def build(case, config, dtype=torch.float64, backend="eager") -> FairseqMemoryDecoder:
+def build(case, config, dtype=torch.float64, backend="eager") -> LanguageModel:
     chosen = {**model_options(config), "dropout": 0.0, "attention_backend": backend}
-    decoder = FairseqMemoryDecoder(MemoryLanguageModelConfig(**chosen), dictionary_of(config["vocab"])).to(dtype)
-    weights = released_weights(case, "param/", config["n_layer"])
-    missing, unexpected = decoder.load_state_dict(weights, strict=False)
-    assert not unexpected and set(missing) <= {"dictionary_version"}, (missing, unexpected)
+    chosen["segment_length"] = chosen.pop("tokens_per_sample")
+    decoder = LanguageModel(config_of(config["vocab"], **chosen)).to(dtype)
+    decoder.load_state_dict(released_weights(case, "param/", config["n_layer"]))
     return decoder
 
 
@@ -76,7 +74,7 @@ def compare(path, tolerance, dtype=torch.float64, backend="eager", device="cpu")
     for k, length in enumerate(case["seg_lens"].tolist()):
         features, state, _ = decoder.step(tokens[:, start : start + length], state)
         target = tokens[:, start + 1 : start + 1 + length]
-        log_probs = decoder.get_normalized_probs((decoder.output_layer(features), None), log_probs=True)
+        log_probs = decoder.log_probs(features)
         nll = -log_probs.gather(2, target.unsqueeze(2)).squeeze(2)
         assert_close(nll, case[f"nll/{k}"], f"nll of segment {k}", tolerance)
         assert_close(features, case[f"hidden/{k}"], f"hidden rows of segment {k}", tolerance)

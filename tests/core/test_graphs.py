@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from lamemo_fairseq.core import graphs
+from lamemo_fairseq.core import memory as registered
 from lamemo_fairseq.core.graphs import run_on_aliases
-from lamemo_fairseq.models.config import MemoryLanguageModelConfig, model_config
+from lamemo_fairseq.core.memory.position import real_tokens
 
+from ..gpus import gpu
 from . import fake_graphs
-from .gpus import gpu
-from .helpers import VARIANTS, lengths_within, random_tokens, segments_of, tiny_decoder
+from .helpers import VARIANTS, random_tokens, read_streams, segments_of, tiny_decoder
 
 # One variant of each memory, two of the compressive one; sizes with which every state stops growing.
 MEMORIES = [v for v in VARIANTS if v[:2] == ("lookahead", "disentangled") or (v[0] != "lookahead" and v[1] != "shaw")]
 SEGMENT = 4
-SIZES = {"tokens_per_sample": SEGMENT, "compressed_len": 2, "bptt_segments": 2}
+SIZES = {"segment_length": SEGMENT, "compressed_len": 2}
 
 
 @pytest.fixture(params=["stand-ins", pytest.param("cuda", marks=gpu)])
@@ -30,9 +31,8 @@ def device(request, monkeypatch):
 
 
 def test_graphs_and_recomputed_activations_exclude_each_other():
-    options = MemoryLanguageModelConfig(cuda_graphs=True, checkpoint_activations=True, tokens_per_sample=4)
     with pytest.raises(ValueError, match="--cuda-graphs cannot record --checkpoint-activations"):
-        model_config(options, 17)
+        tiny_decoder(cuda_graphs=True, checkpoint_activations=True)
 
 
 def test_without_a_gpu_nothing_is_recorded():
@@ -44,7 +44,7 @@ def test_without_a_gpu_nothing_is_recorded():
     [*((variant, {}) for variant in MEMORIES), (VARIANTS[0], {"adaptive_softmax_cutoff": "6", "adaptive_input": True})],
 )
 def test_aliases_of_parameters_stand_in_for_all_of_them(variant, adaptive):
-    decoder = tiny_decoder(variant, **SIZES, **adaptive).train()
+    decoder = tiny_decoder(variant, **sizes_of(variant), **adaptive).train()
     tokens, parameters, state = random_tokens(2, SEGMENT), list(decoder.parameters()), None
     for _ in range(3):
         state = decoder.step(tokens, state).state
@@ -65,7 +65,7 @@ def test_aliases_of_parameters_stand_in_for_all_of_them(variant, adaptive):
 def test_what_is_recorded_is_what_is_computed_again(variant, monkeypatch):
     """Features, state, losses and every gradient, of segments and weights other than those that were recorded."""
     fake_graphs.install(monkeypatch)
-    decoder = tiny_decoder(variant, **SIZES, dropout=0.3).train()
+    decoder = tiny_decoder(variant, **sizes_of(variant), dropout=0.3).train()
     parameters = list(decoder.parameters())
     segments, state = random_tokens(2, 8 * SEGMENT).split(SEGMENT, dim=1), None
     for segment in segments[:4]:
@@ -104,7 +104,7 @@ def test_what_is_recorded_is_what_is_computed_again(variant, monkeypatch):
 def test_evaluation_is_computed_again_from_what_was_recorded(variant, monkeypatch):
     """Features and state, of segments and weights other than those that were recorded."""
     fake_graphs.install(monkeypatch)
-    decoder = tiny_decoder(variant, **SIZES, dropout=0.3).eval()
+    decoder = tiny_decoder(variant, **sizes_of(variant), dropout=0.3).eval()
     segments, state = random_tokens(2, 7 * SEGMENT).split(SEGMENT, dim=1), None
     for segment in segments[:4]:
         state = decoder.step(segment, state).state
@@ -125,6 +125,11 @@ def test_evaluation_is_computed_again_from_what_was_recorded(variant, monkeypatc
     assert all(torch.equal(*pair) for pair in zip(given, copies, strict=True)), "a replay wrote over what one gave"
 
 
+def sizes_of(variant):
+    """With gradient between segments, if the memory lets it through."""
+    return {**SIZES, "bptt_segments": 2 if registered.MEMORIES[variant[0]].carries_gradient else 1}
+
+
 def total(passage):
     """A loss of all that a passage gives gradients of."""
     return sum(passage.losses.values(), passage.features.square().sum())
@@ -132,20 +137,24 @@ def total(passage):
 
 def losses(cuda_graphs, device, variant=VARIANTS[0], dtype=torch.float64):
     """Losses of training on streams; the last segment is short and ragged."""
-    options = {**SIZES, "decoder_head_dim": 4, "cuda_graphs": cuda_graphs}
+    options = {**sizes_of(variant), "decoder_head_dim": 4, "cuda_graphs": cuda_graphs}
     decoder = tiny_decoder(variant, dtype=dtype, **options).to(device).train()
     tokens = random_tokens(2, 6 * SEGMENT).to(device)
     lengths = [tokens.size(1) - 1, tokens.size(1) - 3]
-    found = []
+    found, state = [], None
     optimizer = torch.optim.SGD(decoder.parameters(), lr=1e-3)
-    for position, segment in segments_of(decoder, tokens[:, :-1], split="train", lengths=lengths):
-        start = position.index * decoder.segment_length
-        target = tokens[:, start + 1 : start + 1 + segment.size(1)]
+    targets = tokens[:, 1:].split(decoder.segment_length, dim=1)
+    for (segment, real), target in zip(segments_of(decoder, tokens[:, :-1], lengths), targets, strict=True):
         for _ in range(2):  # gradients add up over two passes
-            real = {"src_lengths": lengths_within(position, segment, lengths), "real_only": position.ragged}
-            loss, extra = decoder(segment, position=position, target=target, **real)
-            loss = sum((extra or {}).values(), loss)
+            features, after, extra = decoder(segment, state, real)
+            if real is None:
+                loss = decoder.loss(features, target)
+            else:
+                scored = real_tokens(segment, real)
+                loss = decoder.loss(features[scored].unsqueeze(0), target[scored].unsqueeze(0))
+            loss = sum(extra.values(), loss)
             loss.backward()
+        state = after
         optimizer.step()
         optimizer.zero_grad()
         found.append(loss.detach())
@@ -164,7 +173,7 @@ def test_as_without_graphs(variant, backend_dtype, device):
 def scores(decoder, tokens):
     """Of an evaluation in streams, segment by segment."""
     with torch.no_grad():
-        return [decoder(segment, position=p)[0] for p, segment in segments_of(decoder.eval(), tokens, split="valid")]
+        return read_streams(decoder.eval(), tokens).split(SEGMENT, dim=1)
 
 
 @pytest.mark.parametrize("variant", MEMORIES)
@@ -172,7 +181,9 @@ def test_evaluation_is_as_without_graphs(variant, device):
     """Before training, and after it has changed the weights; either has a graph of its own."""
     made = {}
     for cuda_graphs in (False, True):
-        decoder = tiny_decoder(variant, dtype=torch.float32, **SIZES, decoder_head_dim=4, cuda_graphs=cuda_graphs)
+        decoder = tiny_decoder(
+            variant, dtype=torch.float32, **sizes_of(variant), decoder_head_dim=4, cuda_graphs=cuda_graphs
+        )
         decoder, tokens = decoder.to(device), random_tokens(2, 7 * SEGMENT + 1).to(device)
         before = scores(decoder, tokens)
         with torch.no_grad():

@@ -5,31 +5,20 @@ import copy
 import pytest
 import torch
 
-from .helpers import VARIANTS, random_tokens, tiny_decoder
+from .helpers import VARIANTS, random_tokens, read_by_token, tiny_decoder, whole_segments
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 OPTIONS = [
     {},
-    {"mem_len": 2, "tokens_per_sample": 5},
-    {"mem_len": 7, "tokens_per_sample": 3, "decoder_layers": 3},
-    {"mem_len": 5, "tokens_per_sample": 1},
+    {"mem_len": 2, "segment_length": 5},
+    {"mem_len": 7, "segment_length": 3, "decoder_layers": 3},
+    {"mem_len": 5, "segment_length": 1},
     {"clamp_len": 3},
     {"decoder_normalize_before": True},
     {"decoder_layers": 1},
     {"adaptive_softmax_cutoff": "6,11", "adaptive_softmax_factor": 2.0, "adaptive_input": True},
     {"same_length": True},
 ]
-
-
-def whole_segments(decoder, tokens):
-    """Features of ``tokens [B, T]`` by the pass over segments, the last one filled up with more tokens."""
-    length, total = decoder.segment_length, tokens.size(1)
-    filled = torch.cat([tokens, random_tokens(len(tokens), -total % length, seed=9)], dim=1)
-    state, parts = None, []
-    for segment in filled.split(length, dim=1):
-        part, state, _ = decoder.step(segment, state)
-        parts.append(part)
-    return torch.cat(parts, dim=1)[:, :total]
 
 
 def rounding(decoder, tokens, scores):
@@ -53,8 +42,4 @@ def test_every_token_equals_the_pass_over_segments(variant, options, dtype):
     tolerance = TOLERANCE[dtype]
     if dtype == torch.float32 and variant[0] == "token":  # its own output is the next segment's input
         tolerance = max(tolerance, 10 * rounding(decoder, tokens, expected))
-    incremental = {}
-    for end in range(1, 24):
-        scores, _ = decoder(tokens[:, :end], incremental_state=incremental)
-        assert scores.shape[1] == 1
-        torch.testing.assert_close(scores[:, 0], expected[:, end - 1], rtol=0, atol=tolerance)
+    torch.testing.assert_close(read_by_token(decoder, tokens), expected, rtol=0, atol=tolerance)

@@ -12,8 +12,8 @@ from lamemo_fairseq.core.decoding.step import kernel_step
 from lamemo_fairseq.core.kernels import aligned, residual, rows
 from lamemo_fairseq.core.layers import layer
 
-from .gpus import DEVICE
-from .helpers import VARIANTS, random_tokens, read_streams, tiny_decoder
+from ..gpus import DEVICE
+from .helpers import VARIANTS, random_tokens, read_by_token, read_streams, tiny_decoder
 
 MAPS = ("self_attn.qkv_proj", "self_attn.out_proj", "feed_forward.fc1", "feed_forward.fc2")
 PARTS = (
@@ -66,9 +66,7 @@ def test_an_adapter_is_what_its_merged_weights_are(variant, path):
     before = read_streams(decoder, tokens)
     for make in (LowRank, LowRank.merged):
         replaced(decoder, path, make)
-        incremental = {}
-        steps = [decoder(tokens[:, :end], incremental_state=incremental)[0] for end in (6, 7, 8)]
-        found.append(torch.cat([read_streams(decoder, tokens), *steps], dim=1))
+        found.append(torch.cat([read_streams(decoder, tokens), read_by_token(decoder, tokens[:, :8], first=6)], dim=1))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
     assert (found[0][:, :11] - before).abs().max() > 1e-3
 
@@ -82,10 +80,10 @@ def test_an_adapter_learns(by, path, before):
     tokens = random_tokens(2, 6).to(DEVICE)
     replaced(decoder, path, LowRank)
     adapters = [part for part in decoder.modules() if isinstance(part, LowRank)]
-    found = read_streams(decoder, tokens, split="train")
+    found = read_streams(decoder, tokens)
     grads = torch.autograd.grad(found.square().mean(), [t for a in adapters for t in (a.up, a.down, a.around.weight)])
     replaced(decoder, path, LowRank.merged)
-    merged = read_streams(decoder, tokens, split="train")
+    merged = read_streams(decoder, tokens)
     weights = [a.around.weight for a in adapters]
     wanted = torch.autograd.grad(merged.square().mean(), weights)
     torch.testing.assert_close(found, merged, rtol=1e-4, atol=1e-4)
@@ -102,10 +100,10 @@ def test_hooks_are_called_and_change_nothing(by, path, before):
     dtype, tolerance = (torch.float64, 1e-10) if by == "plain" else (torch.float32, 1e-5)
     decoder = tiny_decoder(dtype=dtype, decoder_normalize_before=before).to(DEVICE).train()
     tokens, calls = random_tokens(2, 6).to(DEVICE), []
-    expected = read_streams(decoder, tokens, split="train")
+    expected = read_streams(decoder, tokens)
     for one in decoder.layers:
         one.get_submodule(path).register_forward_hook(lambda part, given, output: calls.append(given[0].shape[-1]))
-    torch.testing.assert_close(read_streams(decoder, tokens, split="train"), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(read_streams(decoder, tokens), expected, rtol=tolerance, atol=tolerance)
     # Two layers, two segments; dropout stands behind attention and feed-forward, its input without padding.
     assert len(calls) == (8 if path == "dropout" else 4)
     assert set(calls) == {12 if path in ("feed_forward.fc2", "feed_forward.activation_dropout") else 8}
@@ -124,7 +122,7 @@ def test_another_dropout_sees_no_padding(by, monkeypatch):
     for path in ("dropout", "feed_forward.activation_dropout"):
         replaced(decoder, path, lambda part: Doubled(part.p))
         decoder.layers[0].get_submodule(path).register_forward_hook(lambda _, given, out: widths.append(out.shape[-1]))
-    read_streams(decoder, random_tokens(2, 3).to(DEVICE), split="train")
+    read_streams(decoder, random_tokens(2, 3).to(DEVICE))
     assert set(widths) == {8, 13}
 
 
@@ -136,9 +134,7 @@ def test_a_linear_layer_may_have_a_bias_that_its_former_lacked(path):
     for wrap in (lambda part: part, nn.Sequential):
         one = copy.deepcopy(decoder)
         replaced(one, path, lambda part, wrap=wrap: wrap(biased(part)))
-        incremental = {}
-        steps = [one(tokens[:, :end], incremental_state=incremental)[0] for end in (5, 6, 7)]
-        found.append(torch.cat([read_streams(one, tokens), *steps], dim=1))
+        found.append(torch.cat([read_streams(one, tokens), read_by_token(one, tokens, first=5)], dim=1))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
     assert (found[0][:, :7] - read_streams(decoder, tokens)).abs().max() > 1e-3
 
@@ -154,9 +150,9 @@ def biased(part):
 @torch.no_grad()
 def test_another_dropout_is_called(by, path):
     decoder, tokens = tiny_decoder(dtype=torch.float32).to(DEVICE).train(), random_tokens(2, 3).to(DEVICE)
-    before = read_streams(decoder, tokens, split="train")
+    before = read_streams(decoder, tokens)
     replaced(decoder, path, lambda part: Doubled(part.p))
-    assert (read_streams(decoder, tokens, split="train") - before).abs().max() > 1e-3
+    assert (read_streams(decoder, tokens) - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("path", PARTS)
@@ -196,5 +192,5 @@ def test_kernels_serve_where_nothing_is_replaced(by, monkeypatch):
         function = getattr(residual, name)
         monkeypatch.setattr(residual, name, lambda *a, _f=function, **k: calls.append(_f.__name__) or _f(*a, **k))
     decoder = tiny_decoder(dtype=torch.float32).to(DEVICE).train()
-    read_streams(decoder, random_tokens(2, 3).to(DEVICE), split="train")
+    read_streams(decoder, random_tokens(2, 3).to(DEVICE))
     assert set(calls) == {"by_kernel" if by == "kernels" else "plain"}

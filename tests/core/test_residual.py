@@ -18,7 +18,7 @@ from lamemo_fairseq.core.layers import DecoderLayer, LayerConfig, layer
 pytest.importorskip("triton", reason="the kernels need Triton")
 from lamemo_fairseq.core.kernels import shared_kernels
 
-from .gpus import DEVICE
+from ..gpus import DEVICE
 
 pytestmark = pytest.mark.usefixtures("nan_buffers")
 

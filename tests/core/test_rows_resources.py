@@ -38,7 +38,7 @@ def compile_all(width: int, dtype: str) -> dict:
 
 @pytest.mark.parametrize(("width", "dtype"), [(410, "bf16"), (4096, "fp32")])
 def test_no_spills_and_wide_loads(width, dtype):
-    for kernel, usage in printed_by("tests.test_rows_resources", width, dtype).items():
+    for kernel, usage in printed_by("tests.core.test_rows_resources", width, dtype).items():
         assert usage["16 bytes"] or kernel == "sum_kernel", (kernel, usage)
 
 

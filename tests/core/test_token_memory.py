@@ -4,26 +4,22 @@ Shapes: one stream; n tokens of a segment, K memory tokens, m cached rows, H hea
 """
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from fairseq_cli import eval_lm, train
 
 from lamemo_fairseq.core.decoding.state import DecodingState
 
-from .gpus import DEVICE
-from .helpers import TASK, random_tokens, read_streams, run_command, segments_of, tiny_decoder, write_data
-from .test_commands import evaluate
-from .test_incremental import whole_segments
+from ..gpus import DEVICE
+from .helpers import random_tokens, read_streams, read_texts, segments_of, tiny_decoder, whole_segments
 
 PLAIN, DISENTANGLED = ("token", "transformer-xl", "right"), ("token", "disentangled-content", "right")
 ODD = {
     "decoder_embed_dim": 10, "decoder_attention_heads": 3, "decoder_head_dim": 3, "decoder_ffn_embed_dim": 7,
-    "memory_tokens": 3, "tokens_per_sample": 5, "mem_len": 0,
+    "memory_tokens": 3, "segment_length": 5, "mem_len": 0,
 }  # fmt: skip
-SEGMENTED = {"tokens_per_sample": 6, "bptt_segments": 3, "memory_tokens": 3}
+SEGMENTED = {"segment_length": 6, "bptt_segments": 3, "memory_tokens": 3}
 
 
 class Paper:
@@ -122,7 +118,7 @@ class Paper:
         (PLAIN, {"mem_len": 7}),
         (PLAIN, {"mem_len": 4, "memory_reads_cache": True, "memory_tokens": 1}),
         (DISENTANGLED, {"mem_len": 7, "memory_reads_cache": True}),
-        (DISENTANGLED, {"tokens_per_sample": 10, "bptt_segments": 2, "mem_len": 3, "decoder_layers": 3}),
+        (DISENTANGLED, {"segment_length": 10, "bptt_segments": 2, "mem_len": 3, "decoder_layers": 3}),
         (PLAIN, {"mem_len": 7, "decoder_normalize_before": True, "clamp_len": 1}),
     ],
     ids=str,
@@ -167,7 +163,7 @@ def differences(function, at, step=1e-6):
 def test_gradient_flows_through_memory_tokens_to_an_earlier_segment(variant, mem_len):
     """By finite differences in the paper's computation, for embeddings and initial tokens; the cache is a constant."""
     sizes = {"decoder_embed_dim": 6, "decoder_attention_heads": 2, "memory_tokens": 2, "mem_len": mem_len}
-    decoder = tiny_decoder(variant, **{**ODD, **sizes, "tokens_per_sample": 6, "bptt_segments": 3})
+    decoder = tiny_decoder(variant, **{**ODD, **sizes, "segment_length": 6, "bptt_segments": 3})
     with torch.no_grad():
         for p in decoder.parameters():
             p.mul_(0.4)  # so that differences are exact enough
@@ -209,25 +205,30 @@ def test_initial_tokens_begin_as_large_as_what_a_layer_norm_leaves():
 def test_initial_tokens_learn_whenever_a_stream_begins_and_have_a_zero_gradient_elsewhere():
     decoder = tiny_decoder(PLAIN).train()
     for epoch in (1, 2, 3):
-        for position, segment in segments_of(decoder, random_tokens(2, 9, seed=epoch), split="train"):
+        state = None
+        for segment, _ in segments_of(decoder, random_tokens(2, 9, seed=epoch)):
             decoder.zero_grad()
-            decoder(segment, position=replace(position, epoch=epoch))[0].logsumexp(-1).sum().backward()
+            features, after, _ = decoder(segment, state)
+            decoder.output_layer(features).logsumexp(-1).sum().backward()
             gradient = decoder.memory.initial_tokens.grad
-            assert bool(gradient.abs().max() > 0) == (position.index == 0)
+            assert bool(gradient.abs().max() > 0) == (state is None)
+            state = after
 
 
 @pytest.mark.parametrize("options", [{"decoder_layers": 1}, {"memory_tokens": 1}, {}], ids=str)
 def test_every_parameter_has_a_gradient_where_directions_are_told_apart(options):
     decoder = tiny_decoder(DISENTANGLED, **options).train()
-    for position, segment in segments_of(decoder, random_tokens(2, 6), split="train"):
+    state = None
+    for segment, _ in segments_of(decoder, random_tokens(2, 6)):
         decoder.zero_grad()
-        decoder(segment, position=position)[0].logsumexp(-1).sum().backward()
+        features, state, _ = decoder(segment, state)
+        decoder.output_layer(features).logsumexp(-1).sum().backward()
         assert [name for name, p in decoder.named_parameters() if p.grad is None] == []
 
 
 def test_more_segments_an_update_change_the_gradient_alone():
     """The features are the same however the tokens are cut into updates."""
-    one, three = (tiny_decoder(PLAIN, tokens_per_sample=2 * k, bptt_segments=k) for k in (1, 3))
+    one, three = (tiny_decoder(PLAIN, segment_length=2 * k, bptt_segments=k) for k in (1, 3))
     assert one.memory.period == three.memory.period == 2
     tokens = random_tokens(2, 17)
     torch.testing.assert_close(read_streams(one, tokens), read_streams(three, tokens), rtol=0, atol=1e-12)
@@ -246,9 +247,9 @@ def test_more_segments_an_update_change_the_gradient_alone():
 
 OPTIONS = [
     {"mem_len": 0},
-    {"mem_len": 0, "tokens_per_sample": 4, "bptt_segments": 2, "memory_tokens": 1, "decoder_layers": 1},
+    {"mem_len": 0, "segment_length": 4, "bptt_segments": 2, "memory_tokens": 1, "decoder_layers": 1},
     {"mem_len": 5, "memory_reads_cache": True, **SEGMENTED},
-    {"mem_len": 1, "tokens_per_sample": 2, "bptt_segments": 2},
+    {"mem_len": 1, "segment_length": 2, "bptt_segments": 2},
 ]
 
 
@@ -287,7 +288,7 @@ def test_segments_inside_an_update_are_causal_and_rows_do_not_depend_on_their_ne
         assert not torch.equal(found[:, changed], expected[:, changed])
     lengths = torch.tensor([15, 10, 1])
     padded = tokens.masked_fill(torch.arange(15) >= lengths.unsqueeze(1), 1)
-    for found in (read_streams(decoder, padded, lengths=lengths.tolist()), decoder(padded, lengths)[0]):
+    for found in (read_streams(decoder, padded, lengths=lengths.tolist()), read_texts(decoder, padded, lengths)):
         for row, length in enumerate(lengths.tolist()):
             torch.testing.assert_close(found[row, :length], expected[row, :length], rtol=0, atol=1e-12)
 
@@ -295,7 +296,7 @@ def test_segments_inside_an_update_are_causal_and_rows_do_not_depend_on_their_ne
 def test_recomputed_activations_give_the_same_gradients_through_segments():
     def gradients(**options):
         decoder = tiny_decoder(PLAIN, **SEGMENTED, **options).train()
-        read_streams(decoder, random_tokens(2, 12), split="train").logsumexp(-1).sum().backward()
+        read_streams(decoder, random_tokens(2, 12)).logsumexp(-1).sum().backward()
         return {name: p.grad for name, p in decoder.named_parameters()}
 
     recomputed = gradients(checkpoint_activations=True)
@@ -359,33 +360,3 @@ def test_half_precision_is_as_near_as_its_rounding(dtype):
 def test_options_that_make_no_sense(variant, options, message):
     with pytest.raises(ValueError, match=message):
         tiny_decoder(variant, **options)
-
-
-def test_a_saved_memory_depends_on_the_number_of_tokens_and_of_cached_rows():
-    decoder = tiny_decoder(PLAIN, memory_tokens=5, mem_len=0)
-    assert decoder.streams.options == {"--memory": "token", "--mem-len": 0, "--memory-tokens": 5}
-    _, state, _ = decoder.step(random_tokens(2, 3), None)
-    assert state.tokens.shape == (2, 5, 8) and {t.shape for t in state.hidden} == {(2, 0, 8)}
-
-
-def test_commands_with_another_segment_length_at_test_time(tmp_path):
-    data = write_data(tmp_path / "data", train=600, valid=60, test=301)
-    run_command(
-        train.cli_main, data, *TASK, "--arch", "recurrent_memory_transformer_lm", "--decoder-layers", 2,
-        "--decoder-embed-dim", 8, "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 8, "--batch-size", 4,
-        "--tokens-per-sample", 16, "--bptt-segments", 2, "--memory-tokens", 3, "--mem-len", 5, "--optimizer", "adam",
-        "--lr", 0.03, "--max-update", 12, "--save-dir", tmp_path, "--disable-validation", "--num-workers", 0,
-    )  # fmt: skip
-    path = tmp_path / "checkpoint_last.pt"
-    usual = evaluate(data, path, "--batch-size", 2)
-    assert usual[0] == 301
-
-    def other(length, overrides):
-        options = ["--tokens-per-sample", length, "--model-overrides", str(overrides)]
-        return evaluate(data, path, "--batch-size", 2, *options)
-
-    assert other(8, {"bptt_segments": 1}) == usual  # the same segments, one at a time
-    tokens, loss = other(10, {"bptt_segments": 1, "mem_len": 40})
-    assert tokens == 301 and loss != usual[1]
-    with pytest.raises(ValueError, match=r"--tokens-per-sample 5 .*--bptt-segments 2 .*--model-overrides"):
-        run_command(eval_lm.cli_main, data, *TASK, "--path", path, "--gen-subset", "test", "--tokens-per-sample", 5)

@@ -1,20 +1,14 @@
-"""Full and adaptive softmax, and fairseq's two criterions over them."""
-
-from types import SimpleNamespace
+"""Full and adaptive softmax, and losses over them."""
 
 import pytest
 import torch
-from fairseq.criterions.adaptive_loss import AdaptiveLoss
-from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamemo_fairseq.core.layers import chunked_loss
 from lamemo_fairseq.core.layers.vocabulary import Bands, WordEmbedding
-from lamemo_fairseq.criterions.chunked_cross_entropy import ChunkedCrossEntropyCriterion
-from lamemo_fairseq.models.language_models import LaMemoLanguageModel
 
-from .gpus import DEVICE
+from ..gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
 
 WORDS = 17
@@ -38,42 +32,6 @@ adaptive_ones = pytest.mark.parametrize(
 def every_word_once():
     """Targets holding every word."""
     return torch.arange(WORDS).view(1, WORDS)
-
-
-def loss_of(criterion_class, decoder, target):
-    task = SimpleNamespace(target_dictionary=decoder.dictionary)
-    criterion = criterion_class(task, sentence_avg=False)
-    inputs = {"src_tokens": random_tokens(*target.shape), "position": None}
-    sample = {"net_input": inputs, "target": target, "ntokens": target.numel()}
-    decoder.zero_grad()
-    loss, _, _ = criterion(LaMemoLanguageModel(decoder), sample)
-    loss.sum().backward()
-    return loss.sum().detach(), {name: p.grad for name, p in decoder.named_parameters()}
-
-
-@adaptive_ones
-def test_both_criterions_give_the_same_loss_and_gradients(options):
-    decoder = tiny_decoder(words=WORDS, **options)
-    target = every_word_once()
-    adaptive, adaptive_gradients = loss_of(AdaptiveLoss, decoder, target)
-    plain, gradients = loss_of(CrossEntropyCriterion, decoder, target)
-    torch.testing.assert_close(adaptive, plain, rtol=1e-12, atol=0)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(adaptive_gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
-
-
-@softmaxes
-@pytest.mark.parametrize("chunk", [1, 3, 10**9])
-def test_chunked_criterion_gives_the_same_loss_and_gradients(options, chunk, monkeypatch):
-    """However many tokens are scored at once, and with bands that no target is in."""
-    monkeypatch.setattr(chunked_loss, "tokens_at_once", lambda *_: chunk)
-    decoder = tiny_decoder(words=WORDS, **options)
-    for target in (every_word_once(), torch.tensor([[4, 1], [5, 3]])):
-        chunked, chunked_gradients = loss_of(ChunkedCrossEntropyCriterion, decoder, target)
-        plain, gradients = loss_of(CrossEntropyCriterion, decoder, target)
-        torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=0)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(chunked_gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -113,32 +71,41 @@ def test_softmax_kernel(words):
     torch.testing.assert_close(in_place.double(), exact.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_chunked_criterion_has_no_losses_of_single_tokens():
-    criterion = ChunkedCrossEntropyCriterion(SimpleNamespace(target_dictionary=tiny_decoder().dictionary), False)
-    with pytest.raises(NotImplementedError, match="--criterion cross_entropy"):
-        criterion(None, {}, reduce=False)
-
-
 @softmaxes
 def test_probabilities_add_up_to_one(options):
     decoder = tiny_decoder(words=WORDS, **options)
-    output = decoder(random_tokens(2, 5))
-    probabilities = decoder.get_normalized_probs(output, log_probs=False)
-    assert probabilities.shape == (2, 5, WORDS)
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 5, dtype=torch.float64))
-    torch.testing.assert_close(probabilities.log(), decoder.get_normalized_probs(output, log_probs=True))
+    log_probs = decoder.log_probs(decoder.read_text(random_tokens(2, 5)))
+    assert log_probs.shape == (2, 5, WORDS)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2, 5, dtype=torch.float64))
+
+
+@adaptive_ones
+def test_targets_alone_have_the_same_probabilities(options):
+    decoder, target = tiny_decoder(words=WORDS, **options), every_word_once()
+    features = decoder.read_text(random_tokens(*target.shape))
+    everything = decoder.log_probs(features).gather(2, target.unsqueeze(-1)).squeeze(-1)
+    wanted = decoder.adaptive_softmax.target_log_probs(features, target)
+    torch.testing.assert_close(wanted, everything, rtol=1e-12, atol=1e-12)
 
 
 @softmaxes
-def test_a_sample_needs_its_targets_alone(options):
+@pytest.mark.parametrize("chunk", [1, 3, 10**9])
+def test_the_loss_is_that_of_all_log_probabilities(options, chunk, monkeypatch):
+    """However many tokens are scored at once, and with bands that no target is in."""
+    monkeypatch.setattr(chunked_loss, "tokens_at_once", lambda *_: chunk)
     decoder = tiny_decoder(words=WORDS, **options)
-    target = every_word_once()
-    output = decoder(random_tokens(*target.shape))
-    everything = decoder.get_normalized_probs(output, log_probs=True).gather(2, target.unsqueeze(-1))
-    wanted = decoder.get_normalized_probs(output, log_probs=True, sample={"target": target}).gather(
-        2, target.unsqueeze(-1)
-    )
-    torch.testing.assert_close(wanted, everything, rtol=1e-12, atol=1e-12)
+    for target in (every_word_once(), torch.tensor([[4, 1], [5, 3]])):
+        features = decoder.read_text(random_tokens(*target.shape))
+        loss = decoder.loss(features, target)
+        expected = -decoder.log_probs(features).gather(2, target.unsqueeze(-1)).sum()
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        parameters = list(decoder.parameters())
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for one, other in zip(gradients, torch.autograd.grad(expected, parameters, allow_unused=True), strict=True):
+            if one is None or other is None:  # of bands without a target
+                assert (one is None or not one.any()) and (other is None or not other.any())
+            else:
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 @given(cuts=st.lists(st.integers(1, 29), max_size=4, unique=True).map(sorted), factor=st.sampled_from([1.0, 2.0]))
@@ -166,5 +133,5 @@ def test_tied_weights_are_one_parameter(options):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_losses_of_half_precision_add_up_in_float32(dtype):
     decoder = tiny_decoder(words=WORDS, dtype=dtype, **SOFTMAXES["adaptive, divided"])
-    logits, _ = decoder.adaptive_softmax(decoder(random_tokens(1, 6))[0], random_tokens(1, 6).view(-1))
+    logits, _ = decoder.adaptive_softmax(decoder.read_text(random_tokens(1, 6)), random_tokens(1, 6).view(-1))
     assert {t.dtype for t in logits} == {torch.float32}

@@ -1,0 +1,31 @@
+"""What a saved memory depends on: the options that a resumed run has to share with it."""
+
+from fairseq.dataclass import ChoiceEnum
+
+from lamemo_fairseq.core.memory.compressive import COMPRESSIONS
+
+from .helpers import random_tokens, tiny_decoder
+
+COMPRESSIVE, CONTINUOUS = ("compressive", "transformer-xl", "conv"), ("continuous", "transformer-xl", "right")
+TOKEN = ("token", "transformer-xl", "right")
+
+
+def test_a_run_goes_on_with_the_same_basis_alone():
+    """The coefficients of one mean nothing in another; how they are updated may change."""
+    names = set(tiny_decoder(CONTINUOUS).streams.options)
+    assert names == {"--memory", "--mem-len", "--num-basis-functions", "--basis-widths"}
+
+
+def test_what_a_saved_memory_depends_on_is_stored_as_plain_values():
+    """Options from hydra come as members of an enumeration that no checkpoint can hold."""
+    decoder = tiny_decoder(COMPRESSIVE, compression=ChoiceEnum(COMPRESSIONS.names())("conv"))
+    expected = {"--memory": "compressive", "--mem-len": 4, "--compressed-len": 3, "--compression-rate": 2}
+    assert decoder.streams.options == {**expected, "--compression": "conv"}
+    assert {type(value) for value in decoder.streams.options.values()} == {int, str}
+
+
+def test_a_saved_memory_depends_on_the_number_of_tokens_and_of_cached_rows():
+    decoder = tiny_decoder(TOKEN, memory_tokens=5, mem_len=0)
+    assert decoder.streams.options == {"--memory": "token", "--mem-len": 0, "--memory-tokens": 5}
+    _, state, _ = decoder.step(random_tokens(2, 3), None)
+    assert state.tokens.shape == (2, 5, 8) and {t.shape for t in state.hidden} == {(2, 0, 8)}
