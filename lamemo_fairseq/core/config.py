@@ -69,7 +69,7 @@ class ModelConfig:
         options = MEMORIES[self.memory].options  # refuses an unknown name
         if self.memory_options is None:
             object.__setattr__(self, "memory_options", options())
-        elif not isinstance(self.memory_options, options):
+        elif type(self.memory_options) is not options:
             raise ValueError(
                 f"memory_options is a {type(self.memory_options).__name__}, but --memory {self.memory} "
                 f"takes {options.__name__}"
@@ -117,8 +117,8 @@ class ModelConfig:
         """
         chosen = dict(values)
         _refuse_unknown(chosen, cls)
-        own = chosen.pop("memory_options", None)
-        if own is not None:
+        own = chosen.get("memory_options")
+        if isinstance(own, Mapping):
             options = MEMORIES[chosen.get("memory", cls.memory)].options
             _refuse_unknown(own, options)
             chosen["memory_options"] = options(**own)

@@ -88,7 +88,7 @@ def _read_config(folder: Path, changes: Dict[str, Any]) -> ModelConfig:
             saved_with = (weights.metadata() or {}).get(CONFIG)
         values = json.loads(text)
         written = values.pop("format")
-    except (_safetensors().SafetensorError, ValueError, KeyError, AttributeError) as error:
+    except (_safetensors().SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} is not a folder that LanguageModel.save has written: {error}") from error
     if written != FORMAT:
         raise ValueError(f"{folder / CONFIG} has format {written}, this version reads {FORMAT}: install a newer one")

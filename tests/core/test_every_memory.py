@@ -1,0 +1,122 @@
+"""Every registered memory trains, evaluates, decodes, samples and is configured, with the core alone."""
+
+import json
+
+import pytest
+import torch
+
+from lamemo_fairseq.core import MEMORIES, LanguageModel, ModelConfig
+from lamemo_fairseq.core.decoding.sampler import Draw, Sampler
+from lamemo_fairseq.core.decoding.state import DecodingState
+
+from .helpers import (
+    VARIANTS,
+    config_of,
+    first_of_each_memory,
+    for_sampler,
+    random_tokens,
+    read_streams,
+    read_texts,
+    tiny_decoder,
+    tiny_options,
+    whole_segments,
+)
+
+every_memory = pytest.mark.parametrize("memory", MEMORIES.names())
+variants = pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+
+
+@every_memory
+def test_a_memory_has_a_variant_which_runs_these_tests(memory):
+    assert memory in {variant[0] for variant in VARIANTS}, f"add a line for {memory} to VARIANTS in tests/core/helpers"
+
+
+@variants
+def test_trains(variant):
+    """A text that repeats itself is learnt, by every parameter."""
+    sizes = {"segment_length": 8, "decoder_embed_dim": 16, "decoder_ffn_embed_dim": 24}
+    torch.manual_seed(0)
+    model = LanguageModel(config_of(11, **tiny_options(variant, sizes)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    text = 4 + torch.arange(2 * (25 * 8 + 1)).view(2, -1) % 7
+    state, losses, learning = None, [], set()
+    for start in range(0, text.size(1) - 1, 8):
+        segment = text[:, start : start + 9]
+        features, state, extra = model(segment[:, :-1], state)
+        assert bool(extra) <= MEMORIES[variant[0]].has_losses
+        loss = model.loss(features, segment[:, 1:]) / 16
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        sum(extra.values(), loss).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        assert all(gradient is not None for gradient in gradients.values())
+        learning |= {name for name, gradient in gradients.items() if gradient.any()}
+        optimizer.step()
+    assert learning == set(gradients)
+    assert losses[-1] < losses[0] / 2
+
+
+@variants
+@torch.no_grad()
+def test_evaluates_with_the_memory_carried_from_segment_to_segment(variant):
+    model, tokens = tiny_decoder(variant), random_tokens(2, 16)
+    scores = read_streams(model, tokens)
+    torch.testing.assert_close(scores, read_texts(model, tokens), rtol=0, atol=1e-12)
+    alone = read_texts(model, tokens[:, -4:-1])
+    assert torch.allclose(scores[:, -4:-1], alone) == (variant[0] == "none")
+
+
+@variants
+@torch.no_grad()
+def test_generates_the_most_probable_words(variant):
+    """One after the other, across segments; the texts have prompts of other lengths."""
+    model, prompts, lengths = tiny_decoder(variant), random_tokens(2, 8), [8, 5]
+    state = DecodingState(model, 2)
+    state.read(prompts[:, :-1], [length - 1 for length in lengths])
+    last = torch.stack([prompts[row, length - 1] for row, length in enumerate(lengths)])
+    generated = Sampler(for_sampler(model), state, Draw(temperature=0)).go_on(last, 7)
+    for row, length in enumerate(lengths):
+        text = prompts[row : row + 1, :length]
+        for word, log_prob in zip(generated.words[row], generated.log_probs[row], strict=True):
+            expected = model.log_probs(whole_segments(model, text))[0, -1]
+            assert expected.argmax() == word
+            torch.testing.assert_close(log_prob, expected[word], rtol=0, atol=1e-9)
+            text = torch.cat([text, word.view(1, 1)], dim=1)
+
+
+@every_memory
+@torch.no_grad()
+def test_samples_among_the_most_probable_words(memory):
+    """The same words with the same seed, others with another."""
+    model, first = tiny_decoder(first_of_each_memory()[memory]), random_tokens(3, 1)[:, 0]
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(Sampler(for_sampler(model), DecodingState(model, 3), Draw(9.0, top_k=4))(first, 12))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    texts = torch.cat([first.unsqueeze(1), drawn[0]], dim=1)
+    log_probs = model.log_probs(whole_segments(model, texts))[:, :-1]
+    ranks = (log_probs > log_probs.gather(2, drawn[0].unsqueeze(2))).sum(2)
+    assert ranks.max() < 4 and ranks.any()
+
+
+@variants
+def test_a_configuration_is_plain_values(variant):
+    config = config_of(17, **tiny_options(variant, {"adaptive_softmax_cutoff": "6,11"}))
+    again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and type(again.memory_options) is MEMORIES[variant[0]].options
+
+
+@every_memory
+def test_a_memory_without_options_has_its_defaults(memory):
+    positions = "disentangled" if MEMORIES[memory].looks_ahead else "transformer-xl"
+    config = ModelConfig(17, 4, memory=memory, position_encoding=positions)
+    assert config.memory_options == MEMORIES[memory].options()
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@every_memory
+def test_options_of_another_memory_are_refused(memory):
+    other = "continuous" if memory != "continuous" else "compressive"
+    with pytest.raises(ValueError, match=f"memory_options is a {other.title()}Options, but --memory {memory} takes "):
+        ModelConfig(17, 4, memory=memory, memory_options=MEMORIES[other].options())

@@ -1,0 +1,183 @@
+"""Saved models: to the last bit, or refused in one line."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lamemo_fairseq.core import LanguageModel, ModelConfig
+from lamemo_fairseq.core.memory.compressive.options import CompressiveOptions
+
+from .helpers import VARIANTS, random_tokens, read_streams, tiny_decoder
+
+safetensors = pytest.importorskip("safetensors.torch")
+SOFTMAXES = {
+    "tied": {},
+    "untied": {"untie_output": True},
+    "narrow": {"decoder_input_dim": 4},
+    "adaptive, tied": {"adaptive_softmax_cutoff": "6,11", "adaptive_softmax_factor": 2.0, "adaptive_input": True},
+    "adaptive, untied": {"adaptive_softmax_cutoff": "6,11", "untie_output": True},
+}
+COMPRESSIVE = ("compressive", "transformer-xl", "conv")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved model."""
+    tiny_decoder(COMPRESSIVE).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_equal(model, other):
+    assert model.config == other.config and not other.training
+    weights, others = model.state_dict(), other.state_dict()
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == others[name].dtype and torch.equal(weight, others[name]), name
+    tokens = random_tokens(2, 7)
+    with torch.no_grad():
+        assert torch.equal(read_streams(model, tokens), read_streams(other, tokens))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+def test_a_model_comes_back_to_the_last_bit(variant, tmp_path):
+    model = tiny_decoder(variant)
+    model.save(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    assert_equal(model, LanguageModel.load(str(tmp_path / "new" / "folder")))
+
+
+@pytest.mark.parametrize("options", SOFTMAXES.values(), ids=SOFTMAXES)
+def test_weights_stay_tied(options, tmp_path):
+    model = tiny_decoder(**options)
+    model.save(tmp_path)
+    loaded = LanguageModel.load(tmp_path)
+    assert_equal(model, loaded)
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_precision_is_saved(dtype, tmp_path):
+    model = tiny_decoder(dtype=dtype)
+    model.save(tmp_path)
+    loaded = LanguageModel.load(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert_equal(model, loaded)
+
+
+def test_another_model_takes_the_place_of_the_first(folder):
+    model = tiny_decoder(seed=3)
+    model.save(folder)
+    assert len(list(folder.iterdir())) == 2
+    assert_equal(model, LanguageModel.load(folder))
+
+
+def test_values_are_replaced_by_name(folder):
+    config = LanguageModel.load(folder, mem_len=9, dropout=0.5).config
+    assert (config.mem_len, config.dropout) == (9, 0.5)
+    own = CompressiveOptions(compressed_len=7, compression_rate=2)
+    for given in (own, {"compressed_len": 7, "compression_rate": 2}):
+        assert LanguageModel.load(folder, memory_options=given).config.memory_options == own
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{name} is not there: pass a folder that LanguageModel.save has "):
+        LanguageModel.load(folder)
+
+
+def test_files_of_two_saves_are_told_apart(folder, tmp_path):
+    """As when one of them was copied, or a save was killed between the two."""
+    tiny_decoder(COMPRESSIVE, decoder_normalize_before=True).save(tmp_path / "other")
+    (tmp_path / "other" / "config.json").replace(folder / "config.json")
+    with pytest.raises(ValueError, match=r"is not the configuration that model.safetensors was saved with: save the "):
+        LanguageModel.load(folder)
+
+
+def edited(folder, **changes):
+    """Edit a saved configuration, in both files."""
+    values = {**json.loads((folder / "config.json").read_text()), **changes}
+    text = json.dumps({name: value for name, value in values.items() if value is not ...})
+    weights = safetensors.load_file(folder / "model.safetensors")
+    safetensors.save_file(weights, folder / "model.safetensors", metadata={"config.json": text})
+    (folder / "config.json").write_text(text)
+
+
+def test_a_configuration_edited_by_hand_is_refused(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"mem_len": 4', '"mem_len": 5'))
+    with pytest.raises(ValueError, match=r"config.json is not the configuration .* pass it to LanguageModel.load"):
+        LanguageModel.load(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '"text"', "null", "{}", '{"format": '])
+def test_a_damaged_configuration_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"is not a folder that LanguageModel.save has written"):
+        LanguageModel.load(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 60, -1])
+def test_damaged_weights_are_refused(folder, size):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:size])
+    with pytest.raises(ValueError, match=r"is not a folder that LanguageModel.save has written"):
+        LanguageModel.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, r"config.json has format 2, this version reads 1: install a newer one"),
+        ({"format": ...}, r"is not a folder that LanguageModel.save has written"),
+        ({"memlen": 3}, r"unknown name 'memlen' in a model's configuration; did you mean mem_len\?"),
+        ({"memory": "lost"}, r"unknown memory 'lost'; the known ones are compressive, "),
+        ({"memory": "recurrent"}, r"unknown name 'compressed_len' in a model's configuration"),
+        ({"position_encoding": "none"}, r"unknown position encoding 'none'"),
+    ],
+    ids=str,
+)
+def test_configurations_that_are_not_known_here(folder, changes, message):
+    edited(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        LanguageModel.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mem_length": 3}, r"unknown name 'mem_length' in a model's configuration; did you mean .*mem_len"),
+        ({"decoder_layers": 3}, "the weights are those of another configuration"),
+        ({"decoder_layers": 1}, "the weights are those of another configuration"),
+        ({"decoder_embed_dim": 10}, "the weights are those of another configuration"),
+        ({"mem_len": -1}, "--mem-len is -1, but --memory compressive needs at least"),
+        ({"memory_options": {"compresed_len": 3}}, r"unknown name 'compresed_len'.*did you mean compressed_len"),
+    ],
+    ids=str,
+)
+def test_changes_that_make_no_sense(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageModel.load(folder, **changes)
+
+
+def test_options_of_another_memory_are_refused():
+    with pytest.raises(ValueError, match="memory_options is a CompressiveOptions, but --memory none takes Memory"):
+        ModelConfig(17, 4, memory="none", position_encoding="absolute", memory_options=CompressiveOptions())
+
+
+def test_a_configuration_cannot_be_changed_behind_the_models_back():
+    config = tiny_decoder().config
+    with pytest.raises(AttributeError):
+        config.mem_len = 3
+    assert replace(config, mem_len=3).mem_len == 3
+
+
+def test_safetensors_is_asked_for_where_it_is_missing(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for use in (lambda: LanguageModel.load(folder), lambda: tiny_decoder().save(tmp_path / "other")):
+        with pytest.raises(ModuleNotFoundError, match="with safetensors: pip install safetensors"):
+            use()
