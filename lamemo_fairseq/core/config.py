@@ -3,10 +3,10 @@
 # No postponed annotations: a host reads the types of the fields.
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Dict, List, Mapping, Optional, Type, Union
 
 from .attention import BACKENDS
-from .fields import option
+from .fields import Values, option
 from .layers.activations import ACTIVATIONS
 from .memory import MEMORIES, MemoryOptions
 from .names import did_you_mean, option_name
@@ -104,12 +104,12 @@ class ModelConfig:
         except ValueError:
             raise ValueError(f"--adaptive-softmax-cutoff '{text}': pass whole numbers such as 20000,60000") from None
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> Dict[str, object]:
         """Return plain values by name, which JSON can hold."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+    def from_dict(cls, values: Values) -> "ModelConfig":
         """Return the configuration that `to_dict` has written.
 
         Raises:
@@ -196,7 +196,7 @@ class ModelConfig:
             )
 
 
-def _refuse_unknown(values: Mapping[str, Any], config: Any) -> None:
+def _refuse_unknown(values: Mapping[str, object], config: Type[Union[ModelConfig, MemoryOptions]]) -> None:
     known = [f.name for f in fields(config)]
     for name in values:
         if name not in known:

@@ -1,11 +1,14 @@
 """Fields of configurations, with the text and the choices that a host shows for them."""
 
 import dataclasses
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable, Mapping, Optional, TypeVar
+
+T = TypeVar("T")
+Values = Mapping[str, Any]  # of fields by name, as JSON has them; a configuration checks what it needs
 
 
-def option(default: Any, help: str, choices: Optional[Iterable[str]] = None) -> Any:
-    """Return a dataclass field that a host can offer as an option.
+def option(default: T, help: str, choices: Optional[Iterable[str]] = None) -> T:
+    """Return a dataclass field that a host can offer as an option, typed as the values that it holds.
 
     Args:
         default: the value if nothing is passed.

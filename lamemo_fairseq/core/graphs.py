@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .kernels.autograd import Context
+from .kernels.autograd import Context, Function
 from .kernels.copies import copy_all
 from .kernels.parts import Parts, Signature, parts_of
 from .memory import MemoryState, Passage
@@ -260,7 +260,7 @@ class _ReplayContext(Context):
     number: int
 
 
-class _Replay(torch.autograd.Function):
+class _Replay(Function):
     @staticmethod
     def forward(
         ctx: _ReplayContext, recording: _TrainingRecording, *parameters: Tensor
@@ -292,7 +292,7 @@ def _recorded_to(graph: torch.cuda.CUDAGraph, shared: Optional[torch.cuda.CUDAGr
 
 
 def _unallocated() -> int:
-    """Bytes of the device that PyTorch holds without a tensor in them."""
+    """Return the bytes of the device that PyTorch holds without a tensor in them."""
     return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 

@@ -6,13 +6,14 @@ import os
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, Optional, Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
 from .config import ModelConfig
 from .decoder import MemoryDecoder
+from .fields import Values
 from .memory import MemoryState, Passage
 
 WEIGHTS = "model.safetensors"
@@ -52,7 +53,7 @@ class LanguageModel(MemoryDecoder):
 
     @classmethod
     def load(
-        cls, folder: Union[str, Path], device: Union[str, torch.device] = "cpu", **changes: Any
+        cls, folder: Union[str, Path], device: Union[str, torch.device] = "cpu", **changes: object
     ) -> "LanguageModel":
         """Return the model that `save` has written, in evaluation mode.
 
@@ -77,7 +78,7 @@ class LanguageModel(MemoryDecoder):
         return model.to(device).eval()
 
 
-def _read_config(folder: Path, changes: Dict[str, Any]) -> ModelConfig:
+def _read_config(folder: Path, changes: Values) -> ModelConfig:
 
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -105,7 +106,8 @@ def _dtype_of(weights: Path) -> torch.dtype:
 
     with _safetensors().safe_open(weights, framework="pt") as saved:
         dtypes = {saved.get_tensor(name).dtype for name in saved.keys()}  # noqa: SIM118
-    return functools.reduce(torch.promote_types, dtypes)
+    widest: torch.dtype = functools.reduce(torch.promote_types, dtypes)
+    return widest
 
 
 def _safetensors() -> ModuleType:

@@ -13,6 +13,12 @@ class Registry(Generic[T]):
         self._entries: Dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that enters what it decorates under *name*.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+
         def add(entry: T) -> T:
             if name in self._entries:
                 raise ValueError(f"{self.what} '{name}' is registered already")
@@ -22,6 +28,7 @@ class Registry(Generic[T]):
         return add
 
     def names(self) -> List[str]:
+        """Return all names in alphabetical order."""
         return sorted(self._entries)
 
     def __getitem__(self, name: str) -> T:

@@ -1,7 +1,8 @@
 """Types for autograd functions."""
 
-from typing import Tuple
+from typing import TYPE_CHECKING, Any, Tuple
 
+import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -11,3 +12,13 @@ class Context(FunctionCtx):
 
     saved_tensors: Tuple[Tensor, ...]
     needs_input_grad: Tuple[bool, ...]
+
+
+class Function(torch.autograd.Function):
+    """An autograd function whose `apply` has a type."""
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, *inputs: object) -> Any:
+            """Return what `forward` returns; the caller annotates it."""

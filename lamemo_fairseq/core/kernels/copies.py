@@ -18,9 +18,9 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor; the function gives the copy, for which the host waits only then.
+    """Begin to copy a tensor to the host, and return a function that waits for the copy and returns it.
 
-    It waits no longer than until what the device was given so far is done.
+    The wait ends when the work submitted to the device before the copy is done.
     """
     if not tensor.is_cuda:
         return lambda: tensor

@@ -84,7 +84,7 @@ class Parts:
 
 
 def parts_of(module: nn.Module) -> Parts:
-    """The parts of a module as they are."""
+    """Return the parts of a module as they are now; a walk is repeated only if modules or parameters were replaced."""
     walked = vars(module).get("_walked_parts")
     if not isinstance(walked, Parts) or not walked.stand:
         walked = vars(module)["_walked_parts"] = Parts(module)

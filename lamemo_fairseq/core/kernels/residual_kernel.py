@@ -108,7 +108,7 @@ def residual_norm_gradient_kernel(
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs besides gamma and the seed."""
+    """The tensors that the backward pass needs besides gamma and the seed."""
 
     total: Tensor  # [B, R, stored], zeros behind d
     mean: Tensor  # [T], float32

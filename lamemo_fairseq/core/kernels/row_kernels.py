@@ -138,7 +138,7 @@ def row_map(
     return out
 
 
-def _tile(count: int, size: int, width: int, bytes_each: int) -> dict:
+def _tile(count: int, size: int, width: int, bytes_each: int) -> dict[str, int]:
     if count < FEW_ROWS and size <= LONGEST:
         block = 4
         while block < 16 and width >= 2 * block * PROGRAMS:

@@ -20,9 +20,10 @@ WORDS = tl.constexpr(1 << 31)
 
 @triton.jit
 def kept(p_seed, rows, groups, first, DROPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which elements of a tile dropout keeps: four columns, a group, share one call of the generator.
+    """Return the elements of a tile that dropout keeps. Four columns, a group, share one call of the generator.
 
-    Groups are numbered, *groups* a row, the tile's from *first* on; of 2^31 words, DROPPED drop an element.
+    There are *groups* groups a row, and *first* is the number of the tile's first one. An element is dropped if its
+    31-bit random word is below DROPPED.
     """
     number = rows[:, None] * groups + first + tl.arange(0, BLOCK // 4)[None, :]
     a, b, c, d = tl.randint4x(tl.load(p_seed), number)
@@ -42,7 +43,7 @@ def sum_kernel(p_partial, p_out, P, width, d, BLOCK_P: tl.constexpr, BLOCK_D: tl
 
 
 def sums(partial: Tensor, d: int, dtype: torch.dtype) -> Tensor:
-    """``partial [n, P, >= d]`` in float32, summed over the programs: ``[n, d]``."""
+    """Return ``partial [n, P, >= d]`` in float32, summed over the programs: ``[n, d]``."""
     count, programs, width = partial.shape
     out = partial.new_empty(count, d, dtype=dtype)
     # Narrow, as what takes its time is the way down the programs.
@@ -51,12 +52,12 @@ def sums(partial: Tensor, d: int, dtype: torch.dtype) -> Tensor:
 
 
 def dropped(dropout: float) -> int:
-    """Of 2^31 random words, those that drop an element."""
+    """Return how many of the 2^31 random words drop an element."""
     return round(dropout * (1 << 31))
 
 
 def programs(device: torch.device, tiles: int, columns: int = 1) -> int:
-    """How many programs share the *tiles* of rows, with *columns* others beside each: at least one."""
+    """Return the number of programs, at least 1, that share the *tiles* of rows, with *columns* others beside each."""
     return max(1, min(tiles, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device) // columns))
 
 

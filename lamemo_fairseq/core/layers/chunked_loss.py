@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.aligned import padded
-from ..kernels.autograd import Context
+from ..kernels.autograd import Context, Function
 
 SMALLEST_CHUNK = 1 << 25  # scores, 64 MiB in half precision
 
 
 def linear_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    """Sum of the negative log-likelihoods (nats) of *target*, a float32 (or wider) scalar.
+    """Return the sum of the negative log-likelihoods (nats) of *target*, a float32 (or wider) scalar.
 
     Scores are made for some tokens at a time, and their gradients at once, so that memory does not grow with T V. It is
     what `torch.nn.functional.linear_cross_entropy` of torch 2.13 does, here for all versions, with larger chunks, and
@@ -38,18 +38,19 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor, target:
 
 
 def tokens_at_once(words: int, width: int) -> int:
-    """Of how many tokens scores are held: in half precision they take no more memory than the weights' gradient.
+    """Return the number of tokens whose scores are computed at a time.
 
-    Fewer would cost more passes over that gradient.
+    In half precision, their scores take no more memory than the weights' gradient. Fewer tokens would cost more passes
+    over that gradient.
     """
     return max(2 * width, SMALLEST_CHUNK // words)
 
 
 class _LossContext(Context):
-    dtypes: Tuple[torch.dtype, torch.dtype, torch.dtype]
+    dtypes: Tuple[torch.dtype, torch.dtype, torch.dtype]  # of features, weight and bias
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx: _LossContext, features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
         width, exact = features.size(1), torch.promote_types(features.dtype, torch.float32)
@@ -94,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _softmax_gradient(scores: Tensor, target: Tensor, learns: bool) -> Tuple[Tensor, Tensor]:
-    """The summed loss, and its gradient with respect to scores ``[T, V]``, which may be overwritten."""
+    """Return the summed loss, and its gradient with respect to scores ``[T, V]``, which may be overwritten."""
     if scores.is_cuda and scores.dtype != torch.float64 and _has_triton():
         from ..kernels.softmax_kernel import softmax_gradient_
 
@@ -110,7 +111,7 @@ def _softmax_gradient(scores: Tensor, target: Tensor, learns: bool) -> Tuple[Ten
 
 
 def _add_product(total: Optional[Tensor], d_scores: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total + d_scores^T features``, in place if there is a total, summed in *dtype* where PyTorch can."""
+    """Return ``total + d_scores^T features``, in place if there is a total, summed in *dtype* where PyTorch can."""
     scores = d_scores.t()
     if dtype == features.dtype:
         return scores @ features if total is None else total.addmm_(scores, features)
@@ -125,7 +126,7 @@ def _add_product(total: Optional[Tensor], d_scores: Tensor, features: Tensor, dt
 
 @cache
 def _sums_in_single() -> bool:
-    """Whether PyTorch has products of half-precision numbers that come out in float32."""
+    """Return whether PyTorch has products of half-precision numbers that come out in float32."""
     return "dtype_out" in torch.ops.aten.addmm.overloads()
 
 

@@ -18,7 +18,7 @@ from .chunked_loss import linear_cross_entropy
 
 
 class Bands:
-    """How a dictionary is split: band i holds the words ``starts[i] .. ends[i]-1``, embedded in ``dims[i]`` numbers.
+    """The split of a dictionary: band i holds the words ``starts[i] .. ends[i]-1``, embedded in ``dims[i]`` numbers.
 
     Bands of one width share a table; others have one each.
 
@@ -48,7 +48,7 @@ class Bands:
         return len(self.starts)
 
     def table_of(self, band: int) -> Tuple[int, slice]:
-        """Which table a band's rows are in, and where."""
+        """Return the number of a band's table, and the band's rows in it."""
         if self.shared:
             return 0, slice(self.starts[band], self.ends[band])
         return band, slice(0, self.ends[band] - self.starts[band])
@@ -256,7 +256,7 @@ class AdaptiveSoftmax(_Output):
 
 
 class BandPlan:
-    """Which rows belong to which band.
+    """The rows of each band.
 
     The counts decide shapes, so the host needs them. It asks before the layers are computed and reads them
     after, when they have long arrived: the device is never waited for.

@@ -1,4 +1,4 @@
-"""What a memory is: a state carried from one segment to the next, and how a segment passes through it.
+"""Memories: a state carried from one segment to the next, and the pass of a segment through it.
 
 Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
@@ -127,7 +127,7 @@ class MemoryConfig(Generic[Options]):
 
 
 class Passage(NamedTuple):
-    """What comes of a segment."""
+    """The results of a segment."""
 
     features: Tensor  # [B, N, d], the last layer's current rows
     state: MemoryState  # for the next segment, without gradient
@@ -146,8 +146,8 @@ class Memory(nn.Module, Generic[State, Options]):
     looks_ahead: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
     smallest_mem_len: ClassVar[int] = 1  # the smallest --mem-len that makes sense
-    has_losses: ClassVar[bool] = False  # whether passages have losses
-    carries_gradient: ClassVar[bool] = False  # whether gradient may flow from segment to segment of an update
+    has_losses: ClassVar[bool] = False  # passages have losses
+    carries_gradient: ClassVar[bool] = False  # gradient may flow from segment to segment of an update
     layout: ClassVar[Tuple[str, ...]] = ()  # own options that a saved state depends on
 
     def __init__(self, config: MemoryConfig[Options]):
@@ -168,7 +168,7 @@ class Memory(nn.Module, Generic[State, Options]):
         """Initialise what is not as in other modules: weights N(0, .02), biases 0."""
 
     def initial_state(self, x: Tensor) -> State:
-        """The state before the first segment, for streams embedded like ``x [B, N, d]``."""
+        """Return the state before the first segment, for streams embedded like ``x [B, N, d]``."""
         raise NotImplementedError
 
     def forward(
@@ -228,13 +228,13 @@ def _means(passages: Sequence[Passage]) -> Dict[str, Tensor]:
 
 
 def last_rows(rows: Tensor, count: int, dim: int = 1) -> Tensor:
-    """A copy of the last *count* rows without gradient; a view would keep all of them alive."""
+    """Return a copy of the last *count* rows without gradient; a view would keep all of them alive."""
     count = min(count, rows.size(dim))
     return rows.detach().narrow(dim, rows.size(dim) - count, count).clone()
 
 
 def no_contribution(parameters: Iterable[Optional[Tensor]]) -> Tensor:
-    """Zero, with a gradient of zero for those of *parameters* that are there.
+    """Return zero, with a gradient of zero for those of *parameters* that are there.
 
     Data-parallel reducers wait for a gradient of every parameter, in steps too that had no use for one.
     """

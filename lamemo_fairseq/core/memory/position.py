@@ -1,4 +1,7 @@
-"""Where a batch of segments stands in its streams."""
+"""The position of a batch of segments in its streams.
+
+Shapes: B streams, N tokens of a segment.
+"""
 
 from dataclasses import dataclass
 from typing import List, NamedTuple, Optional, Sequence, Tuple
@@ -19,31 +22,31 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentPosition:
-    """Names the streams of a batch and its place in them.
+    """Names the streams of a batch and its position in them.
 
-    A plain value: it survives worker processes, and moving a batch to a device leaves it alone.
+    It is a plain value: it survives worker processes, and moving a batch to a device leaves it alone.
     """
 
     split: str  # the split that the streams come from
     epoch: int
-    num_streams: int  # how many streams the split was cut into, over all ranks
+    num_streams: int  # streams that the split was cut into, over all ranks
     segment_length: int
     streams: Tuple[int, ...]  # the stream of each row
-    index: int  # which segment of its stream, from 0
-    last: bool = False  # whether the streams end with it
-    ragged: bool = False  # whether some rows are padded on the right
+    index: int  # number of the segment in its stream, from 0
+    last: bool = False  # the streams end with it
+    ragged: bool = False  # some rows are padded on the right
 
     @property
-    def reading(self) -> "Reading":
-        """One pass over some streams, told from every other one."""
+    def reading(self) -> Reading:
+        """The pass over the streams that this batch is part of."""
         return Reading(self.split, self.epoch, self.num_streams, self.segment_length, self.streams)
 
     def streams_but(self, fine: Tensor) -> List[int]:
-        """The streams whose rows are not *fine*, ``[B]`` of booleans."""
+        """Return the streams of the rows that are False in ``fine [B]``."""
         return [stream for stream, ok in zip(self.streams, fine.tolist(), strict=True) if not ok]
 
     def named_streams(self, streams: Optional[Sequence[int]] = None) -> str:
-        """The streams of the batch, or some of them, for a message."""
+        """Return the words for the streams of the batch, or for some of them, in a message."""
         named = self.streams if streams is None else streams
         several = "streams" if len(named) > 1 else "stream"
         listed = f"{named[0]}..{named[-1]}" if len(named) > 8 else ", ".join(map(str, named))

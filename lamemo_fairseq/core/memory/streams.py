@@ -1,4 +1,4 @@
-"""Which memory belongs to which stream.
+"""The memories of streams, by position.
 
 A trainer runs forwards in any order: validation between two updates, a batch fed twice after an
 overflow, a dummy batch on a rank that has none. So nothing here depends on the order of calls: each batch
@@ -42,7 +42,7 @@ class StreamMemory:
         return (StreamMemory, (self._state, self.options))
 
     def read(self, position: SegmentPosition, training: bool) -> Optional[MemoryState]:
-        """The memory before the segment at *position*, None standing for an empty one.
+        """Return the memory before the segment at *position*, None standing for an empty one.
 
         Raises:
             MissingMemoryError: the segment before it has not been fed.
@@ -67,7 +67,7 @@ class StreamMemory:
             self._states[position.split, training][position.index + 1] = state
 
     def diverged_streams(self, position: SegmentPosition, training: bool) -> List[int]:
-        """The streams whose memory after the segment at *position*, or before it, is not finite."""
+        """Return the streams whose memory after the segment at *position*, or before it, is not finite."""
         if self._readings.get((position.split, training)) != position.reading:
             return []
         states = self._states[position.split, training]
@@ -78,17 +78,17 @@ class StreamMemory:
         return []
 
     def saved(self, position: SegmentPosition) -> Optional[MemoryState]:
-        """The training memory after the segment at *position*, None if there is none."""
-        return self._kept(position, position.index + 1)
+        """Return the training memory after the segment at *position*, None if there is none."""
+        return self._at(position, position.index + 1)
 
     def before(self, position: SegmentPosition) -> Optional[MemoryState]:
-        """The training memory before the segment at *position*, None if it is empty or not there.
+        """Return the training memory before the segment at *position*, None if it is empty or not there.
 
         Unlike `read` it leaves the segment before to be read again.
         """
-        return self._kept(position, position.index)
+        return self._at(position, position.index)
 
-    def _kept(self, position: SegmentPosition, index: int) -> Optional[MemoryState]:
+    def _at(self, position: SegmentPosition, index: int) -> Optional[MemoryState]:
         key = (position.split, True)
         return self._states[key].get(index) if self._readings.get(key) == position.reading else None
 

@@ -89,12 +89,12 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
         return CompressiveState(hidden=nothing, compressed=nothing)
 
     def leaving(self, rows: int) -> int:
-        """How many of *rows* rows, m + N, are compressed: groups of r, as few as leave no more than M."""
+        """Return how many of *rows* rows, m + N, are compressed: groups of r, as few as leave no more than M."""
         rate = self.config.options.compression_rate
         return -(-max(0, rows - self.config.mem_len) // rate) * rate
 
     def compressed_after(self, compressed: int, leaving: int) -> int:
-        """How many slots of c there are when *leaving* rows have joined *compressed* ones."""
+        """Return how many slots of c there are when *leaving* rows have joined *compressed* ones."""
         options = self.config.options
         return min(options.compressed_len, compressed + leaving // options.compression_rate)
 

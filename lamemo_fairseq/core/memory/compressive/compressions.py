@@ -1,4 +1,4 @@
-"""How rows that leave the memory are compressed, by name (Rae et al. 2020, section 3.2).
+"""Compressions of the rows that leave the memory, by name (Rae et al. 2020, section 3.2).
 
 Shapes: B streams, K compressed rows, r compression rate, d model width.
 """
@@ -16,8 +16,8 @@ from ...registry import Registry
 class Compression(nn.Module):
     """Base of all compressions; every layer has one of its own."""
 
-    trains: ClassVar[bool] = False  # whether it has weights
-    watches: ClassVar[bool] = False  # whether it wants to know how much attention the rows received
+    trains: ClassVar[bool] = False  # it has weights
+    watches: ClassVar[bool] = False  # it is passed the attention that the rows received
 
     def __init__(self, rate: int, embed_dim: int):
         super().__init__()
@@ -65,8 +65,8 @@ class MostUsed(Compression):
         assert usage is not None
         # A stable sort, so that rows which received the same, such as none, are always told apart alike.
         order = usage.argsort(dim=1, descending=True, stable=True)
-        kept = order[:, : old.size(1) // self.rate].sort(dim=1).values
-        return old.gather(1, kept.unsqueeze(-1).expand(-1, -1, old.size(2)))
+        chosen = order[:, : old.size(1) // self.rate].sort(dim=1).values
+        return old.gather(1, chosen.unsqueeze(-1).expand(-1, -1, old.size(2)))
 
 
 @COMPRESSIONS.register("conv")

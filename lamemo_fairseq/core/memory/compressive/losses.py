@@ -1,4 +1,4 @@
-"""What trains the compression, by name (Rae et al. 2020, section 3.2.1 and algorithm 2).
+"""Losses that train the compression, by name (Rae et al. 2020, section 3.2.1 and algorithm 2).
 
 Gradients reach the compression alone: whatever else a loss is computed from is held constant.
 
@@ -24,7 +24,7 @@ class CompressionLoss(nn.Module):
         super().__init__()
 
     def forward(self, layer: DecoderLayer, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """How much is lost in each stream: ``[B]``, in float32 or wider.
+        """Return the loss of each stream, ``[B]``, in float32 or wider.
 
         Args:
             layer: the `DecoderLayer` that the rows go into.

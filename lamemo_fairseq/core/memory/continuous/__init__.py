@@ -97,7 +97,7 @@ class ContinuousMemory(Memory[ContinuousState, ContinuousOptions]):
         )
 
     def leaving(self, slots: int, current: int) -> int:
-        """How many of *slots* and *current* rows leave the short-term memory when the segment ends."""
+        """Return how many of *slots* and *current* rows leave the short-term memory when the segment ends."""
         return max(0, slots + current - self.slots)
 
     def forward(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...kernels import rows
-from ...kernels.autograd import Context
+from ...kernels.autograd import Context, Function
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class RadialBasis:
     widths: Tuple[float, ...]
 
     def evaluate(self, points: Tensor) -> Tensor:
-        """``psi`` at *points* ``[*]``: ``[*, J]``."""
+        """Return ``psi [*, J]`` at *points* ``[*]``."""
         return self.expectation(points, torch.zeros_like(points))
 
     def expectation(self, mean: Tensor, variance: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
-        """``E[psi_j(t)]`` for ``t ~ N(mean, variance)``, both ``[*]``: ``[*, J]``, in *dtype* if that is given.
+        """Return ``E[psi_j(t)]``, ``[*, J]``, for ``t ~ N(mean, variance)``, both ``[*]``; in *dtype* if it is given.
 
         The product of two Gaussians integrates to a Gaussian: ``N(mean; c_j, variance + w_j^2)``
         (Martins et al. 2020, *Sparse and continuous attention mechanisms*).
@@ -42,7 +42,7 @@ class RadialBasis:
         return by_kernel(*given, dtype) if takes(mean) else plain(*given, dtype)
 
     def grid(self, like: Tensor) -> Tuple[Tensor, Tensor]:
-        """Centres and squared widths ``[J]``, in the dtype and on the device of *like*."""
+        """Return centres and squared widths ``[J]``, in the dtype and on the device of *like*."""
         return _grid(self, like.device, like.dtype)
 
 
@@ -58,23 +58,23 @@ def _grid(basis: RadialBasis, device: torch.device, dtype: torch.dtype) -> Tuple
 
 
 def takes(mean: Tensor) -> bool:
-    """Whether the kernels take densities with such means: in float32, on a GPU."""
+    """Return whether the kernels take densities with such means: in float32, on a GPU."""
     return mean.dtype == torch.float32 and rows.fusable(mean)
 
 
 def plain(mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
-    """By PyTorch's operations."""
+    """Return the densities ``[*, J]`` by PyTorch's operations."""
     density: Tensor = _Gaussian.apply(mean, variance, centres, squares)
     return density.to(dtype)
 
 
 def by_kernel(mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
-    """By one kernel, the gradients by another."""
+    """Return the densities ``[*, J]`` by one kernel; another computes the gradients."""
     density: Tensor = _GaussianByKernel.apply(mean.contiguous(), variance.contiguous(), centres, squares, dtype)
     return density
 
 
-class _GaussianByKernel(torch.autograd.Function):
+class _GaussianByKernel(Function):
     @staticmethod
     def forward(
         ctx: Context, mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dtype: torch.dtype
@@ -92,7 +92,7 @@ class _GaussianByKernel(torch.autograd.Function):
         return *basis_kernel.backward(grad.contiguous(), *ctx.saved_tensors), None, None, None
 
 
-class _Gaussian(torch.autograd.Function):
+class _Gaussian(Function):
     """Densities ``[*, J]`` that save nothing as large as themselves for the backward pass."""
 
     @staticmethod
@@ -109,6 +109,6 @@ class _Gaussian(torch.autograd.Function):
 
 
 def _density(mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """The density, ``mean - c_j`` and the variance of the sum, ``[*, J]`` each."""
+    """Return the density, ``mean - c_j`` and the variance of the sum, ``[*, J]`` each."""
     offset, total = mean.unsqueeze(-1) - centres, variance.unsqueeze(-1) + squares
     return (-0.5 * offset.square() / total).exp() * (2 * math.pi * total).rsqrt(), offset, total

@@ -79,6 +79,6 @@ def backward(
     return d_mean, d_variance
 
 
-def _tile(functions: int) -> dict:
+def _tile(functions: int) -> dict[str, int]:
     block = min(WIDEST, triton.next_power_of_2(functions))
     return {"ROWS": TILE // block, "BLOCK": block, "num_warps": 4}

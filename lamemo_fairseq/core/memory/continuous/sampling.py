@@ -1,4 +1,4 @@
-"""Where the past signal is sampled before it is squeezed, by name.
+"""Points at which the past signal is sampled before it is squeezed, by name.
 
 Shapes: B streams, H heads, Q queries, S samples.
 """
@@ -16,24 +16,24 @@ FLOOR = 1e-6
 
 
 class Density(NamedTuple):
-    """Where in [0, 1] each query attends to, in float32 or wider."""
+    """A Gaussian on [0, 1] for each query, in float32 or wider: where the query attends."""
 
     mean: Tensor  # [B, H, Q]
     variance: Tensor  # [B, H, Q]
 
 
 def midpoints(count: int, like: Tensor) -> Tensor:
-    """The middles of *count* equal parts of [0, 1]: ``[count]``."""
+    """Return the middles of *count* equal parts of [0, 1]: ``[count]``."""
     return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count
 
 
 def even_points(density: Density, count: int) -> Tensor:
-    """The same distance from one sample to the next: ``[S]``."""
+    """Return evenly spaced samples ``[S]``."""
     return midpoints(count, density.mean)
 
 
 def sticky_points(density: Density, count: int) -> Tensor:
-    """More samples where more queries attended (section 3.3 of the paper): ``[B, S]``, ascending.
+    """Return ascending samples ``[B, S]``, dense where more queries attended (section 3.3 of the paper).
 
     The paper draws them from a histogram of the last segment's attention over equal bins, summed over heads
     and queries. Here they are the quantiles of that histogram at the middles of S equal parts, which is where sorted
@@ -53,14 +53,14 @@ def sticky_points(density: Density, count: int) -> Tensor:
 
 
 def plain(density: Density) -> Tensor:
-    """The histogram ``[B, BINS]`` by PyTorch's operations."""
+    """Return the histogram ``[B, BINS]`` by PyTorch's operations."""
     edges = torch.linspace(0, 1, BINS + 1, device=density.mean.device, dtype=density.mean.dtype)
     z = (edges - density.mean.flatten(1).unsqueeze(-1)) * (0.5 / density.variance.flatten(1).unsqueeze(-1)).sqrt()
     return (0.5 * torch.erf(z).diff(dim=-1)).sum(1)
 
 
 def by_kernel(density: Density) -> Tensor:
-    """The same by one kernel, that holds nothing for every query and bin."""
+    """Return the histogram ``[B, BINS]`` by one kernel, which allocates nothing of size queries times bins."""
     from .sampling_kernel import histogram
 
     return histogram(density.mean.flatten(1).contiguous(), density.variance.flatten(1).contiguous(), BINS)

@@ -1,4 +1,4 @@
-"""The continuous signal that the past is kept as, and how it takes in more of it.
+"""The continuous signal that stands for the past, and its extension by new rows.
 
 Shapes: B streams, J basis functions, L new rows, S samples of the past, d model width.
 """
@@ -37,9 +37,9 @@ class Signal:
     sampling: str
 
     def growth(self, rows: int) -> float:
-        """How many times larger its past gets in the long run with every *rows* new ones, if sampled evenly.
+        """Return the factor by which the past grows in the long run with every *rows* new rows, if sampled evenly.
 
-        The spectral radius of the map from coefficients to coefficients: about ``contraction`` where a fit is good.
+        It is the spectral radius of the map from coefficients to coefficients, about ``contraction`` for a good fit.
 
         Raises:
             ValueError: the penalty is lost in rounding.
@@ -51,11 +51,11 @@ class Signal:
 
     @torch.no_grad()
     def extend(self, coefficients: Tensor, taken_in: Tensor, rows: Tensor, density: Density) -> Tensor:
-        """The signal of the past and of *rows* that come after it: samples of the past shrink into [0, tau].
+        """Return the signal of the past and of *rows* after it: samples of the past shrink into [0, tau].
 
         Args:
             coefficients: ``[B, J, d]`` of the past.
-            taken_in: ``[B, 1]`` how many rows it is made of. None yet: the new rows fill [0, 1].
+            taken_in: ``[B, 1]``, the count of rows in the past; where it is 0, the new rows fill [0, 1].
             rows: ``[B, L, d]``, of any dtype.
             density: of the attention to the past.
         """
@@ -83,7 +83,7 @@ def _fit(signal: Signal, rows: int, device: torch.device, dtype: torch.dtype) ->
 
 
 def _regression(features: Tensor, penalty: float) -> Tensor:
-    """``(F F^T + penalty I)^-1 F`` ``[J, P]`` for points with the basis functions ``F^T [P, J]``.
+    """Return ``(F F^T + penalty I)^-1 F`` ``[J, P]`` for points with the basis functions ``F^T [P, J]``.
 
     Raises:
         ValueError: the penalty is lost in the rounding of ``F F^T``.
@@ -92,7 +92,7 @@ def _regression(features: Tensor, penalty: float) -> Tensor:
     gram.diagonal().add_(penalty)
     try:
         factor = torch.linalg.cholesky(gram)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except torch.linalg.LinAlgError:
         raise ValueError(
             f"--ridge-penalty is {penalty:g}, too little to fit {features.size(1)} basis functions to "
             f"{features.size(0)} rows: pass a larger one, such as 1e-6"

@@ -1,4 +1,4 @@
-"""Which keys the slots look ahead at, by name."""
+"""Windows of keys that the slots look ahead at, by name."""
 
 from typing import Callable, Dict
 
@@ -6,12 +6,12 @@ from ...attention import LookaheadWindow
 
 
 def right_window(slots: int, current: int) -> LookaheadWindow:
-    """Keys to the right of a slot, but those it met in earlier segments: the last ``min(m, N)``."""
+    """Return the keys to the right of a slot, but those it met in earlier segments: the last ``min(m, N)``."""
     return LookaheadWindow(first=slots - min(slots, current) + 1, both_sides=False)
 
 
 def full_window(slots: int, current: int) -> LookaheadWindow:
-    """The same keys, on both sides of a slot (the paper's ablation)."""
+    """Return the keys of `right_window`, on both sides of a slot (the paper's ablation)."""
     return LookaheadWindow(first=slots - min(slots, current) + 1, both_sides=True)
 
 
