@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from lamemo_fairseq.core.decoding.sampler import Sampler, draw
+from lamemo_fairseq.core.decoding.drawing import draw
+from lamemo_fairseq.core.decoding.sampler import Sampler
 from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.generation import PromptDataset, PromptGenerator, StreamingScorer
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
@@ -156,8 +157,8 @@ def test_scores_stream_through_memory(variant, monkeypatch):
 def test_the_cache_does_not_grow_and_the_memory_is_refreshed_once_a_segment(monkeypatch):
     decoder = tiny_decoder(tokens_per_sample=4, mem_len=6)
     state, sizes, opened = DecodingState(decoder, 2), [], []
-    original = type(state.cache).open
-    monkeypatch.setattr(type(state.cache), "open", lambda *a, **k: (opened.append(len(sizes)), original(*a, **k))[1])
+    original = type(state.cache).refresh
+    monkeypatch.setattr(type(state.cache), "refresh", lambda *a, **k: (opened.append(len(sizes)), original(*a, **k))[1])
     for column in random_tokens(2, 40).T:
         state.read(column.unsqueeze(1))
         sizes.append(state.cache.size())
@@ -198,7 +199,7 @@ def test_the_sampler_reads_on_as_the_pass_over_segments_does(variant):
     state = DecodingState(model.decoder, 3)
     state.read(prompts[:, :-1], [n - 1 for n in lengths])
     last = torch.stack([prompts[row, n - 1] for row, n in enumerate(lengths)])
-    found = Sampler(model, state, choose=lambda log_p: draw(log_p, temperature=0))(last, 15)
+    found = Sampler(state, choose=lambda log_p: draw(log_p, temperature=0))(last, 15)
     for row, n in enumerate(lengths):
         text = torch.cat([prompts[row, :n], found[row]]).unsqueeze(0)
         scores = model.decoder.output_layer(whole_segments(model.decoder, text))[0, n - 1 : -1]

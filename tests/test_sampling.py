@@ -12,7 +12,8 @@ import torch
 from fairseq.search import DiverseBeamSearch, Sampling
 from fairseq.sequence_generator import SequenceGenerator
 
-from lamemo_fairseq.core.decoding.sampler import Sampler, truncated
+from lamemo_fairseq.core.decoding.drawing import truncated
+from lamemo_fairseq.core.decoding.sampler import Sampler
 from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.decoding.step import KernelStep, kernel_step
 from lamemo_fairseq.core.memory import DivergenceError

@@ -24,7 +24,8 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.search import Sampling
 
-from lamemo_fairseq.core.decoding.sampler import Draw, Sampler, draw
+from lamemo_fairseq.core.decoding.drawing import Draw, draw
+from lamemo_fairseq.core.decoding.sampler import Sampler
 from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.generation import PromptGenerator
 from lamemo_fairseq.generation.generator import read_prompts
@@ -93,7 +94,7 @@ def recomputing(model: MemoryLanguageModel, tokens: torch.Tensor, count: int, ag
 def cached(model: MemoryLanguageModel, tokens: torch.Tensor, segments: int, compiled: bool) -> list[float]:
     """Tokens/s of a batch in each of some successive segments, the refresh included."""
     state = filled(model, tokens[:, :-1])
-    sampler = Sampler(model, state, choose=Draw(top_p=0.95), compiled=compiled)
+    sampler = Sampler(state, choose=Draw(top_p=0.95), compiled=compiled)
     length, last, rates = model.decoder.segment_length, tokens[:, -1], []
     last = sampler(last, length)[:, -1]  # records the graphs
     size = state.cache.size()

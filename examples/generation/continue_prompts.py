@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from lamemo_fairseq.core.decoding.sampler import Sampler, draw
+from lamemo_fairseq.core.decoding.drawing import Draw
+from lamemo_fairseq.core.decoding.sampler import Sampler
 from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.models.language_models import MODELS
 from preprocess.byte_lines import decode, encode
@@ -73,7 +74,7 @@ def main() -> None:
         with torch.no_grad():
             state = DecodingState(model.decoder, len(tokens))
             state.read(tokens[:, :-1])
-            found = Sampler(model, state, choose=lambda p: draw(p, top_p=0.95))(tokens[:, -1], args.new_tokens)
+            found = Sampler(state, choose=Draw(top_p=0.95))(tokens[:, -1], args.new_tokens)
         symbols = [
             " ".join(hub.tgt_dict[i] if i != hub.tgt_dict.eos() else "\n" for i in row) for row in found.tolist()
         ]

@@ -41,16 +41,16 @@ def read_prompts(model: Any, tokens: Tensor, lengths: Sequence[int]) -> ReadProm
 
 
 class Prompts(NamedTuple):
-    """The prompts, which fairseq's generator carries along as an encoder's output, a row a beam."""
+    """The texts read so far, which fairseq's generator carries along as an encoder's output, a row a beam."""
 
-    states: List[DecodingState]  # of each model, until the first step
+    states: List[DecodingState]  # of each model
     words: Optional[Tensor]  # [B K, L], aligned on the right, where repeated n-grams are blocked
 
 
 class PromptedEnsemble(EnsembleModel):
     """fairseq's ensemble; the generator's tokens are those after the prompts.
 
-    What the prompts left behind takes the way of an encoder's output to the first step.
+    The models' decoding states take the way of an encoder's output, which fairseq reorders with the beams.
 
     Args:
         models: the models.
@@ -77,14 +77,9 @@ class PromptedEnsemble(EnsembleModel):
     ) -> tuple[Tensor, None]:
         """Log-probabilities ``[B K, V]`` of the next word, in float32 or wider."""
         prompts: Prompts = encoder_outs
-        if prompts.states:  # the first step: from now on the incremental states have them, and are reordered
-            for model, incremental, state in zip(self.models, incremental_states, prompts.states, strict=True):
-                model.decoder.set_decoding_state(incremental, state)
-            prompts.states.clear()
         logs = []
-        for model, incremental in zip(self.models, incremental_states, strict=True):
-            scores = model.decoder(tokens, incremental_state=incremental)
-            log_p = model.get_normalized_probs((scores[0][:, -1:], None), True)[:, 0]
+        for state in prompts.states:
+            log_p = state.decoder.log_probs(state.read(tokens[:, -1:]))[:, 0]
             # Of log-probabilities rather than scores: an adaptive softmax has no scores of all words.
             logs.append(log_p if temperature == 1.0 else (log_p / temperature).log_softmax(-1))
         if self.bar is not None:

@@ -10,7 +10,8 @@ import torch
 from fairseq import search
 from torch import Tensor
 
-from ..core.decoding.sampler import Adjustment, Draw, Sampler
+from ..core.decoding.drawing import Adjustment, Draw
+from ..core.decoding.sampler import Sampler
 from ..core.decoding.state import DecodingState
 from ..core.memory import DivergenceError
 
@@ -91,9 +92,9 @@ def sampled_continuations(
     top_p = generator.search.sampling_topp
     # fairseq looks at one of them only.
     tops = {"top_p": top_p} if top_p > 0 else {"top_k": max(0, generator.search.sampling_topk)}
-    exact = torch.promote_types(state.cache.keys[0].dtype, torch.float32)
+    exact = torch.promote_types(state.cache.layers[0].keys.dtype, torch.float32)
     wanted = FairseqAdjustment(generator, last.new_empty(0, dtype=exact))
-    sampler = Sampler.take(generator.model.models[0], state, Draw(**tops), wanted)
+    sampler = Sampler.take(state, Draw(**tops), wanted)
     adjustment: Any = sampler.adjust
 
     words = last.new_full((len(rows), limit + 1), eos)

@@ -5,7 +5,7 @@ Shapes: B streams, N tokens of a segment, V words, d model width.
 
 import logging
 import zlib
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from fairseq.data import Dictionary
@@ -13,7 +13,7 @@ from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
 from ..core.decoder import MemoryDecoder
-from ..core.decoding.state import DecodingState, Spare
+from ..core.decoding.state import DecodingState
 from ..core.memory import DivergenceError, StreamMemory
 from ..core.memory.position import SegmentPosition, real_tokens
 from ..core.names import option_name
@@ -26,6 +26,13 @@ UNLIMITED = 10**9
 
 # What a model returns beside its scores: losses by name, of memories that have some.
 Extra = Optional[Dict[str, Tensor]]
+
+
+class TextsRead(NamedTuple):
+    """An entry of fairseq's incremental state."""
+
+    state: DecodingState
+    tokens: int  # how many tokens of each row have been read
 
 
 class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
@@ -50,7 +57,6 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         self._planned: Tuple[Optional[Tensor], Any] = (None, None)  # targets, and what the loss will have to know
         # fairseq's moving average leaves alone what has "version" in its name, and fails on other integers.
         self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
-        self.spare_samplers = Spare()  # with graphs that another sampling call may replay
         self.for_inference = False  # whether fairseq has prepared the model for it
 
     def forward(
@@ -109,13 +115,11 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
                 device; there the task watches the loss.)
         """
         if incremental_state is not None:
-            decoding = self.decoding_state(incremental_state)
-            if decoding is None:
-                decoding = DecodingState(self, src_tokens.size(0))
-                self.set_decoding_state(incremental_state, decoding)
-            new = src_tokens[:, decoding.seen :]
-            decoding.seen = src_tokens.size(1)
-            return decoding.read(new), None
+            texts = self._texts_read(incremental_state) or TextsRead(DecodingState(self, src_tokens.size(0)), 0)
+            FairseqIncrementalDecoder.set_incremental_state(
+                self, incremental_state, "decoding", texts._replace(tokens=src_tokens.size(1))
+            )
+            return texts.state.read(src_tokens[:, texts.tokens :]), None
         if position is not None:
             lengths = src_lengths if position.ragged else None
             before = self.streams.read(position, self.training)
@@ -140,19 +144,15 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             self._planned = target, self.loss_layer.plan(target)
             self.graphs.begin(self, tokens, state, seed)
 
-    def decoding_state(self, incremental_state: Dict[str, Any]) -> Optional[DecodingState]:
-        """Return the texts that this model has read of a batch, None if nothing yet."""
+    def _texts_read(self, incremental_state: Dict[str, Any]) -> Optional["TextsRead"]:
+        """Return what this model has read of a batch, None if nothing yet."""
         return FairseqIncrementalDecoder.get_incremental_state(self, incremental_state, "decoding")
-
-    def set_decoding_state(self, incremental_state: Dict[str, Any], decoding: DecodingState) -> None:
-        """Let decoding with *incremental_state* go on from what has been read."""
-        FairseqIncrementalDecoder.set_incremental_state(self, incremental_state, "decoding", decoding)
 
     def reorder_incremental_state(self, incremental_state: Dict[str, Any], new_order: Tensor) -> None:
         """Row i goes on from what row ``new_order[i]`` has read."""
-        decoding = self.decoding_state(incremental_state)
-        if decoding is not None:
-            decoding.reorder(new_order)
+        texts = self._texts_read(incremental_state)
+        if texts is not None:
+            texts.state.reorder(new_order)
 
     def get_normalized_probs(
         self, net_output: Tuple[Tensor, Any], log_probs: bool, sample: Optional[Dict[str, Any]] = None

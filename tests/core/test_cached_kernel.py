@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lamemo_fairseq.core.decoding import sampler
-from lamemo_fairseq.core.decoding.sampler import Adjustment, Draw, Sampler
+from lamemo_fairseq.core.decoding.drawing import Adjustment, Draw
+from lamemo_fairseq.core.decoding.sampler import Sampler
 from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.decoding.step import kernel_step
 
@@ -26,15 +27,14 @@ LENGTHS = [17, 79, 38, 58, 3]  # in segments of 20, after 0, 60, 20, 40 and 0 sl
 
 def cached(cache):
     """What a cache holds of its rows' slots and tokens, zeros in the columns between and beyond."""
-    columns = torch.arange(cache.keys[0].size(2), device=DEVICE)
-    first = columns.new_tensor([LONGEST - place.slots for place in cache.places])
-    end = columns.new_tensor([LONGEST + place.tokens for place in cache.places])
+    columns = torch.arange(cache.layers[0].keys.size(2), device=DEVICE)
+    first = columns.new_tensor([LONGEST - position.slots for position in cache.positions])
+    end = columns.new_tensor([LONGEST + position.tokens for position in cache.positions])
     others = (columns < first[:, None]) | (columns >= end[:, None])
     found = [cache.tokens, cache.slots]
-    for name, dim in {"keys": 2, "values": 2, **cache.columns}.items():
-        for t in getattr(cache, name):
-            shape = [t.size(n) if n in (0, dim) else 1 for n in range(t.dim())]
-            found.append(t.masked_fill(others.view(shape), 0))
+    for dim, t in cache.column_buffers():
+        shape = [t.size(n) if n in (0, dim) else 1 for n in range(t.dim())]
+        found.append(t.masked_fill(others.view(shape), 0))
     return found
 
 
@@ -46,11 +46,11 @@ def steps(decoder, rows, count):
         state.read(prompts, LENGTHS[:rows])
     step, ones, found, expected = kernel_step(kernel), [1] * rows, [], []
     for new in words.split(1, dim=1):
-        kernel.open(decoder.embed_tokens(new), ones)
+        kernel.refresh(decoder.embed_tokens(new), ones)
         found.append(step(new))
         kernel.cache.advance(ones, kernel.network)
         expected.append(plain.read(new))
-    tolerance = 1e-4 if kernel.cache.keys[0].dtype == torch.float32 else 0.1
+    tolerance = 1e-4 if kernel.cache.layers[0].keys.dtype == torch.float32 else 0.1
     for mine, other in zip(cached(kernel.cache), cached(plain.cache), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=tolerance)  # some normalisers are above 200
     return torch.cat(found, dim=1), torch.cat(expected, dim=1)
@@ -117,14 +117,14 @@ class Replayed(Sampler):
 @torch.no_grad()
 def test_the_sampler_by_the_kernels_finds_the_most_probable_words(monkeypatch):
     """Across segments, and what is held on the device, collected in parts."""
-    monkeypatch.setattr(sampler, "HELD", 3)
+    monkeypatch.setattr(sampler, "BUFFERED_WORDS", 3)
     decoder = tiny_decoder(LOOKAHEAD, dtype=torch.float32).to(DEVICE)
-    model, prompts, found = for_sampler(decoder), random_tokens(2, 8).to(DEVICE), []
+    prompts, found = random_tokens(2, 8).to(DEVICE), []
     adjust = Adjustment(0.7, torch.linspace(-1, 0, 17, device=DEVICE))
     for kind, graphs in ((Replayed, True), (Sampler, False)):
         state = DecodingState(decoder, 2)
         state.read(prompts[:, :-1], [7, 5])
-        going = kind(model, state, Draw(top_k=1), graphs=graphs, adjust=adjust)
+        going = kind(state, Draw(top_k=1), graphs=graphs, adjust=adjust)
         assert (going._drawing is not None) == graphs
         first = going.go_on(prompts[:, -1], 5)
         found.append((first, going.go_on(first.words[:, -1], 2)))

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lamemo_fairseq.core.decoding.found import Found
-from lamemo_fairseq.core.decoding.sampler import truncated
+from lamemo_fairseq.core.decoding.drawing import truncated
+from lamemo_fairseq.core.decoding.drawn import Drawn
 
 from ..gpus import DEVICE
 
@@ -71,12 +71,12 @@ def draw(scores, added=None, seed=0, at=0, **options):
     rows, words = len(scores), torch.full((len(scores), 1), -1, device=DEVICE)
     tokens, space = torch.arange(rows, device=DEVICE), torch.full_like(scores, torch.nan)
     noted = torch.full((rows, 3), -1, device=DEVICE)
-    found = Found(noted, noted.float(), torch.full_like(tokens, at))
-    draw_next(scores, words, tokens, found, torch.tensor([seed], device=DEVICE), space, added=added, **options)
-    assert tokens.equal(torch.arange(rows, device=DEVICE) + 1) and found.position.eq(at + 1).all()
-    assert found.words[:, at].equal(words[:, 0]) and found.words.ne(-1).sum() == rows
-    assert found.words[:, :at].eq(-1).all()
-    return words[:, 0], found.log_probs[:, at]
+    drawn = Drawn(noted, noted.float(), torch.full_like(tokens, at))
+    draw_next(scores, words, tokens, drawn, torch.tensor([seed], device=DEVICE), space, added=added, **options)
+    assert tokens.equal(torch.arange(rows, device=DEVICE) + 1) and drawn.position.eq(at + 1).all()
+    assert drawn.words[:, at].equal(words[:, 0]) and drawn.words.ne(-1).sum() == rows
+    assert drawn.words[:, :at].eq(-1).all()
+    return words[:, 0], drawn.log_probs[:, at]
 
 
 @triton.jit

@@ -61,8 +61,8 @@ class Columns:
         entry = (width - 1 - distance).clamp(0, width - 1)
         return Pairs(entry.unsqueeze(1), hidden.unsqueeze(1))
 
-    def put(self, buffer: Tensor, new: Tensor, dim: int) -> None:
-        """Write what belongs to the new tokens, ``new``, into *buffer*, whose columns are along *dim*."""
+    def write(self, buffer: Tensor, new: Tensor, dim: int) -> None:
+        """Write *new*, one entry a new token along *dim*, into the tokens' columns of *buffer*."""
         if self.at is not None:
             buffer.narrow(dim, self.at, new.size(dim)).copy_(new)
             return
@@ -108,14 +108,14 @@ def cached_attention(
         scores = torch.baddbmm(by_distance.flatten(0, 1), content_q.flatten(0, 1), by_key, alpha=scale)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if columns.pairs is not None:
-        scores = scores.unflatten(0, (rows, heads)).masked_fill(columns.pairs.hidden, -math.inf).flatten(0, 1)
+        scores = scores.view(rows, heads, *scores.shape[1:]).masked_fill(columns.pairs.hidden, -math.inf).flatten(0, 1)
     weights = scores.softmax(-1)
-    output = torch.bmm(weights.to(values.dtype), columns.of(values).flatten(0, 1)).unflatten(0, (rows, heads))
+    output = torch.bmm(weights.to(values.dtype), columns.of(values).flatten(0, 1)).view(q.shape)
     if not need_normalizer:
         return Attended(output, scores.new_empty(0))
     # The largest weight is exp(largest score - logsumexp): two maxima cost less than the sum of exponentials again.
     normalizer = scores.amax(-1) - weights.amax(-1).log()
-    return Attended(output, normalizer.unflatten(0, (rows, heads)))
+    return Attended(output, normalizer.view(q.shape[:-1]))
 
 
 def _by_distance(q: Tensor, bias: RelativeBias, columns: Columns, scale: float) -> Tensor:
@@ -135,7 +135,7 @@ def _by_distance(q: Tensor, bias: RelativeBias, columns: Columns, scale: float) 
             scores = torch.bmm(by_head * scale, table)
         else:
             scores = torch.baddbmm(learned, by_head, table, beta=scale, alpha=scale)
-    scores = scores.unflatten(1, (q.size(0), q.size(2))).transpose(0, 1)
+    scores = scores.view(len(scores), q.size(0), q.size(2), -1).transpose(0, 1)
     if columns.pairs is None:
         return scores
     return scores.gather(-1, columns.pairs.entry.expand(scores.shape))

@@ -7,6 +7,8 @@ are as far apart as columns. Only columns that a row sees are read.
 Shapes: B rows, H heads, D size of a head, C columns of the cache, of them M for slots, T = C distances, S splits.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 import math
 from typing import NamedTuple, Optional
 
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.types import RelativeBias
+from ..attention.types import Attended, RelativeBias
 
 BLOCK = 64  # columns at a time, at most
 TILE_BYTES = 8192  # of keys, of values and of the table at a time
@@ -151,8 +153,7 @@ def cached_attention(
     slots: Tensor,
     mem_len: int,
     parts: Parts,
-    outputs: Optional[Tensor] = None,
-    normalizers: Optional[Tensor] = None,
+    attended: Optional[Attended] = None,
 ) -> Tensor:
     """Each row's new token attends to the row's slots and tokens and to itself, and is written into the cache.
 
@@ -163,7 +164,7 @@ def cached_attention(
         tokens, slots: ``[B]`` int64, how many of each a row has; the new token stands in column M + *tokens*.
         mem_len: M.
         parts: space to work in, for keys of this shape.
-        outputs, normalizers: where read-outs ``[B, H, C, D]`` and normalisers ``[B, H, C]`` are kept too; both or none.
+        attended: buffers ``[B, H, C, D]`` and ``[B, H, C]`` that the read-out and its normaliser are written into too.
 
     Returns:
         The read-out ``[B, H D]``.
@@ -173,12 +174,12 @@ def cached_attention(
     # Only the interpreter meets the layout that plain attention has on a CPU.
     table = bias.table if bias.table.stride(2) == 1 else bias.table.contiguous()
     out = qkv.new_empty(rows, heads * size)
-    recorded = outputs is not None and normalizers is not None
+    outputs, normalizers = (keys, keys) if attended is None else attended
     cached_attention_kernel[(rows * heads, parts.splits)](
         qkv, keys, values, bias.content, bias.position, table, tokens, slots, out,
-        outputs if recorded else keys, normalizers if recorded else keys, *parts,
+        outputs, normalizers, *parts,
         heads, columns, mem_len, qkv.stride(0), table.stride(0), table.stride(1),
         scale=1 / math.sqrt(size), D=size, BLOCK_D=parts.acc.size(1), S=parts.splits,
-        BLOCK_C=columns_at_a_time(parts.acc.size(1), keys.element_size()), STAGES=STAGES, RECORD=recorded,
+        BLOCK_C=columns_at_a_time(parts.acc.size(1), keys.element_size()), STAGES=STAGES, RECORD=attended is not None,
     )  # fmt: skip
     return out

@@ -1,82 +1,121 @@
-"""What token-by-token decoding keeps: keys and values of the slots and of the segment's tokens so far.
+"""The cache of token-by-token decoding: keys and values of the memory slots and of the segment's tokens so far.
 
-Every row has its own place in its segment, so that prompts of any lengths share a batch. Column c of a buffer
-holds a slot if c < M and the segment's token c - M otherwise; slots stand next to the tokens, at the right end of
-the first M columns. Buffers are written in place and never grow, so that a step can be replayed as a graph.
+Every row has its own position in its segment, so that prompts of any lengths share a batch. Column c of a buffer
+belongs to a slot if c < M and to the segment's token c - M otherwise; slots stand next to the tokens, at the right end
+of the first M columns. Buffers are written in place and never grow, so that a step can be replayed as a graph.
 
-Shapes: B rows, N tokens of a segment, m <= M memory slots, H heads, D size of a head, d model width, k new tokens.
+Shapes: B rows, b of them, N tokens of a segment, m <= M memory slots, C = M + N columns, H heads, D size of a head,
+d model width, k new tokens.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from dataclasses import dataclass
+from typing import (
+    Any,
+    Callable,
+    ClassVar,
+    Dict,
+    Generic,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..attention import Attended
 from ..kernels.copies import copy_all
-from ..positions import PositionEncoding
+from ..layers import SelfAttention
 from .attention import Columns
+from .interfaces import CachedMemory, Network
+
+# A field of a cache: a tensor with the rows first, a tuple of them with names, or nothing.
+Buffers = Union[None, Tensor, Tuple[Tensor, ...]]
 
 
-class Place(NamedTuple):
-    """Where one row stands."""
+class RowPosition(NamedTuple):
+    """How far one row has been read."""
 
-    tokens: int = 0  # of its segment that it has read, less than N
+    tokens: int = 0  # of its segment, less than N
     slots: int = 0  # m
-    open: bool = False  # whether the slots are ready for this segment
-    compressed: int = 0  # how many of the slots, the oldest, stand for several rows each
-
-
-class Network(NamedTuple):
-    """What a memory's rows pass through."""
-
-    memory: Any  # a `Memory`
-    layers: Sequence[nn.Module]
-    positions: PositionEncoding
-
-
-class Record(NamedTuple):
-    """What a layer has to do with a memory besides attending to its slots; None leaves a part out."""
-
-    outputs: Optional[Tensor] = None  # [B, H, M + N, D], to write the read-outs in, before the output projection
-    normalizers: Optional[Tensor] = None  # [B, H, M + N], to write their normalisers in; where there are outputs
-    inputs: Optional[Tensor] = None  # [B, M + N, d], to write the rows in that go into the layer
-    context: Any = None  # what `SelfAttention.combine` adds to the read-outs
+    ready: bool = False  # whether the slots have been refreshed for this segment
+    own: int = 0  # a number that the memory's cache counts besides; rows that differ in it end their segments apart
 
 
 @dataclass
-class SegmentCache:
-    """Base of all caches, and the whole of one whose slots are frozen.
+class LayerCache:
+    """The buffers of one layer. A memory that keeps more of a layer's tokens extends it."""
 
-    A memory that refreshes its slots overrides `open`, and `record` for what the refresh needs of the tokens.
+    keys: Tensor  # [B, H, C, D]
+    values: Tensor  # [B, H, C, D]
+
+    keeps_inputs: ClassVar[bool] = False  # whether `store_inputs` does something
+
+    @classmethod
+    def zeros(cls, memory: CachedMemory, rows: int, like: Tensor) -> Tuple[Tensor, Tensor]:
+        """Return new keys and values."""
+        size = (rows, memory.config.heads, memory.slots + memory.period, memory.config.head_dim)
+        return like.new_zeros(size), like.new_zeros(size)
+
+    def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
+        """Yield the buffers with one column a slot or token, each after the dimension of its columns."""
+        yield 2, self.keys
+        yield 2, self.values
+
+    def attended(self) -> Optional[Attended]:
+        """Return the buffers ``[B, H, C, D]`` and ``[B, H, C]`` that new tokens' read-outs and normalisers go to.
+
+        None if the memory does not need them.
+        """
+        return None
+
+    def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
+        """Keep the rows ``[B, k, d]`` that go into the layer."""
+
+    def combine(self, attention: SelfAttention, q: Tensor, read_out: Tensor) -> Tensor:
+        """Return the heads that go into the output projection.
+
+        Args:
+            attention: the layer's.
+            q: ``[B, H, k, D]``.
+            read_out: ``[B, H, k, D]``, of slots and tokens.
+        """
+        return read_out
+
+
+M = TypeVar("M", bound=CachedMemory)
+L = TypeVar("L", bound=LayerCache)
+
+
+@dataclass
+class SegmentCache(Generic[M, L]):
+    """Base of all caches.
+
+    A memory that refreshes its slots overrides `refresh`, and `embeddings_buffer` or its `LayerCache` for what the
+    refresh needs of the tokens.
     """
 
-    keys: List[Tensor]  # a layer: [B, H, M + N, D]
-    values: List[Tensor]
-    tokens: Tensor  # [B] int64, as in `places`
-    slots: Tensor  # [B] int64, as in `places`
-    places: List[Place] = field(default_factory=list)
+    layers: List[L]
+    tokens: Tensor  # [B] int64, as in `positions`
+    slots: Tensor  # [B] int64, as in `positions`
+    positions: List[RowPosition]
 
-    # Fields besides keys and values with one column a slot or token, and the dimension of the columns.
-    columns: ClassVar[Dict[str, int]] = {}
-
-    # Whether `open` does something, and in tensor operations only, so that it can be replayed as a graph.
+    # Whether `refresh` does something, and in tensor operations only, so that it can be replayed as a graph.
     replayable: ClassVar[bool] = False
 
     @classmethod
-    def empty(cls, memory: Any, rows: int, like: Tensor) -> "SegmentCache":
-        """The cache of *rows* texts of which nothing has been read; *like* gives device and dtype."""
-        config = memory.config
-        size = (rows, config.heads, memory.slots + memory.period, config.head_dim)
-        return cls(
-            keys=[like.new_zeros(size) for _ in range(config.layers)],
-            values=[like.new_zeros(size) for _ in range(config.layers)],
-            tokens=torch.zeros(rows, dtype=torch.int64, device=like.device),
-            slots=torch.zeros(rows, dtype=torch.int64, device=like.device),
-            places=[Place()] * rows,
-        )
+    def empty(cls, memory: M, rows: int, like: Tensor) -> "SegmentCache[M, L]":
+        """Return the cache of *rows* texts of which nothing has been read; *like* gives device and dtype."""
+        raise NotImplementedError
 
-    def open(self, rows: Optional[Tensor], slots: int, first: Tensor, network: Network) -> None:
+    def refresh(self, rows: Optional[Tensor], slots: int, first: Tensor, network: Network[M]) -> None:
         """Make the slots ready for a new segment.
 
         Args:
@@ -85,107 +124,138 @@ class SegmentCache:
             first: ``[b, 1, d]`` the segments' first embeddings.
         """
 
-    def kept_embeddings(self) -> Optional[Tensor]:
-        """``[B, M + N, d]``, where tokens' embeddings are kept for the next refresh; None if it needs none."""
+    def embeddings_buffer(self) -> Optional[Tensor]:
+        """Return ``[B, C, d]``, where tokens' embeddings are kept for the next refresh; None if it needs none."""
         return None
 
-    def record_embeddings(self, embeddings: Tensor, columns: Columns) -> None:
-        """Keep new embeddings ``[B, k, d]`` where the next refresh needs them."""
-        kept = self.kept_embeddings()
-        if kept is not None:
-            columns.put(kept, embeddings, 1)
+    def store_embeddings(self, embeddings: Tensor, columns: Columns) -> None:
+        """Keep new embeddings ``[B, k, d]`` if the next refresh needs them."""
+        buffer = self.embeddings_buffer()
+        if buffer is not None:
+            columns.write(buffer, embeddings, 1)
 
-    def record(self, layer: int) -> Record:
-        """What a layer records of the tokens, or adds to them."""
-        return Record()
+    def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
+        """Yield the buffers of all layers with one column a slot or token, each after the dimension of its columns."""
+        for layer in self.layers:
+            yield from layer.column_buffers()
 
-    def close(self, rows: Optional[Tensor], slots: int, network: Network) -> None:
-        """The segment of *rows*, which had *slots* slots, is full: its last columns become the slots.
+    def end_segment(self, rows: Optional[Tensor], position: RowPosition, network: Network[M]) -> None:
+        """Turn the last columns of full segments into the slots of the next.
 
-        As many of them were compressed in all these rows; `places` still holds where they stood.
+        Args:
+            rows: ``[b]`` the rows that end one, None for all.
+            position: that of all of them, apart from the tokens.
         """
         mem_len = network.memory.slots
-        for dim, buffers in ((2, self.keys), (2, self.values), *self._recorded()):
-            for buffer in buffers:
-                kept = take(buffer, rows).narrow(dim, buffer.size(dim) - mem_len, mem_len).clone()
-                put(buffer.narrow(dim, 0, mem_len), rows, kept)
+        for dim, buffer in self.column_buffers():
+            last = select_rows(buffer, rows).narrow(dim, buffer.size(dim) - mem_len, mem_len).clone()
+            write_rows(buffer.narrow(dim, 0, mem_len), rows, last)
 
-    def following(self, place: Place, network: Network) -> Place:
-        """Where a row that stood at *place* stands when its segment is full."""
-        return Place(0, min(network.memory.slots, place.slots + network.memory.period), False)
+    def next_position(self, position: RowPosition, network: Network[M]) -> RowPosition:
+        """Return the position of a row whose segment, read up to *position*, has become full."""
+        return RowPosition(slots=min(network.memory.slots, position.slots + network.memory.period))
 
-    def advance(self, counts: Sequence[int], network: Network, counted: bool = False) -> None:
-        """Row b has read ``counts[b]`` more tokens; segments that are full are closed.
+    def advance(self, counts: Sequence[int], network: Network[M], counted: bool = False) -> None:
+        """Count ``counts[b]`` more tokens of row b, and end segments that are full.
 
-        With *counted*, `tokens` has been told already.
+        With *counted*, `tokens` has been increased already.
         """
-        segment_length = network.memory.period
+        length = network.memory.period
         full: Dict[Tuple[int, int], List[int]] = {}
         for b, count in enumerate(counts):
-            if self.places[b].tokens + count == segment_length:
-                full.setdefault((self.places[b].slots, self.places[b].compressed), []).append(b)
-        for (slots, _), rows in full.items():
-            self.close(self.index(rows), slots, network)
+            if self.positions[b].tokens + count == length:
+                full.setdefault((self.positions[b].slots, self.positions[b].own), []).append(b)
+        for rows in full.values():
+            self.end_segment(self.index(rows), self.positions[rows[0]], network)
         for b, count in enumerate(counts):
-            place = self.places[b]
-            if place.tokens + count == segment_length:
-                self.places[b] = self.following(place, network)
+            position = self.positions[b]
+            if position.tokens + count == length:
+                self.positions[b] = self.next_position(position, network)
             elif count:
-                self.places[b] = place._replace(tokens=place.tokens + count)
+                self.positions[b] = position._replace(tokens=position.tokens + count)
         if full or min(counts) < max(counts):
             self.sync()
         elif not counted:  # the host need not tell the device anything
             self.tokens.add_(counts[0])
 
     def sync(self) -> None:
-        """Bring the device's places in line with the host's."""
-        self.tokens.copy_(torch.tensor([p.tokens for p in self.places]))
-        self.slots.copy_(torch.tensor([p.slots for p in self.places]))
+        """Copy the host's positions to the device."""
+        self.tokens.copy_(torch.tensor([p.tokens for p in self.positions]))
+        self.slots.copy_(torch.tensor([p.slots for p in self.positions]))
 
     def index(self, rows: Sequence[int]) -> Optional[Tensor]:
-        """Rows as an index, None if they are all."""
-        return None if len(rows) == len(self.places) else torch.tensor(rows, device=self.tokens.device)
+        """Return rows as an index, None if they are all."""
+        return None if len(rows) == len(self.positions) else torch.tensor(rows, device=self.tokens.device)
 
     def reorder(self, order: Tensor) -> None:
-        """Row i goes on from what row ``order[i]`` has read; rows may be repeated and left out."""
+        """Let row i go on from what row ``order[i]`` has read; rows may be repeated and left out."""
         rows = order.tolist()
-        if rows == list(range(len(self.places))):
+        if rows == list(range(len(self.positions))):
             return
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor):
-                setattr(self, f.name, value.index_select(0, order))
-            elif f.name != "places":
-                setattr(self, f.name, [t.index_select(0, order) for t in value])
-        self.places = [self.places[row] for row in rows]
+        for part, name, value in self._fields():
+            setattr(part, name, _map(value, lambda t: t.index_select(0, order)))
+        self.positions = [self.positions[row] for row in rows]
 
-    def copy_(self, other: "SegmentCache") -> None:
-        """Hold what *other*, of the same sizes, holds."""
-        copy_all(self._tensors(), other._tensors())
-        self.places = list(other.places)
+    def copy_(self, other: "SegmentCache[M, L]") -> None:
+        """Take over what *other*, of the same sizes, has read."""
+        copy_all(self.tensors(), other.tensors())
+        self.positions = list(other.positions)
 
     def size(self) -> int:
-        """Bytes that are kept."""
-        return sum(t.numel() * t.element_size() for t in self._tensors())
+        """Return the bytes of all buffers."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
-    def _tensors(self) -> List[Tensor]:
-        return [t for f in fields(self) for t in _tensors(getattr(self, f.name))]
+    def tensors(self) -> List[Tensor]:
+        """Return all buffers, in one order."""
+        return [t for _, _, value in self._fields() for t in _tensors(value)]
 
-    def _recorded(self) -> List[Any]:
-        return [(dim, _tensors(getattr(self, name))) for name, dim in self.columns.items()]
+    def _fields(self) -> Iterator[Tuple[object, str, Buffers]]:
+        """Yield the owner, name and value of every field that holds buffers."""
+        for part in (self, *self.layers):
+            for name, value in vars(part).items():
+                if name not in ("layers", "positions"):
+                    yield part, name, value
 
 
-def take(buffer: Tensor, rows: Optional[Tensor]) -> Tensor:
-    """What a buffer ``[B, ..]`` holds of *rows* ``[b]``, None for all of them, which is then no copy."""
+AnyCache = SegmentCache[Any, Any]
+
+
+class AnyMemory(CachedMemory, Protocol):
+    """A memory with its cache."""
+
+    @property
+    def cache(self) -> Type[AnyCache]: ...
+
+
+class FrozenCache(SegmentCache[CachedMemory, LayerCache]):
+    """Keys and values alone: those of a frozen slot stay what they were when it was a token."""
+
+    @classmethod
+    def empty(cls, memory: CachedMemory, rows: int, like: Tensor) -> "FrozenCache":
+        layers = [LayerCache(*LayerCache.zeros(memory, rows, like)) for _ in range(memory.config.layers)]
+        return cls(layers, counts(rows, like), counts(rows, like), [RowPosition()] * rows)
+
+
+def counts(rows: int, like: Tensor) -> Tensor:
+    """Return zeros ``[B]``, int64."""
+    return torch.zeros(rows, dtype=torch.int64, device=like.device)
+
+
+def select_rows(buffer: Tensor, rows: Optional[Tensor]) -> Tensor:
+    """Return *rows* ``[b]`` of a buffer ``[B, ..]``; all of them, without a copy, if it is None."""
     return buffer if rows is None else buffer[rows]
 
 
-def put(buffer: Tensor, rows: Optional[Tensor], new: Tensor) -> None:
+def write_rows(buffer: Tensor, rows: Optional[Tensor], new: Tensor) -> None:
     """Write ``new [b, ..]`` into *rows* of a buffer ``[B, ..]``, in place."""
     buffer.copy_(new) if rows is None else buffer.index_copy_(0, rows, new.to(buffer.dtype))
 
 
-def _tensors(value: Any) -> List[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for t in value if isinstance(t, Tensor)]
+def _tensors(buffers: Buffers) -> Sequence[Tensor]:
+    return (buffers,) if isinstance(buffers, Tensor) else buffers or ()
+
+
+def _map(buffers: Buffers, fn: Callable[[Tensor], Tensor]) -> Buffers:
+    if isinstance(buffers, Tensor):
+        return fn(buffers)
+    return None if buffers is None else type(buffers)(*map(fn, buffers))

@@ -3,66 +3,63 @@
 Shapes: B rows, N tokens of a segment, M memory slots, k new tokens, d model width.
 """
 
-from collections import deque
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
 from torch import Tensor
 
 from ..attention import RelativeBias
+from ..layers import DecoderLayer
 from ..positions import LayerBias
 from .attention import Columns, cached_attention
-from .cache import Network, Record, SegmentCache
+from .cache import AnyCache, AnyMemory, LayerCache
+from .interfaces import Decoder, Network, layers_of
 
 # Longer prompts are read in parts of this size, which bounds the scores held at a time.
 TOKENS_AT_ONCE = 256
 
-
-class Spare(deque):
-    """The last thing put there, of use to the next call; copied and stored models begin without."""
-
-    def __init__(self) -> None:
-        super().__init__(maxlen=1)
-
-    def __reduce__(self) -> Tuple[Any, ...]:
-        return (Spare, ())
+LayerStep = Callable[[DecoderLayer, Tensor, LayerCache, Columns, LayerBias], Tensor]
 
 
 class DecodingState:
-    """The texts that a batch has read, for one model; fairseq's ``incremental_state`` holds it.
+    """The texts that a batch has read with one model.
 
     Reading is exact: every token's features are those of the pass over whole segments. As the rest of a segment is
     not known yet, the last one is taken to go on to its full length N, which matters for the look-ahead
     and for absolute positions.
 
     Args:
-        decoder: a `MemoryDecoder` in evaluation mode.
+        decoder: a model in evaluation mode.
         rows: B.
     """
 
-    def __init__(self, decoder: Any, rows: int):
+    def __init__(self, decoder: Decoder, rows: int):
         self.decoder = decoder
-        self.mem_len: int = decoder.memory.slots
-        self.length: int = decoder.memory.period
-        self.network = Network(decoder.memory, decoder.layers, decoder.positions)
-        like = decoder.embed_tokens(
-            torch.zeros(1, 1, dtype=torch.int64, device=decoder.embed_tokens.tables[0].weight.device)
-        )
-        self.cache: SegmentCache = decoder.memory.cache.empty(decoder.memory, rows, like)
+        memory = cast(AnyMemory, decoder.memory)
+        self.mem_len = memory.slots
+        self.length = memory.period
+        self.layers = layers_of(decoder)
+        self.network = Network(memory, self.layers, decoder.positions)
+        device = decoder.embed_tokens.table(0).device
+        like = decoder.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        self.cache: AnyCache = memory.cache.empty(memory, rows, like)
         # The same in every step: sinusoids and their projections are computed once a text, not once a token.
         biases = decoder.positions(self.mem_len + self.length, None, like)
         self.biases: List[LayerBias] = [b._replace(causal=_laid_out(b.causal)) for b in biases]
-        self.layer_step: Callable[..., Tensor] = layer_step
-        self.span: Optional[int] = decoder.layers[0].self_attn.config.span
-        self.seen = 0  # tokens of fairseq's generator that have been read
+        self.layer_step: LayerStep = layer_step
+        self.span = self.layers[0].self_attn.config.span
 
     def read(self, tokens: Tensor, counts: Optional[Sequence[int]] = None) -> Tensor:
-        """Read ``tokens [B, k]``, of row b the first ``counts[b]`` (None: all): features ``[B, k, d]``."""
+        """Read ``tokens [B, k]``, of row b the first ``counts[b]`` (None: all).
+
+        Returns:
+            Features ``[B, k, d]``; those beyond a row's count mean nothing.
+        """
         total = tokens.size(1)
         left = list(counts) if counts is not None else [total] * tokens.size(0)
         parts, start = [], 0
         while start < total:
-            room = [self.length - p.tokens for p, n in zip(self.cache.places, left, strict=True) if n > 0]
+            room = [self.length - p.tokens for p, n in zip(self.cache.positions, left, strict=True) if n > 0]
             size = min(total - start, TOKENS_AT_ONCE, *room) if room else total - start
             now = [min(n, size) for n in left]
             part = tokens[:, start : start + size]
@@ -78,50 +75,50 @@ class DecodingState:
         """As `read`, where no row crosses the end of its segment."""
         cache, decoder = self.cache, self.decoder
         x = decoder.positions.embed(decoder.embed_tokens(tokens), self.length - cache.tokens)
-        self.open(x[:, :1], counts)
-        active = [p for p, n in zip(cache.places, counts, strict=True) if n > 0]
+        self.refresh(x[:, :1], counts)
+        active = [p for p, n in zip(cache.positions, counts, strict=True) if n > 0]
         first = self.mem_len - max(p.slots for p in active)
         end = self.mem_len + max(p.tokens for p in active) + tokens.size(1)
         x = self.step(x, first, min(end, self.mem_len + self.length), self.common_column())
         cache.advance(counts, self.network)
         return x
 
-    def open(self, first: Tensor, counts: Sequence[int]) -> None:
+    def refresh(self, first: Tensor, counts: Sequence[int]) -> None:
         """Refresh the memory of rows whose segment begins with the embeddings ``first [B, 1, d]``."""
         cache = self.cache
         groups: Dict[int, List[int]] = {}
-        for row, (place, count) in enumerate(zip(cache.places, counts, strict=True)):
-            if count > 0 and not place.open:
-                groups.setdefault(place.slots, []).append(row)
+        for row, (position, count) in enumerate(zip(cache.positions, counts, strict=True)):
+            if count > 0 and not position.ready:
+                groups.setdefault(position.slots, []).append(row)
         for slots, rows in groups.items():
             index = cache.index(rows)
             if slots > 0:
                 begin = first if index is None else first[index]
-                cache.open(index, slots, begin, self.network)
+                cache.refresh(index, slots, begin, self.network)
             for row in rows:
-                cache.places[row] = cache.places[row]._replace(open=True)
+                cache.positions[row] = cache.positions[row]._replace(ready=True)
 
     def common_column(self) -> Optional[int]:
-        """The column of the next token, None unless it is every row's, with as many slots before it."""
-        first, *others = self.cache.places
+        """Return the column of the next token, None unless it is every row's, with as many slots before it."""
+        first, *others = self.cache.positions
         same = all(p.tokens == first.tokens and p.slots == first.slots for p in others)
         return self.mem_len + first.tokens if same else None
 
     def step(self, x: Tensor, first: int, end: int, at: Optional[int] = None) -> Tensor:
         """Pass new embeddings ``x [B, k, d]`` through the layers, over the cache's columns ``first .. end-1``.
 
-        Touches tensors only, and leaves each row's place as it is. *at* is the `common_column`; the same step may
-        serve other places if it is left out.
+        Touches tensors only, and leaves each row's position as it is. *at* is the `common_column`; the same step may
+        serve other positions if it is left out.
         """
         cache = self.cache
         columns = self.columns(x.size(1), first, end, at)
-        cache.record_embeddings(x, columns)
-        for i, layer in enumerate(self.decoder.layers):
-            x = self.layer_step(layer, x, cache.keys[i], cache.values[i], columns, self.biases[i], cache.record(i))
+        cache.store_embeddings(x, columns)
+        for layer, cached, bias in zip(self.layers, cache.layers, self.biases, strict=True):
+            x = self.layer_step(layer, x, cached, columns, bias)
         return x
 
     def columns(self, new: int, first: int, end: int, at: Optional[int] = None) -> Columns:
-        """Where *new* tokens stand; arguments as for `step`."""
+        """Return the columns of *new* tokens; arguments as for `step`."""
         query = self.mem_len + self.cache.tokens.unsqueeze(1)
         if new > 1:
             query = query + torch.arange(new, device=query.device)
@@ -143,7 +140,6 @@ class DecodingState:
                 mine.table.copy_(new.table)
             if mine.score is not None and new.score is not None:
                 mine.score.copy_(new.score)
-        self.seen = other.seen
 
 
 def _laid_out(bias: RelativeBias) -> RelativeBias:
@@ -153,32 +149,24 @@ def _laid_out(bias: RelativeBias) -> RelativeBias:
     return bias._replace(table=bias.table.transpose(1, 2).contiguous().transpose(1, 2))
 
 
-def layer_step(
-    layer: Any,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    columns: Columns,
-    bias: LayerBias,
-    record: Record,
-) -> Tensor:
-    """New rows ``x [B, k, d]`` through one layer; their keys and values go into the cache.
+def layer_step(layer: DecoderLayer, x: Tensor, cached: LayerCache, columns: Columns, bias: LayerBias) -> Tensor:
+    """Pass new rows ``x [B, k, d]`` through one layer; their keys and values go into its cache.
 
     A function of tensors, the same for every layer, so that it is compiled once.
     """
-    attn = layer.self_attn
-    if record.inputs is not None:
-        columns.put(record.inputs, x, 1)
+    attention, kept = layer.self_attn, cached.attended()
+    cached.store_inputs(x, columns)
 
     def attend(normed: Tensor) -> Tuple[Tensor, None]:
-        q, k, v = attn.project(normed, normed.size(1))
-        columns.put(keys, k, 2)
-        columns.put(values, v, 2)
-        need_normalizer = record.outputs is not None
-        attended = cached_attention(q, keys, values, bias.causal, columns, need_normalizer, bias.rotation)
-        if record.outputs is not None and record.normalizers is not None:
-            columns.put(record.outputs, attended.output, 2)
-            columns.put(record.normalizers, attended.normalizer, 2)
-        return attn.merge_heads(attn.combine(q, attended.output, record.context)), None
+        q, k, v = attention.project(normed, normed.size(1))
+        columns.write(cached.keys, k, 2)
+        columns.write(cached.values, v, 2)
+        attended = cached_attention(
+            q, cached.keys, cached.values, bias.causal, columns, kept is not None, bias.rotation
+        )
+        if kept is not None:
+            columns.write(kept.output, attended.output, 2)
+            columns.write(kept.normalizer, attended.normalizer, 2)
+        return attention.merge_heads(cached.combine(attention, q, attended.output)), None
 
     return layer.around(x, attend)[0]

@@ -1,36 +1,39 @@
 """A step of one new token a row through all layers, by the fastest means there are.
 
-Shapes: B rows, V words, d model width, n words found.
+Shapes: B rows, V words, H heads, D size of a head, d model width, n words drawn.
 """
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from ..attention import RelativeBias
 from ..kernels.parts import is_plain, is_product
 from ..kernels.residual import chance, is_affine
 from ..layers import DecoderLayer
 from ..layers.layer import FeedForward
-from .found import Found
+from ..positions import LayerBias
+from .attention import Columns
+from .cache import LayerCache
+from .drawn import Drawn
 from .state import DecodingState
 
 Rows = Tuple[Tensor, Optional[nn.LayerNorm]]  # [B, d], and the norm that they have yet to pass
 
 
 def kernel_step(state: DecodingState) -> Optional["KernelStep"]:
-    """The kernels' step where they are installed and do all that positions and memory want, else None.
+    """Return the kernels' step where they are installed and do all that positions want, else None.
 
     ``--attention-backend eager`` asks for plain operations, and the kernels' float32 would be too coarse for float64.
     """
-    bias, config, record = state.biases[0].causal, state.decoder.layers[0].self_attn.config, state.cache.record(0)
+    bias, config = state.biases[0].causal, state.layers[0].self_attn.config
     sinusoids = bias.table is not None and bias.position is not None and bias.score is None
     sinusoids = sinusoids and state.biases[0].rotation is None
-    wanted = config.backend != "eager" and state.cache.keys[0].dtype.itemsize < 8
-    more = record.inputs is not None or record.context is not None
-    if not wanted or more or not sinusoids or config.span is not None:
+    wanted = config.backend != "eager" and state.cache.layers[0].keys.dtype.itemsize < 8
+    if not wanted or not sinusoids or config.span is not None:
         return None
-    if not all(map(_is_plain, state.decoder.layers)):
+    if not all(map(_is_plain, state.layers)):
         return None
     try:
         return KernelStep(state)
@@ -55,7 +58,8 @@ def _is_plain(layer: DecoderLayer) -> bool:
 class KernelStep:
     """As `DecodingState.step` for one token a row, by five launches a layer. Rows may stand anywhere.
 
-    Touches tensors only, and leaves each row's place as it is.
+    Touches tensors only, and leaves each row's position as it is. A memory whose layers keep their inputs, or add
+    something to read-outs, has plain operations between the launches.
     """
 
     def __init__(self, state: DecodingState):
@@ -65,14 +69,14 @@ class KernelStep:
 
         self.state = state
         self._attention, self._map, self._normalized, self._embed = cached_attention, row_map, normalized, embed
-        self._parts = Parts.empty(state.cache.keys[0])
+        self._parts = Parts.empty(state.cache.layers[0].keys)
 
     def __call__(self, words: Tensor) -> Tensor:
-        """Features ``[B, 1, d]`` of words ``[B, 1]``."""
+        """Return features ``[B, 1, d]`` of words ``[B, 1]``."""
         return self._normalized(*self._through_layers(words)).unsqueeze(1)
 
     def scores(self, words: Tensor) -> Tensor:
-        """What the decoder's output layer makes of the features of words ``[B, 1]``, a full softmax in float32."""
+        """Return what the decoder's output layer makes of words ``[B, 1]``; of a full softmax the scores in float32."""
         output = self.state.decoder.output
         rows, norm = self._through_layers(words)
         if output is None or len(output.projections):
@@ -80,44 +84,41 @@ class KernelStep:
         return self._map(rows, output.weights[0], output.biases[0], norm=norm, dtype=torch.float32).unsqueeze(1)
 
     def _through_layers(self, words: Tensor) -> Rows:
-        rows: Rows = (self._embedded(words), None)
-        for i, layer in enumerate(self.state.decoder.layers):
-            rows = self._layer(i, layer, *rows)
+        state = self.state
+        columns = state.columns(1, 0, state.mem_len + state.length)
+        rows: Rows = (self._embedded(words, columns), None)
+        for layer, cached, bias in zip(state.layers, state.cache.layers, state.biases, strict=True):
+            rows = self._layer(layer, cached, bias, columns, *rows)
         return rows
 
-    def _embedded(self, words: Tensor) -> Tensor:
-        """The words' embeddings ``[B, d]``, recorded as the memory wants it."""
+    def _embedded(self, words: Tensor, columns: Columns) -> Tensor:
+        """Return the words' embeddings ``[B, d]``, and keep them if the memory wants them."""
         state, embedding = self.state, self.state.decoder.embed_tokens
-        kept = state.cache.kept_embeddings()
         if len(embedding.bands.tables) == 1 and not len(embedding.projections):
-            return self._embed(
-                words, embedding.tables[0].weight, embedding.scale, state.cache.tokens, state.mem_len, kept
-            )
-        x = embedding(words)
-        if kept is not None:
-            state.columns(1, 0, state.mem_len + state.length).put(kept, x, 1)
+            buffer = state.cache.embeddings_buffer()
+            return self._embed(words, embedding.table(0), embedding.scale, state.cache.tokens, state.mem_len, buffer)
+        x: Tensor = embedding(words)
+        state.cache.store_embeddings(x, columns)
         return x[:, 0]
 
-    def _layer(self, i: int, layer: Any, rows: Tensor, norm: Optional[nn.LayerNorm]) -> Rows:
-        """One layer. What normalises its rows after it, with the norm behind, is the next one's map."""
-        state, attn, feed_forward = self.state, layer.self_attn, layer.feed_forward
-        cache, record = state.cache, state.cache.record(i)
-        pre_norm = layer.config.normalize_before
+    def _layer(
+        self,
+        layer: DecoderLayer,
+        cached: LayerCache,
+        bias: LayerBias,
+        columns: Columns,
+        rows: Tensor,
+        norm: Optional[nn.LayerNorm],
+    ) -> Rows:
+        """Run one layer. Its final norm is returned unapplied; the next layer's first product applies it."""
+        feed_forward, pre_norm = layer.feed_forward, layer.config.normalize_before
         first, second = layer.self_attn_layer_norm, layer.final_layer_norm
-        qkv = self._map(rows, attn.qkv_proj.weight, norm=first if pre_norm else norm)
-        read = self._attention(
-            qkv,
-            cache.keys[i],
-            cache.values[i],
-            state.biases[i].causal,
-            cache.tokens,
-            cache.slots,
-            state.mem_len,
-            self._parts,
-            record.outputs,
-            record.normalizers,
-        )
-        x = self._map(read, attn.out_proj.weight, residual=rows, residual_norm=norm)
+        if cached.keeps_inputs:
+            rows, norm = self._normalized(rows, norm), None
+            cached.store_inputs(rows.unsqueeze(1), columns)
+        qkv = self._map(rows, layer.self_attn.qkv_proj.weight, norm=first if pre_norm else norm)
+        heads = self._heads(layer, cached, bias.causal, qkv)
+        x = self._map(heads, layer.self_attn.out_proj.weight, residual=rows, residual_norm=norm)
         relu = layer.config.activation_fn == "relu"
         into, out = feed_forward.fc1, feed_forward.fc2
         hidden = self._map(x, into.weight, into.bias, norm=second if pre_norm else first, relu=relu)
@@ -126,15 +127,34 @@ class KernelStep:
         x = self._map(hidden, out.weight, out.bias, residual=x, residual_norm=None if pre_norm else first)
         return x, None if pre_norm else second
 
+    def _heads(self, layer: DecoderLayer, cached: LayerCache, bias: RelativeBias, qkv: Tensor) -> Tensor:
+        """Attend with new queries, keys and values ``[B, 3 H D]``, and combine the read-outs: ``[B, H D]`` or wider."""
+        state, config = self.state, layer.self_attn.config
+        read_out = self._attention(
+            qkv,
+            cached.keys,
+            cached.values,
+            bias,
+            state.cache.tokens,
+            state.cache.slots,
+            state.mem_len,
+            self._parts,
+            cached.attended(),
+        )
+        shape = (len(qkv), config.heads, 1, config.head_dim)
+        q = qkv[:, : read_out.size(1)].view(shape)
+        heads = cached.combine(layer.self_attn, q, read_out.view(shape))
+        return heads.squeeze(2).flatten(1)
+
 
 class KernelDrawing:
-    """Adjusts, draws and notes the next words by one launch; `sampler.py` says what the arguments mean."""
+    """Adjusts, draws and stores the next words by one launch; `drawing.py` says what the arguments mean."""
 
     def __init__(self, temperature: float, added: Optional[Tensor], top_k: int, top_p: float, like: Tensor):
         from .word_kernels import draw_next
 
         self._draw_next = draw_next
-        self._options: Dict[str, Any] = {"temperature": temperature, "added": added, "top_k": top_k, "top_p": top_p}
+        self._temperature, self._added, self._top_k, self._top_p = temperature, added, top_k, top_p
         self._seed = torch.zeros(1, dtype=torch.int64, device=like.device)
 
     @staticmethod
@@ -144,10 +164,12 @@ class KernelDrawing:
         return MOST_WORDS
 
     def reseed(self) -> None:
-        """Take other random numbers from here on: a position in what has been found has the same ones in every step."""
+        """Take other random numbers from here on. With one seed, a position among the drawn words has the same ones."""
         self._seed.random_()
 
-    def __call__(self, scores: Tensor, words: Tensor, tokens: Tensor, found: Found) -> None:
+    def __call__(self, scores: Tensor, words: Tensor, tokens: Tensor, drawn: Drawn) -> None:
         """As `word_kernels.draw_next`."""
         space = torch.empty_like(scores)
-        self._draw_next(scores, words, tokens, found, self._seed, space, **self._options)
+        self._draw_next(
+            scores, words, tokens, drawn, self._seed, space, self._temperature, self._added, self._top_k, self._top_p
+        )

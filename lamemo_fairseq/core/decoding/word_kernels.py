@@ -3,13 +3,15 @@
 Shapes: B rows, V words, d model width, n words drawn since the last start.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from typing import Optional
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .found import Found
+from .drawn import Drawn
 
 MOST_WORDS = 512  # as every pair of words is compared, which for more takes longer than sorting them
 PAIRS = 32  # words at a time that all others are compared with
@@ -18,7 +20,7 @@ WARPS = 8
 
 @triton.jit
 def embed_kernel(
-    p_words, p_table, p_out, p_kept, p_tokens, s_words, mem_len, columns, scale, D: tl.constexpr, KEEP: tl.constexpr,
+    p_words, p_table, p_out, p_buffer, p_tokens, s_words, mem_len, columns, scale, D: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -29,13 +31,13 @@ def embed_kernel(
     tl.store(p_out + b * D + d, b_x, mask=d < D)
     if KEEP:
         column = mem_len + tl.load(p_tokens + b)
-        tl.store(p_kept + (b * columns + column) * D + d, b_x, mask=d < D)
+        tl.store(p_buffer + (b * columns + column) * D + d, b_x, mask=d < D)
 
 
 def embed(
-    words: Tensor, table: Tensor, scale: float, tokens: Tensor, mem_len: int, kept: Optional[Tensor] = None
+    words: Tensor, table: Tensor, scale: float, tokens: Tensor, mem_len: int, buffer: Optional[Tensor] = None
 ) -> Tensor:
-    """``scale * table[words]``: ``[B, d]``; also written into column M + *tokens* of ``kept [B, C, d]``.
+    """``scale * table[words]``: ``[B, d]``; also written into column M + *tokens* of ``buffer [B, C, d]``.
 
     Args:
         words: ``[B, 1]``.
@@ -44,10 +46,10 @@ def embed(
         mem_len: M.
     """
     out = table.new_empty(len(words), table.size(1))
-    buffer = out.unsqueeze(1) if kept is None else kept
+    target = out.unsqueeze(1) if buffer is None else buffer
     embed_kernel[(len(words),)](
-        words, table, out, buffer, tokens, words.stride(0), mem_len, buffer.size(1), scale,
-        D=table.size(1), KEEP=kept is not None, BLOCK_D=triton.next_power_of_2(table.size(1)),
+        words, table, out, target, tokens, words.stride(0), mem_len, target.size(1), scale,
+        D=table.size(1), KEEP=buffer is not None, BLOCK_D=triton.next_power_of_2(table.size(1)),
     )  # fmt: skip
     return out
 
@@ -62,7 +64,7 @@ def clock(seed, offset):
 
 @triton.jit
 def draw_kernel(
-    p_scores, p_added, p_seed, p_log_probs, p_position, p_tokens, p_words, p_found, p_found_log_probs,
+    p_scores, p_added, p_seed, p_log_probs, p_position, p_tokens, p_words, p_drawn, p_drawn_log_probs,
     V, capacity, s_scores, by_temperature, top_p,
     ADD: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -100,8 +102,8 @@ def draw_kernel(
     word = tl.minimum(tl.argmax(b_rings, axis=0), V - 1)
     log_prob = tl.sum(tl.where(v == word, b_p, 0.0), axis=0)
     tl.store(p_words + b, word.to(tl.int64))
-    tl.store(p_found + b * capacity + position, word.to(tl.int64))
-    tl.store(p_found_log_probs + b * capacity + position, log_prob)
+    tl.store(p_drawn + b * capacity + position, word.to(tl.int64))
+    tl.store(p_drawn_log_probs + b * capacity + position, log_prob)
     tl.store(p_position + b, position + 1)
     tl.store(p_tokens + b, tl.load(p_tokens + b) + 1)
 
@@ -110,7 +112,7 @@ def draw_next(
     scores: Tensor,
     words: Tensor,
     tokens: Tensor,
-    found: Found,
+    drawn: Drawn,
     seed: Tensor,
     space: Tensor,
     temperature: float = 1.0,
@@ -122,9 +124,9 @@ def draw_next(
 
     Args:
         scores: ``[B, V]`` float32, V at most `MOST_WORDS`.
-        words: ``[B, 1]`` int64, replaced by the words drawn, which are added to *found* with their log-probabilities.
+        words: ``[B, 1]`` int64, replaced by the words drawn, which are added to *drawn* with their log-probabilities.
         tokens: ``[B]`` int64, increased by one.
-        seed: one int64; with the position in *found* it gives the random numbers.
+        seed: one int64; with the position in *drawn* it gives the random numbers.
         space: ``[B, V]`` float32 to work in.
         added: ``[V]``.
         top_k: of the k most probable words only (0: of all).
@@ -132,8 +134,8 @@ def draw_next(
     """
     size = scores.size(1)
     draw_kernel[(len(scores),)](
-        scores, scores if added is None else added, seed, space, found.position, tokens, words, found.words,
-        found.log_probs, size, found.words.size(1), scores.stride(0), 1 / temperature, top_p,
+        scores, scores if added is None else added, seed, space, drawn.position, tokens, words, drawn.words,
+        drawn.log_probs, size, drawn.words.size(1), scores.stride(0), 1 / temperature, top_p,
         ADD=added is not None, TOP_K=top_k, TOP_P=top_p < 1, BLOCK_V=triton.next_power_of_2(size),
         BLOCK_W=PAIRS, num_warps=WARPS,
     )  # fmt: skip

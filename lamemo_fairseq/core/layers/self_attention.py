@@ -74,10 +74,6 @@ class SelfAttention(nn.Module):
             q, k, v, fitted, self.config.span, self._dropout, self.scale, need_normalizer=need_normalizer
         )
 
-    def combine(self, q: Tensor, read_out: Tensor, context: Any) -> Tensor:
-        """The read-outs ``[B, H, Q, D]`` of queries with what a memory's *context* adds to them, here nothing."""
-        return read_out
-
     def merge_heads(self, heads: Tensor) -> Tensor:
         """``[B, H, Q, D or D'] -> [B, Q, d]``, perhaps wider by zeros, through the output projection."""
         size = self.config.head_dim

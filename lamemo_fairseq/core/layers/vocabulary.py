@@ -80,6 +80,11 @@ class WordEmbedding(nn.Module):
             x = torch.where((tokens >= start).unsqueeze(-1), banded, x)
         return x * self.scale
 
+    def table(self, number: int) -> Tensor:
+        """Return the weights of a table of embeddings."""
+        weight: Tensor = self.tables[number].weight  # type: ignore[assignment]
+        return weight
+
     def reset_parameters(self) -> None:
         """Weights N(0, .02)."""
         for weight in self.parameters():

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from ..decoding.cache import SegmentCache
+from ..decoding.cache import FrozenCache, SegmentCache
 from .base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
 from .streams import DivergenceError, MissingMemoryError, StreamMemory
 
@@ -11,6 +11,7 @@ __all__ = [
     "MEMORIES",
     "Architecture",
     "DivergenceError",
+    "FrozenCache",
     "Memory",
     "MemoryConfig",
     "MemoryOptions",

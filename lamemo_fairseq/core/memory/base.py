@@ -26,7 +26,7 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
-from ..decoding.cache import SegmentCache
+from ..decoding.cache import AnyCache, FrozenCache
 from ..layers import DecoderLayer, SelfAttention
 from ..positions import PositionEncoding
 from ..registry import Registry
@@ -142,7 +142,7 @@ class Memory(nn.Module, Generic[State, Options]):
     options: ClassVar[Type[MemoryOptions]] = MemoryOptions
     attention: ClassVar[Type[SelfAttention]] = SelfAttention
     state: ClassVar[Type[MemoryState]] = MemoryState
-    cache: ClassVar[Type[SegmentCache]] = SegmentCache  # what token-by-token decoding keeps
+    cache: ClassVar[Type[AnyCache]] = FrozenCache  # of token-by-token decoding
     looks_ahead: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
     smallest_mem_len: ClassVar[int] = 1  # the smallest --mem-len that makes sense

@@ -14,7 +14,7 @@ from typing import ClassVar, List, Optional, Sequence, Tuple, Type
 import torch
 from torch import Tensor, nn
 
-from ...decoding.cache import SegmentCache
+from ...decoding.cache import AnyCache
 from ...kernels.rows import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import PositionEncoding
@@ -55,7 +55,7 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
     options: ClassVar[Type[CompressiveOptions]] = CompressiveOptions
     attention: ClassVar[Type[SelfAttention]] = CompressiveSelfAttention
     state: ClassVar[Type[MemoryState]] = CompressiveState
-    cache: ClassVar[Type[SegmentCache]] = CompressiveCache
+    cache: ClassVar[Type[AnyCache]] = CompressiveCache
     has_losses: ClassVar[bool] = True
     layout: ClassVar[Tuple[str, ...]] = ("compressed_len", "compression_rate", "compression")
 

@@ -1,72 +1,95 @@
-"""What decoding keeps of compressive memory, and the compression of the oldest rows once a segment.
+"""The decoding cache of compressive memory, and the compression of the oldest rows once a segment.
 
-Columns of a cache: compressed slots, other slots, tokens.
+Columns of a buffer: compressed slots, other slots, tokens.
 
 Shapes: B rows, b of them, N tokens of a segment, S = C + M slots, s <= S of them, c of these compressed, H heads,
 D size of a head, d model width.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Dict, List, Optional
+from dataclasses import dataclass
+from typing import ClassVar, Iterator, Optional, Protocol, Sequence, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...decoding.cache import Network, Place, Record, SegmentCache, put, take
+from ...decoding.attention import Columns
+from ...decoding.cache import LayerCache, RowPosition, SegmentCache, counts, select_rows, write_rows
+from ...decoding.interfaces import CachedMemory, Network
+from ...positions import LayerBias
 from .attention import usage
 
 
+class Compressing(CachedMemory, Protocol):
+    """A memory that compresses its oldest rows."""
+
+    compressions: nn.ModuleList
+
+    @property
+    def watches(self) -> bool: ...
+    def leaving(self, rows: int) -> int: ...
+    def compressed_after(self, compressed: int, leaving: int) -> int: ...
+
+
 @dataclass
-class CompressiveCache(SegmentCache):
+class CompressiveLayerCache(LayerCache):
     """Besides keys and values, the rows that they were projected from."""
 
-    inputs: List[Tensor] = field(default_factory=list)  # a layer: [B, S + N, d]
+    inputs: Tensor  # [B, S + N, d]
 
-    columns: ClassVar[Dict[str, int]] = {"inputs": 1}
+    keeps_inputs: ClassVar[bool] = True
+
+    def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
+        yield from super().column_buffers()
+        yield 1, self.inputs
+
+    def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
+        columns.write(self.inputs, inputs, 1)
+
+
+class CompressiveCache(SegmentCache[Compressing, CompressiveLayerCache]):
+    """The number that a row's position counts besides is c: how many of its slots, the oldest, are compressed."""
 
     @classmethod
-    def empty(cls, memory: Any, rows: int, like: Tensor) -> "CompressiveCache":
-        base = SegmentCache.empty(memory, rows, like)
+    def empty(cls, memory: Compressing, rows: int, like: Tensor) -> "CompressiveCache":
         size = (rows, memory.slots + memory.period, like.size(-1))
-        return cls(**vars(base), inputs=[like.new_zeros(size) for _ in base.keys])
+        layers = [
+            CompressiveLayerCache(*LayerCache.zeros(memory, rows, like), like.new_zeros(size))
+            for _ in range(memory.config.layers)
+        ]
+        return cls(layers, counts(rows, like), counts(rows, like), [RowPosition()] * rows)
 
-    def record(self, layer: int) -> Record:
-        return Record(inputs=self.inputs[layer])
-
-    def following(self, place: Place, network: Network) -> Place:
+    def next_position(self, position: RowPosition, network: Network[Compressing]) -> RowPosition:
         memory = network.memory
-        rows = place.slots - place.compressed + memory.period
+        rows = position.slots - position.own + memory.period
         leaving = memory.leaving(rows)
-        compressed = memory.compressed_after(place.compressed, leaving)
-        return Place(0, compressed + rows - leaving, False, compressed)
+        compressed = memory.compressed_after(position.own, leaving)
+        return RowPosition(slots=compressed + rows - leaving, own=compressed)
 
-    def close(self, rows: Optional[Tensor], slots: int, network: Network) -> None:
-        """Compress the oldest rows, and move what stays to its new columns."""
-        memory, length = network.memory, network.memory.period
-        place = self.places[0 if rows is None else int(rows[0])]
-        leaving = memory.leaving(slots - place.compressed + length)
-        old = slice(place.compressed, place.compressed + leaving)
-        count = self.following(place, network).slots
+    def end_segment(self, rows: Optional[Tensor], position: RowPosition, network: Network[Compressing]) -> None:
+        """Compress the oldest rows, and move the others to their new columns."""
+        memory, length, slots = network.memory, network.memory.period, position.slots
+        leaving = memory.leaving(slots - position.own + length)
+        oldest = slice(position.own, position.own + leaving)
+        count = self.next_position(position, network).slots
 
-        def held(buffer: Tensor, dim: int) -> Tensor:
-            return take(buffer, rows).narrow(dim, memory.slots - slots, slots + length)
+        def used_columns(buffer: Tensor, dim: int) -> Tensor:
+            return select_rows(buffer, rows).narrow(dim, memory.slots - slots, slots + length)
 
         watches = memory.watches and leaving > 0
-        biases = network.positions(slots + length, None, self.inputs[0]) if watches else ()
-        layers: Any = network.layers
-        for i, layer in enumerate(layers):
-            attn, inputs = layer.self_attn, held(self.inputs[i], 1)
+        biases: Sequence[LayerBias] = network.positions(slots + length, None, self.layers[0].inputs) if watches else ()
+        for i, (layer, cached) in enumerate(zip(network.layers, self.layers, strict=True)):
+            attn, inputs = layer.self_attn, used_columns(cached.inputs, 1)
             new = inputs[:, :0]
             if leaving:
                 used = None
                 if watches:
                     q, _, _ = attn.project(layer.attention_input(inputs[:, slots:]), length)
-                    q, k = biases[i].rotate(q, held(self.keys[i], 2))
-                    used = usage(q, k, biases[i].causal, attn.config.span, old)
-                new = memory.compressions[i](inputs[:, old], used)
+                    q, k = biases[i].rotate(q, used_columns(cached.keys, 2))
+                    used = usage(q, k, biases[i].causal, attn.config.span, oldest)
+                new = memory.compressions[i](inputs[:, oldest], used)
             _, k, v = attn.project(layer.attention_input(new), 0)
-            for buffer, dim, made in ((self.inputs[i], 1, new), (self.keys[i], 2, k), (self.values[i], 2, v)):
-                before, _, after = held(buffer, dim).tensor_split((old.start, old.stop), dim)
+            for buffer, dim, made in ((cached.inputs, 1, new), (cached.keys, 2, k), (cached.values, 2, v)):
+                before, _, after = used_columns(buffer, dim).tensor_split((oldest.start, oldest.stop), dim)
                 every = torch.cat([before, made, after], dim)
-                kept = every.narrow(dim, every.size(dim) - count, count)
-                put(buffer.narrow(dim, memory.slots - count, count), rows, kept)
+                last = every.narrow(dim, every.size(dim) - count, count)
+                write_rows(buffer.narrow(dim, memory.slots - count, count), rows, last)

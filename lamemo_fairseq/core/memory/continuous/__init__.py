@@ -24,7 +24,7 @@ from typing import ClassVar, List, Optional, Sequence, Tuple, Type
 import torch
 from torch import Tensor
 
-from ...decoding.cache import SegmentCache
+from ...decoding.cache import AnyCache
 from ...kernels.rows import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import PositionEncoding
@@ -64,7 +64,7 @@ class ContinuousMemory(Memory[ContinuousState, ContinuousOptions]):
     options: ClassVar[Type[ContinuousOptions]] = ContinuousOptions
     attention: ClassVar[Type[SelfAttention]] = ContinuousSelfAttention
     state: ClassVar[Type[MemoryState]] = ContinuousState
-    cache: ClassVar[Type[SegmentCache]] = ContinuousCache
+    cache: ClassVar[Type[AnyCache]] = ContinuousCache
     smallest_mem_len: ClassVar[int] = 0
     has_losses: ClassVar[bool] = True
     layout: ClassVar[Tuple[str, ...]] = ("num_basis_functions", "basis_widths")

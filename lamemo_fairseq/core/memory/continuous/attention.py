@@ -50,14 +50,19 @@ class ContinuousSelfAttention(SelfAttention):
         """
         q, k, v = self.project(rows, queries, keep_padding=True)
         short_term = self.causal(q, k, v, bias, need_normalizer=False).output
-        long_term = self.long_term(coefficients)
-        density = self.locate(q[..., : self.config.head_dim], long_term)
-        long_term = long_term._replace(values=as_wide(q, long_term.values))
-        return self.merge_heads(torch.cat([short_term, self.read(density, long_term)], dim=1)), density
+        heads, density = self.combine(q, short_term, self.long_term(coefficients))
+        return self.merge_heads(heads), density
 
-    def combine(self, q: Tensor, read_out: Tensor, context: LongTerm) -> Tensor:
-        """``[B, 2 H, Q, D]``: the short-term read-outs and then the long-term ones."""
-        return torch.cat([read_out, self.read(self.locate(q, context), context)], dim=1)
+    def combine(self, q: Tensor, short_term: Tensor, long_term: LongTerm) -> tuple[Tensor, Density]:
+        """Read the signal with queries ``[B, H, Q, D or D']``.
+
+        Returns:
+            ``[B, 2 H, Q, D or D']``, the short-term read-outs and then the long-term ones, and where the queries
+            attended to the signal.
+        """
+        density = self.locate(q[..., : self.config.head_dim], long_term)
+        read_out = self.read(density, long_term._replace(values=as_wide(q, long_term.values)))
+        return torch.cat([short_term, read_out], dim=1), density
 
     def long_term(self, coefficients: Tensor) -> LongTerm:
         """Keys and values of a signal with *coefficients* ``[B, J, d]``.

@@ -1,75 +1,95 @@
-"""What decoding keeps of a continuous memory, and its update once a segment.
+"""The decoding cache of a continuous memory, and its update once a segment.
 
-Shapes: B rows, b of them, N tokens of a segment, m <= M memory slots, H heads, D size of a head, J basis functions,
-d model width.
+Shapes: B rows, b of them, N tokens of a segment, m <= M memory slots, C = M + N columns, H heads, D size of a head,
+J basis functions, d model width.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Dict, List, Optional
+from dataclasses import dataclass
+from typing import ClassVar, Iterator, Optional, Protocol, Tuple, cast
 
 import torch
 from torch import Tensor
 
-from ...decoding.cache import Network, Record, SegmentCache, put, take
-from .attention import LongTerm
+from ...decoding.attention import Columns
+from ...decoding.cache import LayerCache, RowPosition, SegmentCache, counts, select_rows, write_rows
+from ...decoding.interfaces import CachedMemory, Network
+from ...layers import SelfAttention
+from .attention import ContinuousSelfAttention, LongTerm
+from .signal import Signal
+
+
+class TakingIn(CachedMemory, Protocol):
+    """A memory whose signals take in the rows that leave its slots."""
+
+    signal: Signal
+
+    def leaving(self, slots: int, current: int) -> int: ...
 
 
 @dataclass
-class ContinuousCache(SegmentCache):
-    """Besides keys and values, the rows that go into each layer, the signals, and what queries read of them."""
+class ContinuousLayerCache(LayerCache):
+    """Besides keys and values, the rows that go into the layer, the signal, and what queries read of it."""
 
-    inputs: List[Tensor] = field(default_factory=list)  # a layer: [B, M + N, d]
-    coefficients: List[Tensor] = field(default_factory=list)  # a layer: [B, J, d], float32 or wider
-    long_term_keys: List[Tensor] = field(default_factory=list)  # a layer: as in `LongTerm`
-    long_term_values: List[Tensor] = field(default_factory=list)
-    taken_in: List[Tensor] = field(default_factory=list)  # one: [B, 1] int64
+    inputs: Tensor  # [B, C, d]
+    coefficients: Tensor  # [B, J, d], float32 or wider
+    long_term: LongTerm
 
-    columns: ClassVar[Dict[str, int]] = {"inputs": 1}
+    keeps_inputs: ClassVar[bool] = True
+
+    def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
+        yield from super().column_buffers()
+        yield 1, self.inputs
+
+    def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
+        columns.write(self.inputs, inputs, 1)
+
+    def combine(self, attention: SelfAttention, q: Tensor, read_out: Tensor) -> Tensor:
+        return cast(ContinuousSelfAttention, attention).combine(q, read_out, self.long_term)[0]
+
+
+@dataclass
+class ContinuousCache(SegmentCache[TakingIn, ContinuousLayerCache]):
+    """Signals, and how many rows they are made of."""
+
+    taken_in: Tensor  # [B, 1] int64
 
     @classmethod
-    def empty(cls, memory: Any, rows: int, like: Tensor) -> "ContinuousCache":
-        base, config, basis = SegmentCache.empty(memory, rows, like), memory.config, memory.signal.basis
-        exact = torch.promote_types(like.dtype, torch.float32)
-
-        def zeros(*size: int, dtype: torch.dtype = like.dtype) -> List[Tensor]:
-            return [like.new_zeros(rows, *size, dtype=dtype) for _ in range(config.layers)]
-
-        return cls(
-            **vars(base),
-            inputs=zeros(memory.slots + memory.period, config.embed_dim),
-            coefficients=zeros(basis.count, config.embed_dim, dtype=exact),
-            long_term_keys=zeros(config.heads, 2, config.head_dim, dtype=exact),
-            long_term_values=zeros(config.heads, basis.count, config.head_dim),
-            taken_in=[torch.zeros(rows, 1, dtype=torch.int64, device=like.device)],
-        )
-
-    def record(self, layer: int) -> Record:
-        return Record(inputs=self.inputs[layer], context=self._long_term(layer))
-
-    def close(self, rows: Optional[Tensor], slots: int, network: Network) -> None:
-        leaving = network.memory.leaving(slots, network.memory.period)
-        if leaving > 0:
-            self._extend(rows, slots, leaving, network)
-        super().close(rows, slots, network)
-
-    def _extend(self, rows: Optional[Tensor], slots: int, leaving: int, network: Network) -> None:
-        """Let the signals of *rows* take in what leaves their slots."""
-        memory = network.memory
-
-        taken_in = take(self.taken_in[0], rows)
-        layers: Any = network.layers
-        for i, layer in enumerate(layers):
-            attn, inputs = layer.self_attn, take(self.inputs[i], rows)[:, memory.slots - slots :]
-            # Queries are not kept: once a segment, they are computed again.
-            q, _, _ = attn.project(layer.attention_input(inputs[:, slots:]), memory.period)
-            density = attn.locate(q, LongTerm(*(take(held, rows) for held in self._long_term(i))))
-            coefficients = memory.signal.extend(
-                take(self.coefficients[i], rows), taken_in, inputs[:, :leaving], density
+    def empty(cls, memory: TakingIn, rows: int, like: Tensor) -> "ContinuousCache":
+        config, basis, exact = memory.config, memory.signal.basis, torch.promote_types(like.dtype, torch.float32)
+        layers = [
+            ContinuousLayerCache(
+                *LayerCache.zeros(memory, rows, like),
+                inputs=like.new_zeros(rows, memory.slots + memory.period, config.embed_dim),
+                coefficients=like.new_zeros(rows, basis.count, config.embed_dim, dtype=exact),
+                long_term=LongTerm(
+                    like.new_zeros(rows, config.heads, 2, config.head_dim, dtype=exact),
+                    like.new_zeros(rows, config.heads, basis.count, config.head_dim),
+                ),
             )
-            put(self.coefficients[i], rows, coefficients)
-            for buffer, new in zip(self._long_term(i), attn.long_term(coefficients), strict=True):
-                put(buffer, rows, new)
-        put(self.taken_in[0], rows, taken_in + leaving)
+            for _ in range(config.layers)
+        ]
+        begin = counts(rows, like), counts(rows, like), [RowPosition()] * rows
+        return cls(layers, *begin, taken_in=counts(rows, like).unsqueeze(1))
 
-    def _long_term(self, layer: int) -> LongTerm:
-        return LongTerm(self.long_term_keys[layer], self.long_term_values[layer])
+    def end_segment(self, rows: Optional[Tensor], position: RowPosition, network: Network[TakingIn]) -> None:
+        leaving = network.memory.leaving(position.slots, network.memory.period)
+        if leaving > 0:
+            self._extend(rows, position.slots, leaving, network)
+        super().end_segment(rows, position, network)
+
+    def _extend(self, rows: Optional[Tensor], slots: int, leaving: int, network: Network[TakingIn]) -> None:
+        """Let the signals of *rows* take in the rows that leave their slots."""
+        memory = network.memory
+        taken_in = select_rows(self.taken_in, rows)
+        for layer, cached in zip(network.layers, self.layers, strict=True):
+            attention = cast(ContinuousSelfAttention, layer.self_attn)
+            inputs = select_rows(cached.inputs, rows)[:, memory.slots - slots :]
+            # Queries are not cached: once a segment, they are computed again.
+            q, _, _ = attention.project(layer.attention_input(inputs[:, slots:]), memory.period)
+            density = attention.locate(q, LongTerm(*(select_rows(buffer, rows) for buffer in cached.long_term)))
+            past = select_rows(cached.coefficients, rows)
+            coefficients = memory.signal.extend(past, taken_in, inputs[:, :leaving], density)
+            write_rows(cached.coefficients, rows, coefficients)
+            for buffer, new in zip(cached.long_term, attention.long_term(coefficients), strict=True):
+                write_rows(buffer, rows, new)
+        write_rows(self.taken_in, rows, taken_in + leaving)

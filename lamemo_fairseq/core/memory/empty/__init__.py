@@ -5,11 +5,9 @@ from typing import ClassVar, Optional, Sequence, Type
 
 from torch import Tensor
 
-from ...decoding.cache import SegmentCache
 from ...layers import DecoderLayer
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage
-from .cache import EmptyCache
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,6 @@ class EmptyMemory(Memory[EmptyState, MemoryOptions]):
         defaults={"position_encoding": "transformer-xl"},
     )
     state: ClassVar[Type[MemoryState]] = EmptyState
-    cache: ClassVar[Type[SegmentCache]] = EmptyCache
     remembers: ClassVar[bool] = False
 
     def initial_state(self, x: Tensor) -> EmptyState:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...attention import Attended, LookaheadWindow
-from ...decoding.cache import SegmentCache
+from ...decoding.cache import AnyCache
 from ...kernels.rows import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import PositionEncoding
@@ -45,7 +45,7 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
     options: ClassVar[Type[LookaheadOptions]] = LookaheadOptions
     attention: ClassVar[Type[SelfAttention]] = LookaheadSelfAttention
     state: ClassVar[Type[MemoryState]] = LookaheadState
-    cache: ClassVar[Type[SegmentCache]] = LookaheadCache
+    cache: ClassVar[Type[AnyCache]] = LookaheadCache
     looks_ahead: ClassVar[bool] = True
 
     def initial_state(self, x: Tensor) -> LookaheadState:

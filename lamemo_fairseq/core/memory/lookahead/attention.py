@@ -38,12 +38,26 @@ class LookaheadSelfAttention(SelfAttention):
         if window is None:
             attended = self.causal(q, k, v, bias, need_normalizer=True)
         else:
-            assert bias.ahead is not None
-            biases = bias_for(q, bias.causal), bias_for(q, bias.ahead)
             held = Attended(as_wide(q, stored.output), stored.normalizer)
-            attended = BACKENDS[self.config.backend].memory_attention(
-                *bias.rotate(q, k), v, biases, window, held, self.config.span, self._dropout, self.scale
-            )
+            attended = self.refresh(q, k, v, bias, window, held)
         output = attended.output[..., : self.config.head_dim]
         carried = Attended(*(last_rows(t, self.config.mem_len, dim=2) for t in (output, attended.normalizer)))
         return self.merge_heads(attended.output), carried
+
+    def refresh(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, window: LookaheadWindow, stored: Attended
+    ) -> Attended:
+        """Let the slots look ahead, and the current rows attend to everything before them.
+
+        Args:
+            q, k, v: ``[B, H, R, D or D']``, the slots first.
+            stored: as for `forward`, as wide as *q*.
+
+        Returns:
+            Read-outs ``[B, H, R, D or D']`` and normalisers ``[B, H, R]``.
+        """
+        assert bias.ahead is not None
+        biases = bias_for(q, bias.causal), bias_for(q, bias.ahead)
+        return BACKENDS[self.config.backend].memory_attention(
+            *bias.rotate(q, k), v, biases, window, stored, self.config.span, self._dropout, self.scale
+        )

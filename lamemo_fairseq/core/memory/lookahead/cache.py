@@ -1,85 +1,109 @@
-"""What decoding keeps of look-ahead memory, and the refresh of the slots once a segment.
+"""The decoding cache of look-ahead memory, and the refresh of the slots once a segment.
 
-Shapes: B rows, b of them, N tokens of a segment, m <= M memory slots, H heads, D size of a head, d model width.
+Shapes: B rows, b of them, N tokens of a segment, m <= M memory slots, C = M + N columns, H heads, D size of a head,
+d model width.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Dict, List, Optional, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Iterator, Optional, Protocol, Tuple, cast
 
 import torch
 from torch import Tensor
 
-from ...attention import BACKENDS, Attended
-from ...decoding.cache import Network, Record, SegmentCache, put, take
+from ...attention import Attended, LookaheadWindow
+from ...decoding.cache import LayerCache, RowPosition, SegmentCache, counts, select_rows, write_rows
+from ...decoding.interfaces import CachedMemory, Network
+from ...layers import DecoderLayer
+from ...positions import LayerBias
+from .attention import LookaheadSelfAttention
+
+
+class LookingAhead(CachedMemory, Protocol):
+    """A memory whose slots look ahead."""
+
+    def window(self, slots: int, current: int) -> LookaheadWindow: ...
 
 
 @dataclass
-class LookaheadCache(SegmentCache):
-    """Besides keys and values, the fields of `LookaheadState` for slots and tokens alike."""
+class LookaheadLayerCache(LayerCache):
+    """Besides keys and values, what slots and tokens have attended to; None in the last layer."""
 
-    embeddings: List[Tensor] = field(default_factory=list)  # one: [B, M + N, d]
-    outputs: List[Tensor] = field(default_factory=list)  # a layer but the last: [B, H, M + N, D]
-    normalizers: List[Tensor] = field(default_factory=list)  # a layer but the last: [B, H, M + N]
+    past: Optional[Attended]  # [B, H, C, D] and [B, H, C]
 
-    columns: ClassVar[Dict[str, int]] = {"embeddings": 1, "outputs": 2, "normalizers": 2}
+    def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
+        yield from super().column_buffers()
+        for buffer in self.past or ():
+            yield 2, buffer
+
+    def attended(self) -> Optional[Attended]:
+        return self.past
+
+
+@dataclass
+class LookaheadCache(SegmentCache[LookingAhead, LookaheadLayerCache]):
+    """The fields of `LookaheadState` for slots and tokens alike, with keys and values."""
+
+    embeddings: Tensor  # [B, C, d]
+
     replayable: ClassVar[bool] = True
 
     @classmethod
-    def empty(cls, memory: Any, rows: int, like: Tensor) -> "LookaheadCache":
-        base = SegmentCache.empty(memory, rows, like)
-        refreshed, width = memory.config.layers - 1, memory.slots + memory.period
+    def empty(cls, memory: LookingAhead, rows: int, like: Tensor) -> "LookaheadCache":
         exact = torch.promote_types(like.dtype, torch.float32)
-        return cls(
-            **vars(base),
-            embeddings=[like.new_zeros(rows, width, like.size(-1))],
-            outputs=[torch.zeros_like(base.keys[0]) for _ in range(refreshed)],
-            normalizers=[base.keys[0].new_zeros(base.keys[0].shape[:-1], dtype=exact) for _ in range(refreshed)],
-        )
+        layers = []
+        for i in range(memory.config.layers):
+            keys, values = LayerCache.zeros(memory, rows, like)
+            refreshed = i < memory.config.layers - 1
+            past = Attended(torch.zeros_like(keys), keys.new_zeros(keys.shape[:-1], dtype=exact)) if refreshed else None
+            layers.append(LookaheadLayerCache(keys, values, past))
+        embeddings = like.new_zeros(rows, memory.slots + memory.period, like.size(-1))
+        return cls(layers, counts(rows, like), counts(rows, like), [RowPosition()] * rows, embeddings)
 
-    def open(self, rows: Optional[Tensor], slots: int, first: Tensor, network: Network) -> None:
-        """Refresh the slots: they depend on the memory and on the segment's first token alone."""
-        # The first token decides the refresh however long the segment will be, so it is taken to be whole.
-        memory, layers = network.memory, network.layers
-        window, mem_len = memory.window(slots, memory.period), memory.slots
+    def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
+        yield from super().column_buffers()
+        yield 1, self.embeddings
+
+    def embeddings_buffer(self) -> Optional[Tensor]:
+        return self.embeddings
+
+    def refresh(self, rows: Optional[Tensor], slots: int, first: Tensor, network: Network[LookingAhead]) -> None:
+        """Refresh the slots: they depend on the memory and on the segment's first token alone.
+
+        The first token decides the refresh however long the segment will be, so the segment is taken to be whole.
+        """
+        memory, mem_len = network.memory, network.memory.slots
+        window = memory.window(slots, memory.period)
         biases = network.positions(slots + 1, window.distances(slots), first)
-
-        def held(buffer: Tensor, dim: int) -> Tensor:
-            return take(buffer, rows).narrow(dim, mem_len - slots, slots)
-
-        def hold(buffer: Tensor, new: Tensor) -> None:
-            put(buffer.narrow(2, mem_len - slots, slots), rows, new)
-
-        x = torch.cat([held(self.embeddings[0], 1), first], dim=1)
-        refreshed_layers: Sequence[Any] = layers[:-1]
-        for i, (layer, bias) in enumerate(zip(refreshed_layers, biases, strict=False)):
-            attn = layer.self_attn
-            stored = Attended(held(self.outputs[i], 2), held(self.normalizers[i], 2))
-
-            def refresh(normed: Tensor, attn=attn, bias=bias, stored=stored, i=i) -> tuple[Tensor, None]:
-                q, k, v = attn.project(normed, slots + 1)
-                current = attn.causal(q[:, :, slots:], k, v, bias, need_normalizer=False)
-                ahead = slice(window.first, slots + 1)
-                q, rotated = bias.rotate(q, k)
-                refreshed = BACKENDS[attn.config.backend].lookahead_attention(
-                    q[:, :, :slots], rotated[:, :, ahead], v[:, :, ahead], bias.ahead, window, stored
-                )
-                for buffer, new in (
-                    (self.keys[i], k[:, :, :slots]),
-                    (self.values[i], v[:, :, :slots]),
-                    (self.outputs[i], refreshed.output),
-                    (self.normalizers[i], refreshed.normalizer),
-                ):
-                    hold(buffer, new)
-                return attn.merge_heads(torch.cat([refreshed.output, current.output], dim=2)), None
-
-            x, _ = layer.around(x, refresh)
-        last: Any = layers[-1]
+        x = torch.cat([select_rows(self.embeddings, rows)[:, mem_len - slots : mem_len], first], dim=1)
+        for layer, bias, cached in zip(network.layers[:-1], biases, self.layers, strict=False):
+            x = _refreshed(layer, bias, cached, x, rows, window, mem_len)
+        last, cached = network.layers[-1], self.layers[-1]
         _, k, v = last.self_attn.project(last.attention_input(x[:, :slots]), 0)
-        hold(self.keys[-1], k)
-        hold(self.values[-1], v)
+        for buffer, new in ((cached.keys, k), (cached.values, v)):
+            write_rows(buffer[:, :, mem_len - slots : mem_len], rows, new)
 
-    def kept_embeddings(self) -> Optional[Tensor]:
-        return self.embeddings[0]
 
-    def record(self, layer: int) -> Record:
-        return Record(self.outputs[layer], self.normalizers[layer]) if layer < len(self.outputs) else Record()
+def _refreshed(
+    layer: DecoderLayer,
+    bias: LayerBias,
+    cached: LookaheadLayerCache,
+    x: Tensor,
+    rows: Optional[Tensor],
+    window: LookaheadWindow,
+    mem_len: int,
+) -> Tensor:
+    """Pass slots and first tokens ``x [b, m + 1, d]`` through a layer, and write what becomes of the slots."""
+    attention, past, slots = cast(LookaheadSelfAttention, layer.self_attn), cached.past, x.size(1) - 1
+    assert past is not None
+    in_slots = slice(mem_len - slots, mem_len)
+    stored = Attended(*(select_rows(buffer, rows)[:, :, in_slots] for buffer in past))
+
+    def refresh(normed: Tensor) -> Tuple[Tensor, None]:
+        q, k, v = attention.project(normed, slots + 1)
+        attended = attention.refresh(q, k, v, bias, window, stored)
+        written = ((cached.keys, k), (cached.values, v), (past.output, attended.output), (past.normalizer, attended[1]))
+        for buffer, new in written:
+            write_rows(buffer[:, :, in_slots], rows, new[:, :, :slots])
+        return attention.merge_heads(attended.output), None
+
+    return layer.around(x, refresh)[0]

@@ -8,12 +8,10 @@ from typing import ClassVar, Optional, Sequence, Tuple, Type
 
 from torch import Tensor
 
-from ...decoding.cache import SegmentCache
 from ...kernels.rows import join
 from ...layers import DecoderLayer
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage, last_rows
-from .cache import RecurrentCache
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ class RecurrentMemory(Memory[RecurrentState, MemoryOptions]):
         defaults={"position_encoding": "transformer-xl"},
     )
     state: ClassVar[Type[MemoryState]] = RecurrentState
-    cache: ClassVar[Type[SegmentCache]] = RecurrentCache
 
     def initial_state(self, x: Tensor) -> RecurrentState:
         return RecurrentState((x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers)

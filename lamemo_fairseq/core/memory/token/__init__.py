@@ -14,7 +14,7 @@ from typing import ClassVar, List, Optional, Sequence, Tuple, Type
 import torch
 from torch import Tensor, nn
 
-from ...decoding.cache import SegmentCache
+from ...decoding.cache import AnyCache
 from ...kernels.rows import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import PositionEncoding
@@ -58,7 +58,7 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
     options: ClassVar[Type[TokenOptions]] = TokenOptions
     attention: ClassVar[Type[SelfAttention]] = TokenSelfAttention
     state: ClassVar[Type[MemoryState]] = TokenState
-    cache: ClassVar[Type[SegmentCache]] = TokenCache
+    cache: ClassVar[Type[AnyCache]] = TokenCache
     looks_ahead: ClassVar[bool] = True  # within a block
     smallest_mem_len: ClassVar[int] = 0
     layout: ClassVar[Tuple[str, ...]] = ("memory_tokens",)

@@ -1,4 +1,4 @@
-"""What token-by-token decoding keeps of memory tokens: they are read when a segment begins and written when it is full.
+"""The decoding cache of memory tokens: they are read when a segment begins and written when it is full.
 
 Columns: M of the cache, K of the read block, S of the segment's tokens, so that the slots of a row are its m cached
 rows and K memory tokens. The write block needs no columns: no token ever attends to it.
@@ -7,64 +7,98 @@ Shapes: B rows, b of them, S tokens of a segment, K memory tokens, m <= M cached
 d model width.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, List, Optional
+from dataclasses import dataclass
+from typing import Optional, Protocol, Tuple, cast
 
 import torch
 from torch import Tensor
 
-from ...decoding.cache import Network, Place, SegmentCache, put, take
+from ...decoding.cache import LayerCache, RowPosition, SegmentCache, counts, select_rows, write_rows
+from ...decoding.interfaces import CachedMemory, MemorySizes, Network
+from ...layers import DecoderLayer
+from ...positions import LayerBias
+from .attention import TokenSelfAttention
+from .options import TokenOptions
+
+
+class TokenSizes(MemorySizes, Protocol):
+    """Sizes, with the options of memory tokens."""
+
+    @property
+    def options(self) -> TokenOptions: ...
+
+
+class WithTokens(CachedMemory, Protocol):
+    """A memory that begins with learned memory tokens."""
+
+    @property
+    def config(self) -> TokenSizes: ...
+    def first_tokens(self, like: Tensor) -> Tensor: ...
 
 
 @dataclass
-class TokenCache(SegmentCache):
+class TokenCache(SegmentCache[WithTokens, LayerCache]):
     """Besides keys and values, the memory tokens that the current segment reads."""
 
-    memory_tokens: List[Tensor] = field(default_factory=list)  # one: [B, K, d]
+    memory_tokens: Tensor  # [B, K, d]
 
     @classmethod
-    def empty(cls, memory: Any, rows: int, like: Tensor) -> "TokenCache":
-        base = SegmentCache.empty(memory, rows, like)
-        begin = Place(slots=memory.config.options.memory_tokens)
-        base.places = [begin] * rows
-        base.sync()
-        first = memory.first_tokens(like.new_empty(rows, 0, like.size(-1)))
-        return cls(**vars(base), memory_tokens=[first.detach().clone()])
+    def empty(cls, memory: WithTokens, rows: int, like: Tensor) -> "TokenCache":
+        layers = [LayerCache(*LayerCache.zeros(memory, rows, like)) for _ in range(memory.config.layers)]
+        begin = RowPosition(slots=memory.config.options.memory_tokens)
+        first = memory.first_tokens(like.new_empty(rows, 0, like.size(-1))).detach().clone()
+        cache = cls(layers, counts(rows, like), counts(rows, like), [begin] * rows, first)
+        cache.sync()
+        return cache
 
-    def open(self, rows: Optional[Tensor], slots: int, first: Tensor, network: Network) -> None:
+    def refresh(self, rows: Optional[Tensor], slots: int, first: Tensor, network: Network[WithTokens]) -> None:
         """Read the memory tokens: keys and values of the read block."""
         self._pass(rows, slots, network, write=False)
 
-    def close(self, rows: Optional[Tensor], slots: int, network: Network) -> None:
+    def end_segment(self, rows: Optional[Tensor], position: RowPosition, network: Network[WithTokens]) -> None:
         """Write the memory tokens, and let the segment's last tokens enter the cache."""
-        put(self.memory_tokens[0], rows, self._pass(rows, slots, network, write=True))
-        mem_len, size = network.memory.config.mem_len, self.memory_tokens[0].size(1)
-        for buffer in (*self.keys, *self.values):
-            some = take(buffer, rows)
-            cached = torch.cat([some[:, :, :mem_len], some[:, :, mem_len + size :]], dim=2)
-            put(buffer[:, :, :mem_len], rows, cached[:, :, cached.size(2) - mem_len :])
+        write_rows(self.memory_tokens, rows, self._pass(rows, position.slots, network, write=True))
+        mem_len, size = network.memory.config.mem_len, self.memory_tokens.size(1)
+        for _, buffer in self.column_buffers():
+            columns = select_rows(buffer, rows)
+            cached = torch.cat([columns[:, :, :mem_len], columns[:, :, mem_len + size :]], dim=2)
+            write_rows(buffer[:, :, :mem_len], rows, cached[:, :, cached.size(2) - mem_len :])
 
-    def _pass(self, rows: Optional[Tensor], slots: int, network: Network, write: bool) -> Tensor:
+    def _pass(self, rows: Optional[Tensor], slots: int, network: Network[WithTokens], write: bool) -> Tensor:
         """Pass a block of memory tokens through the layers, the write block or the read block: ``[b, K, d]``."""
-        memory, tokens = network.memory, take(self.memory_tokens[0], rows)
-        mem_len, size = memory.config.mem_len, tokens.size(1)
+        memory, x = network.memory, select_rows(self.memory_tokens, rows)
+        mem_len, size = memory.config.mem_len, x.size(1)
         oldest = mem_len + size - slots if memory.config.options.memory_reads_cache else mem_len
         before = slice(oldest, None if write else mem_len)
-        biases = network.positions(slots + (memory.period + size if write else 0), range(size), tokens)
-        x, layers = tokens, list(network.layers)
-        for i, bias in enumerate(biases):
-            layer: Any = layers[i]
-
-            def attend(
-                normed: Tensor, attn: Any = layer.self_attn, bias: Any = bias, i: int = i
-            ) -> tuple[Tensor, None]:
-                q, *new = attn.project(normed, size)
-                seen = []
-                for buffer, own in zip((self.keys[i], self.values[i]), new, strict=True):
-                    if not write:
-                        put(buffer[:, :, mem_len : mem_len + size], rows, own)
-                    seen.append(torch.cat([take(buffer[:, :, before], rows), own], dim=2))
-                return attn.merge_heads(attn.block(q, *seen, bias)), None
-
-            x, _ = layer.around(x, attend)
+        own = None if write else slice(mem_len, mem_len + size)
+        biases = network.positions(slots + (memory.period + size if write else 0), range(size), x)
+        for layer, bias, cached in zip(network.layers, biases, self.layers, strict=True):
+            x = _through(layer, bias, cached, x, rows, before, own)
         return x
+
+
+def _through(
+    layer: DecoderLayer,
+    bias: LayerBias,
+    cached: LayerCache,
+    x: Tensor,
+    rows: Optional[Tensor],
+    before: slice,
+    own: Optional[slice],
+) -> Tensor:
+    """Pass a block ``x [b, K, d]``, which sees the columns *before* it, through a layer.
+
+    Its keys and values are written into the columns *own*, if it has some.
+    """
+    attention = cast(TokenSelfAttention, layer.self_attn)
+
+    def attend(normed: Tensor) -> Tuple[Tensor, None]:
+        q, k, v = attention.project(normed, normed.size(1))
+        return attention.merge_heads(attention.block(q, seen(cached.keys, k), seen(cached.values, v), bias)), None
+
+    def seen(buffer: Tensor, block: Tensor) -> Tensor:
+        if own is not None:
+            write_rows(buffer[:, :, own], rows, block)
+        return torch.cat([select_rows(buffer[:, :, before], rows), block], dim=2)
+
+    return layer.around(x, attend)[0]

@@ -1,4 +1,4 @@
-"""Where steps leave the words that they draw.
+"""The buffer of words that steps have drawn.
 
 Shapes: B rows, n words so far.
 """
@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Found(NamedTuple):
-    """What steps leave on the device until it is collected."""
+class Drawn(NamedTuple):
+    """Words on the device until the host collects them."""
 
     words: Tensor  # [B, n at most] int64
     log_probs: Tensor  # [B, n at most], float32 or wider

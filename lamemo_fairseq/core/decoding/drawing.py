@@ -1,0 +1,81 @@
+"""The choice of the next word: temperature, penalties, top words, a draw.
+
+Shapes: B rows, V words.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+
+def truncated(log_probs: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tuple[Tensor, Optional[Tensor]]:
+    """Of ``log_probs [B, V]`` those of the top words, as `draw` takes them.
+
+    Returns:
+        ``[B, n]``, -inf where a word is left out, and which words they are; None for words 0 to V-1.
+    """
+    words = None
+    if top_k > 0:
+        log_probs, words = log_probs.topk(min(top_k, log_probs.size(-1)), dim=-1)
+    if top_p < 1:
+        if words is None:
+            log_probs, words = log_probs.sort(dim=-1, descending=True)
+        held = log_probs.exp().cumsum(-1)
+        log_probs[:, 1:].masked_fill_(held[:, :-1] >= top_p, -math.inf)
+    return log_probs, words
+
+
+def draw(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Draw a word a row from ``log_probs [B, V]``: ``[B]``.
+
+    Args:
+        log_probs: where their probabilities do not add up to 1, words are drawn in proportion.
+        temperature: 0 takes the most probable word.
+        top_k: of the k most probable words only (0: of all).
+        top_p: of the fewest words that hold this probability together (1: of all).
+    """
+    if temperature == 0:
+        return log_probs.argmax(-1)
+    if temperature != 1:
+        log_probs = (log_probs / temperature).log_softmax(-1)
+    log_probs, words = truncated(log_probs, top_k, top_p)
+    # The word whose exponential clock rings first; unlike torch.multinomial it never waits for the host.
+    drawn = (log_probs - torch.empty_like(log_probs).exponential_().log_()).argmax(-1)
+    return drawn if words is None else words.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """`draw` with its options: a way to choose that on a GPU is part of the step's last kernel."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __call__(self, log_probs: Tensor) -> Tensor:
+        return draw(log_probs, self.temperature, self.top_k, self.top_p)
+
+
+class Adjustment:
+    """What becomes of log-probabilities ``[B, V]`` before a word is drawn and its own is noted.
+
+    Args:
+        temperature: they are divided by it and normalised again.
+        added: ``[V]`` what is added to them then. It may change in place from step to step.
+    """
+
+    def __init__(self, temperature: float = 1.0, added: Optional[Tensor] = None):
+        self.temperature, self.added = temperature, added
+
+    def __call__(self, log_probs: Tensor) -> Tensor:
+        if self.temperature != 1:
+            log_probs = (log_probs / self.temperature).log_softmax(-1)
+        return log_probs if self.added is None else log_probs + self.added
+
+    def copy_(self, other: "Adjustment") -> None:
+        """Add what *other* adds, in the same tensor."""
+        if self.added is not None and other.added is not None:
+            self.added.copy_(other.added)
