@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lamemo_fairseq.core import MEMORIES
 from lamemo_fairseq.core.decoding import sampler
 from lamemo_fairseq.core.decoding.drawing import Adjustment, Draw
 from lamemo_fairseq.core.decoding.sampler import Sampler
@@ -20,6 +21,7 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"
 )
+CHOICE_OF = {"compressive": "most-used"}
 LOOKAHEAD, RECURRENT = ("lookahead", "disentangled", "right"), ("recurrent", "transformer-xl", "right")
 LONGEST = 70  # memory
 LENGTHS = [17, 79, 38, 58, 3]  # in segments of 20, after 0, 60, 20, 40 and 0 slots
@@ -73,6 +75,26 @@ def test_steps_by_the_kernels_are_the_plain_ones(variant, rows, options):
     decoder = tiny_decoder(variant, dtype=torch.float32, **sizes).to(DEVICE)
     found, expected = steps(decoder, rows, 4)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory", MEMORIES.names())
+@torch.no_grad()
+def test_every_memory_has_the_kernels_step(memory):
+    """With full slots, over the end of a segment: what a memory keeps of a step is what it is refreshed from."""
+    positions = MEMORIES[memory].architecture.defaults.get("position_encoding", "disentangled")
+    sizes = {"mem_len": 6, "tokens_per_sample": 4, "decoder_embed_dim": 12}
+    decoder = tiny_decoder((memory, positions, CHOICE_OF.get(memory, "right")), dtype=torch.float32, **sizes).to(DEVICE)
+    prompts, words = random_tokens(2, 11).to(DEVICE), random_tokens(2, 3, seed=5).to(DEVICE)
+    plain, kernel = DecodingState(decoder, 2), DecodingState(decoder, 2)
+    for state in (plain, kernel):
+        state.read(prompts, [11, 6])
+    step, ones = kernel_step(kernel), [1, 1]
+    assert step is not None
+    for new in words.split(1, dim=1):
+        kernel.refresh(decoder.embed_tokens(new), ones)
+        found = step(new)
+        kernel.cache.advance(ones, kernel.network)
+        torch.testing.assert_close(found, plain.read(new), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("widest", [1024, 8])
