@@ -1,7 +1,6 @@
 """Small models of the core, and ways to read with them."""
 
 from dataclasses import fields
-from types import SimpleNamespace
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
@@ -148,15 +147,3 @@ def read_by_token(model: LanguageModel, tokens: Tensor, first: int = 1) -> Tenso
     state = DecodingState(model, len(tokens))
     features = [state.read(tokens[:, :first]), *(state.read(new) for new in tokens[:, first:].split(1, dim=1))]
     return model.output_layer(torch.cat(features, dim=1))
-
-
-def for_sampler(model: LanguageModel) -> Any:
-    """Return the model as a `Sampler` takes it."""
-
-    def normalized(output: Tuple[Tensor, None], log_probs: bool) -> Tensor:
-        if model.adaptive_softmax is not None:
-            return model.adaptive_softmax.log_probs(output[0])
-        exact = torch.promote_types(output[0].dtype, torch.float32)
-        return torch.log_softmax(output[0], dim=-1, dtype=exact)
-
-    return SimpleNamespace(decoder=model, get_normalized_probs=normalized)

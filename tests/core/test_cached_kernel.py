@@ -15,7 +15,7 @@ from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.decoding.step import kernel_step
 
 from ..gpus import DEVICE
-from .helpers import for_sampler, random_tokens, tiny_decoder
+from .helpers import random_tokens, tiny_decoder
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -82,7 +82,7 @@ def test_steps_by_the_kernels_are_the_plain_ones(variant, rows, options):
 def test_every_memory_has_the_kernels_step(memory):
     """With full slots, over the end of a segment: what a memory keeps of a step is what it is refreshed from."""
     positions = MEMORIES[memory].architecture.defaults.get("position_encoding", "disentangled")
-    sizes = {"mem_len": 6, "tokens_per_sample": 4, "decoder_embed_dim": 12}
+    sizes = {"mem_len": 6, "segment_length": 4, "decoder_embed_dim": 12}
     decoder = tiny_decoder((memory, positions, CHOICE_OF.get(memory, "right")), dtype=torch.float32, **sizes).to(DEVICE)
     prompts, words = random_tokens(2, 11).to(DEVICE), random_tokens(2, 3, seed=5).to(DEVICE)
     plain, kernel = DecodingState(decoder, 2), DecodingState(decoder, 2)

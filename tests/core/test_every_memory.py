@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from lamemo_fairseq.core import MEMORIES, LanguageModel, ModelConfig
-from lamemo_fairseq.core.decoding.sampler import Draw, Sampler
+from lamemo_fairseq.core.decoding.drawing import Draw
+from lamemo_fairseq.core.decoding.sampler import Sampler
 from lamemo_fairseq.core.decoding.state import DecodingState
 
 from .helpers import (
     VARIANTS,
     config_of,
     first_of_each_memory,
-    for_sampler,
     random_tokens,
     read_streams,
     read_texts,
@@ -74,7 +74,7 @@ def test_generates_the_most_probable_words(variant):
     state = DecodingState(model, 2)
     state.read(prompts[:, :-1], [length - 1 for length in lengths])
     last = torch.stack([prompts[row, length - 1] for row, length in enumerate(lengths)])
-    generated = Sampler(for_sampler(model), state, Draw(temperature=0)).go_on(last, 7)
+    generated = Sampler(state, Draw(temperature=0)).go_on(last, 7)
     for row, length in enumerate(lengths):
         text = prompts[row : row + 1, :length]
         for word, log_prob in zip(generated.words[row], generated.log_probs[row], strict=True):
@@ -92,7 +92,7 @@ def test_samples_among_the_most_probable_words(memory):
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(Sampler(for_sampler(model), DecodingState(model, 3), Draw(9.0, top_k=4))(first, 12))
+        drawn.append(Sampler(DecodingState(model, 3), Draw(9.0, top_k=4))(first, 12))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     texts = torch.cat([first.unsqueeze(1), drawn[0]], dim=1)
     log_probs = model.log_probs(whole_segments(model, texts))[:, :-1]

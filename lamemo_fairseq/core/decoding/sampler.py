@@ -230,7 +230,7 @@ class Sampler:
         changed = (self.words, self.drawn.position, self.state.cache.tokens)
         with _RECORDING:
             before = [t.clone() for t in changed]
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(warm_up):

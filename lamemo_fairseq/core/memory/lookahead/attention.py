@@ -58,6 +58,7 @@ class LookaheadSelfAttention(SelfAttention):
         """
         assert bias.ahead is not None
         biases = bias_for(q, bias.causal), bias_for(q, bias.ahead)
-        return BACKENDS[self.config.backend].memory_attention(
+        attended: Attended = BACKENDS[self.config.backend].memory_attention(
             *bias.rotate(q, k), v, biases, window, stored, self.config.span, self._dropout, self.scale
         )
+        return attended
