@@ -4,13 +4,14 @@ Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances, m 
 """
 
 import math
-from typing import Any, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..kernels.autograd import Context
 from .types import Attended, LookaheadWindow, RelativeBias
 
 # Keeps the mixing weight finite in the released model; part of what it computes.
@@ -35,16 +36,21 @@ def relative_shift(by_distance: Tensor, offset: int, keys: int) -> Tensor:
     return _RelativeShift.apply(by_distance.contiguous(), offset, keys)
 
 
+class _ShiftContext(Context):
+    shape: torch.Size
+    offset: int
+
+
 class _RelativeShift(torch.autograd.Function):
     """A view whose rows begin one entry further to the left each: no copy forward, and a single one backward."""
 
     @staticmethod
-    def forward(ctx: Any, by_distance: Tensor, offset: int, keys: int) -> Tensor:
+    def forward(ctx: _ShiftContext, by_distance: Tensor, offset: int, keys: int) -> Tensor:
         ctx.shape, ctx.offset = by_distance.shape, offset
         return _skewed(by_distance, offset, keys)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
+    def backward(ctx: _ShiftContext, grad: Tensor) -> Tuple[Tensor, None, None]:
         by_distance = grad.new_zeros(ctx.shape)
         keys = grad.size(-1)
         # With T keys the last entry of a row is the first of the next, and only one of the two is ever seen.
@@ -218,7 +224,7 @@ class _Softmax(torch.autograd.Function):
     """One exponential a score for both, and nothing but the weights kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(ctx: Context, scores: Tensor) -> Tuple[Tensor, Tensor]:
         weights = scores.softmax(-1)
         ctx.save_for_backward(weights)
         ctx.set_materialize_grads(False)
@@ -227,7 +233,7 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Optional[Tensor], normalizer_grad: Optional[Tensor]) -> Optional[Tensor]:
+    def backward(ctx: Context, grad: Optional[Tensor], normalizer_grad: Optional[Tensor]) -> Optional[Tensor]:
         (weights,) = ctx.saved_tensors
         if grad is None:
             return None if normalizer_grad is None else weights * normalizer_grad.unsqueeze(-1)

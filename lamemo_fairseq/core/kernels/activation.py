@@ -3,7 +3,7 @@
 Shapes: W columns of rows.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import rows
+from .autograd import Context
 
 
 def relu_dropout(x: Tensor, dropout: float, training: bool, bias: Optional[Tensor] = None) -> Tensor:
@@ -44,9 +45,14 @@ def by_kernel(x: Tensor, dropout: float, bias: Optional[Tensor] = None) -> Tenso
     return _ReluDropout.apply(x.contiguous(), bias, rows.draw_seed(x, dropout), dropout)
 
 
+class _Notes(Context):
+    dropout: float
+    bias_width: Optional[int]
+
+
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Optional[Tensor], seed: Optional[Tensor], dropout: float) -> Tensor:
+    def forward(ctx: _Notes, x: Tensor, bias: Optional[Tensor], seed: Optional[Tensor], dropout: float) -> Tensor:
         from . import activation_kernel
 
         out = activation_kernel.forward(x, bias, seed, dropout)
@@ -56,7 +62,7 @@ class _ReluDropout(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: _Notes, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         from . import activation_kernel
 
         (out,) = ctx.saved_tensors

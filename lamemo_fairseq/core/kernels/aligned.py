@@ -5,13 +5,14 @@ Widths such as 410 and 2100 are padded with zeros for the product alone; paramet
 rule is: rows whose storage is wider than they are hold finite numbers there, which the weights' zeros make harmless.
 """
 
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .autograd import Context
 from .parts import is_plain
 from .rows import readable
 
@@ -56,14 +57,18 @@ def widened(rows: Tensor) -> Tensor:
     return _Widen.apply(rows)
 
 
+class _WidenContext(Context):
+    width: int
+
+
 class _Widen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
+    def forward(ctx: _WidenContext, rows: Tensor) -> Tensor:
         ctx.width = rows.size(-1)
         # No view to autograd, which would refuse changes in place.
         return rows.as_strided((*rows.shape[:-1], readable(rows)), rows.stride()).detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: _WidenContext, grad: Tensor) -> Tensor:
         return grad[..., : ctx.width]

@@ -5,11 +5,13 @@ Shapes: B streams, R rows of each, d width.
 
 import importlib.util
 from functools import cache
-from typing import Any, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .autograd import Context
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -71,9 +73,13 @@ def join(past: Tensor, rows: Tensor) -> Tensor:
     return _Join.apply(past, rows)
 
 
+class _JoinContext(Context):
+    slots: int
+
+
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, past: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: _JoinContext, past: Tensor, rows: Tensor) -> Tensor:
         ctx.slots = past.size(1)
         width = rows.size(-1)
         joined = rows.new_empty(rows.size(0), ctx.slots + rows.size(1), stored_width(rows, width))
@@ -84,5 +90,5 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tuple[None, Tensor]:
+    def backward(ctx: _JoinContext, grad: Tensor) -> Tuple[None, Tensor]:
         return None, grad[:, ctx.slots :]

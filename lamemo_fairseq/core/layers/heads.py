@@ -6,12 +6,14 @@ and the scale of the scores stays that of D.
 Shapes: B streams, R rows, Q queries, H heads, D size of a head, n projections.
 """
 
-from typing import Any, List, Tuple
+from typing import List, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ..kernels.autograd import Context
 
 
 def split_heads(rows: Tensor, parts: int, heads: int) -> Tuple[Tensor, ...]:
@@ -29,12 +31,12 @@ class _SplitHeads(torch.autograd.Function):
     """Gradients that lie side by side, as the fused attention leaves them, are the gradient of the rows as they are."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, parts: int, heads: int) -> Tuple[Tensor, ...]:
+    def forward(ctx: Context, rows: Tensor, parts: int, heads: int) -> Tuple[Tensor, ...]:
         return _views(rows.detach(), parts, heads)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tuple[Tensor, None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> Tuple[Tensor, None, None]:
         parts = [grad.transpose(1, 2) for grad in grads]
         if not _side_by_side(parts):
             return torch.stack(parts, dim=2).flatten(2), None, None
