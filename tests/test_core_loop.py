@@ -79,4 +79,6 @@ def test_the_page_runs(docs, tmp_path, monkeypatch, capsys):
     names = {**vars(docs), "text": torch.arange(50) % 7}
     exec(small, names)
     exec(BLOCKS[2], names)
+    exec(BLOCKS[3], names)
+    assert names["words"].shape == names["log_probs"].shape == (2, 50)
     assert 100 < float(capsys.readouterr().out) < 10_000  # of 1,000 words, untrained

@@ -6,13 +6,16 @@ import os
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Optional, Union
+from typing import Optional, Sequence, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import ModelConfig
 from .decoder import MemoryDecoder
+from .decoding.drawing import Draw
+from .decoding.sampler import Continuation, Sampler
+from .decoding.state import DecodingState
 from .fields import Values
 from .memory import MemoryState, Passage
 
@@ -34,6 +37,38 @@ class LanguageModel(MemoryDecoder):
     def forward(self, tokens: Tensor, state: Optional[MemoryState] = None, lengths: Optional[Tensor] = None) -> Passage:
         """Read one segment; arguments and result as for `read`."""
         return self.read(tokens, state, lengths)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Tensor], count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    ) -> Continuation:
+        """Continue texts word by word, over a cache of their memory; random numbers are torch's.
+
+        Args:
+            prompts: B texts of at least one word id each, of any lengths.
+            count: n, words to add to each.
+            temperature: 0 takes the most probable word.
+            top_k: draw from the k most probable words only (0: from all).
+            top_p: draw from the fewest words that hold this probability together (1: from all).
+
+        Returns:
+            The new words ``[B, n]`` and their log-probabilities ``[B, n]``.
+
+        Raises:
+            ValueError: there is no prompt, or an empty one, or the model is in training mode.
+        """
+        if self.training:
+            raise ValueError("generate reads texts without dropout: call model.eval() first")
+        lengths = [len(prompt) for prompt in prompts]
+        if not lengths or min(lengths) == 0:
+            raise ValueError("generate continues at least one text of at least one word: begin a text with its </s>")
+        device = next(self.parameters()).device
+        tokens = nn.utils.rnn.pad_sequence([prompt.to(device) for prompt in prompts], batch_first=True)
+        state = DecodingState(self, len(prompts))
+        if max(lengths) > 1:
+            state.read(tokens[:, :-1], [length - 1 for length in lengths])
+        last = tokens.gather(1, torch.tensor(lengths, device=device).unsqueeze(1) - 1).squeeze(1)
+        return Sampler(state, Draw(temperature, top_k, top_p)).go_on(last, count)
 
     def save(self, folder: Union[str, Path]) -> None:
         """Write the weights and the configuration. Each file appears whole; `load` tells the files of two saves apart.

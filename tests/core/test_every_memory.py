@@ -6,9 +6,6 @@ import pytest
 import torch
 
 from lamemo_fairseq.core import MEMORIES, LanguageModel, ModelConfig
-from lamemo_fairseq.core.decoding.drawing import Draw
-from lamemo_fairseq.core.decoding.sampler import Sampler
-from lamemo_fairseq.core.decoding.state import DecodingState
 
 from .helpers import (
     VARIANTS,
@@ -71,10 +68,7 @@ def test_evaluates_with_the_memory_carried_from_segment_to_segment(variant):
 def test_generates_the_most_probable_words(variant):
     """One after the other, across segments; the texts have prompts of other lengths."""
     model, prompts, lengths = tiny_decoder(variant), random_tokens(2, 8), [8, 5]
-    state = DecodingState(model, 2)
-    state.read(prompts[:, :-1], [length - 1 for length in lengths])
-    last = torch.stack([prompts[row, length - 1] for row, length in enumerate(lengths)])
-    generated = Sampler(state, Draw(temperature=0)).go_on(last, 7)
+    generated = model.generate([prompts[row, :length] for row, length in enumerate(lengths)], 7, temperature=0)
     for row, length in enumerate(lengths):
         text = prompts[row : row + 1, :length]
         for word, log_prob in zip(generated.words[row], generated.log_probs[row], strict=True):
@@ -92,7 +86,7 @@ def test_samples_among_the_most_probable_words(memory):
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(Sampler(DecodingState(model, 3), Draw(9.0, top_k=4))(first, 12))
+        drawn.append(model.generate(list(first.unsqueeze(1)), 12, temperature=9.0, top_k=4).words)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     texts = torch.cat([first.unsqueeze(1), drawn[0]], dim=1)
     log_probs = model.log_probs(whole_segments(model, texts))[:, :-1]
@@ -120,3 +114,10 @@ def test_options_of_another_memory_are_refused(memory):
     other = "continuous" if memory != "continuous" else "compressive"
     with pytest.raises(ValueError, match=f"memory_options is a {other.title()}Options, but --memory {memory} takes "):
         ModelConfig(17, 4, memory=memory, memory_options=MEMORIES[other].options())
+
+
+@pytest.mark.parametrize(("prompts", "training"), [([], False), ([[]], False), ([[1, 2]], True)], ids=str)
+def test_what_cannot_be_continued_is_refused(prompts, training):
+    model = tiny_decoder().train(training)
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first" if training else "at least one word"):
+        model.generate([torch.tensor(prompt, dtype=torch.int64) for prompt in prompts], 3)

@@ -61,11 +61,14 @@ class Vocabulary(Protocol):
 class Decoder(Protocol):
     """A model that can be decoded from: `core/decoder.py` has one."""
 
-    config: Vocabulary
+    @property
+    def config(self) -> Vocabulary: ...
+    @property
+    def memory(self) -> nn.Module: ...
+
     training: bool
     embed_tokens: WordEmbedding
     positions: PositionEncoding
-    memory: nn.Module
     layers: nn.ModuleList
     output: Optional[FullSoftmax]
     adaptive_softmax: Optional[AdaptiveSoftmax]
