@@ -70,7 +70,7 @@ def _main(module, arguments, log):
     os.chdir(ROOT)
     torch.set_num_threads(1)
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__")
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def run(tiny, *arguments):

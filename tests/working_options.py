@@ -60,7 +60,8 @@ _work(
 _work([TRAIN], "test_resumed_options.py", "ema_start_update ema_update_freq ema_fp32")
 _work([TRAIN], "test_checkpoints.py", "restore_file save_dir")
 _work([TRAIN], "test_out_of_order.py", "batch_size_valid valid_subset")
-_work([TRAIN], "test_vocabulary.py", "criterion sentence_avg decoder_input_dim decoder_output_dim untie_output")
+_work([TRAIN], "test_criterions.py", "criterion sentence_avg")
+_work([TRAIN], "test_vocabulary.py", "decoder_input_dim decoder_output_dim untie_output")
 _work([TRAIN], "test_vocabulary.py", "adaptive_softmax_cutoff adaptive_softmax_factor adaptive_input")
 _work([TRAIN], "test_divergence.py", "disable_validation max_update")
 _work(
