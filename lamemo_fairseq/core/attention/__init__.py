@@ -3,17 +3,15 @@
 A backend offers ``causal_attention``, ``lookahead_attention`` and ``memory_attention``, as `eager.py` describes them.
 """
 
-from typing import Any
-
 from ..registry import Registry
 from . import eager
 from .choice import Choice, fused_or_eager, fused_or_error
 from .rotation import Rotation
-from .types import Attended, LookaheadWindow, RelativeBias
+from .types import Attended, Backend, LookaheadWindow, RelativeBias
 
-BACKENDS: Registry[Any] = Registry("attention backend")
+BACKENDS: Registry[Backend] = Registry("attention backend")
 BACKENDS.register("eager")(eager)
 BACKENDS.register("fused")(Choice(fused_or_error))
 BACKENDS.register("auto")(Choice(fused_or_eager))
 
-__all__ = ["BACKENDS", "Attended", "LookaheadWindow", "RelativeBias", "Rotation"]
+__all__ = ["BACKENDS", "Attended", "Backend", "LookaheadWindow", "RelativeBias", "Rotation"]

@@ -3,13 +3,12 @@
 import importlib.util
 import logging
 from functools import cache
-from types import ModuleType
 from typing import Any, Callable, Optional
 
 from torch import Tensor
 
 from . import eager
-from .types import Attended
+from .types import Attended, Backend
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +16,7 @@ logger = logging.getLogger(__name__)
 class Choice:
     """A backend that looks at the queries and hands the call on. Its functions are those of `eager`."""
 
-    def __init__(self, choose: Callable[[Tensor], ModuleType]):
+    def __init__(self, choose: Callable[[Tensor], Backend]):
         self._choose = choose
 
     def causal_attention(self, q: Tensor, *args: Any, **kwargs: Any) -> Attended:
@@ -30,8 +29,8 @@ class Choice:
         return self._choose(q).memory_attention(q, *args, **kwargs)
 
 
-def fused_or_error(q: Tensor) -> ModuleType:
-    """The fused backend.
+def fused_or_error(q: Tensor) -> Backend:
+    """Return the fused backend.
 
     Raises:
         ValueError: it cannot take these queries.
@@ -45,16 +44,20 @@ def fused_or_error(q: Tensor) -> ModuleType:
     return _fused()
 
 
-def fused_or_eager(q: Tensor) -> ModuleType:
-    """The fused backend where it can run, else the eager one."""
+def fused_or_eager(q: Tensor) -> Backend:
+    """Return the fused backend where it can run, else the eager one."""
     reason = why_not_fused(q) if q.is_cuda else f"the fused backend is for GPUs, and this is {q.device}"
     _tell(reason)
     return eager if reason is not None else _fused()
 
 
 def why_not_fused(q: Tensor) -> Optional[str]:
-    """Why the fused backend cannot take queries ``q [B, H, Q, D]``, None if it can."""
-    return _fused().why_not(q) if _has_triton() else "Triton is not installed (pip install triton)"
+    """Return why the fused backend cannot take queries ``q [B, H, Q, D]``, None if it can."""
+    if not _has_triton():
+        return "Triton is not installed (pip install triton)"
+    from .fused import why_not
+
+    return why_not(q)
 
 
 @cache
@@ -62,7 +65,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _fused() -> ModuleType:
+def _fused() -> Backend:
     from . import fused
 
     return fused

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.autograd import Context
+from ..kernels.autograd import Context, Function
 from .types import Attended, LookaheadWindow, RelativeBias
 
 # Keeps the mixing weight finite in the released model; part of what it computes.
@@ -33,7 +33,8 @@ def relative_shift(by_distance: Tensor, offset: int, keys: int) -> Tensor:
     queries, distances = by_distance.shape[-2:]
     if offset + keys >= queries + distances:  # the last row would read on behind the end
         by_distance = F.pad(by_distance, (0, 1))
-    return _RelativeShift.apply(by_distance.contiguous(), offset, keys)
+    shifted: Tensor = _RelativeShift.apply(by_distance.contiguous(), offset, keys)
+    return shifted
 
 
 class _ShiftContext(Context):
@@ -41,7 +42,7 @@ class _ShiftContext(Context):
     offset: int
 
 
-class _RelativeShift(torch.autograd.Function):
+class _RelativeShift(Function):
     """A view whose rows begin one entry further to the left each: no copy forward, and a single one backward."""
 
     @staticmethod
@@ -88,7 +89,7 @@ def relative_scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int, scale
 def causal_scores(
     q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int] = None, scale: Optional[float] = None
 ) -> Tensor:
-    """What `causal_attention` takes the softmax of: ``[B, H, Q, K]``, minus infinity for keys that are not seen."""
+    """Return the scores ``[B, H, Q, K]`` of `causal_attention`, minus infinity for keys that are not seen."""
     queries, keys = q.size(-2), k.size(-2)
     scores = relative_scores(q, k, bias, queries - 1, scale)
     if queries == 1 and span is None:
@@ -216,11 +217,12 @@ def _mask(scores: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _softmax(scores: Tensor) -> Tuple[Tensor, Tensor]:
-    """Softmax ``[.., K]`` and logsumexp ``[..]`` of the last dimension."""
-    return _Softmax.apply(scores)
+    """Return the softmax ``[.., K]`` and logsumexp ``[..]`` of the last dimension."""
+    weights, normalizer = _Softmax.apply(scores)
+    return weights, normalizer
 
 
-class _Softmax(torch.autograd.Function):
+class _Softmax(Function):
     """One exponential a score for both, and nothing but the weights kept for the backward pass."""
 
     @staticmethod
@@ -237,5 +239,5 @@ class _Softmax(torch.autograd.Function):
         (weights,) = ctx.saved_tensors
         if grad is None:
             return None if normalizer_grad is None else weights * normalizer_grad.unsqueeze(-1)
-        found = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
-        return found if normalizer_grad is None else found.addcmul_(weights, normalizer_grad.unsqueeze(-1))
+        gradient = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+        return gradient if normalizer_grad is None else gradient.addcmul_(weights, normalizer_grad.unsqueeze(-1))

@@ -1,15 +1,15 @@
-"""What every attention backend is given.
+"""The inputs and results of attention backends, and the functions that a backend offers.
 
 Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Protocol, Tuple
 
 from torch import Tensor
 
 
 class RelativeBias(NamedTuple):
-    """How one layer scores a key by its distance from the query.
+    """The scores of one layer for a key by its distance from the query.
 
     The score of query ``q`` for a key ``k`` at the distance of row ``t`` of the table is
     ``((q + content) . k + (q + position) . table[t] + score[t]) / sqrt(D)``.
@@ -31,7 +31,7 @@ class Attended(NamedTuple):
 
 
 class LookaheadWindow(NamedTuple):
-    """Which key positions the memory slots attend to when they look ahead.
+    """The key positions that the memory slots attend to when they look ahead.
 
     Slots stand at positions 0 .. m-1 and the first current token at m. The keys are the positions ``first .. m``;
     ``both_sides`` lets a slot see those on its left as well. There are as many keys as current tokens, at most
@@ -45,3 +45,44 @@ class LookaheadWindow(NamedTuple):
     def distances(self, slots: int) -> range:
         """The signed distances ``key - slot`` that *slots* slots meet, masked pairs left out."""
         return range(self.first - (slots - 1) if self.both_sides else 1, slots + 1)
+
+
+class Backend(Protocol):
+    """The functions of a backend, a module for one; `eager.py` describes their arguments."""
+
+    def causal_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: RelativeBias,
+        span: Optional[int] = None,
+        dropout: float = 0.0,
+        scale: Optional[float] = None,
+        need_normalizer: bool = True,
+    ) -> Attended: ...
+
+    def lookahead_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: RelativeBias,
+        window: LookaheadWindow,
+        stored: Attended,
+        dropout: float = 0.0,
+        scale: Optional[float] = None,
+    ) -> Attended: ...
+
+    def memory_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        biases: Tuple[RelativeBias, RelativeBias],
+        window: LookaheadWindow,
+        stored: Attended,
+        span: Optional[int] = None,
+        dropout: float = 0.0,
+        scale: Optional[float] = None,
+    ) -> Attended: ...

@@ -5,13 +5,12 @@ Shapes: W columns of rows.
 
 from typing import Optional, Tuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import rows
-from .autograd import Context
+from .autograd import Context, Function
 
 
 def relu_dropout(x: Tensor, dropout: float, training: bool, bias: Optional[Tensor] = None) -> Tensor:
@@ -42,7 +41,8 @@ def plain(x: Tensor, dropout: float, bias: Optional[Tensor] = None) -> Tensor:
 
 def by_kernel(x: Tensor, dropout: float, bias: Optional[Tensor] = None) -> Tensor:
     """By one kernel, the gradients by another."""
-    return _ReluDropout.apply(x.contiguous(), bias, rows.draw_seed(x, dropout), dropout)
+    activated: Tensor = _ReluDropout.apply(x.contiguous(), bias, rows.draw_seed(x, dropout), dropout)
+    return activated
 
 
 class _Notes(Context):
@@ -50,7 +50,7 @@ class _Notes(Context):
     bias_width: Optional[int]
 
 
-class _ReluDropout(torch.autograd.Function):
+class _ReluDropout(Function):
     @staticmethod
     def forward(ctx: _Notes, x: Tensor, bias: Optional[Tensor], seed: Optional[Tensor], dropout: float) -> Tensor:
         from . import activation_kernel

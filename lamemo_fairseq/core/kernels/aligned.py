@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .autograd import Context
+from .autograd import Context, Function
 from .parts import is_plain
 from .rows import readable
 
@@ -41,7 +41,8 @@ def through(layer: nn.Module, x: Tensor, width: int, keep_padding: bool = False)
     """
     if is_plain(layer, nn.Linear):
         return linear(x, layer.weight, layer.bias, keep_padding)
-    return layer(x[..., :width])
+    mapped: Tensor = layer(x[..., :width])
+    return mapped
 
 
 def padded(t: Tensor, dims: int = 1) -> Tensor:
@@ -54,14 +55,15 @@ def widened(rows: Tensor) -> Tensor:
     """``rows [.., d]`` up to a multiple of 8: with the numbers behind them where they have some, else with zeros."""
     if rows.size(-1) % 8 == 0 or rows.stride(-1) != 1 or readable(rows) % 8:
         return padded(rows)
-    return _Widen.apply(rows)
+    wide: Tensor = _Widen.apply(rows)
+    return wide
 
 
 class _WidenContext(Context):
     width: int
 
 
-class _Widen(torch.autograd.Function):
+class _Widen(Function):
     @staticmethod
     def forward(ctx: _WidenContext, rows: Tensor) -> Tensor:
         ctx.width = rows.size(-1)

@@ -1,6 +1,6 @@
 """Types for autograd functions."""
 
-from typing import TYPE_CHECKING, Any, Tuple
+from typing import TYPE_CHECKING, Any, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ class Context(FunctionCtx):
 
     saved_tensors: Tuple[Tensor, ...]
     needs_input_grad: Tuple[bool, ...]
+
+    if TYPE_CHECKING:
+
+        def save_for_backward(self, *tensors: Optional[Tensor]) -> None:
+            """Save tensors; PyTorch takes None among them."""
 
 
 class Function(torch.autograd.Function):

@@ -6,13 +6,14 @@ of 8, with zeros behind them, so that products of them need no copy (`aligned.py
 Shapes: B streams, R rows of each, d width.
 """
 
-from typing import Any, Callable, Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import rows
+from .autograd import Context, Function
 from .parts import is_plain
 
 LARGEST_WIDTH = 4096
@@ -42,7 +43,9 @@ def residual_sum_and_norm(
 ) -> Tuple[Tensor, Tensor]:
     """As `residual_norm` without a bias; it returns the sum as well: ``(sum, norm)``."""
     if takes(x, residual, norm, dropout):
-        return by_kernel(x, residual, norm, chance(dropout))
+        total, normed = by_kernel(x, residual, norm, chance(dropout))
+        assert total is not None
+        return total, normed
     return plain(x, residual, norm, dropout)
 
 
@@ -82,19 +85,26 @@ def plain(x: Tensor, residual: Tensor, norm: Map, dropout: Map, bias: Optional[T
 
 def by_kernel(
     x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, bias: Optional[Tensor] = None, keep: bool = True
-) -> Tuple[Any, Tensor]:
+) -> Tuple[Optional[Tensor], Tensor]:
     """Sum and norm by one kernel, their gradients by another. Without *keep*, no sum and no gradients."""
     d = residual.size(-1)
     if x.size(-1) not in (d, rows.stored_width(residual, d)):
         x = x[..., :d]
     seed = rows.draw_seed(x, dropout)
-    return _ResidualNorm.apply(x, residual, norm.weight, norm.bias, bias, norm.eps, seed, dropout, keep)
+    total, normed = _ResidualNorm.apply(x, residual, norm.weight, norm.bias, bias, norm.eps, seed, dropout, keep)
+    return total, normed
 
 
-class _ResidualNorm(torch.autograd.Function):
+class _Notes(Context):
+    dropout: float
+    with_bias: bool
+    width_x: int
+
+
+class _ResidualNorm(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, bias: Optional[Tensor], eps: float,
+        ctx: _Notes, x: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, bias: Optional[Tensor], eps: float,
         seed: Optional[Tensor], dropout: float, keep: bool,
     ) -> Tuple[Optional[Tensor], Tensor]:  # fmt: skip
         from . import residual_kernel
@@ -110,7 +120,7 @@ class _ResidualNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sum: Optional[Tensor], grad: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: _Notes, grad_sum: Optional[Tensor], grad: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         from . import residual_kernel
 
         *saved, gamma, seed = ctx.saved_tensors

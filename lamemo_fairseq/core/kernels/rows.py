@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autograd import Context
+from .autograd import Context, Function
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -70,14 +70,15 @@ def join(past: Tensor, rows: Tensor) -> Tensor:
     """Rows ``[B, m, d]`` without gradient and ``[B, R, d]`` after them, in storage that suits aligned products."""
     if not fusable(rows) or stored_width(rows, rows.size(-1)) == rows.size(-1):
         return torch.cat([past, rows], dim=1)
-    return _Join.apply(past, rows)
+    joined: Tensor = _Join.apply(past, rows)
+    return joined
 
 
 class _JoinContext(Context):
     slots: int
 
 
-class _Join(torch.autograd.Function):
+class _Join(Function):
     @staticmethod
     def forward(ctx: _JoinContext, past: Tensor, rows: Tensor) -> Tensor:
         ctx.slots = past.size(1)

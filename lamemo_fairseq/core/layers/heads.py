@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.autograd import Context
+from ..kernels.autograd import Context, Function
 
 
 def split_heads(rows: Tensor, parts: int, heads: int) -> Tuple[Tensor, ...]:
     """The parts of ``[B, R, n H D]``, views of it: n times ``[B, H, R, D]``."""
     if torch.is_grad_enabled() and rows.requires_grad:
-        return _SplitHeads.apply(rows, parts, heads)
+        split: Tuple[Tensor, ...] = _SplitHeads.apply(rows, parts, heads)
+        return split
     return _views(rows, parts, heads)
 
 
@@ -27,7 +28,7 @@ def _views(rows: Tensor, parts: int, heads: int) -> Tuple[Tensor, ...]:
     return tuple(part.transpose(1, 2) for part in rows.unflatten(-1, (parts, heads, -1)).unbind(2))
 
 
-class _SplitHeads(torch.autograd.Function):
+class _SplitHeads(Function):
     """Gradients that lie side by side, as the fused attention leaves them, are the gradient of the rows as they are."""
 
     @staticmethod

@@ -4,7 +4,7 @@ Shapes: L layers, H heads, D size of a head, T distances.
 """
 
 import logging
-from typing import Any, Dict, List, Optional
+from typing import Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class ShawPositions(PositionEncoding):
             for u, e, b in zip(self.content_bias, table, score, strict=True)
         ]
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: object) -> None:
         """Take the learned distances as they are, also where this model reads longer or shorter segments."""
         for name in ("distance_embedding", "distance_bias"):
             current, saved = getattr(self, name), state_dict.get(prefix + name)

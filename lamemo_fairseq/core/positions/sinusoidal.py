@@ -47,7 +47,7 @@ class TransformerXLPositions(PositionEncoding):
 
     def _project(self, sinusoids: Tensor) -> Tensor:
         """``[T, d] -> [L, H, T, D]``."""
-        projected = sinusoids @ self.projection.transpose(1, 2)
+        projected: Tensor = sinusoids @ self.projection.transpose(1, 2)
         return projected.view(*projected.shape[:-1], self.config.heads, self.config.head_dim).transpose(1, 2)
 
 

@@ -5,13 +5,14 @@ Shapes: B streams, H heads, R rows, D size of a head.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...kernels.autograd import Context, Function
 from ..padding import as_wide, bias_for
 from ..types import Attended, RelativeBias
 from . import launch
@@ -46,7 +47,14 @@ def attend(
 
 
 def _inputs(
-    part: Part, q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias, scale: float, dropout: float, seed: Any
+    part: Part,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: RelativeBias,
+    scale: float,
+    dropout: float,
+    seed: Optional[Tensor],
 ) -> launch.Inputs:
     rows, keys = part.queries, part.keys
     stored = None if part.stored is None else (part.stored.output, part.stored.normalizer)
@@ -55,19 +63,26 @@ def _inputs(
     )
 
 
-class _Attend(torch.autograd.Function):
+class _AttendContext(Context):
+    parts: List[Part]  # without their tensors
+    scale: float
+    dropout: float
+    seed: Optional[Tensor]
+
+
+class _Attend(Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _AttendContext,
         parts: Sequence[Part],
         scale: float,
         dropout: float,
-        seed: Any,
+        seed: Optional[Tensor],
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *biases,
-    ):
+        *biases: Optional[Tensor],
+    ) -> Tuple[Tensor, Tensor]:
         (output,) = _rows_like(q, 1)
         normalizers, saved = [], []
         for part, bias in zip(parts, _grouped(biases), strict=True):
@@ -89,7 +104,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any):
+    def backward(ctx: _AttendContext, grad: Tensor, _: object) -> Tuple[Optional[Tensor], ...]:
         count = len(ctx.parts)
         q, k, v, output, *rest = ctx.saved_tensors
         biases, rest = _grouped(rest[: 4 * count]), rest[4 * count :]

@@ -4,7 +4,7 @@ Shapes: B streams, H heads, Q queries, K keys, D size of a head, T rows of the d
 W columns of position scores.
 """
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..eager import INTERPOLATION_EPS
 from ..types import RelativeBias
 from . import kernels
-from .tiles import tiles_for
+from .tiles import Tile, tiles_for
 
 UNBOUNDED = 1 << 30
 
@@ -252,21 +252,21 @@ def _score_buffer(x: Inputs, layout: Layout) -> Tensor:
     return x.q.new_empty(layout.chunks, heads, batch, layout.chunk, layout.width)
 
 
-def _geometry(x: Inputs, layout: Layout) -> dict:
+def _geometry(x: Inputs, layout: Layout) -> Dict[str, int]:
     low, high = x.band.limits
     shift = x.band.shift if layout.chunks > 1 else min(x.band.shift, layout.chunk - 1)
     sizes = {"H": x.q.size(1), "Q": x.q.size(2), "K": x.k.size(2)}
     return {**sizes, "low": low, "high": high, "C": layout.chunk, "shift": shift}
 
 
-def _block_sizes(x: Inputs, tile: tuple) -> dict:
+def _block_sizes(x: Inputs, tile: Tile) -> Dict[str, Union[int, str]]:
     precision = "ieee" if x.q.dtype == torch.float32 else "tf32"  # no other dtype has a choice
     size = x.q.size(-1)
     return {"D": size, "BLOCK_D": _block(size), "BLOCK_Q": tile[0], "BLOCK_K": tile[1], "PRECISION": precision}
 
 
 def _contiguous(x: Inputs) -> Inputs:
-    """What the kernels assume of strides."""
+    """Return the inputs with the strides that the kernels assume."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.q, x.k, x.v))
     biases = {"content": x.bias.content, "position": x.bias.position}
     bias = x.bias._replace(**{name: t.contiguous() for name, t in biases.items() if t is not None})
@@ -277,7 +277,8 @@ def _contiguous(x: Inputs) -> Inputs:
 
 
 def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    width: int = triton.next_power_of_2(size)
+    return max(16, width)
 
 
 def _round_up(n: int, multiple: int) -> int:
