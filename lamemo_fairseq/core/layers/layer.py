@@ -56,7 +56,8 @@ class FeedForward(nn.Module):
         if known and is_plain(self.fc1, nn.Linear) and self.activation_fn is F.relu and fusable(x):
             hidden = aligned.linear(x, self.fc1.weight, keep_padding=True)
             return relu_dropout(hidden, dropout.p, dropout.training, self.fc1.bias)
-        return dropout(self.activation_fn(aligned.through(self.fc1, x, self.widths[0], keep_padding=known)))
+        dropped: Tensor = dropout(self.activation_fn(aligned.through(self.fc1, x, self.widths[0], keep_padding=known)))
+        return dropped
 
 
 class DecoderLayer(nn.Module):
@@ -71,21 +72,22 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, rows: Tensor, *attention_args: Any) -> tuple[Tensor, Any]:
+    def forward(self, rows: Tensor, *attention_args: object) -> tuple[Tensor, Any]:
         """Pass ``rows [B, R, d]`` through the layer.
 
         Returns:
             The last Q rows ``[B, Q, d]``, Q being what the attention returned, and what it carries on.
         """
         if self.config.checkpoint_activations and self.training:
-            return checkpoint(self._forward, rows, *attention_args, use_reentrant=False)
+            passed: tuple[Tensor, Any] = checkpoint(self._forward, rows, *attention_args, use_reentrant=False)
+            return passed
         return self._forward(rows, *attention_args)
 
-    def _forward(self, rows: Tensor, *attention_args: Any) -> tuple[Tensor, Any]:
+    def _forward(self, rows: Tensor, *attention_args: object) -> tuple[Tensor, Any]:
         return self.around(rows, lambda normed: self.self_attn(normed, *attention_args))
 
     def attention_input(self, rows: Tensor) -> Tensor:
-        """What the attention is given of ``rows [B, R, d]``."""
+        """Return the attention's input for ``rows [B, R, d]``."""
         return self.self_attn_layer_norm(rows) if self.config.normalize_before else rows
 
     def around(self, rows: Tensor, attend: Callable[[Tensor], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:

@@ -6,7 +6,7 @@ d model width.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Optional
 
 from torch import Tensor, nn
 
@@ -29,11 +29,11 @@ class AttentionConfig:
     span: Optional[int] = None  # keys a query sees at most (None: all)
     mem_len: int = 0
     backend: str = "auto"
-    options: Any = None  # of the memory's own class of options
+    options: object = None  # of the memory's own class of options
 
 
 class SelfAttention(nn.Module):
-    """Projections around an attention backend; the attention itself is causal over all rows."""
+    """Base of a layer's attention: projections around a backend. A subclass defines `forward`, whatever it takes."""
 
     def __init__(self, config: AttentionConfig):
         super().__init__()
@@ -43,11 +43,11 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.embed_dim, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, config.embed_dim, bias=False)
 
-    def forward(self, rows: Tensor, bias: LayerBias, queries: int) -> tuple[Tensor, None]:
-        """The last *queries* of ``rows [B, R, d]`` attend to all rows before them: ``[B, Q, d]``."""
+    def attend(self, rows: Tensor, bias: LayerBias, queries: int) -> Tensor:
+        """Let the last *queries* of ``rows [B, R, d]`` attend to all rows before them: ``[B, Q, d]``."""
         q, k, v = self.project(rows, queries, keep_padding=True)
         attended = self.causal(q, k, v, bias, need_normalizer=False)
-        return self.merge_heads(attended.output), None
+        return self.merge_heads(attended.output)
 
     def project(self, rows: Tensor, queries: int, keep_padding: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the last rows, keys and values of all: ``[B, H, Q or R, D]`` each, D' with *keep_padding*."""
@@ -78,7 +78,8 @@ class SelfAttention(nn.Module):
         """``[B, H, Q, D or D'] -> [B, Q, d]``, perhaps wider by zeros, through the output projection."""
         size = self.config.head_dim
         if not is_product(self.out_proj):
-            return self.out_proj(heads[..., :size].transpose(1, 2).flatten(2))
+            merged: Tensor = self.out_proj(heads[..., :size].transpose(1, 2).flatten(2))
+            return merged
         weight = self.out_proj.weight
         if heads.size(-1) > size:
             weight = wide_heads(weight, size, dim=1)
@@ -95,3 +96,11 @@ class SelfAttention(nn.Module):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return split_heads(x, 1, self.config.heads)[0]
+
+
+class CausalSelfAttention(SelfAttention):
+    """Causal attention over all rows."""
+
+    def forward(self, rows: Tensor, bias: LayerBias, queries: int) -> tuple[Tensor, None]:
+        """Return the rows ``[B, Q, d]`` of `attend`, and nothing that the attention carries on."""
+        return self.attend(rows, bias, queries), None

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decoding.cache import AnyCache, FrozenCache
-from ..layers import DecoderLayer, SelfAttention
+from ..layers import CausalSelfAttention, DecoderLayer, SelfAttention
 from ..positions import PositionEncoding
 from ..registry import Registry
 
@@ -140,7 +140,7 @@ class Memory(nn.Module, Generic[State, Options]):
 
     architecture: ClassVar[Architecture]
     options: ClassVar[Type[MemoryOptions]] = MemoryOptions
-    attention: ClassVar[Type[SelfAttention]] = SelfAttention
+    attention: ClassVar[Type[SelfAttention]] = CausalSelfAttention
     state: ClassVar[Type[MemoryState]] = MemoryState
     cache: ClassVar[Type[AnyCache]] = FrozenCache  # of token-by-token decoding
     looks_ahead: ClassVar[bool] = False

@@ -20,7 +20,7 @@ QUERIES_AT_ONCE = 128
 class CompressiveSelfAttention(SelfAttention):
     """Causal attention over all rows, of which some may be watched."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, rows: Tensor, bias: LayerBias, queries: int, watched: Optional[slice] = None
     ) -> tuple[Tensor, Optional[Tensor]]:
         """One layer's attention.

@@ -14,13 +14,14 @@ from ...attention.padding import as_wide
 from ...kernels import aligned
 from ...layers import AttentionConfig, SelfAttention
 from ...positions import LayerBias
+from .options import ContinuousOptions
 from .sampling import Density
 
 LEAST_VARIANCE = 1e-6  # as in the authors' code: far below the narrowest basis function
 
 
 class LongTerm(NamedTuple):
-    """What queries read of a signal."""
+    """Keys and values of a signal, for queries."""
 
     keys: Tensor  # [B, H, 2, D], what a query's mean and variance depend on, in float32 or wider
     values: Tensor  # [B, H, J, D]
@@ -31,15 +32,14 @@ class ContinuousSelfAttention(SelfAttention):
 
     def __init__(self, config: AttentionConfig):
         super().__init__(config)
+        assert isinstance(config.options, ContinuousOptions)
         width, self.basis = config.heads * config.head_dim, config.options.basis()
         self.out_proj = nn.Linear(2 * width, config.embed_dim, bias=False)
         self.long_term_k_proj = nn.Linear(config.embed_dim, width, bias=False)
         self.long_term_v_proj = nn.Linear(config.embed_dim, width, bias=False)
         self.density_proj = nn.Linear(self.basis.count, 2, bias=False)  # w_mu and w_sigma
 
-    def forward(  # type: ignore[override]
-        self, rows: Tensor, bias: LayerBias, queries: int, coefficients: Tensor
-    ) -> tuple[Tensor, Density]:
+    def forward(self, rows: Tensor, bias: LayerBias, queries: int, coefficients: Tensor) -> tuple[Tensor, Density]:
         """The last *queries* of ``rows [B, R, d]`` attend to all rows before them, and to a signal.
 
         Args:
@@ -80,7 +80,7 @@ class ContinuousSelfAttention(SelfAttention):
         return LongTerm(self._split_heads(keys), self._split_heads(values))
 
     def locate(self, q: Tensor, long_term: LongTerm) -> Density:
-        """Where queries ``[B, H, Q, D]`` attend to: ``mu = sigmoid(w_mu . s)``, ``sigma^2 = softplus(w_sigma . s)``."""
+        """Locate ``q [B, H, Q, D]``: ``mu = sigmoid(w_mu . s)``, ``sigma^2 = softplus(w_sigma . s)``."""
         with torch.autocast(q.device.type, enabled=False):
             keys = long_term.keys
             mean, variance = (q.to(keys.dtype) @ keys.transpose(-1, -2) / math.sqrt(q.size(-1))).unbind(-1)
@@ -90,7 +90,8 @@ class ContinuousSelfAttention(SelfAttention):
         """``E[psi(t)] . B W_v``: ``[B, H, Q, D]``."""
         with torch.autocast(density.mean.device.type, enabled=False):
             weights = self.basis.expectation(*density, long_term.values.dtype)
-        return weights @ long_term.values
+        read_out: Tensor = weights @ long_term.values
+        return read_out
 
 
 def divergence(density: Density, sigma: float) -> Tensor:

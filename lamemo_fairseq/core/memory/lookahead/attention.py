@@ -17,7 +17,7 @@ from ..base import last_rows
 class LookaheadSelfAttention(SelfAttention):
     """Causal attention for the current rows, look-ahead attention and interpolation for the slots."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, rows: Tensor, bias: LayerBias, window: Optional[LookaheadWindow], stored: Optional[Attended], current: int
     ) -> tuple[Tensor, Optional[Attended]]:
         """One layer's attention (LaMemo, equations 5 to 9).
@@ -33,7 +33,7 @@ class LookaheadSelfAttention(SelfAttention):
             hold: read-outs ``[B, H, min(R, M), D]`` and normalisers, without gradient (None in the last).
         """
         if stored is None:
-            return super().forward(rows, bias, current)
+            return self.attend(rows, bias, current), None
         q, k, v = self.project(rows, rows.size(1), keep_padding=True)
         if window is None:
             attended = self.causal(q, k, v, bias, need_normalizer=True)

@@ -44,7 +44,7 @@ class TokenSelfAttention(SelfAttention):
             )
         super().__init__(config)
 
-    def forward(self, rows: Tensor, bias: LayerBias, blocks: Blocks) -> tuple[Tensor, None]:  # type: ignore[override]
+    def forward(self, rows: Tensor, bias: LayerBias, blocks: Blocks) -> tuple[Tensor, None]:
         """One layer's attention (Bulatov et al. 2022, section 3.2).
 
         Args:
