@@ -4,14 +4,14 @@ Shapes: B prompts, K continuations of each, R = B K rows, n new words at most, V
 """
 
 import math
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
 from fairseq import search
 from torch import Tensor
 
 from ..core.decoding.drawing import Adjustment, Draw
-from ..core.decoding.sampler import Sampler
+from ..core.decoding.sampler import Continuation, Sampler
 from ..core.decoding.state import DecodingState
 from ..core.memory import DivergenceError
 
@@ -85,52 +85,88 @@ def sampled_continuations(
     Raises:
         DivergenceError: no word has a probability.
     """
-    beam, eos = generator.beam_size, generator.eos
+    beam = generator.beam_size
     rows = torch.arange(len(last), device=last.device).repeat_interleave(beam)
     state.reorder(rows)
-    last = last[rows]
     top_p = generator.search.sampling_topp
     # fairseq looks at one of them only.
     tops = {"top_p": top_p} if top_p > 0 else {"top_k": max(0, generator.search.sampling_topk)}
     exact = torch.promote_types(state.cache.layers[0].keys.dtype, torch.float32)
-    wanted = FairseqAdjustment(generator, last.new_empty(0, dtype=exact))
-    sampler = Sampler.take(state, Draw(**tops), wanted)
+    sampler = Sampler.take(state, Draw(**tops), FairseqAdjustment(generator, last.new_empty(0, dtype=exact)))
+    texts = NewTexts(last[rows], limit, generator.eos, exact)
     adjustment: Any = sampler.adjust
-
-    words = last.new_full((len(rows), limit + 1), eos)
-    log_probs = torch.zeros_like(words, dtype=exact)
-    running, ended = torch.arange(len(rows), device=last.device), torch.zeros_like(rows, dtype=torch.bool)
     between = WORDS_BETWEEN_QUESTIONS if sampler.graphs else 1
     phases = (
         (adjustment.forbid_end, generator.min_len),
         (adjustment.allow_end, limit),
         (adjustment.force_end, limit + 1),
     )
-    done = 0
     for begin, until in phases:
         begin()
-        while done < until and len(running) > 0:
-            count = min(between, until - done)
-            found = sampler.go_on(last, count)
-            words[running, done : done + count], log_probs[running, done : done + count] = found
-            done, last = done + count, found.words[:, -1]
+        while texts.count < until and len(texts.running) > 0:
+            count = min(between, until - texts.count)
+            texts.add(sampler.go_on(texts.last, count))
             bar.update(count)
-            ended |= found.words.eq(eos).any(1)
-            at_an_end, broken = torch.stack([ended.sum(), found.log_probs.isfinite().logical_not().sum()]).tolist()
-            if broken:
-                raise DivergenceError(
-                    f"no word has a probability after {done} new ones: the weights have diverged, or do not fit into "
-                    "this precision"
-                )
-            if at_an_end == len(running) or (at_an_end * 2 >= len(running) and not sampler.graphs):
-                left = ended.logical_not().nonzero().squeeze(1)
-                running, last, ended = running[left], last[left], ended[left]
-                if len(left) > 0:
-                    sampler.keep(left)
+            left = texts.drop_ended(shrink=not sampler.graphs)
+            if left is not None and len(left) > 0:
+                sampler.keep(left)
     sampler.give_back()
-    lengths = (words.eq(eos).int().argmax(1) + 1).tolist()
-    hypotheses = [_hypothesis(words[row, :n], log_probs[row, :n]) for row, n in enumerate(lengths)]
+    hypotheses = texts.hypotheses()
     return [hypotheses[start : start + beam] for start in range(0, len(hypotheses), beam)]
+
+
+class NewTexts:
+    """The words drawn so far, and the rows that are still drawn for.
+
+    Args:
+        last: ``[R]`` the prompts' last words.
+        limit: n.
+        eos: the end-of-sentence token.
+        dtype: of log-probabilities.
+    """
+
+    def __init__(self, last: Tensor, limit: int, eos: int, dtype: torch.dtype):
+        self.last, self.eos = last, eos
+        self.count = 0
+        self.words = last.new_full((len(last), limit + 1), eos)
+        self.log_probs = torch.zeros_like(self.words, dtype=dtype)
+        self.running = torch.arange(len(last), device=last.device)
+        self._ended = torch.zeros_like(last, dtype=torch.bool)
+        self._not_finite = self._ended.sum()
+
+    def add(self, drawn: Continuation) -> None:
+        """Add words of the running rows."""
+        new = slice(self.count, self.count + drawn.words.size(1))
+        self.words[self.running, new], self.log_probs[self.running, new] = drawn
+        self.count, self.last = new.stop, drawn.words[:, -1]
+        self._ended |= drawn.words.eq(self.eos).any(1)
+        self._not_finite = drawn.log_probs.isfinite().logical_not().sum()
+
+    def drop_ended(self, shrink: bool) -> Optional[Tensor]:
+        """Drop rows whose text has ended, once all have, or half of them where the batch may *shrink*.
+
+        Returns:
+            Which of the rows are left, None if all are.
+
+        Raises:
+            DivergenceError: no word had a probability.
+        """
+        at_an_end, broken = torch.stack([self._ended.sum(), self._not_finite]).tolist()
+        if broken:
+            raise DivergenceError(
+                f"no word has a probability after {self.count} new ones: the weights have diverged, or do not fit "
+                "into this precision"
+            )
+        if at_an_end < len(self.running) and not (shrink and at_an_end * 2 >= len(self.running)):
+            return None
+        left = self._ended.logical_not().nonzero().squeeze(1)
+        self.running, self.last, self._ended = self.running[left], self.last[left], self._ended[left]
+        return left
+
+    def hypotheses(self) -> List[Dict[str, Tensor]]:
+        """Return the text of each row up to its end."""
+        lengths = (self.words.eq(self.eos).int().argmax(1) + 1).tolist()
+        return [_hypothesis(self.words[row, :n], self.log_probs[row, :n]) for row, n in enumerate(lengths)]
 
 
 def _hypothesis(words: Tensor, log_probs: Tensor) -> Dict[str, Tensor]:

@@ -80,14 +80,14 @@ def test_steps_by_the_kernels_are_the_plain_ones(variant, rows, options):
 @pytest.mark.parametrize("memory", MEMORIES.names())
 @torch.no_grad()
 def test_every_memory_has_the_kernels_step(memory):
-    """With full slots, over the end of a segment: what a memory keeps of a step is what it is refreshed from."""
+    """Over the end of a segment, with slots so few that what a memory keeps of a step decides the next ones."""
     positions = MEMORIES[memory].architecture.defaults.get("position_encoding", "disentangled")
-    sizes = {"mem_len": 6, "segment_length": 4, "decoder_embed_dim": 12}
+    sizes = {"mem_len": 1, "segment_length": 4, "decoder_embed_dim": 12}
     decoder = tiny_decoder((memory, positions, CHOICE_OF.get(memory, "right")), dtype=torch.float32, **sizes).to(DEVICE)
-    prompts, words = random_tokens(2, 11).to(DEVICE), random_tokens(2, 3, seed=5).to(DEVICE)
+    prompts, words = random_tokens(2, 9).to(DEVICE), random_tokens(2, 4, seed=5).to(DEVICE)
     plain, kernel = DecodingState(decoder, 2), DecodingState(decoder, 2)
     for state in (plain, kernel):
-        state.read(prompts, [11, 6])
+        state.read(prompts, [9, 6])
     step, ones = kernel_step(kernel), [1, 1]
     assert step is not None
     for new in words.split(1, dim=1):
