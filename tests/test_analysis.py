@@ -10,8 +10,8 @@ import pytest
 import torch
 from fairseq_cli import eval_lm, train
 
-from lamemo_fairseq.analysis import Attention, Losses, Mixing, __main__, record, report
-from lamemo_fairseq.core.attention import BACKENDS, eager
+from lamemo_fairseq.analysis import Attention, Losses, Mixing, __main__, record, recording, report
+from lamemo_fairseq.core.attention import causal_attention, eager
 
 from .helpers import TASK, VARIANTS, random_tokens, read_streams, run_command, segments_of, tiny_decoder, write_data
 from .processes import _FORKS
@@ -65,11 +65,11 @@ def test_weights_read_out_what_attention_reads_out():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 4, generator=generator, dtype=torch.float64) for n in (5, 9, 9))
     bias = eager.RelativeBias(table=torch.randn(3, 9, 4, generator=generator, dtype=torch.float64))
-    backend, heard = BACKENDS["recording"], Heard()
+    backend, heard = recording._RECORDING, Heard()
     backend.listener, backend.layer = heard, 7
     try:
         for span in (None, 3):
-            output = backend.causal_attention(q, k, v, bias, span).output
+            output = causal_attention("recording", q, k, v, bias, span).output
             layer, weights = heard.weights[-1]
             assert layer == 7 and torch.allclose(weights @ v, output, rtol=0, atol=1e-12)
     finally:

@@ -10,9 +10,10 @@ import torch
 import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lamemo_fairseq.core.attention import Attended, LookaheadWindow, RelativeBias, eager, fused
+from lamemo_fairseq.core.attention import Attended, RelativeBias
 from lamemo_fairseq.core.attention.fused import tiles
 from lamemo_fairseq.core.attention.fused.tiles import Tile
+from lamemo_fairseq.core.memory.lookahead import LookaheadWindow, memory_attention
 
 # streams, heads, size of a head, current tokens, slots
 SHAPES = {"enwik8": (20, 8, 64, 512, 512), "wt103": (64, 10, 41, 150, 150)}
@@ -40,7 +41,7 @@ def prepare(streams: int, heads: int, size: int, current: int, slots: int, pad: 
     biases = bias(rows), bias(len(window.distances(slots)))
 
     def attend(backend):
-        return backend.memory_attention(q, k, v, biases, window, stored)
+        return memory_attention(backend, q, k, v, biases, window, stored)
 
     attend.inputs = (q, k, v, *(t for bias in biases for t in bias if t is not None))
     return attend
@@ -64,14 +65,14 @@ def main() -> None:
     print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)
     for name, shape in SHAPES.items():
         attend = prepare(*shape)
-        print(f"{name} eager: forward {times(attend, eager)[0]:.3f} ms, backward {times(attend, eager)[1]:.3f} ms")
+        print(f"{name} eager: forward {times(attend, 'eager')[0]:.3f} ms, backward {times(attend, 'eager')[1]:.3f} ms")
         block = next(size for size in tiles.HALF if shape[2] <= size)
         for kernel, candidates in CANDIDATES.items():
             default = tiles.HALF[block]
             for tile in candidates:
                 tiles.HALF[block] = default._replace(**{kernel: tile})
                 try:
-                    forward, backward = times(attend, fused)
+                    forward, backward = times(attend, "fused")
                     print(
                         f"{name} {kernel} {tuple(tile)}: forward {forward:.3f} ms, backward {backward:.3f} ms",
                         flush=True,
@@ -79,7 +80,7 @@ def main() -> None:
                 except Exception as error:
                     print(f"{name} {kernel} {tuple(tile)}: {type(error).__name__} {str(error)[:80]}")
             tiles.HALF[block] = default
-    forward, backward = times(prepare(*SHAPES["wt103"], pad=7), fused)
+    forward, backward = times(prepare(*SHAPES["wt103"], pad=7), "fused")
     print(f"wt103 with heads 48 apart: forward {forward:.3f} ms, backward {backward:.3f} ms")
     for rows, ins, outs in ((19200, 410, 2100), (19200, 2100, 410), (19200, 410, 1230)):
         for i, o, stride in ((ins, outs, ins), (ins, outs, -(-ins // 8) * 8), (-(-ins // 8) * 8, -(-outs // 8) * 8, 0)):

@@ -11,7 +11,7 @@ import torch
 from fairseq import utils
 from torch import Tensor
 
-from ..core.attention import LookaheadWindow
+from ..core.memory.lookahead import LookaheadWindow
 from ..core.memory.position import real_tokens
 from .recording import record
 

@@ -12,7 +12,9 @@ from typing import Any, Iterator, Optional, Protocol, Tuple
 import torch
 from torch import Tensor
 
-from ..core.attention import BACKENDS, Attended, LookaheadWindow, RelativeBias, eager
+from ..core.attention import BACKENDS, Attended, RelativeBias, causal_attention, eager
+from ..core.memory.lookahead import LookaheadWindow, memory_attention
+from ..core.memory.lookahead import eager as lookahead
 
 
 class Listener(Protocol):
@@ -46,20 +48,6 @@ class Recording:
         self._tell_causal(q, k, bias, span, scale)
         return eager.causal_attention(q, k, v, bias, span, dropout, scale, need_normalizer)
 
-    def lookahead_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: RelativeBias,
-        window: LookaheadWindow,
-        stored: Attended,
-        dropout: float = 0.0,
-        scale: Optional[float] = None,
-    ) -> Attended:
-        self._tell_lookahead(q, k, bias, window, stored, scale)
-        return eager.lookahead_attention(q, k, v, bias, window, stored, dropout, scale)
-
     def memory_attention(
         self,
         q: Tensor,
@@ -76,7 +64,7 @@ class Recording:
         causal, ahead = biases
         self._tell_lookahead(q[:, :, :slots], k[:, :, window.first : slots + 1], ahead, window, stored, scale)
         self._tell_causal(q[:, :, slots:], k, causal, span, scale)
-        return eager.memory_attention(q, k, v, biases, window, stored, span, dropout, scale)
+        return lookahead.memory_attention(q, k, v, biases, window, stored, span, dropout, scale)
 
     def _tell_causal(
         self, q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int], scale: Optional[float]
@@ -97,10 +85,10 @@ class Recording:
         if self.listener is None:
             return
         nothing = Attended(q.new_zeros(*q.shape[:3], k.size(2)), torch.full_like(stored.normalizer, -torch.inf))
-        new = eager.lookahead_attention(q, k, _one_hot(k), bias, window, nothing, scale=scale)
+        new = lookahead.lookahead_attention(q, k, _one_hot(k), bias, window, nothing, scale=scale)
         # The share of what was held, read out by interpolating one with zero.
         one = stored.normalizer.new_ones(*stored.normalizer.shape, 1)
-        alpha = eager.merge(Attended(one, stored.normalizer), Attended(0 * one, new.normalizer)).output.squeeze(-1)
+        alpha = lookahead.merge(Attended(one, stored.normalizer), Attended(0 * one, new.normalizer)).output.squeeze(-1)
         self.listener.lookahead(self.layer, new.output, alpha, window)
 
 
@@ -110,7 +98,9 @@ def _one_hot(k: Tensor) -> Tensor:
 
 
 _RECORDING = Recording()
-BACKENDS.register("recording")(_RECORDING)
+BACKENDS.register("recording")(lambda operation, q: "recording")
+causal_attention.register("recording", _RECORDING.causal_attention)
+memory_attention.register("recording", _RECORDING.memory_attention)
 
 
 @contextmanager

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamemo_fairseq.core.attention import Attended, LookaheadWindow, RelativeBias, eager
+from lamemo_fairseq.core.attention import Attended, RelativeBias, eager
+from lamemo_fairseq.core.memory.lookahead import LookaheadWindow
+from lamemo_fairseq.core.memory.lookahead import eager as lookahead
 
 
 def tensors(*shapes, seed=0):
@@ -88,7 +90,7 @@ def test_lookahead_attention(slots, keys, both_sides, ragged):
     window = LookaheadWindow(slots - keys + 1, both_sides, lengths)
     bias = bias_over(window.distances(slots), 2, 3)
     stored = Attended(o, d)
-    attended = eager.lookahead_attention(q, k, v, bias, window, stored)
+    attended = lookahead.lookahead_attention(q, k, v, bias, window, stored)
     expected = lookahead_by_loops(q, k, v, bias, window, stored)
     torch.testing.assert_close(attended.output, expected.output, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(attended.normalizer, expected.normalizer, rtol=1e-12, atol=1e-12)
@@ -102,23 +104,23 @@ def test_gradients_of_lookahead_attention(both_sides):
     inputs = [t.requires_grad_() for t in (q, k, v, *bias)]
 
     def output(q, k, v, *parts):
-        return eager.lookahead_attention(q, k, v, RelativeBias(*parts), window, Attended(o, d)).output
+        return lookahead.lookahead_attention(q, k, v, RelativeBias(*parts), window, Attended(o, d)).output
 
     assert torch.autograd.gradcheck(output, inputs)
 
 
 def test_the_mixing_weight_has_the_gradient_of_its_maximum(monkeypatch):
     """With an eps large enough for differences to show; ``d alpha / d l = -g alpha (1 - alpha)``."""
-    monkeypatch.setattr(eager, "INTERPOLATION_EPS", 0.1)
+    monkeypatch.setattr(lookahead, "INTERPOLATION_EPS", 0.1)
     o, c, d = tensors((1, 1, 8, 3), (1, 1, 8, 3), (1, 1, 8))
     new = (d + torch.linspace(-3, 3, 8)).requires_grad_()
     c.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda c, new: eager.merge(Attended(o, d), Attended(c, new)).output, (c, new), atol=1e-8
+        lambda c, new: lookahead.merge(Attended(o, d), Attended(c, new)).output, (c, new), atol=1e-8
     )
 
     one, equal = d.new_ones(1, 1, 8, 1), d.clone().requires_grad_()
-    alpha = eager.merge(Attended(one, d), Attended(0 * one, equal)).output.squeeze(-1)
+    alpha = lookahead.merge(Attended(one, d), Attended(0 * one, equal)).output.squeeze(-1)
     alpha.sum().backward()
     torch.testing.assert_close(equal.grad, -alpha * (1 - alpha))  # where both are equal, the new one is the maximum
 
@@ -132,8 +134,10 @@ def test_merging_is_one_softmax_over_both_sets_of_keys():
         Attended(scores[..., s].softmax(-1).unsqueeze(2) @ v[:, :, s], scores[..., s].logsumexp(-1, keepdim=True))
         for s in (slice(0, 4), slice(4, 9))
     ]
-    merged = eager.merge(*parts)
-    torch.testing.assert_close(merged.output, whole, rtol=0, atol=eager.INTERPOLATION_EPS * float(v.abs().max()) * 2)
+    merged = lookahead.merge(*parts)
+    torch.testing.assert_close(
+        merged.output, whole, rtol=0, atol=lookahead.INTERPOLATION_EPS * float(v.abs().max()) * 2
+    )
     assert not torch.equal(merged.output, whole)
     torch.testing.assert_close(merged.normalizer, scores.logsumexp(-1, keepdim=True), rtol=1e-12, atol=1e-12)
 
@@ -142,5 +146,5 @@ def test_a_stored_read_out_far_ahead_or_behind_wins_without_overflow():
     near, far = tensors((1, 1, 2, 3), (1, 1, 2, 3))
     high, low = torch.full((1, 1, 2), 1e4, dtype=torch.float64), torch.full((1, 1, 2), -1e4, dtype=torch.float64)
     for stored, new, kept in ((high, low, near), (low, high, far)):
-        merged = eager.merge(Attended(near, stored), Attended(far, new))
+        merged = lookahead.merge(Attended(near, stored), Attended(far, new))
         torch.testing.assert_close(merged.output, kept, rtol=0, atol=1e-5)

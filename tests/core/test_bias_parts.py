@@ -3,14 +3,16 @@
 Output and every gradient. A part that is left out, or has no effect, has no gradient.
 """
 
+import importlib.util
 import itertools
 import math
 
 import pytest
 import torch
 
-from lamemo_fairseq.core.attention import Attended, LookaheadWindow, RelativeBias, eager
+from lamemo_fairseq.core.attention import Attended, RelativeBias, causal_attention
 from lamemo_fairseq.core.decoding.attention import Columns, cached_attention
+from lamemo_fairseq.core.memory.lookahead import LookaheadWindow, lookahead_attention
 
 from ..gpus import DEVICE
 
@@ -84,16 +86,8 @@ def assert_same(found, rows, bias, expected, exact_rows, exact_bias, tolerance):
 
 def backends():
     yield pytest.param("eager", torch.float64, 1e-12, id="eager")
-    yield pytest.param("fused", torch.float32, 1e-4, id="fused")
-
-
-def backend_of(name):
-    if name == "eager":
-        return eager
-    pytest.importorskip("triton", reason="the fused backend needs Triton")
-    from lamemo_fairseq.core.attention import fused
-
-    return fused
+    if importlib.util.find_spec("triton") is not None:
+        yield pytest.param("fused", torch.float32, 1e-4, id="fused")
 
 
 @subsets
@@ -103,7 +97,7 @@ def test_causal_attention(parts, name, dtype, tolerance):
     exact_rows, exact_bias = inputs_of(parts, queries, keys, keys)
     expected = pairwise(*exact_rows, exact_bias, lambda i, j: 2 - i + j if j <= i + 2 else None)
     rows, bias = inputs_of(parts, queries, keys, keys, dtype, DEVICE if name == "fused" else "cpu")
-    found = backend_of(name).causal_attention(*rows, bias)
+    found = causal_attention(name, *rows, bias)
     assert_same(found, rows, bias, expected, exact_rows, exact_bias, tolerance)
 
 
@@ -124,7 +118,7 @@ def test_lookahead_attention(parts, name, dtype, tolerance):
     expected = interpolated(stored, pairwise(*exact_rows, exact_bias, row))
     rows, bias = inputs_of(parts, slots, keys, slots, dtype, device, 1)
     held = Attended(*(t.to(device, dtype) for t in stored))
-    found = backend_of(name).lookahead_attention(*rows, bias, window, held)
+    found = lookahead_attention(name, *rows, bias, window, held)
     assert_same(found, rows, bias, expected, exact_rows, exact_bias, tolerance)
 
 

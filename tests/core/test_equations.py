@@ -10,6 +10,7 @@ import torch
 
 from lamemo_fairseq.core.attention import Attended, eager
 from lamemo_fairseq.core.memory.lookahead import WINDOWS
+from lamemo_fairseq.core.memory.lookahead import eager as lookahead
 from lamemo_fairseq.core.positions import POSITIONS, PositionConfig
 
 from .helpers import random_tokens, tiny_decoder
@@ -129,7 +130,7 @@ def test_slots_look_ahead_by_sinusoids(name, window, slots, current, clamp):
     keys = WINDOWS[window](slots, current)
     bias = encoding(slots + current, keys.distances(slots), q)[0].ahead
     nothing = Attended(torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=q.dtype))
-    actual = eager.lookahead_attention(q, k[:, :, keys.first :], v[:, :, keys.first :], bias, keys, nothing)
+    actual = lookahead.lookahead_attention(q, k[:, :, keys.first :], v[:, :, keys.first :], bias, keys, nothing)
     expected = attend(q, k, v, parts)
     assert_close(actual, expected)
 
@@ -146,7 +147,7 @@ def test_a_slot_holds_one_softmax_over_everything_it_has_seen(segment, mem_len):
         q, k, v = decoder.layers[0].self_attn.project(decoder.embed_tokens(tokens), 6 * segment)
         tables = positions._project(positions._sinusoids(range(6 * segment), q))[0]
     newest = 5 * segment  # the first token of the last segment, up to which its memory looks ahead
-    error = 5 * eager.INTERPOLATION_EPS * (v.max() - v.min())  # one eps a refresh
+    error = 5 * lookahead.INTERPOLATION_EPS * (v.max() - v.min())  # one eps a refresh
 
     for index, slot in enumerate(range(6 * segment - mem_len, 6 * segment)):
         seen = range(max(0, slot // segment * segment - mem_len), max(slot, newest) + 1)

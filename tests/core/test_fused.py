@@ -9,11 +9,12 @@ from typing import NamedTuple, Optional
 import pytest
 import torch
 
-from lamemo_fairseq.core.attention import Attended, LookaheadWindow, RelativeBias, eager
+from lamemo_fairseq.core.attention import Attended, RelativeBias, causal_attention
+from lamemo_fairseq.core.memory.lookahead import LookaheadWindow, eager, lookahead_attention, memory_attention
 
 pytest.importorskip("triton", reason="the fused backend needs Triton")
-from lamemo_fairseq.core.attention import fused
 from lamemo_fairseq.core.attention.fused import api, function, launch, tiles
+from lamemo_fairseq.core.memory.lookahead import fused
 
 from ..gpus import DEVICE
 
@@ -79,9 +80,9 @@ class Case(NamedTuple):
 
     def call(self, backend, q, k, v, bias, output, normalizer, dropout=0.0):
         if self.kind == "causal":
-            return backend.causal_attention(q, k, v, bias, self.span, dropout)
+            return causal_attention(backend, q, k, v, bias, self.span, dropout)
         stored = Attended(output, normalizer)
-        return backend.lookahead_attention(q, k, v, bias, self.window, stored, dropout)
+        return lookahead_attention(backend, q, k, v, bias, self.window, stored, dropout)
 
 
 CASES = [
@@ -141,8 +142,8 @@ def assert_as_eager(found, plain, exact, dtype, floor=8.0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in c))
 def test_as_eager(case, dtype):
-    exact = run(case, eager, torch.float64)
-    assert_as_eager(run(case, fused, dtype), run(case, eager, dtype), exact, dtype)
+    exact = run(case, "eager", torch.float64)
+    assert_as_eager(run(case, "fused", dtype), run(case, "eager", dtype), exact, dtype)
 
 
 @pytest.mark.parametrize("case", [Case(37, 37, 41), Case(40, 33, 8, "right")], ids=str)
@@ -155,17 +156,17 @@ def test_rows_of_a_larger_tensor(case):
         larger[:, 1:-1, :, 1 : d + 1] = t.transpose(1, 2)
         return larger[:, 1:-1, :, 1 : d + 1].transpose(1, 2)
 
-    exact, plain = run(case, eager, torch.float64), run(case, eager, torch.float32)
-    assert_as_eager(run(case, fused, torch.float32, within), plain, exact, torch.float32)
+    exact, plain = run(case, "eager", torch.float64), run(case, "eager", torch.float32)
+    assert_as_eager(run(case, "fused", torch.float32, within), plain, exact, torch.float32)
 
 
 def test_plain_attention_is_pytorchs(monkeypatch):
     """Without positions, memory and normaliser, PyTorch's own kernel does it."""
     case = Case(19, 19, 8, parts="")
     q, k, v, *_ = (t.float() for t in case.tensors() if t is not None)
-    expected = eager.causal_attention(q, k, v, RelativeBias())
+    expected = causal_attention("eager", q, k, v, RelativeBias())
     monkeypatch.setattr(api, "attend", None)
-    found = fused.causal_attention(q, k, v, RelativeBias(), need_normalizer=False)
+    found = causal_attention("fused", q, k, v, RelativeBias(), need_normalizer=False)
     assert error(found.output, expected.output.double()) < 1e-6
 
 
@@ -192,11 +193,11 @@ def test_memory_attention(slots, current, ragged, kind):
         inputs = [t.detach().to(dtype).requires_grad_() for t in drawn[:9]]
         biases = RelativeBias(*inputs[3:6]), RelativeBias(*inputs[6:9])
         stored = Attended(*(t.to(dtype) for t in drawn[10:]))
-        attended = backend.memory_attention(*inputs[:3], biases, window, stored, 30)
+        attended = memory_attention(backend, *inputs[:3], biases, window, stored, 30)
         attended.output.backward(drawn[9].to(dtype))
         return [*attended, *(t.grad for t in inputs)]
 
-    for found, exact in zip(attend(fused, torch.float32), attend(eager, torch.float64), strict=True):
+    for found, exact in zip(attend("fused", torch.float32), attend("eager", torch.float64), strict=True):
         assert error(found, exact) < 5e-6
 
 
@@ -213,8 +214,8 @@ def test_dropout(case):
 
     # Keys' weights one by one: identity values read them out.
     eye = torch.eye(case.keys, case.size, device=DEVICE).expand(2, 2, -1, -1).contiguous()
-    weights = attend(eager, single[0], single[1], eye, *single[3:], dropout=0.0).output[..., : case.keys]
-    dropped = attend(fused, single[0], single[1], eye, *single[3:]).output[..., : case.keys]
+    weights = attend("eager", single[0], single[1], eye, *single[3:], dropout=0.0).output[..., : case.keys]
+    dropped = attend("fused", single[0], single[1], eye, *single[3:]).output[..., : case.keys]
     seen = weights > 0
     kept = dropped != 0
     assert 0.5 < kept[seen].float().mean() < 0.7
@@ -226,10 +227,10 @@ def test_dropout(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager.F, "dropout", lambda weights, p: weights * mask)
         held = (output, normalizer)
-        exact = attend(eager, *inputs, stored=held).output
+        exact = attend("eager", *inputs, stored=held).output
         exact.backward(grad)
     halves = [t.detach().float().requires_grad_() for t in inputs]
-    found = attend(fused, *halves, stored=(output.float(), normalizer.float())).output
+    found = attend("fused", *halves, stored=(output.float(), normalizer.float())).output
     found.backward(grad.float())
     assert error(found, exact) < 1e-5
     for one, other in zip(halves, inputs, strict=True):
@@ -243,7 +244,7 @@ def test_stored_read_outs_far_ahead_or_behind():
     output.zero_()
     shifted = normalizer + torch.linspace(-40, 40, normalizer.size(-1), dtype=torch.float64, device=DEVICE)
     results = []
-    for backend, dtype in ((fused, torch.float32), (eager, torch.float64)):
+    for backend, dtype in (("fused", torch.float32), ("eager", torch.float64)):
         inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v, *bias) if t is not None]
         stored = output.to(dtype), shifted.to(dtype)
         attended = case.call(backend, *inputs[:3], RelativeBias(*inputs[3:]), *stored)
@@ -261,9 +262,8 @@ def test_stored_read_outs_far_ahead_or_behind():
 def test_the_mixing_weight_has_the_gradient_of_its_maximum(monkeypatch):
     """With an eps so large that float32 shows what it does to the gradients, whichever normaliser is the greater."""
     case = Case(33, 33, 8, "right")
-    for module in (eager, launch):
-        monkeypatch.setattr(module, "INTERPOLATION_EPS", 0.1)
-    found, exact = run(case, fused, torch.float32), run(case, eager, torch.float64)
+    monkeypatch.setattr(eager, "INTERPOLATION_EPS", 0.1)
+    found, exact = run(case, "fused", torch.float32), run(case, "eager", torch.float64)
     for name in NAMES:
         assert (found[name] is None) == (exact[name] is None)
         assert found[name] is None or error(found[name], exact[name]) < 5e-6, name
@@ -272,7 +272,7 @@ def test_the_mixing_weight_has_the_gradient_of_its_maximum(monkeypatch):
 def test_no_double_backward_in_silence():
     case = Case(3, 3, 4)
     q, k, v, *_ = (t.float().requires_grad_() for t in case.tensors() if t is not None)
-    output = fused.causal_attention(q, k, v, RelativeBias()).output
+    output = causal_attention("fused", q, k, v, RelativeBias()).output
     (grad,) = torch.autograd.grad((output**2).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -282,7 +282,7 @@ def test_long_memories_take_memory_in_proportion():
     """No tensor of position scores grows with slots times distances."""
     for slots in (512, 2048, 8192):
         case = Case(slots, 512, 64, "right")
-        part = api._ahead(slots, slice(0, 512), RelativeBias(), case.window, Attended(None, None))
+        part = fused._ahead(slots, slice(0, 512), RelativeBias(), case.window, Attended(None, None))
         rows = torch.empty(1, 1, slots, 64, device="meta"), torch.empty(1, 1, 512, 64, device="meta")
         inputs = function._inputs(part, rows[0], rows[1], rows[1], part.bias, 1.0, 0.0, None)._replace(stored=None)
         layout = launch.Layout.of(inputs)

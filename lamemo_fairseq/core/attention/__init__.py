@@ -1,17 +1,22 @@
-"""Attention backends by name.
+"""Attention with a bias on its scores, by backends that compute the same.
 
-A backend offers ``causal_attention``, ``lookahead_attention`` and ``memory_attention``, as `eager.py` describes them.
+`causal_attention` is an operation: its first argument names the backend, and `eager.py` describes the others.
 """
 
-from ..registry import Registry
-from . import eager
-from .choice import Choice, fused_or_eager, fused_or_error
+from types import ModuleType
+
+from . import choice, eager
+from .operation import BACKENDS, Backend, Operation
 from .rotation import Rotation
-from .types import Attended, Backend, LookaheadWindow, RelativeBias
+from .types import Attended, RelativeBias
 
-BACKENDS: Registry[Backend] = Registry("attention backend")
-BACKENDS.register("eager")(eager)
-BACKENDS.register("fused")(Choice(fused_or_error))
-BACKENDS.register("auto")(Choice(fused_or_eager))
 
-__all__ = ["BACKENDS", "Attended", "Backend", "LookaheadWindow", "RelativeBias", "Rotation"]
+def _fused() -> ModuleType:
+    from . import fused
+
+    return fused
+
+
+causal_attention = Operation("causal attention", eager.causal_attention, _fused)
+
+__all__ = ["BACKENDS", "Attended", "Backend", "Operation", "RelativeBias", "Rotation", "causal_attention", "choice"]

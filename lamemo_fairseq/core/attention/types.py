@@ -1,9 +1,9 @@
-"""The inputs and results of attention backends, and the functions that a backend offers.
+"""The inputs and results of attention.
 
 Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances.
 """
 
-from typing import NamedTuple, Optional, Protocol, Tuple
+from typing import NamedTuple, Optional
 
 from torch import Tensor
 
@@ -28,61 +28,3 @@ class Attended(NamedTuple):
 
     output: Tensor  # [B, H, Q, D]
     normalizer: Tensor  # [B, H, Q], logsumexp of the scores, float32 or wider
-
-
-class LookaheadWindow(NamedTuple):
-    """The key positions that the memory slots attend to when they look ahead.
-
-    Slots stand at positions 0 .. m-1 and the first current token at m. The keys are the positions ``first .. m``;
-    ``both_sides`` lets a slot see those on its left as well. There are as many keys as current tokens, at most
-    m, so that a stream which ends before the others in its batch looks ahead at fewer.
-    """
-
-    first: int
-    both_sides: bool
-    lengths: Optional[Tensor] = None  # [B], current tokens that are not padding; None if none is padding
-
-    def distances(self, slots: int) -> range:
-        """The signed distances ``key - slot`` that *slots* slots meet, masked pairs left out."""
-        return range(self.first - (slots - 1) if self.both_sides else 1, slots + 1)
-
-
-class Backend(Protocol):
-    """The functions of a backend, a module for one; `eager.py` describes their arguments."""
-
-    def causal_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: RelativeBias,
-        span: Optional[int] = None,
-        dropout: float = 0.0,
-        scale: Optional[float] = None,
-        need_normalizer: bool = True,
-    ) -> Attended: ...
-
-    def lookahead_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: RelativeBias,
-        window: LookaheadWindow,
-        stored: Attended,
-        dropout: float = 0.0,
-        scale: Optional[float] = None,
-    ) -> Attended: ...
-
-    def memory_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        biases: Tuple[RelativeBias, RelativeBias],
-        window: LookaheadWindow,
-        stored: Attended,
-        span: Optional[int] = None,
-        dropout: float = 0.0,
-        scale: Optional[float] = None,
-    ) -> Attended: ...

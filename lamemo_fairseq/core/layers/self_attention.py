@@ -10,7 +10,7 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from ..attention import BACKENDS, Attended
+from ..attention import BACKENDS, Attended, causal_attention
 from ..attention.padding import bias_for
 from ..kernels import aligned
 from ..kernels.parts import is_product
@@ -69,9 +69,11 @@ class SelfAttention(nn.Module):
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
         """Unrotated heads ``[B, H, Q or R, D or D']`` by the backend asked for."""
         q, k = bias.rotate(q, k)
-        backend, fitted = BACKENDS[self.config.backend], bias_for(q, bias.causal)
-        return backend.causal_attention(
-            q, k, v, fitted, self.config.span, self._dropout, self.scale, need_normalizer=need_normalizer
+        return causal_attention(
+            self.config.backend,
+            *(q, k, v, bias_for(q, bias.causal)),
+            *(self.config.span, self._dropout, self.scale),
+            need_normalizer=need_normalizer,
         )
 
     def merge_heads(self, heads: Tensor) -> Tensor:

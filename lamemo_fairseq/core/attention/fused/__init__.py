@@ -1,5 +1,7 @@
 """Fused attention in Triton: scores, softmax, merge and their gradients without a tensor of weights. See README.md."""
 
-from .api import causal_attention, lookahead_attention, memory_attention, why_not
+from .api import causal_attention, causal_part, why_not
+from .function import Part, attend
+from .launch import UNBOUNDED, Band
 
-__all__ = ["causal_attention", "lookahead_attention", "memory_attention", "why_not"]
+__all__ = ["UNBOUNDED", "Band", "Part", "attend", "causal_attention", "causal_part", "why_not"]

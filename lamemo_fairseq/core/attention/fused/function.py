@@ -28,7 +28,8 @@ class Part:
     band: Band
     bias: RelativeBias
     first: Optional[Tensor] = None
-    stored: Optional[Attended] = None
+    stored: Optional[Attended] = None  # merged with what is read
+    eps: float = 0.0  # of the merge
 
 
 def attend(
@@ -59,7 +60,17 @@ def _inputs(
     rows, keys = part.queries, part.keys
     stored = None if part.stored is None else (part.stored.output, part.stored.normalizer)
     return launch.Inputs(
-        q[:, :, rows], k[:, :, keys], v[:, :, keys], bias, part.band, part.first, stored, scale, dropout, seed
+        q[:, :, rows],
+        k[:, :, keys],
+        v[:, :, keys],
+        bias,
+        part.band,
+        part.first,
+        stored,
+        part.eps,
+        scale,
+        dropout,
+        seed,
     )
 
 
@@ -117,7 +128,7 @@ class _Attend(Function):
         for n, part in enumerate(ctx.parts):
             first, stored_output, stored_normalizer = held[n]
             stored = None if stored_output is None else Attended(stored_output, stored_normalizer)
-            part = Part(part.queries, part.keys, part.band, biases[n], first, stored)
+            part = Part(part.queries, part.keys, part.band, biases[n], first, stored, part.eps)
             rows, keys = part.queries, part.keys
             inputs = _inputs(part, q, k, v, biases[n], ctx.scale, ctx.dropout, ctx.seed)
             found = launch.backward(
@@ -151,4 +162,4 @@ def _grouped(biases: Sequence[Optional[Tensor]]) -> List[RelativeBias]:
 
 
 def _without_tensors(part: Part) -> Part:
-    return Part(part.queries, part.keys, part.band, RelativeBias())
+    return Part(part.queries, part.keys, part.band, RelativeBias(), eps=part.eps)

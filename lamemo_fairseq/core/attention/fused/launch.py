@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..eager import INTERPOLATION_EPS
 from ..types import RelativeBias
 from . import kernels
 from .tiles import Tile, tiles_for
@@ -51,6 +50,7 @@ class Inputs(NamedTuple):
     band: Band
     first: Optional[Tensor]  # [B], the first key that is visible to a stream
     stored: Optional[Tuple[Tensor, Tensor]]  # what the queries held: [B, H, Q, D] and [B, H, Q]
+    eps: float  # of the merge with it
     scale: float
     dropout: float
     seed: Optional[Tensor]  # one integer on the device
@@ -87,7 +87,7 @@ def forward(x: Inputs, out: Tensor) -> Tuple[Tensor, Saved]:
     kernels.forward_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
         x.q, x.k, x.v, x.bias.content, scores, x.first, x.seed, held_out, held, out, merged, new,
         *_strides(x.q), *_strides(x.k), *_strides(x.v), *_score_strides(scores), *_strides(held_out), *_strides(out),
-        **_geometry(x, layout), scale=x.scale, dropout=x.dropout, eps=INTERPOLATION_EPS, **_block_sizes(x, tile),
+        **_geometry(x, layout), scale=x.scale, dropout=x.dropout, eps=x.eps, **_block_sizes(x, tile),
         CONTENT=x.bias.content is not None, POSITION=scores is not None, FIRST=x.first is not None,
         STORED=x.stored is not None, DROPOUT=x.dropout > 0, CHUNKED=layout.chunks > 1,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -116,7 +116,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     kernels.delta_kernel[(triton.cdiv(queries, 32), batch * heads)](
         saved.output, grad, held_out, held, saved.new, delta, lse,
         *_strides(saved.output), *_strides(grad), *_strides(held_out),
-        heads, queries, INTERPOLATION_EPS,
+        heads, queries, x.eps,
         D=size, BLOCK_D=_block(size), BLOCK_Q=32, STORED=x.stored is not None,
     )  # fmt: skip
 

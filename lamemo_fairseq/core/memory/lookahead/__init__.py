@@ -12,16 +12,26 @@ from typing import ClassVar, Optional, Sequence, Tuple, Type
 import torch
 from torch import Tensor
 
-from ...attention import Attended, LookaheadWindow
+from ...attention import Attended
 from ...decoding.cache import AnyCache
 from ...kernels.rows import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows, no_contribution
-from .attention import LookaheadSelfAttention
+from .attention import LookaheadSelfAttention, lookahead_attention, memory_attention
 from .cache import LookaheadCache
 from .options import LookaheadOptions
-from .windows import WINDOWS
+from .windows import WINDOWS, LookaheadWindow
+
+__all__ = [
+    "WINDOWS",
+    "LookaheadMemory",
+    "LookaheadOptions",
+    "LookaheadState",
+    "LookaheadWindow",
+    "lookahead_attention",
+    "memory_attention",
+]
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,28 @@
 Shapes: B streams, R = m + N rows, m memory slots, N current tokens, H heads, D size of a head, d model width.
 """
 
+from types import ModuleType
 from typing import Optional
 
 from torch import Tensor
 
-from ...attention import BACKENDS, Attended, LookaheadWindow
+from ...attention import Attended, Operation
 from ...attention.padding import as_wide, bias_for
 from ...layers import SelfAttention
 from ...positions import LayerBias
 from ..base import last_rows
+from . import eager
+from .windows import LookaheadWindow
+
+
+def _fused() -> ModuleType:
+    from . import fused
+
+    return fused
+
+
+lookahead_attention = Operation("look-ahead attention", eager.lookahead_attention, _fused)
+memory_attention = Operation("attention with look-ahead", eager.memory_attention, _fused)
 
 
 class LookaheadSelfAttention(SelfAttention):
@@ -58,7 +71,7 @@ class LookaheadSelfAttention(SelfAttention):
         """
         assert bias.ahead is not None
         biases = bias_for(q, bias.causal), bias_for(q, bias.ahead)
-        attended: Attended = BACKENDS[self.config.backend].memory_attention(
-            *bias.rotate(q, k), v, biases, window, stored, self.config.span, self._dropout, self.scale
+        q, k = bias.rotate(q, k)
+        return memory_attention(
+            self.config.backend, q, k, v, biases, window, stored, self.config.span, self._dropout, self.scale
         )
-        return attended

@@ -10,12 +10,13 @@ from typing import ClassVar, Iterator, Optional, Protocol, Tuple, cast
 import torch
 from torch import Tensor
 
-from ...attention import Attended, LookaheadWindow
+from ...attention import Attended
 from ...decoding.cache import LayerCache, RowPosition, SegmentCache, counts, select_rows, write_rows
 from ...decoding.interfaces import CachedMemory, Network
 from ...layers import DecoderLayer
 from ...positions import LayerBias
 from .attention import LookaheadSelfAttention
+from .windows import LookaheadWindow
 
 
 class LookingAhead(CachedMemory, Protocol):

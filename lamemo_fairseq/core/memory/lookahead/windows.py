@@ -1,8 +1,25 @@
 """Windows of keys that the slots look ahead at, by name."""
 
-from typing import Callable, Dict
+from typing import Callable, Dict, NamedTuple, Optional
 
-from ...attention import LookaheadWindow
+from torch import Tensor
+
+
+class LookaheadWindow(NamedTuple):
+    """The key positions that the memory slots attend to when they look ahead.
+
+    Slots stand at positions 0 .. m-1 and the first current token at m. The keys are the positions ``first .. m``;
+    ``both_sides`` lets a slot see those on its left as well. There are as many keys as current tokens, at most
+    m, so that a stream which ends before the others in its batch looks ahead at fewer.
+    """
+
+    first: int
+    both_sides: bool
+    lengths: Optional[Tensor] = None  # [B], current tokens that are not padding; None if none is padding
+
+    def distances(self, slots: int) -> range:
+        """The signed distances ``key - slot`` that *slots* slots meet, masked pairs left out."""
+        return range(self.first - (slots - 1) if self.both_sides else 1, slots + 1)
 
 
 def right_window(slots: int, current: int) -> LookaheadWindow:

@@ -1,0 +1,73 @@
+"""Functions of attention that have an implementation by backend.
+
+Shapes: B streams, H heads, Q queries, D size of a head.
+"""
+
+from types import ModuleType
+from typing import Callable, Concatenate, Dict, Generic, Optional, ParamSpec
+
+from torch import Tensor
+
+from ..registry import Registry
+from .types import Attended
+
+P = ParamSpec("P")
+
+
+class Operation(Generic[P]):
+    """A function of attention: of queries ``[B, H, Q, D]``, and of whatever else it takes.
+
+    Its implementations compute the same. The backend that a call names chooses between them, by the queries.
+
+    Args:
+        name: stands in errors.
+        eager: the reference, in plain PyTorch.
+        fused: imports and returns the module of the fused implementation, a function of the same name. It is called
+            when the fused kernels are to run, so that nothing else needs Triton.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        eager: Callable[Concatenate[Tensor, P], Attended],
+        fused: Optional[Callable[[], ModuleType]] = None,
+    ):
+        self.name = name
+        self._implementations: Dict[str, Callable[Concatenate[Tensor, P], Attended]] = {"eager": eager}
+        if fused is not None:
+
+            def imported(q: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Attended:
+                attended: Attended = getattr(fused(), eager.__name__)(q, *args, **kwargs)
+                return attended
+
+            self._implementations["fused"] = imported
+
+    def __call__(self, backend: str, q: Tensor, *args: P.args, **kwargs: P.kwargs) -> Attended:
+        """Call the implementation that *backend*, a name of `BACKENDS`, chooses.
+
+        Raises:
+            ValueError: the backend is unknown, cannot take these queries, or does not implement this operation.
+        """
+        name = BACKENDS[backend](self, q)
+        if name not in self._implementations:
+            raise ValueError(f"attention backend '{name}' has no {self.name}")
+        return self._implementations[name](q, *args, **kwargs)
+
+    def has(self, implementation: str) -> bool:
+        """Tell whether an implementation of this name is registered."""
+        return implementation in self._implementations
+
+    def register(self, name: str, implementation: Callable[Concatenate[Tensor, P], Attended]) -> None:
+        """Add an implementation.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if self.has(name):
+            raise ValueError(f"{self.name} has an implementation '{name}' already")
+        self._implementations[name] = implementation
+
+
+# From an operation and its queries to the name of an implementation.
+Backend = Callable[[Operation[...], Tensor], str]
+BACKENDS: Registry[Backend] = Registry("attention backend")

@@ -1,0 +1,56 @@
+"""Look-ahead attention by the fused kernels: `eager.py` describes the functions.
+
+Shapes: B streams, H heads, K keys, R rows, D size of a head, m memory slots.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ...attention import Attended, RelativeBias
+from ...attention.fused import UNBOUNDED, Band, Part, attend, causal_part
+from . import eager
+from .windows import LookaheadWindow
+
+
+def lookahead_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: RelativeBias,
+    window: LookaheadWindow,
+    stored: Attended,
+    dropout: float = 0.0,
+    scale: Optional[float] = None,
+) -> Attended:
+    """As `eager.lookahead_attention`."""
+    return attend(q, k, v, [_ahead(q.size(2), slice(0, k.size(2)), bias, window, stored)], dropout, scale)
+
+
+def memory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    biases: Tuple[RelativeBias, RelativeBias],
+    window: LookaheadWindow,
+    stored: Attended,
+    span: Optional[int] = None,
+    dropout: float = 0.0,
+    scale: Optional[float] = None,
+) -> Attended:
+    """As `eager.memory_attention`, without a copy of any of its rows."""
+    slots, rows = stored.output.size(2), q.size(2)
+    causal, ahead = biases
+    current = causal_part(slice(slots, rows), rows - slots, rows, causal, span)
+    look_ahead = _ahead(slots, slice(window.first, slots + 1), ahead, window, stored)
+    return attend(q, k, v, [current, look_ahead], dropout, scale)
+
+
+def _ahead(slots: int, keys: slice, bias: RelativeBias, window: LookaheadWindow, stored: Attended) -> Part:
+    first = None
+    if window.lengths is not None:
+        first = (slots - window.first + 1 - window.lengths.clamp(min=1)).to(torch.int32)
+    low = -UNBOUNDED if window.both_sides else 1 - window.first
+    band = Band(low, UNBOUNDED, window.first - window.distances(slots).start)
+    return Part(slice(0, slots), keys, band, bias, first, stored, eager.INTERPOLATION_EPS)
