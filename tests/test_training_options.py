@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq.trainer import Trainer
 from fairseq_cli import train
 
 from .helpers import TASK, run_command, write_data
@@ -164,3 +165,15 @@ def test_how_text_was_cut_is_noted_for_the_hub(fit, tmp_path):
 
 def test_the_segment_length_of_a_preset(fit):
     assert "5 segments each" in fit("--max-update", 1, "--preset-tokens-per-sample", 8, sizes=["--batch-size", 4])[1]
+
+
+def test_fairseqs_own_trainer_is_refused(fit, tmp_path, monkeypatch):
+    """Its checkpoints would lack the memory, and the run could not be resumed."""
+
+    class Unwrapped(Trainer):
+        __wrapped__ = Trainer  # as if `fairseq_cli.train` chose the trainer already
+
+    monkeypatch.setattr(train, "Trainer", Unwrapped)
+    with pytest.raises(RuntimeError, match=r"fairseq's own Trainer saves no memory.*SegmentTrainer"):
+        fit("--max-update", 4)
+    assert not list(tmp_path.rglob("*.pt"))

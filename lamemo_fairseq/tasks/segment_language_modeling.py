@@ -171,6 +171,19 @@ class SegmentLanguageModelingTask(PromptTask):
         finally:
             self._trains = False
 
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        """Begin an epoch of training, or go on with one.
+
+        Raises:
+            RuntimeError: fairseq's own trainer trains. Its checkpoints would lack the memory.
+        """
+        if self._batches is None:
+            raise RuntimeError(
+                "fairseq's own Trainer saves no memory of the streams: train with fairseq-train, which chooses "
+                "lamemo_fairseq.host.trainer.SegmentTrainer for this task, or use that class"
+            )
+        super().begin_epoch(epoch, model)
+
     def get_batch_iterator(
         self,
         dataset: Any,
