@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 
-from .helpers import VARIANTS, random_tokens, read_by_token, tiny_decoder, whole_segments
+from lamemo_fairseq.core import MEMORIES
+from lamemo_fairseq.core.decoding.state import DecodingState
+
+from .helpers import VARIANTS, first_of_each_memory, random_tokens, read_by_token, tiny_decoder, whole_segments
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 OPTIONS = [
@@ -43,3 +46,19 @@ def test_every_token_equals_the_pass_over_segments(variant, options, dtype):
     if dtype == torch.float32 and variant[0] == "token":  # its own output is the next segment's input
         tolerance = max(tolerance, 10 * rounding(decoder, tokens, expected))
     torch.testing.assert_close(read_by_token(decoder, tokens), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("memory", [name for name in MEMORIES.names() if name not in ("none", "token")])
+@torch.no_grad()
+def test_rows_that_wait_for_others_write_nothing_that_is_read(memory):
+    """A row that reads nothing stands beside one that reads: with --same-length, it may see no column at all."""
+    options = {"segment_length": 6, "mem_len": 2, "same_length": True}
+    decoder, tokens = tiny_decoder(first_of_each_memory()[memory], **options), random_tokens(2, 6)
+    expected = whole_segments(decoder, tokens)
+    for count in range(1, 6):
+        state = DecodingState(decoder, 2)
+        state.read(tokens[:, :4], [4, 0])
+        state.read(tokens[:, :count], [0, count])
+        found = state.read(torch.stack([tokens[0, 4:5], tokens[1, count : count + 1]]))
+        torch.testing.assert_close(found[0, 0], expected[0, 4], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[1, 0], expected[1, count], rtol=0, atol=1e-12)
