@@ -1,10 +1,14 @@
 """Products with padded widths against products without, without a GPU."""
 
+import copy
+import math
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lamemo_fairseq.core.kernels import aligned
+from lamemo_fairseq.core.kernels import aligned, padded
 from lamemo_fairseq.core.kernels import rows as rows_module
 from lamemo_fairseq.core.layers import layer
 from lamemo_fairseq.core.memory import MEMORIES
@@ -27,26 +31,25 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(aligned, "matters", lambda x: True)
 
 
-def rows(shape, wide, offset=0):
-    """Rows of float16; *wide* ones stand 16 bytes apart, with ones behind them."""
+def rows(shape, kind):
+    """Rows of float16: without anything behind them, with NaN in rows 16 bytes apart, or with zeros and the type."""
     torch.manual_seed(1)
     values = torch.randn(shape).half()
-    if not wide:
+    if kind == "narrow":
         return values.requires_grad_()
-    width = -(-shape[-1] // 8) * 8
-    storage = torch.ones(offset + values[..., 0].numel() * width).half()
-    strides = (*(torch.empty(*shape[:-1], width).stride()[:-1]), 1)
-    return torch.as_strided(storage, shape, strides, offset).copy_(values).requires_grad_()
+    storage = torch.full((*shape[:-1], -(-shape[-1] // 8) * 8), 0.0 if kind == "padded" else math.nan).half()
+    storage[..., : shape[-1]] = values
+    return (padded.cut(storage, shape[-1]) if kind == "padded" else storage[..., : shape[-1]]).requires_grad_()
 
 
+@pytest.mark.parametrize("kind", ["narrow", "view", "padded"])
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("keep_padding", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 13), (5, 13), (1, 1, 3)], ids=str)
-def test_products(shape, keep_padding, wide, on_a_gpu):
-    x, weight = rows(shape, wide), torch.randn(11, shape[-1]).half().requires_grad_()
+def test_products(shape, wide, kind, on_a_gpu):
+    x, weight = rows(shape, kind), torch.randn(11, shape[-1]).half().requires_grad_()
     bias = torch.randn(11).half().requires_grad_()
-    found = aligned.linear(x, weight, bias, keep_padding)
-    assert found.size(-1) == (16 if keep_padding else 11) and not found[..., 11:].any()
+    found = (aligned.wide_linear if wide else aligned.linear)(x, weight, bias)
+    assert found.size(-1) == (16 if wide else 11) and not found[..., 11:].any()
     wanted = F.linear(x, weight, bias)
     grad = torch.randn_like(wanted)
     gradients = torch.autograd.grad(found[..., :11], (x, weight, bias), grad)
@@ -55,11 +58,25 @@ def test_products(shape, keep_padding, wide, on_a_gpu):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
 
-def test_rows_16_bytes_apart_are_not_copied():
-    x = rows((2, 3, 13), wide=True)
-    assert aligned.widened(x).data_ptr() == x.data_ptr() and aligned.widened(x).shape == (2, 3, 16)
-    for other in (rows((2, 3, 13), wide=False), rows((2, 3, 13), wide=True, offset=2)):
-        assert aligned.widened(other).data_ptr() != other.data_ptr() and not aligned.widened(other)[..., 13:].any()
+def test_padded_rows_are_not_copied():
+    x = rows((2, 3, 13), "padded")
+    assert padded.widened(x).data_ptr() == x.data_ptr() and padded.widened(x).shape == (2, 3, 16)
+    for other in (rows((2, 3, 13), "narrow"), rows((2, 3, 13), "view"), x[:, 1:], x.detach(), x + 0):
+        assert padded.widened(other).data_ptr() != other.data_ptr() and not padded.widened(other)[..., 13:].any()
+
+
+def test_a_copy_of_padded_rows_is_a_plain_tensor():
+    x = rows((2, 13), "padded").detach_()
+    assert type(x) is padded.PaddedRows
+    for copied in (copy.deepcopy(x), pickle.loads(pickle.dumps(x)), x.clone()):
+        assert type(copied) is torch.Tensor and torch.equal(copied, x)
+
+
+@pytest.mark.parametrize("size", [12, 14, 15])
+def test_rows_that_do_not_fit_a_weight_are_refused(size, on_a_gpu):
+    """Padding both to 16 columns would hide that."""
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        aligned.linear(torch.randn(2, size).half(), torch.randn(11, 13).half())
 
 
 def test_heads_are_padded_by_their_weights(on_a_gpu):

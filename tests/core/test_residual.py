@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lamemo_fairseq.core.kernels import activation, residual, rows
+from lamemo_fairseq.core.kernels import activation, padded, residual, rows
 from lamemo_fairseq.core.layers import DecoderLayer, LayerConfig, layer
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -306,7 +306,7 @@ def test_a_hook_on_the_feed_forward_is_called_where_kernels_serve(monkeypatch):
 def test_padding_is_read_only_inside_its_storage_and_never_counts():
     stored = torch.full((2, 5, 48), math.nan, dtype=torch.float16, device=DEVICE)
     short = stored.view(-1)[: 2 * 5 * 48 - 6].clone().as_strided((2, 5, 42), (240, 48, 1))
-    assert [rows.readable(t) for t in (stored[..., :42], short, stored[..., 6:])] == [48, 42, 42]
+    assert [padded.readable(t) for t in (stored[..., :42], short, stored[..., 6:])] == [48, 42, 42]
     low, _ = given(torch.float16, 2, 5, 0, 42)
     out = residual.by_kernel(low[0], low[1], norm_of(low[2].detach(), low[3].detach()), 0.0)[1]
     grad = normal(2, 5, 42).to(DEVICE, torch.float16)
@@ -323,15 +323,16 @@ def test_sums_over_many_programs():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [7, 8, 10])
 def test_joined_rows(dtype, width):
-    """Padding behind them is finite where a kernel would take them, and gradients are those of the latter rows."""
+    """Zeros stand behind them where a kernel would take them, and gradients are those of the latter rows."""
     past, new = (normal(2, n, width, seed=n).to(DEVICE, dtype) for n in (3, 4))
-    for join in (rows.join, rows._Join.apply):
+    for join in (padded.join, padded._Join.apply):
         given = new.clone().requires_grad_()
         joined = join(past, given)
         assert torch.equal(joined, torch.cat([past, new], dim=1))
         grad = normal(2, 7, width, seed=9).to(joined)
         joined.backward(grad)
         assert torch.equal(given.grad, grad[:, 3:])
-    stored = rows.stored_width(new, width)
-    assert rows.readable(joined) == stored
-    assert joined.as_strided((2, 7, stored), joined.stride()).isfinite().all()
+    stored = padded.stored_width(new, width)
+    assert padded.readable(joined) == stored
+    assert isinstance(joined, padded.PaddedRows) == (stored > width)
+    assert not joined.as_strided((2, 7, stored), joined.stride())[..., width:].any()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention import RelativeBias
+from ..kernels.padded import WideRows
 from ..layers import DecoderLayer
 from ..positions import LayerBias
 from .attention import Columns, cached_attention
@@ -157,7 +158,7 @@ def layer_step(layer: DecoderLayer, x: Tensor, cached: LayerCache, columns: Colu
     attention, kept = layer.self_attn, cached.attended()
     cached.store_inputs(x, columns)
 
-    def attend(normed: Tensor) -> Tuple[Tensor, None]:
+    def attend(normed: Tensor) -> Tuple[WideRows, None]:
         q, k, v = attention.project(normed, normed.size(1))
         columns.write(cached.keys, k, 2)
         columns.write(cached.values, v, 2)

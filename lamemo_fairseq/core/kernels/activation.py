@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from . import rows
 from .autograd import Context, Function
+from .padded import WideRows
 
 
-def relu_dropout(x: Tensor, dropout: float, training: bool, bias: Optional[Tensor] = None) -> Tensor:
+def relu_dropout(x: WideRows, dropout: float, training: bool, bias: Optional[Tensor] = None) -> WideRows:
     """``dropout(relu(x + bias))``.
 
     Args:
@@ -25,7 +26,7 @@ def relu_dropout(x: Tensor, dropout: float, training: bool, bias: Optional[Tenso
         ``[.., W]`` in the dtype given.
     """
     p = dropout if training else 0.0
-    return by_kernel(x, p, bias) if takes(x, p, bias) else plain(x, p, bias)
+    return WideRows(by_kernel(x, p, bias) if takes(x, p, bias) else plain(x, p, bias))
 
 
 def takes(x: Tensor, dropout: float, bias: Optional[Tensor] = None) -> bool:

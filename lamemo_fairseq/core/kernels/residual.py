@@ -1,7 +1,7 @@
 """What stands between two parts of a layer: ``layer_norm(residual + dropout(x + bias))``, in one kernel where it can.
 
-Half-precision rows of a width that breaks alignment, such as 410, come out as views of storage up to the next multiple
-of 8, with zeros behind them, so that products of them need no copy (`aligned.py`).
+Half-precision rows of a width that breaks alignment, such as 410, come out as `PaddedRows`: products of them need no
+copy (`aligned.py`).
 
 Shapes: B streams, R rows of each, d width.
 """
@@ -14,18 +14,19 @@ from torch.autograd.function import once_differentiable
 
 from . import rows
 from .autograd import Context, Function
+from .padded import WideRows, cut, stored_width
 from .parts import is_plain
 
 LARGEST_WIDTH = 4096
 
 
 def residual_norm(
-    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout, bias: Optional[Tensor] = None
+    x: WideRows, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout, bias: Optional[Tensor] = None
 ) -> Tensor:
     """``norm(residual + dropout(x + bias))``.
 
     Args:
-        x: ``[.., d]``, or wider by zeros as `aligned.linear` leaves it with *keep_padding*.
+        x: ``[.., d]``, or wider by zeros.
         residual: ``[.., d]``, with any strides.
         norm, dropout: an `nn.LayerNorm` and an `nn.Dropout`, or anything in place of them, which is then called.
         bias: ``[d]`` or None.
@@ -39,7 +40,7 @@ def residual_norm(
 
 
 def residual_sum_and_norm(
-    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout
+    x: WideRows, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout
 ) -> Tuple[Tensor, Tensor]:
     """As `residual_norm` without a bias; it returns the sum as well: ``(sum, norm)``."""
     if takes(x, residual, norm, dropout):
@@ -88,7 +89,7 @@ def by_kernel(
 ) -> Tuple[Optional[Tensor], Tensor]:
     """Sum and norm by one kernel, their gradients by another. Without *keep*, no sum and no gradients."""
     d = residual.size(-1)
-    if x.size(-1) not in (d, rows.stored_width(residual, d)):
+    if x.size(-1) not in (d, stored_width(residual, d)):
         x = x[..., :d]
     seed = rows.draw_seed(x, dropout)
     total, normed = _ResidualNorm.apply(x, residual, norm.weight, norm.bias, bias, norm.eps, seed, dropout, keep)
@@ -112,11 +113,11 @@ class _ResidualNorm(Function):
         d = residual.size(-1)
         out, saved = residual_kernel.forward(x, bias, residual, gamma, beta, eps, seed, dropout, keep)
         if saved is None:
-            return None, rows.cut(out, d)
+            return None, cut(out, d)
         ctx.save_for_backward(*saved, gamma, seed)
         ctx.dropout, ctx.with_bias, ctx.width_x = dropout, bias is not None, x.size(-1)
         ctx.set_materialize_grads(False)
-        return rows.cut(saved.total, d), rows.cut(out, d)
+        return cut(saved.total, d), cut(out, d)
 
     @staticmethod
     @once_differentiable
@@ -131,6 +132,6 @@ class _ResidualNorm(Function):
             grad, grad_sum, residual_kernel.Saved(*saved), gamma, seed, ctx.dropout, ctx.with_bias
         )
         d_gamma, d_beta, *d_bias = parameters.unbind()
-        d_residual = rows.cut(ds, grad.size(-1))
-        dx = d_residual if dx is ds and ctx.width_x == grad.size(-1) else rows.cut(dx, ctx.width_x)
+        d_residual = cut(ds, grad.size(-1))
+        dx = d_residual if dx is ds and ctx.width_x == grad.size(-1) else cut(dx, ctx.width_x)
         return dx, d_residual, d_gamma, d_beta, d_bias[0] if d_bias else None, None, None, None, None

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import empty_rows, readable, stored_width, strided
+from .padded import empty_rows, readable, stored_width
+from .rows import strided
 from .shared_kernels import TILE, WORDS, dropped, kept, programs, sums
 
 BACKWARD_TILE = 1024  # fewer, as sums over rows stay in registers

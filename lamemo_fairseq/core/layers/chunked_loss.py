@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.aligned import padded
 from ..kernels.autograd import Context, Function
+from ..kernels.padded import with_zeros
 
 SMALLEST_CHUNK = 1 << 25  # scores, 64 MiB in half precision
 
@@ -59,7 +59,7 @@ class _LinearCrossEntropy(Function):
         inside = False
         if features.element_size() == 2:
             # Whatever is padded gets a probability of zero, and no gradient.
-            x, w, b = padded(x), padded(w, 2), F.pad(b, (0, -len(b) % 8), value=torch.finfo(w.dtype).min)
+            x, w, b = with_zeros(x), with_zeros(w, 2), F.pad(b, (0, -len(b) % 8), value=torch.finfo(w.dtype).min)
             inside = x.size(1) > width
             if inside:  # a column of padding takes the biases, whose gradient then comes with that of the weights
                 x[:, width], w[:, width] = 1, b

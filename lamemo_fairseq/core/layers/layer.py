@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import aligned
 from ..kernels.activation import relu_dropout
+from ..kernels.padded import WideRows, narrowed
 from ..kernels.parts import is_plain
 from ..kernels.residual import residual_norm, residual_sum_and_norm
 from ..kernels.rows import fusable
@@ -44,20 +45,20 @@ class FeedForward(nn.Module):
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return aligned.through(self.fc2, self._hidden(x), self.widths[1])
+        return narrowed(aligned.through(self.fc2, self._hidden(x), self.widths[1]), self.widths[0])
 
-    def without_bias(self, x: Tensor) -> Tensor:
-        """As `forward`, but for the last bias, and perhaps wider by zeros."""
-        return aligned.linear(self._hidden(x), self.fc2.weight, keep_padding=True)
+    def without_bias(self, x: Tensor) -> WideRows:
+        """As `forward`, but for the last bias, and perhaps wider."""
+        return aligned.wide_linear(self._hidden(x), self.fc2.weight)
 
-    def _hidden(self, x: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor) -> WideRows:
         dropout = self.activation_dropout
         known = is_plain(dropout, nn.Dropout)  # another one is given no padding, of which it does not know
         if known and is_plain(self.fc1, nn.Linear) and self.activation_fn is F.relu and fusable(x):
-            hidden = aligned.linear(x, self.fc1.weight, keep_padding=True)
+            hidden = aligned.wide_linear(x, self.fc1.weight)
             return relu_dropout(hidden, dropout.p, dropout.training, self.fc1.bias)
-        dropped: Tensor = dropout(self.activation_fn(aligned.through(self.fc1, x, self.widths[0], keep_padding=known)))
-        return dropped
+        hidden = aligned.through(self.fc1, x, self.widths[0])
+        return WideRows(dropout(self.activation_fn(hidden if known else narrowed(hidden, self.widths[1]))))
 
 
 class DecoderLayer(nn.Module):
@@ -90,7 +91,7 @@ class DecoderLayer(nn.Module):
         """Return the attention's input for ``rows [B, R, d]``."""
         return self.self_attn_layer_norm(rows) if self.config.normalize_before else rows
 
-    def around(self, rows: Tensor, attend: Callable[[Tensor], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    def around(self, rows: Tensor, attend: Callable[[Tensor], tuple[WideRows, Any]]) -> tuple[Tensor, Any]:
         """The layer with another attention: *attend* gets its input and returns what `forward` expects of it."""
         before = self.config.normalize_before
         attended, carried = attend(self.attention_input(rows))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attention import BACKENDS, Attended, causal_attention
 from ..attention.padding import bias_for
 from ..kernels import aligned
+from ..kernels.padded import WideRows, widened
 from ..kernels.parts import is_product
 from ..positions import LayerBias
 from .heads import split_heads, wide_heads
@@ -43,7 +44,7 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.embed_dim, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, config.embed_dim, bias=False)
 
-    def attend(self, rows: Tensor, bias: LayerBias, queries: int) -> Tensor:
+    def attend(self, rows: Tensor, bias: LayerBias, queries: int) -> WideRows:
         """Let the last *queries* of ``rows [B, R, d]`` attend to all rows before them: ``[B, Q, d]``."""
         q, k, v = self.project(rows, queries, keep_padding=True)
         attended = self.causal(q, k, v, bias, need_normalizer=False)
@@ -56,8 +57,10 @@ class SelfAttention(nn.Module):
             q, k, v = split_heads(self.qkv_proj(rows), 3, heads)
             return q[:, :, rows.size(1) - queries :], k, v
         weight = self.qkv_proj.weight
-        if keep_padding and self.config.head_dim % 8 and aligned.matters(rows):
-            weight = wide_heads(weight, self.config.head_dim, dim=0)
+        if aligned.matters(rows):
+            rows = widened(rows)  # once for both products, as a part of `PaddedRows` is a plain tensor
+            if keep_padding and self.config.head_dim % 8:
+                weight = wide_heads(weight, self.config.head_dim, dim=0)
         if queries == rows.size(1):
             q, k, v = split_heads(aligned.linear(rows, weight), 3, heads)
             return q, k, v
@@ -76,16 +79,15 @@ class SelfAttention(nn.Module):
             need_normalizer=need_normalizer,
         )
 
-    def merge_heads(self, heads: Tensor) -> Tensor:
-        """``[B, H, Q, D or D'] -> [B, Q, d]``, perhaps wider by zeros, through the output projection."""
+    def merge_heads(self, heads: Tensor) -> WideRows:
+        """``[B, H, Q, D or D'] -> [B, Q, d]`` through the output projection."""
         size = self.config.head_dim
         if not is_product(self.out_proj):
-            merged: Tensor = self.out_proj(heads[..., :size].transpose(1, 2).flatten(2))
-            return merged
+            return WideRows(self.out_proj(heads[..., :size].transpose(1, 2).flatten(2)))
         weight = self.out_proj.weight
         if heads.size(-1) > size:
             weight = wide_heads(weight, size, dim=1)
-        return aligned.linear(heads.transpose(1, 2).flatten(2), weight, keep_padding=True)
+        return aligned.wide_linear(heads.transpose(1, 2).flatten(2), weight)
 
     @property
     def scale(self) -> float:
@@ -103,6 +105,6 @@ class SelfAttention(nn.Module):
 class CausalSelfAttention(SelfAttention):
     """Causal attention over all rows."""
 
-    def forward(self, rows: Tensor, bias: LayerBias, queries: int) -> tuple[Tensor, None]:
+    def forward(self, rows: Tensor, bias: LayerBias, queries: int) -> tuple[WideRows, None]:
         """Return the rows ``[B, Q, d]`` of `attend`, and nothing that the attention carries on."""
         return self.attend(rows, bias, queries), None

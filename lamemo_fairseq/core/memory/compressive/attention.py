@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...attention import RelativeBias
 from ...attention.eager import causal_scores
+from ...kernels.padded import WideRows
 from ...layers import SelfAttention
 from ...positions import LayerBias
 
@@ -22,7 +23,7 @@ class CompressiveSelfAttention(SelfAttention):
 
     def forward(
         self, rows: Tensor, bias: LayerBias, queries: int, watched: Optional[slice] = None
-    ) -> tuple[Tensor, Optional[Tensor]]:
+    ) -> tuple[WideRows, Optional[Tensor]]:
         """One layer's attention.
 
         Args:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...attention.padding import as_wide
 from ...kernels import aligned
+from ...kernels.padded import WideRows
 from ...layers import AttentionConfig, SelfAttention
 from ...positions import LayerBias
 from .options import ContinuousOptions
@@ -39,7 +40,7 @@ class ContinuousSelfAttention(SelfAttention):
         self.long_term_v_proj = nn.Linear(config.embed_dim, width, bias=False)
         self.density_proj = nn.Linear(self.basis.count, 2, bias=False)  # w_mu and w_sigma
 
-    def forward(self, rows: Tensor, bias: LayerBias, queries: int, coefficients: Tensor) -> tuple[Tensor, Density]:
+    def forward(self, rows: Tensor, bias: LayerBias, queries: int, coefficients: Tensor) -> tuple[WideRows, Density]:
         """The last *queries* of ``rows [B, R, d]`` attend to all rows before them, and to a signal.
 
         Args:

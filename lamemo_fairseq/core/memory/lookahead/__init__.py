@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...attention import Attended
 from ...decoding.cache import AnyCache
-from ...kernels.rows import join
+from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows, no_contribution

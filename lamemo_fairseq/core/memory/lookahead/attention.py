@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...attention import Attended, Operation
 from ...attention.padding import as_wide, bias_for
+from ...kernels.padded import WideRows
 from ...layers import SelfAttention
 from ...positions import LayerBias
 from ..base import last_rows
@@ -32,7 +33,7 @@ class LookaheadSelfAttention(SelfAttention):
 
     def forward(
         self, rows: Tensor, bias: LayerBias, window: Optional[LookaheadWindow], stored: Optional[Attended], current: int
-    ) -> tuple[Tensor, Optional[Attended]]:
+    ) -> tuple[WideRows, Optional[Attended]]:
         """One layer's attention (LaMemo, equations 5 to 9).
 
         Args:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...attention import Attended
 from ...decoding.cache import LayerCache, RowPosition, SegmentCache, counts, select_rows, write_rows
 from ...decoding.interfaces import CachedMemory, Network
+from ...kernels.padded import WideRows
 from ...layers import DecoderLayer
 from ...positions import LayerBias
 from .attention import LookaheadSelfAttention
@@ -99,7 +100,7 @@ def _refreshed(
     in_slots = slice(mem_len - slots, mem_len)
     stored = Attended(*(select_rows(buffer, rows)[:, :, in_slots] for buffer in past))
 
-    def refresh(normed: Tensor) -> Tuple[Tensor, None]:
+    def refresh(normed: Tensor) -> Tuple[WideRows, None]:
         q, k, v = attention.project(normed, slots + 1)
         attended = attention.refresh(q, k, v, bias, window, stored)
         written = ((cached.keys, k), (cached.values, v), (past.output, attended.output), (past.normalizer, attended[1]))

@@ -8,7 +8,7 @@ from typing import ClassVar, Optional, Sequence, Tuple, Type
 
 from torch import Tensor
 
-from ...kernels.rows import join
+from ...kernels.padded import join
 from ...layers import DecoderLayer
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage, last_rows

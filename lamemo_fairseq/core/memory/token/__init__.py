@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...decoding.cache import AnyCache
-from ...kernels.rows import join
+from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import PositionEncoding
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...attention import RelativeBias
 from ...attention.eager import relative_scores
 from ...attention.padding import bias_for
+from ...kernels.padded import WideRows
 from ...layers import SelfAttention
 from ...layers.self_attention import AttentionConfig
 from ...positions import LayerBias
@@ -44,7 +45,7 @@ class TokenSelfAttention(SelfAttention):
             )
         super().__init__(config)
 
-    def forward(self, rows: Tensor, bias: LayerBias, blocks: Blocks) -> tuple[Tensor, None]:
+    def forward(self, rows: Tensor, bias: LayerBias, blocks: Blocks) -> tuple[WideRows, None]:
         """One layer's attention (Bulatov et al. 2022, section 3.2).
 
         Args:

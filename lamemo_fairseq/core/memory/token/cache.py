@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...decoding.cache import LayerCache, RowPosition, SegmentCache, counts, select_rows, write_rows
 from ...decoding.interfaces import CachedMemory, MemorySizes, Network
+from ...kernels.padded import WideRows
 from ...layers import DecoderLayer
 from ...positions import LayerBias
 from .attention import TokenSelfAttention
@@ -92,7 +93,7 @@ def _through(
     """
     attention = cast(TokenSelfAttention, layer.self_attn)
 
-    def attend(normed: Tensor) -> Tuple[Tensor, None]:
+    def attend(normed: Tensor) -> Tuple[WideRows, None]:
         q, k, v = attention.project(normed, normed.size(1))
         return attention.merge_heads(attention.block(q, seen(cached.keys, k), seen(cached.values, v), bias)), None
 

@@ -1,0 +1,134 @@
+"""Rows whose width breaks alignment, and the zeros behind them: two types, so that nothing else is read as padding.
+
+Such a width is 410; d' is the next multiple of 8. `PaddedRows [.., d]` have the zeros behind them in storage, and
+`WideRows [.., d']` as columns of their own.
+
+Shapes: B streams, R rows of each, d width.
+"""
+
+from copy import deepcopy
+from typing import Any, Dict, NewType, SupportsIndex, Tuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import rows as layout
+from .autograd import Context, Function
+
+WideRows = NewType("WideRows", Tensor)  # [.., d] or [.., d'], the columns from d on zeros
+
+
+class PaddedRows(Tensor):
+    """Rows ``[.., d]`` with zeros in storage behind each, up to d'. Only `cut` makes them, no operation does."""
+
+    __torch_function__ = cast(Any, torch._C._disabled_torch_function_impl)
+
+    # Saved and copied, they are plain tensors.
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Tuple[object, ...]:
+        reduced: Tuple[object, ...] = self.as_subclass(Tensor).__reduce_ex__(protocol)
+        return reduced
+
+    def __deepcopy__(self, memo: Dict[int, object]) -> Tensor:
+        return deepcopy(self.as_subclass(Tensor), memo)
+
+
+def stored_width(like: Tensor, width: int) -> int:
+    """Return the columns that rows of *width* take in storage: whole units of 16 bytes in half precision."""
+    return width + -width % 8 if like.element_size() == 2 else width
+
+
+def empty_rows(like: Tensor, width: int) -> Tensor:
+    """Return rows ``[.., stored]`` for a kernel to write, zeros behind *width* included: as many as *like* has."""
+    return like.new_empty(*like.shape[:-1], stored_width(like, width))
+
+
+def cut(rows: Tensor, width: int) -> Tensor:
+    """Return the first *width* columns of rows whose others are zeros; if there are others, as `PaddedRows`.
+
+    They are no view to autograd, which would refuse changes in place.
+    """
+    if rows.size(-1) == width:
+        return rows
+    cut_off: PaddedRows = Tensor._make_subclass(PaddedRows, rows[..., :width])
+    return cut_off
+
+
+def with_zeros(t: Tensor, dims: int = 1) -> Tensor:
+    """Return *t* with zeros behind its last *dims* dimensions, up to multiples of 8."""
+    amounts = [amount for size in reversed(t.shape[-dims:]) for amount in (0, -size % 8)]
+    return F.pad(t, amounts) if any(amounts) else t
+
+
+def widened(rows: Tensor) -> WideRows:
+    """Return ``rows [.., d]`` as ``[.., d']``, without a copy if they are `PaddedRows`."""
+    if isinstance(rows, PaddedRows):
+        wide: WideRows = _Widen.apply(rows)
+        return wide
+    return WideRows(with_zeros(rows))
+
+
+def narrowed(rows: Tensor, width: int) -> Tensor:
+    """Return the first *width* columns of `WideRows`."""
+    return rows if rows.size(-1) == width else rows[..., :width]
+
+
+class _WidenContext(Context):
+    width: int
+
+
+class _Widen(Function):
+    @staticmethod
+    def forward(ctx: _WidenContext, rows: PaddedRows) -> Tensor:
+        ctx.width = rows.size(-1)
+        # No view to autograd, which would refuse changes in place.
+        return rows.as_strided((*rows.shape[:-1], stored_width(rows, ctx.width)), rows.stride()).detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _WidenContext, grad: Tensor) -> Tensor:
+        return grad[..., : ctx.width]
+
+
+def readable(rows: Tensor) -> int:
+    """Return how many columns of ``rows [B, R, d]`` can be read at aligned addresses: d' if storage reaches there.
+
+    Anything may stand behind d, NaN included: the reader discards it.
+    """
+    width = rows.size(-1)
+    wide = stored_width(rows, width)
+    if any(stride % 8 for stride in rows.stride()[:-1]) or rows.storage_offset() % 8:
+        return width
+    last = sum((size - 1) * stride for size, stride in zip(rows.shape[:-1], rows.stride()[:-1], strict=True))
+    end = (rows.storage_offset() + last + wide) * rows.element_size()
+    return wide if end <= rows.untyped_storage().nbytes() else width
+
+
+def join(past: Tensor, new: Tensor) -> Tensor:
+    """Return rows ``[B, m, d]`` without gradient and ``[B, R, d]`` after them, as `PaddedRows` where kernels run."""
+    if not layout.fusable(new) or stored_width(new, new.size(-1)) == new.size(-1):
+        return torch.cat([past, new], dim=1)
+    joined: Tensor = _Join.apply(past, new)
+    return joined
+
+
+class _JoinContext(Context):
+    slots: int
+
+
+class _Join(Function):
+    @staticmethod
+    def forward(ctx: _JoinContext, past: Tensor, new: Tensor) -> Tensor:
+        ctx.slots, width = past.size(1), new.size(-1)
+        joined = new.new_empty(new.size(0), ctx.slots + new.size(1), stored_width(new, width))
+        joined[..., width:].zero_()
+        joined[:, : ctx.slots, :width].copy_(past)
+        joined[:, ctx.slots :, :width].copy_(new)
+        return cut(joined, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _JoinContext, grad: Tensor) -> Tuple[None, Tensor]:
+        return None, grad[:, ctx.slots :]
