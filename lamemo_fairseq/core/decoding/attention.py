@@ -1,7 +1,7 @@
 """Attention of new tokens over cached keys and values.
 
-Shapes: B rows, k new tokens, N tokens of a segment, M memory slots, H heads, D size of a head; C columns of a cache:
-slots up to M, then tokens. K of them are looked at.
+Shapes: B sequences, k new tokens, N tokens of a segment, M memory slots, H heads, D size of a head; C columns of a
+cache: slots up to M, then tokens. K of them are looked at.
 """
 
 import math
@@ -15,7 +15,7 @@ from ..attention import Attended, RelativeBias, Rotation
 
 
 class Pairs(NamedTuple):
-    """What the pairs of new tokens and columns have in common in every layer; rows that are alike are kept once."""
+    """Properties of pairs of new token and column, the same in every layer; sequences that are alike share one."""
 
     entry: Tensor  # [B or 1, 1, k, K] where the last K distances of a table hold the pair's
     hidden: Tensor  # [B or 1, 1, k, K] whether the token must not see the column
@@ -26,11 +26,12 @@ class Columns:
 
     Args:
         first, end: the columns looked at are ``first .. end-1``.
-        query: ``[B, k]`` the new tokens' own columns. Rows that are padded may lie beyond the cache.
-        oldest: ``[B]`` each row's first column.
+        query: ``[B, k]`` the new tokens' own columns. Those of padding may lie beyond the cache.
+        oldest: ``[B]`` each sequence's first column.
         last: the cache's last column, C - 1.
         span: how many keys a token sees at most, itself included (None: all).
-        at: the first token's column, where the host knows it to be the same in every row, and *first* to be the oldest.
+        at: the first token's column, where the host knows it to be the same in every sequence, and *first* to be
+            the oldest.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Columns:
 
     @cached_property
     def own(self) -> Tensor:
-        """``[B, k]`` the columns that the new tokens are written to; what padded rows write is never read."""
+        """``[B, k]`` the columns that the new tokens are written to; what padding writes is never read."""
         return self.query.clamp(max=self.last)
 
     @cached_property
@@ -86,17 +87,17 @@ def cached_attention(
     need_normalizer: bool = True,
     rotation: Optional[Rotation] = None,
 ) -> Attended:
-    """Every new token attends to the columns from its row's oldest slot up to its own.
+    """Every new token attends to the columns from its sequence's oldest slot up to its own.
 
     Args:
         q: ``[B, H, k, D]``.
-        keys, values: ``[B, H, C, D]``; what lies outside a row's own columns is ignored.
+        keys, values: ``[B, H, C, D]``; what lies outside a sequence's own columns is ignored.
         bias: its table ends with the distances ``K-1 .. 0``.
         need_normalizer: False saves computing it, and the result's is empty.
         rotation: of queries and keys, which are both unrotated; its positions are columns. Slots move when a segment
             closes, and a key that is rotated where it is read is exact wherever it stands.
     """
-    rows, heads, _, size = q.shape
+    batch, heads, _, size = q.shape
     seen = columns.of(keys)
     if rotation is not None:
         q, seen = rotation.at(columns.own).rotate(q), rotation.rotate(seen, columns.first)
@@ -110,7 +111,7 @@ def cached_attention(
         scores = torch.baddbmm(by_distance.flatten(0, 1), content_q.flatten(0, 1), by_key, alpha=scale)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if columns.pairs is not None:
-        scores = scores.view(rows, heads, *scores.shape[1:]).masked_fill(columns.pairs.hidden, -math.inf).flatten(0, 1)
+        scores = scores.view(batch, heads, *scores.shape[1:]).masked_fill(columns.pairs.hidden, -math.inf).flatten(0, 1)
     weights = scores.softmax(-1)
     output = torch.bmm(weights.to(values.dtype), columns.of(values).flatten(0, 1)).view(q.shape)
     if not need_normalizer:
@@ -131,7 +132,7 @@ def _by_distance(q: Tensor, bias: RelativeBias, columns: Columns, scale: float) 
         scores = learned * scale
     else:
         position_q = q if bias.position is None else q + bias.position.unsqueeze(1)
-        # One product a head for all rows, so that the table is not copied for each of them.
+        # One product a head for all sequences, so that the table is not copied for each of them.
         by_head, table = position_q.transpose(0, 1).flatten(1, 2), bias.table[:, -width:].transpose(1, 2)
         if learned is None:
             scores = torch.bmm(by_head * scale, table)

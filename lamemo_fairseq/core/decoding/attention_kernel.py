@@ -1,10 +1,10 @@
-"""Attention of one new token a row over cached keys and values, as one Triton kernel.
+"""Attention of one new token a sequence over cached keys and values, as one Triton kernel.
 
-The columns of a row and head are split among programs where there are few of these; the last of them to finish joins
-the softmaxes. It adds the token itself and writes it into the cache. Positions cost no gather: rows of the table
-are as far apart as columns. Only columns that a row sees are read.
+The columns of a sequence and head are split among programs where there are few of these; the last of them to finish
+joins the softmaxes. It adds the token itself and writes it into the cache. Positions cost no gather: rows of the table
+are as far apart as columns. Only columns that a sequence sees are read.
 
-Shapes: B rows, H heads, D size of a head, C columns of the cache, of them M for slots, T = C distances, S splits.
+Shapes: B sequences, H heads, D size of a head, C columns of the cache, of them M for slots, T = C distances, S splits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -30,7 +30,7 @@ NEVER = tl.constexpr(-1e30)  # below every score, and unlike -inf safe to subtra
 def cached_attention_kernel(
     p_qkv, p_k, p_v, p_content, p_position, p_table, p_tokens, p_slots, p_out, p_outputs, p_normalizers,
     p_acc, p_top, p_sum, p_arrived,
-    heads, columns, mem_len, s_row, s_head, s_distance,
+    heads, columns, mem_len, s_sequence, s_head, s_distance,
     scale: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def cached_attention_kernel(
     oldest = mem_len - tl.load(p_slots + b).to(tl.int32)
     d = tl.arange(0, BLOCK_D)
     in_head = d < D
-    p_new = p_qkv + b * s_row + h * D + d
+    p_new = p_qkv + b * s_sequence + h * D + d
     b_q = tl.load(p_new, mask=in_head, other=0).to(tl.float32)
     b_content = (b_q + tl.load(p_content + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
     b_position = (b_q + tl.load(p_position + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
@@ -54,7 +54,7 @@ def cached_attention_kernel(
     share = (column - oldest + S - 1) // S
     first = oldest + split * share
     end = tl.minimum(first + share, column)
-    # Every place of a block has a softmax of its own, so that warps wait for each other at the end only.
+    # Every position of a block has a softmax of its own, so that warps wait for each other at the end only.
     # [BLOCK_C], [BLOCK_C], [BLOCK_C, BLOCK_D]
     b_top = tl.full([BLOCK_C], NEVER, tl.float32)
     b_sum = tl.zeros([BLOCK_C], tl.float32)
@@ -63,43 +63,43 @@ def cached_attention_kernel(
         c = start + tl.arange(0, BLOCK_C)
         seen = c < end
         both = seen[:, None] & in_head[None, :]
-        place = (base + c)[:, None] * D + d[None, :]
-        b_k = tl.load(p_k + place, mask=both, other=0).to(tl.float32)
+        offset = (base + c)[:, None] * D + d[None, :]
+        b_k = tl.load(p_k + offset, mask=both, other=0).to(tl.float32)
         b_r = tl.load(p_r + c[:, None] * s_distance + d[None, :], mask=both, other=0).to(tl.float32)
-        b_v = tl.load(p_v + place, mask=both, other=0).to(tl.float32)
+        b_v = tl.load(p_v + offset, mask=both, other=0).to(tl.float32)
         score = tl.sum(b_k * b_content[None, :] + b_r * b_position[None, :], axis=1)
         score = tl.where(seen, score, NEVER)
         top = tl.maximum(b_top, score)
         weight = tl.where(seen, tl.exp(score - top), 0.0)
-        kept = tl.exp(b_top - top)
-        b_acc = b_acc * kept[:, None] + weight[:, None] * b_v
-        b_sum = b_sum * kept + weight
+        shrink = tl.exp(b_top - top)
+        b_acc = b_acc * shrink[:, None] + weight[:, None] * b_v
+        b_sum = b_sum * shrink + weight
         b_top = top
     top = tl.max(b_top, axis=0)
-    kept = tl.exp(b_top - top)
-    total = tl.sum(b_sum * kept, axis=0)
-    b_out = tl.sum(b_acc * kept[:, None], axis=0)
+    shrink = tl.exp(b_top - top)
+    total = tl.sum(b_sum * shrink, axis=0)
+    b_out = tl.sum(b_acc * shrink[:, None], axis=0)
 
     last = True
     if S > 1:
-        part = bh * S + split
-        tl.store(p_acc + part * BLOCK_D + d, b_out)
-        tl.store(p_top + part, top)
-        tl.store(p_sum + part, total)
+        result = bh * S + split
+        tl.store(p_acc + result * BLOCK_D + d, b_out)
+        tl.store(p_top + result, top)
+        tl.store(p_sum + result, total)
         tl.debug_barrier()  # all of it is written before the program counts as arrived
         last = tl.atomic_add(p_arrived + bh, 1, sem="acq_rel") == S - 1
     if last:
         if S > 1:
             tl.debug_barrier()
-            parts = bh * S + tl.arange(0, S)
+            results = bh * S + tl.arange(0, S)
             # What other multiprocessors wrote is in the second cache, not in the first.
-            tops = tl.load(p_top + parts, cache_modifier=".cg")
-            sums = tl.load(p_sum + parts, cache_modifier=".cg")
-            accs = tl.load(p_acc + parts[:, None] * BLOCK_D + d[None, :], cache_modifier=".cg")
+            tops = tl.load(p_top + results, cache_modifier=".cg")
+            sums = tl.load(p_sum + results, cache_modifier=".cg")
+            accs = tl.load(p_acc + results[:, None] * BLOCK_D + d[None, :], cache_modifier=".cg")
             top = tl.max(tops, axis=0)
-            kept_of = tl.exp(tops - top)
-            total = tl.sum(sums * kept_of, axis=0)
-            b_out = tl.sum(accs * kept_of[:, None], axis=0)
+            shrink_of = tl.exp(tops - top)
+            total = tl.sum(sums * shrink_of, axis=0)
+            b_out = tl.sum(accs * shrink_of[:, None], axis=0)
             tl.store(p_arrived + bh, 0)
         joint = tl.maximum(top, own)
         before, weight_own = tl.exp(top - joint), tl.exp(own - joint)
@@ -119,8 +119,8 @@ def columns_at_a_time(size: int, bytes_each: int) -> int:
     return max(1, min(BLOCK, TILE_BYTES // (size * bytes_each)))
 
 
-class Parts(NamedTuple):
-    """What the splits of a row and head leave for the last of them to join; every layer may use the same."""
+class Workspace(NamedTuple):
+    """Buffers in which the splits of a sequence and head leave their softmaxes; every layer may use the same."""
 
     acc: Tensor  # [B H S, D padded], float32
     top: Tensor  # [B H S], float32
@@ -128,15 +128,15 @@ class Parts(NamedTuple):
     arrived: Tensor  # [B H] int32, 0 between two launches
 
     @classmethod
-    def empty(cls, keys: Tensor) -> "Parts":
+    def empty(cls, keys: Tensor) -> "Workspace":
         """For keys ``[B, H, C, D]``."""
-        rows, heads, columns, size = keys.shape
+        batch, heads, columns, size = keys.shape
         splits = 1
-        while rows * heads * splits < PROGRAMS and splits * BLOCK < columns:
+        while batch * heads * splits < PROGRAMS and splits * BLOCK < columns:
             splits *= 2
-        count = rows * heads * splits
+        count = batch * heads * splits
         acc = torch.empty(count, triton.next_power_of_2(size), device=keys.device, dtype=torch.float32)
-        arrived = torch.zeros(rows * heads, device=keys.device, dtype=torch.int32)
+        arrived = torch.zeros(batch * heads, device=keys.device, dtype=torch.int32)
         return cls(acc, acc.new_empty(count), acc.new_empty(count), arrived)
 
     @property
@@ -152,34 +152,35 @@ def cached_attention(
     tokens: Tensor,
     slots: Tensor,
     mem_len: int,
-    parts: Parts,
+    workspace: Workspace,
     attended: Optional[Attended] = None,
 ) -> Tensor:
-    """Each row's new token attends to the row's slots and tokens and to itself, and is written into the cache.
+    """Each sequence's new token attends to its slots and tokens and to itself, and is written into the cache.
 
     Args:
         qkv: ``[B, 3 H D]``, the token's query, key and value.
         keys, values: ``[B, H, C, D]``, contiguous; changed in place.
         bias: content, position and a table of the distances ``C-1 .. 0``.
-        tokens, slots: ``[B]`` int64, how many of each a row has; the new token stands in column M + *tokens*.
+        tokens, slots: ``[B]`` int64, how many of each a sequence has; the new token stands in column M + *tokens*.
         mem_len: M.
-        parts: space to work in, for keys of this shape.
+        workspace: for keys of this shape.
         attended: buffers ``[B, H, C, D]`` and ``[B, H, C]`` that the read-out and its normaliser are written into too.
 
     Returns:
         The read-out ``[B, H D]``.
     """
-    rows, heads, columns, size = keys.shape
+    batch, heads, columns, size = keys.shape
     assert bias.content is not None and bias.position is not None and bias.table is not None
     # Only the interpreter meets the layout that plain attention has on a CPU.
     table = bias.table if bias.table.stride(2) == 1 else bias.table.contiguous()
-    out = qkv.new_empty(rows, heads * size)
+    out = qkv.new_empty(batch, heads * size)
     outputs, normalizers = (keys, keys) if attended is None else attended
-    cached_attention_kernel[(rows * heads, parts.splits)](
+    cached_attention_kernel[(batch * heads, workspace.splits)](
         qkv, keys, values, bias.content, bias.position, table, tokens, slots, out,
-        outputs, normalizers, *parts,
+        outputs, normalizers, *workspace,
         heads, columns, mem_len, qkv.stride(0), table.stride(0), table.stride(1),
-        scale=1 / math.sqrt(size), D=size, BLOCK_D=parts.acc.size(1), S=parts.splits,
-        BLOCK_C=columns_at_a_time(parts.acc.size(1), keys.element_size()), STAGES=STAGES, RECORD=attended is not None,
+        scale=1 / math.sqrt(size), D=size, BLOCK_D=workspace.acc.size(1), S=workspace.splits,
+        BLOCK_C=columns_at_a_time(workspace.acc.size(1), keys.element_size()), STAGES=STAGES,
+        RECORD=attended is not None,
     )  # fmt: skip
     return out

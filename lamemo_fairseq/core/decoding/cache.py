@@ -1,11 +1,11 @@
 """The cache of token-by-token decoding: keys and values of the memory slots and of the segment's tokens so far.
 
-Every row has its own position in its segment, so that prompts of any lengths share a batch. Column c of a buffer
+Every sequence has its own position in its segment, so that prompts of any lengths share a batch. Column c of a buffer
 belongs to a slot if c < M and to the segment's token c - M otherwise; slots stand next to the tokens, at the right end
 of the first M columns. Buffers are written in place and never grow, so that a step can be replayed as a graph.
 
-Shapes: B rows, b of them, N tokens of a segment, m <= M memory slots, C = M + N columns, H heads, D size of a head,
-d model width, k new tokens.
+Shapes: B sequences, b of them, N tokens of a segment, m <= M memory slots, C = M + N columns, H heads,
+D size of a head, d model width, k new tokens.
 """
 
 from dataclasses import dataclass
@@ -36,17 +36,19 @@ from ..layers import SelfAttention
 from .attention import Columns
 from .interfaces import CachedMemory, Network
 
-# A field of a cache: a tensor with the rows first, a tuple of them with names, or nothing.
+# A field of a cache: a tensor with the sequences first, a tuple of them with names, or nothing.
 Buffers = Union[None, Tensor, Tuple[Tensor, ...]]
 
 
-class RowPosition(NamedTuple):
-    """How far one row has been read."""
+class SequencePosition(NamedTuple):
+    """The position up to which one sequence has been read."""
 
     tokens: int = 0  # of its segment, less than N
     slots: int = 0  # m
     ready: bool = False  # whether the slots have been refreshed for this segment
-    own: int = 0  # a number that the memory's cache counts besides; rows that differ in it end their segments apart
+    own: int = (
+        0  # a number that the memory's cache counts besides; sequences that differ in it end their segments apart
+    )
 
 
 @dataclass
@@ -59,9 +61,9 @@ class LayerCache:
     keeps_inputs: ClassVar[bool] = False  # whether `store_inputs` does something
 
     @classmethod
-    def zeros(cls, memory: CachedMemory, rows: int, like: Tensor) -> Tuple[Tensor, Tensor]:
+    def zeros(cls, memory: CachedMemory, batch_size: int, like: Tensor) -> Tuple[Tensor, Tensor]:
         """Return new keys and values."""
-        size = (rows, memory.config.heads, memory.slots + memory.period, memory.config.head_dim)
+        size = (batch_size, memory.config.heads, memory.slots + memory.period, memory.config.head_dim)
         return like.new_zeros(size), like.new_zeros(size)
 
     def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
@@ -105,21 +107,21 @@ class SegmentCache(Generic[M, L]):
     layers: List[L]
     tokens: Tensor  # [B] int64, as in `positions`
     slots: Tensor  # [B] int64, as in `positions`
-    positions: List[RowPosition]
+    positions: List[SequencePosition]
 
     # Whether `refresh` does something, and in tensor operations only, so that it can be replayed as a graph.
     replayable: ClassVar[bool] = False
 
     @classmethod
-    def empty(cls, memory: M, rows: int, like: Tensor) -> "SegmentCache[M, L]":
-        """Return the cache of *rows* texts of which nothing has been read; *like* gives device and dtype."""
+    def empty(cls, memory: M, batch_size: int, like: Tensor) -> "SegmentCache[M, L]":
+        """Return the cache of *batch_size* sequences before their first token; *like* gives device and dtype."""
         raise NotImplementedError
 
-    def refresh(self, rows: Optional[Tensor], slots: int, first: Tensor, network: Network[M]) -> None:
+    def refresh(self, sequences: Optional[Tensor], slots: int, first: Tensor, network: Network[M]) -> None:
         """Make the slots ready for a new segment.
 
         Args:
-            rows: ``[b]`` the rows that begin one, None for all.
+            sequences: ``[b]`` indices of those that begin one, None for all.
             slots: m, at least 1, the same for all of them.
             first: ``[b, 1, d]`` the segments' first embeddings.
         """
@@ -139,24 +141,24 @@ class SegmentCache(Generic[M, L]):
         for layer in self.layers:
             yield from layer.column_buffers()
 
-    def end_segment(self, rows: Optional[Tensor], position: RowPosition, network: Network[M]) -> None:
+    def end_segment(self, sequences: Optional[Tensor], position: SequencePosition, network: Network[M]) -> None:
         """Turn the last columns of full segments into the slots of the next.
 
         Args:
-            rows: ``[b]`` the rows that end one, None for all.
+            sequences: ``[b]`` indices of those that end one, None for all.
             position: that of all of them, apart from the tokens.
         """
         mem_len = network.memory.slots
         for dim, buffer in self.column_buffers():
-            last = select_rows(buffer, rows).narrow(dim, buffer.size(dim) - mem_len, mem_len).clone()
-            write_rows(buffer.narrow(dim, 0, mem_len), rows, last)
+            last = select_sequences(buffer, sequences).narrow(dim, buffer.size(dim) - mem_len, mem_len).clone()
+            write_sequences(buffer.narrow(dim, 0, mem_len), sequences, last)
 
-    def next_position(self, position: RowPosition, network: Network[M]) -> RowPosition:
-        """Return the position of a row whose segment, read up to *position*, has become full."""
-        return RowPosition(slots=min(network.memory.slots, position.slots + network.memory.period))
+    def next_position(self, position: SequencePosition, network: Network[M]) -> SequencePosition:
+        """Return the position of a sequence whose segment, read up to *position*, has become full."""
+        return SequencePosition(slots=min(network.memory.slots, position.slots + network.memory.period))
 
     def advance(self, counts: Sequence[int], network: Network[M], counted: bool = False) -> None:
-        """Count ``counts[b]`` more tokens of row b, and end segments that are full.
+        """Count ``counts[b]`` more tokens of sequence b, and end segments that are full.
 
         With *counted*, `tokens` has been increased already.
         """
@@ -165,8 +167,8 @@ class SegmentCache(Generic[M, L]):
         for b, count in enumerate(counts):
             if self.positions[b].tokens + count == length:
                 full.setdefault((self.positions[b].slots, self.positions[b].own), []).append(b)
-        for rows in full.values():
-            self.end_segment(self.index(rows), self.positions[rows[0]], network)
+        for sequences in full.values():
+            self.end_segment(self.index(sequences), self.positions[sequences[0]], network)
         for b, count in enumerate(counts):
             position = self.positions[b]
             if position.tokens + count == length:
@@ -183,18 +185,18 @@ class SegmentCache(Generic[M, L]):
         self.tokens.copy_(torch.tensor([p.tokens for p in self.positions]))
         self.slots.copy_(torch.tensor([p.slots for p in self.positions]))
 
-    def index(self, rows: Sequence[int]) -> Optional[Tensor]:
-        """Return rows as an index, None if they are all."""
-        return None if len(rows) == len(self.positions) else torch.tensor(rows, device=self.tokens.device)
+    def index(self, sequences: Sequence[int]) -> Optional[Tensor]:
+        """Return numbers of sequences as an index, None if they are all."""
+        return None if len(sequences) == len(self.positions) else torch.tensor(sequences, device=self.tokens.device)
 
     def reorder(self, order: Tensor) -> None:
-        """Let row i go on from what row ``order[i]`` has read; rows may be repeated and left out."""
-        rows = order.tolist()
-        if rows == list(range(len(self.positions))):
+        """Let sequence i go on from what ``order[i]`` has read; sequences may be repeated and left out."""
+        sources = order.tolist()
+        if sources == list(range(len(self.positions))):
             return
-        for part, name, value in self._fields():
-            setattr(part, name, _map(value, lambda t: t.index_select(0, order)))
-        self.positions = [self.positions[row] for row in rows]
+        for owner, name, value in self._fields():
+            setattr(owner, name, _map(value, lambda t: t.index_select(0, order)))
+        self.positions = [self.positions[source] for source in sources]
 
     def copy_(self, other: "SegmentCache[M, L]") -> None:
         """Take over what *other*, of the same sizes, has read."""
@@ -211,10 +213,10 @@ class SegmentCache(Generic[M, L]):
 
     def _fields(self) -> Iterator[Tuple[object, str, Buffers]]:
         """Yield the owner, name and value of every field that holds buffers."""
-        for part in (self, *self.layers):
-            for name, value in vars(part).items():
+        for owner in (self, *self.layers):
+            for name, value in vars(owner).items():
                 if name not in ("layers", "positions"):
-                    yield part, name, value
+                    yield owner, name, value
 
 
 AnyCache = SegmentCache[Any, Any]
@@ -231,24 +233,24 @@ class FrozenCache(SegmentCache[CachedMemory, LayerCache]):
     """Keys and values alone: those of a frozen slot stay what they were when it was a token."""
 
     @classmethod
-    def empty(cls, memory: CachedMemory, rows: int, like: Tensor) -> "FrozenCache":
-        layers = [LayerCache(*LayerCache.zeros(memory, rows, like)) for _ in range(memory.config.layers)]
-        return cls(layers, counts(rows, like), counts(rows, like), [RowPosition()] * rows)
+    def empty(cls, memory: CachedMemory, batch_size: int, like: Tensor) -> "FrozenCache":
+        layers = [LayerCache(*LayerCache.zeros(memory, batch_size, like)) for _ in range(memory.config.layers)]
+        return cls(layers, counts(batch_size, like), counts(batch_size, like), [SequencePosition()] * batch_size)
 
 
-def counts(rows: int, like: Tensor) -> Tensor:
+def counts(batch_size: int, like: Tensor) -> Tensor:
     """Return zeros ``[B]``, int64."""
-    return torch.zeros(rows, dtype=torch.int64, device=like.device)
+    return torch.zeros(batch_size, dtype=torch.int64, device=like.device)
 
 
-def select_rows(buffer: Tensor, rows: Optional[Tensor]) -> Tensor:
-    """Return *rows* ``[b]`` of a buffer ``[B, ..]``; all of them, without a copy, if it is None."""
-    return buffer if rows is None else buffer[rows]
+def select_sequences(buffer: Tensor, sequences: Optional[Tensor]) -> Tensor:
+    """Return *sequences* ``[b]`` of a buffer ``[B, ..]``; all of them, without a copy, if it is None."""
+    return buffer if sequences is None else buffer[sequences]
 
 
-def write_rows(buffer: Tensor, rows: Optional[Tensor], new: Tensor) -> None:
-    """Write ``new [b, ..]`` into *rows* of a buffer ``[B, ..]``, in place."""
-    buffer.copy_(new) if rows is None else buffer.index_copy_(0, rows, new.to(buffer.dtype))
+def write_sequences(buffer: Tensor, sequences: Optional[Tensor], new: Tensor) -> None:
+    """Write ``new [b, ..]`` into *sequences* of a buffer ``[B, ..]``, in place."""
+    buffer.copy_(new) if sequences is None else buffer.index_copy_(0, sequences, new.to(buffer.dtype))
 
 
 def _tensors(buffers: Buffers) -> Sequence[Tensor]:

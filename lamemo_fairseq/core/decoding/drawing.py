@@ -1,6 +1,6 @@
 """The choice of the next word: temperature, penalties, top words, a draw.
 
-Shapes: B rows, V words.
+Shapes: B sequences, V words.
 """
 
 import math
@@ -23,13 +23,13 @@ def truncated(log_probs: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tuple[Te
     if top_p < 1:
         if words is None:
             log_probs, words = log_probs.sort(dim=-1, descending=True)
-        held = log_probs.exp().cumsum(-1)
-        log_probs[:, 1:].masked_fill_(held[:, :-1] >= top_p, -math.inf)
+        cumulative = log_probs.exp().cumsum(-1)
+        log_probs[:, 1:].masked_fill_(cumulative[:, :-1] >= top_p, -math.inf)
     return log_probs, words
 
 
 def draw(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Draw a word a row from ``log_probs [B, V]``: ``[B]``.
+    """Draw a word a sequence from ``log_probs [B, V]``: ``[B]``.
 
     Args:
         log_probs: where their probabilities do not add up to 1, words are drawn in proportion.

@@ -1,6 +1,6 @@
 """The buffer of words that steps have drawn.
 
-Shapes: B rows, n words so far.
+Shapes: B sequences, n words so far.
 """
 
 from typing import NamedTuple

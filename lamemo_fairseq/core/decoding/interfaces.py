@@ -1,6 +1,6 @@
 """The attributes that decoding uses of a model, whatever class it has.
 
-Shapes: B rows, N tokens, V words, d model width.
+Shapes: B sequences, N tokens, V words, d model width.
 """
 
 from dataclasses import dataclass

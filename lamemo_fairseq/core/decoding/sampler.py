@@ -1,6 +1,6 @@
 """Sampling one token after the other at full speed: no reordering, and on a GPU each step replayed as a graph.
 
-Shapes: B rows, V words, n new words.
+Shapes: B sequences, V words, n new words.
 """
 
 import math
@@ -81,7 +81,7 @@ class Sampler:
         if compiled and self._kernels is None:
             state.layer_step = torch.compile(state.layer_step, dynamic=False)
         self._recorded: Dict[int, Replayable] = {}
-        self._refreshes = 0  # of all rows alike, with full memories
+        self._refreshes = 0  # of all sequences alike, with full memories
         self._refresh: Optional[Replayable] = None
         self._signature = parts.signature()
 
@@ -125,7 +125,7 @@ class Sampler:
         """As a call, with the words' log-probabilities."""
         self.words.copy_(last.unsqueeze(1))
         ones = [1] * len(last)
-        parts: List[Continuation] = []
+        continuations: List[Continuation] = []
         for start in range(0, max(1, count), BUFFERED_WORDS):
             now = min(BUFFERED_WORDS, count - start)
             self.drawn.position.zero_()
@@ -135,13 +135,13 @@ class Sampler:
                 self._begin_segments(ones)
                 self._replay(self._columns())
                 self.state.cache.advance(ones, self.state.network, counted=True)
-            parts.append(Continuation(self.drawn.words[:, :now].clone(), self.drawn.log_probs[:, :now].clone()))
-        return Continuation(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
+            continuations.append(Continuation(self.drawn.words[:, :now].clone(), self.drawn.log_probs[:, :now].clone()))
+        return Continuation(*(torch.cat(tensors, dim=1) for tensors in zip(*continuations, strict=True)))
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with the texts ``rows [b]`` alone; not with graphs."""
-        self.state.reorder(rows)
-        self.words, self.drawn = self.words[rows], Drawn(*(t[rows] for t in self.drawn))
+    def keep(self, sequences: Tensor) -> None:
+        """Go on with *sequences* ``[b]`` alone; not with graphs."""
+        self.state.reorder(sequences)
+        self.words, self.drawn = self.words[sequences], Drawn(*(t[sequences] for t in self.drawn))
 
     def _kernel_drawing(self) -> Optional[KernelDrawing]:
         """Return the drawing by the step's last kernel, None if it cannot draw so."""
@@ -179,8 +179,8 @@ class Sampler:
         if self._kernels is not None:  # which see to it themselves
             return state.mem_len + state.length
         read = 1 + max(position.tokens for position in state.cache.positions)
-        part = -(-read // COLUMNS_A_GRAPH) * COLUMNS_A_GRAPH if self.graphs else read
-        return state.mem_len + min(part, state.length)
+        tokens = -(-read // COLUMNS_A_GRAPH) * COLUMNS_A_GRAPH if self.graphs else read
+        return state.mem_len + min(tokens, state.length)
 
     def _embed(self) -> Tensor:
         decoder = self.state.decoder
@@ -258,8 +258,8 @@ def _spares(decoder: Decoder) -> Deque[Sampler]:
 
 
 def _empty_buffer(state: DecodingState) -> Drawn:
-    rows = len(state.cache.tokens)
-    words = state.cache.tokens.new_zeros(rows, BUFFERED_WORDS)
+    batch_size = len(state.cache.tokens)
+    words = state.cache.tokens.new_zeros(batch_size, BUFFERED_WORDS)
     exact = torch.promote_types(state.cache.layers[0].keys.dtype, torch.float32)
     return Drawn(words, torch.zeros_like(words, dtype=exact), torch.zeros_like(state.cache.tokens))
 

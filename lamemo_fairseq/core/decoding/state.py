@@ -1,6 +1,6 @@
 """Token-by-token decoding: the texts read so far as a cache, and new tokens read into it.
 
-Shapes: B rows, N tokens of a segment, M memory slots, k new tokens, d model width.
+Shapes: B sequences, N tokens of a segment, M memory slots, k new tokens, d model width.
 """
 
 from typing import Callable, Dict, List, Optional, Sequence, Tuple, cast
@@ -16,7 +16,7 @@ from .attention import Columns, cached_attention
 from .cache import AnyCache, AnyMemory, LayerCache
 from .interfaces import Decoder, Network, layers_of
 
-# Longer prompts are read in parts of this size, which bounds the scores held at a time.
+# Longer prompts are read in chunks of this size, which bounds the scores held at a time.
 TOKENS_AT_ONCE = 256
 
 LayerStep = Callable[[DecoderLayer, Tensor, LayerCache, Columns, LayerBias], Tensor]
@@ -31,10 +31,10 @@ class DecodingState:
 
     Args:
         decoder: a model in evaluation mode.
-        rows: B.
+        batch_size: B.
     """
 
-    def __init__(self, decoder: Decoder, rows: int):
+    def __init__(self, decoder: Decoder, batch_size: int):
         self.decoder = decoder
         memory = cast(AnyMemory, decoder.memory)
         self.mem_len = memory.slots
@@ -43,7 +43,7 @@ class DecodingState:
         self.network = Network(memory, self.layers, decoder.positions)
         device = decoder.embed_tokens.table(0).device
         like = decoder.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=device))
-        self.cache: AnyCache = memory.cache.empty(memory, rows, like)
+        self.cache: AnyCache = memory.cache.empty(memory, batch_size, like)
         # The same in every step: sinusoids and their projections are computed once a text, not once a token.
         biases = decoder.positions(self.mem_len + self.length, None, like)
         self.biases: List[LayerBias] = [b._replace(causal=_laid_out(b.causal)) for b in biases]
@@ -51,29 +51,29 @@ class DecodingState:
         self.span = self.layers[0].self_attn.config.span
 
     def read(self, tokens: Tensor, counts: Optional[Sequence[int]] = None) -> Tensor:
-        """Read ``tokens [B, k]``, of row b the first ``counts[b]`` (None: all).
+        """Read ``tokens [B, k]``, of sequence b the first ``counts[b]`` (None: all).
 
         Returns:
-            Features ``[B, k, d]``; those beyond a row's count mean nothing.
+            Features ``[B, k, d]``; those beyond a sequence's count mean nothing.
         """
         total = tokens.size(1)
         left = list(counts) if counts is not None else [total] * tokens.size(0)
-        parts, start = [], 0
+        features, start = [], 0
         while start < total:
             room = [self.length - p.tokens for p, n in zip(self.cache.positions, left, strict=True) if n > 0]
             size = min(total - start, TOKENS_AT_ONCE, *room) if room else total - start
             now = [min(n, size) for n in left]
-            part = tokens[:, start : start + size]
+            chunk = tokens[:, start : start + size]
             if room:
-                parts.append(self._read_part(part, now))
+                features.append(self._read_chunk(chunk, now))
             else:
-                parts.append(parts[-1].new_zeros(*part.shape, parts[-1].size(-1)))
+                features.append(features[-1].new_zeros(*chunk.shape, features[-1].size(-1)))
             left = [n - m for n, m in zip(left, now, strict=True)]
             start += size
-        return torch.cat(parts, dim=1)
+        return torch.cat(features, dim=1)
 
-    def _read_part(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
-        """As `read`, where no row crosses the end of its segment."""
+    def _read_chunk(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """As `read`, where no sequence crosses the end of its segment."""
         cache, decoder = self.cache, self.decoder
         x = decoder.positions.embed(decoder.embed_tokens(tokens), self.length - cache.tokens)
         self.refresh(x[:, :1], counts)
@@ -85,22 +85,22 @@ class DecodingState:
         return x
 
     def refresh(self, first: Tensor, counts: Sequence[int]) -> None:
-        """Refresh the memory of rows whose segment begins with the embeddings ``first [B, 1, d]``."""
+        """Refresh the memory of sequences whose segment begins with the embeddings ``first [B, 1, d]``."""
         cache = self.cache
         groups: Dict[int, List[int]] = {}
-        for row, (position, count) in enumerate(zip(cache.positions, counts, strict=True)):
+        for sequence, (position, count) in enumerate(zip(cache.positions, counts, strict=True)):
             if count > 0 and not position.ready:
-                groups.setdefault(position.slots, []).append(row)
-        for slots, rows in groups.items():
-            index = cache.index(rows)
+                groups.setdefault(position.slots, []).append(sequence)
+        for slots, sequences in groups.items():
+            index = cache.index(sequences)
             if slots > 0:
                 begin = first if index is None else first[index]
                 cache.refresh(index, slots, begin, self.network)
-            for row in rows:
-                cache.positions[row] = cache.positions[row]._replace(ready=True)
+            for sequence in sequences:
+                cache.positions[sequence] = cache.positions[sequence]._replace(ready=True)
 
     def common_column(self) -> Optional[int]:
-        """Return the column of the next token, None unless it is every row's, with as many slots before it."""
+        """Return the column of the next token, None unless it is every sequence's, with as many slots before it."""
         first, *others = self.cache.positions
         same = all(p.tokens == first.tokens and p.slots == first.slots for p in others)
         return self.mem_len + first.tokens if same else None
@@ -108,8 +108,8 @@ class DecodingState:
     def step(self, x: Tensor, first: int, end: int, at: Optional[int] = None) -> Tensor:
         """Pass new embeddings ``x [B, k, d]`` through the layers, over the cache's columns ``first .. end-1``.
 
-        Touches tensors only, and leaves each row's position as it is. *at* is the `common_column`; the same step may
-        serve other positions if it is left out.
+        Touches tensors only, and leaves each sequence's position as it is. *at* is the `common_column`; the same step
+        may serve other positions if it is left out.
         """
         cache = self.cache
         columns = self.columns(x.size(1), first, end, at)
@@ -127,7 +127,7 @@ class DecodingState:
         return Columns(first, end, query, self.mem_len - self.cache.slots, last, self.span, at)
 
     def reorder(self, order: Tensor) -> None:
-        """Row i goes on from row ``order[i]``."""
+        """Let sequence i go on from sequence ``order[i]``."""
         self.cache.reorder(order)
 
     def copy_(self, other: "DecodingState") -> None:
@@ -151,11 +151,11 @@ def _laid_out(bias: RelativeBias) -> RelativeBias:
 
 
 def layer_step(layer: DecoderLayer, x: Tensor, cached: LayerCache, columns: Columns, bias: LayerBias) -> Tensor:
-    """Pass new rows ``x [B, k, d]`` through one layer; their keys and values go into its cache.
+    """Pass the rows ``x [B, k, d]`` of new tokens through one layer; their keys and values go into its cache.
 
     A function of tensors, the same for every layer, so that it is compiled once.
     """
-    attention, kept = layer.self_attn, cached.attended()
+    attention, past = layer.self_attn, cached.attended()
     cached.store_inputs(x, columns)
 
     def attend(normed: Tensor) -> Tuple[WideRows, None]:
@@ -163,11 +163,11 @@ def layer_step(layer: DecoderLayer, x: Tensor, cached: LayerCache, columns: Colu
         columns.write(cached.keys, k, 2)
         columns.write(cached.values, v, 2)
         attended = cached_attention(
-            q, cached.keys, cached.values, bias.causal, columns, kept is not None, bias.rotation
+            q, cached.keys, cached.values, bias.causal, columns, past is not None, bias.rotation
         )
-        if kept is not None:
-            columns.write(kept.output, attended.output, 2)
-            columns.write(kept.normalizer, attended.normalizer, 2)
+        if past is not None:
+            columns.write(past.output, attended.output, 2)
+            columns.write(past.normalizer, attended.normalizer, 2)
         return attention.merge_heads(cached.combine(attention, q, attended.output)), None
 
     return layer.around(x, attend)[0]

@@ -1,6 +1,6 @@
-"""A step of one new token a row through all layers, by the fastest means there are.
+"""A step of one new token a sequence through all layers, by the fastest means there are.
 
-Shapes: B rows, V words, H heads, D size of a head, d model width, n words drawn.
+Shapes: B sequences, V words, H heads, D size of a head, d model width, n words drawn.
 """
 
 from typing import Optional, Tuple
@@ -19,7 +19,7 @@ from .cache import LayerCache
 from .drawn import Drawn
 from .state import DecodingState
 
-Rows = Tuple[Tensor, Optional[nn.LayerNorm]]  # [B, d], and the norm that they have yet to pass
+PendingNorm = Tuple[Tensor, Optional[nn.LayerNorm]]  # [B, d], and the norm that they have yet to pass
 
 
 def kernel_step(state: DecodingState) -> Optional["KernelStep"]:
@@ -42,34 +42,34 @@ def kernel_step(state: DecodingState) -> Optional["KernelStep"]:
 
 
 def _is_plain(layer: DecoderLayer) -> bool:
-    """Whether its parameters alone say what a layer's parts compute."""
+    """Return whether a layer's parameters alone determine what it computes."""
     if not is_plain(layer.feed_forward, FeedForward):
         return False
     attention, feed_forward = layer.self_attn, layer.feed_forward
     return (
         is_product(attention.qkv_proj)
         and is_product(attention.out_proj)
-        and all(is_plain(part, nn.Linear) for part in (feed_forward.fc1, feed_forward.fc2))
+        and all(is_plain(linear, nn.Linear) for linear in (feed_forward.fc1, feed_forward.fc2))
         and all(is_affine(norm) for norm in (layer.self_attn_layer_norm, layer.final_layer_norm))
         and all(chance(dropout) == 0 for dropout in (layer.dropout, feed_forward.activation_dropout))
     )
 
 
 class KernelStep:
-    """As `DecodingState.step` for one token a row, by five launches a layer. Rows may stand anywhere.
+    """As `DecodingState.step` for one token a sequence, by five launches a layer. Sequences may stand anywhere.
 
-    Touches tensors only, and leaves each row's position as it is. A memory whose layers keep their inputs, or add
+    Touches tensors only, and leaves each sequence's position as it is. A memory whose layers keep their inputs, or add
     something to read-outs, has plain operations between the launches.
     """
 
     def __init__(self, state: DecodingState):
         from ..kernels.row_kernels import normalized, row_map
-        from .attention_kernel import Parts, cached_attention
+        from .attention_kernel import Workspace, cached_attention
         from .word_kernels import embed
 
         self.state = state
         self._attention, self._map, self._normalized, self._embed = cached_attention, row_map, normalized, embed
-        self._parts = Parts.empty(state.cache.layers[0].keys)
+        self._workspace = Workspace.empty(state.cache.layers[0].keys)
 
     def __call__(self, words: Tensor) -> Tensor:
         """Return features ``[B, 1, d]`` of words ``[B, 1]``."""
@@ -83,13 +83,13 @@ class KernelStep:
             return self.state.decoder.output_layer(self._normalized(rows, norm).unsqueeze(1))
         return self._map(rows, output.weights[0], output.biases[0], norm=norm, dtype=torch.float32).unsqueeze(1)
 
-    def _through_layers(self, words: Tensor) -> Rows:
+    def _through_layers(self, words: Tensor) -> PendingNorm:
         state = self.state
         columns = state.columns(1, 0, state.mem_len + state.length)
-        rows: Rows = (self._embedded(words, columns), None)
+        pending: PendingNorm = (self._embedded(words, columns), None)
         for layer, cached, bias in zip(state.layers, state.cache.layers, state.biases, strict=True):
-            rows = self._layer(layer, cached, bias, columns, *rows)
-        return rows
+            pending = self._layer(layer, cached, bias, columns, *pending)
+        return pending
 
     def _embedded(self, words: Tensor, columns: Columns) -> Tensor:
         """Return the words' embeddings ``[B, d]``, and keep them if the memory wants them."""
@@ -109,7 +109,7 @@ class KernelStep:
         columns: Columns,
         rows: Tensor,
         norm: Optional[nn.LayerNorm],
-    ) -> Rows:
+    ) -> PendingNorm:
         """Run one layer. Its final norm is returned unapplied; the next layer's first product applies it."""
         feed_forward, pre_norm = layer.feed_forward, layer.config.normalize_before
         first, second = layer.self_attn_layer_norm, layer.final_layer_norm
@@ -138,7 +138,7 @@ class KernelStep:
             state.cache.tokens,
             state.cache.slots,
             state.mem_len,
-            self._parts,
+            self._workspace,
             cached.attended(),
         )
         shape = (len(qkv), config.heads, 1, config.head_dim)

@@ -1,6 +1,6 @@
 """Triton kernels: words in and words out of a step of decoding.
 
-Shapes: B rows, V words, d model width, n words drawn since the last start.
+Shapes: B sequences, V words, d model width, n words drawn since the last start.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -82,22 +82,22 @@ def draw_kernel(
         tl.store(p_row + v, b_p, mask=is_word)
         tl.debug_barrier()
         b_rank = tl.zeros([BLOCK_V], tl.int32)
-        b_held = tl.zeros([BLOCK_V], tl.float32)
+        b_before = tl.zeros([BLOCK_V], tl.float32)
         for start in range(0, V, BLOCK_W):
             w = start + tl.arange(0, BLOCK_W)
             b_other = tl.load(p_row + w, mask=w < V, other=-float("inf"))
             equal = b_other[None, :] == b_p[:, None]
-            before = (b_other[None, :] > b_p[:, None]) | (equal & (w[None, :] < v[:, None]))
-            b_rank += tl.sum(before.to(tl.int32), axis=1)
-            b_held += tl.sum(tl.where(before, tl.exp(b_other)[None, :], 0.0), axis=1)
+            preceding = (b_other[None, :] > b_p[:, None]) | (equal & (w[None, :] < v[:, None]))
+            b_rank += tl.sum(preceding.to(tl.int32), axis=1)
+            b_before += tl.sum(tl.where(preceding, tl.exp(b_other)[None, :], 0.0), axis=1)
         # Of those within the first k alone, as they are the ones to hold top_p.
         if TOP_K > 0:
             drawable = drawable & (b_rank < TOP_K)
         if TOP_P:
-            drawable = drawable & ((b_held < top_p) | (b_rank == 0))
+            drawable = drawable & ((b_before < top_p) | (b_rank == 0))
     position = tl.load(p_position + b)
     at = (position.to(tl.int32) * tl.num_programs(0) + b) * V + v
-    # The word whose exponential clock rings first. Of a row that holds NaN, the first word.
+    # The word whose exponential clock rings first. Of a sequence whose scores hold NaN, the first word.
     b_rings = tl.where(drawable & (b_p == b_p), b_p - tl.log(clock(tl.load(p_seed), at)), -float("inf"))
     word = tl.minimum(tl.argmax(b_rings, axis=0), V - 1)
     log_prob = tl.sum(tl.where(v == word, b_p, 0.0), axis=0)
@@ -120,7 +120,7 @@ def draw_next(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> None:
-    """Draw a word a row from ``softmax(scores / temperature) * exp(added)``, in one launch.
+    """Draw a word a sequence from ``softmax(scores / temperature) * exp(added)``, in one launch.
 
     Args:
         scores: ``[B, V]`` float32, V at most `MOST_WORDS`.

@@ -2,7 +2,7 @@
 
 Columns of a buffer: compressed slots, other slots, tokens.
 
-Shapes: B rows, b of them, N tokens of a segment, S = C + M slots, s <= S of them, c of these compressed, H heads,
+Shapes: B sequences, b of them, N tokens of a segment, S = C + M slots, s <= S of them, c of these compressed, H heads,
 D size of a head, d model width.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...decoding.attention import Columns
-from ...decoding.cache import LayerCache, RowPosition, SegmentCache, counts, select_rows, write_rows
+from ...decoding.cache import LayerCache, SegmentCache, SequencePosition, counts, select_sequences, write_sequences
 from ...decoding.interfaces import CachedMemory, Network
 from ...positions import LayerBias
 from .attention import usage
@@ -26,7 +26,7 @@ class Compressing(CachedMemory, Protocol):
 
     @property
     def watches(self) -> bool: ...
-    def leaving(self, rows: int) -> int: ...
+    def leaving(self, recent: int) -> int: ...
     def compressed_after(self, compressed: int, leaving: int) -> int: ...
 
 
@@ -47,25 +47,27 @@ class CompressiveLayerCache(LayerCache):
 
 
 class CompressiveCache(SegmentCache[Compressing, CompressiveLayerCache]):
-    """The number that a row's position counts besides is c: how many of its slots, the oldest, are compressed."""
+    """The number that a sequence's position counts besides is c: how many of its slots, the oldest, are compressed."""
 
     @classmethod
-    def empty(cls, memory: Compressing, rows: int, like: Tensor) -> "CompressiveCache":
-        size = (rows, memory.slots + memory.period, like.size(-1))
+    def empty(cls, memory: Compressing, batch_size: int, like: Tensor) -> "CompressiveCache":
+        size = (batch_size, memory.slots + memory.period, like.size(-1))
         layers = [
-            CompressiveLayerCache(*LayerCache.zeros(memory, rows, like), like.new_zeros(size))
+            CompressiveLayerCache(*LayerCache.zeros(memory, batch_size, like), like.new_zeros(size))
             for _ in range(memory.config.layers)
         ]
-        return cls(layers, counts(rows, like), counts(rows, like), [RowPosition()] * rows)
+        return cls(layers, counts(batch_size, like), counts(batch_size, like), [SequencePosition()] * batch_size)
 
-    def next_position(self, position: RowPosition, network: Network[Compressing]) -> RowPosition:
+    def next_position(self, position: SequencePosition, network: Network[Compressing]) -> SequencePosition:
         memory = network.memory
-        rows = position.slots - position.own + memory.period
-        leaving = memory.leaving(rows)
+        recent = position.slots - position.own + memory.period
+        leaving = memory.leaving(recent)
         compressed = memory.compressed_after(position.own, leaving)
-        return RowPosition(slots=compressed + rows - leaving, own=compressed)
+        return SequencePosition(slots=compressed + recent - leaving, own=compressed)
 
-    def end_segment(self, rows: Optional[Tensor], position: RowPosition, network: Network[Compressing]) -> None:
+    def end_segment(
+        self, sequences: Optional[Tensor], position: SequencePosition, network: Network[Compressing]
+    ) -> None:
         """Compress the oldest rows, and move the others to their new columns."""
         memory, length, slots = network.memory, network.memory.period, position.slots
         leaving = memory.leaving(slots - position.own + length)
@@ -73,7 +75,7 @@ class CompressiveCache(SegmentCache[Compressing, CompressiveLayerCache]):
         count = self.next_position(position, network).slots
 
         def used_columns(buffer: Tensor, dim: int) -> Tensor:
-            return select_rows(buffer, rows).narrow(dim, memory.slots - slots, slots + length)
+            return select_sequences(buffer, sequences).narrow(dim, memory.slots - slots, slots + length)
 
         watches = memory.watches and leaving > 0
         biases: Sequence[LayerBias] = network.positions(slots + length, None, self.layers[0].inputs) if watches else ()
@@ -92,4 +94,4 @@ class CompressiveCache(SegmentCache[Compressing, CompressiveLayerCache]):
                 before, _, after = used_columns(buffer, dim).tensor_split((oldest.start, oldest.stop), dim)
                 every = torch.cat([before, made, after], dim)
                 last = every.narrow(dim, every.size(dim) - count, count)
-                write_rows(buffer.narrow(dim, memory.slots - count, count), rows, last)
+                write_sequences(buffer.narrow(dim, memory.slots - count, count), sequences, last)

@@ -1,7 +1,7 @@
 """The decoding cache of a continuous memory, and its update once a segment.
 
-Shapes: B rows, b of them, N tokens of a segment, m <= M memory slots, C = M + N columns, H heads, D size of a head,
-J basis functions, d model width.
+Shapes: B sequences, b of them, N tokens of a segment, m <= M memory slots, C = M + N columns, H heads,
+D size of a head, J basis functions, d model width.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...decoding.attention import Columns
-from ...decoding.cache import LayerCache, RowPosition, SegmentCache, counts, select_rows, write_rows
+from ...decoding.cache import LayerCache, SegmentCache, SequencePosition, counts, select_sequences, write_sequences
 from ...decoding.interfaces import CachedMemory, Network
 from ...layers import SelfAttention
 from .attention import ContinuousSelfAttention, LongTerm
@@ -54,42 +54,44 @@ class ContinuousCache(SegmentCache[TakingIn, ContinuousLayerCache]):
     taken_in: Tensor  # [B, 1] int64
 
     @classmethod
-    def empty(cls, memory: TakingIn, rows: int, like: Tensor) -> "ContinuousCache":
+    def empty(cls, memory: TakingIn, batch_size: int, like: Tensor) -> "ContinuousCache":
         config, basis, exact = memory.config, memory.signal.basis, torch.promote_types(like.dtype, torch.float32)
         layers = [
             ContinuousLayerCache(
-                *LayerCache.zeros(memory, rows, like),
-                inputs=like.new_zeros(rows, memory.slots + memory.period, config.embed_dim),
-                coefficients=like.new_zeros(rows, basis.count, config.embed_dim, dtype=exact),
+                *LayerCache.zeros(memory, batch_size, like),
+                inputs=like.new_zeros(batch_size, memory.slots + memory.period, config.embed_dim),
+                coefficients=like.new_zeros(batch_size, basis.count, config.embed_dim, dtype=exact),
                 long_term=LongTerm(
-                    like.new_zeros(rows, config.heads, 2, config.head_dim, dtype=exact),
-                    like.new_zeros(rows, config.heads, basis.count, config.head_dim),
+                    like.new_zeros(batch_size, config.heads, 2, config.head_dim, dtype=exact),
+                    like.new_zeros(batch_size, config.heads, basis.count, config.head_dim),
                 ),
             )
             for _ in range(config.layers)
         ]
-        begin = counts(rows, like), counts(rows, like), [RowPosition()] * rows
-        return cls(layers, *begin, taken_in=counts(rows, like).unsqueeze(1))
+        begin = counts(batch_size, like), counts(batch_size, like), [SequencePosition()] * batch_size
+        return cls(layers, *begin, taken_in=counts(batch_size, like).unsqueeze(1))
 
-    def end_segment(self, rows: Optional[Tensor], position: RowPosition, network: Network[TakingIn]) -> None:
+    def end_segment(self, sequences: Optional[Tensor], position: SequencePosition, network: Network[TakingIn]) -> None:
         leaving = network.memory.leaving(position.slots, network.memory.period)
         if leaving > 0:
-            self._extend(rows, position.slots, leaving, network)
-        super().end_segment(rows, position, network)
+            self._extend(sequences, position.slots, leaving, network)
+        super().end_segment(sequences, position, network)
 
-    def _extend(self, rows: Optional[Tensor], slots: int, leaving: int, network: Network[TakingIn]) -> None:
-        """Let the signals of *rows* take in the rows that leave their slots."""
+    def _extend(self, sequences: Optional[Tensor], slots: int, leaving: int, network: Network[TakingIn]) -> None:
+        """Let the signals of *sequences* take in the rows that leave their slots."""
         memory = network.memory
-        taken_in = select_rows(self.taken_in, rows)
+        taken_in = select_sequences(self.taken_in, sequences)
         for layer, cached in zip(network.layers, self.layers, strict=True):
             attention = cast(ContinuousSelfAttention, layer.self_attn)
-            inputs = select_rows(cached.inputs, rows)[:, memory.slots - slots :]
+            inputs = select_sequences(cached.inputs, sequences)[:, memory.slots - slots :]
             # Queries are not cached: once a segment, they are computed again.
             q, _, _ = attention.project(layer.attention_input(inputs[:, slots:]), memory.period)
-            density = attention.locate(q, LongTerm(*(select_rows(buffer, rows) for buffer in cached.long_term)))
-            past = select_rows(cached.coefficients, rows)
+            density = attention.locate(
+                q, LongTerm(*(select_sequences(buffer, sequences) for buffer in cached.long_term))
+            )
+            past = select_sequences(cached.coefficients, sequences)
             coefficients = memory.signal.extend(past, taken_in, inputs[:, :leaving], density)
-            write_rows(cached.coefficients, rows, coefficients)
+            write_sequences(cached.coefficients, sequences, coefficients)
             for buffer, new in zip(cached.long_term, attention.long_term(coefficients), strict=True):
-                write_rows(buffer, rows, new)
-        write_rows(self.taken_in, rows, taken_in + leaving)
+                write_sequences(buffer, sequences, new)
+        write_sequences(self.taken_in, sequences, taken_in + leaving)

@@ -1,9 +1,9 @@
 """The decoding cache of memory tokens: they are read when a segment begins and written when it is full.
 
-Columns: M of the cache, K of the read block, S of the segment's tokens, so that the slots of a row are its m cached
-rows and K memory tokens. The write block needs no columns: no token ever attends to it.
+Columns: M of the cache, K of the read block, S of the segment's tokens, so that the slots of a sequence are its m
+cached rows and K memory tokens. The write block needs no columns: no token ever attends to it.
 
-Shapes: B rows, b of them, S tokens of a segment, K memory tokens, m <= M cached rows, H heads, D size of a head,
+Shapes: B sequences, b of them, S tokens of a segment, K memory tokens, m <= M cached rows, H heads, D size of a head,
 d model width.
 """
 
@@ -13,7 +13,7 @@ from typing import Optional, Protocol, Tuple, cast
 import torch
 from torch import Tensor
 
-from ...decoding.cache import LayerCache, RowPosition, SegmentCache, counts, select_rows, write_rows
+from ...decoding.cache import LayerCache, SegmentCache, SequencePosition, counts, select_sequences, write_sequences
 from ...decoding.interfaces import CachedMemory, MemorySizes, Network
 from ...kernels.padded import WideRows
 from ...layers import DecoderLayer
@@ -44,37 +44,39 @@ class TokenCache(SegmentCache[WithTokens, LayerCache]):
     memory_tokens: Tensor  # [B, K, d]
 
     @classmethod
-    def empty(cls, memory: WithTokens, rows: int, like: Tensor) -> "TokenCache":
-        layers = [LayerCache(*LayerCache.zeros(memory, rows, like)) for _ in range(memory.config.layers)]
-        begin = RowPosition(slots=memory.config.options.memory_tokens)
-        first = memory.first_tokens(like.new_empty(rows, 0, like.size(-1))).detach().clone()
-        cache = cls(layers, counts(rows, like), counts(rows, like), [begin] * rows, first)
+    def empty(cls, memory: WithTokens, batch_size: int, like: Tensor) -> "TokenCache":
+        layers = [LayerCache(*LayerCache.zeros(memory, batch_size, like)) for _ in range(memory.config.layers)]
+        begin = SequencePosition(slots=memory.config.options.memory_tokens)
+        first = memory.first_tokens(like.new_empty(batch_size, 0, like.size(-1))).detach().clone()
+        cache = cls(layers, counts(batch_size, like), counts(batch_size, like), [begin] * batch_size, first)
         cache.sync()
         return cache
 
-    def refresh(self, rows: Optional[Tensor], slots: int, first: Tensor, network: Network[WithTokens]) -> None:
+    def refresh(self, sequences: Optional[Tensor], slots: int, first: Tensor, network: Network[WithTokens]) -> None:
         """Read the memory tokens: keys and values of the read block."""
-        self._pass(rows, slots, network, write=False)
+        self._pass(sequences, slots, network, write=False)
 
-    def end_segment(self, rows: Optional[Tensor], position: RowPosition, network: Network[WithTokens]) -> None:
+    def end_segment(
+        self, sequences: Optional[Tensor], position: SequencePosition, network: Network[WithTokens]
+    ) -> None:
         """Write the memory tokens, and let the segment's last tokens enter the cache."""
-        write_rows(self.memory_tokens, rows, self._pass(rows, position.slots, network, write=True))
+        write_sequences(self.memory_tokens, sequences, self._pass(sequences, position.slots, network, write=True))
         mem_len, size = network.memory.config.mem_len, self.memory_tokens.size(1)
         for _, buffer in self.column_buffers():
-            columns = select_rows(buffer, rows)
+            columns = select_sequences(buffer, sequences)
             cached = torch.cat([columns[:, :, :mem_len], columns[:, :, mem_len + size :]], dim=2)
-            write_rows(buffer[:, :, :mem_len], rows, cached[:, :, cached.size(2) - mem_len :])
+            write_sequences(buffer[:, :, :mem_len], sequences, cached[:, :, cached.size(2) - mem_len :])
 
-    def _pass(self, rows: Optional[Tensor], slots: int, network: Network[WithTokens], write: bool) -> Tensor:
+    def _pass(self, sequences: Optional[Tensor], slots: int, network: Network[WithTokens], write: bool) -> Tensor:
         """Pass a block of memory tokens through the layers, the write block or the read block: ``[b, K, d]``."""
-        memory, x = network.memory, select_rows(self.memory_tokens, rows)
+        memory, x = network.memory, select_sequences(self.memory_tokens, sequences)
         mem_len, size = memory.config.mem_len, x.size(1)
         oldest = mem_len + size - slots if memory.config.options.memory_reads_cache else mem_len
         before = slice(oldest, None if write else mem_len)
         own = None if write else slice(mem_len, mem_len + size)
         biases = network.positions(slots + (memory.period + size if write else 0), range(size), x)
         for layer, bias, cached in zip(network.layers, biases, self.layers, strict=True):
-            x = _through(layer, bias, cached, x, rows, before, own)
+            x = _through(layer, bias, cached, x, sequences, before, own)
         return x
 
 
@@ -83,7 +85,7 @@ def _through(
     bias: LayerBias,
     cached: LayerCache,
     x: Tensor,
-    rows: Optional[Tensor],
+    sequences: Optional[Tensor],
     before: slice,
     own: Optional[slice],
 ) -> Tensor:
@@ -99,7 +101,7 @@ def _through(
 
     def seen(buffer: Tensor, block: Tensor) -> Tensor:
         if own is not None:
-            write_rows(buffer[:, :, own], rows, block)
-        return torch.cat([select_rows(buffer[:, :, before], rows), block], dim=2)
+            write_sequences(buffer[:, :, own], sequences, block)
+        return torch.cat([select_sequences(buffer[:, :, before], sequences), block], dim=2)
 
     return layer.around(x, attend)[0]
