@@ -276,4 +276,6 @@ def test_the_kernel_is_for_what_it_computes_exactly_enough():
         return kernel_step(DecodingState(model_of(dtype=dtype, **options).decoder, 1))
 
     assert isinstance(step(), KernelStep)
-    assert step(attention_backend="eager") is step(torch.float64) is step(same_length=True) is None
+    assert isinstance(step(same_length=True), KernelStep)
+    assert step(attention_backend="eager") is step(torch.float64) is None
+    assert step(position_encoding="rotary") is step(position_encoding="absolute", memory="none") is None

@@ -31,12 +31,14 @@ def launches(dtype: str) -> dict:
     from lamemo_fairseq.core.kernels import row_kernels
 
     found = {}
-    for splits, size in ((1, HEAD), (16, HEAD), (1, 1024)):
+    sinusoids = {"CONTENT": True, "POSITION": True, "TABLE": True, "SCORE": False}
+    penalty = {"CONTENT": False, "POSITION": False, "TABLE": False, "SCORE": True}
+    for splits, size, parts in ((1, HEAD, sinusoids), (16, HEAD, sinusoids), (1, 1024, sinusoids), (16, HEAD, penalty)):
         columns = attention_kernel.columns_at_a_time(size, 4 if dtype == "fp32" else 2)
         blocks = {"BLOCK_D": size, "BLOCK_C": columns, "STAGES": attention_kernel.STAGES}
-        found[f"attention, {splits} splits, heads of {size}"] = (
+        found[f"attention, {splits} splits, heads of {size}, score {parts['SCORE']}"] = (
             attention_kernel.cached_attention_kernel,
-            {"scale": 0.125, "D": size, "S": splits, **blocks, "RECORD": True},
+            {"scale": 0.125, "D": size, "S": splits, **blocks, **parts, "RECORD": True},
             {},
         )
     flags = dict.fromkeys(("NORM", "BIAS", "RELU", "RESIDUAL", "RESIDUAL_NORM"), False)

@@ -28,28 +28,38 @@ NEVER = tl.constexpr(-1e30)  # below every score, and unlike -inf safe to subtra
 
 @triton.jit
 def cached_attention_kernel(
-    p_qkv, p_k, p_v, p_content, p_position, p_table, p_tokens, p_slots, p_out, p_outputs, p_normalizers,
+    p_qkv, p_k, p_v, p_content, p_position, p_table, p_score, p_tokens, p_slots, p_out, p_outputs, p_normalizers,
     p_acc, p_top, p_sum, p_arrived,
-    heads, columns, mem_len, s_sequence, s_head, s_distance,
+    heads, columns, mem_len, span, s_sequence, s_head, s_distance, s_score,
     scale: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr, RECORD: tl.constexpr,
+    STAGES: tl.constexpr, RECORD: tl.constexpr, CONTENT: tl.constexpr, POSITION: tl.constexpr, TABLE: tl.constexpr,
+    SCORE: tl.constexpr,
 ):  # fmt: skip
     bh, split = tl.program_id(0), tl.program_id(1)
     b, h = bh // heads, bh % heads
     column = mem_len + tl.load(p_tokens + b).to(tl.int32)
-    oldest = mem_len - tl.load(p_slots + b).to(tl.int32)
+    oldest = tl.maximum(mem_len - tl.load(p_slots + b).to(tl.int32), column + 1 - span)
     d = tl.arange(0, BLOCK_D)
     in_head = d < D
     p_new = p_qkv + b * s_sequence + h * D + d
     b_q = tl.load(p_new, mask=in_head, other=0).to(tl.float32)
-    b_content = (b_q + tl.load(p_content + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
-    b_position = (b_q + tl.load(p_position + h * D + d, mask=in_head, other=0).to(tl.float32)) * scale
+    b_content, b_position = b_q, b_q
+    if CONTENT:
+        b_content += tl.load(p_content + h * D + d, mask=in_head, other=0).to(tl.float32)
+    if POSITION:
+        b_position += tl.load(p_position + h * D + d, mask=in_head, other=0).to(tl.float32)
+    b_content, b_position = b_content * scale, b_position * scale
     b_k_new = tl.load(p_new + heads * D, mask=in_head, other=0)
     b_v_new = tl.load(p_new + 2 * heads * D, mask=in_head, other=0)
-    b_r_own = tl.load(p_table + h * s_head + (columns - 1) * s_distance + d, mask=in_head, other=0).to(tl.float32)
-    own = tl.sum(b_k_new.to(tl.float32) * b_content + b_r_own * b_position, axis=0)
+    b_own = b_k_new.to(tl.float32) * b_content
+    if TABLE:
+        p_r = p_table + h * s_head + (columns - 1 - column) * s_distance
+        b_own += tl.load(p_r + column * s_distance + d, mask=in_head, other=0).to(tl.float32) * b_position
+    own = tl.sum(b_own, axis=0)
+    if SCORE:
+        p_s = p_score + h * s_score + columns - 1 - column
+        own += tl.load(p_s + column).to(tl.float32) * scale
     base = bh.to(tl.int64) * columns
-    p_r = p_table + h * s_head + (columns - 1 - column) * s_distance
 
     share = (column - oldest + S - 1) // S
     first = oldest + split * share
@@ -65,9 +75,14 @@ def cached_attention_kernel(
         both = seen[:, None] & in_head[None, :]
         offset = (base + c)[:, None] * D + d[None, :]
         b_k = tl.load(p_k + offset, mask=both, other=0).to(tl.float32)
-        b_r = tl.load(p_r + c[:, None] * s_distance + d[None, :], mask=both, other=0).to(tl.float32)
+        products = b_k * b_content[None, :]
+        if TABLE:
+            b_r = tl.load(p_r + c[:, None] * s_distance + d[None, :], mask=both, other=0).to(tl.float32)
+            products += b_r * b_position[None, :]
         b_v = tl.load(p_v + offset, mask=both, other=0).to(tl.float32)
-        score = tl.sum(b_k * b_content[None, :] + b_r * b_position[None, :], axis=1)
+        score = tl.sum(products, axis=1)
+        if SCORE:
+            score += tl.load(p_s + c, mask=seen, other=0).to(tl.float32) * scale
         score = tl.where(seen, score, NEVER)
         top = tl.maximum(b_top, score)
         weight = tl.where(seen, tl.exp(score - top), 0.0)
@@ -154,33 +169,40 @@ def cached_attention(
     mem_len: int,
     workspace: Workspace,
     attended: Optional[Attended] = None,
+    span: Optional[int] = None,
 ) -> Tensor:
     """Each sequence's new token attends to its slots and tokens and to itself, and is written into the cache.
 
     Args:
         qkv: ``[B, 3 H D]``, the token's query, key and value.
         keys, values: ``[B, H, C, D]``, contiguous; changed in place.
-        bias: content, position and a table of the distances ``C-1 .. 0``.
+        bias: any of its parts, of the distances ``C-1 .. 0``.
         tokens, slots: ``[B]`` int64, how many of each a sequence has; the new token stands in column M + *tokens*.
         mem_len: M.
         workspace: for keys of this shape.
         attended: buffers ``[B, H, C, D]`` and ``[B, H, C]`` that the read-out and its normaliser are written into too.
+        span: how many keys a token sees at most, itself included (None: all).
 
     Returns:
         The read-out ``[B, H D]``.
     """
     batch, heads, columns, size = keys.shape
-    assert bias.content is not None and bias.position is not None and bias.table is not None
+    table, score = bias.table, bias.score
     # Only the interpreter meets the layout that plain attention has on a CPU.
-    table = bias.table if bias.table.stride(2) == 1 else bias.table.contiguous()
+    if table is not None and table.stride(2) != 1:
+        table = table.contiguous()
+    if score is not None and score.stride(1) != 1:
+        score = score.contiguous()
     out = qkv.new_empty(batch, heads * size)
     outputs, normalizers = (keys, keys) if attended is None else attended
     cached_attention_kernel[(batch * heads, workspace.splits)](
-        qkv, keys, values, bias.content, bias.position, table, tokens, slots, out,
+        qkv, keys, values, bias.content, bias.position, table, score, tokens, slots, out,
         outputs, normalizers, *workspace,
-        heads, columns, mem_len, qkv.stride(0), table.stride(0), table.stride(1),
+        heads, columns, mem_len, columns if span is None else span, qkv.stride(0),
+        *((0, 0) if table is None else table.stride()[:2]), 0 if score is None else score.stride(0),
         scale=1 / math.sqrt(size), D=size, BLOCK_D=workspace.acc.size(1), S=workspace.splits,
         BLOCK_C=columns_at_a_time(workspace.acc.size(1), keys.element_size()), STAGES=STAGES,
-        RECORD=attended is not None,
+        RECORD=attended is not None, CONTENT=bias.content is not None,
+        POSITION=bias.position is not None and table is not None, TABLE=table is not None, SCORE=score is not None,
     )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ from ..kernels.parts import is_plain, is_product
 from ..kernels.residual import chance, is_affine
 from ..layers import DecoderLayer
 from ..layers.layer import FeedForward
-from ..positions import LayerBias
+from ..positions import LayerBias, PositionEncoding
 from .attention import Columns
 from .cache import LayerCache
 from .drawn import Drawn
@@ -25,13 +25,13 @@ PendingNorm = Tuple[Tensor, Optional[nn.LayerNorm]]  # [B, d], and the norm that
 def kernel_step(state: DecodingState) -> Optional["KernelStep"]:
     """Return the kernels' step where they are installed and do all that positions want, else None.
 
+    Positions that rotate queries and keys, or are added to embeddings, have plain operations.
     ``--attention-backend eager`` asks for plain operations, and the kernels' float32 would be too coarse for float64.
     """
-    bias, config = state.biases[0].causal, state.layers[0].self_attn.config
-    sinusoids = bias.table is not None and bias.position is not None and bias.score is None
-    sinusoids = sinusoids and state.biases[0].rotation is None
-    wanted = config.backend != "eager" and state.cache.layers[0].keys.dtype.itemsize < 8
-    if not wanted or not sinusoids or config.span is not None:
+    backend, positions = state.layers[0].self_attn.config.backend, state.decoder.positions
+    wanted = backend != "eager" and state.cache.layers[0].keys.dtype.itemsize < 8
+    by_distance = state.biases[0].rotation is None and type(positions).embed is PositionEncoding.embed
+    if not wanted or not by_distance:
         return None
     if not all(map(_is_plain, state.layers)):
         return None
@@ -140,6 +140,7 @@ class KernelStep:
             state.mem_len,
             self._workspace,
             cached.attended(),
+            config.span,
         )
         shape = (len(qkv), config.heads, 1, config.head_dim)
         q = qkv[:, : read_out.size(1)].view(shape)
