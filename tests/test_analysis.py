@@ -84,7 +84,7 @@ def test_alpha_is_the_share_that_the_stored_normalisers_give(mem_len):
     with torch.no_grad(), record(decoder, heard):
         for _, segment in segments_of(decoder, random_tokens(2, 15)):
             before = state
-            _, state, _ = decoder.step(segment, state)
+            _, state, _ = decoder.read_segment(segment, state)
             if before is None:
                 continue
             for layer, held in enumerate(before.normalizers):

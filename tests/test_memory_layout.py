@@ -27,5 +27,5 @@ def test_what_a_saved_memory_depends_on_is_stored_as_plain_values():
 def test_a_saved_memory_depends_on_the_number_of_tokens_and_of_cached_rows():
     decoder = tiny_decoder(TOKEN, memory_tokens=5, mem_len=0)
     assert decoder.streams.options == {"--memory": "token", "--mem-len": 0, "--memory-tokens": 5}
-    _, state, _ = decoder.step(random_tokens(2, 3), None)
+    _, state, _ = decoder.read_segment(random_tokens(2, 3), None)
     assert state.tokens.shape == (2, 5, 8) and {t.shape for t in state.hidden} == {(2, 0, 8)}

@@ -67,7 +67,7 @@ def disagreement(model: MemoryLanguageModel, tokens: torch.Tensor) -> float:
     length = model.decoder.segment_length
     state, memory = filled(model, tokens[:, : 2 * length]), None
     for segment in tokens.split(length, dim=1):
-        expected, memory, _ = model.decoder.step(segment, memory)
+        expected, memory, _ = model.decoder.read_segment(segment, memory)
     found = [state.read(tokens[:, i : i + 1]) for i in range(2 * length, 3 * length)]
     return float((torch.cat(found, dim=1) - expected).abs().max())
 
@@ -80,11 +80,11 @@ def recomputing(model: MemoryLanguageModel, tokens: torch.Tensor, count: int, ag
     """
     memory = None
     for segment in tokens.split(model.decoder.segment_length, dim=1):
-        _, memory, _ = model.decoder.step(segment, memory)
+        _, memory, _ = model.decoder.read_segment(segment, memory)
     seconds = []
     for _ in range(count + 1):
         start = synchronized()
-        features, _, _ = model.decoder.step(tokens[:, : again + 1], memory)
+        features, _, _ = model.decoder.read_segment(tokens[:, : again + 1], memory)
         scores = model.decoder.output_layer(features[:, -1:])
         draw(model.get_normalized_probs((scores, None), True)[:, 0], top_p=0.95)
         seconds.append(synchronized() - start)

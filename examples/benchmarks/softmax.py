@@ -49,7 +49,7 @@ def measure(words: int, kind: str) -> dict[str, float]:
         # Zipf's law: word ranks are uniform in their logarithm.
         tokens = (words ** torch.rand(STREAMS, SIZES["tokens_per_sample"] + 1)).long().clamp(max=words - 1)
         start = time.perf_counter()
-        features, state, _ = model.step(tokens[:, :-1], state)
+        features, state, _ = model.read_segment(tokens[:, :-1], state)
         target = tokens[:, 1:].reshape(-1)
         if kind == "adaptive":
             parts = zip(*model.adaptive_softmax(features, target), strict=True)

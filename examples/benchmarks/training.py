@@ -194,9 +194,9 @@ def step(model: Any, tokens: Any, start: int, length: int, state: Any, scale: fl
     plan = output.plan(target)
     source = tokens[:, start : start + length]
     if model.graphs is None:
-        features, state, _ = model.step(source, state)
+        features, state, _ = model.read_segment(source, state)
     else:
-        features, state, _ = model.graphs(model.step, model, source, state)
+        features, state, _ = model.graphs(model.read_segment, model, source, state)
     loss = output.loss(features, target, plan)
     if loss.requires_grad:
         (loss * scale).backward()

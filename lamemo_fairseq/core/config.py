@@ -100,7 +100,7 @@ class ModelConfig:
         """The cutoffs of the adaptive softmax, none for a full one."""
         text = self.adaptive_softmax_cutoff
         try:
-            return [int(part) for part in text.split(",")] if text else []
+            return [int(cutoff) for cutoff in text.split(",")] if text else []
         except ValueError:
             raise ValueError(f"--adaptive-softmax-cutoff '{text}': pass whole numbers such as 20000,60000") from None
 

@@ -24,7 +24,7 @@ class MemoryDecoder(nn.Module):
         self.config = config
         self.segment_length = config.segment_length
         self.graphs = SegmentGraphs() if config.cuda_graphs else None
-        # The order of the parts is the order in which they draw random numbers.
+        # The order of the modules is the order in which they draw random numbers.
         self.embed_tokens = _embedding(config)
         self.dropout = nn.Dropout(config.dropout)
         self.memory = _memory(config)
@@ -50,10 +50,12 @@ class MemoryDecoder(nn.Module):
             Features ``[B, N, d]`` after the final dropout, the memory after the segment, and the memory's losses.
         """
         if self.graphs is not None and lengths is None:
-            return self.graphs(self.step, self, tokens, state)
-        return self.step(tokens, state, lengths)
+            return self.graphs(self.read_segment, self, tokens, state)
+        return self.read_segment(tokens, state, lengths)
 
-    def step(self, tokens: Tensor, state: Optional[MemoryState] = None, lengths: Optional[Tensor] = None) -> Passage:
+    def read_segment(
+        self, tokens: Tensor, state: Optional[MemoryState] = None, lengths: Optional[Tensor] = None
+    ) -> Passage:
         """Read one segment as `read` does, without a CUDA graph."""
         x = self.dropout(self.positions.embed(self.embed_tokens(tokens), lengths))
         # The memory of a resumed run is still on the host.
@@ -66,14 +68,14 @@ class MemoryDecoder(nn.Module):
 
         ``lengths [B]`` counts the tokens that are not padding, which is on the right; None if none is.
         """
-        parts: List[Tensor] = []
+        features: List[Tensor] = []
         state: Optional[MemoryState] = None
         for start in range(0, tokens.size(1), self.segment_length):
             segment = tokens[:, start : start + self.segment_length]
             left = None if lengths is None else (lengths - start).clamp(0, segment.size(1))
-            features, state, _ = self.step(segment, state, left)
-            parts.append(features)
-        return torch.cat(parts, dim=1)
+            passed, state, _ = self.read_segment(segment, state, left)
+            features.append(passed)
+        return torch.cat(features, dim=1)
 
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
         """Return the sum of the negative log-likelihoods of ``target [B, N]``, a scalar in float32 or wider."""

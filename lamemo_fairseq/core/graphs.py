@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .kernels.autograd import Context, Function
 from .kernels.copies import copy_all
-from .kernels.parts import Parts, Signature, parts_of
+from .kernels.module_tree import ModuleTree, Signature, tree_of
 from .memory import MemoryState, Passage
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 WARM_UP = 3  # passes before recording, in which kernels are compiled and workspaces allocated
 
 
-class Step(Protocol):
+class ReadSegment(Protocol):
     """Reads one segment: its features, the state after it, and losses."""
 
     def __call__(self, tokens: Tensor, state: Optional[MemoryState]) -> Passage: ...
@@ -51,7 +51,7 @@ class _Recorded:
 
 
 class SegmentGraphs:
-    """Runs a step of a decoder, from a graph where it can.
+    """Reads a decoder's segments, from a graph where it can.
 
     A graph is recorded when two segments in a row have the same shapes, which is so once the memory is full: one for
     training, one for evaluation. Anything else runs as it is: ragged segments, autocast, modules with hooks, which a
@@ -68,27 +68,27 @@ class SegmentGraphs:
         """Return the graph of segments of training, or of evaluation; None if there is none yet."""
         return self._recorded[training].recording
 
-    def __call__(self, step: Step, module: nn.Module, tokens: Tensor, state: Optional[MemoryState]) -> Passage:
-        """Return ``step(tokens, state)``."""
+    def __call__(self, read: ReadSegment, module: nn.Module, tokens: Tensor, state: Optional[MemoryState]) -> Passage:
+        """Return ``read(tokens, state)``."""
         learns = torch.is_grad_enabled()
         if state is None or module.training != learns or not _recordable(tokens):
-            return step(tokens, state)
-        parts = parts_of(module)
-        if parts.hooked:
-            return step(tokens, state)
-        recorded, signature = self._recorded[learns], _signature(parts, tokens, state)
+            return read(tokens, state)
+        tree = tree_of(module)
+        if tree.hooked:
+            return read(tokens, state)
+        recorded, signature = self._recorded[learns], _signature(tree, tokens, state)
         before, recorded.last = recorded.last, signature
         if recorded.recording is not None and signature == recorded.signature:
             return recorded.recording(tokens, state)
         if signature != before:
-            return step(tokens, state)
+            return read(tokens, state)
         recorded.signature, recorded.recording = None, None  # frees the old one's memory first
         with torch.random.fork_rng([tokens.device]):  # a resumed run records at another update, and draws the same
             if learns:
-                trained = [p for p in parts.parameters if p.requires_grad]
-                recording: _Recording = _TrainingRecording(step, module, trained, tokens, state)
+                trained = [p for p in tree.parameters if p.requires_grad]
+                recording: _Recording = _TrainingRecording(read, module, trained, tokens, state)
             else:
-                recording = _EvaluationRecording(step, tokens, state)
+                recording = _EvaluationRecording(read, tokens, state)
         recorded.signature, recorded.recording = signature, recording
         logger.info(
             "recorded a CUDA graph for %s segments of %s tokens, which keeps %.2f GiB to itself",
@@ -107,8 +107,8 @@ class SegmentGraphs:
         recording = self._recorded[True].recording
         if not isinstance(recording, _TrainingRecording) or not module.training:
             return
-        parts = parts_of(module)
-        if not parts.hooked and _signature(parts, tokens, state) == self._recorded[True].signature:
+        tree = tree_of(module)
+        if not tree.hooked and _signature(tree, tokens, state) == self._recorded[True].signature:
             recording.begin(tokens, state, seed)
 
 
@@ -117,8 +117,8 @@ def _recordable(tokens: Tensor) -> bool:
     return tokens.is_cuda and not autocast and not torch.is_inference_mode_enabled()
 
 
-def _signature(parts: Parts, tokens: Tensor, state: MemoryState) -> SegmentSignature:
-    return SegmentSignature(tokens.shape, [t.shape for t in state.tensors()], parts.signature())
+def _signature(tree: ModuleTree, tokens: Tensor, state: MemoryState) -> SegmentSignature:
+    return SegmentSignature(tokens.shape, [t.shape for t in state.tensors()], tree.signature())
 
 
 class _Begun(NamedTuple):
@@ -177,13 +177,13 @@ class _Recording:
 class _EvaluationRecording(_Recording):
     """A segment's forward pass alone."""
 
-    def __init__(self, step: Step, tokens: Tensor, state: MemoryState):
+    def __init__(self, read: ReadSegment, tokens: Tensor, state: MemoryState):
         super().__init__(tokens, state)
-        self._capture(lambda: step(self.tokens, self.state), lambda: self._record(step))
+        self._capture(lambda: read(self.tokens, self.state), lambda: self._record(read))
 
-    def _record(self, step: Step) -> None:
+    def _record(self, read: ReadSegment) -> None:
         with _recorded_to(self.forward_graph):
-            self.passage = step(self.tokens, self.state)
+            self.passage = read(self.tokens, self.state)
 
     def __call__(self, tokens: Tensor, state: MemoryState) -> Passage:
         self._run(tokens, state)
@@ -194,12 +194,17 @@ class _TrainingRecording(_Recording):
     """A segment's forward pass and its backward pass."""
 
     def __init__(
-        self, step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: MemoryState
+        self,
+        read: ReadSegment,
+        module: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        tokens: Tensor,
+        state: MemoryState,
     ):
         self.begun: Optional[_Begun] = None
         self.parameters = list(parameters)
         super().__init__(tokens, state)
-        run: OnLeaves = partial(run_on_aliases, step, module)
+        run: OnLeaves = partial(run_on_aliases, read, module)
         self._capture(lambda: self._warm_up(run), lambda: self._record(run))
 
     def _warm_up(self, run: OnLeaves) -> None:
@@ -280,8 +285,8 @@ class _Replay(Function):
         copy_all(recording.output_grads, grads)
         recording.backward_graph.replay()
         # Copies, as in the forward pass.
-        parts = torch.cat(recording.grads).split([g.numel() for g in recording.grads])
-        return (None, *(g.view_as(p) for g, p in zip(parts, recording.parameters, strict=True)))
+        gradients = torch.cat(recording.grads).split([g.numel() for g in recording.grads])
+        return (None, *(g.view_as(p) for g, p in zip(gradients, recording.parameters, strict=True)))
 
 
 def _recorded_to(graph: torch.cuda.CUDAGraph, shared: Optional[torch.cuda.CUDAGraph] = None) -> ContextManager[None]:
@@ -302,9 +307,9 @@ def _outputs(passage: Passage) -> List[Tensor]:
 
 
 def run_on_aliases(
-    step: Step, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: MemoryState
+    read: ReadSegment, module: nn.Module, parameters: Sequence[nn.Parameter], tokens: Tensor, state: MemoryState
 ) -> Tuple[List[Tensor], Passage]:
-    """Return ``step(tokens, state)`` on other leaves over the parameters' memory, and these leaves.
+    """Return ``read(tokens, state)`` on other leaves over the parameters' memory, and these leaves.
 
     A parameter is tied to the stream of any graph of operations that is still alive, such as that of the last loss,
     and a recording must not touch another stream.
@@ -312,13 +317,13 @@ def run_on_aliases(
     names = {id(p): name for name, p in module.named_parameters()}
     leaves = [p.detach().requires_grad_() for p in parameters]
     replaced = {f"module.{names[id(p)]}": leaf for p, leaf in zip(parameters, leaves, strict=True)}
-    return leaves, torch.func.functional_call(_Call(step, module), replaced, (tokens, state))
+    return leaves, torch.func.functional_call(_Call(read, module), replaced, (tokens, state))
 
 
 class _Call(nn.Module):
     """A method of a module as a module, which is what can be called on other parameters."""
 
-    def __init__(self, method: Step, module: nn.Module):
+    def __init__(self, method: ReadSegment, module: nn.Module):
         super().__init__()
         self.method, self.module = method, module
 

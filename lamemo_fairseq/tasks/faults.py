@@ -8,7 +8,7 @@ from fairseq import utils
 from torch import Tensor, nn
 
 from ..core.kernels.copies import copy_to_host
-from ..core.kernels.parts import parts_of
+from ..core.kernels.module_tree import tree_of
 from ..core.memory import DivergenceError, StreamMemory
 from ..core.memory.position import SegmentPosition
 
@@ -81,11 +81,11 @@ def retry_out_of_memory(
         What the step returns.
     """
     random_state = utils.get_rng_state()
-    untouched = alone and all(p.grad is None for p in parts_of(model).parameters)
+    untouched = alone and all(p.grad is None for p in tree_of(model).parameters)
 
     def again() -> None:
         if untouched:
-            for parameter in parts_of(model).parameters:
+            for parameter in tree_of(model).parameters:
                 parameter.grad = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -136,7 +136,7 @@ def whole_segments(model: LanguageModel, tokens: Tensor) -> Tensor:
     filled = torch.cat([tokens, random_tokens(len(tokens), -total % length, seed=9)], dim=1)
     state, features = None, []
     for segment in filled.split(length, dim=1):
-        passage = model.step(segment, state)
+        passage = model.read_segment(segment, state)
         state = passage.state
         features.append(passage.features)
     return torch.cat(features, dim=1)[:, :total]

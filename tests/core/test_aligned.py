@@ -106,7 +106,7 @@ def test_a_decoder_of_odd_widths(memory, positions, monkeypatch):
         decoder = tiny_decoder(memory=memory, position_encoding=positions, **options).train()
         state, loss = None, 0.0
         for segment in random_tokens(2, 3 * decoder.segment_length).split(decoder.segment_length, dim=1):
-            features, state, _ = decoder.step(segment, state)
+            features, state, _ = decoder.read_segment(segment, state)
             loss = loss + features.square().sum()
         found.append([loss, *torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)])
     assert len(found[0]) > 10 and decoder.layers[0].self_attn.config.head_dim % 8
@@ -135,7 +135,7 @@ def test_all_kernels_at_odd_widths_are_as_exact_as_plain_operations(memory, posi
             decoder.to(DEVICE, dtype).train()
             state, loss = None, torch.zeros((), device=DEVICE, dtype=torch.float64)
             for segment in random_tokens(2, 3 * decoder.segment_length).split(decoder.segment_length, dim=1):
-                features, state, _ = decoder.step(segment.to(DEVICE), state)
+                features, state, _ = decoder.read_segment(segment.to(DEVICE), state)
                 loss = loss + features.double().square().mean()
             found = torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)
         return [loss, *(g.double() for g in found if g is not None)]

@@ -66,7 +66,7 @@ def test_later_segments_see_earlier_ones_through_memory_alone(variant):
 def test_a_slot_that_looks_ahead_sees_the_first_current_token_and_no_later_one(window):
     """The gradient of a refreshed slot reaches the first current token's embedding and stops there."""
     decoder = tiny_decoder(("lookahead", "disentangled", window), decoder_layers=2)
-    _, state, _ = decoder.step(random_tokens(1, 3), None)
+    _, state, _ = decoder.read_segment(random_tokens(1, 3), None)
     x = decoder.embed_tokens(random_tokens(1, 3, seed=1)).detach().requires_grad_()
     _, after, _ = decoder.memory(x, state, decoder.layers, decoder.positions)
     refreshed = after.outputs[0][:, :, :-3]  # the slots that were there before

@@ -41,7 +41,7 @@ def paper_of(decoder, **options):
 def read_by_segments(decoder, tokens, state=None):
     """Passages of ``tokens [B, T]``."""
     for segment in tokens.split(decoder.segment_length, dim=1):
-        passage = decoder.step(segment, state)
+        passage = decoder.read_segment(segment, state)
         state = passage.state
         yield passage
 
@@ -167,7 +167,7 @@ def test_losses_of_streams_add_up_whatever_shares_their_batch():
         state, real = passage.state.map(lambda t: t[streams]), lengths[streams]
         part = last[streams, : real.max()]
         ragged = None if (real == part.size(1)).all() else real
-        return float(decoder.step(part, state, ragged).losses[LOSS].detach()) * int(real.sum())
+        return float(decoder.read_segment(part, state, ragged).losses[LOSS].detach()) * int(real.sum())
 
     every = total([0, 1, 2])
     assert every > 0

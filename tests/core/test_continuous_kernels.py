@@ -98,7 +98,7 @@ def test_a_model_computes_the_same_with_and_without(options, monkeypatch):
         decoder.zero_grad()
         state, total = None, 0.0
         for segment in random_tokens(2, 12).to(DEVICE).split(3, dim=1):
-            features, state, losses = decoder.step(segment, state)
+            features, state, losses = decoder.read_segment(segment, state)
             total = total + decoder.output_layer(features).logsumexp(-1).mean() + losses["kl"]
         total.backward()
         parts = dict(decoder.named_parameters())

@@ -48,7 +48,7 @@ def test_the_model_computes_what_the_paper_says(options):
     tokens = random_tokens(streams, 6 * n)
     state, scores, losses = None, [], []
     for segment in tokens.split(n, dim=1):
-        features, state, loss = decoder.step(segment, state)
+        features, state, loss = decoder.read_segment(segment, state)
         scores.append(decoder.output_layer(features))
         losses.append(loss["kl"].item())
     scores, divergences = torch.cat(scores, dim=1).detach().numpy(), []
@@ -125,7 +125,7 @@ def test_training_goes_on_after_decoding_in_inference_mode():
         read_streams(decoder, tokens)
     state = None
     for segment in tokens.split(3, dim=1):
-        features, state, losses = decoder.train().step(segment, state)
+        features, state, losses = decoder.train().read_segment(segment, state)
     (features.sum() + losses["kl"]).backward()
     assert decoder.layers[0].self_attn.density_proj.weight.grad.abs().max() > 0
 
@@ -173,11 +173,11 @@ def test_gradients_of_the_whole_model_are_differences():
     first, second = random_tokens(2, 12).split(9, dim=1)
     state = None
     for segment in first.split(3, dim=1):
-        _, state, _ = decoder.step(segment, state)
+        _, state, _ = decoder.read_segment(segment, state)
     assert not any(t.requires_grad for t in state.tensors())
 
     def loss():
-        features, _, losses = decoder.step(second, state)
+        features, _, losses = decoder.read_segment(second, state)
         return decoder.output_layer(features).logsumexp(-1).mean() + losses["kl"]
 
     loss().backward()
@@ -269,8 +269,8 @@ def test_a_signal_begins_when_the_slots_are_full():
     plain.load_state_dict(own)
     state = other = None
     for index, segment in enumerate(random_tokens(2, 18).split(3, dim=1)):
-        features, state, losses = decoder.step(segment, state)
-        expected, other, _ = plain.step(segment, other)
+        features, state, losses = decoder.read_segment(segment, state)
+        expected, other, _ = plain.read_segment(segment, other)
         empty = index <= 3  # nine tokens fill the slots, the next three push others out when their segment ends
         difference = (features - expected).abs().max().item()
         assert (difference < 1e-12) == empty and (losses["kl"].item() == 0) == empty
@@ -292,14 +292,16 @@ def test_the_kl_term_leaves_out_padding():
     last = random_tokens(2, 12)[:, 9:]
     state = None
     for segment in random_tokens(2, 9, seed=5).split(3, dim=1):
-        _, state, _ = decoder.step(segment, state)
-    losses = [decoder.step(last[row : row + 1], state.map(lambda t, r=row: t[r : r + 1])).losses for row in (0, 1)]
+        _, state, _ = decoder.read_segment(segment, state)
+    losses = [
+        decoder.read_segment(last[row : row + 1], state.map(lambda t, r=row: t[r : r + 1])).losses for row in (0, 1)
+    ]
     padded = torch.cat([last, torch.ones(2, 3, dtype=torch.int64)], dim=1)
-    both = decoder.step(padded, state, torch.tensor([3, 0])).losses["kl"]
+    both = decoder.read_segment(padded, state, torch.tensor([3, 0])).losses["kl"]
     torch.testing.assert_close(both, losses[0]["kl"])
-    both = decoder.step(padded, state, torch.tensor([3, 3])).losses["kl"]
+    both = decoder.read_segment(padded, state, torch.tensor([3, 3])).losses["kl"]
     torch.testing.assert_close(both, (losses[0]["kl"] + losses[1]["kl"]) / 2)
-    assert decoder.eval().step(last, state).losses == {}
+    assert decoder.eval().read_segment(last, state).losses == {}
 
 
 @pytest.mark.parametrize(
@@ -330,9 +332,9 @@ def test_half_precision_keeps_the_signal_in_float32(dtype, autocast):
     exact, decoder = decoder_of(dtype=torch.float32), decoder_of(dtype=torch.float32 if autocast else dtype)
     states = [None, None]
     for segment in random_tokens(2, 30).split(3, dim=1):
-        _, states[0], _ = exact.step(segment, states[0])
+        _, states[0], _ = exact.read_segment(segment, states[0])
         with torch.autocast("cpu", dtype=dtype, enabled=autocast):
-            features, states[1], _ = decoder.step(segment, states[1])
+            features, states[1], _ = decoder.read_segment(segment, states[1])
     assert autocast or features.dtype == dtype
     assert {c.dtype for c in states[1].coefficients} == {torch.float32}
     # The first layer's rows are embeddings, so that its signal differs by their rounding and its samples' places.

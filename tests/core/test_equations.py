@@ -143,7 +143,7 @@ def test_a_slot_holds_one_softmax_over_everything_it_has_seen(segment, mem_len):
     tokens, state = random_tokens(1, 6 * segment), None
     with torch.no_grad():
         for part in tokens.split(segment, dim=1):
-            _, state, _ = decoder.step(part, state)
+            _, state, _ = decoder.read_segment(part, state)
         q, k, v = decoder.layers[0].self_attn.project(decoder.embed_tokens(tokens), 6 * segment)
         tables = positions._project(positions._sinusoids(range(6 * segment), q))[0]
     newest = 5 * segment  # the first token of the last segment, up to which its memory looks ahead

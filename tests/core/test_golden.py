@@ -72,7 +72,7 @@ def compare(path, tolerance, dtype=torch.float64, backend="eager", device="cpu")
     tokens = torch.from_numpy(case["tokens"]).to(device)
     state, start = None, 0
     for k, length in enumerate(case["seg_lens"].tolist()):
-        features, state, _ = decoder.step(tokens[:, start : start + length], state)
+        features, state, _ = decoder.read_segment(tokens[:, start : start + length], state)
         target = tokens[:, start + 1 : start + 1 + length]
         log_probs = decoder.log_probs(features)
         nll = -log_probs.gather(2, target.unsqueeze(2)).squeeze(2)

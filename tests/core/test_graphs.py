@@ -47,9 +47,9 @@ def test_aliases_of_parameters_stand_in_for_all_of_them(variant, adaptive):
     decoder = tiny_decoder(variant, **sizes_of(variant), **adaptive).train()
     tokens, parameters, state = random_tokens(2, SEGMENT), list(decoder.parameters()), None
     for _ in range(3):
-        state = decoder.step(tokens, state).state
-    expected = decoder.step(tokens, state)
-    leaves, passage = run_on_aliases(decoder.step, decoder, parameters, tokens, state)
+        state = decoder.read_segment(tokens, state).state
+    expected = decoder.read_segment(tokens, state)
+    leaves, passage = run_on_aliases(decoder.read_segment, decoder, parameters, tokens, state)
     assert torch.equal(passage.features, expected.features)
     assert passage.losses == expected.losses
     wanted = torch.autograd.grad(total(expected), parameters, allow_unused=True)
@@ -69,12 +69,12 @@ def test_what_is_recorded_is_what_is_computed_again(variant, monkeypatch):
     parameters = list(decoder.parameters())
     segments, state = random_tokens(2, 8 * SEGMENT).split(SEGMENT, dim=1), None
     for segment in segments[:4]:
-        state = decoder.step(segment, state).state
-    recording = graphs._TrainingRecording(decoder.step, decoder, parameters, segments[4], state)
+        state = decoder.read_segment(segment, state).state
+    recording = graphs._TrainingRecording(decoder.read_segment, decoder, parameters, segments[4], state)
     given, copies = [], []
     for seed, segment in enumerate(segments[4:]):
         torch.manual_seed(seed)
-        expected = decoder.step(segment, state)
+        expected = decoder.read_segment(segment, state)
         wanted = torch.autograd.grad(2 * total(expected), recording.parameters)
         torch.manual_seed(seed)
         found = recording(segment, state)
@@ -107,11 +107,11 @@ def test_evaluation_is_computed_again_from_what_was_recorded(variant, monkeypatc
     decoder = tiny_decoder(variant, **sizes_of(variant), dropout=0.3).eval()
     segments, state = random_tokens(2, 7 * SEGMENT).split(SEGMENT, dim=1), None
     for segment in segments[:4]:
-        state = decoder.step(segment, state).state
-    recording = graphs._EvaluationRecording(decoder.step, segments[4], state)
+        state = decoder.read_segment(segment, state).state
+    recording = graphs._EvaluationRecording(decoder.read_segment, segments[4], state)
     given, copies = [], []
     for segment in segments[4:]:
-        expected, found = decoder.step(segment, state), recording(segment, state)
+        expected, found = decoder.read_segment(segment, state), recording(segment, state)
         torch.testing.assert_close(found.features, expected.features, rtol=0, atol=1e-12)
         assert found.losses == expected.losses == {}
         for one, other in zip(found.state.tensors(), expected.state.tensors(), strict=True):
@@ -200,13 +200,13 @@ def test_after_a_recording_that_failed(device, monkeypatch):
     segments, state = random_tokens(2, 6 * SEGMENT).to(device).split(SEGMENT, dim=1), None
     with torch.no_grad():
         for segment in segments[:4]:
-            state = decoder.graphs(decoder.step, decoder, segment, state).state
+            state = decoder.graphs(decoder.read_segment, decoder, segment, state).state
         with monkeypatch.context() as patched, pytest.raises(MemoryError):
             patched.setattr(graphs, "_EvaluationRecording", no_memory)
             for _ in range(2):
-                decoder.graphs(decoder.step, decoder, segments[4][:, :3], state)
-        found = decoder.graphs(decoder.step, decoder, segments[4], state)
-        assert torch.equal(found.features, decoder.step(segments[4], state).features)
+                decoder.graphs(decoder.read_segment, decoder, segments[4][:, :3], state)
+        found = decoder.graphs(decoder.read_segment, decoder, segments[4], state)
+        assert torch.equal(found.features, decoder.read_segment(segments[4], state).features)
 
 
 def no_memory(*_):
@@ -269,7 +269,7 @@ def test_a_changed_module_is_recorded_anew(change, device):
         return [features, *after.tensors(), *grads]
 
     def by_graph(segment, before):
-        return decoder.graphs(decoder.step, decoder, segment, before)
+        return decoder.graphs(decoder.read_segment, decoder, segment, before)
 
     for segment in segments[:4]:
         state = by_graph(segment, state).state
@@ -277,7 +277,7 @@ def test_a_changed_module_is_recorded_anew(change, device):
     recording = decoder.graphs.recording()
     assert recording.passes > 1
     change(decoder)
-    expected = read(decoder.step, segments[4])
+    expected = read(decoder.read_segment, segments[4])
     assert len(old) != len(expected) or not all(map(torch.equal, old, expected))
     for _ in range(3):  # as it is, recorded, replayed
         torch.testing.assert_close(read(by_graph, segments[4]), expected, rtol=1e-5, atol=1e-5)
@@ -319,7 +319,7 @@ def recorded(**options):
     decoder = tiny_decoder(dtype=torch.float32, cuda_graphs=True, **options).to("cuda").train()
     state, segments = None, random_tokens(2, 30).to("cuda").split(decoder.segment_length, dim=1)
     for segment in segments[:4]:
-        _, state, _ = decoder.graphs(decoder.step, decoder, segment, state)
+        _, state, _ = decoder.graphs(decoder.read_segment, decoder, segment, state)
     assert decoder.graphs.recording() is not None
     return decoder, segments[4:], state
 
@@ -327,7 +327,7 @@ def recorded(**options):
 def read(decoder, segment, state, seed):
     """Features, the state after the segment, gradients, and the random number after them."""
     torch.cuda.manual_seed(seed)
-    features, after, _ = decoder.graphs(decoder.step, decoder, segment, state)
+    features, after, _ = decoder.graphs(decoder.read_segment, decoder, segment, state)
     decoder.zero_grad()
     features.square().sum().backward()
     gradients = [p.grad for p in decoder.parameters() if p.grad is not None]
@@ -382,7 +382,7 @@ def test_a_recording_says_what_memory_it_keeps_to_itself(caplog):
     decoder = tiny_decoder(dtype=torch.float32, decoder_ffn_embed_dim=4096, cuda_graphs=True).to("cuda").train()
     n, state = decoder.segment_length, None
     for segment in random_tokens(64, 6 * n).to("cuda").split(n, dim=1):
-        features, state, losses = decoder.graphs(decoder.step, decoder, segment, state)
+        features, state, losses = decoder.graphs(decoder.read_segment, decoder, segment, state)
         sum([features.sum(), *losses.values()]).backward()
     kept = decoder.graphs.recording().memory
     assert kept > 64 * n * 4096 * 4  # the hidden activations of one layer
@@ -401,7 +401,7 @@ def test_a_second_forward_before_the_backward_is_an_error():
     tokens = random_tokens(2, 16).to("cuda")
     state = None
     for segment in tokens.split(decoder.segment_length, dim=1)[:4]:
-        first, state, _ = decoder.graphs(decoder.step, decoder, segment, state)
-    decoder.graphs(decoder.step, decoder, segment, state)
+        first, state, _ = decoder.graphs(decoder.read_segment, decoder, segment, state)
+    decoder.graphs(decoder.read_segment, decoder, segment, state)
     with pytest.raises(RuntimeError, match="leave out --cuda-graphs"):
         first.sum().backward()

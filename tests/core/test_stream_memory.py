@@ -214,7 +214,7 @@ def test_a_copied_model_has_read_nothing(variant, copied):
 @memories
 def test_memory_holds_no_gradient(variant):
     decoder = tiny_decoder(variant).train()
-    _, state, _ = decoder.step(random_tokens(2, 3), None)
+    _, state, _ = decoder.read_segment(random_tokens(2, 3), None)
     tensors = []
     state.map(lambda t: tensors.append(t) or t)
     assert tensors and not any(t.requires_grad for t in tensors)
@@ -225,7 +225,7 @@ def test_normalizers_stay_in_float32_or_wider(dtype):
     decoder = tiny_decoder(dtype=dtype)
     state = None
     for segment in random_tokens(2, 9).split(3, dim=1):
-        _, state, _ = decoder.step(segment, state)
+        _, state, _ = decoder.read_segment(segment, state)
     assert {t.dtype for t in state.normalizers} == {torch.promote_types(dtype, torch.float32)}
     assert {t.dtype for t in (state.embeddings, *state.outputs)} == {dtype}
 

@@ -130,7 +130,7 @@ def test_four_segments_equal_the_papers_computation(variant, options):
     words = random_tokens(2, 18)
     state, parts = None, []
     for segment in words.split(decoder.segment_length, dim=1):
-        part, state, _ = decoder.step(segment, state)
+        part, state, _ = decoder.read_segment(segment, state)
         parts.append(part)
     paper = Paper(
         decoder,
@@ -312,7 +312,7 @@ def test_the_fused_backend_reads_the_tokens():
         with torch.no_grad():
             for p in decoder.parameters():
                 p.mul_(0.3)
-        scores = decoder.step(random_tokens(2, 6).to(DEVICE), None).features
+        scores = decoder.read_segment(random_tokens(2, 6).to(DEVICE), None).features
         scores.logsumexp(-1).sum().backward()
         passes.append((scores, {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}))
     (eager, gradients), (fused, others) = passes
@@ -325,7 +325,7 @@ def test_memory_tokens_are_dropped_out_where_they_are_read_and_where_they_are_wr
     decoder = tiny_decoder(PLAIN, dropout=0.5).train()
     rows = []
     decoder.layers[0].register_forward_hook(lambda module, inputs, output: rows.append(inputs[0]))
-    _, state, _ = decoder.step(random_tokens(2, 3), None)
+    _, state, _ = decoder.read_segment(random_tokens(2, 3), None)
     read, write = rows[0][:, :2], rows[0][:, -2:]
     assert not torch.equal(read, write)
     for dropped in (read, write, state.tokens):

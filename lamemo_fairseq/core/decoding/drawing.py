@@ -60,7 +60,7 @@ class Draw:
 
 
 class Adjustment:
-    """What becomes of log-probabilities ``[B, V]`` before a word is drawn and its own is noted.
+    """A change of log-probabilities ``[B, V]``, made before a word is drawn and its own is noted.
 
     Args:
         temperature: they are divided by it and normalised again.

@@ -12,7 +12,7 @@ from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Proto
 import torch
 from torch import Tensor
 
-from ..kernels.parts import parts_of
+from ..kernels.module_tree import tree_of
 from .drawing import Adjustment, Draw
 from .drawn import Drawn
 from .interfaces import Decoder, module_of
@@ -71,11 +71,11 @@ class Sampler:
     ):
         self.state, self.choose = state, choose
         self.adjust = Adjustment() if adjust is None else adjust
-        tokens, parts = state.cache.tokens, parts_of(module_of(state.decoder))
+        tokens, tree = state.cache.tokens, tree_of(module_of(state.decoder))
         self.words = tokens.new_zeros(len(tokens), 1)
         self.drawn = _empty_buffer(state)
         # A replay would call no hooks.
-        self.graphs = (tokens.is_cuda if graphs is None else graphs) and not parts.hooked
+        self.graphs = (tokens.is_cuda if graphs is None else graphs) and not tree.hooked
         self._kernels = kernel_step(state) if self.graphs else None
         self._drawing = self._kernel_drawing()
         if compiled and self._kernels is None:
@@ -83,7 +83,7 @@ class Sampler:
         self._recorded: Dict[int, Replayable] = {}
         self._refreshes = 0  # of all sequences alike, with full memories
         self._refresh: Optional[Replayable] = None
-        self._signature = parts.signature()
+        self._signature = tree.signature()
 
     @classmethod
     def take(cls, state: DecodingState, choose: Choose, adjust: Adjustment) -> "Sampler":
@@ -113,7 +113,7 @@ class Sampler:
     def _serves(self, state: DecodingState, choose: Choose, adjust: Adjustment) -> bool:
         """Return whether graphs for such texts would be the same: weights may have changed, but in place only."""
         mine = (self.choose, self.adjust.temperature, _sizes(self.state), self._signature)
-        signature = parts_of(module_of(state.decoder)).signature()
+        signature = tree_of(module_of(state.decoder)).signature()
         return mine == (choose, adjust.temperature, _sizes(state), signature)
 
     def __call__(self, last: Tensor, count: int) -> Tensor:

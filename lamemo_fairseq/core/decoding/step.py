@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import RelativeBias
-from ..kernels.parts import is_plain, is_product
+from ..kernels.module_tree import is_plain, is_product
 from ..kernels.residual import chance, is_affine
 from ..layers import DecoderLayer
 from ..layers.layer import FeedForward

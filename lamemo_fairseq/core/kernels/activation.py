@@ -1,6 +1,6 @@
-"""What stands between a feed-forward layer's two products: ``dropout(relu(x + bias))``, in one kernel where it can.
+"""The operations between a feed-forward layer's two products: ``dropout(relu(x + bias))``, by a kernel if possible.
 
-Shapes: W columns of rows.
+Shapes: W columns of rows, the width of the feed-forward layer.
 """
 
 from typing import Optional, Tuple

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .shared_kernels import TILE, WORDS, dropped, kept, programs, sums
+from .shared_kernels import TILE, WORDS, dropout_mask, dropped, programs, sums
 
 BLOCK = 256  # columns of a tile
 
@@ -25,15 +25,15 @@ def relu_dropout_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = (row < T)[:, None] & (column < W)[None, :]
-    place = row.to(tl.int64)[:, None] * W + column[None, :]
-    b_x = tl.load(p_x + place, there, other=0.0).to(tl.float32)
+    offset = row.to(tl.int64)[:, None] * W + column[None, :]
+    b_x = tl.load(p_x + offset, there, other=0.0).to(tl.float32)
     if BIAS:
         b_x += tl.load(p_bias + column, column < bias_width, other=0.0).to(tl.float32)[None, :]
     b_x = tl.where(b_x <= 0, 0.0, b_x)  # NaN stays, unlike in a maximum
     if DROPPED > 0:
-        keeps = kept(p_seed, row, groups, tl.program_id(1) * (BLOCK // 4), DROPPED, ROWS, BLOCK)
-        b_x = tl.where(keeps, b_x * (WORDS / (WORDS - DROPPED)), 0.0)
-    tl.store(p_out + place, b_x.to(p_out.dtype.element_ty), there)
+        mask = dropout_mask(p_seed, row, groups, tl.program_id(1) * (BLOCK // 4), DROPPED, ROWS, BLOCK)
+        b_x = tl.where(mask, b_x * (WORDS / (WORDS - DROPPED)), 0.0)
+    tl.store(p_out + offset, b_x.to(p_out.dtype.element_ty), there)
 
 
 @triton.jit
@@ -47,11 +47,11 @@ def relu_dropout_gradient_kernel(
     for start in range(program * ROWS, T, count * ROWS):
         row = start + tl.arange(0, ROWS)
         there = (row < T)[:, None] & (column < W)[None, :]
-        place = row.to(tl.int64)[:, None] * W + column[None, :]
-        b_out = tl.load(p_out + place, there, other=0.0)
-        b_dx = tl.load(p_grad + place, there, other=0.0).to(tl.float32)
+        offset = row.to(tl.int64)[:, None] * W + column[None, :]
+        b_out = tl.load(p_out + offset, there, other=0.0)
+        b_dx = tl.load(p_grad + offset, there, other=0.0).to(tl.float32)
         b_dx = tl.where(b_out == 0, 0.0, b_dx * (WORDS / (WORDS - DROPPED)))
-        tl.store(p_dx + place, b_dx.to(p_dx.dtype.element_ty), there)
+        tl.store(p_dx + offset, b_dx.to(p_dx.dtype.element_ty), there)
         if BIAS:
             b_dbias += b_dx
     if BIAS:
@@ -61,11 +61,11 @@ def relu_dropout_gradient_kernel(
 def forward(x: Tensor, bias: Optional[Tensor], seed: Optional[Tensor], dropout: float) -> Tensor:
     """``dropout(relu(x + bias))`` of a contiguous ``x [.., W]``; the bias may be shorter than W."""
     out, width = torch.empty_like(x), x.size(-1)
-    tokens, columns, rows = x.numel() // width, triton.cdiv(width, BLOCK), TILE // BLOCK
+    tokens, columns, tile_rows = x.numel() // width, triton.cdiv(width, BLOCK), TILE // BLOCK
     if tokens:
-        relu_dropout_kernel[(triton.cdiv(tokens, rows), columns)](
+        relu_dropout_kernel[(triton.cdiv(tokens, tile_rows), columns)](
             x, bias, seed, out, tokens, 0 if bias is None else len(bias), columns * (BLOCK // 4),
-            W=width, BIAS=bias is not None, DROPPED=dropped(dropout), ROWS=rows, BLOCK=BLOCK, num_warps=4,
+            W=width, BIAS=bias is not None, DROPPED=dropped(dropout), ROWS=tile_rows, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -73,12 +73,12 @@ def forward(x: Tensor, bias: Optional[Tensor], seed: Optional[Tensor], dropout: 
 def backward(grad: Tensor, out: Tensor, dropout: float, bias_width: Optional[int]) -> Tuple[Tensor, Optional[Tensor]]:
     """Gradients of x ``[.., W]`` and, if it is not None, of the bias; *grad* is contiguous as *out* is."""
     dx, width = torch.empty_like(out), out.size(-1)
-    tokens, columns, rows = out.numel() // width, triton.cdiv(width, BLOCK), TILE // BLOCK
-    count = programs(out.device, triton.cdiv(tokens, rows), columns)
+    tokens, columns, tile_rows = out.numel() // width, triton.cdiv(width, BLOCK), TILE // BLOCK
+    count = programs(out.device, triton.cdiv(tokens, tile_rows), columns)
     partial = None if bias_width is None else out.new_empty(1, count, width, dtype=torch.float32)
     relu_dropout_gradient_kernel[(count, columns)](
         grad, out, dx, partial, tokens,
-        W=width, BIAS=partial is not None, DROPPED=dropped(dropout), ROWS=rows, BLOCK=BLOCK, num_warps=4,
+        W=width, BIAS=partial is not None, DROPPED=dropped(dropout), ROWS=tile_rows, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     if partial is None or bias_width is None:
         return dx, None

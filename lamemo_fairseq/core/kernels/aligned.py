@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .module_tree import is_plain
 from .padded import WideRows, narrowed, widened, with_zeros
-from .parts import is_plain
 
 
 def matters(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What stands between two parts of a layer: ``layer_norm(residual + dropout(x + bias))``, in one kernel where it can.
+"""The operations between two blocks of a layer: ``layer_norm(residual + dropout(x + bias))``, by a kernel if possible.
 
 Half-precision rows of a width that breaks alignment, such as 410, come out as `PaddedRows`: products of them need no
 copy (`aligned.py`).
@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from . import rows
 from .autograd import Context, Function
+from .module_tree import is_plain
 from .padded import WideRows, cut, stored_width
-from .parts import is_plain
 
 LARGEST_WIDTH = 4096
 
@@ -51,7 +51,7 @@ def residual_sum_and_norm(
 
 
 def takes(x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout, bias: Optional[Tensor] = None) -> bool:
-    """Whether the kernel does all that *norm* and *dropout* would, hooks and replaced classes included."""
+    """Tell whether the kernel does all that *norm* and *dropout* would, hooks and replaced classes included."""
     if not rows.fusable(residual) or residual.size(-1) > LARGEST_WIDTH:
         return False
     if not is_affine(norm) or chance(dropout) >= 1:
@@ -68,7 +68,7 @@ def chance(dropout: nn.Dropout) -> float:
 
 
 def is_affine(norm: nn.Module) -> bool:
-    """Whether calling *norm* is a layer norm over rows with a gain and a bias."""
+    """Tell whether calling *norm* is a layer norm over rows with a gain and a bias."""
     if not is_plain(norm, nn.LayerNorm):
         return False
     return norm.weight is not None and norm.bias is not None and len(norm.normalized_shape) == 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .padded import empty_rows, readable, stored_width
 from .rows import strided
-from .shared_kernels import TILE, WORDS, dropped, kept, programs, sums
+from .shared_kernels import TILE, WORDS, dropout_mask, dropped, programs, sums
 
 BACKWARD_TILE = 1024  # fewer, as sums over rows stay in registers
 
@@ -31,21 +31,21 @@ def residual_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside, there = (column < D)[None, :], (row < T)[:, None]
     stream, of_stream = (row // R).to(tl.int64)[:, None], (row % R).to(tl.int64)[:, None]
-    x_place = stream * s_xb + of_stream * s_xr + column[None, :]
-    r_place = stream * s_rb + of_stream * s_rr + column[None, :]
-    b_x = tl.load(p_x + x_place, there & (column < WIDTH_X)[None, :], other=0.0).to(tl.float32)
-    b_residual = tl.load(p_residual + r_place, there & (column < WIDTH_R)[None, :], other=0.0).to(tl.float32)
+    x_offset = stream * s_xb + of_stream * s_xr + column[None, :]
+    residual_offset = stream * s_rb + of_stream * s_rr + column[None, :]
+    b_x = tl.load(p_x + x_offset, there & (column < WIDTH_X)[None, :], other=0.0).to(tl.float32)
+    b_residual = tl.load(p_residual + residual_offset, there & (column < WIDTH_R)[None, :], other=0.0).to(tl.float32)
     if BIAS:
         b_x += tl.load(p_bias + column, column < D, other=0.0).to(tl.float32)[None, :]
     if DROPPED > 0:
-        keeps = kept(p_seed, row, BLOCK // 4, 0, DROPPED, ROWS, BLOCK)
-        b_x = tl.where(keeps, b_x * (WORDS / (WORDS - DROPPED)), 0.0)
-    # Rounded as it is kept, so that both passes see one sum.
+        mask = dropout_mask(p_seed, row, BLOCK // 4, 0, DROPPED, ROWS, BLOCK)
+        b_x = tl.where(mask, b_x * (WORDS / (WORDS - DROPPED)), 0.0)
+    # Rounded as it is stored, so that both passes see one sum.
     b_s = tl.where(inside, b_residual + b_x, 0.0).to(p_out.dtype.element_ty)
-    place = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    offset = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     written = there & (column < WIDTH)[None, :]
     if KEEP:
-        tl.store(p_sum + place, b_s, written)
+        tl.store(p_sum + offset, b_s, written)
     b_s = b_s.to(tl.float32)
     b_mean = tl.sum(b_s, 1) / D
     b_centred = tl.where(inside, b_s - b_mean[:, None], 0.0)
@@ -56,7 +56,7 @@ def residual_norm_kernel(
     b_gamma = tl.load(p_gamma + column, column < D, other=0.0).to(tl.float32)[None, :]
     b_beta = tl.load(p_beta + column, column < D, other=0.0).to(tl.float32)[None, :]
     b_out = b_centred * b_rstd[:, None] * b_gamma + b_beta
-    tl.store(p_out + place, b_out.to(p_out.dtype.element_ty), written)
+    tl.store(p_out + offset, b_out.to(p_out.dtype.element_ty), written)
 
 
 @triton.jit
@@ -77,11 +77,11 @@ def residual_norm_gradient_kernel(
         row = start + tl.arange(0, ROWS)
         there, written = (row < T)[:, None], (row < T)[:, None] & (column < WIDTH)[None, :]
         stream, of_stream = (row // R).to(tl.int64)[:, None], (row % R).to(tl.int64)[:, None]
-        place = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-        g_place = stream * s_gb + of_stream * s_gr + column[None, :]
-        b_dy = tl.load(p_grad + g_place, there & (column < WIDTH_G)[None, :], other=0.0).to(tl.float32)
+        offset = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        grad_offset = stream * s_gb + of_stream * s_gr + column[None, :]
+        b_dy = tl.load(p_grad + grad_offset, there & (column < WIDTH_G)[None, :], other=0.0).to(tl.float32)
         b_dy = tl.where(inside, b_dy, 0.0)
-        b_s = tl.load(p_sum + place, written, other=0.0).to(tl.float32)
+        b_s = tl.load(p_sum + offset, written, other=0.0).to(tl.float32)
         b_mean = tl.load(p_mean + row, row < T, other=0.0)[:, None]
         b_rstd = tl.load(p_rstd + row, row < T, other=0.0)[:, None]
         b_normed = tl.where(inside, (b_s - b_mean) * b_rstd, 0.0)
@@ -91,14 +91,14 @@ def residual_norm_gradient_kernel(
         b_both = tl.sum(b_g * b_normed, 1)[:, None] / D
         b_ds = (b_g - tl.sum(b_g, 1)[:, None] / D - b_normed * b_both) * b_rstd
         if SUMMED:
-            h_place = stream * s_hb + of_stream * s_hr + column[None, :]
-            b_ds += tl.load(p_grad_sum + h_place, there & (column < WIDTH_H)[None, :], other=0.0).to(tl.float32)
+            sum_offset = stream * s_hb + of_stream * s_hr + column[None, :]
+            b_ds += tl.load(p_grad_sum + sum_offset, there & (column < WIDTH_H)[None, :], other=0.0).to(tl.float32)
         b_ds = tl.where(inside & there, b_ds, 0.0)
-        tl.store(p_ds + place, b_ds.to(p_ds.dtype.element_ty), written)
+        tl.store(p_ds + offset, b_ds.to(p_ds.dtype.element_ty), written)
         if DROPPED > 0:
-            keeps = kept(p_seed, row, BLOCK // 4, 0, DROPPED, ROWS, BLOCK)
-            b_ds = tl.where(keeps, b_ds * (WORDS / (WORDS - DROPPED)), 0.0)
-            tl.store(p_dx + place, b_ds.to(p_dx.dtype.element_ty), written)
+            mask = dropout_mask(p_seed, row, BLOCK // 4, 0, DROPPED, ROWS, BLOCK)
+            b_ds = tl.where(mask, b_ds * (WORDS / (WORDS - DROPPED)), 0.0)
+            tl.store(p_dx + offset, b_ds.to(p_dx.dtype.element_ty), written)
         if BIAS:
             b_dbias += b_ds
     p_partial += program * D + column
@@ -129,12 +129,12 @@ def forward(
         mean, rstd = (residual.new_empty(tokens, dtype=torch.float32) for _ in range(2))
         saved = Saved(torch.empty_like(out), mean, rstd)
     if tokens:
-        rows, block, warps = tiles(d, TILE)
-        residual_norm_kernel[(triton.cdiv(tokens, rows),)](
+        tile_rows, block, warps = tiles(d, TILE)
+        residual_norm_kernel[(triton.cdiv(tokens, tile_rows),)](
             x, bias, residual, gamma, beta, seed, out, *(saved or (None, None, None)),
             *x.stride()[:2], *residual.stride()[:2], tokens, residual.size(1), eps,
             D=d, WIDTH_X=readable(x), WIDTH_R=readable(residual), WIDTH=out.size(-1),
-            BIAS=bias is not None, DROPPED=dropped(dropout), KEEP=keep, ROWS=rows, BLOCK=block, num_warps=warps,
+            BIAS=bias is not None, DROPPED=dropped(dropout), KEEP=keep, ROWS=tile_rows, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return out, saved
 
@@ -152,15 +152,16 @@ def backward(
     dx = torch.empty_like(ds) if dropout > 0 else ds
     grad = strided(grad)
     grad_sum = None if grad_sum is None else strided(grad_sum)
-    rows, block, warps = tiles(d, BACKWARD_TILE)
+    tile_rows, block, warps = tiles(d, BACKWARD_TILE)
     tokens = grad.size(0) * grad.size(1)
-    count = programs(grad.device, triton.cdiv(tokens, rows))
+    count = programs(grad.device, triton.cdiv(tokens, tile_rows))
     partial = grad.new_empty(3 if with_bias else 2, count, d, dtype=torch.float32)
     residual_norm_gradient_kernel[(count,)](
         grad, grad_sum, *saved, gamma, seed, dx, ds, partial,
         *grad.stride()[:2], *((0, 0) if grad_sum is None else grad_sum.stride()[:2]), tokens, grad.size(1),
         D=d, WIDTH_G=readable(grad), WIDTH_H=0 if grad_sum is None else readable(grad_sum), WIDTH=stored_width(grad, d),
-        SUMMED=grad_sum is not None, BIAS=with_bias, DROPPED=dropped(dropout), ROWS=rows, BLOCK=block, num_warps=warps,
+        SUMMED=grad_sum is not None, BIAS=with_bias, DROPPED=dropped(dropout), ROWS=tile_rows, BLOCK=block,
+        num_warps=warps,
     )  # fmt: skip
     return dx, ds, sums(partial, d, gamma.dtype)
 

@@ -78,14 +78,14 @@ def row_map_kernel(
         b_out = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
         for start in range(0, K, BLOCK_K):
             at = start + k
-            b_part = tl.load(p_rows + at[None, :], mask=in_r[:, None] & (at < K)[None, :], other=0)
+            b_chunk = tl.load(p_rows + at[None, :], mask=in_r[:, None] & (at < K)[None, :], other=0)
             b_w = tl.load(p_weights + at[None, :], mask=in_n[:, None] & (at < K)[None, :], other=0)
             if NORM:
                 gain = tl.load(p_gain + at, mask=at < K, other=0).to(tl.float32)
                 shift = tl.load(p_shift + at, mask=at < K, other=0).to(tl.float32)
-                normed = (b_part.to(tl.float32) - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
-                b_part = normed.to(b_w.dtype)
-            b_out = tl.dot(b_part, tl.trans(b_w), b_out, input_precision="ieee")
+                normed = (b_chunk.to(tl.float32) - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+                b_chunk = normed.to(b_w.dtype)
+            b_out = tl.dot(b_chunk, tl.trans(b_w), b_out, input_precision="ieee")
     if BIAS:
         b_out += b_bias[None, :]
     if RELU:
@@ -157,5 +157,5 @@ def _gain_and_shift(norm: Optional[nn.LayerNorm], unused: Tensor) -> tuple[Tenso
 
 
 def normalized(rows: Tensor, norm: Optional[nn.LayerNorm]) -> Tensor:
-    """Rows whose norm is no map's to apply."""
+    """Return rows after a norm that no map applies: as they are without one."""
     return rows if norm is None else F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

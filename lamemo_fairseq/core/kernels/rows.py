@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def fusable(rows: Tensor) -> bool:
-    """Whether the kernels take *rows*: on a GPU, in single or half precision, outside autocast and compilation."""
+    """Tell whether the kernels take *rows*: on a GPU, in single or half precision, outside autocast and compilation."""
     fits = rows.is_cuda and rows.dtype in DTYPES
     return fits and not torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling() and _has_triton()
 

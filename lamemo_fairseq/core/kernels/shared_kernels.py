@@ -19,13 +19,13 @@ WORDS = tl.constexpr(1 << 31)
 
 
 @triton.jit
-def kept(p_seed, rows, groups, first, DROPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def dropout_mask(p_seed, row, groups, first, DROPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Return the elements of a tile that dropout keeps. Four columns, a group, share one call of the generator.
 
     There are *groups* groups a row, and *first* is the number of the tile's first one. An element is dropped if its
     31-bit random word is below DROPPED.
     """
-    number = rows[:, None] * groups + first + tl.arange(0, BLOCK // 4)[None, :]
+    number = row[:, None] * groups + first + tl.arange(0, BLOCK // 4)[None, :]
     a, b, c, d = tl.randint4x(tl.load(p_seed), number)
     words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [ROWS, BLOCK])
     return (words >> 1).to(tl.int32) >= DROPPED
@@ -36,9 +36,9 @@ def sum_kernel(p_partial, p_out, P, width, d, BLOCK_P: tl.constexpr, BLOCK_D: tl
     which, column = tl.program_id(1), tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     b_sum = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for start in range(0, P, BLOCK_P):
-        row = start + tl.arange(0, BLOCK_P)
-        place = (which * P + row[:, None]) * width + column[None, :]
-        b_sum += tl.load(p_partial + place, (row[:, None] < P) & (column[None, :] < d), other=0.0)
+        program = start + tl.arange(0, BLOCK_P)
+        offset = (which * P + program[:, None]) * width + column[None, :]
+        b_sum += tl.load(p_partial + offset, (program[:, None] < P) & (column[None, :] < d), other=0.0)
     tl.store(p_out + which * d + column, tl.sum(b_sum, 0).to(p_out.dtype.element_ty), column < d)
 
 

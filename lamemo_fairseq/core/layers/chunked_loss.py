@@ -67,14 +67,14 @@ class _LinearCrossEntropy(Function):
         d_x = torch.empty_like(x) if learns else x
         d_w: Optional[Tensor] = None
         d_b = torch.zeros(b.shape, dtype=exact, device=w.device)
-        rows = tokens_at_once(*w.shape)
-        for part, words, d_part in zip(x.split(rows), target.split(rows), d_x.split(rows), strict=True):
-            scores = F.linear(part, w, None if inside else b)
+        size = tokens_at_once(*w.shape)
+        for chunk, words, d_chunk in zip(x.split(size), target.split(size), d_x.split(size), strict=True):
+            scores = F.linear(chunk, w, None if inside else b)
             nll, d_scores = _softmax_gradient(scores, words, learns)
             loss += nll
             if learns:
-                torch.mm(d_scores, w, out=d_part)
-                d_w = _add_product(d_w, d_scores, part, exact)
+                torch.mm(d_scores, w, out=d_chunk)
+                d_w = _add_product(d_w, d_scores, chunk, exact)
                 if not inside:
                     d_b += d_scores.sum(0, dtype=exact)
             del scores, d_scores  # before the next are made

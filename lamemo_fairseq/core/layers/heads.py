@@ -16,54 +16,54 @@ from torch.autograd.function import once_differentiable
 from ..kernels.autograd import Context, Function
 
 
-def split_heads(rows: Tensor, parts: int, heads: int) -> Tuple[Tensor, ...]:
-    """The parts of ``[B, R, n H D]``, views of it: n times ``[B, H, R, D]``."""
+def split_heads(rows: Tensor, projections: int, heads: int) -> Tuple[Tensor, ...]:
+    """Return the n *projections* of ``rows [B, R, n H D]``, views of it: ``[B, H, R, D]`` each."""
     if torch.is_grad_enabled() and rows.requires_grad:
-        split: Tuple[Tensor, ...] = _SplitHeads.apply(rows, parts, heads)
+        split: Tuple[Tensor, ...] = _SplitHeads.apply(rows, projections, heads)
         return split
-    return _views(rows, parts, heads)
+    return _views(rows, projections, heads)
 
 
-def _views(rows: Tensor, parts: int, heads: int) -> Tuple[Tensor, ...]:
-    return tuple(part.transpose(1, 2) for part in rows.unflatten(-1, (parts, heads, -1)).unbind(2))
+def _views(rows: Tensor, projections: int, heads: int) -> Tuple[Tensor, ...]:
+    return tuple(projection.transpose(1, 2) for projection in rows.unflatten(-1, (projections, heads, -1)).unbind(2))
 
 
 class _SplitHeads(Function):
-    """Gradients that lie side by side, as the fused attention leaves them, are the gradient of the rows as they are."""
+    """Views of one tensor. If their gradients are adjacent views of one buffer, that buffer is returned uncopied."""
 
     @staticmethod
-    def forward(ctx: Context, rows: Tensor, parts: int, heads: int) -> Tuple[Tensor, ...]:
-        return _views(rows.detach(), parts, heads)
+    def forward(ctx: Context, rows: Tensor, projections: int, heads: int) -> Tuple[Tensor, ...]:
+        return _views(rows.detach(), projections, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, *grads: Tensor) -> Tuple[Tensor, None, None]:
-        parts = [grad.transpose(1, 2) for grad in grads]
-        if not _side_by_side(parts):
-            return torch.stack(parts, dim=2).flatten(2), None, None
-        batch, rows, heads, size = parts[0].shape
-        width = len(parts) * heads * size
-        return parts[0].as_strided((batch, rows, width), (rows * width, width, 1)), None, None
+        gradients = [grad.transpose(1, 2) for grad in grads]
+        if not _side_by_side(gradients):
+            return torch.stack(gradients, dim=2).flatten(2), None, None
+        batch, length, heads, size = gradients[0].shape
+        width = len(gradients) * heads * size
+        return gradients[0].as_strided((batch, length, width), (length * width, width, 1)), None, None
 
 
-def _side_by_side(parts: List[Tensor]) -> bool:
-    """Whether ``[B, R, H, D]`` each are the parts of one tensor ``[B, R, n, H, D]``, all of them and in order."""
-    first = parts[0]
-    _, rows, heads, size = first.shape
-    width = len(parts) * heads * size
+def _side_by_side(gradients: List[Tensor]) -> bool:
+    """Tell whether ``[B, R, H, D]`` each are slices of one tensor ``[B, R, n, H, D]``, all of them and in order."""
+    first = gradients[0]
+    _, length, heads, size = first.shape
+    width = len(gradients) * heads * size
     return all(
-        part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and part.storage_offset() == first.storage_offset() + n * heads * size
-        and part.stride() == (rows * width, width, size, 1)
-        for n, part in enumerate(parts)
+        gradient.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and gradient.storage_offset() == first.storage_offset() + n * heads * size
+        and gradient.stride() == (length * width, width, size, 1)
+        for n, gradient in enumerate(gradients)
     )
 
 
 def wide_heads(weight: Tensor, size: int, dim: int) -> Tensor:
-    """A weight whose *dim* is heads of *size*, with zeros behind heads and the other dimension up to multiples of 8.
+    """Pad a weight whose *dim* is heads of *size*: with zeros behind heads and the other dimension, to multiples of 8.
 
     Padding a weight costs little next to padding the heads of all rows.
     """
-    parts = weight.unflatten(dim, (-1, size))
-    ends = [0 if n == dim else -length % 8 for n, length in enumerate(parts.shape)]
-    return F.pad(parts, [zeros for end in reversed(ends) for zeros in (0, end)]).flatten(dim, dim + 1)
+    by_head = weight.unflatten(dim, (-1, size))
+    ends = [0 if n == dim else -length % 8 for n, length in enumerate(by_head.shape)]
+    return F.pad(by_head, [zeros for end in reversed(ends) for zeros in (0, end)]).flatten(dim, dim + 1)

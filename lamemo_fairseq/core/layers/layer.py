@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import aligned
 from ..kernels.activation import relu_dropout
+from ..kernels.module_tree import is_plain
 from ..kernels.padded import WideRows, narrowed
-from ..kernels.parts import is_plain
 from ..kernels.residual import residual_norm, residual_sum_and_norm
 from ..kernels.rows import fusable
 from .activations import ACTIVATIONS
@@ -48,7 +48,7 @@ class FeedForward(nn.Module):
         return narrowed(aligned.through(self.fc2, self._hidden(x), self.widths[1]), self.widths[0])
 
     def without_bias(self, x: Tensor) -> WideRows:
-        """As `forward`, but for the last bias, and perhaps wider."""
+        """Return the output of `forward` without the last bias, perhaps wider."""
         return aligned.wide_linear(self._hidden(x), self.fc2.weight)
 
     def _hidden(self, x: Tensor) -> WideRows:
@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module):
         return self.self_attn_layer_norm(rows) if self.config.normalize_before else rows
 
     def around(self, rows: Tensor, attend: Callable[[Tensor], tuple[WideRows, Any]]) -> tuple[Tensor, Any]:
-        """The layer with another attention: *attend* gets its input and returns what `forward` expects of it."""
+        """Run the layer with another attention: *attend* returns ``[B, Q, d]`` of its input, and what it carries on."""
         before = self.config.normalize_before
         attended, carried = attend(self.attention_input(rows))
         last = rows[:, rows.size(1) - attended.size(1) :]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..attention import BACKENDS, Attended, causal_attention
 from ..attention.padding import bias_for
 from ..kernels import aligned
+from ..kernels.module_tree import is_product
 from ..kernels.padded import WideRows, widened
-from ..kernels.parts import is_product
 from ..positions import LayerBias
 from .heads import split_heads, wide_heads
 
@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
         return self.merge_heads(attended.output)
 
     def project(self, rows: Tensor, queries: int, keep_padding: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the last rows, keys and values of all: ``[B, H, Q or R, D]`` each, D' with *keep_padding*."""
+        """Return queries of the last rows, keys and values of all: ``[B, H, Q or R, D]``, D' with *keep_padding*."""
         heads = self.config.heads
         if not is_product(self.qkv_proj):
             q, k, v = split_heads(self.qkv_proj(rows), 3, heads)
@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
         return self._split_heads(aligned.linear(rows[:, rows.size(1) - queries :], q_weight)), k, v
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
-        """Unrotated heads ``[B, H, Q or R, D or D']`` by the backend asked for."""
+        """Attend causally with unrotated heads ``[B, H, Q or R, D or D']``, by the backend that the options name."""
         q, k = bias.rotate(q, k)
         return causal_attention(
             self.config.backend,
@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
         )
 
     def merge_heads(self, heads: Tensor) -> WideRows:
-        """``[B, H, Q, D or D'] -> [B, Q, d]`` through the output projection."""
+        """Map heads ``[B, H, Q, D or D'] -> [B, Q, d]`` by the output projection."""
         size = self.config.head_dim
         if not is_product(self.out_proj):
             return WideRows(self.out_proj(heads[..., :size].transpose(1, 2).flatten(2)))
@@ -91,7 +91,7 @@ class SelfAttention(nn.Module):
 
     @property
     def scale(self) -> float:
-        """Of the scores, also where heads are padded."""
+        """The factor of the scores, also where heads are padded."""
         return 1 / math.sqrt(self.config.head_dim)
 
     @property

@@ -3,7 +3,8 @@
 Frequent words come first in a dictionary. Cutoffs split it into bands; with a factor f, band i has embeddings f^i times
 narrower than the first (Grave et al. 2017, Baevski and Auli 2019).
 
-Shapes: B streams, N tokens, T = B N rows, V words, d model width, e width of a band's embeddings.
+Shapes: B streams, N tokens of a segment, T = B N, V words, C classes of the first softmax, t tokens of a band,
+d model width.
 """
 
 import math
@@ -48,7 +49,7 @@ class Bands:
         return len(self.starts)
 
     def table_of(self, band: int) -> Tuple[int, slice]:
-        """Return the number of a band's table, and the band's rows in it."""
+        """Return the number of a band's table, and the band's entries in it."""
         if self.shared:
             return 0, slice(self.starts[band], self.ends[band])
         return band, slice(0, self.ends[band] - self.starts[band])
@@ -60,8 +61,8 @@ class WordEmbedding(nn.Module):
     def __init__(self, bands: Bands, embed_dim: int):
         super().__init__()
         self.bands = bands
-        # No padding row: what fills a row of tokens stands behind all that is scored.
-        self.tables = nn.ModuleList(nn.Embedding(rows, dim) for rows, dim in bands.tables)
+        # No padding entry: padding of a stream stands behind all tokens that are scored.
+        self.tables = nn.ModuleList(nn.Embedding(count, dim) for count, dim in bands.tables)
         narrow = not bands.shared or bands.dims[0] != embed_dim
         self.projections = nn.ParameterList(
             nn.Parameter(torch.empty(embed_dim, dim)) for _, dim in (bands.tables if narrow else [])
@@ -69,7 +70,7 @@ class WordEmbedding(nn.Module):
         self.scale = math.sqrt(embed_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``[B, N] -> [B, N, d]``."""
+        """Embed words: ``[B, N] -> [B, N, d]``."""
         if self.bands.shared:
             return self._embed(0, tokens) * self.scale
         x = self._embed(0, tokens.clamp(max=self.bands.ends[0] - 1))
@@ -86,12 +87,12 @@ class WordEmbedding(nn.Module):
         return weight
 
     def reset_parameters(self) -> None:
-        """Weights N(0, .02)."""
+        """Draw weights N(0, .02)."""
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
-    def _embed(self, table: int, rows: Tensor) -> Tensor:
-        x = self.tables[table](rows)
+    def _embed(self, table: int, entries: Tensor) -> Tensor:
+        x = self.tables[table](entries)
         return F.linear(x, self.projections[table]) if len(self.projections) else x
 
 
@@ -108,10 +109,10 @@ class _Output(nn.Module):
             )
         self.bands = bands
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(rows, dim)) if tied is None else tied.tables[i].weight
-            for i, (rows, dim) in enumerate(bands.tables)
+            nn.Parameter(torch.empty(count, dim)) if tied is None else tied.tables[i].weight
+            for i, (count, dim) in enumerate(bands.tables)
         )
-        self.biases = nn.ParameterList(nn.Parameter(torch.empty(rows)) for rows, _ in bands.tables)
+        self.biases = nn.ParameterList(nn.Parameter(torch.empty(count)) for count, _ in bands.tables)
         self.projections = nn.ParameterList()
         if not bands.shared or bands.dims[0] != embed_dim:
             # As released: the first band projects back on its own, the others share the embeddings' projections.
@@ -123,7 +124,7 @@ class _Output(nn.Module):
                 self.projections.append(tied.projections[table] if tied is not None and shared else new)
 
     def reset_parameters(self) -> None:
-        """Weights N(0, .02), biases 0."""
+        """Draw weights N(0, .02); set biases to 0."""
         for weight in (*self.weights, *self.projections):
             nn.init.normal_(weight, std=0.02)
         for bias in self.biases:
@@ -132,8 +133,8 @@ class _Output(nn.Module):
     def _project(self, features: Tensor, band: int) -> Tensor:
         return features @ self.projections[band] if len(self.projections) else features
 
-    def _parts(self) -> List[Tuple[Tensor, Tensor]]:
-        """Weights and biases of each band; those of a shared table cut at once, whose gradients PyTorch then joins."""
+    def _by_band(self) -> List[Tuple[Tensor, Tensor]]:
+        """Return weights and biases of each band; one split of a shared table joins the gradients of its bands."""
         if not self.bands.shared:
             return list(zip(self.weights, self.biases, strict=True))
         sizes = [end - start for start, end in zip(self.bands.starts, self.bands.ends, strict=True)]
@@ -147,14 +148,14 @@ class FullSoftmax(_Output):
         super().__init__(Bands(words, output_dim), embed_dim, tied)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``[B, N, d] -> [B, N, V]``."""
+        """Score all words: ``[B, N, d] -> [B, N, V]``."""
         return F.linear(self._project(features, 0), self.weights[0], self.biases[0])
 
     def plan(self, target: Tensor) -> None:
-        """Nothing has to be known of the targets beforehand."""
+        """Return nothing: a full softmax needs no plan."""
 
     def loss(self, features: Tensor, target: Tensor, plan: None = None) -> Tensor:
-        """Sum of the negative log-likelihoods of *target* ``[B, N]``, a float32 scalar."""
+        """Return the sum of the negative log-likelihoods of *target* ``[B, N]``, a float32 scalar."""
         flat = self._project(features.flatten(0, 1), 0)
         return linear_cross_entropy(flat, self.weights[0], self.biases[0], target.reshape(-1))
 
@@ -168,10 +169,10 @@ class AdaptiveSoftmax(_Output):
     def __init__(self, bands: Bands, embed_dim: int, tied: Optional[WordEmbedding] = None):
         super().__init__(bands, embed_dim, tied)
         self.cuts: Tensor
-        # Row -i (from the end) stands for band i, as in the released checkpoints.
+        # Class -i (from the end) stands for band i, as in the released checkpoints.
         self.cluster_weight = nn.Parameter(torch.empty(len(bands) - 1, bands.dims[0]))
         self.cluster_bias = nn.Parameter(torch.empty(len(bands) - 1))
-        # Beside the targets: the host would wait for numbers that it sends.
+        # Keep the cutoffs on the targets' device, to avoid a synchronising copy.
         self.register_buffer("cuts", torch.tensor(bands.starts[1:]), persistent=False)
 
     def reset_parameters(self) -> None:
@@ -180,15 +181,15 @@ class AdaptiveSoftmax(_Output):
         nn.init.zeros_(self.cluster_bias)
 
     def forward(self, features: Tensor, target: Tensor) -> Tuple[List[Tensor], List[Optional[Tensor]]]:
-        """Scores and targets of each softmax, whose cross-entropies add up to the loss.
+        """Return scores and targets of each softmax, whose cross-entropies add up to the loss.
 
         Args:
             features: ``[B, N, d]``.
             target: ``[T]`` word ids.
 
         Returns:
-            For the first band scores ``[T, C]``; for each other band those of its own words' rows, and None if no
-            target is in it.
+            For the first band scores ``[T, C]``; for each other band those of its own tokens, and None if no target is
+            in it.
         """
         flat = features.reshape(-1, features.size(-1))
         first = self.bands.ends[0]
@@ -197,12 +198,12 @@ class AdaptiveSoftmax(_Output):
         logits: List[Tensor] = [self._head(flat)]
         targets: List[Optional[Tensor]] = [entry]
         if len(entry) == 0:
-            # fairseq's criterion fails on no targets, and training needs a loss: one row with a single class costs 0.
+            # fairseq's criterion fails on no targets, and training needs a loss: one token with a single class costs 0.
             logits, targets = [logits[0].sum().view(1, 1)], [entry.new_zeros(1)]
         for i in range(1, len(self.bands)):
-            rows = (band == i).nonzero().squeeze(-1)
-            logits.append(self._tail(flat[rows], i))
-            targets.append(target[rows] - self.bands.starts[i] if len(rows) else None)
+            tokens = (band == i).nonzero().squeeze(-1)
+            logits.append(self._tail(flat[tokens], i))
+            targets.append(target[tokens] - self.bands.starts[i] if len(tokens) else None)
         return logits, targets
 
     def plan(self, target: Tensor) -> "BandPlan":
@@ -210,50 +211,50 @@ class AdaptiveSoftmax(_Output):
         return BandPlan(self._band_of(target.reshape(-1)), len(self.bands))
 
     def loss(self, features: Tensor, target: Tensor, plan: "Optional[BandPlan]" = None) -> Tensor:
-        """Sum of the negative log-likelihoods of *target* ``[B, N]``, a float32 scalar."""
+        """Return the sum of the negative log-likelihoods of *target* ``[B, N]``, a float32 scalar."""
         plan = self.plan(target) if plan is None else plan
         flat, words = features.flatten(0, 1), target.reshape(-1)
         first = self.bands.ends[0]
         entry = torch.where(plan.band > 0, first + len(self.bands) - 1 - plan.band, words)
-        parts = self._parts()
-        weight, bias = self._with_clusters(*parts[0])
+        by_band = self._by_band()
+        weight, bias = self._with_clusters(*by_band[0])
         loss = linear_cross_entropy(self._project(flat, 0), weight, bias, entry)
-        for i, rows in plan.rows():
-            weight, bias = parts[i]
-            of_band = words[rows] - self.bands.starts[i]
-            loss = loss + linear_cross_entropy(self._project(flat[rows], i), weight, bias, of_band)
+        for i, tokens in plan.tokens():
+            weight, bias = by_band[i]
+            of_band = words[tokens] - self.bands.starts[i]
+            loss = loss + linear_cross_entropy(self._project(flat[tokens], i), weight, bias, of_band)
         return loss
 
     def target_log_probs(self, features: Tensor, target: Tensor) -> Tensor:
-        """Log-probabilities ``[B, N]`` of the words *target*, in float32 or wider."""
+        """Return log-probabilities ``[B, N]`` of the words *target*, in float32 or wider."""
         words = target.reshape(-1)
         logits, targets = self(features, words)
         band = self._band_of(words)
         log_probs = torch.zeros_like(words, dtype=logits[0].dtype)
         for i, entry in enumerate(targets):
             if entry is not None:
-                rows = (band == i).nonzero().squeeze(-1) if i else torch.arange(len(words), device=words.device)
-                log_probs = log_probs.index_add(0, rows, _pick(logits[i], entry))
+                tokens = (band == i).nonzero().squeeze(-1) if i else torch.arange(len(words), device=words.device)
+                log_probs = log_probs.index_add(0, tokens, _pick(logits[i], entry))
         return log_probs.view_as(target)
 
     def log_probs(self, features: Tensor) -> Tensor:
-        """Log-probabilities ``[B, N, V]`` of all words, in float32 or wider."""
+        """Return log-probabilities ``[B, N, V]`` of all words, in float32 or wider."""
         head = self._head(features).log_softmax(-1)
         first = self.bands.ends[0]
-        parts = [head[..., :first]]
+        by_band = [head[..., :first]]
         for i in range(1, len(self.bands)):
-            parts.append(self._tail(features, i).log_softmax(-1) + head[..., head.size(-1) - i].unsqueeze(-1))
-        return torch.cat(parts, dim=-1)
+            by_band.append(self._tail(features, i).log_softmax(-1) + head[..., head.size(-1) - i].unsqueeze(-1))
+        return torch.cat(by_band, dim=-1)
 
     def _head(self, features: Tensor) -> Tensor:
-        weight, bias = self._with_clusters(*self._parts()[0])
+        weight, bias = self._with_clusters(*self._by_band()[0])
         return _exact(F.linear(self._project(features.to(weight.dtype), 0), weight, bias))
 
     def _with_clusters(self, weight: Tensor, bias: Tensor) -> Tuple[Tensor, Tensor]:
         return torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
 
     def _tail(self, features: Tensor, band: int) -> Tensor:
-        weight, bias = self._parts()[band]
+        weight, bias = self._by_band()[band]
         return _exact(F.linear(self._project(features.to(weight.dtype), band), weight, bias))
 
     def _band_of(self, target: Tensor) -> Tensor:
@@ -261,13 +262,13 @@ class AdaptiveSoftmax(_Output):
 
 
 class BandPlan:
-    """The rows of each band.
+    """The tokens of each band.
 
     The counts decide shapes, so the host needs them. It asks before the layers are computed and reads them
     after, when they have long arrived: the device is never waited for.
 
     Args:
-        band: ``[T]``, the band of each row.
+        band: ``[T]``, the band of each token's target.
         bands: how many there are.
     """
 
@@ -278,17 +279,17 @@ class BandPlan:
         counts = counts.scatter_add_(0, band, torch.ones_like(band))
         self._counts = copy_to_host(counts)
 
-    def rows(self) -> Iterator[Tuple[int, Tensor]]:
-        """Bands but the first, and the rows ``[t]`` of each: with none, its weights still get a gradient."""
-        parts = self._order.split(self._counts().tolist())
-        return ((i, rows) for i, rows in enumerate(parts) if i > 0)
+    def tokens(self) -> Iterator[Tuple[int, Tensor]]:
+        """Yield bands but the first, and the tokens ``[t]`` of each: with none, its weights still get a gradient."""
+        by_band = self._order.split(self._counts().tolist())
+        return ((i, tokens) for i, tokens in enumerate(by_band) if i > 0)
 
 
 def _exact(logits: Tensor) -> Tensor:
-    """Scores in float32 or wider: sums of losses overflow half precision."""
+    """Return scores in float32 or wider: sums of losses overflow half precision."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _pick(logits: Tensor, target: Tensor) -> Tensor:
-    """Log-probabilities ``[T]`` of one class a row."""
+    """Return log-probabilities ``[T]`` of one class a token."""
     return logits.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)

@@ -222,8 +222,8 @@ def _means(passages: Sequence[Passage]) -> Dict[str, Tensor]:
     losses: Dict[str, Tensor] = {}
     for passage, weight in zip(passages, weights, strict=True):
         for name, loss in passage.losses.items():
-            part = loss * (weight / sum(weights))
-            losses[name] = losses[name] + part if name in losses else part
+            share = loss * (weight / sum(weights))
+            losses[name] = losses[name] + share if name in losses else share
     return losses
 
 

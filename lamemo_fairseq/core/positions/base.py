@@ -1,4 +1,4 @@
-"""What a decoder knows about distances, and where each encoding plugs in.
+"""Position encodings: the base class, and the biases and rotations that it gives to attention.
 
 Shapes: L layers, H heads, D size of a head, T distances, d model width.
 """
@@ -29,7 +29,7 @@ class PositionConfig:
 
 
 class LayerBias(NamedTuple):
-    """How a layer's attention knows positions: by rotation, by a bias on scores, by both or neither.
+    """The positions in a layer's attention: a rotation, a bias on scores, both or neither.
 
     Queries and keys are passed around unrotated. Whoever attends with a bias rotates them first.
     """

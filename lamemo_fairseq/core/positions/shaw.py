@@ -43,9 +43,9 @@ class ShawPositions(PositionEncoding):
     def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         trained = self.distance_embedding.size(1)
         told_apart = min(trained, self.config.clamp_len or trained)
-        row = (torch.arange(causal, device=like.device) + trained - causal).clamp(min=trained - told_apart)
-        table = self.distance_embedding[:, row].transpose(1, 2)
-        score = self.distance_bias[:, row].transpose(1, 2)
+        index = (torch.arange(causal, device=like.device) + trained - causal).clamp(min=trained - told_apart)
+        table = self.distance_embedding[:, index].transpose(1, 2)
+        score = self.distance_bias[:, index].transpose(1, 2)
         if causal > trained and not self._told:
             logger.info("distances of %d and more use the farthest learned one, %d", trained, trained - 1)
             self._told = True

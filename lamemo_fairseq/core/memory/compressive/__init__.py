@@ -88,10 +88,10 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
         nothing = (x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers
         return CompressiveState(hidden=nothing, compressed=nothing)
 
-    def leaving(self, rows: int) -> int:
-        """Return how many of *rows* rows, m + N, are compressed: groups of r, as few as leave no more than M."""
+    def leaving(self, recent: int) -> int:
+        """Return how many of *recent* rows, m + N, are compressed: groups of r, as few as leave no more than M."""
         rate = self.config.options.compression_rate
-        return -(-max(0, rows - self.config.mem_len) // rate) * rate
+        return -(-max(0, recent - self.config.mem_len) // rate) * rate
 
     def compressed_after(self, compressed: int, leaving: int) -> int:
         """Return how many slots of c there are when *leaving* rows have joined *compressed* ones."""
@@ -112,7 +112,7 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
         watched = slice(compressed, compressed + leaving) if leaving and self.watches else None
         # How much a shorter last segment compresses depends on which streams share its batch.
         learns = self.training and leaving > 0 and current == self.config.segment_length
-        kept, squeezed, lost = [], [], []
+        hidden, squeezed, lost = [], [], []
         biases = positions(compressed + recent, None, x)
         for i, (layer, bias) in enumerate(zip(layers, biases, strict=True)):
             older = state.compressed[i].to(x)
@@ -125,11 +125,11 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
                 if learns and len(self.losses):
                     lost.append(self.losses[i](layer, x.detach(), old, new))
                 older = torch.cat([older, new.to(older)], dim=1)
-            kept.append(last_rows(rows, recent - leaving))
+            hidden.append(last_rows(rows, recent - leaving))
             squeezed.append(last_rows(older, self.config.options.compressed_len))
             x = out
         losses = {"compression": self._loss(lost, lengths)} if self.training and len(self.losses) else {}
-        return Passage(x, CompressiveState(tuple(kept), tuple(squeezed)), losses)
+        return Passage(x, CompressiveState(tuple(hidden), tuple(squeezed)), losses)
 
     def _loss(self, lost: List[Tensor], lengths: Optional[Tensor]) -> Tensor:
         """The loss of a token: the mean over layers, streams and tokens of what was *lost* ``[B]`` in each layer.

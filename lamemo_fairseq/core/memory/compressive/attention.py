@@ -57,11 +57,11 @@ def usage(q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int], watched
     queries, keys = q.size(2), k.size(2)
     total = torch.zeros(q.size(0), keys, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for start in range(0, queries, QUERIES_AT_ONCE):
-        part = q[:, :, start : start + QUERIES_AT_ONCE]
-        seen = keys - queries + start + part.size(2)
+        chunk = q[:, :, start : start + QUERIES_AT_ONCE]
+        seen = keys - queries + start + chunk.size(2)
         near = bias._replace(
             table=None if bias.table is None else bias.table[:, -seen:],
             score=None if bias.score is None else bias.score[:, -seen:],
         )
-        total[:, :seen] += causal_scores(part, k[:, :, :seen], near, span).softmax(-1).sum((1, 2))
+        total[:, :seen] += causal_scores(chunk, k[:, :, :seen], near, span).softmax(-1).sum((1, 2))
     return total[:, watched] / (queries * q.size(1))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import aligned
-from ...kernels.parts import is_plain
+from ...kernels.module_tree import is_plain
 from ...registry import Registry
 
 

@@ -32,8 +32,8 @@ def expectation_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     b_density, _, _ = _gaussian(p_mean, p_variance, p_centres, p_squares, row, column, T, J)
-    place = row.to(tl.int64)[:, None] * J + column[None, :]
-    tl.store(p_out + place, b_density.to(p_out.dtype.element_ty), (row < T)[:, None] & (column < J)[None, :])
+    offset = row.to(tl.int64)[:, None] * J + column[None, :]
+    tl.store(p_out + offset, b_density.to(p_out.dtype.element_ty), (row < T)[:, None] & (column < J)[None, :])
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def expectation_gradient_kernel(
     for start in range(0, J, BLOCK):
         column = start + tl.arange(0, BLOCK)
         b_density, b_offset, b_total = _gaussian(p_mean, p_variance, p_centres, p_squares, row, column, T, J)
-        place = row.to(tl.int64)[:, None] * J + column[None, :]
-        b_grad = tl.load(p_grad + place, (row < T)[:, None] & (column < J)[None, :], other=0.0).to(tl.float32)
+        offset = row.to(tl.int64)[:, None] * J + column[None, :]
+        b_grad = tl.load(p_grad + offset, (row < T)[:, None] & (column < J)[None, :], other=0.0).to(tl.float32)
         b_weighted = b_grad * b_density / b_total
         b_dmean -= tl.sum(b_weighted * b_offset, 1)
         b_dvariance += tl.sum(b_weighted * 0.5 * (b_offset * b_offset / b_total - 1), 1)

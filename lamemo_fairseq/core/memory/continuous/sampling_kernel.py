@@ -24,16 +24,16 @@ def histogram_kernel(p_mean, p_variance, p_partial, T, BINS: tl.constexpr, ROWS:
         b_scale = tl.sqrt(0.5 / tl.load(p_variance + stream * T + row, row < T, other=1.0))[:, None]
         b_inside = tl.erf((below + 1 / BINS - b_mean) * b_scale) - tl.erf((below - b_mean) * b_scale)
         b_mass += tl.where((row < T)[:, None], b_inside, 0.0)
-    place = (stream * count + program) * BINS + tl.arange(0, BINS)
-    tl.store(p_partial + place, 0.5 * tl.sum(b_mass, 0))
+    offset = (stream * count + program) * BINS + tl.arange(0, BINS)
+    tl.store(p_partial + offset, 0.5 * tl.sum(b_mass, 0))
 
 
 def histogram(mean: Tensor, variance: Tensor, bins: int) -> Tensor:
     """Mass in *bins* equal parts of [0, 1], a power of 2: ``[B, bins]`` of contiguous ``[B, T]`` in float32."""
     streams, queries = mean.shape
-    rows = max(1, TILE // bins)
-    count = programs(mean.device, triton.cdiv(queries, rows), max(1, streams))
+    tile_rows = max(1, TILE // bins)
+    count = programs(mean.device, triton.cdiv(queries, tile_rows), max(1, streams))
     partial = mean.new_empty(streams, count, bins)
     if partial.numel():
-        histogram_kernel[(count, streams)](mean, variance, partial, queries, BINS=bins, ROWS=rows, num_warps=4)
+        histogram_kernel[(count, streams)](mean, variance, partial, queries, BINS=bins, ROWS=tile_rows, num_warps=4)
     return partial.sum(1, dtype=torch.float32)

@@ -36,8 +36,8 @@ class Signal:
     samples: int  # S
     sampling: str
 
-    def growth(self, rows: int) -> float:
-        """Return the factor by which the past grows in the long run with every *rows* new rows, if sampled evenly.
+    def growth(self, length: int) -> float:
+        """Return the factor by which the past grows in the long run with every *length* new rows, if sampled evenly.
 
         It is the spectral radius of the map from coefficients to coefficients, about ``contraction`` for a good fit.
 
@@ -45,7 +45,7 @@ class Signal:
             ValueError: the penalty is lost in rounding.
         """
         exact = torch.zeros((), dtype=torch.float64, device="cpu")
-        past = _fit(self, rows, exact.device, exact.dtype).past
+        past = _fit(self, length, exact.device, exact.dtype).past
         squeezed = past @ self.basis.evaluate(midpoints(self.samples, exact))  # [J, J]
         return float(torch.linalg.eigvals(squeezed).abs().max())
 
@@ -73,13 +73,13 @@ class Signal:
 
 # A process reads segments of few lengths; see basis.py on caches by value.
 @lru_cache(maxsize=16)
-def _fit(signal: Signal, rows: int, device: torch.device, dtype: torch.dtype) -> Fit:
+def _fit(signal: Signal, length: int, device: torch.device, dtype: torch.dtype) -> Fit:
     with torch.inference_mode(False):
         exact = torch.zeros((), dtype=torch.float64, device="cpu")
-        points, tau = midpoints(rows, exact), signal.contraction
+        points, tau = midpoints(length, exact), signal.contraction
         after = torch.cat([tau * midpoints(signal.samples, exact), tau + (1 - tau) * points])
         first, later = (_regression(signal.basis.evaluate(p), signal.penalty) for p in (points, after))
-        return Fit(*(m.to(device, dtype) for m in (first, *later.split([signal.samples, rows], dim=1))))
+        return Fit(*(m.to(device, dtype) for m in (first, *later.split([signal.samples, length], dim=1))))
 
 
 def _regression(features: Tensor, penalty: float) -> Tensor:

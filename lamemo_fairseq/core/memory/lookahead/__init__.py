@@ -89,9 +89,9 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
         rows = join(state.embeddings.to(x), x)
         embeddings = last_rows(rows, self.config.mem_len)
         outputs, normalizers = [], []
-        stored = [Attended(*pair) for pair in zip(state.outputs, state.normalizers, strict=True)]
-        for layer, bias, held in zip(layers, biases, [*stored, None], strict=True):
-            rows, carried = layer(rows, bias, window, held, current)
+        past = [Attended(*pair) for pair in zip(state.outputs, state.normalizers, strict=True)]
+        for layer, bias, stored in zip(layers, biases, [*past, None], strict=True):
+            rows, carried = layer(rows, bias, window, stored, current)
             if carried is not None:
                 outputs.append(carried.output)
                 normalizers.append(carried.normalizer)

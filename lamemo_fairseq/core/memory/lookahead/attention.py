@@ -52,8 +52,8 @@ class LookaheadSelfAttention(SelfAttention):
         if window is None:
             attended = self.causal(q, k, v, bias, need_normalizer=True)
         else:
-            held = Attended(as_wide(q, stored.output), stored.normalizer)
-            attended = self.refresh(q, k, v, bias, window, held)
+            padded = Attended(as_wide(q, stored.output), stored.normalizer)
+            attended = self.refresh(q, k, v, bias, window, padded)
         output = attended.output[..., : self.config.head_dim]
         carried = Attended(*(last_rows(t, self.config.mem_len, dim=2) for t in (output, attended.normalizer)))
         return self.merge_heads(attended.output), carried

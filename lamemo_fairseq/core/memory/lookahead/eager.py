@@ -94,8 +94,8 @@ def merge(stored: Attended, new: Attended) -> Attended:
     It goes to the new normaliser where both are equal, as in the released code.
     """
     top = torch.where(new.normalizer >= stored.normalizer, new.normalizer, stored.normalizer)
-    kept = (stored.normalizer - top).exp()
-    added = (new.normalizer - top).exp()
-    alpha = (kept / (kept + added + INTERPOLATION_EPS)).unsqueeze(-1)
+    weight_stored = (stored.normalizer - top).exp()
+    weight_new = (new.normalizer - top).exp()
+    alpha = (weight_stored / (weight_stored + weight_new + INTERPOLATION_EPS)).unsqueeze(-1)
     output = (alpha * stored.output + (1 - alpha) * new.output).to(new.output.dtype)
     return Attended(output, torch.logaddexp(stored.normalizer, new.normalizer.detach()))

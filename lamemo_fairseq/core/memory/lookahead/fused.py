@@ -40,9 +40,9 @@ def memory_attention(
     scale: Optional[float] = None,
 ) -> Attended:
     """As `eager.memory_attention`, without a copy of any of its rows."""
-    slots, rows = stored.output.size(2), q.size(2)
+    slots, total = stored.output.size(2), q.size(2)
     causal, ahead = biases
-    current = causal_part(slice(slots, rows), rows - slots, rows, causal, span)
+    current = causal_part(slice(slots, total), total - slots, total, causal, span)
     look_ahead = _ahead(slots, slice(window.first, slots + 1), ahead, window, stored)
     return attend(q, k, v, [current, look_ahead], dropout, scale)
 

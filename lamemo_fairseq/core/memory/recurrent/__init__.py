@@ -45,10 +45,10 @@ class RecurrentMemory(Memory[RecurrentState, MemoryOptions]):
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         current, slots = x.size(1), state.hidden[0].size(1)
-        kept = []
+        hidden = []
         biases = positions(slots + current, None, x)
         for layer, bias, past in zip(layers, biases, state.hidden, strict=True):
             rows = join(past.to(x), x)
-            kept.append(last_rows(rows, self.config.mem_len))
+            hidden.append(last_rows(rows, self.config.mem_len))
             x, _ = layer(rows, bias, current)
-        return Passage(x, RecurrentState(tuple(kept)))
+        return Passage(x, RecurrentState(tuple(hidden)))

@@ -98,14 +98,14 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
         size, current, cached = tokens.size(1), x.size(1), state.hidden[0].size(1)
         biases = positions(cached + size + current + size, range(size), x)
         blocks = Blocks(cached, size, current, self.config.options.memory_reads_cache, last=False)
-        kept: List[Tensor] = []
+        hidden: List[Tensor] = []
         rows = torch.cat([self.dropout(tokens), x, self.dropout(tokens)], dim=1)
         for i, (layer, bias, past) in enumerate(zip(layers, biases, state.hidden, strict=True)):
             past = past.to(x)
-            kept.append(last_rows(torch.cat([past, rows[:, size : size + current]], dim=1), self.config.mem_len))
+            hidden.append(last_rows(torch.cat([past, rows[:, size : size + current]], dim=1), self.config.mem_len))
             rows = join(past, rows)
             rows, _ = layer(rows, bias, blocks._replace(last=i == len(layers) - 1))
         features, written = rows[:, :current], self.dropout(rows[:, current:])
         if self.training:
             features = features + no_contribution([self.initial_tokens])  # read only where a stream begins
-        return Passage(features, TokenState(written, tuple(kept)))
+        return Passage(features, TokenState(written, tuple(hidden)))

@@ -20,7 +20,7 @@ from ...positions import LayerBias
 
 
 class Blocks(NamedTuple):
-    """How many rows of each kind there are, and what becomes of them."""
+    """Counts of the rows of each kind, and what becomes of them."""
 
     cached: int  # m
     tokens: int  # K
@@ -68,8 +68,8 @@ class TokenSelfAttention(SelfAttention):
 
         near = bias._replace(causal=nearest(bias.causal, end))
         attended = self.causal(q_current, k[:, :, :end], v[:, :, :end], near, need_normalizer=False)
-        parts = [*(block(q_read, begin) for q_read in read), attended.output, block(q_write, rows.size(1))]
-        return self.merge_heads(torch.cat(parts, dim=2)), None
+        read_outs = [*(block(q_read, begin) for q_read in read), attended.output, block(q_write, rows.size(1))]
+        return self.merge_heads(torch.cat(read_outs, dim=2)), None
 
     def block(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias) -> Tensor:
         """A block of memory tokens attends to what comes before it and to all of itself: as *q*.

@@ -1,4 +1,4 @@
-"""Parts of a module, walked through once: that takes as long as many launches."""
+"""The modules and parameters inside a module, walked through once: that takes as long as many launches."""
 
 from itertools import chain, count
 from operator import is_
@@ -41,7 +41,7 @@ class Signature(NamedTuple):
     hooked: bool
 
 
-class Parts:
+class ModuleTree:
     """Modules and parameters of a module, at all depths, as they were when it was walked through."""
 
     def __init__(self, module: nn.Module):
@@ -49,17 +49,17 @@ class Parts:
         modules = list(module.modules())
         self.inner = modules[1:]  # without the module, which would otherwise wait for the garbage collector
         self.parameters: List[nn.Parameter] = list(module.parameters())  # as fairseq's optimizer collects them
-        tables = [table for part in modules for table in (part._modules, part._parameters)]
+        tables = [table for inner in modules for table in (inner._modules, inner._parameters)]
         self._tables = cast(List[Dict[str, object]], tables)
         self._entries = self._now()
-        self._hooks: List[Mapping[int, object]] = [getattr(part, hooks) for part in modules for hooks in HOOKS]
-        self._dropouts = [part for part in self.inner if isinstance(part, nn.modules.dropout._DropoutNd)]
+        self._hooks: List[Mapping[int, object]] = [getattr(inner, hooks) for inner in modules for hooks in HOOKS]
+        self._dropouts = [inner for inner in self.inner if isinstance(inner, nn.modules.dropout._DropoutNd)]
 
     def __reduce__(self) -> Tuple[object, ...]:
         return (type(None), ())  # a copied or stored module is walked through anew
 
     @property
-    def stand(self) -> bool:
+    def unchanged(self) -> bool:
         """Return whether the module still has these and no others."""
         now = self._now()
         return len(now) == len(self._entries) and all(map(is_, now, self._entries))
@@ -70,11 +70,11 @@ class Parts:
         return any(self._hooks)
 
     def signature(self) -> "Signature":
-        """Return what a recorded call depends on. A parameter that moved would be read at its old place."""
+        """Return what a recorded call depends on. A parameter that moved would be read at its old address."""
         return Signature(
             self.number,
             [(p.data_ptr(), p.requires_grad) for p in self.parameters],
-            [part.training for part in self.inner],
+            [inner.training for inner in self.inner],
             [dropout.p for dropout in self._dropouts],
             self.hooked,
         )
@@ -83,9 +83,9 @@ class Parts:
         return list(chain.from_iterable(map(dict.values, self._tables)))
 
 
-def parts_of(module: nn.Module) -> Parts:
-    """Return the parts of a module as they are now; a walk is repeated only if modules or parameters were replaced."""
-    walked = vars(module).get("_walked_parts")
-    if not isinstance(walked, Parts) or not walked.stand:
-        walked = vars(module)["_walked_parts"] = Parts(module)
+def tree_of(module: nn.Module) -> ModuleTree:
+    """Return the tree of a module as it is now; a walk is repeated only if modules or parameters were replaced."""
+    walked = vars(module).get("_module_tree")
+    if not isinstance(walked, ModuleTree) or not walked.unchanged:
+        walked = vars(module)["_module_tree"] = ModuleTree(module)
     return walked
