@@ -24,6 +24,7 @@ FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
             "scaling.py quickstart --device cpu --steps 4 --paths lamemo-eager --worlds 2 --backends legacy_ddp",
             " |  |  |",
         ),
+        ("attention.py --shape 2,2,8,16,16 --device cpu", "| PyTorch's, bias written out | "),
         ("decoding.py --length 8 --segments 1 --memory lookahead", "batch 1: cached"),
     ],
 )

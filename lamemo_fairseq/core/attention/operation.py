@@ -32,7 +32,7 @@ class Operation(Generic[P]):
         eager: Callable[Concatenate[Tensor, P], Attended],
         fused: Optional[Callable[[], ModuleType]] = None,
     ):
-        self.name = name
+        self.name, self.__doc__ = name, eager.__doc__
         self._implementations: Dict[str, Callable[Concatenate[Tensor, P], Attended]] = {"eager": eager}
         if fused is not None:
 
