@@ -187,6 +187,7 @@ def cached_attention(
         The read-out ``[B, H D]``.
     """
     batch, heads, columns, size = keys.shape
+    content, position = (None if t is None else t.contiguous() for t in (bias.content, bias.position))
     table, score = bias.table, bias.score
     # Only the interpreter meets the layout that plain attention has on a CPU.
     if table is not None and table.stride(2) != 1:
@@ -196,13 +197,13 @@ def cached_attention(
     out = qkv.new_empty(batch, heads * size)
     outputs, normalizers = (keys, keys) if attended is None else attended
     cached_attention_kernel[(batch * heads, workspace.splits)](
-        qkv, keys, values, bias.content, bias.position, table, score, tokens, slots, out,
+        qkv, keys, values, content, position, table, score, tokens, slots, out,
         outputs, normalizers, *workspace,
         heads, columns, mem_len, columns if span is None else span, qkv.stride(0),
         *((0, 0) if table is None else table.stride()[:2]), 0 if score is None else score.stride(0),
         scale=1 / math.sqrt(size), D=size, BLOCK_D=workspace.acc.size(1), S=workspace.splits,
         BLOCK_C=columns_at_a_time(workspace.acc.size(1), keys.element_size()), STAGES=STAGES,
-        RECORD=attended is not None, CONTENT=bias.content is not None,
-        POSITION=bias.position is not None and table is not None, TABLE=table is not None, SCORE=score is not None,
+        RECORD=attended is not None, CONTENT=content is not None,
+        POSITION=position is not None and table is not None, TABLE=table is not None, SCORE=score is not None,
     )  # fmt: skip
     return out
