@@ -54,6 +54,16 @@ def test_trains(variant):
 
 
 @variants
+@pytest.mark.parametrize(
+    "options", [{}, {"adaptive_softmax_cutoff": "6,11", "adaptive_input": True, "untie_output": True}]
+)
+@pytest.mark.usefixtures("nan_buffers")
+def test_every_parameter_has_an_initial_value(variant, options):
+    model = LanguageModel(config_of(17, **tiny_options(variant, options)))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@variants
 @torch.no_grad()
 def test_evaluates_with_the_memory_carried_from_segment_to_segment(variant):
     model, tokens = tiny_decoder(variant), random_tokens(2, 16)
