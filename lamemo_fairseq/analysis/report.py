@@ -243,8 +243,10 @@ def _draw_losses(plt: Any, lines: Lines) -> Any:
         block = -(-len(of_model) // BLOCKS)
         sizes.add(str(block))
         blocks = [of_model[i : i + block] for i in range(0, len(of_model), block)]
-        positions = [mean(line["position"] for line in part) for part in blocks]
-        axis.plot(positions, [_loss(part) for part in blocks], marker=".", label=f"{name}, mean {_loss(of_model):.3f}")
+        positions = [mean(line["position"] for line in group) for group in blocks]
+        axis.plot(
+            positions, [_loss(group) for group in blocks], marker=".", label=f"{name}, mean {_loss(of_model):.3f}"
+        )
     several = f", mean of {' or '.join(sorted(sizes, key=int))}" if sizes != {"1"} else ""
     axis.set_xlabel(f"position in the segment{several}")
     axis.set_ylabel("loss, bits")

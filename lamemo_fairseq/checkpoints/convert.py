@@ -266,7 +266,7 @@ def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
 
 def _moved_cutoffs(cutoffs: List[int], order: List[Optional[int]], added: int) -> List[int]:
     """Cutoffs behind the symbols that fairseq puts in front; words must stay in their band."""
-    if cutoffs and any(row is not None and row >= cutoffs[0] for row in order[:4]):
+    if cutoffs and any(entry is not None and entry >= cutoffs[0] for entry in order[:4]):
         raise ValueError(f"<eos> or <unk> is not among the first {cutoffs[0]} words: the bands would have to change")
     return [c + added for c in cutoffs]
 
@@ -277,17 +277,17 @@ def _is_first_table(name: str) -> bool:
 
 
 def _reordered(weight: Tensor, order: List[Optional[int]], kind: str) -> Tensor:
-    rows = weight.new_full((len(order), *weight.shape[1:]), NEVER if kind == "biases" else 0.0)
-    ours = [i for i, row in enumerate(order) if row is not None]
-    rows[ours] = weight[[row for row in order if row is not None]]
-    return rows
+    reordered = weight.new_full((len(order), *weight.shape[1:]), NEVER if kind == "biases" else 0.0)
+    ours = [i for i, entry in enumerate(order) if entry is not None]
+    reordered[ours] = weight[[entry for entry in order if entry is not None]]
+    return reordered
 
 
 def _restored(weight: Tensor, order: List[Optional[int]]) -> Tensor:
-    rows = weight.new_empty((len(order) - order.count(None), *weight.shape[1:]))
-    ours = [i for i, row in enumerate(order) if row is not None]
-    rows[[row for row in order if row is not None]] = weight[ours]
-    return rows
+    restored = weight.new_empty((len(order) - order.count(None), *weight.shape[1:]))
+    ours = [i for i, entry in enumerate(order) if entry is not None]
+    restored[[entry for entry in order if entry is not None]] = weight[ours]
+    return restored
 
 
 def _joined(config: Dict[str, Any]) -> bool:
@@ -309,9 +309,9 @@ def _buffers(config: Dict[str, Any], dtype: torch.dtype) -> Dict[str, Tensor]:
 def save(data: Any, path: Path) -> None:
     """Write beside, then rename: an interrupted run leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(data, part)
-    os.replace(part, path)
+    unfinished = path.with_name(path.name + ".part")
+    torch.save(data, unfinished)
+    os.replace(unfinished, path)
 
 
 def save_dictionary(dictionary: Dictionary, path: Path) -> None:

@@ -41,8 +41,8 @@ class TextDictionary(Dictionary):
         """
         if torch.is_tensor(tensor) and tensor.dim() == 2:
             extra = None if extra_symbols_to_ignore is None else set(extra_symbols_to_ignore)
-            rows = (self.string(t, bpe_symbol, escape_unk, extra, unk_string, include_eos, separator) for t in tensor)
-            return "\n".join(rows)
+            lines = (self.string(t, bpe_symbol, escape_unk, extra, unk_string, include_eos, separator) for t in tensor)
+            return "\n".join(lines)
         ids: List[int] = [int(i) for i in tensor]
         if not include_eos:
             if extra_symbols_to_ignore is None and ids[:1] == [self.eos()]:

@@ -149,8 +149,8 @@ class SegmentBatchIterator(EpochBatchIterator):
             raise RuntimeError(
                 f"there is no memory after segment {position.index} of {position.named_streams()} to save"
             )
-        rows = iter(gather_rows(state.tensors(), self.num_shards))
-        self._gathered = (position, state.map(lambda _: next(rows))) if self.shard_id == 0 else None
+        gathered = iter(gather_rows(state.tensors(), self.num_shards))
+        self._gathered = (position, state.map(lambda _: next(gathered))) if self.shard_id == 0 else None
 
     def state_dict(self) -> Dict[str, Any]:
         """Return what a checkpoint needs: the place in the epoch, the cut of the data, the memory of all streams.
@@ -184,8 +184,8 @@ class SegmentBatchIterator(EpochBatchIterator):
                         "the checkpoint stopped inside an epoch but does not hold the memory that the streams had: "
                         "pass --reset-dataloader to begin the data anew"
                     )
-                rows = slice(self.streams.start, self.streams.stop)
-                self.memory.restore(self._position(state_dict["epoch"], done - 1), state_dict["memory"], rows)
+                streams = slice(self.streams.start, self.streams.stop)
+                self.memory.restore(self._position(state_dict["epoch"], done - 1), state_dict["memory"], streams)
         super().load_state_dict(state_dict)
 
     def _layout_options(self) -> Dict[str, Any]:

@@ -68,8 +68,8 @@ def open_lines(path: str, words: int, impl: Optional[str]) -> Any:
     index, form = _checked(path, impl)
     stored = np.memmap(path + ".bin", dtype=index.dtype, mode="r")
     for start in range(0, len(stored), _CHUNK):
-        part = stored[start : start + _CHUNK]
-        check_ids(part.astype(np.int64) - index.shift if index.shift else part, path, words)
+        chunk = stored[start : start + _CHUNK]
+        check_ids(chunk.astype(np.int64) - index.shift if index.shift else chunk, path, words)
     return form.open(path)
 
 
@@ -149,7 +149,7 @@ def _read_mmap(path: str) -> Index:
     _check_length(path, len(content), _MMAP_HEADER.size + 12 * lines, lines)
     sizes, starts = _numbers(content, _MMAP_HEADER.size, (np.int32, lines), (np.int64, lines))
     ends = np.cumsum(sizes, dtype=np.int64) * np.dtype(dtype).itemsize
-    _check_places(path, sizes, starts, np.concatenate([[0], ends])[:-1])
+    _check_offsets(path, sizes, starts, np.concatenate([[0], ends])[:-1])
     return Index(dtype, sizes, 0)
 
 
@@ -160,12 +160,12 @@ def _read_older(path: str) -> Index:
     content = np.memmap(path + ".idx", mode="r")
     (*_, width, lines, dimensions), dtype = _header(path, _OLDER_HEADER, 1, 2)
     _check_length(path, len(content), _OLDER_HEADER.size + 8 * (2 * (lines + 1) + dimensions), lines)
-    places = (np.int64, lines + 1)
-    firsts, starts, sizes = _numbers(content, _OLDER_HEADER.size, places, places, (np.int64, dimensions))
+    offsets = (np.int64, lines + 1)
+    firsts, starts, sizes = _numbers(content, _OLDER_HEADER.size, offsets, offsets, (np.int64, dimensions))
     if width != np.dtype(dtype).itemsize or dimensions != lines:
         raise _damaged(path, ".idx does not say where its lines are")
-    _check_places(path, sizes, firsts, np.arange(lines + 1))
-    _check_places(path, sizes, starts, np.concatenate([[0], np.cumsum(sizes)]))
+    _check_offsets(path, sizes, firsts, np.arange(lines + 1))
+    _check_offsets(path, sizes, starts, np.concatenate([[0], np.cumsum(sizes)]))
     return Index(dtype, sizes, 1)
 
 
@@ -188,14 +188,14 @@ def _check_length(path: str, size: int, expected: int, lines: int) -> None:
         raise _damaged(path, f".idx has {size} bytes, of {expected} for {lines} lines")
 
 
-def _numbers(content: NDArray[Any], offset: int, *parts: Tuple[Any, int]) -> Any:
-    for dtype, count in parts:
+def _numbers(content: NDArray[Any], offset: int, *fields: Tuple[Any, int]) -> Any:
+    for dtype, count in fields:
         yield np.frombuffer(content, dtype, count, offset)
         offset += np.dtype(dtype).itemsize * count
 
 
-def _check_places(path: str, sizes: NDArray[Any], places: NDArray[Any], expected: NDArray[Any]) -> None:
-    if (sizes < 0).any() or not np.array_equal(places, expected):
+def _check_offsets(path: str, sizes: NDArray[Any], offsets: NDArray[Any], expected: NDArray[Any]) -> None:
+    if (sizes < 0).any() or not np.array_equal(offsets, expected):
         raise _damaged(path, ".idx does not say where its lines are")
 
 

@@ -131,8 +131,8 @@ def target_log_probs(models: List[Any], inputs: Dict[str, Any], target: Tensor, 
     for model in models:
         if 0 < at_once < len(target):
             features, _ = model.decoder.extract_features(**inputs)
-            rows = features[real_tokens(inputs["src_tokens"], inputs["src_lengths"])]
-            blocks = zip(rows.split(at_once), target.split(at_once), strict=True)
+            real = features[real_tokens(inputs["src_tokens"], inputs["src_lengths"])]
+            blocks = zip(real.split(at_once), target.split(at_once), strict=True)
             logs.append(torch.cat([_log_probs(model, model.decoder.output_layer(r[None]), t) for r, t in blocks]))
         else:
             logs.append(_log_probs(model, model(**inputs, real_only=True)[0], target))

@@ -32,13 +32,13 @@ class TokenLog:
     def add(self, streams: Tuple[int, ...], lengths: List[int], tokens: Tensor, log_probs: Tensor) -> None:
         """Add a segment: ``lengths[b]`` of ``tokens [R]`` and ``log_probs [R]`` belong to stream b."""
         by_stream = zip(streams, tokens.cpu().split(lengths), log_probs.cpu().split(lengths), strict=True)
-        for stream, *row in by_stream:
-            self._streams.setdefault(stream, []).append((row[0], row[1]))
+        for stream, *pair in by_stream:
+            self._streams.setdefault(stream, []).append((pair[0], pair[1]))
 
     def whole(self) -> Tuple[Tensor, Tensor]:
         """Return tokens and log-probabilities ``[T]`` of the split in order, on the first rank; nothing on others."""
-        streams = {k: v for part in gather_objects(self._streams) for k, v in part.items()}
-        segments = [row for stream in sorted(streams) for row in streams[stream]]
+        streams = {k: v for of_rank in gather_objects(self._streams) for k, v in of_rank.items()}
+        segments = [segment for stream in sorted(streams) for segment in streams[stream]]
         if not segments:
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
         return torch.cat([tokens for tokens, _ in segments]), torch.cat([log_probs for _, log_probs in segments])

@@ -84,8 +84,8 @@ def recorded_pieces(record: TextEncoding) -> Any:
                 "--sentencepiece-model FILE"
             )
         with open(path, "rb") as file:
-            found = hashlib.sha256(file.read()).hexdigest()
-        if found != record.model_sha256:
+            digest = hashlib.sha256(file.read()).hexdigest()
+        if digest != record.model_sha256:
             raise ValueError(
                 f"{path} is not the model that the text was encoded with: put that back, or make the data again with "
                 "python -m preprocess"
@@ -109,7 +109,7 @@ class PromptCoding:
         self._named = {"tokenizer": "", "bpe": ""}
         self._coders: Any = {}
 
-    def part(self, option: str, given: Any, build: Callable[[Any], Any]) -> Any:
+    def build_coder(self, option: str, given: Any, build: Callable[[Any], Any]) -> Any:
         """Return the coder for ``tokenizer`` or ``bpe``, which is None where there is nothing to do.
 
         fairseq asks for the tokenizer first.

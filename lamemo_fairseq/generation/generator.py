@@ -29,19 +29,19 @@ class ReadPrompts(NamedTuple):
 
 
 def read_prompts(model: Any, tokens: Tensor, lengths: Sequence[int]) -> ReadPrompts:
-    """Read ``tokens [B, L]`` of *lengths*, segment by segment, up to each row's last token."""
+    """Read ``tokens [B, L]`` of *lengths*, segment by segment, up to each prompt's last token."""
     state = DecodingState(model.decoder, len(tokens))
     before = [n - 1 for n in lengths]
-    parts = [torch.zeros(len(tokens), 0, device=tokens.device)]
+    log_probs = [torch.zeros(len(tokens), 0, device=tokens.device)]
     with counter(max(before), "prompt") as bar:
-        for part in stream_log_probs(model, state, tokens[:, :-1], tokens[:, 1:], before):
-            parts.append(part)
-            bar.update(part.size(1))
-    return ReadPrompts(state, torch.cat(parts, dim=1))
+        for chunk in stream_log_probs(model, state, tokens[:, :-1], tokens[:, 1:], before):
+            log_probs.append(chunk)
+            bar.update(chunk.size(1))
+    return ReadPrompts(state, torch.cat(log_probs, dim=1))
 
 
 class Prompts(NamedTuple):
-    """The texts read so far, which fairseq's generator carries along as an encoder's output, a row a beam."""
+    """The texts read so far, which fairseq's generator carries along as an encoder's output, one text a beam."""
 
     states: List[DecodingState]  # of each model
     words: Optional[Tensor]  # [B K, L], aligned on the right, where repeated n-grams are blocked
@@ -146,15 +146,19 @@ class PromptGenerator(SequenceGenerator):
         lengths: List[int] = sample["net_input"]["src_lengths"].tolist()
         if prefix_tokens is not None:
             tokens = torch.cat([tokens[:, :1], prefix_tokens], dim=1)
-            lengths = [self._beginning(row, length) for row, length in zip(tokens.tolist(), lengths, strict=True)]
+            lengths = [
+                self._beginning(sequence, length) for sequence, length in zip(tokens.tolist(), lengths, strict=True)
+            ]
         # The limit of new words depends on a prompt's length: texts with one limit go together.
         groups: Dict[int, List[int]] = {}
-        for row, length in enumerate(lengths):
-            groups.setdefault(int(self.max_len_a * (length - 1) + self.max_len_b), []).append(row)
-        found: Dict[int, List[Dict[str, Tensor]]] = {}
-        for limit, rows in groups.items():
-            found.update(zip(rows, self._continue(tokens, lengths, rows, limit, sample, kwargs), strict=True))
-        return [found[row] for row in range(len(lengths))]
+        for sequence, length in enumerate(lengths):
+            groups.setdefault(int(self.max_len_a * (length - 1) + self.max_len_b), []).append(sequence)
+        hypotheses: Dict[int, List[Dict[str, Tensor]]] = {}
+        for limit, sequences in groups.items():
+            hypotheses.update(
+                zip(sequences, self._continue(tokens, lengths, sequences, limit, sample, kwargs), strict=True)
+            )
+        return [hypotheses[sequence] for sequence in range(len(lengths))]
 
     def _beginning(self, tokens: List[int], length: int) -> int:
         """Count the *tokens* that are a text of *length* or a beginning of it, or a text of their own.
@@ -166,7 +170,7 @@ class PromptGenerator(SequenceGenerator):
         return sum(token != NO_WORD for token in tokens)
 
     def _continue(
-        self, tokens: Tensor, lengths: List[int], rows: List[int], limit: int, sample: Dict[str, Any], kwargs: Any
+        self, tokens: Tensor, lengths: List[int], sequences: List[int], limit: int, sample: Dict[str, Any], kwargs: Any
     ) -> List[List[Dict[str, Tensor]]]:
         limit = min(limit, self.max_len - 1)
         if limit < self.min_len:
@@ -174,10 +178,10 @@ class PromptGenerator(SequenceGenerator):
                 f"--max-len-a and --max-len-b allow {limit} new words, fewer than --min-len {self.min_len}: "
                 "pass a larger --max-len-b"
             )
-        index = torch.tensor(rows, device=tokens.device)
-        lengths = [lengths[row] for row in rows]
+        index = torch.tensor(sequences, device=tokens.device)
+        lengths = [lengths[sequence] for sequence in sequences]
         prompts = tokens[index, : max(lengths)]
-        last = prompts[torch.arange(len(rows)), torch.tensor(lengths) - 1]
+        last = prompts[torch.arange(len(sequences)), torch.tensor(lengths) - 1]
         read = [read_prompts(model, prompts, lengths) for model in self.model.models]
         if is_plain_sampling(self) and not kwargs:
             with counter(limit, "generated") as bar:
@@ -197,7 +201,7 @@ class PromptGenerator(SequenceGenerator):
             "net_input": {"src_tokens": last.unsqueeze(1), "src_lengths": torch.ones_like(last), "prompts": prompts}
         }
         if isinstance(self.search, search.PrefixConstrainedBeamSearch):
-            inner["id"] = ids  # for the function of allowed words; diverse beams take ids for rows of the batch
+            inner["id"] = ids  # for the function of allowed words; diverse beams take ids for indices in the batch
         # One text a column, whose limit was worked out before.
         factors, self.max_len_a, self.max_len_b = (self.max_len_a, self.max_len_b), 0, limit
         try:
@@ -208,8 +212,8 @@ class PromptGenerator(SequenceGenerator):
             self.model.bar = None
             self.max_len_a, self.max_len_b = factors
 
-    def _guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a search's *step*, so that no text goes on after its end, or without a word that may follow.
+    def _guarded(self, search_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a search's `step`, so that no text goes on after its end, or without a word that may follow.
 
         Diverse beams and functions of allowed words would extend hypotheses that fairseq has handed out as ended.
         """
@@ -218,12 +222,12 @@ class PromptGenerator(SequenceGenerator):
             if isinstance(self.search, search.Sampling):  # what it draws after an end is left out
                 if log_probs.isneginf().all(-1).any():
                     self._raise_stuck(at)
-                return step(at, log_probs, scores, tokens, *args, **kwargs)
+                return search_step(at, log_probs, scores, tokens, *args, **kwargs)
             ended = tokens[:, 1:].eq(self.eos).any(1).view(*log_probs.shape[:2], 1)
-            found = step(at, log_probs.masked_fill(ended, -math.inf), scores, tokens, *args, **kwargs)
-            if found[0].isneginf().all(1).any():
+            candidates = search_step(at, log_probs.masked_fill(ended, -math.inf), scores, tokens, *args, **kwargs)
+            if candidates[0].isneginf().all(1).any():
                 self._raise_stuck(at)
-            return found
+            return candidates
 
         return guarded
 

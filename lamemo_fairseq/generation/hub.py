@@ -113,8 +113,8 @@ class LanguageModelHub(GeneratorHubInterface):
             return []
         for number, text in enumerate(tensors):
             check_ids(text.cpu().numpy(), f"text {number}", len(self.src_dict))
-        found = super().generate(tensors, *args, **kwargs)
-        return found[0] if one else found
+        hypotheses = super().generate(tensors, *args, **kwargs)
+        return hypotheses[0] if one else hypotheses
 
     def _check(self, method: str, options: Dict[str, Any]) -> None:
         for name, reason in _OF_COMMANDS.items():
@@ -138,5 +138,5 @@ class LanguageModelHub(GeneratorHubInterface):
             return self.score([sentences], replace_newline_with_eos, **kwargs)[0]  # type: ignore[index, return-value]
         check_names(kwargs, ["skip_invalid_size_inputs"], "score")
         texts = list(sentences) if replace_newline_with_eos else [" ".join(s.split("\n")) for s in sentences]
-        found = self._generate([self.encode(text) for text in texts], score_reference=True)
-        return [hypotheses[0] for hypotheses in found]
+        hypotheses = self._generate([self.encode(text) for text in texts], score_reference=True)
+        return [of_text[0] for of_text in hypotheses]

@@ -27,13 +27,13 @@ def encode_prompts(
         dictionary: the words.
         line_end: what ends a line within a prompt, ``</s>`` by default.
     """
-    found = []
+    encoded = []
     for prompt in prompts:
         lines = [encode(line) for line in (prompt.split(line_end) if line_end else split_lines(prompt))]
         ids = [dictionary.encode_line(line, add_if_not_exist=False).long() for line in lines]
         _tell_unknown(prompt, " ".join(lines).split(), dictionary)
-        found.append(torch.cat(ids))
-    return found
+        encoded.append(torch.cat(ids))
+    return encoded
 
 
 def _tell_unknown(prompt: str, words: List[str], dictionary: Dictionary) -> None:

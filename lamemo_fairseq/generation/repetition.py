@@ -15,11 +15,11 @@ from ..data.dictionary import NO_WORD
 
 
 def aligned_right(texts: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Move the first ``lengths[r]`` words of each row of ``texts [R, T]`` to its end, `NO_WORD` before them."""
+    """Move the first ``lengths[r]`` words of each of ``texts [R, T]`` to its end, `NO_WORD` before them."""
     moved = torch.full_like(texts, NO_WORD)
-    for row, length in enumerate(lengths):
+    for text, length in enumerate(lengths):
         if length > 0:
-            moved[row, -length:] = texts[row, :length]
+            moved[text, -length:] = texts[text, :length]
     return moved
 
 

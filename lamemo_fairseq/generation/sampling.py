@@ -1,6 +1,6 @@
 """fairseq's ``--sampling`` by the fast sampler: the same distribution and scores, without its generator's loop.
 
-Shapes: B prompts, K continuations of each, R = B K rows, n new words at most, V words.
+Shapes: B prompts, K continuations of each, R = B K texts, n new words at most, V words.
 """
 
 import math
@@ -20,7 +20,7 @@ WORDS_BETWEEN_QUESTIONS = 32
 
 
 def is_plain_sampling(generator: Any) -> bool:
-    """Whether what fairseq's *generator* was asked for is sampling from one model, and nothing besides."""
+    """Tell whether fairseq's *generator* is asked to sample from one model, and for nothing besides."""
     return (
         type(generator.search) is search.Sampling
         and len(generator.model.models) == 1
@@ -29,7 +29,7 @@ def is_plain_sampling(generator: Any) -> bool:
 
 
 class FairseqAdjustment(Adjustment):
-    """What fairseq does to log-probabilities before it draws: temperature, penalties, forbidden words.
+    """fairseq's changes of log-probabilities before a draw: temperature, penalties, forbidden words.
 
     Args:
         generator: fairseq's.
@@ -68,15 +68,15 @@ def sampled_continuations(
 ) -> List[List[Dict[str, Tensor]]]:
     """Draw continuations as fairseq's *generator* would.
 
-    Rows whose text has ended go on in the batch, and what they draw then is cut off; without graphs, the batch shrinks
-    once half of its rows have ended.
+    Texts that have ended go on in the batch, and what they draw then is cut off; without graphs, the batch shrinks once
+    half of them have ended.
 
     Args:
         generator: fairseq's, for which `is_plain_sampling` holds.
         state: the prompts but for their last words; changed in place.
         last: ``[B]`` those last words.
         limit: n.
-        bar: counts the words of a row.
+        bar: counts the words of a text.
 
     Returns:
         K hypotheses a prompt, in fairseq's format: new words with the end-of-sentence token, and their
@@ -86,14 +86,14 @@ def sampled_continuations(
         DivergenceError: no word has a probability.
     """
     beam = generator.beam_size
-    rows = torch.arange(len(last), device=last.device).repeat_interleave(beam)
-    state.reorder(rows)
+    repeated = torch.arange(len(last), device=last.device).repeat_interleave(beam)
+    state.reorder(repeated)
     top_p = generator.search.sampling_topp
     # fairseq looks at one of them only.
     tops = {"top_p": top_p} if top_p > 0 else {"top_k": max(0, generator.search.sampling_topk)}
     exact = torch.promote_types(state.cache.layers[0].keys.dtype, torch.float32)
     sampler = Sampler.take(state, Draw(**tops), FairseqAdjustment(generator, last.new_empty(0, dtype=exact)))
-    texts = NewTexts(last[rows], limit, generator.eos, exact)
+    texts = NewTexts(last[repeated], limit, generator.eos, exact)
     adjustment: Any = sampler.adjust
     between = WORDS_BETWEEN_QUESTIONS if sampler.graphs else 1
     phases = (
@@ -116,7 +116,7 @@ def sampled_continuations(
 
 
 class NewTexts:
-    """The words drawn so far, and the rows that are still drawn for.
+    """The words drawn so far, and the texts that still go on.
 
     Args:
         last: ``[R]`` the prompts' last words.
@@ -135,7 +135,7 @@ class NewTexts:
         self._not_finite = self._ended.sum()
 
     def add(self, drawn: Continuation) -> None:
-        """Add words of the running rows."""
+        """Add words of the running texts."""
         new = slice(self.count, self.count + drawn.words.size(1))
         self.words[self.running, new], self.log_probs[self.running, new] = drawn
         self.count, self.last = new.stop, drawn.words[:, -1]
@@ -143,10 +143,10 @@ class NewTexts:
         self._not_finite = drawn.log_probs.isfinite().logical_not().sum()
 
     def drop_ended(self, shrink: bool) -> Optional[Tensor]:
-        """Drop rows whose text has ended, once all have, or half of them where the batch may *shrink*.
+        """Drop texts that have ended, once all have, or half of them where the batch may *shrink*.
 
         Returns:
-            Which of the rows are left, None if all are.
+            The indices of texts that are left, None if all are.
 
         Raises:
             DivergenceError: no word had a probability.
@@ -164,9 +164,11 @@ class NewTexts:
         return left
 
     def hypotheses(self) -> List[Dict[str, Tensor]]:
-        """Return the text of each row up to its end."""
+        """Return each text up to its end."""
         lengths = (self.words.eq(self.eos).int().argmax(1) + 1).tolist()
-        return [_hypothesis(self.words[row, :n], self.log_probs[row, :n]) for row, n in enumerate(lengths)]
+        return [
+            _hypothesis(self.words[sequence, :n], self.log_probs[sequence, :n]) for sequence, n in enumerate(lengths)
+        ]
 
 
 def _hypothesis(words: Tensor, log_probs: Tensor) -> Dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Log-probabilities of texts of any length, streamed through memory.
 
-Shapes: B rows, L tokens of the longest, k tokens at a time.
+Shapes: B sequences, L tokens of the longest, k tokens at a time.
 """
 
 import math
@@ -17,16 +17,16 @@ from .progress import counter
 def stream_log_probs(
     model: Any, state: DecodingState, tokens: Tensor, target: Tensor, lengths: Sequence[int]
 ) -> Iterator[Tensor]:
-    """Read ``tokens [B, L]`` into *state*, of each row as many as *lengths* says. What follows may be no words.
+    """Read ``tokens [B, L]`` into *state*, of each sequence as many as *lengths* says. What follows may be no words.
 
     Yields:
-        Log-probabilities ``[B, k]`` of *target*, in float32 or wider; those beyond a row's length mean nothing.
+        Log-probabilities ``[B, k]`` of *target*, in float32 or wider; those beyond a sequence's length mean nothing.
     """
     for start in range(0, max(lengths), TOKENS_AT_ONCE):
-        part = slice(start, min(start + TOKENS_AT_ONCE, max(lengths)))
-        left = [min(max(n - start, 0), part.stop - start) for n in lengths]
-        features = state.read(tokens[:, part].clamp(min=0), left)
-        words = target[:, part].clamp(min=0)
+        chunk = slice(start, min(start + TOKENS_AT_ONCE, max(lengths)))
+        left = [min(max(n - start, 0), chunk.stop - start) for n in lengths]
+        features = state.read(tokens[:, chunk].clamp(min=0), left)
+        words = target[:, chunk].clamp(min=0)
         probs = model.get_normalized_probs((state.decoder.output_layer(features), None), True, {"target": words})
         yield probs.gather(-1, words.unsqueeze(-1)).squeeze(-1)
 
@@ -52,21 +52,21 @@ class StreamingScorer:
             model.eval()
             state = DecodingState(model.decoder, len(source))
             with counter(max(counts), "scored") as bar:
-                parts = [target.new_zeros(len(target), 0, dtype=torch.float32)]
-                for part in stream_log_probs(model, state, source, target, counts):
-                    parts.append(part)
-                    bar.update(part.size(1))
-            logs.append(torch.cat(parts[1:] or parts, dim=1))
+                log_probs = [target.new_zeros(len(target), 0, dtype=torch.float32)]
+                for chunk in stream_log_probs(model, state, source, target, counts):
+                    log_probs.append(chunk)
+                    bar.update(chunk.size(1))
+            logs.append(torch.cat(log_probs[1:] or log_probs, dim=1))
         together = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
         return [
             [
                 {
-                    "tokens": target[row, :count],
-                    "score": together[row, :count].sum() / max(count, 1),
+                    "tokens": target[sequence, :count],
+                    "score": together[sequence, :count].sum() / max(count, 1),
                     "attention": None,
                     "alignment": None,
-                    "positional_scores": together[row, :count],
+                    "positional_scores": together[sequence, :count],
                 }
             ]
-            for row, count in enumerate(counts)
+            for sequence, count in enumerate(counts)
         ]

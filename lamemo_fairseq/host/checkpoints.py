@@ -92,11 +92,11 @@ def _damage(path: Path) -> Optional[str]:
         if not (tail[-_END_LENGTH:].startswith(_END) and tail.endswith(b"\0\0")):
             return "its end is missing"
         try:
-            part = zipfile.ZipFile(path).testzip()
+            member = zipfile.ZipFile(path).testzip()
         except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
             return str(error)
-        if part is not None:
-            return f"the checksum of its part {part} does not match"
+        if member is not None:
+            return f"the checksum of its part {member} does not match"
     return None
 
 
@@ -124,9 +124,9 @@ def _advice(path: Path) -> str:
 
 
 def _newest_whole(folder: Path, but: str = "") -> Optional[Path]:
-    """The last checkpoint that is whole. They may be large: those that are older are not read."""
-    found = sorted(folder.glob("checkpoint*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
-    return next((p for p in found if p.name != but and _damage(p) is None), None)
+    """Return the last checkpoint that is whole. They may be large: those that are older are not read."""
+    checkpoints = sorted(folder.glob("checkpoint*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return next((p for p in checkpoints if p.name != but and _damage(p) is None), None)
 
 
 @stand_in(checkpoint_utils, "load_checkpoint_to_cpu")

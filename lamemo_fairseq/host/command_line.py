@@ -150,18 +150,18 @@ class CommandLine:
 
     def _in_words(self, message: str) -> str:
         """Return an error of argparse with its remedy."""
-        if found := re.match(r"unrecognized arguments: (.*)", message, flags=re.DOTALL):
-            names = [word.split("=", 1)[0] for word in found[1].split() if word.startswith("-")]
+        if match := re.match(r"unrecognized arguments: (.*)", message, flags=re.DOTALL):
+            names = [word.split("=", 1)[0] for word in match[1].split() if word.startswith("-")]
             return (
                 self._unrecognized(names[0]) if names else f"{message}: an option's value is one word, put it in quotes"
             )
-        if found := re.match(r"argument (\S+): invalid choice: '?([^']*)'? \(", message):
-            option = found[1].split("/")[0]
-            return start.not_known(f"{option} ", found[2], self.parser._option_string_actions[option].choices or ())
-        if found := re.match(r"argument (\S+): invalid (\S+) value: '(.*)'", message):
-            if found[3] == "???":
-                return f"{found[1]} is not given: pass it"
-            return f"{found[1]} is '{found[3]}': pass {_KINDS.get(found[2], found[2])}"
+        if match := re.match(r"argument (\S+): invalid choice: '?([^']*)'? \(", message):
+            option = match[1].split("/")[0]
+            return start.not_known(f"{option} ", match[2], self.parser._option_string_actions[option].choices or ())
+        if match := re.match(r"argument (\S+): invalid (\S+) value: '(.*)'", message):
+            if match[3] == "???":
+                return f"{match[1]} is not given: pass it"
+            return f"{match[1]} is '{match[3]}': pass {_KINDS.get(match[2], match[2])}"
         return message
 
     def _unrecognized(self, name: str) -> str:

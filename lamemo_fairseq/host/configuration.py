@@ -107,11 +107,11 @@ def names(state: Any) -> Tuple[Optional[str], Optional[str]]:
     state = state if isinstance(state, dict) else {}
     args, cfg = state.get("args"), state.get("cfg")
     if args is not None:  # fairseq prefers them to a configuration
-        found = [getattr(args, key, None) for key in ("arch", "task")]
+        chosen = [getattr(args, key, None) for key in ("arch", "task")]
     else:
         sections = [cfg.get(key) if isinstance(cfg, dict) else None for key in ("model", "task")]
-        found = [section.get("_name") if isinstance(section, dict) else None for section in sections]
-    model, task = (name if isinstance(name, str) else None for name in found)
+        chosen = [section.get("_name") if isinstance(section, dict) else None for section in sections]
+    model, task = (name if isinstance(name, str) else None for name in chosen)
     return model, task
 
 
@@ -132,8 +132,8 @@ def describe(state: Any) -> str:
     """Say in a few words of which model a checkpoint is."""
     model, task = names(state)
     if model is None and task is None:
-        held = ", ".join(sorted(map(str, state))[:8]) if isinstance(state, dict) else type(state).__name__
-        return f"no checkpoint of fairseq-train (it holds {held or 'nothing'})"
+        keys = ", ".join(sorted(map(str, state))[:8]) if isinstance(state, dict) else type(state).__name__
+        return f"no checkpoint of fairseq-train (it holds {keys or 'nothing'})"
     return f"a checkpoint of the model {_short(model)} and the task {_short(task)}"
 
 

@@ -79,9 +79,11 @@ def check_files(folder: str, files: str, data: str, arguments: Dict[str, Any]) -
         FileNotFoundError: a folder or a checkpoint is not there.
         ValueError: a checkpoint is not one of this package, or an argument is not known.
     """
-    for place in (folder, *([] if data.startswith(".") else utils.split_paths(data))):
-        if not os.path.isdir(place):
-            raise FileNotFoundError(f"there is no folder {place}: an archive or address has to be unpacked there first")
+    for directory in (folder, *([] if data.startswith(".") else utils.split_paths(data))):
+        if not os.path.isdir(directory):
+            raise FileNotFoundError(
+                f"there is no folder {directory}: an archive or address has to be unpacked there first"
+            )
     for name in files.split(os.pathsep):
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
@@ -106,5 +108,5 @@ def _refuse_another_task(options: argparse.Namespace) -> None:
 
 def _files(paths: Optional[str]) -> Sequence[str]:
     """Return those of the paths that are files here; the command itself tells of the others."""
-    found = [] if not paths else [PathManager.get_local_path(path) for path in utils.split_paths(paths)]
-    return [path for path in found if os.path.isfile(path)]
+    local = [] if not paths else [PathManager.get_local_path(path) for path in utils.split_paths(paths)]
+    return [path for path in local if os.path.isfile(path)]

@@ -12,15 +12,15 @@ from .option_table import all_rules
 
 def render() -> str:
     """Return the table in Markdown."""
-    parts = [_HEAD]
+    sections = [_HEAD]
     for effect, heading in _HEADINGS.items():
-        parts.append(f"## {heading}\n\n| option | command | reason, and what to do |\n|---|---|---|")
+        sections.append(f"## {heading}\n\n| option | command | reason, and what to do |\n|---|---|---|")
         for rule in all_rules():
             if rule.effect == effect:
                 options = ", ".join(f"`{option_name(option)}`" for option in rule.options)
-                parts.append(f"| {options} | {_named(rule.commands)} | {rule.reason} |")
-        parts.append("")
-    return "\n".join([*parts, _TAIL])
+                sections.append(f"| {options} | {_named(rule.commands)} | {rule.reason} |")
+        sections.append("")
+    return "\n".join([*sections, _TAIL])
 
 
 def _named(commands: Tuple[str, ...]) -> str:

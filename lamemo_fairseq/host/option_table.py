@@ -354,9 +354,9 @@ def all_rules() -> Tuple[Rule, ...]:
 
 def rules_for(command: str) -> Dict[str, List[Rule]]:
     """Return the rules of a command, by option."""
-    found: Dict[str, List[Rule]] = {}
+    rules: Dict[str, List[Rule]] = {}
     for one in all_rules():
         if command in one.commands:
             for option in one.options:
-                found.setdefault(option, []).append(one)
-    return found
+                rules.setdefault(option, []).append(one)
+    return rules

@@ -1,4 +1,4 @@
-"""What is this package's own: the task's name, and the bases that tell its classes without importing them."""
+"""The task's name, and bases that mark this package's own classes, so that they are told without being imported."""
 
 TASK = "segment_language_modeling"
 

@@ -36,16 +36,16 @@ def gather_rows(tensors: List[Tensor], ranks: int) -> List[Tensor]:
 
 def _gather(tensor: Tensor, ranks: int) -> Tensor:
     # As bytes, since not every backend knows every dtype.
-    rows = tensor.to(_device()).contiguous().view(torch.uint8)
+    raw = tensor.to(_device()).contiguous().view(torch.uint8)
     first = dist.get_rank() == 0
-    parts = [torch.empty_like(rows) for _ in range(ranks)] if first else None
-    if rows.numel() > 0:
-        dist.gather(rows, parts)
-    return torch.cat(parts).cpu().view(tensor.dtype) if parts is not None else tensor
+    gathered = [torch.empty_like(raw) for _ in range(ranks)] if first else None
+    if raw.numel() > 0:
+        dist.gather(raw, gathered)
+    return torch.cat(gathered).cpu().view(tensor.dtype) if gathered is not None else tensor
 
 
 def sum_over_ranks(*values: float) -> List[float]:
-    """Sums of numbers over all ranks."""
+    """Return sums of numbers over all ranks."""
     total = torch.tensor(values, dtype=torch.float64, device=_device())
     dist.all_reduce(total)
     return total.tolist()

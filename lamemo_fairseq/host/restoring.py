@@ -174,15 +174,15 @@ def _differences(trainer: Any, state: Dict[str, Any]) -> List[_Difference]:
     now, then = _resolved(trainer.cfg), _resolved(complete(state["cfg"]))
     memories = {cfg["model"]["memory"] for cfg in (now, then)}
     owners = owners_of_options()
-    found: Dict[str, _Difference] = {}
+    differences: Dict[str, _Difference] = {}
     for section, told in _TOLD.items():
         mine, theirs = _options(now, section), _options(then, section)
         for name in [n for n in mine if n in theirs and (told is None or n in told)]:
             concerns = not (name in owners and section == "model" and not owners[name] & memories)
             if concerns and mine[name] != theirs[name]:
                 shown = _NAMED.get(section, section) if name == "_name" else name
-                found.setdefault(shown, _Difference(section, shown, mine[name], theirs[name]))
-    return list(found.values())
+                differences.setdefault(shown, _Difference(section, shown, mine[name], theirs[name]))
+    return list(differences.values())
 
 
 def _resolved(cfg: Any) -> Dict[str, Any]:

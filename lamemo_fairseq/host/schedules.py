@@ -18,10 +18,10 @@ def begin_epoch(trainer: Any) -> None:
 
 def schedule_state(trainer: Any) -> Dict[str, Any]:
     """Return the state of a schedule for a checkpoint, in plain containers."""
-    parts = _parts(trainer.lr_scheduler)
+    schedules = _schedules(trainer.lr_scheduler)
     return {
-        "options": {name: _options(part) for name, part in parts.items()},
-        "values": {name: _values(part) for name, part in parts.items()},
+        "options": {name: _options(schedule) for name, schedule in schedules.items()},
+        "values": {name: _values(schedule) for name, schedule in schedules.items()},
         "rates": _RATES.get(trainer, _rates(trainer)),
     }
 
@@ -37,11 +37,11 @@ def restore_schedule(trainer: Any, saved: Dict[str, Any], ended: bool, epoch: in
         loss: of the validation before it was saved, None if there was none.
         again: the data is read from the start.
     """
-    parts = _parts(trainer.lr_scheduler)
-    same = saved.get("options") == {name: _options(part) for name, part in parts.items()}
+    schedules = _schedules(trainer.lr_scheduler)
+    same = saved.get("options") == {name: _options(schedule) for name, schedule in schedules.items()}
     if same:
-        for name, part in parts.items():
-            _restore(part, saved["values"][name])
+        for name, schedule in schedules.items():
+            _restore(schedule, saved["values"][name])
     if ended:  # fairseq saves before this step of its main loop, and after a resume leaves it out
         trainer.lr_step(epoch, loss)
         return
@@ -72,35 +72,35 @@ def _set_rates(trainer: Any, rates: List[float]) -> None:
         group["lr"] = rate
 
 
-def _parts(scheduler: Any) -> Dict[str, Any]:
+def _schedules(scheduler: Any) -> Dict[str, Any]:
     """Return the schedule and, with several optimizers, theirs by name."""
     own = getattr(getattr(scheduler, "optimizer", None), "lr_scheduler", None)
     return {"": scheduler, **getattr(own, "lr_schedulers", {})}
 
 
-def _options(part: FairseqLRScheduler) -> Dict[str, Any]:
-    if OmegaConf.is_config(getattr(part, "cfg", None)):
-        options: Any = OmegaConf.to_container(part.cfg, resolve=True, enum_to_str=True)
+def _options(schedule: FairseqLRScheduler) -> Dict[str, Any]:
+    if OmegaConf.is_config(getattr(schedule, "cfg", None)):
+        options: Any = OmegaConf.to_container(schedule.cfg, resolve=True, enum_to_str=True)
         return options
     # A schedule without a dataclass holds the whole command line, and what it has read from --update2lr and the like.
-    return {name: str(value) for name, value in vars(part).items() if isinstance(value, dict)}
+    return {name: str(value) for name, value in vars(schedule).items() if isinstance(value, dict)}
 
 
-def _values(part: FairseqLRScheduler) -> Dict[str, Any]:
+def _values(schedule: FairseqLRScheduler) -> Dict[str, Any]:
     return {
         name: value.state_dict() if _is_torch_scheduler(value) else value
-        for name, value in vars(part).items()
+        for name, value in vars(schedule).items()
         if value is None or isinstance(value, (bool, int, float)) or _is_torch_scheduler(value)
     }
 
 
-def _restore(part: FairseqLRScheduler, saved: Dict[str, Any]) -> None:
-    for name in _values(part).keys() & saved.keys():
-        held = getattr(part, name)
-        if _is_torch_scheduler(held):
-            held.load_state_dict(saved[name])
+def _restore(schedule: FairseqLRScheduler, saved: Dict[str, Any]) -> None:
+    for name in _values(schedule).keys() & saved.keys():
+        current = getattr(schedule, name)
+        if _is_torch_scheduler(current):
+            current.load_state_dict(saved[name])
         else:
-            setattr(part, name, saved[name])
+            setattr(schedule, name, saved[name])
 
 
 def _is_torch_scheduler(value: Any) -> bool:

@@ -281,5 +281,5 @@ def _defaults(values: Any) -> Dict[str, Dict[str, Any]]:
 
 def _referred(default: Any, values: Any) -> Any:
     """Return a default, that of ``${section.option}`` from the other option's value."""
-    found = re.fullmatch(r"\$\{(\w+)\.(\w+)\}", default) if isinstance(default, str) else None
-    return values[found[1]][found[2]] if found else default
+    match = re.fullmatch(r"\$\{(\w+)\.(\w+)\}", default) if isinstance(default, str) else None
+    return values[match[1]][match[2]] if match else default

@@ -60,7 +60,7 @@ def _ended(cfg: Any, trainer: Any) -> Optional[str]:
 
 
 def _check_metric(cfg: Any, trainer: Any) -> None:
-    """Look for the metric of ``--best-checkpoint-metric`` in the figures of one batch, long before fairseq does.
+    """Look for the metric of ``--best-checkpoint-metric`` in the meters of one batch, long before fairseq does.
 
     Raises:
         ValueError: it is not there.
@@ -68,9 +68,9 @@ def _check_metric(cfg: Any, trainer: Any) -> None:
     metric = cfg.checkpoint.best_checkpoint_metric
     if cfg.dataset.disable_validation or metric in ("loss", "num_updates"):
         return
-    with metrics.aggregate(new_root=True) as figures:
+    with metrics.aggregate(new_root=True) as meters:
         trainer.valid_step(trainer._dummy_batch)
-    names = figures.get_smoothed_values()
+    names = meters.get_smoothed_values()
     if metric not in names:
         raise ValueError(
             f"--best-checkpoint-metric {metric} is not a figure of a validation: pass one of "

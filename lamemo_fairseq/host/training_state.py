@@ -64,9 +64,9 @@ def restore_training_state(trainer: Any, state: Dict[str, Any]) -> None:
 
 
 def _masters(optimizer: Any) -> List[Tensor]:
-    """The float32 weights, one tensor a device or one a parameter, in the order of the parameters."""
-    held = getattr(optimizer, "fp32_params", [])
-    return [p.data for p in (held.values() if isinstance(held, dict) else held)]
+    """Return the float32 weights, one tensor a device or one a parameter, in the order of the parameters."""
+    masters = getattr(optimizer, "fp32_params", [])
+    return [p.data for p in (masters.values() if isinstance(masters, dict) else masters)]
 
 
 def _restore_masters(trainer: Any, saved: Tensor) -> None:
@@ -79,8 +79,8 @@ def _restore_masters(trainer: Any, saved: Tensor) -> None:
     if saved.shape != rounded.shape or not torch.equal(saved.to(rounded.dtype), rounded):
         logger.warning("the float32 weights in the checkpoint are not those of its model: they begin from the model's")
         return
-    for master, part in zip(masters, saved.split([m.numel() for m in masters]), strict=True):
-        master.copy_(part.view_as(master))
+    for master, weights in zip(masters, saved.split([m.numel() for m in masters]), strict=True):
+        master.copy_(weights.view_as(master))
 
 
 def _counted(scaler: DynamicLossScaler) -> Set[str]:

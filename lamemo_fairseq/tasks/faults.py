@@ -1,4 +1,4 @@
-"""What a training step does when the device runs out of memory, or a loss is not a number."""
+"""Faults of a training step: the device runs out of memory, or a loss is not finite."""
 
 import logging
 from typing import Any, Callable, Dict, Optional, Tuple
@@ -34,7 +34,7 @@ class LossWatch:
         self._noted = (copy_to_host(loss.detach().isfinite().all()), position, update, streams)
 
     def when(self) -> str:
-        """The update noted last, to begin a message with; nothing if there was none."""
+        """Return the update noted last, to begin a message with; nothing if there was none."""
         return f"after update {self._update}: " if self._update else ""
 
     def check(self) -> None:
@@ -59,7 +59,7 @@ class LossWatch:
 
 
 def retry_out_of_memory(
-    step: Callable[[Callable[..., Any]], StepResult],
+    train_step: Callable[[Callable[..., Any]], StepResult],
     criterion: Callable[..., Any],
     model: nn.Module,
     advance: Callable[[], Any],
@@ -71,14 +71,14 @@ def retry_out_of_memory(
     has left gradients that cannot be told from those of earlier batches.
 
     Args:
-        step: forward and backward, given the criterion.
+        train_step: forward and backward, given the criterion.
         criterion: computes the loss of a batch.
         model: whose parameters take the gradients.
         advance: reads the segment without gradients, so that the memory moves on although the batch is dropped.
         alone: whether this is the only rank; others would wait for a second backward's gradients.
 
     Returns:
-        What the step returns.
+        The result of the step.
     """
     random_state = utils.get_rng_state()
     untouched = alone and all(p.grad is None for p in tree_of(model).parameters)
@@ -91,11 +91,11 @@ def retry_out_of_memory(
             torch.cuda.empty_cache()
         utils.set_rng_state(random_state)
 
-    result, error, has_loss = _attempt(step, criterion)
+    result, error, has_loss = _attempt(train_step, criterion)
     if error is not None and (untouched or not has_loss):
         logger.warning("%s: trying the batch once more", error)
         again()
-        result, error, has_loss = _attempt(step, criterion)
+        result, error, has_loss = _attempt(train_step, criterion)
     if error is None:
         return result
     if not has_loss:
@@ -105,9 +105,9 @@ def retry_out_of_memory(
 
 
 def _attempt(
-    step: Callable[[Callable[..., Any]], StepResult], criterion: Callable[..., Any]
+    train_step: Callable[[Callable[..., Any]], StepResult], criterion: Callable[..., Any]
 ) -> Tuple[Any, Optional[RuntimeError], bool]:
-    """The result of a step, or how the memory ran out, and whether the forward pass had ended."""
+    """Return the result of a step, or the error if memory ran out, and whether the forward pass had ended."""
     has_loss = False
 
     def forward(*args: Any) -> Any:
@@ -117,7 +117,7 @@ def _attempt(
         return computed
 
     try:
-        return step(forward), None, has_loss
+        return train_step(forward), None, has_loss
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise

@@ -34,11 +34,11 @@ class PromptTask(OwnTask, FairseqTask):
         joins = self._option("post_process")
         check_post_process(joins)
         self._coding = PromptCoding(data_folders(self.cfg.data)[0], joined=joins not in (None, "none"))
-        return self._coding.part("tokenizer", args, super().build_tokenizer)
+        return self._coding.build_coder("tokenizer", args, super().build_tokenizer)
 
     def build_bpe(self, args: Any) -> Any:
         """Build the coder of pieces, chosen in the same way. fairseq asks for the tokenizer first."""
-        return self._coding.part("bpe", args, super().build_bpe)
+        return self._coding.build_coder("bpe", args, super().build_bpe)
 
     def build_dataset_for_inference(self, src_tokens: Any, src_lengths: Any, **kwargs: Any) -> PromptDataset:
         """Return whole texts to score or continue, each read from an empty memory after an end-of-sentence token."""

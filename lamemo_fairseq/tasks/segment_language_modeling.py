@@ -292,7 +292,7 @@ class SegmentLanguageModelingTask(PromptTask):
         sample = without_padding(sample)
         inputs = sample["net_input"]
 
-        def step(forward: Any) -> Any:
+        def forward_and_backward(forward: Any) -> Any:
             return super(SegmentLanguageModelingTask, self).train_step(
                 sample, model, forward, optimizer, update_num, ignore_grad, **kwargs
             )
@@ -303,7 +303,7 @@ class SegmentLanguageModelingTask(PromptTask):
 
         if self._decoder.memory.has_losses:
             criterion = WithMemoryLosses(criterion)
-        result = retry_out_of_memory(step, criterion, model, advance, alone=not several_ranks())
+        result = retry_out_of_memory(forward_and_backward, criterion, model, advance, alone=not several_ranks())
         self.losses.check()
         self.losses.note(result[0], inputs["position"], update_num + 1, self._decoder.streams)
         return result
