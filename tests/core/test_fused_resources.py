@@ -22,7 +22,7 @@ def compile_all(head: int, dtype: str) -> dict:
     tile_of = {"forward_kernel": chosen.forward, "key_kernel": chosen.key, "query_kernel": chosen.query}
     flags = dict.fromkeys(("CONTENT", "POSITION", "STORED"), True)
     flags |= dict.fromkeys(("FIRST", "DROPOUT", "CHUNKED", "ADD"), False)
-    single = {"p_held", "p_merged", "p_new", "p_delta", "p_lse", "p_du"}
+    single = {"p_stored_lse", "p_merged", "p_new", "p_delta", "p_lse", "p_du"}
     found = {}
     for name in KERNELS:
         kernel = getattr(kernels, name)

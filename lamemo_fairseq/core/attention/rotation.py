@@ -37,8 +37,8 @@ class Rotation(NamedTuple):
         Returns:
             As *heads*, in the same dtype.
         """
-        rows, pairs = heads.size(-2), self.cos.size(-1)
-        cos, sin = self.cos.narrow(-2, first, rows), self.sin.narrow(-2, first, rows)
+        length, pairs = heads.size(-2), self.cos.size(-1)
+        cos, sin = self.cos.narrow(-2, first, length), self.sin.narrow(-2, first, length)
         real = heads if heads.size(-1) == 2 * pairs else heads[..., : 2 * pairs]
         a, b = real.reshape(*real.shape[:-1], pairs, 2).unbind(-1)
         rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)

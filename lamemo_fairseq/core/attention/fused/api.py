@@ -1,4 +1,7 @@
-"""Causal attention by the fused kernels, and what they can take."""
+"""Causal attention by the fused kernels, and the inputs that they can take.
+
+Shapes: B streams, H heads, Q queries, K keys, D size of a head.
+"""
 
 import os
 from typing import Optional
@@ -8,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import Attended, RelativeBias
-from .function import Part, attend
+from .function import BandedAttention, attend
 from .launch import UNBOUNDED, Band
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -16,7 +19,7 @@ LARGEST_HEAD = 128
 
 
 def why_not(q: Tensor) -> Optional[str]:
-    """Why these kernels cannot take queries like ``q [B, H, Q, D]``; None if they can."""
+    """Return why these kernels cannot take queries like ``q [B, H, Q, D]``; None if they can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not q.is_cuda and not (interpreted and q.device.type == "cpu"):
         return f"it runs on GPUs, and this is {q.device}"
@@ -37,16 +40,16 @@ def causal_attention(
     scale: Optional[float] = None,
     need_normalizer: bool = True,
 ) -> Attended:
-    """As `eager.causal_attention`; where a bias has no part, PyTorch's kernel serves."""
-    if all(part is None for part in bias) and q.size(2) == k.size(2) and span is None and not need_normalizer:
+    """Attend as `eager.causal_attention`; without any bias, PyTorch's kernel serves."""
+    if all(given is None for given in bias) and q.size(2) == k.size(2) and span is None and not need_normalizer:
         output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
         return Attended(output, q.new_empty(0, dtype=torch.float32))
-    part = causal_part(slice(0, q.size(2)), q.size(2), k.size(2), bias, span)
-    return attend(q, k, v, [part], dropout, scale)
+    band = causal_band(slice(0, q.size(2)), q.size(2), k.size(2), bias, span)
+    return attend(q, k, v, [band], dropout, scale)
 
 
-def causal_part(rows: slice, queries: int, keys: int, bias: RelativeBias, span: Optional[int]) -> Part:
-    """Return the part of queries at *rows*, the last *queries* of *keys* positions, which see what came before them."""
+def causal_band(positions: slice, queries: int, keys: int, bias: RelativeBias, span: Optional[int]) -> BandedAttention:
+    """Return the causal attention of the queries at *positions*, the last *queries* of *keys* positions."""
     past = keys - queries  # of query 0
     band = Band(-UNBOUNDED if span is None else past - span + 1, past, queries - 1)
-    return Part(rows, slice(0, keys), band, bias)
+    return BandedAttention(positions, slice(0, keys), band, bias)

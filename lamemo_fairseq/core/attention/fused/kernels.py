@@ -4,7 +4,7 @@ Shapes: B streams, H heads, Q queries, K keys, D size of a head, W columns of po
 Names: p_ pointer, s_ stride (in elements), b_ tile, m_ mask. The last dimension of every tensor is contiguous.
 
 Query i sees key j if ``low <= j - i <= high`` and ``j >= first[b]``. Its position score stands in UNSHIFTED layout:
-queries are cut into chunks of C, and in row ``i`` of chunk ``c`` the score of key j is in column
+queries are cut into chunks of C, and for query ``i`` of chunk ``c`` the score of key j is in column
 ``j - i % C + min(shift - c C, C - 1)``. So the skew costs nothing but pointer arithmetic. See README.md.
 """
 
@@ -17,7 +17,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _position_pointers(p_scores, i, j, s_chunk, s_row, C, shift, CHUNKED: tl.constexpr):
-    """Where the position score of each pair stands; i and j broadcast against each other."""
+    """Return pointers to the position score of each pair; i and j broadcast against each other."""
     if CHUNKED:
         chunk = i // C
         i = i - chunk * C
@@ -39,18 +39,18 @@ def _visible_by_row(i, j, Q, K, low, high, first):
 
 
 @triton.jit
-def _kept(seed, i, j, K, dropout):
-    """Which attention weights dropout keeps: the same in every kernel, for a pair's number and the head's seed."""
+def _dropout_mask(seed, i, j, K, dropout):
+    """Return the weights that dropout keeps, the same in every kernel: by a pair's number and a head's seed."""
     return tl.rand(seed, i * K + j) >= dropout
 
 
 @triton.jit
 def position_query_kernel(
     p_q, p_position, p_out, s_qb, s_qh, s_qi,
-    H, B, Q, C, rows,
+    H, B, Q, C, padded,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, POSITION: tl.constexpr,
 ):  # fmt: skip
-    """Queries plus the position bias as ``[chunks, H, B, C, D]``; rows behind the last query are 0."""
+    """Queries plus the position bias as ``[chunks, H, B, C, D]``; padding behind the last query is 0."""
     bh = tl.program_id(1)
     b, h = bh // H, bh % H
     i, d = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
@@ -62,12 +62,12 @@ def position_query_kernel(
         b_q = tl.where((i < Q)[:, None], b_q.to(tl.float32) + b_v[None, :], 0.0)
     chunk = i // C
     at = p_out + (((chunk * H + h).to(tl.int64) * B + b) * C + i - chunk * C) * D
-    tl.store(at[:, None] + d[None, :], b_q.to(p_out.dtype.element_ty), (i < rows)[:, None] & m_d[None, :])
+    tl.store(at[:, None] + d[None, :], b_q.to(p_out.dtype.element_ty), (i < padded)[:, None] & m_d[None, :])
 
 
 @triton.jit
 def forward_kernel(
-    p_q, p_k, p_v, p_content, p_scores, p_first, p_seed, p_stored, p_held, p_out, p_merged, p_new,
+    p_q, p_k, p_v, p_content, p_scores, p_first, p_seed, p_stored, p_stored_lse, p_out, p_merged, p_new,
     s_qb, s_qh, s_qi, s_kb, s_kh, s_kj, s_vb, s_vh, s_vj, s_pc, s_ph, s_pb, s_pi,
     s_sb, s_sh, s_si, s_ob, s_oh, s_oi,
     H, Q, K, low, high, C, shift, scale, dropout, eps,
@@ -75,7 +75,7 @@ def forward_kernel(
     CONTENT: tl.constexpr, POSITION: tl.constexpr, FIRST: tl.constexpr, STORED: tl.constexpr,
     DROPOUT: tl.constexpr, CHUNKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys of a block of queries, then the merge with what the queries held.
+    """Online softmax over the keys of a block of queries, then the merge with the stored read-outs.
 
     Writes the (merged) read-out, the (merged) normaliser, and with STORED also the normaliser of the keys alone.
     """
@@ -114,13 +114,13 @@ def forward_kernel(
             b_s += tl.load(at, m_s, other=0.0).to(tl.float32)
         b_s = tl.where(m_s, b_s * (scale * LOG2E), -float("inf"))
         top = tl.maximum(b_top, tl.max(b_s, 1))
-        # A row that has seen nothing yet has no maximum to subtract.
+        # A query that has seen nothing yet has no maximum to subtract.
         finite = tl.where(top == -float("inf"), 0.0, top)
         b_w = tl.exp2(b_s - finite[:, None])
         shrink = tl.exp2(b_top - finite)
         b_sum = b_sum * shrink + tl.sum(b_w, 1)
         if DROPOUT:
-            b_w = tl.where(_kept(seed, i[:, None], j[None, :], K, dropout), b_w / (1 - dropout), 0.0)
+            b_w = tl.where(_dropout_mask(seed, i[:, None], j[None, :], K, dropout), b_w / (1 - dropout), 0.0)
         # [BLOCK_K, BLOCK_D]
         b_v = tl.load(p_v + j[:, None] * s_vj + d[None, :], m_j[:, None] & m_d[None, :], other=0.0)
         b_out = b_out * shrink[:, None] + tl.dot(b_w.to(b_v.dtype), b_v, input_precision=PRECISION)
@@ -131,15 +131,15 @@ def forward_kernel(
     b_new = (b_top + tl.log2(b_sum)) * LN2
     row = bh * Q + i
     if STORED:
-        b_held = tl.load(p_held + row, m_i, other=0.0)
+        b_stored_lse = tl.load(p_stored_lse + row, m_i, other=0.0)
         m_o = m_i[:, None] & m_d[None, :]
         b_o = tl.load(p_stored + b * s_sb + h * s_sh + i[:, None] * s_si + d[None, :], m_o, other=0.0)
-        greater = tl.maximum(b_held, b_new)
-        kept, added = tl.exp(b_held - greater), tl.exp(b_new - greater)
+        greater = tl.maximum(b_stored_lse, b_new)
+        w_old, w_new = tl.exp(b_stored_lse - greater), tl.exp(b_new - greater)
         # Not 1 - alpha, which would round away the eps.
-        b_out = (kept[:, None] * b_o.to(tl.float32) + (added + eps)[:, None] * b_out) / (kept + added + eps)[:, None]
+        b_out = (w_old[:, None] * b_o.to(tl.float32) + (w_new + eps)[:, None] * b_out) / (w_old + w_new + eps)[:, None]
         tl.store(p_new + row, b_new, m_i)
-        b_new = greater + tl.log(kept + added)
+        b_new = greater + tl.log(w_old + w_new)
     tl.store(p_merged + row, b_new, m_i)
     at = p_out + b * s_ob + h * s_oh + i[:, None] * s_oi + d[None, :]
     tl.store(at, b_out.to(p_out.dtype.element_ty), m_i[:, None] & m_d[None, :])
@@ -147,12 +147,12 @@ def forward_kernel(
 
 @triton.jit
 def delta_kernel(
-    p_out, p_grad, p_stored, p_held, p_new, p_delta, p_lse,
+    p_out, p_grad, p_stored, p_stored_lse, p_new, p_delta, p_lse,
     s_ob, s_oh, s_oi, s_gb, s_gh, s_gi, s_sb, s_sh, s_si,
     H, Q, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
-    """Two numbers a row, with which ``dS = exp(S - lse) (dO . V - delta)`` (README.md has the derivation)."""
+    """Two numbers a query, with which ``dS = exp(S - lse) (dO . V - delta)`` (README.md has the derivation)."""
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     i, d = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
@@ -166,12 +166,12 @@ def delta_kernel(
     lse = tl.load(p_new + row, m_i, other=0.0)
     if STORED:
         b_o = tl.load(p_stored + b * s_sb + h * s_sh + i[:, None] * s_si + d[None, :], m_o, other=0.0)
-        held = tl.load(p_held + row, m_i, other=0.0)
-        greater = tl.maximum(held, lse)
-        kept, added = tl.exp(held - greater), tl.exp(lse - greater)
-        total, rest = kept + added + eps, added + eps
-        fresh = (delta - kept / total * tl.sum(b_g * b_o.to(tl.float32), 1)) * total / rest
-        delta = tl.where(held > lse, added / rest * delta + eps / rest * fresh, delta)
+        stored_lse = tl.load(p_stored_lse + row, m_i, other=0.0)
+        greater = tl.maximum(stored_lse, lse)
+        w_old, w_new = tl.exp(stored_lse - greater), tl.exp(lse - greater)
+        total, rest = w_old + w_new + eps, w_new + eps
+        fresh = (delta - w_old / total * tl.sum(b_g * b_o.to(tl.float32), 1)) * total / rest
+        delta = tl.where(stored_lse > lse, w_new / rest * delta + eps / rest * fresh, delta)
         lse += tl.log(total) - tl.log(rest)
     tl.store(p_delta + row, delta, m_i)
     tl.store(p_lse + row, lse * LOG2E, m_i)
@@ -183,7 +183,7 @@ def clear_kernel(
     H, Q, K, W, low, high, C, shift,
     BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, FIRST: tl.constexpr, CHUNKED: tl.constexpr,
 ):  # fmt: skip
-    """Write 0 wherever the buffer of position scores holds no visible pair, padding rows of the last chunk included."""
+    """Write 0 wherever the buffer of position scores holds no visible pair, padding of the last chunk included."""
     block_i, block_t, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = bh // H, bh % H
     i0, t0 = block_i * BLOCK_Q, block_t * BLOCK_W
@@ -191,19 +191,19 @@ def clear_kernel(
     p_scores += h * s_ph + b * s_pb
     chunk = i0 // C
     local = i0 - chunk * C
-    rows = Q
+    padded = Q
     if CHUNKED:
-        rows = (Q + C - 1) // C * C
-    # Of the block's pairs, as if all its rows were of one chunk: the least key and distance, and the greatest.
+        padded = (Q + C - 1) // C * C
+    # Of the block's pairs, as if all its queries were of one chunk: the least key and distance, and the greatest.
     shift_0 = tl.minimum(shift - chunk * C, C - 1)
-    i1, t1 = tl.minimum(i0 + BLOCK_Q, rows) - 1, tl.minimum(t0 + BLOCK_W, W) - 1
+    i1, t1 = tl.minimum(i0 + BLOCK_Q, padded) - 1, tl.minimum(t0 + BLOCK_W, W) - 1
     j0, j1 = t0 + local - shift_0, t1 + (local + i1 - i0) - shift_0
     r0, r1 = j0 - i0, j1 - i1
     one_chunk = local + i1 - i0 < C
     all_seen = one_chunk & (i1 < Q) & (j0 >= first) & (j1 < K) & (r0 >= low) & (r1 <= high)
     if all_seen == 0:
         i, t = i0 + tl.arange(0, BLOCK_Q), t0 + tl.arange(0, BLOCK_W)
-        m_t = (i < rows)[:, None] & (t < W)[None, :]
+        m_t = (i < padded)[:, None] & (t < W)[None, :]
         zero = tl.zeros([BLOCK_Q, BLOCK_W], p_scores.dtype.element_ty)
         none_seen = one_chunk & ((i0 >= Q) | (j1 < first) | (j0 >= K) | (r1 < low) | (r0 > high))
         if none_seen:
@@ -229,9 +229,9 @@ def key_kernel(
     CONTENT: tl.constexpr, POSITION: tl.constexpr, FIRST: tl.constexpr, ADD: tl.constexpr,
     DROPOUT: tl.constexpr, CHUNKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values; each pair's score gradient takes the place of its position score.
+    """Gradients of a block of keys and values; each pair's score gradient overwrites its position score.
 
-    ADD adds to what ``dk`` and ``dv`` hold already.
+    ADD adds to the values of ``dk`` and ``dv``.
     """
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -277,9 +277,9 @@ def key_kernel(
         # [BLOCK_K, BLOCK_Q]
         b_dw = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)
         if DROPOUT:
-            kept = _kept(seed, i[None, :], j[:, None], K, dropout)
-            b_dw = tl.where(kept, b_dw / (1 - dropout), 0.0)
-            b_dropped = tl.where(kept, b_w / (1 - dropout), 0.0)
+            mask = _dropout_mask(seed, i[None, :], j[:, None], K, dropout)
+            b_dw = tl.where(mask, b_dw / (1 - dropout), 0.0)
+            b_dropped = tl.where(mask, b_w / (1 - dropout), 0.0)
         else:
             b_dropped = b_w
         b_dv += tl.dot(b_dropped.to(b_g.dtype), b_g, input_precision=PRECISION)

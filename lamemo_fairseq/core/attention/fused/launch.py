@@ -1,6 +1,6 @@
 """From tensors to kernel launches: one banded attention forward, and its gradients.
 
-Shapes: B streams, H heads, Q queries, K keys, D size of a head, T rows of the distance table, C queries of a chunk,
+Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances, C queries of a chunk,
 W columns of position scores.
 """
 
@@ -19,9 +19,9 @@ UNBOUNDED = 1 << 30
 
 
 class Band(NamedTuple):
-    """Which pairs see each other, and where the table holds their distance.
+    """The pairs that see each other, and the entries of the table that hold their distance.
 
-    Query i sees key j if ``low <= j - i <= high``; the pair's row of the table is ``shift + j - i``.
+    Query i sees key j if ``low <= j - i <= high``; the pair's entry of the table is ``shift + j - i``.
     """
 
     low: int
@@ -34,7 +34,7 @@ class Band(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward pass needs of a forward one besides its inputs."""
+    """The tensors that a backward pass needs of a forward one besides its inputs."""
 
     output: Tensor  # [B, H, Q, D], merged
     new: Tensor  # [B, H, Q], normaliser of the keys alone
@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
     bias: RelativeBias
     band: Band
     first: Optional[Tensor]  # [B], the first key that is visible to a stream
-    stored: Optional[Tuple[Tensor, Tensor]]  # what the queries held: [B, H, Q, D] and [B, H, Q]
+    stored: Optional[Tuple[Tensor, Tensor]]  # the queries' earlier read-out and normaliser: [B, H, Q, D] and [B, H, Q]
     eps: float  # of the merge with it
     scale: float
     dropout: float
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How position scores are laid out: queries in chunks, so that a row holds only distances that its chunk meets."""
+    """The layout of position scores: queries in chunks, so that a query has entries only for distances of its chunk."""
 
     chunk: int  # C
     chunks: int
@@ -71,22 +71,23 @@ class Layout(NamedTuple):
         return cls(chunk, -(-queries // chunk), _round_up(distances, 8))
 
     def starts(self, shift: int) -> Tuple[int, ...]:
-        """The table's row in column 0 of each chunk."""
+        """Return the table's entry in column 0 of each chunk."""
         return tuple(max(0, shift - (c + 1) * self.chunk + 1) for c in range(self.chunks))
 
 
 def forward(x: Inputs, out: Tensor) -> Tuple[Tensor, Saved]:
-    """Attend, writing the read-outs into ``out [B, H, Q, D]``; returns the normalisers ``[B, H, Q]`` as well."""
+    """Attend, and write the read-outs into ``out [B, H, Q, D]``; return the normalisers ``[B, H, Q]`` as well."""
     x, layout = _contiguous(x), Layout.of(x)
     batch, heads, queries, size = x.q.shape
     scores = _position_scores(x, layout).scores if _has_positions(x.bias) else None
     merged = x.q.new_empty(batch, heads, queries, dtype=torch.float32)
     new = merged if x.stored is None else torch.empty_like(merged)
-    held_out, held = (None, None) if x.stored is None else x.stored
+    stored_output, stored_normalizer = (None, None) if x.stored is None else x.stored
     tile = tiles_for(size, x.q.dtype).forward
     kernels.forward_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
-        x.q, x.k, x.v, x.bias.content, scores, x.first, x.seed, held_out, held, out, merged, new,
-        *_strides(x.q), *_strides(x.k), *_strides(x.v), *_score_strides(scores), *_strides(held_out), *_strides(out),
+        x.q, x.k, x.v, x.bias.content, scores, x.first, x.seed, stored_output, stored_normalizer, out, merged, new,
+        *_strides(x.q), *_strides(x.k), *_strides(x.v), *_score_strides(scores),
+        *_strides(stored_output), *_strides(out),
         **_geometry(x, layout), scale=x.scale, dropout=x.dropout, eps=x.eps, **_block_sizes(x, tile),
         CONTENT=x.bias.content is not None, POSITION=scores is not None, FIRST=x.first is not None,
         STORED=x.stored is not None, DROPOUT=x.dropout > 0, CHUNKED=layout.chunks > 1,
@@ -96,7 +97,7 @@ def forward(x: Inputs, out: Tensor) -> Tuple[Tensor, Saved]:
 
 
 def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, add: bool) -> RelativeBias:
-    """Gradients of one banded attention.
+    """Compute the gradients of one banded attention.
 
     Args:
         grad: gradient of the read-outs ``[B, H, Q, D]``.
@@ -112,10 +113,10 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     keys, table = x.k.size(2), x.bias.table
     all_tiles = tiles_for(size, x.q.dtype)
     delta, lse = torch.empty_like(saved.new), torch.empty_like(saved.new)
-    held_out, held = (None, None) if x.stored is None else x.stored
+    stored_output, stored_normalizer = (None, None) if x.stored is None else x.stored
     kernels.delta_kernel[(triton.cdiv(queries, 32), batch * heads)](
-        saved.output, grad, held_out, held, saved.new, delta, lse,
-        *_strides(saved.output), *_strides(grad), *_strides(held_out),
+        saved.output, grad, stored_output, stored_normalizer, saved.new, delta, lse,
+        *_strides(saved.output), *_strides(grad), *_strides(stored_output),
         heads, queries, x.eps,
         D=size, BLOCK_D=_block(size), BLOCK_Q=32, STORED=x.stored is not None,
     )  # fmt: skip
@@ -158,8 +159,8 @@ def _clear_unseen(x: Inputs, layout: Layout, scores: Tensor) -> None:
     """Set the entries ``[chunks, H, B, C, W]`` that no visible pair owns to 0."""
     batch, heads, queries, _ = x.q.shape
     low, high = x.band.limits
-    rows = layout.chunks * layout.chunk
-    kernels.clear_kernel[(triton.cdiv(rows, 64), triton.cdiv(layout.width, 64), batch * heads)](
+    padded = layout.chunks * layout.chunk
+    kernels.clear_kernel[(triton.cdiv(padded, 64), triton.cdiv(layout.width, 64), batch * heads)](
         scores, x.first, *_score_strides(scores),
         heads, queries, x.k.size(2), layout.width, low, high, layout.chunk, _geometry(x, layout)["shift"],
         BLOCK_Q=64, BLOCK_W=64, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
@@ -200,37 +201,37 @@ def _position_scores(x: Inputs, layout: Layout) -> PositionScores:
 
 
 def _followed_by_zeros(by_distance: Tensor, columns: int) -> Tensor:
-    """``[H, T, ..] -> [H, at least columns, ..]``."""
+    """Pad ``[H, T, ..] -> [H, at least columns, ..]``."""
     missing = columns - by_distance.size(1)
     return F.pad(by_distance, (0, 0, 0, missing)) if missing > 0 else by_distance  # F.pad copies in any case
 
 
 def _position_queries(x: Inputs, layout: Layout) -> Tensor:
-    """``[chunks, H, B, C, D]``, so that one product serves all streams of a head; the last chunk's padding is 0."""
+    """Return ``[chunks, H, B, C, D]``, so that one product serves all streams of a head; padding queries are 0."""
     batch, heads, queries, size = x.q.shape
     made = x.q.new_empty(layout.chunks, heads, batch, layout.chunk, size)
-    rows = layout.chunks * layout.chunk
-    kernels.position_query_kernel[(triton.cdiv(rows, 64), batch * heads)](
+    padded = layout.chunks * layout.chunk
+    kernels.position_query_kernel[(triton.cdiv(padded, 64), batch * heads)](
         x.q, x.bias.position, made, *_strides(x.q),
-        heads, batch, queries, layout.chunk, rows,
+        heads, batch, queries, layout.chunk, padded,
         D=size, BLOCK_D=_block(size), BLOCK_Q=64, POSITION=x.bias.position is not None,
     )  # fmt: skip
     return made
 
 
 def _learned_gradients(x: Inputs, layout: Layout, scores: Tensor) -> Tensor:
-    """From score gradients ``[chunks, H, B, C, W]``: those of the learned scores ``[H, T]``, in float32."""
+    """Return the gradients of learned scores ``[H, T]``, float32, from score gradients ``[chunks, H, B, C, W]``."""
     assert x.bias.score is not None
     starts, count = layout.starts(x.band.shift), x.bias.score.size(1)
     by_chunk = scores.sum((2, 3), dtype=torch.float32)  # [chunks, H, W]
-    found = by_chunk.new_zeros(by_chunk.size(1), max(count, max(starts) + layout.width))
+    by_distance = by_chunk.new_zeros(by_chunk.size(1), max(count, max(starts) + layout.width))
     for c, start in enumerate(starts):
-        found[:, start : start + layout.width] += by_chunk[c]
-    return found[:, :count] * x.scale
+        by_distance[:, start : start + layout.width] += by_chunk[c]
+    return by_distance[:, :count] * x.scale
 
 
 def _position_gradients(x: Inputs, layout: Layout, made: PositionScores) -> Tuple[Tensor, Tensor]:
-    """From score gradients ``[chunks, H, B, C, W]``: unscaled ones of the queries, and those of the table."""
+    """Return the queries' unscaled gradients, and the table's, from score gradients ``[chunks, H, B, C, W]``."""
     scores, position_q, padded = made
     assert position_q is not None and padded is not None and x.bias.table is not None
     starts = layout.starts(x.band.shift)
@@ -238,12 +239,12 @@ def _position_gradients(x: Inputs, layout: Layout, made: PositionScores) -> Tupl
     several = torch.zeros_like(padded, dtype=torch.float32) if layout.chunks > 1 else None
     for c, start in enumerate(starts):
         flat = scores[c].flatten(1, 2)
-        rows = slice(start, start + layout.width)
-        torch.bmm(flat, padded[:, rows], out=by_position[c].flatten(1, 2))
-        d_rows = torch.bmm(flat.transpose(1, 2), position_q[c].flatten(1, 2))
+        seen = slice(start, start + layout.width)
+        torch.bmm(flat, padded[:, seen], out=by_position[c].flatten(1, 2))
+        d_seen = torch.bmm(flat.transpose(1, 2), position_q[c].flatten(1, 2))
         if several is not None:
-            several[:, rows] += d_rows
-    d_table = d_rows if several is None else several
+            several[:, seen] += d_seen
+    d_table = d_seen if several is None else several
     return by_position, d_table[:, : x.bias.table.size(1)] * x.scale
 
 

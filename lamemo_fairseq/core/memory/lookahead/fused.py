@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...attention import Attended, RelativeBias
-from ...attention.fused import UNBOUNDED, Band, Part, attend, causal_part
+from ...attention.fused import UNBOUNDED, Band, BandedAttention, attend, causal_band
 from . import eager
 from .windows import LookaheadWindow
 
@@ -42,15 +42,15 @@ def memory_attention(
     """As `eager.memory_attention`, without a copy of any of its rows."""
     slots, total = stored.output.size(2), q.size(2)
     causal, ahead = biases
-    current = causal_part(slice(slots, total), total - slots, total, causal, span)
+    current = causal_band(slice(slots, total), total - slots, total, causal, span)
     look_ahead = _ahead(slots, slice(window.first, slots + 1), ahead, window, stored)
     return attend(q, k, v, [current, look_ahead], dropout, scale)
 
 
-def _ahead(slots: int, keys: slice, bias: RelativeBias, window: LookaheadWindow, stored: Attended) -> Part:
+def _ahead(slots: int, keys: slice, bias: RelativeBias, window: LookaheadWindow, stored: Attended) -> BandedAttention:
     first = None
     if window.lengths is not None:
         first = (slots - window.first + 1 - window.lengths.clamp(min=1)).to(torch.int32)
     low = -UNBOUNDED if window.both_sides else 1 - window.first
     band = Band(low, UNBOUNDED, window.first - window.distances(slots).start)
-    return Part(slice(0, slots), keys, band, bias, first, stored, eager.INTERPOLATION_EPS)
+    return BandedAttention(slice(0, slots), keys, band, bias, first, stored, eager.INTERPOLATION_EPS)
