@@ -1,6 +1,6 @@
 """The model: tokens and memory in, features and memory out.
 
-Shapes: B streams, N tokens of a segment, V words, d model width.
+Shapes: B streams, N tokens of a segment, T tokens of a text, V words, d model width.
 """
 
 from typing import List, Optional, Union

@@ -1,4 +1,7 @@
-"""A language model for Python: built from a configuration, saved to a folder, loaded from it."""
+"""A language model for Python: built from a configuration, saved to a folder, loaded from it.
+
+Shapes: B texts, n new words.
+"""
 
 import functools
 import json

@@ -56,7 +56,7 @@ _BANDS = {
 
 
 def from_released(released: Dict[str, Tensor], layers: int) -> Dict[str, Tensor]:
-    """Weights under our decoder's names, from those under the released names."""
+    """Return weights under our decoder's names, from those under the released names."""
     ours = {f"positions.{name}": released[theirs] for theirs, name in _BIASES.items() if theirs in released}
     if "layers.0.dec_attn.r_net.weight" in released:
         ours["positions.projection"] = torch.stack(
@@ -71,7 +71,7 @@ def from_released(released: Dict[str, Tensor], layers: int) -> Dict[str, Tensor]
 
 
 def to_released(ours: Dict[str, Tensor], layers: int, joined_qkv: bool) -> Dict[str, Tensor]:
-    """Weights under the released names, from those under our decoder's.
+    """Return weights under the released names, from those under our decoder's.
 
     *joined_qkv* says whether they keep queries, keys and values in one matrix, as they do without look-ahead.
     """
@@ -94,7 +94,7 @@ def to_released(ours: Dict[str, Tensor], layers: int, joined_qkv: bool) -> Dict[
 
 
 def _numbered(adaptive: bool, there: Dict[str, Tensor], ours_first: bool = False) -> List[Tuple[str, str]]:
-    """Pairs (theirs, ours) of the weights of bands, or the other way round, whose first is in *there*."""
+    """Return pairs (theirs, ours) of the weights of bands, or the other way round, whose first is in *there*."""
     output = "adaptive_softmax" if adaptive else "output"
     pairs = []
     for theirs, ours in _BANDS.items():
@@ -107,7 +107,7 @@ def _numbered(adaptive: bool, there: Dict[str, Tensor], ours_first: bool = False
 
 
 def _stack_qkv(released: Dict[str, Tensor], prefix: str) -> Tensor:
-    """Queries, keys, values; the authors keep queries apart where the memory looks ahead."""
+    """Stack queries, keys, values; the authors keep queries apart where the memory looks ahead."""
     joined = released.get(f"{prefix}dec_attn.qkv_net.weight")
     if joined is not None:
         return joined
@@ -116,7 +116,7 @@ def _stack_qkv(released: Dict[str, Tensor], prefix: str) -> Tensor:
 
 
 def model_options(config: Dict[str, Any]) -> Dict[str, Any]:
-    """Our options for a released configuration.
+    """Return our options for a released configuration.
 
     Raises:
         ValueError: a variant that is not known.

@@ -1,4 +1,7 @@
-"""The backends that users name: `eager`, `fused` or an error, `auto` whichever can run, said once."""
+"""The backends that users name: `eager`, `fused` or an error, `auto` whichever can run, said once.
+
+Shapes: B streams, H heads, Q queries, D size of a head.
+"""
 
 import importlib.util
 import logging

@@ -1,6 +1,6 @@
 """Attention in plain PyTorch: the reference of every other backend, and the path for CPUs.
 
-Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances.
+Shapes: B streams, H heads, Q queries, K keys, D size of a head, U distances.
 """
 
 import math
@@ -19,16 +19,16 @@ def relative_shift(by_distance: Tensor, offset: int, keys: int) -> Tensor:
     """Turn scores by distance into scores by key.
 
     Args:
-        by_distance: ``[..., Q, T]``; column t belongs to the t-th distance of the table.
+        by_distance: ``[..., Q, U]``; column t belongs to the t-th distance of the table.
         offset: the column that query 0 and key 0 share; query i and key j share ``offset - i + j``.
-        keys: K, at most T.
+        keys: K, at most U.
 
     Returns:
         ``[..., Q, K]``. Pairs whose column lies outside the table hold other pairs' scores
         and have to be masked.
     """
     queries, distances = by_distance.shape[-2:]
-    if offset + keys >= queries + distances:  # the last row would read on behind the end
+    if offset + keys >= queries + distances:  # the last query would read on behind the end
         by_distance = F.pad(by_distance, (0, 1))
     shifted: Tensor = _RelativeShift.apply(by_distance.contiguous(), offset, keys)
     return shifted
@@ -40,7 +40,7 @@ class _ShiftContext(Context):
 
 
 class _RelativeShift(Function):
-    """A view whose rows begin one entry further to the left each: no copy forward, and a single one backward."""
+    """A view in which each query begins one entry further to the left: no copy forward, and a single one backward."""
 
     @staticmethod
     def forward(ctx: _ShiftContext, by_distance: Tensor, offset: int, keys: int) -> Tensor:
@@ -51,14 +51,14 @@ class _RelativeShift(Function):
     def backward(ctx: _ShiftContext, grad: Tensor) -> Tuple[Tensor, None, None]:
         by_distance = grad.new_zeros(ctx.shape)
         keys = grad.size(-1)
-        # With T keys the last entry of a row is the first of the next, and only one of the two is ever seen.
+        # With U keys the last entry of a query is the first of the next, and only one of the two is ever seen.
         _skewed(by_distance, ctx.offset, keys - 1).copy_(grad[..., :-1])
         _skewed(by_distance, ctx.offset + keys - 1, 1).add_(grad[..., -1:])
         return by_distance, None, None
 
 
 def _skewed(by_distance: Tensor, offset: int, keys: int) -> Tensor:
-    """``[.., Q, T] -> [.., Q, keys]`` over the same entries; row i begins at column ``offset - i``."""
+    """Return a view ``[.., Q, U] -> [.., Q, K]`` of the same entries; query i begins at column ``offset - i``."""
     *lead, queries, distances = by_distance.shape
     strides = (*by_distance.stride()[:-2], distances - 1, 1)
     start = by_distance.storage_offset() + offset
@@ -66,9 +66,9 @@ def _skewed(by_distance: Tensor, offset: int, keys: int) -> Tensor:
 
 
 def relative_scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int, scale: Optional[float] = None) -> Tensor:
-    """Scores ``[B, H, Q, K]`` before masking, times *scale* (None: ``1 / sqrt(D)``), in float32 or wider.
+    """Return scores ``[B, H, Q, K]`` before masking, times *scale* (None: ``1 / sqrt(D)``), in float32 or wider.
 
-    Query i and key j are at the distance of the table's row ``offset - i + j``; a pair without one has any score.
+    Query i and key j are at the distance of the table's entry ``offset - i + j``; a pair without one has any score.
     """
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
     content_q = q if bias.content is None else q + bias.content.unsqueeze(1)

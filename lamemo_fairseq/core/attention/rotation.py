@@ -1,6 +1,6 @@
 """Queries and keys that are rotated by their positions, before any backend sees them.
 
-Shapes: B streams, H heads, R rows, D size of a head, D' its padded size, T positions, k new tokens.
+Shapes: B streams, H heads, R rows, D size of a head, D' its padded size, U positions, k new tokens.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Rotation(NamedTuple):
     be counted from any row, as long as queries and keys are counted from the same one.
     """
 
-    cos: Tensor  # [T, D/2], or [B, 1, k, D/2] of chosen positions; float32 or wider, without gradient
+    cos: Tensor  # [U, D/2], or [B, 1, k, D/2] of chosen positions; float32 or wider, without gradient
     sin: Tensor
 
     def at(self, positions: Tensor) -> "Rotation":

@@ -1,6 +1,6 @@
 """The inputs and results of attention.
 
-Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances.
+Shapes: B streams, H heads, Q queries, K keys, D size of a head, U distances.
 """
 
 from typing import NamedTuple, Optional
@@ -11,16 +11,16 @@ from torch import Tensor
 class RelativeBias(NamedTuple):
     """The scores of one layer for a key by its distance from the query.
 
-    The score of query ``q`` for a key ``k`` at the distance of row ``t`` of the table is
+    The score of query ``q`` for a key ``k`` at the distance of entry ``t`` of the table is
     ``((q + content) . k + (q + position) . table[t] + score[t]) / sqrt(D)``.
-    Every part may be None, which leaves it out. Without a table there is nothing that the position bias could be
-    multiplied with: it then has no effect and no gradient, and the distances are those of ``score``.
+    Every field may be None, which leaves it out. Without a table the position bias has no effect and no gradient, and
+    the distances are those of ``score``.
     """
 
     content: Optional[Tensor] = None  # [H, D]
     position: Optional[Tensor] = None  # [H, D]
-    table: Optional[Tensor] = None  # [H, T, D]
-    score: Optional[Tensor] = None  # [H, T]
+    table: Optional[Tensor] = None  # [H, U, D]
+    score: Optional[Tensor] = None  # [H, U]
 
 
 class Attended(NamedTuple):

@@ -44,12 +44,12 @@ class Columns:
 
     @cached_property
     def own(self) -> Tensor:
-        """``[B, k]`` the columns that the new tokens are written to; what padding writes is never read."""
+        """The columns ``[B, k]`` that the new tokens are written to; what padding writes is never read."""
         return self.query.clamp(max=self.last)
 
     @cached_property
     def pairs(self) -> Optional[Pairs]:
-        """None if every token sees every column, in the order of the table."""
+        """The pairs; None if every token sees every column, in the order of the table."""
         if self.at is not None and self.query.size(1) == 1:
             return None
         alike = slice(0, 1 if self.at is not None else None)
@@ -74,7 +74,7 @@ class Columns:
         buffer.scatter_(dim, self.own.view(shape).expand(new.shape), new.to(buffer.dtype))
 
     def of(self, buffer: Tensor) -> Tensor:
-        """``[B, H, C, ..] -> [B, H, K, ..]``, those looked at."""
+        """Return the columns that are looked at: ``[B, H, C, ..] -> [B, H, K, ..]``."""
         return buffer.narrow(2, self.first, self.end - self.first)
 
 
@@ -122,7 +122,7 @@ def cached_attention(
 
 
 def _by_distance(q: Tensor, bias: RelativeBias, columns: Columns, scale: float) -> Tensor:
-    """The position's share of the scores: ``[B, H, k, K]``."""
+    """Return the share of positions in the scores: ``[B, H, k, K]``."""
     width = columns.end - columns.first
     learned = None
     if bias.score is not None:

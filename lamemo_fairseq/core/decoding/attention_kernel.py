@@ -1,10 +1,10 @@
 """Attention of one new token a sequence over cached keys and values, as one Triton kernel.
 
 The columns of a sequence and head are split among programs where there are few of these; the last of them to finish
-joins the softmaxes. It adds the token itself and writes it into the cache. Positions cost no gather: rows of the table
-are as far apart as columns. Only columns that a sequence sees are read.
+joins the softmaxes. It adds the token itself and writes it into the cache. Positions cost no gather: entries of the
+table are as far apart as columns. Only columns that a sequence sees are read.
 
-Shapes: B sequences, H heads, D size of a head, C columns of the cache, of them M for slots, T = C distances, S splits.
+Shapes: B sequences, H heads, D size of a head, C columns of the cache, of them M for slots, S splits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -130,7 +130,7 @@ def cached_attention_kernel(
 
 
 def columns_at_a_time(size: int, bytes_each: int) -> int:
-    """Of heads of *size* numbers, a power of two; what the blocks take of a multiprocessor does not grow with it."""
+    """Return the columns of a block, a power of two, for heads of *size* numbers: larger heads have fewer."""
     return max(1, min(BLOCK, TILE_BYTES // (size * bytes_each)))
 
 
@@ -144,7 +144,7 @@ class Workspace(NamedTuple):
 
     @classmethod
     def empty(cls, keys: Tensor) -> "Workspace":
-        """For keys ``[B, H, C, D]``."""
+        """Return the workspace for keys ``[B, H, C, D]``."""
         batch, heads, columns, size = keys.shape
         splits = 1
         while batch * heads * splits < PROGRAMS and splits * BLOCK < columns:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def truncated(log_probs: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tuple[Tensor, Optional[Tensor]]:
-    """Of ``log_probs [B, V]`` those of the top words, as `draw` takes them.
+    """Keep the top words' ``log_probs [B, V]``, as `draw` does.
 
     Returns:
         ``[B, n]``, -inf where a word is left out, and which words they are; None for words 0 to V-1.

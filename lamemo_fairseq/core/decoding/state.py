@@ -73,7 +73,7 @@ class DecodingState:
         return torch.cat(features, dim=1)
 
     def _read_chunk(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
-        """As `read`, where no sequence crosses the end of its segment."""
+        """Read tokens as `read` does, where no sequence crosses the end of its segment."""
         cache, decoder = self.cache, self.decoder
         x = decoder.positions.embed(decoder.embed_tokens(tokens), self.length - cache.tokens)
         self.refresh(x[:, :1], counts)
@@ -144,7 +144,7 @@ class DecodingState:
 
 
 def _laid_out(bias: RelativeBias) -> RelativeBias:
-    """On a CPU, distances next to each other: the product with one query reads a table a third faster so."""
+    """Lay out a table with distances contiguous on a CPU, where the product with one query is a third faster so."""
     if bias.table is None or bias.table.is_cuda:
         return bias
     return bias._replace(table=bias.table.transpose(1, 2).contiguous().transpose(1, 2))

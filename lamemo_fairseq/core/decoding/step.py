@@ -169,7 +169,7 @@ class KernelDrawing:
         self._seed.random_()
 
     def __call__(self, scores: Tensor, words: Tensor, tokens: Tensor, drawn: Drawn) -> None:
-        """As `word_kernels.draw_next`."""
+        """Draw the next words as `word_kernels.draw_next` does."""
         space = torch.empty_like(scores)
         self._draw_next(
             scores, words, tokens, drawn, self._seed, space, self._temperature, self._added, self._top_k, self._top_p

@@ -37,7 +37,7 @@ def embed_kernel(
 def embed(
     words: Tensor, table: Tensor, scale: float, tokens: Tensor, mem_len: int, buffer: Optional[Tensor] = None
 ) -> Tensor:
-    """``scale * table[words]``: ``[B, d]``; also written into column M + *tokens* of ``buffer [B, C, d]``.
+    """Return ``scale * table[words]``, ``[B, d]``; also write it into column M + *tokens* of ``buffer [B, C, d]``.
 
     Args:
         words: ``[B, 1]``.
@@ -56,7 +56,7 @@ def embed(
 
 @triton.jit
 def clock(seed, offset):
-    """Draws from the exponential distribution, float32 and above 0."""
+    """Draw from the exponential distribution, float32 and above 0."""
     u = tl.maximum(tl.rand(seed, offset), 1e-10)
     # Near 0, where the clocks are that ring first, 1 - u has no digits left.
     return tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1 - u))

@@ -15,7 +15,7 @@ from .padded import WideRows
 
 
 def relu_dropout(x: WideRows, dropout: float, training: bool, bias: Optional[Tensor] = None) -> WideRows:
-    """``dropout(relu(x + bias))``.
+    """Return ``dropout(relu(x + bias))``.
 
     Args:
         x: ``[.., W]``.
@@ -34,14 +34,14 @@ def takes(x: Tensor, dropout: float, bias: Optional[Tensor] = None) -> bool:
 
 
 def plain(x: Tensor, dropout: float, bias: Optional[Tensor] = None) -> Tensor:
-    """By PyTorch's operations."""
+    """Compute `relu_dropout` by PyTorch's operations."""
     if bias is not None:
         x = x + F.pad(bias, (0, x.size(-1) - len(bias)))
     return F.dropout(F.relu(x), dropout, dropout > 0)
 
 
 def by_kernel(x: Tensor, dropout: float, bias: Optional[Tensor] = None) -> Tensor:
-    """By one kernel, the gradients by another."""
+    """Compute `relu_dropout` by one kernel, the gradients by another."""
     activated: Tensor = _ReluDropout.apply(x.contiguous(), bias, rows.draw_seed(x, dropout), dropout)
     return activated
 

@@ -59,7 +59,7 @@ def relu_dropout_gradient_kernel(
 
 
 def forward(x: Tensor, bias: Optional[Tensor], seed: Optional[Tensor], dropout: float) -> Tensor:
-    """``dropout(relu(x + bias))`` of a contiguous ``x [.., W]``; the bias may be shorter than W."""
+    """Return ``dropout(relu(x + bias))`` of a contiguous ``x [.., W]``; the bias may be shorter than W."""
     out, width = torch.empty_like(x), x.size(-1)
     tokens, columns, tile_rows = x.numel() // width, triton.cdiv(width, BLOCK), TILE // BLOCK
     if tokens:
@@ -71,7 +71,7 @@ def forward(x: Tensor, bias: Optional[Tensor], seed: Optional[Tensor], dropout: 
 
 
 def backward(grad: Tensor, out: Tensor, dropout: float, bias_width: Optional[int]) -> Tuple[Tensor, Optional[Tensor]]:
-    """Gradients of x ``[.., W]`` and, if it is not None, of the bias; *grad* is contiguous as *out* is."""
+    """Return the gradients of x ``[.., W]`` and of the bias, if there is one; *grad* and *out* are contiguous."""
     dx, width = torch.empty_like(out), out.size(-1)
     tokens, columns, tile_rows = out.numel() // width, triton.cdiv(width, BLOCK), TILE // BLOCK
     count = programs(out.device, triton.cdiv(tokens, tile_rows), columns)

@@ -23,7 +23,7 @@ LARGEST_WIDTH = 4096
 def residual_norm(
     x: WideRows, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout, bias: Optional[Tensor] = None
 ) -> Tensor:
-    """``norm(residual + dropout(x + bias))``.
+    """Return ``norm(residual + dropout(x + bias))``.
 
     Args:
         x: ``[.., d]``, or wider by zeros.
@@ -42,7 +42,7 @@ def residual_norm(
 def residual_sum_and_norm(
     x: WideRows, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout
 ) -> Tuple[Tensor, Tensor]:
-    """As `residual_norm` without a bias; it returns the sum as well: ``(sum, norm)``."""
+    """Return ``(sum, norm)``: the result of `residual_norm` without a bias, and the sum that it normalises."""
     if takes(x, residual, norm, dropout):
         total, normed = by_kernel(x, residual, norm, chance(dropout))
         assert total is not None
@@ -61,7 +61,7 @@ def takes(x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout, 
 
 
 def chance(dropout: nn.Dropout) -> float:
-    """The probability of a zero of an `nn.Dropout` as it stands; of what is none, that of everything."""
+    """Return the probability of a zero of an `nn.Dropout` in its mode; 1 for any other module."""
     if not is_plain(dropout, nn.Dropout):
         return 1.0
     return dropout.p if dropout.training else 0.0
@@ -78,7 +78,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 def plain(x: Tensor, residual: Tensor, norm: Map, dropout: Map, bias: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
-    """Sum and norm by PyTorch's operations."""
+    """Compute sum and norm by PyTorch's operations."""
     x = x[..., : residual.size(-1)]
     total = residual + dropout(x if bias is None else x + bias)
     return total, norm(total)
@@ -87,7 +87,7 @@ def plain(x: Tensor, residual: Tensor, norm: Map, dropout: Map, bias: Optional[T
 def by_kernel(
     x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, bias: Optional[Tensor] = None, keep: bool = True
 ) -> Tuple[Optional[Tensor], Tensor]:
-    """Sum and norm by one kernel, their gradients by another. Without *keep*, no sum and no gradients."""
+    """Compute sum and norm by one kernel, their gradients by another. Without *keep*, no sum and no gradients."""
     d = residual.size(-1)
     if x.size(-1) not in (d, stored_width(residual, d)):
         x = x[..., :d]

@@ -120,7 +120,7 @@ def forward(
     x: Tensor, bias: Optional[Tensor], residual: Tensor, gamma: Tensor, beta: Tensor, eps: float,
     seed: Optional[Tensor], dropout: float, keep: bool,
 ) -> Tuple[Tensor, Optional[Saved]]:  # fmt: skip
-    """The norm ``[.., stored]`` with zeros behind d, and with *keep* what `backward` needs."""
+    """Return the norm ``[.., stored]`` with zeros behind d, and with *keep* the tensors that `backward` needs."""
     d, out = residual.size(-1), empty_rows(residual, residual.size(-1))
     x, residual = strided(x[..., :d]), strided(residual)
     tokens = residual.size(0) * residual.size(1)
@@ -143,7 +143,7 @@ def backward(
     grad: Tensor, grad_sum: Optional[Tensor], saved: Saved, gamma: Tensor, seed: Optional[Tensor], dropout: float,
     with_bias: bool,
 ) -> Tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x and of the residual, ``[.., stored]`` with zeros behind d; of gamma, beta, bias ``[2 or 3, d]``.
+    """Return gradients of x and residual, ``[.., stored]`` with zeros behind d; of gamma, beta, bias ``[2 or 3, d]``.
 
     Without dropout the first two are one tensor.
     """
@@ -167,6 +167,6 @@ def backward(
 
 
 def tiles(d: int, elements: int) -> Tuple[int, int, int]:
-    """Rows and columns of a tile of about as many *elements*, and its warps."""
+    """Return the rows and columns of a tile of about as many *elements*, and its warps."""
     block = max(16, triton.next_power_of_2(d))
     return max(1, min(16, elements // block)), block, max(4, 4 * block // elements)

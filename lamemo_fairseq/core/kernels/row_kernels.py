@@ -23,7 +23,7 @@ PROGRAMS = 96  # most of a large GPU
 
 @triton.jit
 def _moments(b_x, in_row, width, eps):
-    """Mean and reciprocal standard deviation of rows ``[R, K]``."""
+    """Return the mean and the reciprocal standard deviation of rows ``[R, K]``."""
     mean = tl.sum(b_x, axis=1) / width
     centred = tl.where(in_row, b_x - mean[:, None], 0.0)
     return mean, 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
@@ -106,7 +106,7 @@ def row_map(
     residual_norm: Optional[nn.LayerNorm] = None,
     dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
-    """``act(norm(rows) @ weight.T + bias) + residual_norm(residual)``: ``[R, N]``, by one launch.
+    """Return ``act(norm(rows) @ weight.T + bias) + residual_norm(residual)``, ``[R, N]``, by one launch.
 
     What is None is left out. Sums and what stands between them are in float32, whatever the dtype of the tensors.
 

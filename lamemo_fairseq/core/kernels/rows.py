@@ -25,12 +25,12 @@ def _has_triton() -> bool:
 
 
 def draw_seed(like: Tensor, dropout: float) -> Optional[Tensor]:
-    """One integer on the device, by PyTorch's generator, so that CUDA graphs and checkpointing know of it."""
+    """Draw one integer on the device, by PyTorch's generator, so that CUDA graphs and checkpointing know of it."""
     return torch.randint(1 << 31, (1,), device=like.device, dtype=torch.int32) if dropout > 0 else None
 
 
 def strided(rows: Tensor) -> Tensor:
-    """``[*, d]`` as ``[B, R, d]`` with columns next to each other, by a copy only where strides cannot say it."""
+    """Return ``[*, d]`` as ``[B, R, d]`` with contiguous columns, by a copy only where strides cannot express it."""
     rows = rows if rows.stride(-1) == 1 or rows.size(-1) == 1 else rows.contiguous()
     if rows.dim() == 3:
         return rows

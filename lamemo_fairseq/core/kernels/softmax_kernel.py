@@ -13,7 +13,7 @@ from torch import Tensor
 def softmax_gradient_kernel(
     p_scores, p_target, p_nll, s_row, V, LEARNS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One row a program: first the normaliser, then ``softmax - onehot`` in the place of the scores."""
+    """Compute a token's normaliser, then overwrite its scores with ``softmax - onehot``; one program a token."""
     row = tl.program_id(0).to(tl.int64)
     p_scores += row * s_row
     target = tl.load(p_target + row)

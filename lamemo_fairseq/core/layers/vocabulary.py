@@ -3,7 +3,7 @@
 Frequent words come first in a dictionary. Cutoffs split it into bands; with a factor f, band i has embeddings f^i times
 narrower than the first (Grave et al. 2017, Baevski and Auli 2019).
 
-Shapes: B streams, N tokens of a segment, T = B N, V words, C classes of the first softmax, t tokens of a band,
+Shapes: B streams, N tokens of a segment, T = B N, V words, F classes of the first softmax, t tokens of a band,
 d model width.
 """
 
@@ -188,7 +188,7 @@ class AdaptiveSoftmax(_Output):
             target: ``[T]`` word ids.
 
         Returns:
-            For the first band scores ``[T, C]``; for each other band those of its own tokens, and None if no target is
+            For the first band scores ``[T, F]``; for each other band those of its own tokens, and None if no target is
             in it.
         """
         flat = features.reshape(-1, features.size(-1))

@@ -156,12 +156,12 @@ class Memory(nn.Module, Generic[State, Options]):
 
     @property
     def slots(self) -> int:
-        """Rows that come before a segment's tokens, at most."""
+        """The number of rows that come before a segment's tokens, at most."""
         return self.config.mem_len
 
     @property
     def period(self) -> int:
-        """Tokens from one change of the memory to the next."""
+        """The number of tokens from one change of the memory to the next."""
         return self.config.segment_length // self.config.bptt_segments
 
     def reset_parameters(self) -> None:

@@ -1,4 +1,7 @@
-"""Absolute positions: a sinusoid added to the embeddings (Vaswani et al. 2017)."""
+"""Absolute positions: a sinusoid added to the embeddings (Vaswani et al. 2017).
+
+Shapes: B streams, N tokens of a segment, d model width.
+"""
 
 from typing import ClassVar, List, Optional
 

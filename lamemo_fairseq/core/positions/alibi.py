@@ -1,6 +1,6 @@
 """Attention with linear biases (Press et al. 2022, arXiv 2108.12409): a penalty in proportion to the distance.
 
-Shapes: H heads, T distances.
+Shapes: H heads, U distances.
 """
 
 import math
@@ -27,7 +27,7 @@ class AlibiPositions(PositionEncoding):
         return [LayerBias(past, future)] * self.config.layers
 
     def _scores(self, distances: range, like: Tensor) -> Tensor:
-        """``[H, T]`` without gradient, in the dtype of *like*.
+        """Return scores ``[H, U]`` without gradient, in the dtype of *like*.
 
         A backend divides scores by ``sqrt(D)``; the paper does not divide the penalty, so it is multiplied here.
         """

@@ -1,6 +1,6 @@
 """Position encodings: the base class, and the biases and rotations that it gives to attention.
 
-Shapes: L layers, H heads, D size of a head, T distances, d model width.
+Shapes: L layers, H heads, D size of a head, U distances, d model width.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class PositionEncoding(nn.Module):
         return x
 
     def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
-        """The biases of every layer for one segment.
+        """Return the biases of every layer for one segment.
 
         Args:
             causal: number of keys, for the distances ``causal-1 .. 0`` and the positions ``0 .. causal-1``.
@@ -75,18 +75,18 @@ class PositionEncoding(nn.Module):
         raise NotImplementedError
 
     def _clamp(self, distances: Tensor) -> Tensor:
-        """Distances beyond ``clamp_len`` are not told apart; negative ones, to the right, are left alone."""
+        """Clamp distances to ``clamp_len``; negative ones, to the right, are left alone."""
         return distances.clamp(max=self.config.clamp_len) if self.config.clamp_len > 0 else distances
 
     def _sinusoids(self, distances: range, like: Tensor) -> Tensor:
-        """Sinusoids ``[T, d]`` of the distances, dropped out like embeddings."""
+        """Return sinusoids ``[U, d]`` of the distances, dropped out like embeddings."""
         values = torch.arange(distances.start, distances.stop, distances.step, device=like.device)
         table = sinusoid(self._clamp(values), self.config.embed_dim, like.dtype)
         return F.dropout(table, self.config.dropout, self.training)
 
 
 def sinusoid(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """``[sin | cos]`` of positions ``[T]`` at ``dim/2`` wavelengths: ``[T, dim]`` (Vaswani et al. 2017).
+    """Return ``[sin | cos]`` of positions ``[U]`` at ``dim/2`` wavelengths: ``[U, dim]`` (Vaswani et al. 2017).
 
     Computed in float32, or float64 for a float64 model, and only then rounded to *dtype*: half precision
     has too few values to tell 800 positions apart.
@@ -97,7 +97,7 @@ def sinusoid(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def inverse_frequencies(dim: int, dtype: torch.dtype, device: Optional[torch.device] = None) -> Tensor:
-    """``10000^(-2i/dim)`` for i from 0 to ``dim/2 - 1``: ``[dim/2]``."""
+    """Return ``10000^(-2i/dim)`` for i from 0 to ``dim/2 - 1``: ``[dim/2]``."""
     return 10000.0 ** -(torch.arange(0, dim, 2, device=device, dtype=dtype) / dim)
 
 

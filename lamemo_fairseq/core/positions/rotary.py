@@ -1,6 +1,6 @@
 """Rotary positions (Su et al. 2021, arXiv 2104.09864): queries and keys are rotated by their positions.
 
-Shapes: D size of a head, T positions.
+Shapes: D size of a head, U positions.
 """
 
 from typing import List, Optional

@@ -1,6 +1,6 @@
 """Learned relative positions (Shaw et al. 2018), keys only.
 
-Shapes: L layers, H heads, D size of a head, T distances.
+Shapes: L layers, H heads, D size of a head, U distances.
 """
 
 import logging
@@ -32,7 +32,7 @@ class ShawPositions(PositionEncoding):
             )
         layers, heads, size = config.layers, config.heads, config.head_dim
         distances = config.trained_distances
-        # Row t is the distance `distances - 1 - t`, as in the released checkpoints.
+        # Entry t is the distance `distances - 1 - t`, as in the released checkpoints.
         self.distance_embedding = nn.Parameter(torch.empty(layers, distances, heads, size))
         self.content_bias = nn.Parameter(torch.empty(layers, heads, size))
         self.distance_bias = nn.Parameter(torch.empty(layers, distances, heads))

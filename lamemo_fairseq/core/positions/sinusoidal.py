@@ -1,6 +1,6 @@
 """Relative positions by sinusoids: Transformer-XL's, and LaMemo's disentangled ones.
 
-Shapes: L layers, H heads, D size of a head, T distances, d model width.
+Shapes: L layers, H heads, D size of a head, U distances, d model width.
 """
 
 from typing import List, Optional
@@ -46,7 +46,7 @@ class TransformerXLPositions(PositionEncoding):
         return self.content_bias, self.position_bias
 
     def _project(self, sinusoids: Tensor) -> Tensor:
-        """``[T, d] -> [L, H, T, D]``."""
+        """Project sinusoids into heads: ``[U, d] -> [L, H, U, D]``."""
         projected: Tensor = sinusoids @ self.projection.transpose(1, 2)
         return projected.view(*projected.shape[:-1], self.config.heads, self.config.head_dim).transpose(1, 2)
 

@@ -32,7 +32,7 @@ def _visible(i, j, Q, K, low, high, first):
 
 @triton.jit
 def _visible_by_row(i, j, Q, K, low, high, first):
-    """As `_visible`, two comparisons a pair: fewer instructions, but forward_kernel and key_kernel lack registers."""
+    """Return `_visible` by two comparisons a pair: fewer instructions, more registers than some kernels have left."""
     least = tl.maximum(tl.maximum(i + low, first), 0)
     most = tl.where(i < Q, tl.minimum(i + high, K - 1), -1)
     return (j >= least) & (j <= most)
@@ -50,7 +50,7 @@ def position_query_kernel(
     H, B, Q, C, padded,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, POSITION: tl.constexpr,
 ):  # fmt: skip
-    """Queries plus the position bias as ``[chunks, H, B, C, D]``; padding behind the last query is 0."""
+    """Write queries plus the position bias as ``[chunks, H, B, C, D]``; padding behind the last query is 0."""
     bh = tl.program_id(1)
     b, h = bh // H, bh % H
     i, d = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
@@ -75,7 +75,7 @@ def forward_kernel(
     CONTENT: tl.constexpr, POSITION: tl.constexpr, FIRST: tl.constexpr, STORED: tl.constexpr,
     DROPOUT: tl.constexpr, CHUNKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys of a block of queries, then the merge with the stored read-outs.
+    """Compute an online softmax over the keys of a block of queries, then the merge with the stored read-outs.
 
     Writes the (merged) read-out, the (merged) normaliser, and with STORED also the normaliser of the keys alone.
     """
@@ -152,7 +152,7 @@ def delta_kernel(
     H, Q, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
-    """Two numbers a query, with which ``dS = exp(S - lse) (dO . V - delta)`` (README.md has the derivation)."""
+    """Write two numbers a query, with which ``dS = exp(S - lse) (dO . V - delta)`` (README.md has the derivation)."""
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     i, d = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
@@ -229,7 +229,7 @@ def key_kernel(
     CONTENT: tl.constexpr, POSITION: tl.constexpr, FIRST: tl.constexpr, ADD: tl.constexpr,
     DROPOUT: tl.constexpr, CHUNKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values; each pair's score gradient overwrites its position score.
+    """Compute the gradients of a block of keys and values; each pair's score gradient overwrites its position score.
 
     ADD adds to the values of ``dk`` and ``dv``.
     """
@@ -306,7 +306,7 @@ def query_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     POSITION: tl.constexpr, FIRST: tl.constexpr, CHUNKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of queries from the score gradients, and their sums over the block for the two biases."""
+    """Compute the gradients of a block of queries from the score gradients, and their sums for the two biases."""
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     i0 = block * BLOCK_Q

@@ -1,6 +1,6 @@
 """From tensors to kernel launches: one banded attention forward, and its gradients.
 
-Shapes: B streams, H heads, Q queries, K keys, D size of a head, T distances, C queries of a chunk,
+Shapes: B streams, H heads, Q queries, K keys, D size of a head, U distances, C queries of a chunk,
 W columns of position scores.
 """
 
@@ -172,7 +172,7 @@ class PositionScores(NamedTuple):
 
     scores: Tensor  # [chunks, H, B, C, W]
     queries: Optional[Tensor] = None  # [chunks, H, B, C, D], None without a table
-    table: Optional[Tensor] = None  # [H, at least T, D], followed by zeros as far as a chunk's columns reach
+    table: Optional[Tensor] = None  # [H, at least U, D], followed by zeros as far as a chunk's columns reach
 
 
 def _has_positions(bias: RelativeBias) -> bool:
@@ -201,7 +201,7 @@ def _position_scores(x: Inputs, layout: Layout) -> PositionScores:
 
 
 def _followed_by_zeros(by_distance: Tensor, columns: int) -> Tensor:
-    """Pad ``[H, T, ..] -> [H, at least columns, ..]``."""
+    """Pad ``[H, U, ..] -> [H, at least columns, ..]``."""
     missing = columns - by_distance.size(1)
     return F.pad(by_distance, (0, 0, 0, missing)) if missing > 0 else by_distance  # F.pad copies in any case
 
@@ -220,7 +220,7 @@ def _position_queries(x: Inputs, layout: Layout) -> Tensor:
 
 
 def _learned_gradients(x: Inputs, layout: Layout, scores: Tensor) -> Tensor:
-    """Return the gradients of learned scores ``[H, T]``, float32, from score gradients ``[chunks, H, B, C, W]``."""
+    """Return the gradients of learned scores ``[H, U]``, float32, from score gradients ``[chunks, H, B, C, W]``."""
     assert x.bias.score is not None
     starts, count = layout.starts(x.band.shift), x.bias.score.size(1)
     by_chunk = scores.sum((2, 3), dtype=torch.float32)  # [chunks, H, W]

@@ -36,6 +36,6 @@ SINGLE: Dict[int, Tiles] = {
 
 
 def tiles_for(size: int, dtype: torch.dtype) -> Tiles:
-    """Tiles for heads of *size* elements, 128 at most."""
+    """Return the tiles for heads of *size* elements, 128 at most."""
     table = SINGLE if dtype == torch.float32 else HALF
     return next(tiles for largest, tiles in table.items() if size <= largest)

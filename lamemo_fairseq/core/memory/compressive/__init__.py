@@ -132,7 +132,7 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
         return Passage(x, CompressiveState(tuple(hidden), tuple(squeezed)), losses)
 
     def _loss(self, lost: List[Tensor], lengths: Optional[Tensor]) -> Tensor:
-        """The loss of a token: the mean over layers, streams and tokens of what was *lost* ``[B]`` in each layer.
+        """Return the loss of a token: the mean over layers, streams and tokens of the layers' losses *lost* ``[B]``.
 
         Streams that end within the segment add none. Before anything is compressed the loss is zero.
         """

@@ -24,7 +24,7 @@ class CompressiveSelfAttention(SelfAttention):
     def forward(
         self, rows: Tensor, bias: LayerBias, queries: int, watched: Optional[slice] = None
     ) -> tuple[WideRows, Optional[Tensor]]:
-        """One layer's attention.
+        """Attend to all rows before a query.
 
         Args:
             rows: ``[B, R, d]``.
@@ -42,7 +42,7 @@ class CompressiveSelfAttention(SelfAttention):
 
 @torch.no_grad()
 def usage(q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int], watched: slice) -> Tensor:
-    """The attention weights that keys receive, averaged over queries and heads; without dropout.
+    """Return the attention weights that keys receive, averaged over queries and heads; without dropout.
 
     Args:
         q: ``[B, H, Q, D]``, the last Q positions; rotated where positions rotate.

@@ -2,8 +2,8 @@
 
 Columns of a buffer: compressed slots, other slots, tokens.
 
-Shapes: B sequences, b of them, N tokens of a segment, S = C + M slots, s <= S of them, c of these compressed, H heads,
-D size of a head, d model width.
+Shapes: B sequences, b of them, N tokens of a segment, C + M slots, s <= C + M of them in use, c of these compressed,
+H heads, D size of a head, d model width.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Compressing(CachedMemory, Protocol):
 class CompressiveLayerCache(LayerCache):
     """Besides keys and values, the rows that they were projected from."""
 
-    inputs: Tensor  # [B, S + N, d]
+    inputs: Tensor  # [B, C + M + N, d]
 
     keeps_inputs: ClassVar[bool] = True
 

@@ -1,6 +1,6 @@
 """Compressions of the rows that leave the memory, by name (Rae et al. 2020, section 3.2).
 
-Shapes: B streams, K compressed rows, r compression rate, d model width.
+Shapes: B streams, G compressed rows, r compression rate, d model width.
 """
 
 from typing import ClassVar, Optional, Type
@@ -27,11 +27,11 @@ class Compression(nn.Module):
         """Compress rows.
 
         Args:
-            old: ``[B, K r, d]``, K >= 1, the oldest first.
-            usage: ``[B, K r]`` the attention that each received, for those compressions that watch.
+            old: ``[B, G r, d]``, G >= 1, the oldest first.
+            usage: ``[B, G r]`` the attention that each received, for those compressions that watch.
 
         Returns:
-            ``[B, K, d]``, the oldest first.
+            ``[B, G, d]``, the oldest first.
         """
         raise NotImplementedError
 
@@ -57,7 +57,7 @@ class MaxPooling(Compression):
 
 @COMPRESSIONS.register("most-used")
 class MostUsed(Compression):
-    """Of all the rows, the K that received most attention, in the order in which they stood."""
+    """Of all the rows, the G that received most attention, in the order in which they stood."""
 
     watches: ClassVar[bool] = True
 
@@ -110,6 +110,6 @@ class DilatedConvolution(Compression):
 
 
 def _groups(rows: Tensor, rate: int) -> Tensor:
-    """Return rows ``[B, K r, d]`` as ``[B, K, r, d]``."""
+    """Return rows ``[B, G r, d]`` as ``[B, G, r, d]``."""
     groups: Tensor = rows.unflatten(1, (-1, rate))
     return groups

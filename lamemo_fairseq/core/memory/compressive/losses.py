@@ -2,7 +2,7 @@
 
 Gradients reach the compression alone: whatever else a loss is computed from is held constant.
 
-Shapes: B streams, N current tokens, K compressed rows, r compression rate, H heads, D size of a head, d model width.
+Shapes: B streams, N current tokens, G compressed rows, r compression rate, H heads, D size of a head, d model width.
 """
 
 from typing import ClassVar, Type
@@ -29,8 +29,8 @@ class CompressionLoss(nn.Module):
         Args:
             layer: the `DecoderLayer` that the rows go into.
             rows: ``[B, N, d]`` the current rows going into it, constant.
-            old: ``[B, K r, d]`` rows that leave the memory, constant.
-            new: ``[B, K, d]`` what they are compressed to.
+            old: ``[B, G r, d]`` rows that leave the memory, constant.
+            new: ``[B, G, d]`` what they are compressed to.
         """
         raise NotImplementedError
 

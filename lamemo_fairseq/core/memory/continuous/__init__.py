@@ -123,7 +123,7 @@ class ContinuousMemory(Memory[ContinuousState, ContinuousOptions]):
         return Passage(x, after, losses)
 
     def _kl(self, densities: List[Density], taken_in: Tensor, lengths: Optional[Tensor]) -> Tensor:
-        """The weighted mean divergence of all layers, heads and tokens, those without a signal counting 0."""
+        """Return the weighted mean divergence of all layers, heads and tokens, those without a signal counting 0."""
         sigma = self.config.options.kl_sigma
         by_token = torch.stack([divergence(density, sigma).mean(1) for density in densities]).mean(0)  # [B, N]
         tokens = by_token.size(1)

@@ -41,7 +41,7 @@ class ContinuousSelfAttention(SelfAttention):
         self.density_proj = nn.Linear(self.basis.count, 2, bias=False)  # w_mu and w_sigma
 
     def forward(self, rows: Tensor, bias: LayerBias, queries: int, coefficients: Tensor) -> tuple[WideRows, Density]:
-        """The last *queries* of ``rows [B, R, d]`` attend to all rows before them, and to a signal.
+        """Let the last *queries* of ``rows [B, R, d]`` attend to all rows before them, and to a signal.
 
         Args:
             coefficients: ``[B, J, d]`` of the signal; zeros are one of which nothing is read.
@@ -66,7 +66,7 @@ class ContinuousSelfAttention(SelfAttention):
         return torch.cat([short_term, read_out], dim=1), density
 
     def long_term(self, coefficients: Tensor) -> LongTerm:
-        """Keys and values of a signal with *coefficients* ``[B, J, d]``.
+        """Return keys and values of a signal with *coefficients* ``[B, J, d]``.
 
         The scores of a query over the basis functions are ``s = (B W_k) q / sqrt(D)``, and its mean and variance take
         nothing but ``w_mu . s`` and ``w_sigma . s``. So ``w^T B W_k`` serves as one key each, and no score is held for
@@ -88,7 +88,7 @@ class ContinuousSelfAttention(SelfAttention):
             return Density(mean.sigmoid(), F.softplus(variance).clamp(min=LEAST_VARIANCE))
 
     def read(self, density: Density, long_term: LongTerm) -> Tensor:
-        """``E[psi(t)] . B W_v``: ``[B, H, Q, D]``."""
+        """Return ``E[psi(t)] . B W_v``: ``[B, H, Q, D]``."""
         with torch.autocast(density.mean.device.type, enabled=False):
             weights = self.basis.expectation(*density, long_term.values.dtype)
         read_out: Tensor = weights @ long_term.values
@@ -96,6 +96,6 @@ class ContinuousSelfAttention(SelfAttention):
 
 
 def divergence(density: Density, sigma: float) -> Tensor:
-    """``KL(N(mu, sigma^2) || N(mu, sigma_0^2))`` of every query: ``[B, H, Q]``."""
+    """Return ``KL(N(mu, sigma^2) || N(mu, sigma_0^2))`` of every query: ``[B, H, Q]``."""
     ratio = density.variance / sigma**2
     return 0.5 * (ratio - ratio.log() - 1)

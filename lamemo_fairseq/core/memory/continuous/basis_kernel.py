@@ -17,7 +17,7 @@ WIDEST = 256  # basis functions of a tile
 
 @triton.jit
 def _gaussian(p_mean, p_variance, p_centres, p_squares, row, column, T, J):
-    """Density, distance from the centre and variance of the sum, ``[rows, columns]``."""
+    """Return density, distance from the centre and variance of the sum, ``[rows, columns]``."""
     b_mean = tl.load(p_mean + row, row < T, other=0.0)[:, None]
     b_variance = tl.load(p_variance + row, row < T, other=1.0)[:, None]
     b_offset = b_mean - tl.load(p_centres + column, column < J, other=0.0)[None, :]
@@ -57,7 +57,7 @@ def expectation_gradient_kernel(
 
 
 def forward(mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
-    """``N(mean; c_j, variance + w_j^2)``, ``[*, J]`` in *dtype*, of contiguous ``[*]`` in float32."""
+    """Return ``N(mean; c_j, variance + w_j^2)``, ``[*, J]`` in *dtype*, of contiguous ``[*]`` in float32."""
     out = mean.new_empty(*mean.shape, len(centres), dtype=dtype)
     if out.numel():
         tile = _tile(len(centres))
@@ -69,7 +69,7 @@ def forward(mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor, dt
 def backward(
     grad: Tensor, mean: Tensor, variance: Tensor, centres: Tensor, squares: Tensor
 ) -> Tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of mean and variance; *grad* ``[*, J]`` is contiguous."""
+    """Return the gradients of mean and variance; *grad* ``[*, J]`` is contiguous."""
     d_mean, d_variance = torch.empty_like(mean), torch.empty_like(variance)
     if mean.numel():
         tile = _tile(len(centres))

@@ -29,7 +29,7 @@ def histogram_kernel(p_mean, p_variance, p_partial, T, BINS: tl.constexpr, ROWS:
 
 
 def histogram(mean: Tensor, variance: Tensor, bins: int) -> Tensor:
-    """Mass in *bins* equal parts of [0, 1], a power of 2: ``[B, bins]`` of contiguous ``[B, T]`` in float32."""
+    """Return the mass in *bins* bins of [0, 1], a power of 2: ``[B, bins]`` of contiguous ``[B, T]`` in float32."""
     streams, queries = mean.shape
     tile_rows = max(1, TILE // bins)
     count = programs(mean.device, triton.cdiv(queries, tile_rows), max(1, streams))

@@ -1,4 +1,7 @@
-"""No memory: each segment is read on its own."""
+"""No memory: each segment is read on its own.
+
+Shapes: B streams, N tokens of a segment, d model width.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Optional, Sequence, Type

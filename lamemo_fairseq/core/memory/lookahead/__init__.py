@@ -69,7 +69,7 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
         )
 
     def window(self, slots: int, current: int) -> LookaheadWindow:
-        """The keys that *slots* slots look ahead at in a segment of *current* tokens."""
+        """Return the keys that *slots* slots look ahead at in a segment of *current* tokens."""
         return WINDOWS[str(self.config.options.lookahead_window)](slots, current)
 
     def forward(

@@ -34,7 +34,7 @@ class LookaheadSelfAttention(SelfAttention):
     def forward(
         self, rows: Tensor, bias: LayerBias, window: Optional[LookaheadWindow], stored: Optional[Attended], current: int
     ) -> tuple[WideRows, Optional[Attended]]:
-        """One layer's attention (LaMemo, equations 5 to 9).
+        """Attend causally, and let the slots look ahead (LaMemo, equations 5 to 9).
 
         Args:
             rows: ``[B, R, d]``, the slots' rows first.

@@ -24,7 +24,7 @@ def lookahead_attention(
     dropout: float = 0.0,
     scale: Optional[float] = None,
 ) -> Attended:
-    """As `eager.lookahead_attention`."""
+    """Attend as `eager.lookahead_attention` does."""
     return attend(q, k, v, [_ahead(q.size(2), slice(0, k.size(2)), bias, window, stored)], dropout, scale)
 
 
@@ -39,7 +39,7 @@ def memory_attention(
     dropout: float = 0.0,
     scale: Optional[float] = None,
 ) -> Attended:
-    """As `eager.memory_attention`, without a copy of any of its rows."""
+    """Attend as `eager.memory_attention` does, without copies."""
     slots, total = stored.output.size(2), q.size(2)
     causal, ahead = biases
     current = causal_band(slice(slots, total), total - slots, total, causal, span)

@@ -1,4 +1,7 @@
-"""Windows of keys that the slots look ahead at, by name."""
+"""Windows of keys that the slots look ahead at, by name.
+
+Shapes: B streams, N current tokens, m memory slots.
+"""
 
 from typing import Callable, Dict, NamedTuple, Optional
 
@@ -18,7 +21,7 @@ class LookaheadWindow(NamedTuple):
     lengths: Optional[Tensor] = None  # [B], current tokens that are not padding; None if none is padding
 
     def distances(self, slots: int) -> range:
-        """The signed distances ``key - slot`` that *slots* slots meet, masked pairs left out."""
+        """Return the signed distances ``key - slot`` that *slots* slots meet, masked pairs left out."""
         return range(self.first - (slots - 1) if self.both_sides else 1, slots + 1)
 
 

@@ -4,8 +4,8 @@ A segment of n tokens is read as ``[cache; read; x; write]``: the K memory token
 read them, and once more behind them, where the last layer's rows are what the segment has written. Gradient flows
 through them from segment to segment of one update; the cache is frozen, as in Transformer-XL.
 
-Shapes: B streams, N tokens of an update, S = N / k tokens of a segment, n <= S current tokens, K memory tokens,
-m <= M cached rows, d model width.
+Shapes: B streams, N tokens of an update of k segments, n <= N / k current tokens, K memory tokens, m <= M cached rows,
+d model width.
 """
 
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
         return self.config.mem_len + self.config.options.memory_tokens
 
     def reset_parameters(self) -> None:
-        """As large as what a layer norm leaves, which is what later segments read."""
+        """Draw memory tokens N(0, 1): as large as the output of a layer norm, which later segments read."""
         nn.init.normal_(self.initial_tokens)
 
     def initial_state(self, x: Tensor) -> TokenState:
@@ -82,7 +82,7 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
         return TokenState(nothing, (nothing,) * self.config.layers)
 
     def first_tokens(self, like: Tensor) -> Tensor:
-        """The learned memory tokens for every row of ``like [B, .., d]``: ``[B, K, d]``."""
+        """Return the learned memory tokens for every stream of ``like [B, .., d]``: ``[B, K, d]``."""
         return self.initial_tokens.to(like).expand(like.size(0), -1, -1)
 
     def pass_segment(

@@ -46,7 +46,7 @@ class TokenSelfAttention(SelfAttention):
         super().__init__(config)
 
     def forward(self, rows: Tensor, bias: LayerBias, blocks: Blocks) -> tuple[WideRows, None]:
-        """One layer's attention (Bulatov et al. 2022, section 3.2).
+        """Attend within one layer (Bulatov et al. 2022, section 3.2).
 
         Args:
             rows: ``[B, R, d]``.
@@ -72,7 +72,7 @@ class TokenSelfAttention(SelfAttention):
         return self.merge_heads(torch.cat(read_outs, dim=2)), None
 
     def block(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias) -> Tensor:
-        """A block of memory tokens attends to what comes before it and to all of itself: as *q*.
+        """Let a block of memory tokens attend to the P keys before and in it: as *q*.
 
         Args:
             q: ``[B, H, K, D or D']``.
@@ -92,6 +92,6 @@ class TokenSelfAttention(SelfAttention):
 
 
 def nearest(bias: RelativeBias, count: int) -> RelativeBias:
-    """A causal bias of the distances ``count-1 .. 0`` alone."""
+    """Return a causal bias of the distances ``count-1 .. 0`` alone."""
     table, score = (None if t is None else t[:, t.size(1) - count :] for t in (bias.table, bias.score))
     return bias._replace(table=table, score=score)
