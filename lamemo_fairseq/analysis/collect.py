@@ -24,7 +24,7 @@ class Attention:
 
     def __init__(self) -> None:
         self.sums: Dict[int, Tensor] = {}  # a layer: [N, K], float64
-        self.counts: Dict[int, int] = {}  # a layer: rows of weights in the sum
+        self.counts: Dict[int, int] = {}  # a layer: queries whose weights are in the sum
 
     def add(self, layer: int, weights: Tensor) -> None:
         total = self.sums.get(layer)
@@ -87,7 +87,7 @@ class Losses:
         self.counts = torch.zeros(segment_length, dtype=torch.int64)
 
     def add(self, log_probs: Tensor, target: Tensor, lengths: Tensor) -> None:
-        """Add log-probabilities ``[B, N, V]`` of the words ``target [B, N]``; rows have *lengths* ``[B]``."""
+        """Add log-probabilities ``[B, N, V]`` of the words ``target [B, N]``; streams have *lengths* ``[B]``."""
         log_likelihood = log_probs.gather(2, target.unsqueeze(2)).squeeze(2).double()
         real = real_tokens(target, lengths)
         bits = -log_likelihood.masked_fill(~real, 0).sum(0).cpu() / math.log(2)

@@ -21,7 +21,7 @@ class Listener(Protocol):
     """A listener that is told of attention, layer by layer and segment by segment."""
 
     def causal(self, layer: int, weights: Tensor) -> None:
-        """Current tokens gave ``weights [B, H, Q, K]`` to slots and tokens; rows add up to 1."""
+        """Current tokens gave ``weights [B, H, Q, K]`` to slots and tokens; those of a query add up to 1."""
 
     def lookahead(self, layer: int, weights: Tensor, alpha: Tensor, window: LookaheadWindow) -> None:
         """Slots gave ``weights [B, H, m, K]`` to the keys of the *window*, and kept a share ``alpha [B, H, m]``."""

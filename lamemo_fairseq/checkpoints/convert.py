@@ -272,7 +272,7 @@ def _moved_cutoffs(cutoffs: List[int], order: List[Optional[int]], added: int) -
 
 
 def _is_first_table(name: str) -> bool:
-    """Return whether a weight has a row for each word of the first band, among which are fairseq's own symbols."""
+    """Return whether a weight has an entry for each word of the first band, among which are fairseq's own symbols."""
     return name.endswith((".tables.0.weight", ".weights.0", ".biases.0"))
 
 

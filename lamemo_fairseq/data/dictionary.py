@@ -6,7 +6,7 @@ from typing import Any, Iterable, List, Optional
 import torch
 from fairseq.data import Dictionary, data_utils
 
-# Fills rows of texts shorter than others. fairseq uses a symbol's id for that, and then drops the symbol from texts.
+# Pads texts shorter than others. fairseq uses a symbol's id for that, and then drops the symbol from texts.
 NO_WORD = -1
 
 
@@ -34,7 +34,7 @@ class TextDictionary(Dictionary):
         include_eos: bool = False,
         separator: str = " ",
     ) -> str:
-        """Return the words of ids, one row a line.
+        """Return the words of ids, one sequence a line.
 
         fairseq drops ``<s>`` and ``</s>`` wherever they stand. Here a single ``</s>`` is dropped: the first symbol of a
         prompt, or the last one of a hypothesis or line. Hypotheses come with *extra_symbols_to_ignore*.

@@ -9,7 +9,7 @@ from ..core.memory.base import MemoryState
 from ..core.memory.position import SegmentPosition
 from ..core.memory.streams import StreamMemory
 from ..host.loading import end, end_at_exit
-from ..host.ranks import gather_rows
+from ..host.ranks import gather_streams
 from .segments import SegmentDataset, SegmentKey
 
 
@@ -149,7 +149,7 @@ class SegmentBatchIterator(EpochBatchIterator):
             raise RuntimeError(
                 f"there is no memory after segment {position.index} of {position.named_streams()} to save"
             )
-        gathered = iter(gather_rows(state.tensors(), self.num_shards))
+        gathered = iter(gather_streams(state.tensors(), self.num_shards))
         self._gathered = (position, state.map(lambda _: next(gathered))) if self.shard_id == 0 else None
 
     def state_dict(self) -> Dict[str, Any]:

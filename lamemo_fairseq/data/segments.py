@@ -70,9 +70,9 @@ class SegmentDataset(FairseqDataset):
         return Segment(key, inputs[:-1], inputs[1:])
 
     def collater(self, samples: List[Segment]) -> Dict[str, Any]:
-        """Rows of the same segment index to a batch.
+        """Collate segments with the same number to a batch.
 
-        Rows are filled on the right with any word, here ``</s>``: ``src_lengths`` alone tells what a row holds.
+        They are padded on the right with any word, here ``</s>``: ``src_lengths`` alone tells their tokens.
         """
         if not samples:
             return {}

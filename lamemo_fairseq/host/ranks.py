@@ -12,14 +12,14 @@ from torch import Tensor
 from .stand_in import stand_in
 
 
-def gather_rows(tensors: List[Tensor], ranks: int) -> List[Tensor]:
-    """The rows of every rank's *tensors*, in order of rank, on the host.
+def gather_streams(tensors: List[Tensor], ranks: int) -> List[Tensor]:
+    """Gather the streams of every rank's *tensors*, in order of rank, on the host.
 
     One tensor at a time, so that the first rank's device holds the others' copies of one alone. Every rank has
     to call it, with tensors of the same shapes and dtypes.
 
     Returns:
-        For each tensor ``[B, ...]`` one of ``[ranks * B, ...]``; on other ranks than the first, what they gave.
+        For each tensor ``[B, ...]`` one of ``[ranks * B, ...]``; on other ranks than the first, their own tensors.
 
     Raises:
         RuntimeError: the shapes differ.

@@ -32,7 +32,7 @@ class TextsRead(NamedTuple):
     """An entry of fairseq's incremental state."""
 
     state: DecodingState
-    tokens: int  # how many tokens of each row have been read
+    tokens: int  # how many tokens of each sequence have been read
 
 
 class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
@@ -69,19 +69,19 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         target: Optional[Tensor] = None,
         real_only: bool = False,
     ) -> Tuple[Tensor, Extra]:
-        """Scores of the word after each token, or with an adaptive softmax the features that it takes.
+        """Return scores of the word after each token, or with an adaptive softmax the features that it takes.
 
         Args:
             src_tokens: ``[B, N]`` word ids, padded on the right.
-            src_lengths: ``[B]`` tokens of each row that are not padding. None: all.
-            position: which streams the rows belong to and where in them. The model then reads and keeps their
-                memory. None takes each row as a whole text of any length, read from an empty memory.
+            src_lengths: ``[B]`` tokens of each sequence that are not padding. None: all.
+            position: the streams that the sequences belong to, and the segment in them. The model then reads and keeps
+                their memory. None takes each sequence as a whole text of any length, read from an empty memory.
             encoder_out: not used; fairseq's generator passes it.
             incremental_state: what has been read of *src_tokens* before. Only the tokens beyond are read, and scored:
                 N is their number.
             target: ``[B, N]`` the word after each token. Then the sum of their losses is returned in place of
                 scores, which are never held all at once (`criterions/chunked_cross_entropy.py`).
-            real_only: leave out the padding of streams: with R tokens in all rows, N is R and B is 1.
+            real_only: leave out the padding of streams: with R tokens in all, N is R and B is 1.
 
         Returns:
             Scores ``[B, N, V]`` (features ``[B, N, d]``), and in training the losses of memories that have some.
@@ -107,12 +107,12 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         incremental_state: Optional[Dict[str, Any]] = None,
         **unused: Any,
     ) -> Tuple[Tensor, Extra]:
-        """The last layer's rows ``[B, N, d]`` after the final dropout, and losses; arguments as for `forward`.
+        """Return features ``[B, N, d]`` after the final dropout, and losses; arguments as for `forward`.
 
         Raises:
             MissingMemoryError: the segment before *position* has not been read.
-            DivergenceError: in evaluation, a row is not finite. (In training, asking would make the host wait for the
-                device; there the task watches the loss.)
+            DivergenceError: in evaluation, a stream's features are not finite. (In training, asking would make the host
+                wait for the device; there the task watches the loss.)
         """
         if incremental_state is not None:
             texts = self._texts_read(incremental_state) or TextsRead(DecodingState(self, src_tokens.size(0)), 0)
@@ -149,7 +149,7 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         return FairseqIncrementalDecoder.get_incremental_state(self, incremental_state, "decoding")
 
     def reorder_incremental_state(self, incremental_state: Dict[str, Any], new_order: Tensor) -> None:
-        """Row i goes on from what row ``new_order[i]`` has read."""
+        """Let sequence i go on from what sequence ``new_order[i]`` has read."""
         texts = self._texts_read(incremental_state)
         if texts is not None:
             texts.state.reorder(new_order)

@@ -53,7 +53,7 @@ class Columns:
         if self.at is not None and self.query.size(1) == 1:
             return None
         alike = slice(0, 1 if self.at is not None else None)
-        # What is beyond the columns looked at, in padded rows, sees the last of them: of no column, it would write NaN.
+        # Padding beyond the columns looked at sees the last of them: seeing no column, it would write NaN.
         query, oldest = self.query[alike].clamp(max=self.end - 1), self.oldest[alike]
         width = self.end - self.first
         column = torch.arange(self.first, self.end, device=query.device)

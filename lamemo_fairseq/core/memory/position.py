@@ -31,10 +31,10 @@ class SegmentPosition:
     epoch: int
     num_streams: int  # streams that the split was cut into, over all ranks
     segment_length: int
-    streams: Tuple[int, ...]  # the stream of each row
+    streams: Tuple[int, ...]  # of each entry of the batch
     index: int  # number of the segment in its stream, from 0
     last: bool = False  # the streams end with it
-    ragged: bool = False  # some rows are padded on the right
+    ragged: bool = False  # some streams are padded on the right
 
     @property
     def reading(self) -> Reading:
@@ -42,7 +42,7 @@ class SegmentPosition:
         return Reading(self.split, self.epoch, self.num_streams, self.segment_length, self.streams)
 
     def streams_but(self, fine: Tensor) -> List[int]:
-        """Return the streams of the rows that are False in ``fine [B]``."""
+        """Return the streams that are False in ``fine [B]``."""
         return [stream for stream, ok in zip(self.streams, fine.tolist(), strict=True) if not ok]
 
     def named_streams(self, streams: Optional[Sequence[int]] = None) -> str:
@@ -54,5 +54,5 @@ class SegmentPosition:
 
 
 def real_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Return booleans ``[B, N]``, True where ``tokens [B, N]`` in rows of *lengths* ``[B]`` are not padding."""
+    """Return booleans ``[B, N]``, True where ``tokens [B, N]`` of *lengths* ``[B]`` are not padding."""
     return torch.arange(tokens.size(1), device=tokens.device) < lengths.unsqueeze(1)

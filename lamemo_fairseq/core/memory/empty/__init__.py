@@ -20,7 +20,7 @@ class EmptyState(MemoryState):
 
 @MEMORIES.register("none")
 class EmptyMemory(Memory[EmptyState, MemoryOptions]):
-    """The row of the tables without memory."""
+    """The baseline without memory."""
 
     architecture: ClassVar[Architecture] = Architecture(
         name="relative_transformer_lm",
