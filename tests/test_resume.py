@@ -98,6 +98,7 @@ def test_killed_again_and_again(data, whole, tmp_path):
         (["--roll", "--position-encoding", "shaw"], "transformer_xl_lm", 1, 4),
         ([], "relative_transformer_lm", 1, 4),
         (["--mem-len", 10, "--compressed-len", 6], "compressive_transformer_lm", 1, 4),
+        (["--roll"], "ernie_doc_lm", 1, 4),
         (["--roll", "--update-freq", 3], "lamemo_lm", 1, 4),
         (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 1, 4),
         (["--checkpoint-activations"], "lamemo_lm", 1, 4),

@@ -40,6 +40,10 @@ VARIANTS = [
     ("compressive", "rotary", "most-used"),
     ("continuous", "rotary", "right"),
     ("token", "rotary", "right"),
+    ("enhanced", "transformer-xl", "right"),
+    ("enhanced", "shaw", "right"),
+    ("enhanced", "alibi", "right"),
+    ("enhanced", "rotary", "right"),
 ]
 
 # The option that the third part of a variant is for, where it is not the window.

@@ -3,8 +3,6 @@
 Shapes: one stream; n tokens of a segment, K memory tokens, m cached rows, H heads, D size of a head, d model width.
 """
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +11,7 @@ from lamemo_fairseq.core.decoding.state import DecodingState
 
 from ..gpus import DEVICE
 from .helpers import random_tokens, read_streams, read_texts, segments_of, tiny_decoder, whole_segments
+from .paper import Paper
 
 PLAIN, DISENTANGLED = ("token", "transformer-xl", "right"), ("token", "disentangled-content", "right")
 ODD = {
@@ -22,46 +21,12 @@ ODD = {
 SEGMENTED = {"segment_length": 6, "bptt_segments": 3, "memory_tokens": 3}
 
 
-class Paper:
-    """The model in numpy, a stream, a query and a head at a time."""
+class TokenPaper(Paper):
+    """The model in numpy."""
 
-    def __init__(self, decoder, reads_cache=False, pre_norm=False, farthest=None):
-        self.pre_norm, self.farthest = pre_norm, farthest
-        self.w = {name: p.detach().numpy() for name, p in decoder.named_parameters()}
-        self.layers, self.heads = len(decoder.layers), len(self.w["positions.content_bias"])
+    def __init__(self, decoder, reads_cache=False, **shell):
+        super().__init__(decoder, **shell)
         self.reads_cache = reads_cache
-        self.distances = {}
-
-    def embedding(self, words):
-        table = self.w["embed_tokens.tables.0.weight"]
-        return np.array([table[word] * math.sqrt(table.shape[1]) for word in words])
-
-    def distance(self, layer, distance):
-        """``W_r sinusoid(distance)``: ``[H, D]``."""
-        distance = distance if self.farthest is None else min(distance, self.farthest)
-        weight = self.w["positions.projection"][layer]
-        width = weight.shape[1]
-        angles = [distance / 10000 ** (2 * i / width) for i in range(width // 2)]
-        return (weight @ np.array([math.sin(a) for a in angles] + [math.cos(a) for a in angles])).reshape(
-            self.heads, -1
-        )
-
-    def score(self, layer, head, i, j, q, k):
-        u, v, distance = self.w["positions.content_bias"], self.w["positions.position_bias"], i - j
-        if j > i and "positions.ahead_position_bias" in self.w:
-            u, v, distance = self.w["positions.ahead_content_bias"], self.w["positions.ahead_position_bias"], j - i
-        r = self.distance(layer, distance)[head]
-        return ((q + u[head]) @ k + (q + v[head]) @ r) / math.sqrt(len(q))
-
-    def norm(self, layer, name, x):
-        weight, bias = (self.w[f"layers.{layer}.{name}.{part}"] for part in ("weight", "bias"))
-        return np.array([(row - row.mean()) / math.sqrt(row.var() + 1e-5) * weight + bias for row in x])
-
-    def feed_forward(self, layer, x):
-        w1, b1, w2, b2 = (
-            self.w[f"layers.{layer}.feed_forward.{n}"] for n in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-        )
-        return np.maximum(x @ w1.T + b1, 0) @ w2.T + b2
 
     def seen(self, i, m, size, n):
         """The rows that row i of ``[cache; read; x; write]`` attends to."""
@@ -79,24 +44,7 @@ class Paper:
             m = len(cache[layer])
             entered.append(np.concatenate([cache[layer], rows[size : size + n]]))
             everything = np.concatenate([cache[layer], rows])
-            if self.pre_norm:
-                everything = self.norm(layer, "self_attn_layer_norm", everything)
-            qkv = (everything @ self.w[f"layers.{layer}.self_attn.qkv_proj.weight"].T).reshape(len(everything), 3, -1)
-            q, k, v = (qkv[:, part].reshape(len(everything), self.heads, -1) for part in range(3))
-            attended = np.zeros((len(rows), *q.shape[1:]))
-            for i in range(m, len(everything)):
-                for h in range(self.heads):
-                    seen = self.seen(i, m, size, n)
-                    scores = np.array([self.score(layer, h, i, j, q[i, h], k[j, h]) for j in seen])
-                    weights = np.exp(scores - scores.max())
-                    attended[i - m, h] = weights @ v[seen, h] / weights.sum()
-            out = attended.reshape(len(rows), -1) @ self.w[f"layers.{layer}.self_attn.out_proj.weight"].T
-            rows = rows + out
-            if self.pre_norm:
-                rows = rows + self.feed_forward(layer, self.norm(layer, "final_layer_norm", rows))
-            else:
-                rows = self.norm(layer, "self_attn_layer_norm", rows)
-                rows = self.norm(layer, "final_layer_norm", rows + self.feed_forward(layer, rows))
+            rows = self.through(layer, everything, len(rows), lambda i, m=m: self.seen(i, m, size, n))
         return rows[size : size + n], rows[size + n :], entered
 
     def text(self, embedded, period, mem_len):
@@ -132,11 +80,11 @@ def test_four_segments_equal_the_papers_computation(variant, options):
     for segment in words.split(decoder.segment_length, dim=1):
         part, state, _ = decoder.read_segment(segment, state)
         parts.append(part)
-    paper = Paper(
+    paper = TokenPaper(
         decoder,
         options.get("memory_reads_cache", False),
-        options.get("decoder_normalize_before", False),
-        options.get("clamp_len"),
+        pre_norm=options.get("decoder_normalize_before", False),
+        farthest=options.get("clamp_len"),
     )
     for row in range(2):
         expected, tokens, cache = paper.text(paper.embedding(words[row]), 5, options["mem_len"])
@@ -167,7 +115,7 @@ def test_gradient_flows_through_memory_tokens_to_an_earlier_segment(variant, mem
     with torch.no_grad():
         for p in decoder.parameters():
             p.mul_(0.4)  # so that differences are exact enough
-    paper = Paper(decoder)
+    paper = TokenPaper(decoder)
     words = random_tokens(1, 6)
     embedded = paper.embedding(words[0])
     weights = np.random.default_rng(0).normal(size=(2, 6))

@@ -111,6 +111,7 @@ class SegmentCache(Generic[M, L]):
 
     # Whether `refresh` does something, and in tensor operations only, so that it can be replayed as a graph.
     replayable: ClassVar[bool] = False
+    keeps_features: ClassVar[bool] = False  # whether `store_features` does something
 
     @classmethod
     def empty(cls, memory: M, batch_size: int, like: Tensor) -> "SegmentCache[M, L]":
@@ -135,6 +136,9 @@ class SegmentCache(Generic[M, L]):
         buffer = self.embeddings_buffer()
         if buffer is not None:
             columns.write(buffer, embeddings, 1)
+
+    def store_features(self, features: Tensor, columns: Columns) -> None:
+        """Keep the rows ``[B, k, d]`` that come out of the last layer."""
 
     def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
         """Yield the buffers of all layers with one column a slot or token, each after the dimension of its columns."""

@@ -116,6 +116,7 @@ class DecodingState:
         cache.store_embeddings(x, columns)
         for layer, cached, bias in zip(self.layers, cache.layers, self.biases, strict=True):
             x = self.layer_step(layer, x, cached, columns, bias)
+        cache.store_features(x, columns)
         return x
 
     def columns(self, new: int, first: int, end: int, at: Optional[int] = None) -> Columns:

@@ -89,6 +89,9 @@ class KernelStep:
         pending: PendingNorm = (self._embedded(words, columns), None)
         for layer, cached, bias in zip(state.layers, state.cache.layers, state.biases, strict=True):
             pending = self._layer(layer, cached, bias, columns, *pending)
+        if state.cache.keeps_features:
+            pending = self._normalized(*pending), None
+            state.cache.store_features(pending[0].unsqueeze(1), columns)
         return pending
 
     def _embedded(self, words: Tensor, columns: Columns) -> Tensor:

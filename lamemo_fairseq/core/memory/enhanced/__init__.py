@@ -1,0 +1,73 @@
+"""ERNIE-Doc's enhanced recurrence: a layer's memory is its own output (Ding et al. 2021, arXiv 2012.15688).
+
+Transformer-XL's layer n reads what went into it in earlier segments, so that the reach grows with the depth. Here it
+reads what came out of it, which has read its own past already: the reach has no bound, at the same cost.
+
+The paper's retrospective feed is left out: it shows the whole document before it is read again, and so the future.
+
+Shapes: B streams, N current tokens, m <= M memory slots, d model width.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Optional, Sequence, Tuple, Type
+
+import torch
+from torch import Tensor
+
+from ...decoding.cache import AnyCache
+from ...kernels.padded import join
+from ...layers import DecoderLayer
+from ...positions import PositionEncoding
+from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage, last_rows
+from .cache import EnhancedCache
+
+
+@dataclass(frozen=True)
+class EnhancedState(MemoryState):
+    """Per layer the rows that came out of it."""
+
+    outputs: Tuple[Tensor, ...]  # a layer: [B, m, d]
+
+
+@MEMORIES.register("enhanced")
+class EnhancedMemory(Memory[EnhancedState, MemoryOptions]):
+    """``k, v`` of layer n over ``[SG(h^n of earlier segments) ; h^(n-1)]`` (section 3.3).
+
+    There are no slots before the first segment; the authors' code attends to zero rows there. A layer that normalises
+    its input normalises the slots with it.
+    """
+
+    architecture: ClassVar[Architecture] = Architecture(
+        name="ernie_doc_lm",
+        class_name="ErnieDocLanguageModel",
+        summary="ERNIE-Doc's enhanced recurrence: a layer's memory is its own output (Ding et al. 2021).",
+        defaults={"position_encoding": "transformer-xl"},
+    )
+    state: ClassVar[Type[MemoryState]] = EnhancedState
+    cache: ClassVar[Type[AnyCache]] = EnhancedCache
+
+    def initial_state(self, x: Tensor) -> EnhancedState:
+        return EnhancedState((x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: EnhancedState,
+        layers: Sequence[DecoderLayer],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        current, slots = x.size(1), state.outputs[0].size(1)
+        biases = positions(slots + current, None, x)
+        outputs = []
+        for layer, bias, past in zip(layers, biases, state.outputs, strict=True):
+            past = past.to(x)
+            x, _ = layer(join(past, x), bias, current)
+            outputs.append(self._slots(past, x))
+        return Passage(x, EnhancedState(tuple(outputs)))
+
+    def _slots(self, past: Tensor, new: Tensor) -> Tensor:
+        """Return the last M of the rows ``past [B, m, d]`` and ``new [B, N, d]``."""
+        if new.size(1) >= self.config.mem_len:
+            return last_rows(new, self.config.mem_len)
+        return last_rows(torch.cat([past, new.detach()], dim=1), self.config.mem_len)

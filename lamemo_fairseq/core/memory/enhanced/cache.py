@@ -1,0 +1,63 @@
+"""The decoding cache of enhanced recurrence.
+
+A token attends to tokens of its segment by what went into a layer, and to slots by what came out of it. So the keys and
+values of tokens are projected anew when a segment ends.
+
+Shapes: B sequences, b of them, N tokens of a segment, M memory slots, C = M + N columns, d model width, k new tokens.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+from torch import Tensor
+
+from ...decoding.attention import Columns
+from ...decoding.cache import LayerCache, SegmentCache, SequencePosition, counts, select_sequences, write_sequences
+from ...decoding.interfaces import CachedMemory, Network
+
+
+@dataclass
+class EnhancedLayerCache(LayerCache):
+    """Besides keys and values, the rows that went into the layer: they came out of the layer below."""
+
+    inputs: Tensor  # [B, C, d]
+
+    keeps_inputs: ClassVar[bool] = True
+
+    def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
+        columns.write(self.inputs, inputs, 1)
+
+
+@dataclass
+class EnhancedCache(SegmentCache[CachedMemory, EnhancedLayerCache]):
+    """Keys and values of slots and tokens, and the outputs of all layers for the tokens."""
+
+    features: Tensor  # [B, C, d], the last layer's outputs
+
+    keeps_features: ClassVar[bool] = True
+
+    @classmethod
+    def empty(cls, memory: CachedMemory, batch_size: int, like: Tensor) -> "EnhancedCache":
+        size = (batch_size, memory.slots + memory.period, like.size(-1))
+        layers = [
+            EnhancedLayerCache(*LayerCache.zeros(memory, batch_size, like), like.new_zeros(size))
+            for _ in range(memory.config.layers)
+        ]
+        positions = [SequencePosition()] * batch_size
+        return cls(layers, counts(batch_size, like), counts(batch_size, like), positions, like.new_zeros(size))
+
+    def store_features(self, features: Tensor, columns: Columns) -> None:
+        columns.write(self.features, features, 1)
+
+    def end_segment(
+        self, sequences: Optional[Tensor], position: SequencePosition, network: Network[CachedMemory]
+    ) -> None:
+        """Project the outputs of the tokens that become slots, and move the columns on."""
+        new = slice(max(network.memory.slots, network.memory.period), None)  # the last min(M, N) columns
+        outputs = [*(cached.inputs for cached in self.layers[1:]), self.features]
+        for layer, cached, output in zip(network.layers, self.layers, outputs, strict=True):
+            rows = select_sequences(output, sequences)[:, new]
+            _, k, v = layer.self_attn.project(layer.attention_input(rows), 0)
+            for buffer, projected in ((cached.keys, k), (cached.values, v)):
+                write_sequences(buffer[:, :, new], sequences, projected)
+        super().end_segment(sequences, position, network)
