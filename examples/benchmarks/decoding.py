@@ -68,8 +68,8 @@ def disagreement(model: MemoryLanguageModel, tokens: torch.Tensor) -> float:
     state, memory = filled(model, tokens[:, : 2 * length]), None
     for segment in tokens.split(length, dim=1):
         expected, memory, _ = model.decoder.read_segment(segment, memory)
-    found = [state.read(tokens[:, i : i + 1]) for i in range(2 * length, 3 * length)]
-    return float((torch.cat(found, dim=1) - expected).abs().max())
+    features = [state.read(tokens[:, i : i + 1]) for i in range(2 * length, 3 * length)]
+    return float((torch.cat(features, dim=1) - expected).abs().max())
 
 
 def recomputing(model: MemoryLanguageModel, tokens: torch.Tensor, count: int, again: int) -> float:
@@ -108,7 +108,7 @@ def cached(model: MemoryLanguageModel, tokens: torch.Tensor, segments: int, comp
 
 
 class SamplingInTheLoop(Sampling):
-    """What fairseq's own loop is given: plain sampling would go past it."""
+    """Sampling by fairseq's own loop, which plain sampling would bypass."""
 
 
 def generating(model: MemoryLanguageModel, search: type[Sampling], tokens: torch.Tensor, count: int) -> float:
@@ -125,9 +125,9 @@ def generating(model: MemoryLanguageModel, search: type[Sampling], tokens: torch
     start = synchronized()
     read_prompts(model, tokens, lengths)
     begin = synchronized()
-    found = generator.generate([model], {"net_input": {"src_tokens": tokens}})
+    hypotheses = generator.generate([model], {"net_input": {"src_tokens": tokens}})
     seconds = synchronized() - begin - (begin - start)
-    assert all(len(text[0]["tokens"]) == tokens.size(1) + count for text in found)
+    assert all(len(text[0]["tokens"]) == tokens.size(1) + count for text in hypotheses)
     return len(tokens) * (count + 1) / seconds
 
 

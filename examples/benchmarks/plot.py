@@ -23,10 +23,10 @@ def main() -> None:
     for file in args.results:
         read = json.loads(file.read_text())
         devices.add(f"{read['device']}, {read['versions']}")
-        for name, found in read.items():
-            if isinstance(found, dict) and "tok/s" in found:
+        for name, measured in read.items():
+            if isinstance(measured, dict) and "tok/s" in measured:
                 size, path = name.split(" ")
-                speeds.setdefault(size, {})[path] = found["tok/s"]
+                speeds.setdefault(size, {})[path] = measured["tok/s"]
     figure, axes = plt.subplots(1, len(speeds), figsize=(4 * len(speeds), 3), squeeze=False)
     for axis, (size, of_path) in zip(axes[0], speeds.items(), strict=True):
         axis.barh(list(of_path), list(of_path.values()), color="0.5")

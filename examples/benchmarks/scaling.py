@@ -51,11 +51,11 @@ def train(size: str, path: str, world: int, backend: str, args: argparse.Namespa
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{log[-3000:]}")
     rates = speeds(done.stdout)
-    found: dict[str, Any] = {"tok/s": statistics.median(rates[len(rates) // 2 : -1])}
+    measured: dict[str, Any] = {"tok/s": statistics.median(rates[len(rates) // 2 : -1])}
     capacity = re.findall(r"total memory = ([\d.]+) GB", log)
     if capacity:
-        found["peak GiB"] = peak_gib(log, float(capacity[0]))
-    return found
+        measured["peak GiB"] = peak_gib(log, float(capacity[0]))
+    return measured
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
     device = ", ".join(gpus()) if args.device == "cuda" else "CPU"
     print(device)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    rows = []
+    entries = []
     for size in args.sizes:
         _, words, streams, _ = SIZES[size]
         segments = args.steps + 2 + (OVERFLOWS if args.device == "cuda" else 0)
@@ -82,18 +82,20 @@ def main() -> None:
                 alone = 0.0  # the rate of one GPU, if that is among the worlds
                 for world in args.worlds:
                     for backend in args.backends if world > 1 else args.backends[:1]:
-                        found = train(size, path, world, backend, args, folder)
+                        measured = train(size, path, world, backend, args, folder)
                         if world == 1:
-                            alone = found["tok/s"]
+                            alone = measured["tok/s"]
                         if alone:
-                            found["efficiency"] = found["tok/s"] / world / alone
-                        rows.append({"size": size, "path": path, "backend": backend, "GPUs": world, **found})
-                        efficiency = f"{found['efficiency']:.1%}" if "efficiency" in found else ""
-                        peak = f"{found['peak GiB']:.1f}" if "peak GiB" in found else ""
+                            measured["efficiency"] = measured["tok/s"] / world / alone
+                        entries.append({"size": size, "path": path, "backend": backend, "GPUs": world, **measured})
+                        efficiency = f"{measured['efficiency']:.1%}" if "efficiency" in measured else ""
+                        peak = f"{measured['peak GiB']:.1f}" if "peak GiB" in measured else ""
                         names = f"{size} | {path} | {backend if world > 1 else ''} | {world}"
-                        print(f"| {names} | {found['tok/s']:,.0f} | {efficiency} | {peak} |", flush=True)
+                        print(f"| {names} | {measured['tok/s']:,.0f} | {efficiency} | {peak} |", flush=True)
     if args.result:
-        args.result.write_text(json.dumps({"device": device, "command": sys.argv[1:], "rows": rows}, indent=1) + "\n")
+        args.result.write_text(
+            json.dumps({"device": device, "command": sys.argv[1:], "rows": entries}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def measure(words: int, kind: str) -> dict[str, float]:
         features, state, _ = model.read_segment(tokens[:, :-1], state)
         target = tokens[:, 1:].reshape(-1)
         if kind == "adaptive":
-            parts = zip(*model.adaptive_softmax(features, target), strict=True)
-            loss = sum(torch.nn.functional.cross_entropy(s, t, reduction="sum") for s, t in parts if t is not None)
+            softmaxes = zip(*model.adaptive_softmax(features, target), strict=True)
+            loss = sum(torch.nn.functional.cross_entropy(s, t, reduction="sum") for s, t in softmaxes if t is not None)
         else:
             scores = model.output_layer(features).flatten(0, 1)
             loss = torch.nn.functional.cross_entropy(scores, target, reduction="sum")
@@ -80,8 +80,8 @@ def main() -> None:
         for kind in ("full", "adaptive"):
             command = [sys.executable, __file__, str(words), "--one", kind]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found = json.loads(printed.splitlines()[-1])
-            print(f"| {words:,} | {kind} | {found['tokens/s']:,.0f} | {found['peak GiB']:.1f} GiB |", flush=True)
+            measured = json.loads(printed.splitlines()[-1])
+            print(f"| {words:,} | {kind} | {measured['tokens/s']:,.0f} | {measured['peak GiB']:.1f} GiB |", flush=True)
 
 
 if __name__ == "__main__":

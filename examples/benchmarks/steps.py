@@ -1,4 +1,4 @@
-"""Where whole training steps of fairseq-train spend a GPU's time.
+"""A GPU's time in whole training steps of fairseq-train, by part.
 
 python examples/benchmarks/steps.py examples/novels/bytes/table.yaml infinity_former
 """
@@ -26,10 +26,10 @@ PARTS = {
 
 
 @contextlib.contextmanager
-def profiled(updates: int, found: dict[str, Any], at: int) -> Iterator[None]:
-    """While fairseq-train runs in here, profile *updates* of its updates from update *at* on, into *found*.
+def profiled(updates: int, report: dict[str, Any], at: int) -> Iterator[None]:
+    """While fairseq-train runs in here, profile *updates* of its updates from update *at* on, into *report*.
 
-    ``found`` gets milliseconds a step by part, ``all kernels``, and ``top``, the kernels that take longest.
+    ``report`` gets milliseconds a step by part, ``all kernels``, and ``top``, the kernels that take longest.
     """
     import torch
     from fairseq.trainer import Trainer
@@ -42,10 +42,10 @@ def profiled(updates: int, found: dict[str, Any], at: int) -> Iterator[None]:
             profiles[0] = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             profiles[0].start()
         result = original(trainer, *args, **kwargs)
-        if trainer.get_num_updates() == at + updates and profiles[0] is not None and not found:
+        if trainer.get_num_updates() == at + updates and profiles[0] is not None and not report:
             torch.cuda.synchronize()
             profiles[0].stop()
-            found.update(parts(profiles[0], updates))
+            report.update(breakdown(profiles[0], updates))
         return result
 
     setattr(Trainer, "train_step", train_step)  # noqa: B010
@@ -55,17 +55,17 @@ def profiled(updates: int, found: dict[str, Any], at: int) -> Iterator[None]:
         setattr(Trainer, "train_step", original)  # noqa: B010
 
 
-def parts(profile: Any, updates: int) -> dict[str, Any]:
+def breakdown(profile: Any, updates: int) -> dict[str, Any]:
     """Milliseconds a step by part of what a profile has seen of the GPU."""
-    found: dict[str, float] = {}
+    by_part: dict[str, float] = {}
     kernels: dict[str, float] = {}
     for event in profile.key_averages():
         milliseconds = event.self_device_time_total / 1e3 / updates
         part = next((p for p, pattern in PARTS.items() if re.search(pattern, event.key)), "elementwise and rest")
-        found[part] = found.get(part, 0) + milliseconds
+        by_part[part] = by_part.get(part, 0) + milliseconds
         kernels[event.key[:70]] = kernels.get(event.key[:70], 0) + milliseconds
     top = sorted(kernels.items(), key=lambda x: -x[1])[:14]
-    return {**found, "all kernels": sum(kernels.values()), "top": top}
+    return {**by_part, "all kernels": sum(kernels.values()), "top": top}
 
 
 def profile(table: Any, row: str) -> dict[str, Any]:
@@ -75,13 +75,13 @@ def profile(table: Any, row: str) -> dict[str, Any]:
     from examples.tables import commands
     from examples.tables import table as tables
 
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     changes = {"max-update": BEFORE + PROFILED, "no-save": True, "disable-validation": True}
     changes["distributed-world-size"] = 1  # on more, the updates would run in processes that are not profiled
-    with tempfile.TemporaryDirectory() as folder, profiled(PROFILED, found, at=BEFORE):
+    with tempfile.TemporaryDirectory() as folder, profiled(PROFILED, report, at=BEFORE):
         sys.argv = ["fairseq-train", *commands.train(table, tables.Run(row, 1), folder, changes)]
         fairseq_train.cli_main()
-    return found
+    return report
 
 
 def main() -> None:

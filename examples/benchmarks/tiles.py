@@ -25,8 +25,8 @@ CANDIDATES = {
 
 
 def prepare(streams: int, heads: int, size: int, current: int, slots: int, pad: int = 0):
-    rows = slots + current
-    packed = torch.randn(streams, rows, 3, heads, size + pad, device="cuda", dtype=torch.bfloat16)[..., :size]
+    total = slots + current
+    packed = torch.randn(streams, total, 3, heads, size + pad, device="cuda", dtype=torch.bfloat16)[..., :size]
     q, k, v = (t.transpose(1, 2).detach().requires_grad_() for t in packed.unbind(2))
     window = LookaheadWindow(slots - min(slots, current) + 1, False)
 
@@ -38,7 +38,7 @@ def prepare(streams: int, heads: int, size: int, current: int, slots: int, pad: 
         torch.randn(streams, heads, slots, size, device="cuda", dtype=torch.bfloat16),
         torch.randn(streams, heads, slots, device="cuda") + 3,
     )
-    biases = bias(rows), bias(len(window.distances(slots)))
+    biases = bias(total), bias(len(window.distances(slots)))
 
     def attend(backend):
         return memory_attention(backend, q, k, v, biases, window, stored)
@@ -82,12 +82,14 @@ def main() -> None:
             tiles.HALF[block] = default
     forward, backward = times(prepare(*SHAPES["wt103"], pad=7), "fused")
     print(f"wt103 with heads 48 apart: forward {forward:.3f} ms, backward {backward:.3f} ms")
-    for rows, ins, outs in ((19200, 410, 2100), (19200, 2100, 410), (19200, 410, 1230)):
+    for count, ins, outs in ((19200, 410, 2100), (19200, 2100, 410), (19200, 410, 1230)):
         for i, o, stride in ((ins, outs, ins), (ins, outs, -(-ins // 8) * 8), (-(-ins // 8) * 8, -(-outs // 8) * 8, 0)):
-            x = torch.randn(rows, max(stride, i), device="cuda", dtype=torch.bfloat16)[:, :i]
+            x = torch.randn(count, max(stride, i), device="cuda", dtype=torch.bfloat16)[:, :i]
             w = torch.randn(o, max(stride, i), device="cuda", dtype=torch.bfloat16)[:, :i]
             spent = triton.testing.do_bench(lambda x=x, w=w: torch.mm(x, w.t()), warmup=5, rep=20, return_mode="median")
-            print(f"product {rows} x {i} x {o}, rows {x.stride(0)} apart: {2 * rows * i * o / spent / 1e9:.0f} TFLOP/s")
+            print(
+                f"product {count} x {i} x {o}, rows {x.stride(0)} apart: {2 * count * i * o / spent / 1e9:.0f} TFLOP/s"
+            )
 
 
 if __name__ == "__main__":

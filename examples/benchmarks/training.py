@@ -95,10 +95,10 @@ def segment_length(size: str) -> int:
 
 def speeds(log: str) -> list[float]:
     """fairseq's own words per second, interval by interval; the last line is about the epoch."""
-    found = [float(s) for s in re.findall(r'"wps": "([\d.e+]+)"', log)]
-    if len(found) < 3:
+    rates = [float(s) for s in re.findall(r'"wps": "([\d.e+]+)"', log)]
+    if len(rates) < 3:
         raise RuntimeError(log[-3000:])
-    return found
+    return rates
 
 
 def peak_gib(log: str, capacity: float) -> float:
@@ -142,20 +142,20 @@ def train(
     log = io.StringIO()
     utils.import_user_module(argparse.Namespace(user_dir=str(ROOT / "lamemo_fairseq")))
     logging.getLogger().addHandler(logging.StreamHandler(log))
-    parts: dict[str, Any] = {}
-    watch = profiled(PROFILED, parts, at=steps) if profile else contextlib.nullcontext()
+    breakdown: dict[str, Any] = {}
+    watch = profiled(PROFILED, breakdown, at=steps) if profile else contextlib.nullcontext()
     with contextlib.redirect_stdout(sys.stderr), watch:
         fairseq_train.cli_main()
     rates = speeds(log.getvalue())
-    found: dict[str, Any] = {"tok/s": statistics.median(rates[len(rates) // 2 : -1] or rates[-1:])}
+    measured: dict[str, Any] = {"tok/s": statistics.median(rates[len(rates) // 2 : -1] or rates[-1:])}
     if profile:
         tokens = float(re.findall(r'"wpb": "([\d.]+)"', log.getvalue())[-1])
-        found["parts"] = {**parts, "a step": tokens / found["tok/s"] * 1e3}
+        measured["parts"] = {**breakdown, "a step": tokens / measured["tok/s"] * 1e3}
     if device == "cuda":
-        found["peak GiB"] = peak_gib(log.getvalue(), torch.cuda.get_device_properties(0).total_memory / 2**30)
+        measured["peak GiB"] = peak_gib(log.getvalue(), torch.cuda.get_device_properties(0).total_memory / 2**30)
         if "--cuda-graphs" in sys.argv:  # what a graph owns counts as reserved only
-            found["peak GiB"] = torch.cuda.memory_reserved() / 2**30
-    return found
+            measured["peak GiB"] = torch.cuda.memory_reserved() / 2**30
+    return measured
 
 
 def build(size: str, path: str, dtype: Any, device: str, layers: int | None = None) -> tuple[Any, Any, int]:
@@ -188,7 +188,7 @@ def build(size: str, path: str, dtype: Any, device: str, layers: int | None = No
     return model, tokens, length
 
 
-def step(model: Any, tokens: Any, start: int, length: int, state: Any, scale: float = 1.0) -> tuple[Any, Any]:
+def pass_segment(model: Any, tokens: Any, start: int, length: int, state: Any, scale: float = 1.0) -> tuple[Any, Any]:
     output = model.adaptive_softmax if model.output is None else model.output
     target = tokens[:, start + 1 : start + length + 1]
     plan = output.plan(target)
@@ -208,7 +208,7 @@ def check(size: str, path: str, device: str) -> dict[str, Any]:
     import torch
 
     half = torch.float16 if device == "cuda" else torch.float32
-    found: dict[str, list[Any]] = {}
+    results: dict[str, list[Any]] = {}
     scale = 1.0
     for name, of, dtype in (("exact", "eager", torch.float32), ("plain", "eager", half), ("path", "", half)):
         model, tokens, length = build(size, path, dtype, device, layers=2)
@@ -220,15 +220,16 @@ def check(size: str, path: str, device: str) -> dict[str, Any]:
         state = None
         for index in range(tokens.size(1) // length):
             model.zero_grad()
-            loss, state = step(model, tokens[:4], index * length, length, state, scale)
-        found[name] = [loss.float(), *(p.grad.float() / scale for p in model.parameters())]
+            loss, state = pass_segment(model, tokens[:4], index * length, length, state, scale)
+        results[name] = [loss.float(), *(p.grad.float() / scale for p in model.parameters())]
         if name == "exact":  # half precision needs a scale for the loss: the largest with which no gradient overflows
-            largest = max(float(g.abs().max()) for g in found[name])
+            largest = max(float(g.abs().max()) for g in results[name])
             scale = 2.0 ** math.floor(math.log2(2**14 / largest))
 
     def error(name: str) -> float:
         return max(
-            float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(found[name], found["exact"], strict=True)
+            float((a - b).norm() / b.norm().clamp(min=1e-6))
+            for a, b in zip(results[name], results["exact"], strict=True)
         )
 
     off, allowed = error("path"), 2 * error("plain") + 1e-3
@@ -246,7 +247,7 @@ def evaluate(size: str, path: str, device: str, segments: int = 5) -> float:
         full = tokens.size(1) // length - 1
         for index in range(full + segments):
             started = time.perf_counter()
-            _, state = step(model, tokens, min(index, full) * length, length, state)
+            _, state = pass_segment(model, tokens, min(index, full) * length, length, state)
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
@@ -306,18 +307,18 @@ def main() -> None:
                     log = (Path(folder) / "log").read_text()
                     print(f"| {size} | {path} | failed |\n{log[-1500:]}", flush=True)
                     continue
-                found = json.loads((Path(folder) / "found").read_text())
-                results[f"{size} {path}"] = found
-                off = f"{found['check']['error']:.1e} ({found['check']['allowed']:.1e})"
-                if not found["check"]["ok"]:
+                measured = json.loads((Path(folder) / "measured").read_text())
+                results[f"{size} {path}"] = measured
+                off = f"{measured['check']['error']:.1e} ({measured['check']['allowed']:.1e})"
+                if not measured["check"]["ok"]:
                     print(f"| {size} | {path} | off | | | | {off} |", flush=True)
                     continue
-                share = found["tok/s"] * found["work"] / args.peak / 1e12
-                peak = f"{found['peak GiB']:.1f}" if "peak GiB" in found else ""
+                share = measured["tok/s"] * measured["work"] / args.peak / 1e12
+                peak = f"{measured['peak GiB']:.1f}" if "peak GiB" in measured else ""
                 share_text = f"{share:.1%}" if args.device == "cuda" else ""
-                rates = f"{found['tok/s']:,.0f} | {found['evaluation tok/s']:,.0f}"
+                rates = f"{measured['tok/s']:,.0f} | {measured['evaluation tok/s']:,.0f}"
                 print(f"| {size} | {path} | {rates} | {peak} | {share_text} | {off} |", flush=True)
-                for name, value in found.get("parts", {}).items():
+                for name, value in measured.get("parts", {}).items():
                     print(f"    {name}: {value if isinstance(value, list) else round(value, 2)}", flush=True)
     if args.result:
         args.result.write_text(json.dumps(results, indent=1) + "\n")
@@ -328,18 +329,18 @@ def one(args: argparse.Namespace, size: str, path: str, folder: str) -> None:
     log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    found: dict[str, Any] = {"check": check(size, path, args.device)}
-    if found["check"]["ok"]:
-        found["work"] = work_per_token(size, path, SIZES[size][2])
-        found["evaluation tok/s"] = evaluate(size, path, args.device)
+    measured: dict[str, Any] = {"check": check(size, path, args.device)}
+    if measured["check"]["ok"]:
+        measured["work"] = work_per_token(size, path, SIZES[size][2])
+        measured["evaluation tok/s"] = evaluate(size, path, args.device)
         if args.device == "cuda":
             import torch
 
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         profile = args.device == "cuda" and not args.no_parts
-        found |= train(size, path, args.steps, args.device, folder, args.options.split(), profile)
-    (Path(folder) / "found").write_text(json.dumps(found))
+        measured |= train(size, path, args.steps, args.device, folder, args.options.split(), profile)
+    (Path(folder) / "measured").write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -33,16 +33,16 @@ def ngrams(words: list[str], n: int) -> Counter:
     return Counter(zip(*(words[i:] for i in range(n)), strict=False))
 
 
-def figures(texts: list[str]) -> dict[str, float]:
+def repetition(texts: list[str]) -> dict[str, float]:
     """Per cent: different n-grams of all texts, and 4-grams of a text that it has had before."""
     split = [re.findall(r"\w+|[^\w\s]", text) for text in texts]
-    found = {}
+    percentages = {}
     for n in (1, 2, 3):
         counts: Counter = sum((ngrams(words, n) for words in split), Counter())
-        found[f"distinct-{n}"] = 100 * len(counts) / max(1, counts.total())
+        percentages[f"distinct-{n}"] = 100 * len(counts) / max(1, counts.total())
     fours = [ngrams(words, 4) for words in split]
-    found["repeated 4-grams"] = 100 * (1 - sum(map(len, fours)) / max(1, sum(c.total() for c in fours)))
-    return found
+    percentages["repeated 4-grams"] = 100 * (1 - sum(map(len, fours)) / max(1, sum(c.total() for c in fours)))
+    return percentages
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prompts = passages(Path(args.text).read_bytes(), args.prompts, args.prompt_length)
-    rows = {"the book": figures([p[-args.new_tokens :].decode("utf-8", "replace") for p in prompts])}
+    results = {"the book": repetition([p[-args.new_tokens :].decode("utf-8", "replace") for p in prompts])}
     for entry in args.models:
         arch, folder = entry.split("=")
         hub = MODELS[arch][0].from_pretrained(
@@ -74,18 +74,18 @@ def main() -> None:
         with torch.no_grad():
             state = DecodingState(model.decoder, len(tokens))
             state.read(tokens[:, :-1])
-            found = Sampler(state, choose=Draw(top_p=0.95))(tokens[:, -1], args.new_tokens)
+            words = Sampler(state, choose=Draw(top_p=0.95))(tokens[:, -1], args.new_tokens)
         symbols = [
-            " ".join(hub.tgt_dict[i] if i != hub.tgt_dict.eos() else "\n" for i in row) for row in found.tolist()
+            " ".join(hub.tgt_dict[i] if i != hub.tgt_dict.eos() else "\n" for i in text) for text in words.tolist()
         ]
         written = [b"".join(decode(s.split("\n")))[:-1].decode("utf-8", "replace") for s in symbols]
-        rows[arch] = figures(written)
+        results[arch] = repetition(written)
         for i in range(args.show):
             print(f"--- {arch} continues: ...{prompts[i][-200:].decode('utf-8', 'replace')}\n--- with:\n{written[i]}\n")
-    names = list(rows["the book"])
+    names = list(results["the book"])
     print("| | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
-    for name, row in rows.items():
-        print(f"| {name} | " + " | ".join(f"{row[n]:.1f}" for n in names) + " |")
+    for name, of_model in results.items():
+        print(f"| {name} | " + " | ".join(f"{of_model[n]:.1f}" for n in names) + " |")
 
 
 if __name__ == "__main__":

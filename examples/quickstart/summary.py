@@ -18,10 +18,10 @@ def row(folder: Path) -> list[str]:
     """The last match of every column's pattern in the folder's logs."""
     cells = []
     for name, (log, pattern) in COLUMNS.items():
-        found = re.findall(pattern, (folder / log).read_text(encoding="utf-8", errors="replace"))
-        if not found:
+        matches = re.findall(pattern, (folder / log).read_text(encoding="utf-8", errors="replace"))
+        if not matches:
             sys.exit(f"{folder / log} does not say {name}: did the command before fail?")
-        cells.append(f"{float(found[-1]):,.0f}" if name == "training tokens/s" else found[-1])
+        cells.append(f"{float(matches[-1]):,.0f}" if name == "training tokens/s" else matches[-1])
     return cells
 
 

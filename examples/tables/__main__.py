@@ -38,35 +38,37 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    argument_parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}",
         description=(__doc__ or "").replace("python -m examples.tables", f"python -m {__package__}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("table", type=Path, help="table file")
-    found.add_argument("--only", nargs="+", metavar="ROW", help="these rows only")
-    found.add_argument("--seeds", nargs="+", type=int, help="these seeds instead of the table's")
-    found.add_argument(
+    argument_parser.add_argument("table", type=Path, help="table file")
+    argument_parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows only")
+    argument_parser.add_argument("--seeds", nargs="+", type=int, help="these seeds instead of the table's")
+    argument_parser.add_argument(
         "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of fairseq-train for every row (cpu=true)"
     )
-    found.add_argument("--out", type=Path, help="folder of the runs (default: work/tables/ and the table's folder)")
-    found.add_argument(
+    argument_parser.add_argument(
+        "--out", type=Path, help="folder of the runs (default: work/tables/ and the table's folder)"
+    )
+    argument_parser.add_argument(
         "--results",
         type=Path,
         help="folder to keep results in and to render them; runs that it has are not run again (default: --out)",
     )
-    found.add_argument("--scale", type=float, metavar="MINUTES", help="shrink every row alike to this budget")
-    found.add_argument("--gpus", type=int, default=1, help="GPUs of one run, which share the table's streams")
-    found.add_argument("--devices", help="GPUs to use, such as 0,1,2,3 (default: all)")
-    found.add_argument("--jobs", type=int, default=1, help="runs side by side on a CPU (--set cpu=true)")
-    found.add_argument(
+    argument_parser.add_argument("--scale", type=float, metavar="MINUTES", help="shrink every row alike to this budget")
+    argument_parser.add_argument("--gpus", type=int, default=1, help="GPUs of one run, which share the table's streams")
+    argument_parser.add_argument("--devices", help="GPUs to use, such as 0,1,2,3 (default: all)")
+    argument_parser.add_argument("--jobs", type=int, default=1, help="runs side by side on a CPU (--set cpu=true)")
+    argument_parser.add_argument(
         "--evaluations",
         type=int,
         default=1,
         metavar="K",
         help="evaluations of a run that go side by side on its device",
     )
-    action = found.add_mutually_exclusive_group()
+    action = argument_parser.add_mutually_exclusive_group()
     action.add_argument("--print", metavar="ROW", help="print how to train a row and to test it, and run nothing")
     action.add_argument("--print-slurm", action="store_true", help="print jobs for what is missing and run nothing")
     action.add_argument("--write-recipes", action="store_true", help="write ROW.sh and ROW.yaml beside the table file")
@@ -74,8 +76,10 @@ def parser() -> argparse.ArgumentParser:
         "--speed", nargs="?", type=int, const=160, metavar="UPDATES", help="train each row alone for a few updates"
     )
     action.add_argument("--render", action="store_true", help="render what is complete and run nothing")
-    found.add_argument("--sbatch", metavar="OPTIONS", help='more options for --print-slurm, such as "--time 24:00:00"')
-    return found
+    argument_parser.add_argument(
+        "--sbatch", metavar="OPTIONS", help='more options for --print-slurm, such as "--time 24:00:00"'
+    )
+    return argument_parser
 
 
 def act(args: argparse.Namespace) -> int:
@@ -141,8 +145,8 @@ def act(args: argparse.Namespace) -> int:
 
 def table_name(path: Path) -> str:
     """The folder of a table below examples/, with dashes: ``novels-bytes``."""
-    parts = path.resolve().parent.parts
-    below = parts[parts.index("examples") + 1 :] if "examples" in parts else parts[-1:]
+    folders = path.resolve().parent.parts
+    below = folders[folders.index("examples") + 1 :] if "examples" in folders else folders[-1:]
     return "-".join(below) if path.stem == "table" and below else path.stem
 
 
@@ -156,7 +160,7 @@ def options(given: List[str]) -> Dict[str, Any]:
     Raises:
         TableError: an entry has no ``=``, no value that YAML can read, or is not the table's to give.
     """
-    found: Dict[str, Any] = {}
+    chosen: Dict[str, Any] = {}
     for entry in given:
         key, separator, value = entry.partition("=")
         key = key.lstrip("-")
@@ -165,14 +169,14 @@ def options(given: List[str]) -> Dict[str, Any]:
         if key in ("batch-size", "seed", "save-dir"):
             raise table.TableError(f"--set {key}: it follows from the table's streams, from --seeds and from --out")
         try:
-            found[key] = yaml.safe_load(value) if value else None
+            chosen[key] = yaml.safe_load(value) if value else None
         except yaml.YAMLError:
             raise table.TableError(f"--set {entry}: the value is no YAML; quote it twice, as in lr='\"...\"'") from None
-    return found
+    return chosen
 
 
 def slots(args: argparse.Namespace, on_cpu: bool) -> List[Slot]:
-    """Where runs can be run, one at a time in each.
+    """Return the slots that runs can be run in, one at a time in each.
 
     Raises:
         TableError: there are not enough GPUs for one.
@@ -180,12 +184,12 @@ def slots(args: argparse.Namespace, on_cpu: bool) -> List[Slot]:
     if on_cpu:
         return [Slot()] * max(1, args.jobs)
     devices = args.devices.split(",") if args.devices else visible()
-    found = [Slot(tuple(devices[i : i + args.gpus])) for i in range(0, len(devices) - args.gpus + 1, args.gpus)]
-    if not found:
+    free = [Slot(tuple(devices[i : i + args.gpus])) for i in range(0, len(devices) - args.gpus + 1, args.gpus)]
+    if not free:
         raise table.TableError(
             f"--gpus {args.gpus}: there are {len(devices)} GPUs to use. On a CPU, pass --set cpu=true fp16=false"
         )
-    return found
+    return free
 
 
 def visible() -> List[str]:

@@ -17,13 +17,13 @@ MODULES = {"fairseq-train": "fairseq_cli.train", "fairseq-eval-lm": "fairseq_cli
 
 def flags(options: Mapping[str, Any]) -> List[str]:
     """``{"roll": True, "lr": 0.1}`` as ``--roll --lr 0.1``; what is false or null is left out."""
-    found = []
+    words = []
     for name, value in options.items():
         if value is True:
-            found.append(f"--{name}")
+            words.append(f"--{name}")
         elif value is not None and value is not False:
-            found += [f"--{name}", str(value)]
-    return found
+            words += [f"--{name}", str(value)]
+    return words
 
 
 def training_options(table: Table, row: str, changes: Mapping[str, Any]) -> Dict[str, Any]:
@@ -96,14 +96,14 @@ def shell(command: str, arguments: Sequence[str], width: int = 118) -> str:
 
 def _options(arguments: Sequence[str]) -> List[str]:
     """Options with their values, quoted."""
-    found: List[str] = []
+    quoted: List[str] = []
     for word in arguments:
-        quoted = word if _COMPUTED.fullmatch(word) else shlex.quote(word)
-        if found and found[-1].startswith("--") and " " not in found[-1] and not word.startswith("--"):
-            found[-1] += " " + quoted
+        text = word if _COMPUTED.fullmatch(word) else shlex.quote(word)
+        if quoted and quoted[-1].startswith("--") and " " not in quoted[-1] and not word.startswith("--"):
+            quoted[-1] += " " + text
         else:
-            found.append(quoted)
-    return found
+            quoted.append(text)
+    return quoted
 
 
 def slurm(job: str, arguments: Sequence[str], gpus: int, log: Path, extra: Optional[str]) -> str:

@@ -44,8 +44,8 @@ def main(jobs: Path, at_once: int = 1) -> int:
             print(f"fairseq-eval-lm ended with {code}; its log is {job['log']}", file=sys.stderr)
             failed = True  # what runs still comes to its end
         else:
-            found = logs.evaluation(Path(job["log"]))
-            result = {"identity": job["identity"], **found, "host_memory_gib": in_gib(usage.ru_maxrss)}
+            measured = logs.evaluation(Path(job["log"]))
+            result = {"identity": job["identity"], **measured, "host_memory_gib": in_gib(usage.ru_maxrss)}
             write_json(Path(job["result"]), result)
     return int(failed)
 

@@ -56,7 +56,7 @@ class Plan:
         return RunFolder(self.out / run.row / f"seed-{run.seed}")
 
     def identity(self, run: Run) -> Dict[str, Any]:
-        """What a run's figures depend on, as JSON. The number of GPUs is no part of it."""
+        """Return all that a run's figures depend on, as JSON. The number of GPUs is no part of it."""
         options = self.options(run)
         data = data_identity(str(options.pop("--data", self.table.data)))
         number = streams(self.table, run.row)
@@ -77,44 +77,44 @@ class Plan:
         return self.evaluation_arguments(run, evaluation, Path("checkpoint_best.pt"))[1:]
 
     def result(self, run: Run) -> Optional[Result]:
-        """What there is of a run that is trained, with all evaluations or some; None if it is not trained."""
+        """Return the result of a run that is trained, with all evaluations or some; None if it is not trained."""
         folder = self.folder(run)
         training = read_json(folder.trained)
         if training is None:
             return self.kept.get(run.name)
-        held = {e.name: read_json(folder.evaluated(e.name)) for e in self.evaluations(run)}
+        evaluations = {e.name: read_json(folder.evaluated(e.name)) for e in self.evaluations(run)}
         return {
             "run": read_json(folder.identity),
             "training": training,
-            "evaluations": {name: found for name, found in held.items() if found is not None},
+            "evaluations": {name: evaluation for name, evaluation in evaluations.items() if evaluation is not None},
             "scale": self.scale or read_json(self.out / SCALE),
             "starts": folder.started(),
         }
 
     def otherwise(self, result: Result) -> List[str]:
         """In which options a result's training differs from its row as it is now."""
-        held = result["run"]
+        identity = result["run"]
         run = run_of(result)
         wanted = {"streams": streams(self.table, run.row), **self.options(run)}
         wanted.pop("--data", None)
-        return differences({"streams": held["streams"], **held["options"]}, wanted)
+        return differences({"streams": identity["streams"], **identity["options"]}, wanted)
 
     def trained(self) -> List[Run]:
         """The runs of the table's rows that are trained, whatever their seeds."""
         folders = [path.parent for path in self.out.glob("*/seed-*/trained.json")]
         names = dict.fromkeys([*self.kept, *(f"{path.parent.name}/{path.name}" for path in folders)])
-        parts = [name.rsplit("/seed-", 1) for name in names]
-        found = [Run(row, int(seed)) for row, seed in parts if row in self.table.rows and seed.isdecimal()]
-        return sorted(found, key=lambda run: run.seed)
+        pairs = [name.rsplit("/seed-", 1) for name in names]
+        runs = [Run(row, int(seed)) for row, seed in pairs if row in self.table.rows and seed.isdecimal()]
+        return sorted(runs, key=lambda run: run.seed)
 
     def missing(self, run: Run) -> List[Evaluation]:
         """The evaluations that a run still lacks."""
         result = self.result(run)
-        held = {} if result is None else result["evaluations"]
+        evaluations = {} if result is None else result["evaluations"]
         return [
             evaluation
             for evaluation in self.evaluations(run)
-            if held.get(evaluation.name, {}).get("identity") != self.evaluation_identity(run, evaluation)
+            if evaluations.get(evaluation.name, {}).get("identity") != self.evaluation_identity(run, evaluation)
         ]
 
     def complete(self, run: Run) -> bool:
@@ -293,7 +293,7 @@ def diverged(plan: Plan, run: Run) -> Optional[str]:
 
 
 def failure(command: str, code: int, log: Path, again: str) -> str:
-    """What to say of a command that failed, and of starting it *again*."""
+    """Return the message on a command that failed, and on starting it *again*."""
     shown = "\n    ".join(logs.tail(log))
     return f"{command} ended with {code}. The end of {log}:\n    {shown}\n  {again}"
 

@@ -76,11 +76,11 @@ class RunFolder:
         Raises:
             ChangedError: it holds another one; with what differs.
         """
-        held = read_json(self.identity)
+        stored = read_json(self.identity)
         saved = self.trained.exists() or any(self.checkpoints.glob("*.pt"))
-        if saved and held is not None and held != wanted:
+        if saved and stored is not None and stored != wanted:
             raise ChangedError(
-                f"{self.path} holds another run: {'; '.join(differences(held, wanted))}. "
+                f"{self.path} holds another run: {'; '.join(differences(stored, wanted))}. "
                 "Ask for the same, take another folder with --out, or move this one away"
             )
 
@@ -107,13 +107,13 @@ class RunFolder:
             file.write(("\n" if cut else "") + json.dumps({"commands": commands, **environment(devices)}) + "\n")
 
     def started(self) -> List[Dict[str, Any]]:
-        """What `note_start` noted, but for a line that it was killed in."""
+        """Return the notes of `note_start`, but for a line that it was killed in."""
         lines = self.starts.read_text(encoding="utf-8").splitlines() if self.starts.exists() else []
-        found = []
+        starts = []
         for line in lines:
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+                starts.append(json.loads(line))
+        return starts
 
 
 @contextlib.contextmanager
@@ -143,17 +143,17 @@ def _wait_for(descriptor: int, message: str) -> None:
         time.sleep(0.1)
 
 
-def differences(held: Any, wanted: Any, name: str = "") -> List[str]:
-    """Where two values read from JSON differ, in words."""
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        keys = list(dict.fromkeys([*held, *wanted]))
-        parts = [
-            differences(held.get(key), wanted.get(key), f"{name} {key}".strip())
+def differences(stored: Any, wanted: Any, name: str = "") -> List[str]:
+    """Return the differences between two values read from JSON, in words."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        keys = list(dict.fromkeys([*stored, *wanted]))
+        nested = [
+            differences(stored.get(key), wanted.get(key), f"{name} {key}".strip())
             for key in keys
-            if held.get(key) != wanted.get(key)
+            if stored.get(key) != wanted.get(key)
         ]
-        return [words for part in parts for words in part]
-    return [f"{name} is {_shown(wanted)}, there it was {_shown(held)}"]
+        return [words for inner in nested for words in inner]
+    return [f"{name} is {_shown(wanted)}, there it was {_shown(stored)}"]
 
 
 def _shown(value: Any) -> str:
@@ -161,7 +161,7 @@ def _shown(value: Any) -> str:
 
 
 def data_identity(data: str) -> Dict[str, Any]:
-    """What tells one binarized corpus from another: its dictionary, and the size of its splits.
+    """Return the identity of a binarized corpus: its dictionary, and the size of its splits.
 
     Raises:
         FileNotFoundError: there is no such corpus.
@@ -174,7 +174,7 @@ def data_identity(data: str) -> Dict[str, Any]:
 
 
 def environment(devices: Optional[str]) -> Dict[str, Any]:
-    """Where a run is run; *devices* are those of CUDA it may use, None for a CPU."""
+    """Return the place of a run: device, versions, commit; *devices* are those of CUDA it may use, None for a CPU."""
     names: List[str] = []
     if devices:
         names = (
@@ -191,17 +191,17 @@ def environment(devices: Optional[str]) -> Dict[str, Any]:
 
 
 def _git(*command: str) -> Optional[str]:
-    """What git says of this code, None where it is installed: another project's repository may be around it."""
+    """Return git's word on this code, None where it is installed: another project's repository may be around it."""
     return _output("git", "-C", str(ROOT), *command) if IN_CHECKOUT else None
 
 
 def _output(*command: str) -> Optional[str]:
-    """What a command prints, None if it fails or is not installed."""
+    """Return the output of a command, None if it fails or is not installed."""
     try:
-        found = subprocess.run(command, capture_output=True, text=True)
+        completed = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    return completed.stdout.strip() if completed.returncode == 0 else None
 
 
 def _fairseq() -> str:

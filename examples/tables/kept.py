@@ -46,9 +46,9 @@ def read(path: Path) -> Dict[str, Result]:
     Raises:
         ValueError: a line is no result.
     """
-    held: Dict[str, Result] = {}
+    stored: Dict[str, Result] = {}
     if not path.exists():
-        return held
+        return stored
     # Not splitlines(): JSON may hold other characters that end a line for it.
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
@@ -57,10 +57,10 @@ def read(path: Path) -> Dict[str, Result]:
             result = json.loads(line.decode("utf-8"))
             if not fits(result, SHAPE):
                 raise ValueError
-            _put(held, result)
+            _put(stored, result)
         except (ValueError, RecursionError):
             raise ValueError(f"line {number} of {path} is not the result of a run: mend it, or take it out") from None
-    return held
+    return stored
 
 
 def add(path: Path, results: Iterable[Result]) -> None:
@@ -71,21 +71,21 @@ def add(path: Path, results: Iterable[Result]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        held = read(path)
+        stored = read(path)
         for result in results:
-            _put(held, result)
+            _put(stored, result)
         unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(held[key]) + "\n" for key in sorted(held)), encoding="utf-8")
+        unfinished.write_text("".join(json.dumps(stored[key]) + "\n" for key in sorted(stored)), encoding="utf-8")
         os.replace(unfinished, path)
 
 
-def _put(held: Dict[str, Result], result: Result) -> None:
+def _put(stored: Dict[str, Result], result: Result) -> None:
     name = run_of(result).name
-    former = held.get(name)
+    former = stored.get(name)
     if former is not None and former["training"] == result["training"]:
         result = {**result, "evaluations": {**former["evaluations"], **result["evaluations"]}}
     if former is None or len(result["evaluations"]) >= len(former["evaluations"]):
-        held[name] = result
+        stored[name] = result
 
 
 def run_of(result: Result) -> Run:

@@ -27,10 +27,10 @@ def records(path: Path) -> Iterator[Tuple[str, Dict[str, Any]]]:
     """
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            found = _RECORD.match(line)
-            if found:
+            match = _RECORD.match(line)
+            if match:
                 try:
-                    yield found.group(1), json.loads(found.group(2))
+                    yield match.group(1), json.loads(match.group(2))
                 except ValueError:  # a line cut short by a kill
                     continue
             elif _STARTED in line:
@@ -42,7 +42,7 @@ def records(path: Path) -> Iterator[Tuple[str, Dict[str, Any]]]:
 
 
 def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
-    """What a log of training says.
+    """Read a log of training.
 
     Returns:
         ``parameters``; ``tokens_per_second``, the median over log intervals, the first after each start left out where
@@ -104,7 +104,7 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
 
 
 def evaluation(path: Path) -> Dict[str, Any]:
-    """What a log of fairseq-eval-lm says: tokens, seconds, tokens/s, base-2 loss and perplexity.
+    """Read a log of fairseq-eval-lm: tokens, seconds, tokens/s, base-2 loss and perplexity.
 
     And ``device_memory_gib``, the peak that a line beginning with `DEVICE_MEMORY` gives (None on a CPU).
 
@@ -137,10 +137,10 @@ def tail(path: Path, lines: int = 12, size: int = 20_000) -> List[str]:
 
 
 def now(path: Path) -> Optional[str]:
-    """Where a training stands, in a few words."""
+    """Return the progress of a training, in a few words."""
     for line in reversed(tail(path, lines=200)):
-        found = _RECORD.match(line)
-        if found and found.group(1) == "train_inner":
-            record = json.loads(found.group(2))
+        match = _RECORD.match(line)
+        if match and match.group(1) == "train_inner":
+            record = json.loads(match.group(2))
             return f"update {record.get('num_updates')}, loss {record.get('loss')}, {record.get('wps')} tokens/s"
     return None

@@ -33,7 +33,7 @@ def pyplot() -> Any:
 def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
     """Draw what there are results for; returns the files. Those of former results go."""
     plt = pyplot()
-    results = {name: found for name, found in render.collect(plan, runs).items() if found}
+    results = {name: of_row for name, of_row in render.collect(plan, runs).items() if of_row}
     scales = ", ".join(f"--scale {scale['asked']['minutes']:g}" for scale in render.scales(plan, results))
     files = []
     for name, draw in {"summary": _summary, "curves": _curves, "memory": _memory}.items():
@@ -65,19 +65,19 @@ def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> A
     titles = [plan.table.rows[name].title for name in results]
     size = (4 * (1 + len(costs)), 1.2 + 0.35 * len(titles))
     figure, (quality, *axes) = plt.subplots(1, 1 + len(costs), figsize=size, sharey=True, layout="constrained")
-    for place, found in enumerate(results.values()):
-        figures = render.values(plan, found, Evaluation(subset))
-        drawn = list(filter(math.isfinite, figures))
-        quality.plot(drawn, [place] * len(drawn), "o", color="C0", alpha=0.5)
+    for line, of_row in enumerate(results.values()):
+        measured = render.values(plan, of_row, Evaluation(subset))
+        drawn = list(filter(math.isfinite, measured))
+        quality.plot(drawn, [line] * len(drawn), "o", color="C0", alpha=0.5)
         if drawn:
             quality.annotate(
-                f"{mean(figures):,.4g}", (max(drawn), place), (6, -3), textcoords="offset points", fontsize=8
+                f"{mean(measured):,.4g}", (max(drawn), line), (6, -3), textcoords="offset points", fontsize=8
             )
     quality.set_xlabel(f"{subset} {MEASURES[plan.table.measure][1]}")
     quality.grid(axis="y", alpha=0.3)
     for axis, (label, unit, figures_of) in zip(axes, costs, strict=True):
-        found_at = {place: figures_of(*found) for place, found in enumerate(results.items())}
-        known = {place: unit * mean(figures) for place, figures in found_at.items() if figures}
+        by_line = {line: figures_of(*of_row) for line, of_row in enumerate(results.items())}
+        known = {line: unit * mean(measured) for line, measured in by_line.items() if measured}
         bars = axis.barh(list(known), list(known.values()), color="0.6")
         axis.bar_label(bars, fmt="{:,.4g}", padding=2, fontsize=8)
         axis.set_xlabel(label)
@@ -91,12 +91,12 @@ def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> A
 
 def _curves(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> Any:
     """Validation loss against updates, a line a run."""
-    results = {name: [r for r in found if r["training"]["curve"]] for name, found in results.items()}
+    results = {name: [r for r in of_row if r["training"]["curve"]] for name, of_row in results.items()}
     if not any(results.values()):
         return None
     figure, axis = plt.subplots(figsize=(9, max(4, 0.6 + 0.22 * len(results))), layout="constrained")
-    for number, (name, found) in enumerate(results.items()):
-        for i, result in enumerate(found):
+    for number, (name, of_row) in enumerate(results.items()):
+        for i, result in enumerate(of_row):
             updates, losses = zip(*result["training"]["curve"], strict=True)
             axis.plot(updates, losses, label=_label(plan, name) if i == 0 else None, **_style(number))
     axis.set_xlabel("updates")
@@ -113,7 +113,7 @@ def _label(plan: Plan, name: str) -> str:
 
 
 def _style(number: int) -> Dict[str, Any]:
-    """How the lines of a row are told from those of others: ten colours, then the same with other dashes."""
+    """Return the style of a row's lines: ten colours, then the same with other dashes."""
     return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4], "marker": "."}
 
 
@@ -134,11 +134,11 @@ def _memory(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> An
     size = (4 * len(panels) + 2.5, max(3.5, 0.6 + 0.22 * len(rows)))
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
     for axis, (label, keys) in zip(axes, panels, strict=True):
-        for number, (name, found) in enumerate(fullest.items()):
+        for number, (name, of_row) in enumerate(fullest.items()):
             points = []
             for evaluation in at:
-                figures = next((v for v in (render.values(plan, found, evaluation, key) for key in keys) if v), None)
-                points.append(render.finite(mean(figures) if figures else None))
+                measured = next((v for v in (render.values(plan, of_row, evaluation, key) for key in keys) if v), None)
+                points.append(render.finite(mean(measured) if measured else None))
             axis.plot(sweep.lengths, points, label=_label(plan, name), **_style(number))
         axis.set_xlabel("memory length at test time")
         axis.set_ylabel(f"{sweep.subset} {label}")

@@ -16,7 +16,7 @@ STOPPED = threading.Event()
 
 
 class Ended(NamedTuple):
-    """How a command ended."""
+    """The end of a command."""
 
     code: int
     memory_gib: float  # the peak of its resident memory on the host

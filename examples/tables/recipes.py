@@ -42,7 +42,7 @@ def write(table: Table, folder: Path, name: str) -> List[Path]:
 
 
 def written(table: Table, folder: Path, name: str) -> Dict[str, str]:
-    """What stands in ROW.sh and ROW.yaml of every row; *folder* as seen from the root of the checkout."""
+    """Return the texts of ROW.sh and ROW.yaml of every row; *folder* as seen from the root of the checkout."""
     texts = {}
     for row in table.rows:
         texts[f"{row}.sh"] = script(table, row, folder, name)
@@ -96,22 +96,22 @@ def _writer(folder: Path) -> str:
 
 
 def title(table: Table, row: str) -> str:
-    """What a recipe is, with the reported figures."""
-    found = find(table, row)
+    """Return the title of a recipe, with the reported figures."""
+    described = find(table, row)
     splits = table.evaluation.subsets
-    paper = render.reported(found, splits)
-    return f"{table.title}, {found.title}" + (f" (reported {' / '.join(splits)}: {paper})" if paper else "")
+    paper = render.reported(described, splits)
+    return f"{table.title}, {described.title}" + (f" (reported {' / '.join(splits)}: {paper})" if paper else "")
 
 
 def hydra(table: Table, row: str, folder: Path, name: str) -> str:
     """A row as a YAML for fairseq-hydra-train, with the streams on one device."""
-    found = config(table, row, name)
+    groups = config(table, row, name)
     head = [
         f"# {title(table, row)}.",
         _writer(folder),
         f"#   fairseq-hydra-train --config-dir {folder} --config-name {row} task.data=$PWD/{table.data}",
     ]
-    return "\n".join(head) + "\n\n" + yaml.safe_dump(found, sort_keys=False)
+    return "\n".join(head) + "\n\n" + yaml.safe_dump(groups, sort_keys=False)
 
 
 def config(table: Table, row: str, name: str) -> Dict[str, Any]:
@@ -119,21 +119,21 @@ def config(table: Table, row: str, name: str) -> Dict[str, Any]:
     given = {**commands.training_options(table, row, {}), "batch-size": streams(table, row), "seed": table.seeds[0]}
     given["save-dir"] = checkpoints(name, row)
     groups = _groups(given)
-    found: Dict[str, Any] = {group: {} for group in GROUPS}
+    by_group: Dict[str, Any] = {group: {} for group in GROUPS}
     for option, group in NAMED.items():
         if option in given:
-            found[group]["_name"] = given[option]
+            by_group[group]["_name"] = given[option]
     for option, value in given.items():
         if option not in NAMED and value not in (None, False):
             key = option.replace("-", "_")
             owner = _owner(groups, key)
             several = get_origin(groups[owner].__dataclass_fields__[key].type) is list
-            found[owner][key] = [value] if several and not isinstance(value, list) else value
-    found["task"]["data"] = "???"
+            by_group[owner][key] = [value] if several and not isinstance(value, list) else value
+    by_group["task"]["data"] = "???"
     here = "${oc.env:PWD}/"
-    found["common"]["user_dir"] = here + found["common"]["user_dir"]
-    found["checkpoint"]["save_dir"] = here + found["checkpoint"]["save_dir"]
-    return {group: held for group, held in found.items() if held}
+    by_group["common"]["user_dir"] = here + by_group["common"]["user_dir"]
+    by_group["checkpoint"]["save_dir"] = here + by_group["checkpoint"]["save_dir"]
+    return {group: options for group, options in by_group.items() if options}
 
 
 def _groups(given: Dict[str, Any]) -> Dict[str, Any]:
@@ -150,8 +150,8 @@ def _groups(given: Dict[str, Any]) -> Dict[str, Any]:
         "optimizer": optim.OPTIMIZER_DATACLASS_REGISTRY,
         "lr-scheduler": lr_scheduler.LR_SCHEDULER_DATACLASS_REGISTRY,
     }
-    found = {group: FairseqConfig.__dataclass_fields__[group].type for group in GROUPS if group not in NAMED.values()}
-    return {**found, **{NAMED[option]: known[given[option]] for option, known in named.items() if option in given}}
+    common = {group: FairseqConfig.__dataclass_fields__[group].type for group in GROUPS if group not in NAMED.values()}
+    return {**common, **{NAMED[option]: known[given[option]] for option, known in named.items() if option in given}}
 
 
 class _UserDir:

@@ -18,12 +18,12 @@ from .validation import without_controls
 
 def collect(plan: Plan, runs: Sequence[Run]) -> Dict[str, List[Result]]:
     """The results of the runs that are trained, by row; some may lack evaluations."""
-    found: Dict[str, List[Result]] = {name: [] for name in plan.table.rows}
+    by_row: Dict[str, List[Result]] = {name: [] for name in plan.table.rows}
     for run in runs:
         result = plan.result(run)
         if result is not None:
-            found[run.row].append(result)
-    return found
+            by_row[run.row].append(result)
+    return by_row
 
 
 def write(plan: Plan, runs: Sequence[Run]) -> str:
@@ -39,19 +39,19 @@ def write(plan: Plan, runs: Sequence[Run]) -> str:
 
 
 def scales(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
-    """How the table is shrunk and the runs were that there are results of, each way once."""
-    found = [plan.scale] if plan.scale else []
+    """Return the ways in which the table is shrunk, or was for a run with results, each once."""
+    distinct = [plan.scale] if plan.scale else []
     for result in (result for of_row in results.values() for result in of_row):
-        if result["scale"] and result["scale"] not in found:
-            found.append(result["scale"])
-    return found
+        if result["scale"] and result["scale"] not in distinct:
+            distinct.append(result["scale"])
+    return distinct
 
 
 def values(plan: Plan, results: List[Result], evaluation: Evaluation, key: Optional[str] = None) -> List[float]:
     """A figure of an evaluation in all runs of a row; without a *key*, the measure of the table."""
     key = key or MEASURES[plan.table.measure][0]
-    held = [r["evaluations"].get(evaluation.name) for r in results]
-    return [e[key] for e in held if e is not None and e.get(key) is not None]
+    evaluations = [r["evaluations"].get(evaluation.name) for r in results]
+    return [e[key] for e in evaluations if e is not None and e.get(key) is not None]
 
 
 def trained(results: List[Result], key: str) -> List[float]:
@@ -69,8 +69,8 @@ def memory(plan: Plan, name: str, results: List[Result]) -> List[float]:
     """Peak memory of training in GiB, measured where `rates` are: of the device, on a CPU of the process."""
     alone = speed.read(plan)
     keys = ("device_memory_gib", "host_memory_gib")
-    found = [_alone(alone, name, key) if alone else trained(results, key) for key in keys]
-    return found[0] or found[1]
+    peaks = [_alone(alone, name, key) if alone else trained(results, key) for key in keys]
+    return peaks[0] or peaks[1]
 
 
 def _alone(alone: Dict[str, Any], name: str, key: str) -> List[float]:
@@ -93,12 +93,15 @@ def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, An
     return lines
 
 
-def _spread(name: str, found: List[float]) -> Dict[str, Any]:
-    return {name: mean(found) if found else None, f"{name} spread": _deviation(found) if len(found) > 1 else None}
+def _spread(name: str, numbers: List[float]) -> Dict[str, Any]:
+    return {
+        name: mean(numbers) if numbers else None,
+        f"{name} spread": _deviation(numbers) if len(numbers) > 1 else None,
+    }
 
 
-def _deviation(found: List[float]) -> float:
-    return stdev(found) if all(map(math.isfinite, found)) else math.nan
+def _deviation(numbers: List[float]) -> float:
+    return stdev(numbers) if all(map(math.isfinite, numbers)) else math.nan
 
 
 def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
@@ -107,8 +110,8 @@ def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[
     for name, runs in results.items():
         for result in runs:
             for evaluation in plan.evaluations(run_of(result)):
-                held = result["evaluations"].get(evaluation.name)
-                if held is None:
+                stored = result["evaluations"].get(evaluation.name)
+                if stored is None:
                     continue
                 line = {
                     "row": name,
@@ -117,8 +120,8 @@ def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[
                     "mem_len": evaluation.mem_len,
                     "tokens_per_sample": evaluation.tokens_per_sample,
                 }
-                found = {key: value for key, value in held.items() if key != "identity" and key not in line}
-                lines.append({**line, **found})
+                measured = {key: value for key, value in stored.items() if key != "identity" and key not in line}
+                lines.append({**line, **measured})
     return lines
 
 
@@ -178,33 +181,33 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         ]
         for name, row in table.rows.items()
     ]
-    parts = [
+    sections = [
         f"# {escaped(table.title)}",
         f"{MEASURES[table.measure][1].capitalize()}; mean and standard deviation over the seeds.",
     ]
-    parts += map(scale.note, scales(plan, results))
-    parts.append(_grid([head, *lines]))
+    sections += map(scale.note, scales(plan, results))
+    sections.append(_grid([head, *lines]))
     alone = speed.read(plan)
     if alone:
-        parts.append(
+        sections.append(
             f"Tokens/s and memory: each row alone for a few updates, on {escaped(speed.devices(alone))} (`speed.json`)."
         )
-    parts += _sweeps(plan, results, digits)
+    sections += _sweeps(plan, results, digits)
     sources = {row.paper.source: None for row in table.rows.values() if row.paper.source}
     if sources:
-        parts.append("Reported: " + "; ".join(map(escaped, sources)) + ".")
+        sections.append("Reported: " + "; ".join(map(escaped, sources)) + ".")
     lacking = [run.name for run in runs if not plan.complete(run)]
     if lacking:
-        parts.append(f"Not complete: {', '.join(lacking)}.")
-    for result in (result for found in results.values() for result in found):
+        sections.append(f"Not complete: {', '.join(lacking)}.")
+    for result in (result for of_row in results.values() for result in of_row):
         run, other = run_of(result), plan.otherwise(result)
         if other:
-            parts.append(f"{run.name} was run with other options than here: {escaped('; '.join(other))}.")
+            sections.append(f"{run.name} was run with other options than here: {escaped('; '.join(other))}.")
         stale = [e.name for e in plan.missing(run) if e.name in result["evaluations"]]
         if stale:
-            parts.append(f"{run.name} was evaluated with other options than here: {', '.join(stale)}.")
-    parts += _where(results)
-    return "\n\n".join(parts) + "\n"
+            sections.append(f"{run.name} was evaluated with other options than here: {', '.join(stale)}.")
+    sections += _where(results)
+    return "\n\n".join(sections) + "\n"
 
 
 def _sweeps(plan: Plan, results: Dict[str, List[Result]], digits: int) -> Iterable[str]:
@@ -219,10 +222,10 @@ def _sweeps(plan: Plan, results: Dict[str, List[Result]], digits: int) -> Iterab
         at = [Evaluation(sweep.subset, **{option: length}) for length in sweep.lengths]
         lines, notes = [], ""
         for name, row in rows.items():
-            found = fullest(results[name], at)
-            lines.append([escaped(row.title), *(shown(values(plan, found, e), digits) for e in at)])
-            if len(found) < len(results[name]):
-                notes += f"\n\n{escaped(row.title)}: {_seeds(found)} only, as others lack lengths."
+            complete = fullest(results[name], at)
+            lines.append([escaped(row.title), *(shown(values(plan, complete, e), digits) for e in at)])
+            if len(complete) < len(results[name]):
+                notes += f"\n\n{escaped(row.title)}: {_seeds(complete)} only, as others lack lengths."
         grid = _grid([[f"{sweep.subset}, {what.lower()}", *map(str, sweep.lengths)], *lines])
         yield f"## {what} at test time\n\n{grid}{notes}"
 
@@ -237,12 +240,12 @@ def fullest(results: List[Result], evaluations: Sequence[Evaluation]) -> List[Re
     return [result for result, count in zip(results, counts, strict=True) if count == max(counts)]
 
 
-def shown(found: List[float], digits: int) -> str:
+def shown(numbers: List[float], digits: int) -> str:
     """A mean with its spread, as a cell."""
-    if not found:
+    if not numbers:
         return ""
-    middle = f"{mean(found):,.{digits}f}"
-    return f"{middle} ± {_deviation(found):,.{digits}f}" if len(found) > 1 else middle
+    middle = f"{mean(numbers):,.{digits}f}"
+    return f"{middle} ± {_deviation(numbers):,.{digits}f}" if len(numbers) > 1 else middle
 
 
 def reported(row: Row, splits: Sequence[str]) -> str:
@@ -258,10 +261,10 @@ def _where(results: Dict[str, List[Result]]) -> Iterable[str]:
         ("versions", lambda s: ", ".join(f"{k} {v}" for k, v in s["versions"].items())),
         ("commit", lambda s: f"{(s['commit'] or 'unknown')[:10]}{' with changes' if s['changed_files'] else ''}"),
     ):
-        found = sorted({of(start) for start in starts})
-        if found:
-            several = " (several: compare tokens/s and memory within one only)" if len(found) > 1 else ""
-            yield f"{what.capitalize()}: {escaped('; '.join(found))}{several}."
+        named = sorted({of(start) for start in starts})
+        if named:
+            several = " (several: compare tokens/s and memory within one only)" if len(named) > 1 else ""
+            yield f"{what.capitalize()}: {escaped('; '.join(named))}{several}."
 
 
 def _grid(lines: List[List[str]]) -> str:

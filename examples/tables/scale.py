@@ -35,10 +35,10 @@ def decided(plan: Plan) -> Optional[Dict[str, Any]]:
         ValueError: the file that says so is damaged.
     """
     path = plan.out / SCALE
-    held = read_json(path)
-    if not fits(held, SHAPE["scale"]):
+    decision = read_json(path)
+    if not fits(decision, SHAPE["scale"]):
         raise ValueError(f"{path} does not say how the table was shrunk: put back what it was, or remove {plan.out}")
-    return held  # type: ignore[no-any-return]
+    return decision  # type: ignore[no-any-return]
 
 
 def check(plan: Plan, runs: Sequence[Run], minutes: Optional[float]) -> None:
@@ -47,24 +47,24 @@ def check(plan: Plan, runs: Sequence[Run], minutes: Optional[float]) -> None:
     Raises:
         ChangedError: it was.
     """
-    held = decided(plan)
-    begun = held is not None or any(plan.out.glob("*/seed-*/checkpoints/*.pt"))
-    if begun and _minutes(held) != minutes:
+    decision = decided(plan)
+    begun = decision is not None or any(plan.out.glob("*/seed-*/checkpoints/*.pt"))
+    if begun and _minutes(decision) != minutes:
         raise ChangedError(
-            f"{plan.out} was begun {_asked(_minutes(held))}, and this is {_asked(minutes)}: "
+            f"{plan.out} was begun {_asked(_minutes(decision))}, and this is {_asked(minutes)}: "
             "ask for the same, or take another folder with --out"
         )
     for run in runs:
-        kept = plan.kept.get(run.name)
-        if kept is not None and _minutes(kept["scale"]) != minutes:
+        result = plan.kept.get(run.name)
+        if result is not None and _minutes(result["scale"]) != minutes:
             raise ChangedError(
-                f"{plan.results} keeps results of {run.name} {_asked(_minutes(kept['scale']))}, and this is "
+                f"{plan.results} keeps results of {run.name} {_asked(_minutes(result['scale']))}, and this is "
                 f"{_asked(minutes)}: ask for the same, or keep these in another folder with --results"
             )
 
 
-def _minutes(held: Optional[Dict[str, Any]]) -> Optional[float]:
-    return None if held is None else held["asked"]["minutes"]
+def _minutes(decision: Optional[Dict[str, Any]]) -> Optional[float]:
+    return None if decision is None else decision["asked"]["minutes"]
 
 
 def _asked(minutes: Optional[float]) -> str:
@@ -90,26 +90,27 @@ def _shrink(
     plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float, path: Path, keep_open: Sequence[int] = ()
 ) -> Plan:
     asked = {"minutes": minutes, "runs": [run.name for run in runs], "options": plan.changes}
-    kept = (result["scale"] for result in plan.kept.values() if result["scale"])
-    held = decided(plan) or next((scale for scale in kept if scale["asked"] == asked), None)
-    if held is None:
+    scales = (result["scale"] for result in plan.kept.values() if result["scale"])
+    decision = decided(plan) or next((scale for scale in scales if scale["asked"] == asked), None)
+    if decision is None:
         if not slots:
             raise ChangedError(f"{plan.out} holds nothing to render")
-        held = {"asked": asked, **decide(plan, runs, slots, minutes, keep_open)}
-    elif held["asked"] != asked:
+        decision = {"asked": asked, **decide(plan, runs, slots, minutes, keep_open)}
+    elif decision["asked"] != asked:
         raise ChangedError(
-            f"{plan.out} was begun with --scale {held['asked']['minutes']} for {', '.join(held['asked']['runs'])} and "
-            f"--set {held['asked']['options']}: ask for the same, or take another folder with --out"
+            f"{plan.out} was begun with --scale {decision['asked']['minutes']} for "
+            f"{', '.join(decision['asked']['runs'])} and --set {decision['asked']['options']}: ask for the same, or "
+            "take another folder with --out"
         )
     if slots and not path.exists():
-        write_json(path, held)
-    return replace(plan, changes={**plan.changes, **held["changes"]}, shards=held["shards"], scale=held)
+        write_json(path, decision)
+    return replace(plan, changes={**plan.changes, **decision["changes"]}, shards=decision["shards"], scale=decision)
 
 
 def decide(
     plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float, keep_open: Sequence[int] = ()
 ) -> Dict[str, Any]:
-    """What all rows get of a budget, as JSON."""
+    """Divide a budget among all rows: the decision as JSON."""
     table = plan.table
     for name, row in table.rows.items():
         own = [option for option in SHRUNK if option in row.options]
@@ -123,7 +124,7 @@ def decide(
     an_update = {row: rate["tokens_an_update"] / rate["tokens_per_second"] for row, rate in rates.items()}
     updates = round(TRAINING * seconds / sum(an_update[run.row] for run in runs))
     updates = max(1, min(updates, full["max-update"]))
-    part = updates / full["max-update"]
+    share = updates / full["max-update"]
     changes: Dict[str, Any] = {
         "max-update": updates,
         "validate-interval-updates": math.ceil(updates / VALIDATIONS),
@@ -132,7 +133,7 @@ def decide(
         "save-interval": NEVER,
         "max-valid-steps": max(8, updates // 25),
         "log-interval": max(1, updates // 50),
-        **{name: max(1, round(full[name] * part)) for name in SCHEDULES if full.get(name)},
+        **{name: max(1, round(full[name] * share)) for name in SCHEDULES if full.get(name)},
     }
     # Reading without a backward pass takes no longer than training, whatever the batch.
     a_token = sum(len(plan.evaluations(run)) / rates[run.row]["tokens_per_second"] for run in runs)
@@ -149,8 +150,8 @@ def measure(plan: Plan, runs: Sequence[Run], slot: Slot, keep_open: Sequence[int
     """Tokens/s of every row over a few updates, and its tokens an update."""
     rates = {}
     for name in tqdm(list(dict.fromkeys(run.row for run in runs)), desc="measuring the rate", unit="row"):
-        found = speed.measure(plan, name, slot, PROBE_UPDATES, 1, plan.out / "rates" / name, keep_open)
-        rates[name] = {key: found[key] for key in ("tokens_per_second", "tokens_an_update")}
+        rate = speed.measure(plan, name, slot, PROBE_UPDATES, 1, plan.out / "rates" / name, keep_open)
+        rates[name] = {key: rate[key] for key in ("tokens_per_second", "tokens_an_update")}
     return rates
 
 
@@ -173,7 +174,7 @@ def _shards(plan: Plan, runs: Sequence[Run], tokens: float) -> int:
 
 
 def note(scale: Dict[str, Any]) -> str:
-    """What has to stand beside the figures of a shrunk table."""
+    """Return the note that belongs beside the figures of a shrunk table."""
     asked, changes, shards = scale["asked"], scale["changes"], scale["shards"]
     read = f"Evaluations read the first of {shards} equal parts of a split. " if shards > 1 else ""
     return (

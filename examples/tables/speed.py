@@ -60,11 +60,16 @@ def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates:
     writing = threading.Lock()
 
     def work(row: str, slot: Slot) -> Optional[str]:
-        place = plan.out / "speed" / row
+        path = plan.out / "speed" / row
         try:
-            with locked(place / "lock", "another process measures this row") as lock:
-                found = measure(plan, row, slot, updates, max(1, updates // 16), place, [lock])
-            rate = {**{key: found[key] for key in FIGURES}, "updates": updates, "changes": plan.changes, **where(slot)}
+            with locked(path / "lock", "another process measures this row") as lock:
+                measured = measure(plan, row, slot, updates, max(1, updates // 16), path, [lock])
+            rate = {
+                **{key: measured[key] for key in FIGURES},
+                "updates": updates,
+                "changes": plan.changes,
+                **where(slot),
+            }
             with writing:
                 write_json(plan.speed, {**(read_json(plan.speed) or {}), row: rate})
         except (RunError, BusyError, OSError) as error:
@@ -79,8 +84,8 @@ def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates:
 
 def where(slot: Slot) -> Dict[str, Any]:
     """The device and the versions that a rate belongs to."""
-    found = environment(slot.shown)
-    return {key: found[key] for key in ("device", "versions", "commit", "changed_files")}
+    noted = environment(slot.shown)
+    return {key: noted[key] for key in ("device", "versions", "commit", "changed_files")}
 
 
 def read(plan: Plan) -> Dict[str, Any]:
@@ -89,12 +94,12 @@ def read(plan: Plan) -> Dict[str, Any]:
     Raises:
         ValueError: the file holds something else.
     """
-    found: Dict[str, Any] = read_json(plan.speed) or {}
-    if not values(RATE)(found):
+    rates: Dict[str, Any] = read_json(plan.speed) or {}
+    if not values(RATE)(rates):
         raise ValueError(f"{plan.speed} does not hold rates of rows: remove it, and measure them with --speed")
-    return {row: found[row] for row in plan.table.rows if row in found}
+    return {row: rates[row] for row in plan.table.rows if row in rates}
 
 
-def devices(found: Dict[str, Any]) -> str:
-    """Where it was measured, in words."""
-    return "; ".join(sorted({f"{rate['device']}, torch {rate['versions']['torch']}" for rate in found.values()}))
+def devices(rates: Dict[str, Any]) -> str:
+    """Return the devices of measured rates, in words."""
+    return "; ".join(sorted({f"{rate['device']}, torch {rate['versions']['torch']}" for rate in rates.values()}))

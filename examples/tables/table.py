@@ -46,7 +46,7 @@ class Row:
 
 @dataclass
 class Evaluations:
-    """What fairseq-eval-lm is asked of every trained model."""
+    """The evaluations by fairseq-eval-lm of every trained model."""
 
     options: Dict[str, Any] = field(default_factory=dict)
     subsets: List[str] = field(default_factory=lambda: ["valid", "test"])
@@ -88,12 +88,12 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        parts = [self.subset]
+        words = [self.subset]
         if self.mem_len is not None:
-            parts.append(f"memory-{self.mem_len}")
+            words.append(f"memory-{self.mem_len}")
         if self.tokens_per_sample is not None:
-            parts.append(f"segment-{self.tokens_per_sample}")
-        return "-".join(parts)
+            words.append(f"segment-{self.tokens_per_sample}")
+        return "-".join(words)
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,8 @@ def streams(table: Table, row: str) -> int:
 def evaluations(table: Table, row: Row) -> List[Evaluation]:
     """The evaluations of a row's models: the splits, then the lengths at test time."""
     wanted = table.evaluation
-    found = [Evaluation(subset) for subset in wanted.subsets]
+    result = [Evaluation(subset) for subset in wanted.subsets]
     if row.sweeps:
-        found += [Evaluation(wanted.memory.subset, mem_len=length) for length in wanted.memory.lengths]
-        found += [Evaluation(wanted.segments.subset, tokens_per_sample=n) for n in wanted.segments.lengths]
-    return found
+        result += [Evaluation(wanted.memory.subset, mem_len=length) for length in wanted.memory.lengths]
+        result += [Evaluation(wanted.segments.subset, tokens_per_sample=n) for n in wanted.segments.lengths]
+    return result
