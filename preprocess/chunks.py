@@ -36,14 +36,14 @@ class Chunk(NamedTuple):
 
 def cut(text: Span, boundary: Boundary, size: int = CHUNK) -> list[Span]:
     """Consecutive parts of *size* bytes and a little more, up to the next place where the text may be cut."""
-    parts = []
+    spans = []
     with open(text.path, "rb") as file:
         start = text.start
         while start < text.stop:
             stop = _next_boundary(file, min(start + size, text.stop), text.stop, boundary)
-            parts.append(Span(text.path, start, stop))
+            spans.append(Span(text.path, start, stop))
             start = stop
-    return parts
+    return spans
 
 
 def _next_boundary(file: IO[bytes], position: int, end: int, boundary: Boundary) -> int:
@@ -65,8 +65,8 @@ def _next_boundary(file: IO[bytes], position: int, end: int, boundary: Boundary)
         if match and not (match.end() == len(seen) and seen.endswith(b"\r") and begin + len(seen) < end):
             return begin + match.end()
         line = seen.rstrip(b" \t\f\v\r")
-        kept = len(line) - line.endswith(b"\n")
-        begin, seen = begin + kept, seen[kept:]
+        length = len(line) - line.endswith(b"\n")
+        begin, seen = begin + length, seen[length:]
     if limit == end:
         return end
     return position if boundary.beyond is None else _next_boundary(file, limit, end, Boundary(boundary.beyond))
@@ -154,7 +154,7 @@ def load(path: Path) -> Encoded:
 
 
 def load_counts(path: Path) -> dict[str, int]:
-    """How often each symbol of a chunk occurs."""
+    """Return the number of occurrences of each symbol of a chunk."""
     with np.load(path) as stored:
         counts = zip(_symbols(stored), stored["counts"].tolist(), strict=True)
         return {symbol: count for symbol, count in counts if count}

@@ -1,4 +1,4 @@
-"""What is known about each data set. Where the figures come from is in README.md."""
+"""The data sets: sources, checksums, splits. README.md says where the figures come from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class WrongText(ValueError):
 
 
 class Divide(Protocol):
-    """How files become splits."""
+    """A division of files into splits."""
 
     def __call__(self, files: Sequence[Path], tokenizer: Tokenizer) -> dict[str, Span]: ...
 

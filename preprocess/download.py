@@ -68,8 +68,8 @@ def download(
             if _length(part) == 0:
                 part.unlink(missing_ok=True)
             answers.append(f"{address}: {error}")
-    kept = _length(part)
-    again = f"{kept:,} bytes are kept and the same command goes on from there" if kept else "run it again later"
+    length = _length(part)
+    again = f"{length:,} bytes are kept and the same command goes on from there" if length else "run it again later"
     raise DownloadError(
         f"could not download {path.name}:\n  " + "\n  ".join(answers) + f"\n{again}, or fetch the file yourself and "
         "name it with --source"
@@ -98,12 +98,12 @@ def _fetch(address: str, part: Path, sha256: str, size: int | None, wait: float,
                 raise
             whole, trouble = False, error
         if whole:
-            found = Identity.of(part).sha256
-            if found == sha256:
+            digest = Identity.of(part).sha256
+            if digest == sha256:
                 return
             part.unlink()
             if not mixed or again:
-                raise _WrongFile(f"the file there is another: its sha256 is {found}, not {sha256}")
+                raise _WrongFile(f"the file there is another: its sha256 is {digest}, not {sha256}")
             mixed, again = False, True  # once more, from the start
             continue
         failures = 1 if _length(part) > before else failures + 1

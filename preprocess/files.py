@@ -41,7 +41,7 @@ def blocks(file: IO[bytes]) -> Iterator[bytes]:
 
 
 class Identity(NamedTuple):
-    """What tells one file from another."""
+    """The properties that tell one file from another."""
 
     name: str
     size: int
@@ -56,7 +56,7 @@ class Identity(NamedTuple):
             return cls(name or path.name, file.tell(), digest.hexdigest())
 
     def is_at(self, path: Path) -> bool:
-        """Whether *path* is this file; the size, which costs nothing, is looked at first."""
+        """Tell whether *path* is this file; the size, which costs nothing, is looked at first."""
         return path.is_file() and path.stat().st_size == self.size and self.of(path).sha256 == self.sha256
 
 

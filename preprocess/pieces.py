@@ -20,7 +20,7 @@ _SHORT_ENOUGH = re.compile(rf"{_SHORT}(?:\s|$)|{_SHORT}")
 
 @dataclass(frozen=True)
 class PieceTraining:
-    """How a model is trained.
+    """The training of a model.
 
     Args:
         vocab_size: pieces.
@@ -64,12 +64,12 @@ class PieceTraining:
     def _sample(self, text: Span, tokenizer: LineTokenizer) -> Iterator[str]:
         every = max(1, -(-text.size // self.sample_bytes))
         words, _ = tokenizer.encoders
-        parts = cut(text, tokenizer.boundary, _PART)[::every]
-        for part in tqdm(parts, desc=f"training {self.vocab_size} pieces on", unit="part", mininterval=1):
+        spans = cut(text, tokenizer.boundary, _PART)[::every]
+        for span in tqdm(spans, desc=f"training {self.vocab_size} pieces on", unit="part", mininterval=1):
             try:
-                lines = tokenizer.lines(part.read())
+                lines = tokenizer.lines(span.read())
             except EncodingError as error:
-                raise error.within(part) from error
+                raise error.within(span) from error
             for line in lines:
                 if line.strip():
                     yield from _sentences(words(line))

@@ -130,10 +130,10 @@ def _checked(file: Path, text: Source, dataset: Dataset) -> Path:
     """The text's file, if it is the one that is known by this name."""
     expected = dataset.contents.get(text.name)
     if expected is not None:
-        found = Identity.of(file)
-        if (found.size, found.sha256) != (expected.size, expected.sha256):
+        real = Identity.of(file)
+        if (real.size, real.sha256) != (expected.size, expected.sha256):
             raise WrongText(
-                f"{text.path} does not hold the original {text.name}: {found.size:,} bytes with sha256 {found.sha256}, "
+                f"{text.path} does not hold the original {text.name}: {real.size:,} bytes with sha256 {real.sha256}, "
                 f"instead of {expected.size:,} bytes with sha256 {expected.sha256}"
             )
     return file
@@ -164,11 +164,11 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
         for split, span in splits.items()
     }
     encode([chunk for split in chunks.values() for chunk in split], tokenizer, workers)
-    encoded = {split: [chunk.encoded for chunk in parts] for split, parts in chunks.items()}
+    encoded = {split: [chunk.encoded for chunk in of_split] for split, of_split in chunks.items()}
 
     occurring = {split: binarize.count_symbols(paths) for split, paths in encoded.items()}
-    for split, found in occurring.items():
-        if not found:  # blank lines only
+    for split, symbols in occurring.items():
+        if not symbols:  # blank lines only
             raise _no_text(split, splits[split])
     counts, everywhere = occurring["train"], set().union(*occurring.values())
     if isinstance(tokenizer, LineTokenizer) and tokenizer.bpe == "none" and (hint := hints.without_spaces(counts)):

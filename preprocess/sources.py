@@ -109,14 +109,14 @@ def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
 
 
 def _in_folder(folder: Path, names: Sequence[str]) -> list[Source]:
-    found = {name: _one_a_folder(folder, name) for name in names}
-    all_in_itself = all(sources and sources[0].path.parent == folder for sources in found.values())
-    for name, sources in found.items():
+    by_name = {name: _one_a_folder(folder, name) for name in names}
+    all_in_itself = all(sources and sources[0].path.parent == folder for sources in by_name.values())
+    for name, sources in by_name.items():
         if not sources:
             raise FileNotFoundError(f"--source {folder}: {name} is not there, nor one level deeper")
         if len(sources) > 1 and not all_in_itself:
             raise _several(folder, name, [str(source.path) for source in sources], "name one folder, or the files")
-    return [sources[0] for sources in found.values()]
+    return [sources[0] for sources in by_name.values()]
 
 
 def _one_a_folder(folder: Path, name: str) -> list[Source]:
@@ -200,12 +200,12 @@ def _in_tar(path: Path, name: str) -> Iterator[IO[bytes]]:
 
 def _member(path: Path, members: Sequence[str], name: str) -> str:
     members = [member for member in dict.fromkeys(members) if not _added_by_macos(PurePosixPath(member))]
-    found = [member for member in members if PurePosixPath(member).name == name]
-    if not found:
+    matches = [member for member in members if PurePosixPath(member).name == name]
+    if not matches:
         raise ValueError(f"{path} does not hold {name}; it holds {_first(members) or 'nothing'}")
-    if len(found) > 1:
-        raise _several(path, name, found, "unpack it, and name one folder, or the files")
-    return found[0]
+    if len(matches) > 1:
+        raise _several(path, name, matches, "unpack it, and name one folder, or the files")
+    return matches[0]
 
 
 _ARCHIVES: dict[str, Opener] = {".zip": _in_zip, ".tar": _in_tar, ".tgz": _in_tar}

@@ -65,7 +65,7 @@ class Tokenizer(ABC):
         """
 
     def files(self) -> dict[str, Path]:
-        """What belongs beside the binarized data, by name."""
+        """Return the files that belong beside the binarized data, by name."""
         return {}
 
 
@@ -105,8 +105,8 @@ def decoded(text: bytes) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        found = text[error.start : error.end]
-        raise EncodingError(f"the bytes {found!r}, which are not UTF-8", error.start) from error
+        undecodable = text[error.start : error.end]
+        raise EncodingError(f"the bytes {undecodable!r}, which are not UTF-8", error.start) from error
 
 
 @dataclass(frozen=True)

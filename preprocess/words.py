@@ -9,7 +9,7 @@ Encoder = Callable[[str], str]
 
 
 class Options(Protocol):
-    """What an encoder may depend on."""
+    """The options that an encoder may depend on."""
 
     @property
     def pattern(self) -> str:
@@ -40,7 +40,7 @@ def _words(options: Options) -> Encoder:
 
 
 def _moses(options: Options) -> Encoder:
-    """What fairseq's ``--tokenizer moses`` does: hyphens between words are split, special characters escaped."""
+    """Tokenize as fairseq's ``--tokenizer moses`` does: hyphens between words are split, special characters escaped."""
     from sacremoses import MosesTokenizer
 
     class QuickMosesTokenizer(MosesTokenizer):
@@ -68,7 +68,7 @@ def moses_languages() -> list[str]:
 
 
 def _sentencepiece(options: Options) -> Encoder:
-    """What fairseq's ``--bpe sentencepiece`` does."""
+    """Encode as fairseq's ``--bpe sentencepiece`` does."""
     from sentencepiece import SentencePieceProcessor
 
     try:
