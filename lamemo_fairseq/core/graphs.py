@@ -53,9 +53,9 @@ class _Recorded:
 class SegmentGraphs:
     """Reads a decoder's segments, from a graph where it can.
 
-    A graph is recorded when two segments in a row have the same shapes, which is so once the memory is full: one for
-    training, one for evaluation. Anything else runs as it is: ragged segments, autocast, modules with hooks, which a
-    graph would not call. Only a recording's last forward pass can be followed by a backward pass.
+    A graph is recorded when two consecutive segments have the same shapes, once for training and once for evaluation.
+    Shapes stay the same once the memory is full. Anything else runs as it is: ragged segments, autocast, modules with
+    hooks, which a graph would not call. Only a recording's last forward pass can be followed by a backward pass.
     """
 
     def __init__(self) -> None:
@@ -101,8 +101,8 @@ class SegmentGraphs:
     def begin(self, module: nn.Module, tokens: Tensor, state: MemoryState, seed: int) -> None:
         """Run the forward pass of a recorded segment before it is asked for, with the random numbers of *seed*.
 
-        The next call takes it over if it is for these very tensors, the device's generator begins at *seed*, and no
-        parameter has changed, nor a module been replaced; otherwise it was in vain. The generator is left as it was.
+        The next call uses the result if it is for these very tensors and the device's generator begins at *seed*. It
+        discards the result if a parameter has changed, or a module was replaced. The generator is left as it was.
         """
         recording = self._recorded[True].recording
         if not isinstance(recording, _TrainingRecording) or not module.training:
@@ -311,8 +311,8 @@ def run_on_aliases(
 ) -> Tuple[List[Tensor], Passage]:
     """Return ``read(tokens, state)`` on other leaves over the parameters' memory, and these leaves.
 
-    A parameter is tied to the stream of any graph of operations that is still alive, such as that of the last loss,
-    and a recording must not touch another stream.
+    Graphs of operations that are still alive, such as that of the last loss, tie a parameter to their stream. A
+    recording must not touch another stream.
     """
     names = {id(p): name for name, p in module.named_parameters()}
     leaves = [p.detach().requires_grad_() for p in parameters]

@@ -1,8 +1,9 @@
 """The cache of token-by-token decoding: keys and values of the memory slots and of the segment's tokens so far.
 
 Every sequence has its own position in its segment, so that prompts of any lengths share a batch. Column c of a buffer
-belongs to a slot if c < M and to the segment's token c - M otherwise; slots stand next to the tokens, at the right end
-of the first M columns. Buffers are written in place and never grow, so that a step can be replayed as a graph.
+belongs to a slot if c < M, and otherwise to the segment's token c - M. Slots fill the first M columns from the right,
+so that they stand next to the tokens. Buffers are written in place and never grow, so that a step can be replayed as a
+graph.
 
 Shapes: B sequences, b of them, N tokens of a segment, m <= M memory slots, C = M + N columns, H heads,
 D size of a head, d model width, k new tokens.

@@ -25,9 +25,8 @@ LayerStep = Callable[[DecoderLayer, Tensor, LayerCache, Columns, LayerBias], Ten
 class DecodingState:
     """The texts that a batch has read with one model.
 
-    Reading is exact: every token's features are those of the pass over whole segments. As the rest of a segment is
-    not known yet, the last one is taken to go on to its full length N, which matters for the look-ahead
-    and for absolute positions.
+    Reading is exact: every token's features are those of the pass over whole segments. The rest of the last segment
+    is not known yet: it counts as having the full length N, which the look-ahead and absolute positions depend on.
 
     Args:
         decoder: a model in evaluation mode.

@@ -1,6 +1,6 @@
-"""Triton kernels that those over rows share: dropout's mask, and sums over programs.
+"""Triton functions that the kernels over rows share: the mask of dropout, and sums over programs.
 
-Gradients of parameters are sums over rows. Each of a fixed number of programs keeps one of its own, and a second kernel
+Gradients of parameters are sums over rows. Each of a fixed number of programs stores a sum of its own. A second kernel
 adds these in order, so that runs agree to the last bit.
 
 Shapes: P programs, d columns.

@@ -1,7 +1,7 @@
 """Projections as heads, and heads whose size breaks alignment.
 
-Heads of such a size, 41 for one, may be followed by zeros, D' numbers in all: weights padded with zeros make them so,
-and the scale of the scores stays that of D.
+Heads of such a size, 41 for one, are padded with zeros to D' numbers, by padding the weights that make them. The scale
+of the scores stays that of D.
 
 Shapes: B streams, R rows, Q queries, H heads, D size of a head, n projections.
 """

@@ -1,7 +1,7 @@
 """Word embeddings in, word scores out: full and adaptive, tied or not.
 
-Frequent words come first in a dictionary. Cutoffs split it into bands; with a factor f, band i has embeddings f^i times
-narrower than the first (Grave et al. 2017, Baevski and Auli 2019).
+Frequent words come first in a dictionary. Cutoffs split it into bands (Grave et al. 2017). With a factor f, band i has
+embeddings f^i times narrower than the first (Baevski and Auli 2019).
 
 Shapes: B streams, N tokens of a segment, T = B N, V words, F classes of the first softmax, t tokens of a band,
 d model width.

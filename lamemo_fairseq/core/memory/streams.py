@@ -1,8 +1,8 @@
 """The memories of streams, by position.
 
-A trainer runs forwards in any order: validation between two updates, a batch fed twice after an
-overflow, a dummy batch on a rank that has none. So nothing here depends on the order of calls: each batch
-names its streams and where it stands in them, and gets exactly the memory of that place.
+A trainer runs forwards in any order. It validates between two updates, feeds a batch twice after an overflow, and a
+dummy batch on a rank that has none. So nothing here depends on the order of calls. Each batch names its streams and its
+position in them, and gets exactly the memory of that position.
 """
 
 from typing import Dict, List, Mapping, Optional, Tuple, Type

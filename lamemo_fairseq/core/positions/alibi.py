@@ -42,8 +42,8 @@ class AlibiPositions(PositionEncoding):
 def slopes(heads: int, dtype: torch.dtype, device: Optional[torch.device] = None) -> Tensor:
     """Return the slope of each head, ``2^(-8 h / H)`` for h from 1 to H where H is a power of two: ``[H]``.
 
-    For another H, as in the paper's code: the slopes for the next smaller power P, and then every other one of those
-    for 2 P, from the first on.
+    For another H, as in the paper's code, the slopes for the next smaller power P come first. Every other slope for 2 P
+    follows, from the first on.
     """
     power = 1 << (heads.bit_length() - 1)
     own = torch.arange(1, power + 1, device=device, dtype=dtype) * (-8 / power)

@@ -88,8 +88,8 @@ class PositionEncoding(nn.Module):
 def sinusoid(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Return ``[sin | cos]`` of positions ``[U]`` at ``dim/2`` wavelengths: ``[U, dim]`` (Vaswani et al. 2017).
 
-    Computed in float32, or float64 for a float64 model, and only then rounded to *dtype*: half precision
-    has too few values to tell 800 positions apart.
+    Sinusoids are computed in float32, or float64 for a float64 model, and then rounded to *dtype*. Half precision has
+    too few values to tell 800 positions apart.
     """
     exact = torch.promote_types(dtype, torch.float32)
     angles = positions.to(exact).unsqueeze(1) * inverse_frequencies(dim, exact, positions.device)

@@ -17,8 +17,8 @@ class RotaryPositions(PositionEncoding):
     """``(R_i q) . (R_j k) / sqrt(D)``, where R_i rotates the pair ``(x_2n, x_2n+1)`` by ``i 10000^(-2n/D)``.
 
     Pairs are adjacent numbers, as in the paper (equation 15), not halves of a head. The score depends on ``i - j``, to
-    the left and to the right. Positions are counted within the rows of one segment, from its oldest memory row on:
-    memories store rows, from which keys are computed and rotated anew in every segment.
+    the left and to the right. Positions are counted within the rows of one segment, from its oldest memory row on.
+    Memories store rows; keys are computed from them and rotated anew in every segment.
     """
 
     def __init__(self, config: PositionConfig):

@@ -3,9 +3,9 @@
 Shapes: B streams, H heads, Q queries, K keys, D size of a head, W columns of position scores.
 Names: p_ pointer, s_ stride (in elements), b_ tile, m_ mask. The last dimension of every tensor is contiguous.
 
-Query i sees key j if ``low <= j - i <= high`` and ``j >= first[b]``. Its position score stands in UNSHIFTED layout:
-queries are cut into chunks of C, and for query ``i`` of chunk ``c`` the score of key j is in column
-``j - i % C + min(shift - c C, C - 1)``. So the skew costs nothing but pointer arithmetic. See README.md.
+Query i sees key j if ``low <= j - i <= high`` and ``j >= first[b]``. Position scores are stored UNSHIFTED, by chunks
+of C queries. For query ``i`` of chunk ``c``, the score of key j is in column ``j - i % C + min(shift - c C, C - 1)``.
+The skew costs nothing but pointer arithmetic. See README.md.
 """
 
 import triton

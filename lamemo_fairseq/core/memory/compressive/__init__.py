@@ -2,8 +2,8 @@
 
 Each layer attends to ``[c; m; x]``, at contiguous distances. A segment's rows join m, whose oldest then leave it in
 groups of r: as few groups as leave at most M rows. Each group is compressed to one row, which joins c, and c forgets
-its oldest. So m, once full, holds exactly M rows if r divides both N and M, and else between M - r + 1 and M; no
-remainder is ever padded or dropped.
+its oldest. If r divides both N and M, a full m holds exactly M rows, and otherwise between M - r + 1 and M. No
+remainder is padded or dropped.
 
 Shapes: B streams, N current tokens, m <= M memory slots, c <= C compressed slots, r compression rate, d model width.
 """

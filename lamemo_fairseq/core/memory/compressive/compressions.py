@@ -91,8 +91,8 @@ class Convolution(Compression):
 class DilatedConvolution(Compression):
     """Convolutions with kernel 2 and dilations 1, 2, 4, ..., ReLU between them, until an output has seen r rows.
 
-    Every r-th output is kept, the one at the last of its r rows. Where r is no power of two it sees some rows before
-    them too; before the first row stand zeros. (The paper does not say how its own were built.)
+    Every r-th output is kept, the one at the last of its r rows. If r is no power of two, it also sees some rows
+    before them. Zeros stand before the first row. (The paper does not say how its own were built.)
     """
 
     trains: ClassVar[bool] = True

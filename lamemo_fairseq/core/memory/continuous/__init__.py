@@ -1,15 +1,16 @@
 """The infinity-former's unbounded memory (Martins, Marinho, Martins 2022, arXiv 2109.00301).
 
-Behind Transformer-XL's memory of M slots, the short-term memory, every layer has a long-term one: all rows that ever
-left the slots, as one continuous signal of fixed size (`signal.py`), which queries attend to with a Gaussian density
-(`attention.py`). What the paper leaves open, and where its authors' code (deep-spin/infinite-former on GitHub) differs:
+The short-term memory is Transformer-XL's, of M slots. Behind it every layer has a long-term one: all rows that ever
+left the slots, as one continuous signal of fixed size (`signal.py`). Queries attend to it with a Gaussian density
+(`attention.py`). The paper leaves some choices open, and its authors' code (deep-spin/infinite-former on GitHub)
+differs:
 
-- The rows that leave the slots enter the long-term memory, a layer's inputs as they are, before its layer norm: so the
-  authors' Transformer-XL (``sorting/``). With ``--mem-len 0`` every segment's rows enter it when the segment ends: so
-  their GPT-2. A signal holds no gradient; the first rows fill [0, 1].
+- The rows that leave the slots enter the long-term memory before the layer's norm, as in the authors' Transformer-XL
+  (``sorting/``). With ``--mem-len 0`` every segment's rows enter it when the segment ends, as in their GPT-2. A signal
+  holds no gradient; the first rows fill [0, 1].
 - Queries are the short-term attention's, without its biases; W_k, W_v, w_mu, w_sigma and an output projection are a
   layer's own, w_mu and w_sigma shared by its heads and without bias: so in both.
-- Rows and samples stand in the middles of equal parts of their interval, as in the authors' first fit; the paper's
+- Rows and samples stand in the middles of equal parts of their interval, as in the authors' first fit. The paper's
   t = i / L is half a part later. The zeros that they fit beyond [0, 1] are left out, and so is the convolutional gate
   on the rows, an option that both of their configurations switch on: it would need a gradient through the signal.
 - Sticky samples are quantiles, not draws (`sampling.py`).

@@ -39,9 +39,9 @@ def sticky_points(density: Density, count: int) -> Tensor:
     and queries. Here they are the quantiles of that histogram at the middles of S equal parts, which is where sorted
     draws are expected, without their noise.
 
-    Rounding remains. A signal is attended to by what it holds, and holds what was sampled where it was attended to:
-    in trained models a difference can grow nearly twofold a segment, in float64 as in float32, and in time another
-    batch size moves the samples and with them scores. Even samples depend on nothing.
+    Rounding remains. The signal decides where it is attended to, and attention decides where it is sampled again. So in
+    trained models a difference can grow nearly twofold a segment, in float64 as in float32. In time another batch
+    size moves the samples, and scores with them. Even samples depend on nothing.
     """
     mass = by_kernel(density) if takes(density.mean) else plain(density)
     probability = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny) + FLOOR

@@ -1,7 +1,7 @@
 """LaMemo's look-ahead memory (Ji et al. 2022): slots that attend to the tokens that came after them.
 
-The slots' rows are rebuilt through all layers from stored embeddings; stored read-outs and normalisers
-make each refresh incremental, so that its cost is linear in the memory length.
+A refresh rebuilds the slots' rows through all layers from stored embeddings. Stored read-outs and normalisers make it
+incremental: its cost is linear in the memory length.
 
 Shapes: B streams, N current tokens, m <= M memory slots, H heads, D size of a head, d model width.
 """

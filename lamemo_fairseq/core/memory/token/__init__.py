@@ -1,7 +1,7 @@
 """Memory tokens (Recurrent Memory Transformer, Bulatov et al. 2022), alone or with Transformer-XL's cache.
 
-A segment of n tokens is read as ``[cache; read; x; write]``: the K memory tokens stand before the tokens, where these
-read them, and once more behind them, where the last layer's rows are what the segment has written. Gradient flows
+A segment of n tokens is read as ``[cache; read; x; write]``. The K memory tokens stand before the tokens, which read
+them, and once more behind them. There the last layer's rows are what the segment has written. Gradient flows
 through them from segment to segment of one update; the cache is frozen, as in Transformer-XL.
 
 Shapes: B streams, N tokens of an update of k segments, n <= N / k current tokens, K memory tokens, m <= M cached rows,

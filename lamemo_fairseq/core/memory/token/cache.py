@@ -1,7 +1,7 @@
 """The decoding cache of memory tokens: they are read when a segment begins and written when it is full.
 
-Columns: M of the cache, K of the read block, N of the segment's tokens, so that the slots of a sequence are its m
-cached rows and K memory tokens. The write block needs no columns: no token ever attends to it.
+Columns: M of the cache, K of the read block, N of the segment's tokens. The slots of a sequence are its m cached rows
+and K memory tokens. The write block needs no columns: no token ever attends to it.
 
 Shapes: B sequences, b of them, N tokens of a segment, K memory tokens, m <= M cached rows, H heads, D size of a head,
 d model width.
