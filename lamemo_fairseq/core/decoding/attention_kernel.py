@@ -176,7 +176,7 @@ def cached_attention(
     Args:
         qkv: ``[B, 3 H D]``, the token's query, key and value.
         keys, values: ``[B, H, C, D]``, contiguous; changed in place.
-        bias: any of its parts, of the distances ``C-1 .. 0``.
+        bias: any of its fields, of the distances ``C-1 .. 0``.
         tokens, slots: ``[B]`` int64, how many of each a sequence has; the new token stands in column M + *tokens*.
         mem_len: M.
         workspace: for keys of this shape.
