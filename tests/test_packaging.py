@@ -1,6 +1,8 @@
 """A wheel of the package, built from a copy of the sources and used where no checkout is."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +14,12 @@ import pytest
 
 import lamemo_fairseq
 
+from .tables import TINY
+
 ROOT = Path(__file__).parent.parent
 SOURCES = {"lamemo_fairseq": "lamemo_fairseq", "preprocess": "lamemo_fairseq/preprocess"}
 SOURCES["examples/tables"] = "lamemo_fairseq/tables"
+INSTALLED = {target.replace("/", "."): source.replace("/", ".") for source, target in SOURCES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -60,26 +65,51 @@ def test_its_dependencies_replace_neither_torch_nor_fairseq(wheel):
 
 
 def test_preprocess_and_tables_work_away_from_a_checkout(wheel, tmp_path):
+    """A table is run and printed: its ``--user-dir lamemo_fairseq`` is the installed package there."""
     (tmp_path / "text.txt").write_text("the old house stood\n" * 50)
-    (tmp_path / "table.yaml").write_text(
-        "title: own\ndata: data\nmeasure: perplexity\nstreams: 2\nseeds: [1]\n"
-        "options: {user-dir: lamemo_fairseq, task: segment_language_modeling, max-update: 1, cpu: true}\n"
-        "evaluation: {options: {batch-size: 1}, subsets: [test]}\n"
-        "rows: {lamemo: {title: LaMemo, options: {arch: lamemo_lm}}}\n"
-    )
+    (tmp_path / "tiny.yaml").write_text(TINY.format(data="data"))
     code = (
         "import runpy, sys\n"
-        "for line in (PREPROCESS, TABLES):\n"
+        "for line in sys.stdin:\n"
         "    sys.argv = line.split()\n"
         "    try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
         "    except SystemExit as stop: assert not stop.code, stop.code\n"
+        "from lamemo_fairseq.data.folders import data_folders\n"
+        "try: data_folders('absent')\n"
+        "except FileNotFoundError as error: print(error)\n"
     )
-    given = "PREPROCESS = 'lamemo_fairseq.preprocess own --destdir data --source text.txt --bpe bytes'\n"
-    given += "TABLES = 'lamemo_fairseq.tables table.yaml --print-slurm'\n"
+    table = "lamemo_fairseq.tables tiny.yaml"
+    lines = ["lamemo_fairseq.preprocess own --destdir data --source text.txt --bpe bytes"]
+    lines += [
+        f"{table} --print lamemo",
+        f"{table} --write-recipes",
+        f"{table} --print-slurm",
+        f"{table} --only lamemo --out out",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(wheel), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", given + code], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        input="\n".join(lines),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "data" / "dict.txt").exists()
+    assert done.stdout.count(f"--user-dir {wheel / 'lamemo_fairseq'}") == 2  # to train, and to test
+    assert f"user_dir: {wheel / 'lamemo_fairseq'}\n" in (tmp_path / "lamemo.yaml").read_text()
     assert "python -m lamemo_fairseq.tables" in done.stdout
+    results = json.loads((tmp_path / "out" / "lamemo" / "seed-1" / "results.json").read_text())
+    assert results["run"]["options"]["--user-dir"] == "lamemo_fairseq" and "test" in results["evaluations"]
+    assert "python -m lamemo_fairseq.preprocess wrote" in done.stdout
+
+
+def test_every_module_that_a_text_tells_to_run_can_be_run():
+    files = [*(path for source in SOURCES for path in (ROOT / source).rglob("*.py")), ROOT / "README.md"]
+    told = {name for path in files for name in re.findall(r"python -m ([a-z]\w*(?:\.\w+)*)", path.read_text())}
+    for name in (name for name in told if name.split(".")[0] in ("lamemo_fairseq", "preprocess", "examples")):
+        path = ROOT.joinpath(*INSTALLED.get(name, name).split("."))
+        main = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert main.exists() and 'if __name__ == "__main__":' in main.read_text(), name
+    assert {"lamemo_fairseq.convert_checkpoint", "preprocess", "examples.tables"} <= told

@@ -45,6 +45,9 @@ def test_an_option_that_no_yaml_can_hold_is_told(tiny):
     loaded.options["tokens-per-sampel"] = 3
     with pytest.raises(table.TableError, match="has no --tokens-per-sampel for a YAML; near are --tokens-per-sample"):
         recipes.config(loaded, "lamemo", "tiny")
+    loaded.options["optimizer"] = "sgd"
+    with pytest.raises(table.TableError, match="has no --optimizer sgd for a YAML"):
+        recipes.config(loaded, "lamemo", "tiny")
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: runner.table_name(p))

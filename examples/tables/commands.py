@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+from .folder import user_dir
 from .table import Evaluation, Run, Table, TableError, find, streams
 
 # Options of training that evaluation shares.
@@ -80,13 +81,19 @@ def evaluate(
 
 def argv(command: str, arguments: Sequence[str]) -> List[str]:
     """A command of fairseq as this Python runs it."""
-    return [sys.executable, "-m", MODULES[command], *arguments]
+    return [sys.executable, "-m", MODULES[command], *located(arguments)]
+
+
+def located(arguments: Sequence[str]) -> List[str]:
+    """Arguments with the ``--user-dir`` that is there; a run's identity has the table's, on every machine the same."""
+    before = ["", *arguments]
+    return [user_dir(word) if before[i] == "--user-dir" else word for i, word in enumerate(arguments)]
 
 
 def shell(command: str, arguments: Sequence[str], width: int = 118) -> str:
     """A command of fairseq for a shell, in lines that end in a backslash."""
     lines, line = [], command
-    for word in _options(arguments):
+    for word in _options(located(arguments)):
         if len(line) + len(word) + 3 > width:
             lines.append(line + " \\")
             line = "   "

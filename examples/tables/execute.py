@@ -253,7 +253,7 @@ def _evaluate(
     wanted = [
         {
             "identity": plan.evaluation_identity(run, evaluation),
-            "arguments": plan.evaluation_arguments(run, evaluation, folder.checkpoint),
+            "arguments": commands.located(plan.evaluation_arguments(run, evaluation, folder.checkpoint)),
             "log": str(folder.evaluated(evaluation.name).with_suffix(".log")),
             "result": str(folder.evaluated(evaluation.name)),
         }

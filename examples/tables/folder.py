@@ -18,6 +18,7 @@ import torch
 IN_CHECKOUT = __package__ == "examples.tables"
 # Where recipes start from.
 ROOT = Path(__file__).parent.parent.parent if IN_CHECKOUT else Path.cwd()
+USER_DIR = "lamemo_fairseq"  # as tables name the package, from the root of a checkout
 # Workers that load data look every five seconds whether the process that started them is still there.
 PATIENCE = 10.0  # seconds
 
@@ -28,6 +29,12 @@ class ChangedError(ValueError):
 
 class BusyError(RuntimeError):
     """Another process is at work in a folder."""
+
+
+def user_dir(path: str) -> str:
+    """Return the installed package instead of a checkout's, where there is no checkout."""
+    installed = not IN_CHECKOUT and Path(path) == Path(USER_DIR) and not (ROOT / path).exists()
+    return str(Path(__file__).parents[1]) if installed else path
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,12 +8,13 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple, get_origin
 import yaml
 
 from . import commands, render
-from .folder import ROOT
+from .folder import ROOT, user_dir
 from .table import Evaluation, Run, Table, TableError, find, streams
 
 # Where an option belongs that several groups have: the first one owns it.
 GROUPS = ["common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion"]
 GROUPS += ["optimizer", "lr_scheduler"]
+_HERE = "${oc.env:PWD}/"  # hydra changes the working directory
 WRITTEN_BY = f"# Written by `python -m {__package__} "
 NAMED = {
     "task": "task",
@@ -130,9 +131,9 @@ def config(table: Table, row: str, name: str) -> Dict[str, Any]:
             several = get_origin(groups[owner].__dataclass_fields__[key].type) is list
             by_group[owner][key] = [value] if several and not isinstance(value, list) else value
     by_group["task"]["data"] = "???"
-    here = "${oc.env:PWD}/"
-    by_group["common"]["user_dir"] = here + by_group["common"]["user_dir"]
-    by_group["checkpoint"]["save_dir"] = here + by_group["checkpoint"]["save_dir"]
+    package = user_dir(by_group["common"]["user_dir"])
+    by_group["common"]["user_dir"] = package if Path(package).is_absolute() else _HERE + package
+    by_group["checkpoint"]["save_dir"] = _HERE + by_group["checkpoint"]["save_dir"]
     return {group: options for group, options in by_group.items() if options}
 
 
@@ -142,7 +143,7 @@ def _groups(given: Dict[str, Any]) -> Dict[str, Any]:
     from fairseq.dataclass.configs import FairseqConfig
     from fairseq.optim import lr_scheduler
 
-    utils.import_user_module(_UserDir(str(given["user-dir"])))
+    utils.import_user_module(_UserDir(user_dir(str(given["user-dir"]))))
     named = {
         "task": tasks.TASK_DATACLASS_REGISTRY,
         "arch": models.MODEL_DATACLASS_REGISTRY,
@@ -150,6 +151,9 @@ def _groups(given: Dict[str, Any]) -> Dict[str, Any]:
         "optimizer": optim.OPTIMIZER_DATACLASS_REGISTRY,
         "lr-scheduler": lr_scheduler.LR_SCHEDULER_DATACLASS_REGISTRY,
     }
+    for option, known in named.items():
+        if option in given and given[option] not in known:
+            raise TableError(f"fairseq's configuration has no --{option} {given[option]} for a YAML")
     common = {group: FairseqConfig.__dataclass_fields__[group].type for group in GROUPS if group not in NAMED.values()}
     return {**common, **{NAMED[option]: known[given[option]] for option, known in named.items() if option in given}}
 

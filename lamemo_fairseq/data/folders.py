@@ -9,7 +9,7 @@ from fairseq import utils
 from fairseq.data import Dictionary
 
 from .binarized import load_dictionary
-from .text_encoding import read_text_encoding
+from .text_encoding import PREPROCESS, read_text_encoding
 
 
 def data_folders(data: str) -> List[str]:
@@ -29,7 +29,7 @@ def data_folders(data: str) -> List[str]:
         if not os.path.exists(folder):
             raise FileNotFoundError(
                 f"the data folder {folder}{among} is not there: pass the folder that fairseq-preprocess or "
-                "python -m preprocess wrote"
+                f"{PREPROCESS} wrote"
             )
         if not os.path.isdir(folder):
             raise NotADirectoryError(f"the data argument {folder}{among} is a file: pass the folder that it lies in")
@@ -73,9 +73,7 @@ def _check_encoding(first: str, folder: str) -> None:
         return
     names = [name for name in vars(one) if name != "model" and getattr(one, name) != getattr(two, name)]
     what = ", ".join(f"{name} {getattr(one, name)!r} and {getattr(two, name)!r}" for name in names)
-    raise _different(
-        first, folder, f"text of different {what}", "make them with the same options of python -m preprocess"
-    )
+    raise _different(first, folder, f"text of different {what}", f"make them with the same options of {PREPROCESS}")
 
 
 def _different(first: str, folder: str, what: str, remedy: str) -> ValueError:

@@ -3,10 +3,15 @@
 import json
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Dict, Optional
 
 RECORD = "preprocess.json"
 MODEL = "sentencepiece.bpe.model"  # its name in a folder, whatever it was called before
+
+# Within the package where it is installed, beside it in a checkout.
+_INSTALLED = "lamemo_fairseq.preprocess"
+PREPROCESS = f"python -m {_INSTALLED if find_spec(_INSTALLED) else 'preprocess'}"
 
 _WHOLE_TEXT = {"bytes": "bytes", "text8": "characters", "letters": "characters"}
 
@@ -49,7 +54,7 @@ def read_text_encoding(folder: str) -> Optional[TextEncoding]:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): make the data again with python -m preprocess, or "
+            f"{path} is damaged ({type(error).__name__}: {error}): make the data again with {PREPROCESS}, or "
             "delete this file, and name tokenizer and pieces on the command line"
         ) from error
 

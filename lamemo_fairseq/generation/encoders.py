@@ -16,7 +16,7 @@ from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, Sentencepi
 from omegaconf.errors import MissingMandatoryValue
 
 from ..core.names import option_name
-from ..data.text_encoding import TextEncoding, read_text_encoding
+from ..data.text_encoding import PREPROCESS, TextEncoding, read_text_encoding
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ def recorded_pieces(record: TextEncoding) -> Any:
             digest = hashlib.sha256(file.read()).hexdigest()
         if digest != record.model_sha256:
             raise ValueError(
-                f"{path} is not the model that the text was encoded with: put that back, or make the data again with "
-                "python -m preprocess"
+                f"{path} is not the model that the text was encoded with: put that back, or make the data again "
+                f"with {PREPROCESS}"
             )
         return SentencepieceBPE(SentencepieceConfig(sentencepiece_model=path))
     coders = {"bytes": Bytes, "characters": Letters if record.normalized else Characters}

@@ -53,7 +53,7 @@ _READ: Dict[str, Type[FairseqDataclass]] = {
     "generation": GenerationConfig,
     "interactive": InteractiveConfig,
 }
-_ORIGINS = "train with this package, or import with python -m lamemo_fairseq.checkpoints.convert"
+_ORIGINS = "train with this package, or import with python -m lamemo_fairseq.convert_checkpoint import"
 
 
 class CheckpointError(ValueError):
