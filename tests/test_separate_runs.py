@@ -56,7 +56,7 @@ def run_tests(tmp_path):
     binaries = tmp_path / ".venv/bin"
     binaries.mkdir(parents=True)
     for name in ("ruff", "mypy"):
-        (binaries / name).write_text("#!/bin/sh\n")
+        (binaries / name).write_text(f"#!/bin/sh\nexit ${{{name.upper()}:-0}}\n")
     (binaries / "python").write_text(
         f"#!{sys.executable}\nimport os, sys\n"
         "print('pytest', *sys.argv[3:])\n"
@@ -65,8 +65,8 @@ def run_tests(tmp_path):
     for binary in binaries.iterdir():
         binary.chmod(0o755)
 
-    def run(*arguments, core=0, others=0):
-        environment = {**os.environ, "CORE": str(core), "OTHERS": str(others)}
+    def run(*arguments, core=0, others=0, mypy=0):
+        environment = {**os.environ, "CORE": str(core), "OTHERS": str(others), "MYPY": str(mypy)}
         command = ["bash", tmp_path / "tests/run.sh", *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert not done.stderr
@@ -96,3 +96,7 @@ def test_the_test_command_runs_pytest_twice(arguments, called, run_tests):
 )
 def test_a_run_that_selects_nothing_is_no_failure_if_the_other_selected_something(core, others, status, run_tests):
     assert run_tests("-k", "x", core=core, others=others)[0] == status
+
+
+def test_wrong_types_fail_the_run(run_tests):
+    assert run_tests(mypy=1) == (1, ["tests/core", "--ignore tests/core tests"])
