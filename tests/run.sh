@@ -10,7 +10,7 @@ echo "== format, lint"
 types=$(mktemp)
 "$bin/mypy" >"$types" 2>&1 & # beside the tests, which leave a core idle now and then
 checker=$!
-trap 'kill "$checker" 2>/dev/null; rm -f "$types"' EXIT
+trap 'kill "$checker" 2>/dev/null || true; rm -f "$types"' EXIT
 
 options=() core=() others=()
 for argument in "$@"; do
