@@ -12,7 +12,7 @@ if [ $((64 % GPUS)) -ne 0 ]; then
 fi
 fairseq-train data-bin/books-words --user-dir lamemo_fairseq --task segment_language_modeling \
     --tokens-per-sample 150 --roll --adaptive-softmax-cutoff 5000,10000,50000 --criterion chunked_cross_entropy \
-    --optimizer adam --lr 0.00025 --lr-scheduler cosine --max-update 27400 --clip-norm 0.5 --fp16 --cuda-graphs \
+    --optimizer adam --lr 0.00025 --lr-scheduler cosine --max-update 29500 --clip-norm 0.5 --fp16 --cuda-graphs \
     --batch-size-valid 32 --validate-interval 100 --validate-interval-updates 5250 --save-interval 100 \
     --save-interval-updates 10500 --keep-interval-updates 1 --no-epoch-checkpoints --num-workers 2 --log-format json \
     --log-interval 100 --arch transformer_xl_lm_wt103 --batch-size $((64 / GPUS)) --seed 1 \
