@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def named(given: str) -> Tuple[str, str]:
-    """``NAME=CHECKPOINT``; without a name, that of the checkpoint's folder, whose path may hold the sign too."""
+    """Parse ``NAME=CHECKPOINT``; the default name is the checkpoint's folder, whose path may hold the sign too."""
     name, separator, path = given.partition("=")
     unnamed = not separator or (Path(given).exists() and not Path(path).exists())
     return (Path(given).resolve().parent.name, given) if unnamed else (name, path)
@@ -79,7 +79,7 @@ def checkpoints(models: List[str]) -> Dict[str, str]:
 
 
 def positive(text: str) -> int:
-    """A number of segments."""
+    """Parse a number of segments."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return int(text)
@@ -117,7 +117,7 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
 
 
 def summary(models: Dict[str, Collected]) -> str:
-    """A line a model."""
+    """Return a line a model."""
     lines = []
     for name, collected in models.items():
         clauses = [

@@ -99,7 +99,7 @@ class Losses:
         return self.sums / self.counts
 
     def mean(self) -> float:
-        """The loss of the split."""
+        """Return the loss of the split."""
         return float(self.sums.sum() / self.counts.sum())
 
 

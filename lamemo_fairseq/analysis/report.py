@@ -182,7 +182,7 @@ def _slots(collected: Collected) -> int:
 
 
 def draw(tables: Mapping[str, Lines]) -> Dict[str, bytes]:
-    """The figures as SVG and PNG, by the names of the files.
+    """Draw the figures as SVG and PNG, by the names of the files.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -68,7 +68,7 @@ def load_plain(path: str) -> Dict[str, Any]:
 
 
 def words_of(vocabulary: Any) -> List[str]:
-    """The words of a released vocabulary, a list or the released code's object, in order."""
+    """Return the words of a released vocabulary, a list or the released code's object, in order."""
     words = getattr(vocabulary, "idx2sym", vocabulary)
     if not isinstance(words, (list, tuple)) or not all(isinstance(w, str) for w in words):
         raise ValueError("the vocabulary is no list of words: pass --vocabulary FILE, a word a line")
@@ -78,7 +78,7 @@ def words_of(vocabulary: Any) -> List[str]:
 
 
 def fairseq_dictionary(words: List[str]) -> Dictionary:
-    """fairseq's dictionary for them: its own four symbols, then the others in their order."""
+    """Return fairseq's dictionary for them: its own four symbols, then the others in their order."""
     dictionary = Dictionary()
     for word in words:
         if word not in EOS and word not in UNK:
@@ -91,18 +91,18 @@ def fairseq_dictionary(words: List[str]) -> Dictionary:
 
 
 def released_words(dictionary: Dictionary) -> List[str]:
-    """All words of fairseq's dictionary, its own among them, by the released code's names."""
+    """Return all words of fairseq's dictionary, its own among them, by the released code's names."""
     return ["<eos>" if symbol == "</s>" else symbol for symbol in dictionary.symbols]
 
 
-def row_order(words: List[str], dictionary: Dictionary) -> List[Optional[int]]:
-    """For each word of the dictionary its place among *words*, None for fairseq's own that these lack."""
-    row_of = {{**EOS, **UNK}.get(word, word): i for i, word in enumerate(words)}
-    return [row_of.get(symbol) for symbol in dictionary.symbols]
+def entry_order(words: List[str], dictionary: Dictionary) -> List[Optional[int]]:
+    """Return the index among *words* of each word of the dictionary, None for fairseq's own that these lack."""
+    index_of = {{**EOS, **UNK}.get(word, word): i for i, word in enumerate(words)}
+    return [index_of.get(symbol) for symbol in dictionary.symbols]
 
 
 def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[str, Any], Dictionary]:
-    """A fairseq checkpoint and its dictionary.
+    """Return a fairseq checkpoint and its dictionary.
 
     Args:
         released: ``model_state`` under the released names, and ``model_config``.
@@ -113,7 +113,7 @@ def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[
     """
     config, state = _parts(released)
     dictionary = fairseq_dictionary(words)
-    order = row_order(words, dictionary)
+    order = entry_order(words, dictionary)
     if config.get("n_token", len(words)) != len(words):
         raise ValueError(f"the model has {config['n_token']} words, the vocabulary {len(words)}")
     cutoffs = list(config.get("cutoffs") or [])
@@ -193,7 +193,7 @@ def _check_shapes(weights: Dict[str, Tensor], options: Dict[str, Any], dictionar
 
 
 def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dict[str, Any]:
-    """A released checkpoint, of an imported model or of one trained here. Its vocabulary is a plain list.
+    """Return a released checkpoint, of an imported model or of one trained here. Its vocabulary is a plain list.
 
     Raises:
         ValueError: the checkpoint is of another model, or its dictionary another one.
@@ -205,7 +205,7 @@ def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dic
     imported = (checkpoint.get("extra_state") or {}).get("released")
     if imported:
         config, words, rest = (imported[key] for key in ("model_config", "vocab", "rest"))
-        order = row_order(words, dictionary)
+        order = entry_order(words, dictionary)
         for name, weight in ours.items():
             if _is_first_table(name):
                 ours[name] = _restored(weight, order[: weight.size(0)])
@@ -223,7 +223,7 @@ def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dic
 
 
 def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
-    """The released configuration for our options."""
+    """Return the released configuration for our options."""
     kind = tuple(str(options[k]) for k in ("memory", "position_encoding", "lookahead_window"))
     kind = tuple(name.removesuffix("-normal") for name in kind)  # which begins otherwise, and is the same model
     types = {names: number for number, names in ATTENTION_TYPES.items()}
@@ -265,7 +265,7 @@ def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
 
 
 def _moved_cutoffs(cutoffs: List[int], order: List[Optional[int]], added: int) -> List[int]:
-    """Cutoffs behind the symbols that fairseq puts in front; words must stay in their band."""
+    """Move cutoffs behind the symbols that fairseq puts in front; words must stay in their band."""
     if cutoffs and any(entry is not None and entry >= cutoffs[0] for entry in order[:4]):
         raise ValueError(f"<eos> or <unk> is not among the first {cutoffs[0]} words: the bands would have to change")
     return [c + added for c in cutoffs]

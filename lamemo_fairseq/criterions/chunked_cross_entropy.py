@@ -15,7 +15,7 @@ class ChunkedCrossEntropyCriterion(CrossEntropyCriterion):
     """
 
     def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, int, Dict[str, Any]]:
-        """The loss summed over the tokens, what to divide it by, and what to log.
+        """Return the loss summed over the tokens, the number to divide it by, and the values to log.
 
         Raises:
             NotImplementedError: losses of single tokens are asked for.

@@ -10,15 +10,15 @@ PREFIX = "memory_"  # of their names in the log
 class WithMemoryLosses:
     """A criterion plus the losses that the model's memory returned in the same forward pass.
 
-    They are means over tokens, so that they weigh as much as the criterion's own loss on every token, whatever
-    ``--update-freq``, ``--sentence-avg`` and the number of ranks.
+    They are means over tokens: they weigh as much as the criterion's own loss on every token. ``--update-freq``,
+    ``--sentence-avg`` and the number of ranks change nothing in that.
     """
 
     def __init__(self, criterion: Any):
         self.criterion = criterion
 
     def __call__(self, model: nn.Module, sample: Dict[str, Any], **kwargs: Any) -> Tuple[Tensor, Any, Dict[str, Any]]:
-        """As the criterion: the summed loss, what to divide it by, and what to log."""
+        """Return as the criterion does: the summed loss, the number to divide it by, and the values to log."""
         outputs = []
         # A hook sees what any data-parallel wrapper returns, and any criterion's call.
         handle = model.register_forward_hook(lambda module, inputs, output: outputs.append(output))

@@ -39,23 +39,23 @@ class Peekable(Iterator):
         end_at_exit(items)
         self._items = items
         self._begun = False
-        self._held: List[Any] = []
+        self._peeked: List[Any] = []
         self._error: Optional[Exception] = None
 
     def __next__(self) -> Any:
         if self._error is not None:
             raise self._error
-        return self._held.pop() if self._held else self._next()
+        return self._peeked.pop() if self._peeked else self._next()
 
     def peek(self, prepare: Callable[[Any], Any]) -> Any:
-        """The next item, None if there is none; it will be what ``prepare(item)`` gives."""
-        if not self._held and self._error is None:
+        """Return ``prepare(item)`` of the next item without consuming it; None if there is none."""
+        if not self._peeked and self._error is None:
             try:
-                self._held.append(self._next())
-                self._held[0] = prepare(self._held[0])
+                self._peeked.append(self._next())
+                self._peeked[0] = prepare(self._peeked[0])
             except Exception as error:  # the end among them
                 self._error = error
-        return self._held[0] if self._held else None
+        return self._peeked[0] if self._peeked else None
 
     def _next(self) -> Any:
         item = next(self._items)
@@ -65,9 +65,9 @@ class Peekable(Iterator):
         return item
 
     def take(self, count: int) -> None:
-        """Of the items that are left, keep the first *count*, where the iterator can."""
+        """Drop all but the first *count* of the items that are left, where the iterator can."""
         if hasattr(self._items, "take"):
-            self._items.take(max(0, count - len(self._held)))
+            self._items.take(max(0, count - len(self._peeked)))
 
 
 class SegmentBatchIterator(EpochBatchIterator):
@@ -127,7 +127,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         return self.collate_fn([self.dataset[key] for key in keys])
 
     def peek(self, prepare: Callable[[Dict[str, Any]], Dict[str, Any]]) -> Optional[Dict[str, Any]]:
-        """The batch after the one read last, which it stays, prepared; None at the end of an epoch."""
+        """Return the next batch, prepared, without consuming it; None at the end of an epoch."""
         batches = self._cur_epoch_itr
         return batches._itr.peek(prepare) if batches is not None and batches.has_next() else None
 
@@ -215,7 +215,7 @@ class SegmentBatchIterator(EpochBatchIterator):
             )
 
     def _last_position(self) -> Optional[SegmentPosition]:
-        """The segment read last, None at the edge of an epoch."""
+        """Return the segment read last, None at the edge of an epoch."""
         done = 0 if self.end_of_epoch() else self.iterations_in_epoch
         return self._position(self.epoch, done - 1) if done > 0 else None
 

@@ -102,7 +102,7 @@ class SegmentDataset(FairseqDataset):
         }
 
     def _read(self, start: int, stop: int, offset: int, low: int, high: int) -> NDArray[np.int64]:
-        """Tokens ``low .. high-1`` of the stream ``start .. stop-1`` rotated left by *offset*; low may be -1."""
+        """Read tokens ``low .. high-1`` of the stream ``start .. stop-1`` rotated left by *offset*; low may be -1."""
         length = stop - start
         if high <= low + 1:
             return np.empty(1, dtype=np.int64)
@@ -118,7 +118,7 @@ class SegmentDataset(FairseqDataset):
 
 
 def without_padding(batch: Dict[str, Any]) -> Dict[str, Any]:
-    """The same batch, of whose padding the model shows none to a criterion.
+    """Return the same batch, marked so that the model shows a criterion no padding.
 
     Criterions tell padding by the id of a word, which a text may hold.
     """

@@ -36,7 +36,7 @@ class TokenSequence:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens ``start .. stop-1``, int64."""
+        """Read tokens ``start .. stop-1``, int64."""
         if start >= stop:
             return np.empty(0, dtype=np.int64)
         first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
@@ -50,7 +50,7 @@ class TokenSequence:
 
 
 def part_of_line(lines: Any, index: int, start: int, stop: int) -> NDArray[np.int64]:
-    """Tokens ``start .. stop-1`` of a line, int64, without loading the rest of it where the format allows that."""
+    """Read tokens ``start .. stop-1`` of a line, int64, without loading the rest of it where the format allows that."""
     if isinstance(lines, ConcatDataset):
         number, index = lines._get_dataset_and_sample_index(index)
         return part_of_line(lines.datasets[number], index, start, stop)
@@ -81,7 +81,7 @@ class StreamLayout:
         return -(-longest // self.segment_length)
 
     def bounds(self, stream: int) -> tuple[int, int]:
-        """The tokens ``start .. stop-1`` of a stream."""
+        """Return the bounds of a stream's tokens ``start .. stop-1``."""
         short, longer = divmod(self.num_tokens, self.num_streams)
         start = stream * short + min(stream, longer)
         return start, start + short + (stream < longer)

@@ -1,7 +1,7 @@
 """The evaluation of fairseq-eval-lm, of streams rather than of sentences.
 
 fairseq's own evaluation scores each sequence of a batch by itself. It counts a word that a segment's end cuts as two,
-leaves out words with the id of padding, and with several ranks reports the first one's share.
+and leaves out words with the id of padding. With several ranks it reports the first one's share.
 
 Shapes: B streams, N tokens of a segment, R of them in all that are not padding, V words.
 """

@@ -75,7 +75,7 @@ class PromptedEnsemble(EnsembleModel):
     def forward_decoder(
         self, tokens: Tensor, encoder_outs: Any, incremental_states: Any, temperature: float = 1.0
     ) -> tuple[Tensor, None]:
-        """Log-probabilities ``[B K, V]`` of the next word, in float32 or wider."""
+        """Return log-probabilities ``[B K, V]`` of the next word, in float32 or wider."""
         prompts: Prompts = encoder_outs
         logs = []
         for state in prompts.states:

@@ -50,7 +50,7 @@ class LanguageModelHub(GeneratorHubInterface):
         return ids
 
     def decode(self, tokens: Tensor) -> str:
-        """The text of word ids, a line for each end-of-sentence token but the last."""
+        """Return the text of word ids, a line for each end-of-sentence token but the last."""
         eos = self.tgt_dict.eos()
         ids = tokens.tolist()
         lines: List[List[int]] = [[]]
@@ -125,7 +125,7 @@ class LanguageModelHub(GeneratorHubInterface):
     def score(
         self, sentences: Union[str, Sequence[str]], replace_newline_with_eos: bool = True, **kwargs: Any
     ) -> Union[Dict[str, Tensor], List[Dict[str, Tensor]]]:
-        """Natural log-probabilities of every token of texts of any length.
+        """Return natural log-probabilities of every token of texts of any length.
 
         Args:
             sentences: one text, or several.

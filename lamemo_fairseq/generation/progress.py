@@ -15,7 +15,7 @@ def counter(total: int, what: str) -> tqdm:
 
 
 def _size() -> Dict[str, int]:
-    """Of a terminal that does not know its own and says 0, where tqdm would show nothing; else tqdm may ask."""
+    """Return a size for a terminal that reports 0 columns, where tqdm would show nothing; tqdm asks any other."""
     try:
         known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError, AttributeError):  # no terminal

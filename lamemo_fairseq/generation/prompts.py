@@ -13,8 +13,8 @@ from ..data.dictionary import NO_WORD
 class PromptDataset(FairseqDataset):
     """Each text after an end-of-sentence token, on its own.
 
-    Texts of any length, with end-of-sentence tokens anywhere in them; one at the very end is what fairseq's
-    dictionaries add to a line, and is left out.
+    Texts have any length, and end-of-sentence tokens anywhere in them. One at the very end is left out: fairseq's
+    dictionaries add it to a line.
 
     Args:
         texts: word ids, one tensor a text.
@@ -50,9 +50,9 @@ class PromptDataset(FairseqDataset):
         return {"id": index, "source": torch.cat([text.new_tensor([self.eos]), text])}
 
     def collater(self, samples: List[Dict[str, Any]], pad_to_length: Optional[int] = None) -> Dict[str, Any]:
-        """A batch: ``src_tokens [B, L]``, and as targets the same without the first token.
+        """Collate a batch: ``src_tokens [B, L]``, and as targets the same without the first token.
 
-        Both are filled with `NO_WORD` on the right.
+        Both are padded with `NO_WORD` on the right.
         """
         if not samples:
             return {}

@@ -68,8 +68,8 @@ def sampled_continuations(
 ) -> List[List[Dict[str, Tensor]]]:
     """Draw continuations as fairseq's *generator* would.
 
-    Texts that have ended go on in the batch, and what they draw then is cut off; without graphs, the batch shrinks once
-    half of them have ended.
+    Texts that have ended go on in the batch, and words after the end are cut off. Without graphs, the batch shrinks
+    once half of its texts have ended.
 
     Args:
         generator: fairseq's, for which `is_plain_sampling` holds.
@@ -80,7 +80,7 @@ def sampled_continuations(
 
     Returns:
         K hypotheses a prompt, in fairseq's format: new words with the end-of-sentence token, and their
-        log-probabilities after temperature and penalties, but of all words rather than of the top ones only.
+        log-probabilities. Temperature and penalties change these; the choice of top words does not.
 
     Raises:
         DivergenceError: no word has a probability.

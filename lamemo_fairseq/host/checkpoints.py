@@ -1,7 +1,8 @@
 """Checkpoints that hold the memory of every rank, replace the former one only when complete, and show damage.
 
-A checkpoint is the zip file that torch writes, with a checksum of all before it as the archive's comment, where readers
-of zip files pass over it. So every tool of fairseq reads it, and one cut short or with a byte changed is refused.
+A checkpoint is the zip file that torch writes. Its last bytes, the archive's comment, are a checksum of all before,
+which readers of zip files skip. So every tool of fairseq reads it, and one cut short or with a byte changed is
+refused.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
 fairseq leaves them to themselves when a training stops inside an epoch. Python then takes them down wherever they are,
 and one that is inside torch takes the process with it: SIGABRT, after a training that had succeeded. After every
-validation of ``--max-valid-steps`` one more would hold its batches for ever, and with workers the files that those are
-shared through, until no more can be opened.
+validation of ``--max-valid-steps`` one more would hold its batches for ever. With workers it would also hold the files
+that its batches are shared through, until no more can be opened.
 """
 
 import atexit
@@ -23,8 +23,8 @@ _loading: "WeakSet[BufferedIterator]" = WeakSet()
 def end_at_exit(batches: Any) -> None:
     """End what loads *batches* when the process ends, if they are loaded ahead.
 
-    To be asked again when there is a batch: torch registers a hook when it starts workers, which waits seconds for each
-    of them in vain (before 2.13), and what is registered last comes first.
+    Call it again when there is a batch: the hook registered last runs first. When torch starts workers, it registers
+    one that waits seconds for each of them in vain (before 2.13).
     """
     if isinstance(batches, BufferedIterator):
         _loading.add(batches)

@@ -52,7 +52,7 @@ def sum_over_ranks(*values: float) -> List[float]:
 
 
 def gather_objects(value: Any) -> List[Any]:
-    """The values of all ranks, in order, on the first one; on others nothing. Every rank has to call it."""
+    """Return the values of all ranks, in order, on the first one; on others nothing. Every rank has to call it."""
     if not several_ranks():
         return [value]
     gathered: List[Any] = [None] * dist.get_world_size()

@@ -1,9 +1,9 @@
-"""Putting a function in the place of one of fairseq's.
+"""Replacement of functions of fairseq.
 
 What has a hook in fairseq is a subclass: `trainer.SegmentTrainer`, and the optimizers that `optimizers.adopt` makes.
-These are replaced, since fairseq calls them by name. For a task, a model or a checkpoint of another package each calls
-fairseq's function with the same arguments, and returns what it returns. (`all_gather_list` cannot know for whom it
-gathers: it is replaced in processes that set up a task of this package.)
+These are replaced, since fairseq calls them by name. For a task, a model or a checkpoint of another package each
+returns the result of fairseq's function with the same arguments. (`all_gather_list` cannot know for whom it gathers:
+it is replaced in processes that set up a task of this package.)
 
 | replaced | when | in | reason |
 |---|---|---|---|

@@ -1,10 +1,9 @@
-"""The trainer of this package's task: fairseq's, with what a model with state needs and fairseq does not do.
+"""The trainer of this package's task: fairseq's, extended for models with state.
 
 It also lets the device go ahead of the host. fairseq waits for the norm of the gradients, and only then updates, logs,
-loads a batch and runs the model; the device would have nothing to do meanwhile. Here it is given the update, and if a
+loads a batch and runs the model. The device would have nothing to do meanwhile. Here it is given the update, and if a
 CUDA graph is recorded the next segment's forward pass, before the host waits. The numbers are the same to the last bit.
-(If ranks turn out to disagree about the norm, fairseq ends the run as ever; its crash.pt then holds the updated
-weights.)
+If ranks disagree about the norm, fairseq ends the run as ever; its crash.pt then holds the updated weights.
 """
 
 import logging

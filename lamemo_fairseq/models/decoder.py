@@ -157,10 +157,10 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
     def get_normalized_probs(
         self, net_output: Tuple[Tensor, Any], log_probs: bool, sample: Optional[Dict[str, Any]] = None
     ) -> Tensor:
-        """(Log-)probabilities ``[B, N, V]``, in float32 or wider.
+        """Return (log-)probabilities ``[B, N, V]``, in float32 or wider.
 
-        With an adaptive softmax and a *sample*, only the entries of its targets are meant: all words have
-        the target's probability, in the memory of one.
+        With an adaptive softmax and a *sample*, only the entries of its targets are valid. All words have the target's
+        probability, in the memory of one.
         """
         logits = net_output[0]
         if self.adaptive_softmax is not None:
@@ -214,5 +214,5 @@ def _check_finite(features: Tensor, position: SegmentPosition) -> None:
 
 
 def vocabulary_checksum(dictionary: Dictionary) -> Tensor:
-    """A number that tells dictionaries apart: the CRC-32 of their words in order, an int64 scalar."""
+    """Return a number that tells dictionaries apart: the CRC-32 of their words in order, an int64 scalar."""
     return torch.tensor(zlib.crc32("\n".join(dictionary.symbols).encode("utf-8")))

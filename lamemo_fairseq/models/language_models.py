@@ -17,7 +17,7 @@ from .decoder import FairseqMemoryDecoder
 
 
 def _within(module: nn.Module) -> List[nn.Module]:
-    """As ``module.modules()``, in a fifth of the time; one that is in several places comes several times."""
+    """List ``module.modules()`` in a fifth of the time; a module with several parents comes several times."""
     modules = [module]
     for module in modules:
         modules.extend(child for child in module._modules.values() if child is not None)
@@ -46,7 +46,7 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
         return cls(FairseqMemoryDecoder(cfg, task.target_dictionary))
 
     def get_targets(self, sample: Dict[str, Any], net_output: Any) -> Tensor:
-        """The words ``[B, N]`` that the scores of `FairseqMemoryDecoder.forward` are for."""
+        """Return the words ``[B, N]`` that the scores of `FairseqMemoryDecoder.forward` are for."""
         inputs, target = sample["net_input"], sample["target"]
         return target[real_tokens(target, inputs["src_lengths"])].unsqueeze(0) if inputs.get("real_only") else target
 
@@ -70,7 +70,7 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
             ) from error
 
     def train(self, mode: bool = True) -> "MemoryLanguageModel":
-        """fairseq sets the mode twice an update; to look at all modules takes a tenth of the time of setting it."""
+        """Set the mode if a module has another: fairseq asks twice an update, and looking takes a tenth of the time."""
         if any(module.training is not mode for module in _within(self)):
             super().train(mode)
         return self

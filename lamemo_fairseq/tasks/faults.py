@@ -20,7 +20,7 @@ StepResult = Tuple[Tensor, Any, Dict[str, Any]]
 class LossWatch:
     """Finds a loss that is not finite without making the host wait for the device.
 
-    A loss is noted as it comes, and its copy on the host is looked at after the next one, or before a checkpoint is
+    `note` begins to copy a loss to the host. `check` reads the copy after the next loss, or before a checkpoint is
     saved. When the trainer stops at bad gradients, it runs the same batch once more, and that is the next one.
     """
 
@@ -67,8 +67,8 @@ def retry_out_of_memory(
 ) -> StepResult:
     """Run a training step, and run it once more, with the same random numbers, if the device's memory does not suffice.
 
-    fairseq drops the batch instead; the trainer still does if the second try fails as well, or if the first
-    has left gradients that cannot be told from those of earlier batches.
+    fairseq drops the batch instead. The trainer still does if the second try fails as well, or if the first has left
+    gradients that cannot be told from those of earlier batches.
 
     Args:
         train_step: forward and backward, given the criterion.

@@ -194,12 +194,12 @@ class SegmentLanguageModelingTask(PromptTask):
         as_streams: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """fairseq's iterator; for a split of streams, batches of consecutive segments.
+        """Return fairseq's iterator; for a split of streams, batches of consecutive segments.
 
-        ``max_sentences`` is the number of streams a rank; without it, as many as ``max_tokens`` holds
-        segments, in evaluation no more than leave each stream its context. Options about sizes,
-        shuffling and remainders do not apply to streams. What is to be trained on is asked for in `training_batches`.
-        For fairseq-generate, the lines of the split as prompts.
+        ``max_sentences`` is the number of streams a rank. Without it there are as many as ``max_tokens`` holds
+        segments, in evaluation no more than leave each stream its context. Options about sizes, shuffling and
+        remainders do not apply to streams. What is to be trained on is asked for in `training_batches`. For
+        fairseq-generate, the lines of the split as prompts.
         """
         if isinstance(dataset, SegmentDataset) and (as_streams or not getattr(self._decoder, "for_inference", False)):
             rank = self._shard(num_shards, shard_id)
@@ -284,7 +284,7 @@ class SegmentLanguageModelingTask(PromptTask):
         ignore_grad: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Forward and backward on a batch, once more if the device runs out of memory.
+        """Run forward and backward on a batch, once more if the device runs out of memory.
 
         Raises:
             DivergenceError: the loss of the batch before was not a finite number.
@@ -323,7 +323,7 @@ class SegmentLanguageModelingTask(PromptTask):
             self._decoder.begin_segment(inputs["src_tokens"], sample["target"], inputs["position"], seed)
 
     def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any, **kwargs: Any) -> Any:
-        """The loss of a batch.
+        """Return the loss of a batch.
 
         Raises:
             DivergenceError: it is not a finite number.

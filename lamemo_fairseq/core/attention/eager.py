@@ -106,7 +106,7 @@ def causal_attention(
     scale: Optional[float] = None,
     need_normalizer: bool = True,
 ) -> Attended:
-    """Every query attends to all keys up to its own position.
+    """Let every query attend to all keys up to its own position.
 
     Args:
         q: ``[B, H, Q, D]``, the last Q positions.

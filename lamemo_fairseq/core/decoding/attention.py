@@ -87,7 +87,7 @@ def cached_attention(
     need_normalizer: bool = True,
     rotation: Optional[Rotation] = None,
 ) -> Attended:
-    """Every new token attends to the columns from its sequence's oldest slot up to its own.
+    """Let every new token attend to the columns from its sequence's oldest slot up to its own.
 
     Args:
         q: ``[B, H, k, D]``.

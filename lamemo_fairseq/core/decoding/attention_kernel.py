@@ -171,7 +171,7 @@ def cached_attention(
     attended: Optional[Attended] = None,
     span: Optional[int] = None,
 ) -> Tensor:
-    """Each sequence's new token attends to its slots and tokens and to itself, and is written into the cache.
+    """Let each sequence's new token attend to its slots, its tokens and itself, and write it into the cache.
 
     Args:
         qkv: ``[B, 3 H D]``, the token's query, key and value.

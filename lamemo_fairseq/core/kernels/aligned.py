@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> WideRows:
-    """As `linear`, but for zeros that may follow the e columns: without a copy to cut them off."""
+    """Return `linear` without the copy that cuts off padding: zeros may follow the e columns."""
     width = weight.size(1)
     fits = x.size(-1) in (width, width + -width % 8)
     if not fits or not any(size % 8 for size in (x.size(-1), *weight.shape)) or not matters(x):

@@ -27,7 +27,7 @@ class ContinuousOptions(MemoryOptions):
     kl_sigma: float = option(0.05, "standard deviation of that narrow attention, sigma_0")
 
     def basis(self) -> RadialBasis:
-        """The basis that the options name."""
+        """Return the basis that the options name."""
         return RadialBasis(self.num_basis_functions, tuple(float(width) for width in self.basis_widths.split(",")))
 
     def check(self) -> None:
