@@ -25,9 +25,7 @@ class PaddedRows(Tensor):
 
     __torch_function__ = cast(Any, torch._C._disabled_torch_function_impl)
 
-    # Saved and copied, they are plain tensors.
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Tuple[object, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Tuple[object, ...]:  # saved and copied as a plain tensor
         reduced: Tuple[object, ...] = self.as_subclass(Tensor).__reduce_ex__(protocol)
         return reduced
 
@@ -52,6 +50,7 @@ def cut(rows: Tensor, width: int) -> Tensor:
     """
     if rows.size(-1) == width:
         return rows
+    assert rows.size(-1) == stored_width(rows, width), "more than padding would be cut off"
     cut_off: PaddedRows = Tensor._make_subclass(PaddedRows, rows[..., :width])
     return cut_off
 
