@@ -1,10 +1,15 @@
 """Imported before anything else by the packages that need fairseq: the error says what is missing, and what is not."""
 
 import importlib.util
+import sys
+
+_WHEEL = "pip install ve-fairseq"
+_SOURCE = "pip install cython wheel, then pip install --no-build-isolation fairseq-fixed (compiles for some minutes)"
+_BUILDS = {(3, 10): _SOURCE, (3, 11): _WHEEL, (3, 12): _WHEEL, (3, 13): _SOURCE}
 
 if importlib.util.find_spec("fairseq") is None:
+    _version = sys.version_info[:2]
+    _remedy = _BUILDS.get(_version, f"no build is known for Python {_version[0]}.{_version[1]}, take 3.10 to 3.13")
     raise ModuleNotFoundError(
-        "fairseq is not installed: on Python 3.10 to 3.13 install lamemo-fairseq[fairseq]; "
-        "lamemo_fairseq.core needs torch alone and works without",
-        name="fairseq",
+        f"fairseq is not installed: {_remedy}; lamemo_fairseq.core needs torch alone and works without", name="fairseq"
     )

@@ -34,7 +34,20 @@ def test_a_fresh_process_imports_nothing_that_it_does_not_need():
     assert "lamemo_fairseq" in imported and not imported & set(LATER)
 
 
-def test_what_needs_fairseq_says_so_in_one_line():
-    with pytest.raises(ModuleNotFoundError, match=r"fairseq is not installed: .*core needs torch alone") as raised:
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [
+        ((3, 10), "pip install --no-build-isolation fairseq-fixed"),
+        ((3, 11), "pip install ve-fairseq"),
+        ((3, 12), "pip install ve-fairseq"),
+        ((3, 13), "pip install --no-build-isolation fairseq-fixed"),
+        ((3, 14), "no build is known for Python 3.14, take 3.10 to 3.13"),
+    ],
+)
+def test_what_needs_fairseq_says_so_in_one_line(version, remedy, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (*version, 0, "final", 0))
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"fairseq is not installed: .*{remedy}.*core needs torch alone"
+    ) as it:
         importlib.import_module("lamemo_fairseq.models")
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(it.value)
