@@ -208,13 +208,13 @@ def error(
     attend: Callable[[Inputs, Shape], Tensor], exact: Callable[[Inputs, Shape], Tensor], x: Inputs, s: Shape
 ) -> float:
     """Return the largest relative error of the output and of any gradient, against *exact* in float64."""
-    found, expected = [], []
-    for function, inputs, results in ((attend, x, found), (exact, x.to(torch.float64), expected)):
+    measured, expected = [], []
+    for function, inputs, results in ((attend, x, measured), (exact, x.to(torch.float64), expected)):
         output = function(inputs, s)
         grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         grads = torch.autograd.grad(output, inputs.leaves(), grad.to(output), allow_unused=True)
         results += [output.detach(), *(g for g in grads if g is not None)]
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(measured, expected, strict=True))
 
 
 def milliseconds(run: Callable[[], object], device: str) -> float:
