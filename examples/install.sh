@@ -10,8 +10,8 @@ python=${PYTHON:-python3}
 
 "$python" - <<'CHECK' || exit 1
 import sys
-if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-    sys.exit(f"this is Python {sys.version.split()[0]}; this script is for 3.10 to 3.12: set PYTHON=/path/to/python3.11 (lamemo_fairseq.core needs torch alone)")
+if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+    sys.exit(f"this is Python {sys.version.split()[0]}, and fairseq is built for 3.10 to 3.13: set PYTHON=/path/to/python3.11 (lamemo_fairseq.core needs torch alone)")
 CHECK
 
 stamp=$(cat "$root/constraints.txt" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1)
@@ -31,12 +31,14 @@ mkdir -p "$venv"
 pip() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" "$@"; }
 # torch first: what comes after is then content with it.
 pip torch
-if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    pip ve-fairseq
-else
-    pip fairseq-fixed # compiles for some minutes; its wheels do not cover Python 3.10
-fi
+case $("$venv/bin/python" -c 'import sys; print(sys.version_info.minor)') in
+    11 | 12) pip ve-fairseq ;;
+    *) # compiles for some minutes; in isolation pip would fetch another torch, of gigabytes, to compile with
+        pip cython setuptools wheel numpy
+        pip --no-build-isolation fairseq-fixed
+        ;;
+esac
 pip numpy safetensors sentencepiece sacremoses pyyaml tqdm pytest pytest-xdist hypothesis ruff mypy matplotlib
 # torch's GPU builds bring the Triton that they need; with others the tests interpret its kernels on the CPU.
-"$venv/bin/python" -c 'import triton' 2>/dev/null || pip triton==3.9.0
+"$venv/bin/python" -c 'import triton' 2>/dev/null || pip "triton<=3.9.0"
 echo "$stamp" >"$mark"

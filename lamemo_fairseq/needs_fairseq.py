@@ -5,11 +5,11 @@ import sys
 
 _WHEEL = "pip install ve-fairseq"
 _SOURCE = "pip install cython wheel, then pip install --no-build-isolation fairseq-fixed (compiles for some minutes)"
-_BUILDS = {(3, 10): _SOURCE, (3, 11): _WHEEL, (3, 12): _WHEEL, (3, 13): _SOURCE}
+BUILDS = {(3, 10): _SOURCE, (3, 11): _WHEEL, (3, 12): _WHEEL, (3, 13): _SOURCE}
 
 if importlib.util.find_spec("fairseq") is None:
     _version = sys.version_info[:2]
-    _remedy = _BUILDS.get(_version, f"no build is known for Python {_version[0]}.{_version[1]}, take 3.10 to 3.13")
+    _remedy = BUILDS.get(_version, f"no build is known for Python {_version[0]}.{_version[1]}, take 3.10 to 3.13")
     raise ModuleNotFoundError(
         f"fairseq is not installed: {_remedy}; lamemo_fairseq.core needs torch alone and works without", name="fairseq"
     )

@@ -11,8 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import lamemo_fairseq
+from lamemo_fairseq import needs_fairseq
 
 from .tables import TINY
 
@@ -62,6 +64,18 @@ def test_its_dependencies_replace_neither_torch_nor_fairseq(wheel):
     assert installed.version == lamemo_fairseq.__version__
     always = [requirement for requirement in installed.requires or [] if "extra ==" not in requirement]
     assert "safetensors" in always and not [name for name in always if "torch" in name or "fairseq" in name]
+
+
+def test_classifiers_the_extra_and_the_message_name_the_same_builds_of_fairseq(wheel):
+    (installed,) = metadata.distributions(path=[str(wheel)])
+    named = set(re.findall(r"Python :: (3\.\d+)", "\n".join(installed.metadata.get_all("Classifier"))))
+    assert named == {f"{major}.{minor}" for major, minor in needs_fairseq.BUILDS}
+    extra = [Requirement(text) for text in installed.requires if "fairseq" in text.split(";")[0]]
+    for version in (*needs_fairseq.BUILDS, (3, 14)):
+        environment = {"extra": "fairseq", "python_version": "{}.{}".format(*version)}
+        (*builds,) = (requirement.name for requirement in extra if requirement.marker.evaluate(environment))
+        told = re.findall(r"\S+-fairseq|fairseq-\S+", needs_fairseq.BUILDS.get(version, ""))
+        assert builds == told, version
 
 
 def test_preprocess_and_tables_work_away_from_a_checkout(wheel, tmp_path):
