@@ -67,7 +67,7 @@ def steps(decoder, rows, count):
         (LOOKAHEAD, 3, {"decoder_normalize_before": True, "clamp_len": 9}),
         (RECURRENT, 2, {"activation_fn": "gelu", "decoder_input_dim": 6, "decoder_head_dim": 5}),
         (("recurrent", "alibi", "right"), 3, {"decoder_layers": 1}),
-        (("recurrent", "shaw", "right"), 5, {"decoder_layers": 1, "same_length": True}),
+        (("recurrent", "shaw", "right"), 2, {"decoder_layers": 1, "same_length": True}),
         (("lookahead", "alibi", "right"), 2, {"same_length": True}),
     ],
     ids=str,
