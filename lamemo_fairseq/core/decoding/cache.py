@@ -93,6 +93,22 @@ class LayerCache:
         return read_out
 
 
+@dataclass
+class InputLayerCache(LayerCache):
+    """Besides keys and values, the rows that go into the layer."""
+
+    inputs: Tensor  # [B, C, d]
+
+    keeps_inputs: ClassVar[bool] = True
+
+    def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
+        yield from super().column_buffers()
+        yield 1, self.inputs
+
+    def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
+        columns.write(self.inputs, inputs, 1)
+
+
 M = TypeVar("M", bound=CachedMemory)
 L = TypeVar("L", bound=LayerCache)
 

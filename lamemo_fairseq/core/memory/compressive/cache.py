@@ -6,14 +6,20 @@ Shapes: B sequences, b of them, N tokens of a segment, C + M slots, s <= C + M o
 H heads, D size of a head, d model width.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Iterator, Optional, Protocol, Sequence, Tuple
+from typing import Optional, Protocol, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ...decoding.attention import Columns
-from ...decoding.cache import LayerCache, SegmentCache, SequencePosition, counts, select_sequences, write_sequences
+from ...decoding.cache import (
+    InputLayerCache,
+    LayerCache,
+    SegmentCache,
+    SequencePosition,
+    counts,
+    select_sequences,
+    write_sequences,
+)
 from ...decoding.interfaces import CachedMemory, Network
 from ...positions import LayerBias
 from .attention import usage
@@ -30,30 +36,14 @@ class Compressing(CachedMemory, Protocol):
     def compressed_after(self, compressed: int, leaving: int) -> int: ...
 
 
-@dataclass
-class CompressiveLayerCache(LayerCache):
-    """Besides keys and values, the rows that they were projected from."""
-
-    inputs: Tensor  # [B, C + M + N, d]
-
-    keeps_inputs: ClassVar[bool] = True
-
-    def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
-        yield from super().column_buffers()
-        yield 1, self.inputs
-
-    def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
-        columns.write(self.inputs, inputs, 1)
-
-
-class CompressiveCache(SegmentCache[Compressing, CompressiveLayerCache]):
+class CompressiveCache(SegmentCache[Compressing, InputLayerCache]):
     """The number that a sequence's position counts besides is c: how many of its slots, the oldest, are compressed."""
 
     @classmethod
     def empty(cls, memory: Compressing, batch_size: int, like: Tensor) -> "CompressiveCache":
         size = (batch_size, memory.slots + memory.period, like.size(-1))
         layers = [
-            CompressiveLayerCache(*LayerCache.zeros(memory, batch_size, like), like.new_zeros(size))
+            InputLayerCache(*LayerCache.zeros(memory, batch_size, like), like.new_zeros(size))
             for _ in range(memory.config.layers)
         ]
         return cls(layers, counts(batch_size, like), counts(batch_size, like), [SequencePosition()] * batch_size)

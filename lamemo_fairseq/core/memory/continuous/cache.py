@@ -5,13 +5,20 @@ D size of a head, J basis functions, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Iterator, Optional, Protocol, Tuple, cast
+from typing import Optional, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ...decoding.attention import Columns
-from ...decoding.cache import LayerCache, SegmentCache, SequencePosition, counts, select_sequences, write_sequences
+from ...decoding.cache import (
+    InputLayerCache,
+    LayerCache,
+    SegmentCache,
+    SequencePosition,
+    counts,
+    select_sequences,
+    write_sequences,
+)
 from ...decoding.interfaces import CachedMemory, Network
 from ...layers import SelfAttention
 from .attention import ContinuousSelfAttention, LongTerm
@@ -27,21 +34,11 @@ class TakingIn(CachedMemory, Protocol):
 
 
 @dataclass
-class ContinuousLayerCache(LayerCache):
+class ContinuousLayerCache(InputLayerCache):
     """Besides keys and values, the rows that go into the layer, the signal, and what queries read of it."""
 
-    inputs: Tensor  # [B, C, d]
     coefficients: Tensor  # [B, J, d], float32 or wider
     long_term: LongTerm
-
-    keeps_inputs: ClassVar[bool] = True
-
-    def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
-        yield from super().column_buffers()
-        yield 1, self.inputs
-
-    def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
-        columns.write(self.inputs, inputs, 1)
 
     def combine(self, attention: SelfAttention, q: Tensor, read_out: Tensor) -> Tensor:
         return cast(ContinuousSelfAttention, attention).combine(q, read_out, self.long_term)[0]

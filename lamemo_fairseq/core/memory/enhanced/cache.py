@@ -12,24 +12,20 @@ from typing import ClassVar, Optional
 from torch import Tensor
 
 from ...decoding.attention import Columns
-from ...decoding.cache import LayerCache, SegmentCache, SequencePosition, counts, select_sequences, write_sequences
+from ...decoding.cache import (
+    InputLayerCache,
+    LayerCache,
+    SegmentCache,
+    SequencePosition,
+    counts,
+    select_sequences,
+    write_sequences,
+)
 from ...decoding.interfaces import CachedMemory, Network
 
 
 @dataclass
-class EnhancedLayerCache(LayerCache):
-    """Besides keys and values, the rows that went into the layer: they came out of the layer below."""
-
-    inputs: Tensor  # [B, C, d]
-
-    keeps_inputs: ClassVar[bool] = True
-
-    def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
-        columns.write(self.inputs, inputs, 1)
-
-
-@dataclass
-class EnhancedCache(SegmentCache[CachedMemory, EnhancedLayerCache]):
+class EnhancedCache(SegmentCache[CachedMemory, InputLayerCache]):
     """Keys and values of slots and tokens, and the outputs of all layers for the tokens."""
 
     features: Tensor  # [B, C, d], the last layer's outputs
@@ -40,7 +36,7 @@ class EnhancedCache(SegmentCache[CachedMemory, EnhancedLayerCache]):
     def empty(cls, memory: CachedMemory, batch_size: int, like: Tensor) -> "EnhancedCache":
         size = (batch_size, memory.slots + memory.period, like.size(-1))
         layers = [
-            EnhancedLayerCache(*LayerCache.zeros(memory, batch_size, like), like.new_zeros(size))
+            InputLayerCache(*LayerCache.zeros(memory, batch_size, like), like.new_zeros(size))
             for _ in range(memory.config.layers)
         ]
         positions = [SequencePosition()] * batch_size
@@ -54,6 +50,7 @@ class EnhancedCache(SegmentCache[CachedMemory, EnhancedLayerCache]):
     ) -> None:
         """Project the outputs of the tokens that become slots, and move the columns on."""
         new = slice(max(network.memory.slots, network.memory.period), None)  # the last min(M, N) columns
+        # What goes into a layer came out of the one below.
         outputs = [*(cached.inputs for cached in self.layers[1:]), self.features]
         for layer, cached, output in zip(network.layers, self.layers, outputs, strict=True):
             rows = select_sequences(output, sequences)[:, new]
