@@ -57,17 +57,20 @@ class SelfAttention(nn.Module):
             q, k, v = split_heads(self.qkv_proj(rows), 3, heads)
             return q[:, :, rows.size(1) - queries :], k, v
         weight = self.qkv_proj.weight
-        if aligned.matters(rows):
-            rows = widened(rows)  # once for both products, as a part of `PaddedRows` is a plain tensor
-            if keep_padding and self.config.head_dim % 8:
-                weight = wide_heads(weight, self.config.head_dim, dim=0)
+        matters = aligned.matters(rows)
+        if matters and keep_padding and self.config.head_dim % 8:
+            weight = wide_heads(weight, self.config.head_dim, dim=0)
+
+        def wide() -> Tensor:  # before any cut, as a part of `PaddedRows` is a plain tensor
+            return widened(rows) if matters else rows
+
         if queries == rows.size(1):
-            q, k, v = split_heads(aligned.linear(rows, weight), 3, heads)
+            q, k, v = split_heads(aligned.linear(wide(), weight), 3, heads)
             return q, k, v
         width = weight.size(0) // 3
         q_weight, kv_weight = weight.split([width, 2 * width])
-        k, v = split_heads(aligned.linear(rows, kv_weight), 2, heads)
-        return self._split_heads(aligned.linear(rows[:, rows.size(1) - queries :], q_weight)), k, v
+        k, v = split_heads(aligned.linear(wide(), kv_weight), 2, heads)
+        return self._split_heads(aligned.linear(wide()[:, rows.size(1) - queries :], q_weight)), k, v
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
         """Attend causally with unrotated heads ``[B, H, Q or R, D or D']``, by the backend that the options name."""
