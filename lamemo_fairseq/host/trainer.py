@@ -3,15 +3,18 @@
 It also lets the device go ahead of the host. fairseq waits for the norm of the gradients, and only then updates, logs,
 loads a batch and runs the model. The device would have nothing to do meanwhile. Here it is given the update, and if a
 CUDA graph is recorded the next segment's forward pass, before the host waits. The numbers are the same to the last bit.
-If ranks disagree about the norm, fairseq ends the run as ever; its crash.pt then holds the updated weights.
+With several ranks, their figures are exchanged beside the backward pass and the next segment, and the host waits for
+neither. If ranks disagree about the norm, fairseq ends the run as ever; its crash.pt then holds the updated weights.
 """
 
 import logging
 import os
+from contextlib import contextmanager
 from functools import cache
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
+import torch.distributed as dist
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
@@ -37,13 +40,46 @@ class SegmentTrainer(Trainer):
     """
 
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None):
+        self._group: Any = None  # for collectives, in place of fairseq's
         super().__init__(cfg, task, model, criterion, quantizer)
+        self._group_of_figures = dist.new_group() if self.data_parallel_world_size > 1 else None
         self.begun = False
         self._batches: Any = None  # of the epoch
         self._updating = False
         self._finish_loading: Optional[Callable[[], None]] = None
         self._due, self._written = -1, -1  # the updates after which fairseq asked for a checkpoint, and wrote one
         check_named_checkpoint(self.cfg.checkpoint, self.checkpoint_suffix)
+
+    @property
+    def data_parallel_process_group(self) -> Any:
+        """The ranks as a process group."""
+        return super().data_parallel_process_group if self._group is None else self._group
+
+    @contextmanager
+    def _beside_the_gradients(self, after: Optional[torch.cuda.Event] = None, known: bool = False) -> Iterator[None]:
+        """Within it, collectives wait for no gradients, nor for anything else that the device has been given.
+
+        Args:
+            after: they wait for this.
+            known: whether what they take is on the host, or *after* suffices; if not, they wait for all before.
+        """
+        if self._group_of_figures is None:
+            yield
+            return
+        self._group = self._group_of_figures
+        try:
+            if self.device.type != "cuda":
+                yield
+                return
+            stream = _beside(self.device)
+            if after is not None:
+                stream.wait_event(after)
+            if not known:
+                stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            self._group = None
 
     def _build_optimizer(self) -> None:
         super()._build_optimizer()
@@ -111,7 +147,16 @@ class SegmentTrainer(Trainer):
         self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
     ) -> Any:
         """Return sums over all ranks, on the host. fairseq divides gradients by one of them, if it is not zero."""
-        return _on_the_host(super()._aggregate_logging_outputs(logging_outputs, *extra_stats_to_sum, ignore=ignore))
+        # Of an update, figures are there before its backward pass.
+        scored = self.task.scored if self._updating else None
+        known = scored is not None and not any(torch.is_tensor(stat) for stat in extra_stats_to_sum)
+        with self._beside_the_gradients(scored, known):
+            return _on_the_host(super()._aggregate_logging_outputs(logging_outputs, *extra_stats_to_sum, ignore=ignore))
+
+    def _check_grad_norms(self, grad_norm: Tensor) -> None:
+        """Compare the norms of all ranks, without waiting for the next segment."""
+        with self._beside_the_gradients(known=not grad_norm.is_cuda):
+            super()._check_grad_norms(grad_norm)
 
     def _reduce_and_log_stats(self, logging_outputs: Any, sample_size: Any, grad_norm: Optional[Tensor] = None) -> Any:
         """Log what the criterion computed; with a norm, that of an update whose backward pass the host has awaited."""

@@ -77,6 +77,7 @@ class SegmentLanguageModelingTask(PromptTask):
         self.dictionary = dictionary
         self.segment_length: Optional[int] = cfg.tokens_per_sample
         self.losses = LossWatch()
+        self.scored: Optional[torch.cuda.Event] = None  # when the device has computed the last batch's loss
         self._decoder: Any = None
         self._iterators: Dict[Any, SegmentBatchIterator] = {}
         self._batches: Optional[SegmentBatchIterator] = None  # that a model is trained on
@@ -303,7 +304,13 @@ class SegmentLanguageModelingTask(PromptTask):
 
         if self._decoder.memory.has_losses:
             criterion = WithMemoryLosses(criterion)
-        result = retry_out_of_memory(forward_and_backward, criterion, model, advance, alone=not several_ranks())
+
+        def score(*args: Any) -> Any:
+            scored = criterion(*args)
+            self.scored = torch.cuda.current_stream().record_event() if inputs["src_tokens"].is_cuda else None
+            return scored
+
+        result = retry_out_of_memory(forward_and_backward, score, model, advance, alone=not several_ranks())
         self.losses.check()
         self.losses.note(result[0], inputs["position"], update_num + 1, self._decoder.streams)
         return result
