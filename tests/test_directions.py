@@ -23,7 +23,7 @@ PACKAGE = [
 CORE = [
     "registry names fields released",
     "kernels",
-    "attention",
+    "attention gradients",
     "positions",
     "layers",
     "decoding",

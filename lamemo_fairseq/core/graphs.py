@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .gradients import Bucket, Reducer, views_of, written_to
 from .kernels.autograd import Context, Function
 from .kernels.copies import copy_all
 from .kernels.module_tree import ModuleTree, Signature, tree_of
@@ -39,6 +40,7 @@ class SegmentSignature(NamedTuple):
     tokens: torch.Size
     state: List[torch.Size]
     module: Signature
+    buckets: List[Bucket]
 
 
 @dataclass
@@ -56,9 +58,12 @@ class SegmentGraphs:
     A graph is recorded when two consecutive segments have the same shapes, once for training and once for evaluation.
     Shapes stay the same once the memory is full. Anything else runs as it is: ragged segments, autocast, modules with
     hooks, which a graph would not call. Only a recording's last forward pass can be followed by a backward pass.
+
+    A host with several ranks may set a `reducer`, which reduces gradients while a recorded backward pass runs.
     """
 
     def __init__(self) -> None:
+        self.reducer: Optional[Reducer] = None
         self._recorded = {True: _Recorded(), False: _Recorded()}  # by whether gradients are computed
 
     def __reduce__(self) -> Tuple[object, ...]:
@@ -76,7 +81,7 @@ class SegmentGraphs:
         tree = tree_of(module)
         if tree.hooked:
             return read(tokens, state)
-        recorded, signature = self._recorded[learns], _signature(tree, tokens, state)
+        recorded, signature = self._recorded[learns], self._signature(tree, tokens, state)
         before, recorded.last = recorded.last, signature
         if recorded.recording is not None and signature == recorded.signature:
             return recorded.recording(tokens, state)
@@ -86,7 +91,7 @@ class SegmentGraphs:
         with torch.random.fork_rng([tokens.device]):  # a resumed run records at another update, and draws the same
             if learns:
                 trained = [p for p in tree.parameters if p.requires_grad]
-                recording: _Recording = _TrainingRecording(read, module, trained, tokens, state)
+                recording: _Recording = _TrainingRecording(read, module, trained, tokens, state, self.reducer)
             else:
                 recording = _EvaluationRecording(read, tokens, state)
         recorded.signature, recorded.recording = signature, recording
@@ -108,17 +113,17 @@ class SegmentGraphs:
         if not isinstance(recording, _TrainingRecording) or not module.training:
             return
         tree = tree_of(module)
-        if not tree.hooked and _signature(tree, tokens, state) == self._recorded[True].signature:
+        if not tree.hooked and self._signature(tree, tokens, state) == self._recorded[True].signature:
             recording.begin(tokens, state, seed)
+
+    def _signature(self, tree: ModuleTree, tokens: Tensor, state: MemoryState) -> SegmentSignature:
+        buckets = [] if self.reducer is None else list(self.reducer.buckets)
+        return SegmentSignature(tokens.shape, [t.shape for t in state.tensors()], tree.signature(), buckets)
 
 
 def _recordable(tokens: Tensor) -> bool:
     autocast = torch.is_autocast_enabled(tokens.device.type)
     return tokens.is_cuda and not autocast and not torch.is_inference_mode_enabled()
-
-
-def _signature(tree: ModuleTree, tokens: Tensor, state: MemoryState) -> SegmentSignature:
-    return SegmentSignature(tokens.shape, [t.shape for t in state.tensors()], tree.signature())
 
 
 class _Begun(NamedTuple):
@@ -200,9 +205,12 @@ class _TrainingRecording(_Recording):
         parameters: Sequence[nn.Parameter],
         tokens: Tensor,
         state: MemoryState,
+        reducer: Optional[Reducer] = None,
     ):
         self.begun: Optional[_Begun] = None
         self.parameters = list(parameters)
+        self.reducer = reducer
+        self.buckets = [] if reducer is None else list(reducer.buckets)
         super().__init__(tokens, state)
         run: OnLeaves = partial(run_on_aliases, read, module)
         self._capture(lambda: self._warm_up(run), lambda: self._record(run))
@@ -220,9 +228,13 @@ class _TrainingRecording(_Recording):
         outputs = _outputs(passage)
         self.output_grads = [torch.empty_like(output) for output in outputs]
         self.backward_graph = torch.cuda.CUDAGraph()
-        with _recorded_to(self.backward_graph, shared=self.forward_graph):
+        gathered = {p for bucket in self.buckets for p in bucket.parameters}
+        self.others = [p for p in self.parameters if p not in gathered]
+        leaf_of = dict(zip(self.parameters, leaves, strict=True))
+        recorded = _recorded_to(self.backward_graph, shared=self.forward_graph)
+        with recorded, written_to(self.buckets, leaf_of) as self.ready:
             grads = torch.autograd.grad(outputs, leaves, self.output_grads)
-            self.grads = [g.flatten() for g in grads]
+            self.grads = [g.flatten() for p, g in zip(self.parameters, grads, strict=True) if p not in gathered]
         # Without the operations that made them, which the graph of the backward pass has.
         self.outputs = [output.detach() for output in outputs]
         self.passage = passage._replace(features=self.outputs[0], losses={})
@@ -238,6 +250,22 @@ class _TrainingRecording(_Recording):
         after, features, *losses = _Replay.apply(self, *self.parameters)
         by_name: Dict[str, Tensor] = dict(zip(self.losses, losses, strict=True))
         return self.passage._replace(features=features, state=after, losses=by_name)
+
+    def backward(self) -> List[Optional[Tensor]]:
+        """Replay the backward pass: the gradients of the parameters, but for those that the reducer takes."""
+        reducer = self.reducer
+        reduces = reducer is not None and reducer.begin()
+        self.backward_graph.replay()
+        # Copies, as in the forward pass.
+        given: Dict[nn.Parameter, Tensor] = {}
+        if self.grads:
+            given.update(zip(self.others, views_of(torch.cat(self.grads), self.others), strict=True))
+        for bucket, ready in zip(self.buckets, self.ready, strict=True):
+            if reducer is not None and reduces:
+                reducer.reduce(bucket, ready)
+            else:
+                given.update(zip(bucket.parameters, views_of(bucket.flat.clone(), bucket.parameters), strict=True))
+        return [given.get(p) for p in self.parameters]
 
     def begin(self, tokens: Tensor, state: MemoryState, seed: int) -> None:
         device = tokens.device
@@ -283,10 +311,7 @@ class _Replay(Function):
                 "activations of the last one only: leave out --cuda-graphs"
             )
         copy_all(recording.output_grads, grads)
-        recording.backward_graph.replay()
-        # Copies, as in the forward pass.
-        gradients = torch.cat(recording.grads).split([g.numel() for g in recording.grads])
-        return (None, *(g.view_as(p) for g, p in zip(gradients, recording.parameters, strict=True)))
+        return (None, *recording.backward())
 
 
 def _recorded_to(graph: torch.cuda.CUDAGraph, shared: Optional[torch.cuda.CUDAGraph] = None) -> ContextManager[None]:

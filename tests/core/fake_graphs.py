@@ -33,10 +33,42 @@ class FakeGraph:
                         held.copy_(new)
 
 
+class FakeEvent:
+    """In place of `torch.cuda.Event`: when it happens, what waits for it is called."""
+
+    recorded_to = None  # the graph that is being recorded
+
+    def __init__(self, external=False):
+        self.external = external
+        self.happened = 0
+        self.waiting = []
+
+    def record(self, stream=None):
+        if FakeEvent.recorded_to is None:
+            self.happen()
+        elif self.external:
+            FakeEvent.recorded_to.operations.append((self.happen, (), {}, [None]))
+        else:
+            raise RuntimeError("an event within a CUDA graph is seen outside of it only if it is external")
+
+    def happen(self):
+        self.happened += 1
+        for do in self.waiting:
+            do()
+
+
 class _Noting(TorchDispatchMode):
     def __init__(self, graph):
         super().__init__()
         self.graph = graph
+
+    def __enter__(self):
+        FakeEvent.recorded_to = self.graph
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        FakeEvent.recorded_to = None
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name in ON_THE_HOST:
@@ -58,6 +90,7 @@ def install(monkeypatch):
     for name, stand_in in {
         "CUDAGraph": FakeGraph,
         "graph": lambda graph, **_: _Noting(graph),
+        "Event": FakeEvent,
         "Stream": _Stream,
         "current_stream": _Stream,
         "stream": lambda _: contextlib.nullcontext(),
