@@ -24,6 +24,7 @@ from torch import Tensor
 from . import interruption, schedules
 from .averages import Averages
 from .checkpoints import keep_due_checkpoint, write_checkpoint
+from .data_parallel import GradientReducer, reducer_for, wrapped
 from .mixed_precision import FP16Optimizer
 from .optimizers import adopt, meanwhile
 from .restoring import restoring
@@ -40,6 +41,7 @@ class SegmentTrainer(Trainer):
     """
 
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None):
+        self._reducer: Optional[GradientReducer] = None
         self._group: Any = None  # for collectives, in place of fairseq's
         super().__init__(cfg, task, model, criterion, quantizer)
         self._group_of_figures = dist.new_group() if self.data_parallel_world_size > 1 else None
@@ -49,6 +51,16 @@ class SegmentTrainer(Trainer):
         self._finish_loading: Optional[Callable[[], None]] = None
         self._due, self._written = -1, -1  # the updates after which fairseq asked for a checkpoint, and wrote one
         check_named_checkpoint(self.cfg.checkpoint, self.checkpoint_suffix)
+
+    @property
+    def model(self) -> Any:
+        """The model, wrapped for several ranks."""
+        if getattr(self, "_wrapped_model", None) is None and self.use_distributed_wrapper:
+            options, group = self.cfg.distributed_training, self.data_parallel_process_group
+            self._reducer = reducer_for(options, self._model.to(self.device), group)
+            if self._reducer is not None:
+                self._wrapped_model = wrapped(options, self._model, self._reducer, group)
+        return super().model
 
     @property
     def data_parallel_process_group(self) -> Any:
@@ -103,6 +115,8 @@ class SegmentTrainer(Trainer):
     def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
         """Compute an update."""
         self._updating = True
+        if self._reducer is not None:
+            self._reducer.begin_update(len(samples))
         try:
             return super().train_step(samples, raise_oom)
         finally:
@@ -147,6 +161,8 @@ class SegmentTrainer(Trainer):
         self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
     ) -> Any:
         """Return sums over all ranks, on the host. fairseq divides gradients by one of them, if it is not zero."""
+        if self._updating and self._reducer is not None:
+            self._reducer.begin_rest()  # before the host waits for other ranks, which may wait for these gradients
         # Of an update, figures are there before its backward pass.
         scored = self.task.scored if self._updating else None
         known = scored is not None and not any(torch.is_tensor(stat) for stat in extra_stats_to_sum)

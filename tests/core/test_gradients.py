@@ -8,6 +8,7 @@ import torch
 from lamemo_fairseq.core import graphs
 from lamemo_fairseq.core.gradients import Bucket
 
+from ..gpus import gpu
 from . import fake_graphs
 from .helpers import VARIANTS, random_tokens, tiny_decoder
 
@@ -41,8 +42,9 @@ class Reducer:
 
 
 @pytest.fixture(autouse=True)
-def fakes(monkeypatch):
-    fake_graphs.install(monkeypatch)
+def fakes(monkeypatch, request):
+    if request.node.get_closest_marker("gpu") is None:
+        fake_graphs.install(monkeypatch)
 
 
 def decoder_and_segments(variant=VARIANTS[0], segments=9):
@@ -184,3 +186,28 @@ def test_a_copy_of_the_model_has_no_reducer():
     decoder.graphs.reducer = Reducer(*layers_of(decoder))
     assert copy.deepcopy(decoder).graphs.reducer is None
     assert isinstance(decoder.graphs, graphs.SegmentGraphs)
+
+
+@gpu
+def test_another_stream_sees_a_bucket_complete_before_the_replay_ends():
+    decoder = tiny_decoder(dtype=torch.float32, decoder_ffn_embed_dim=4096, cuda_graphs=True).to("cuda").train()
+    stream, copies = torch.cuda.Stream(), []
+
+    class Copying(Reducer):
+        def reduce(self, bucket, ready):
+            super().reduce(bucket, ready)
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                copies.append(bucket.flat.clone())
+
+    decoder.graphs.reducer = reducer = Copying(*layers_of(decoder))
+    state = None
+    for segment in random_tokens(64, 30 * decoder.segment_length).to("cuda").split(decoder.segment_length, dim=1):
+        for bucket in reducer.buckets:
+            bucket.flat.fill_(torch.nan)
+        copies.clear()
+        _, state = gradients(decoder, by_graph(decoder), segment, state)
+        torch.cuda.synchronize()
+        for copy_of_bucket, bucket in zip(copies, reducer.buckets if copies else (), strict=True):
+            assert torch.equal(copy_of_bucket, bucket.flat)
+    assert len(copies) == 3
