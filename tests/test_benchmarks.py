@@ -40,7 +40,7 @@ def test_a_benchmark_prints_its_figures(command, row):
 
 
 @pytest.mark.parametrize(("device", "shown"), [("cpu", ""), ("cuda", "0,1")])
-def test_ranks_on_a_cpu_see_no_gpu(device, shown, monkeypatch):
+def test_ranks_on_a_cpu_see_no_gpu(device, shown, monkeypatch, tmp_path):
     """Also where there are some: fairseq asks for them without regard to --cpu."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import scaling
@@ -49,12 +49,14 @@ def test_ranks_on_a_cpu_see_no_gpu(device, shown, monkeypatch):
 
     def run(command, env, **_):
         seen.append(("--cpu" in command, env["CUDA_VISIBLE_DEVICES"]))
+        for rank in (0, 1):
+            (tmp_path / f"rank{rank}").write_text("{}")
         return SimpleNamespace(returncode=0, stdout='{"wps": "10"}\n' * 4, stderr="")
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(scaling.subprocess, "run", run)
     args = SimpleNamespace(steps=4, device=device, options="")
-    assert scaling.train("quickstart", "lamemo-eager", 2, "legacy_ddp", args, "data")["tok/s"] == 10
+    assert scaling.train("quickstart", "lamemo-eager", 2, "legacy_ddp", args, str(tmp_path))["tok/s"] == 10
     assert seen == [(device == "cpu", shown)]
 
 
@@ -65,3 +67,26 @@ def test_rates_are_read_as_fairseq_writes_them(rate):
     log = f'{{"wps": "{shown}", "ups": "1"}}\n' * 3
     found = subprocess.run([sys.executable, "-c", reader], input=log, capture_output=True, text=True, cwd=FOLDER)
     assert found.stdout == f"{[float(shown)] * 3}\n", found.stderr[-2000:]
+
+
+def test_the_parts_of_a_step(monkeypatch):
+    """Two steps of 50 us each: kernels side by side, a collective half of which runs alone, and a wait of the host."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import timeline
+
+    def event(cat, name, ts, dur):
+        return {"cat": cat, "name": name, "ts": ts, "dur": dur}
+
+    trace = [
+        event("kernel", "gemm", 0, 30),
+        event("kernel", "softmax", 10, 10),
+        event("gpu_memcpy", "Memcpy HtoD", 30, 10),
+        event("kernel", "ncclDevKernel_AllReduce", 20, 40),
+        event("cuda_runtime", "cudaLaunchKernel", 0, 5),
+        event("cuda_runtime", "cudaEventSynchronize", 10, 20),
+        {"name": "no event of the device", "ts": 0},
+    ]
+    parts = timeline.parts(trace, seconds=100e-6, updates=2)
+    assert {name: round(1e3 * value, 9) for name, value in parts.items()} == {
+        "host ms": 40, "reduction ms": 20, "exposed ms": 10, "idle ms": 20,
+    }  # fmt: skip

@@ -4,8 +4,10 @@
     python examples/benchmarks/scaling.py quickstart --paths lamemo-eager --device cpu --steps 10   # ranks on a CPU
 
 Efficiency is the rate over that of one GPU in the same run times the number of GPUs; without one GPU there is none.
-fairseq's `legacy_ddp` reduces gradients after the backward pass, `pytorch_ddp` in buckets while it runs: the
-difference is what the overlap hides.
+fairseq's `legacy_ddp` reduces gradients after the backward pass, `pytorch_ddp` in buckets while it runs; with
+`--cuda-graphs` either does so while the graph runs. After the timed updates a few are profiled on the first rank, which
+makes them a little longer (`timeline.py`): for how much of a step the host does not wait for the device, how long
+collectives run, for how much of that nothing else does, and for how long the device has nothing to do.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from typing import Any
 from training import (
     OVERFLOWS,
     PATHS,
+    PROFILED,
     ROOT,
     SIZES,
     TRAINING,
@@ -33,14 +36,18 @@ from training import (
     write_data,
 )
 
-COLUMNS = ("size", "path", "gradients", "GPUs", "tok/s", "efficiency", "peak GiB of a GPU")
+HERE = Path(__file__).resolve().parent
+PROFILE = ("MB reduced", "host ms", "reduction ms", "exposed ms", "idle ms")
+COLUMNS = ("size", "path", "gradients", "GPUs", "tok/s", "efficiency", "peak GiB of a GPU", *PROFILE)
 
 
 def train(size: str, path: str, world: int, backend: str, args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """fairseq-train on *world* ranks; rank 0's words per second, which count all ranks, and the largest peak."""
+    """fairseq-train on *world* ranks; rank 0's words per second, which count all ranks, the largest peak, `PROFILE`."""
+    result, interval = Path(folder) / "rank", max(1, args.steps // 8)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    command += ["-m", "fairseq_cli.train", folder, "--user-dir", str(ROOT / "lamemo_fairseq")]
-    command += [*TRAINING.split(), "--max-update", str(args.steps), "--log-interval", str(max(1, args.steps // 8))]
+    command += [str(HERE / "timeline.py"), str(result), str(args.steps), str(PROFILED)]
+    command += [folder, "--user-dir", str(ROOT / "lamemo_fairseq"), *TRAINING.split()]
+    command += ["--max-update", str(args.steps + PROFILED), "--log-interval", str(interval)]
     command += [*model_options(size, path), "--ddp-backend", backend]
     command += ["--cpu"] if args.device == "cpu" else ["--fp16", "--distributed-world-size", str(world)]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
@@ -50,8 +57,9 @@ def train(size: str, path: str, world: int, backend: str, args: argparse.Namespa
     log = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{log[-3000:]}")
-    rates = speeds(done.stdout)
-    measured: dict[str, Any] = {"tok/s": statistics.median(rates[len(rates) // 2 : -1])}
+    rates = speeds(done.stdout)[: args.steps // interval]  # before the profile
+    ranks = [json.loads(path.read_text()) for path in (Path(f"{result}{rank}") for rank in range(world))]
+    measured: dict[str, Any] = {"tok/s": statistics.median(rates[len(rates) // 2 :]), **ranks[0], "ranks": ranks}
     capacity = re.findall(r"total memory = ([\d.]+) GB", log)
     if capacity:
         measured["peak GiB"] = peak_gib(log, float(capacity[0]))
@@ -75,7 +83,7 @@ def main() -> None:
     entries = []
     for size in args.sizes:
         _, words, streams, _ = SIZES[size]
-        segments = args.steps + 2 + (OVERFLOWS if args.device == "cuda" else 0)
+        segments = args.steps + PROFILED + 2 + (OVERFLOWS if args.device == "cuda" else 0)
         with tempfile.TemporaryDirectory() as folder:
             write_data(Path(folder), words, max(args.worlds) * streams * segment_length(size) * segments)
             for path in args.paths:
@@ -91,7 +99,9 @@ def main() -> None:
                         efficiency = f"{measured['efficiency']:.1%}" if "efficiency" in measured else ""
                         peak = f"{measured['peak GiB']:.1f}" if "peak GiB" in measured else ""
                         names = f"{size} | {path} | {backend if world > 1 else ''} | {world}"
-                        print(f"| {names} | {measured['tok/s']:,.0f} | {efficiency} | {peak} |", flush=True)
+                        profile = " | ".join(f"{measured[n]:.1f}" if n in measured else "" for n in PROFILE)
+                        rate = f"{measured['tok/s']:,.0f}"
+                        print(f"| {names} | {rate} | {efficiency} | {peak} | {profile} |", flush=True)
     if args.result:
         args.result.write_text(
             json.dumps({"device": device, "command": sys.argv[1:], "rows": entries}, indent=1) + "\n"
