@@ -81,4 +81,7 @@ def test_the_page_runs(docs, tmp_path, monkeypatch, capsys):
     exec(BLOCKS[2], names)
     exec(BLOCKS[3], names)
     assert names["words"].shape == names["log_probs"].shape == (2, 50)
+    exec(BLOCKS[4], names)
+    assert [len(scores) for scores in names["log_probs"]] == [3, 1]
+    exec(BLOCKS[5], {**names, "segment": torch.arange(64).view(8, 8), "state": None})
     assert 100 < float(capsys.readouterr().out) < 10_000  # of 1,000 words, untrained

@@ -13,6 +13,7 @@ from .graphs import SegmentGraphs
 from .layers import AttentionConfig, DecoderLayer, LayerConfig
 from .layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from .memory import MEMORIES, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
+from .memory.groups import GroupedState, read_groups
 from .positions import POSITIONS, PositionConfig, PositionEncoding
 
 
@@ -43,12 +44,14 @@ class MemoryDecoder(nn.Module):
 
         Args:
             tokens: ``[B, N]`` word ids.
-            state: the memory before the segment, left as it is; None for an empty one.
+            state: the memory before the segment, left as it is; None for an empty one. `advance` clears single streams.
             lengths: ``[B]`` tokens that are not padding, which is on the right; None if none is.
 
         Returns:
             Features ``[B, N, d]`` after the final dropout, the memory after the segment, and the memory's losses.
         """
+        if isinstance(state, GroupedState):
+            return read_groups(self.read_segment, tokens, state, lengths)
         if self.graphs is not None and lengths is None:
             return self.graphs(self.read_segment, self, tokens, state)
         return self.read_segment(tokens, state, lengths)

@@ -9,7 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Optional, Sequence, Union
+from typing import List, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from .decoding.sampler import Continuation, Sampler
 from .decoding.state import DecodingState
 from .fields import Values
 from .memory import MemoryState, Passage
+from .memory.documents import DocumentStreams
+from .memory.groups import advance
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -72,6 +74,48 @@ class LanguageModel(MemoryDecoder):
             state.read(tokens[:, :-1], [length - 1 for length in lengths])
         last = tokens.gather(1, torch.tensor(lengths, device=device).unsqueeze(1) - 1).squeeze(1)
         return Sampler(state, Draw(temperature, top_k, top_p)).go_on(last, count)
+
+    @torch.no_grad()
+    def score_documents(self, documents: Sequence[Tensor], num_streams: int) -> List[Tensor]:
+        """Score documents of any lengths, each from an empty memory, many side by side.
+
+        Args:
+            documents: word ids ``[T + 1]`` each. The first one, such as ``</s>``, is not scored.
+            num_streams: documents read side by side. The scores do not depend on it.
+
+        Returns:
+            For each document the log-probabilities ``[T]`` of its words behind the first, in float32 or wider.
+
+        Raises:
+            ValueError: a document is empty, no stream is asked for, or the model is in training mode.
+        """
+        if self.training:
+            raise ValueError("score_documents reads texts without dropout: call model.eval() first")
+        if num_streams < 1 or any(len(document) == 0 for document in documents):
+            raise ValueError("score_documents reads documents of at least one word, in at least one stream")
+        device = next(self.parameters()).device
+        deal = DocumentStreams([len(d) - 1 for d in documents], num_streams, self.segment_length, clear=True)
+        streams = [deal.stream(dealt) for dealt in deal.dealt]
+        scored: List[List[Tensor]] = [[] for _ in documents]
+        state: Optional[MemoryState] = None
+        for index in range(deal.num_segments):
+            extracts = [stream.segment(index) for stream in streams]  # one of each stream, none where it has ended
+            words = [
+                documents[own[0].document][own[0].start : own[0].stop + 1] if own else documents[0][:1]
+                for own in extracts
+            ]
+            padded = nn.utils.rnn.pad_sequence([w.to(device) for w in words], batch_first=True)
+            lengths = torch.tensor([len(w) - 1 for w in words], device=device)
+            cleared = [row for row, own in enumerate(extracts) if own and own[0].start == 0]
+            ended = [row for row, own in enumerate(extracts) if not own]
+            state = advance(state, num_streams, cleared, ended)
+            ragged = min(map(len, words)) < padded.size(1)
+            features, state, _ = self.read(padded[:, :-1], state, lengths if ragged else None)
+            log_probs = self.log_probs(features).gather(2, padded[:, 1:].unsqueeze(2)).squeeze(2)
+            for own, row in zip(extracts, log_probs, strict=True):
+                for extract in own:
+                    scored[extract.document].append(row[: extract.stop - extract.start])
+        return [torch.cat(parts) if parts else torch.empty(0) for parts in scored]
 
     def save(self, folder: Union[str, Path]) -> None:
         """Write the weights and the configuration. Each file appears whole; `load` tells the files of two saves apart.

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.decoder import MemoryDecoder
 from ..core.decoding.state import DecodingState
 from ..core.memory import DivergenceError, StreamMemory
+from ..core.memory.groups import GroupedState
 from ..core.memory.position import SegmentPosition, real_tokens
 from ..core.names import option_name
 from .config import model_config
@@ -139,7 +140,9 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             seed: of the random numbers that `forward` will draw.
         """
         state = self.streams.before(position)
-        if self.graphs is not None and state is not None and not position.ragged:
+        if self.graphs is None or position.ragged or isinstance(state, GroupedState):
+            return
+        if state is not None:
             # The host waits for what a loss needs to know of its targets: not behind the layers.
             self._planned = target, self.loss_layer.plan(target)
             self.graphs.begin(self, tokens, state, seed)

@@ -35,6 +35,8 @@ class SegmentPosition:
     index: int  # number of the segment in its stream, from 0
     last: bool = False  # the streams end with it
     ragged: bool = False  # some streams are padded on the right
+    cleared: Tuple[int, ...] = ()  # entries of the batch whose memory is cleared before the segment
+    ended: Tuple[int, ...] = ()  # entries that have no tokens from this segment on
 
     @property
     def reading(self) -> Reading:

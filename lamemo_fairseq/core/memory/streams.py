@@ -5,9 +5,10 @@ dummy batch on a rank that has none. So nothing here depends on the order of cal
 position in them, and gets exactly the memory of that position.
 """
 
-from typing import Dict, List, Mapping, Optional, Tuple, Type
+from typing import Dict, List, Mapping, Optional, Tuple, Type, Union, cast
 
 from .base import MemoryState, SavedField
+from .groups import SavedGroups, advance, load_groups
 from .position import Reading, SegmentPosition
 
 
@@ -51,15 +52,15 @@ class StreamMemory:
         if position.index == 0:
             self._readings[key] = position.reading
             self._states[key] = {0: None}
-        states = self._states.get(key, {})
-        if self._readings.get(key) != position.reading or position.index not in states:
+        states = self._of_reading(position, training)
+        if position.index not in states:
             raise MissingMemoryError(
                 f"no memory for segment {position.index} of {position.named_streams()} of '{position.split}' "
                 f"(epoch {position.epoch}): segment {position.index - 1} of the same streams has to be fed first"
             )
         for index in [i for i in states if i < position.index]:
             del states[index]
-        return states[position.index]
+        return self.before(position, training)
 
     def write(self, position: SegmentPosition, training: bool, state: MemoryState) -> None:
         """Keep the memory after the segment at *position*, unless its streams end there."""
@@ -68,9 +69,7 @@ class StreamMemory:
 
     def diverged_streams(self, position: SegmentPosition, training: bool) -> List[int]:
         """Return the streams whose memory after the segment at *position*, or before it, is not finite."""
-        if self._readings.get((position.split, training)) != position.reading:
-            return []
-        states = self._states[position.split, training]
+        states = self._of_reading(position, training)
         for state in (states.get(position.index), states.get(position.index + 1)):
             finite = None if state is None else state.finite()
             if finite is not None and not finite.all():
@@ -79,22 +78,34 @@ class StreamMemory:
 
     def saved(self, position: SegmentPosition) -> Optional[MemoryState]:
         """Return the training memory after the segment at *position*, None if there is none."""
-        return self._at(position, position.index + 1)
+        return self._of_reading(position, training=True).get(position.index + 1)
 
-    def before(self, position: SegmentPosition) -> Optional[MemoryState]:
-        """Return the training memory before the segment at *position*, None if it is empty or not there.
+    def before(self, position: SegmentPosition, training: bool = True) -> Optional[MemoryState]:
+        """Return the memory before the segment at *position*, None if it is empty or not there.
 
         Unlike `read` it leaves the segment before to be read again.
         """
-        return self._at(position, position.index)
+        states = self._of_reading(position, training)
+        if position.index not in states:
+            return None
+        state = advance(states[position.index], len(position.streams), position.cleared, position.ended)
+        if state is not None:  # the same tensors for whoever asks again
+            states[position.index] = state
+        return state
 
-    def _at(self, position: SegmentPosition, index: int) -> Optional[MemoryState]:
-        key = (position.split, True)
-        return self._states[key].get(index) if self._readings.get(key) == position.reading else None
+    def _of_reading(self, position: SegmentPosition, training: bool) -> Dict[int, Optional[MemoryState]]:
+        key = (position.split, training)
+        return self._states[key] if self._readings.get(key) == position.reading else {}
 
-    def restore(self, position: SegmentPosition, saved: Mapping[str, SavedField], streams: slice) -> None:
+    def restore(
+        self, position: SegmentPosition, saved: Union[Mapping[str, SavedField], SavedGroups], streams: slice
+    ) -> None:
         """Go on training after the segment at *position*, from these *streams* of a saved memory."""
         key = (position.split, True)
-        state = self._state.from_dict(saved).map(lambda t: t[streams].clone())
+        state: MemoryState
+        if "groups" in saved:
+            state = load_groups(cast(SavedGroups, saved), self._state, range(streams.start, streams.stop))
+        else:
+            state = self._state.from_dict(saved).map(lambda t: t[streams].clone())
         self._readings[key] = position.reading
         self._states[key] = {position.index + 1: state}
