@@ -12,11 +12,12 @@ import pytest
 from fairseq.data.huffman import HuffmanMMapIndex
 from fairseq.data.indexed_dataset import IndexedDatasetBuilder
 
+from lamemo_fairseq.core.text import TextEncoding
 from lamemo_fairseq.data.binarized import load_dictionary, load_lines
 from lamemo_fairseq.data.folders import data_folders, shared_dictionary
 from lamemo_fairseq.data.streams import TokenSequence
 from lamemo_fairseq.data.text import check_input, clean_prompt, read_text
-from lamemo_fairseq.data.text_encoding import TextEncoding, read_text_encoding
+from lamemo_fairseq.data.text_encoding import read_text_encoding
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 
 from .helpers import dictionary_of, write_data

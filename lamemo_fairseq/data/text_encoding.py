@@ -2,41 +2,18 @@
 
 import json
 import os
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Dict, Optional
 
+from ..core.text.encoding import MODEL, TextEncoding
+
 RECORD = "preprocess.json"
-MODEL = "sentencepiece.bpe.model"  # its name in a folder, whatever it was called before
 
 # Within the package where it is installed, beside it in a checkout.
 _INSTALLED = "lamemo_fairseq.preprocess"
 PREPROCESS = f"python -m {_INSTALLED if find_spec(_INSTALLED) else 'preprocess'}"
 
 _WHOLE_TEXT = {"bytes": "bytes", "text8": "characters", "letters": "characters"}
-
-
-@dataclass(frozen=True)
-class TextEncoding:
-    """The way in which a text became tokens.
-
-    Args:
-        tokenizer: ``space``, ``words`` or ``moses``; ``none`` for bytes and letters, which are no words.
-        pieces: ``none``, ``sentencepiece``, ``bytes`` or ``characters``.
-        pattern: regular expression of a word for the tokenizer ``words``, empty for its own.
-        source_lang: language for the tokenizer ``moses``, else empty.
-        model: path of the SentencePiece model.
-        model_sha256: its checksum, as recorded.
-        normalized: whether the text was first reduced to small letters and spaces, like text8.
-    """
-
-    tokenizer: str
-    pieces: str
-    pattern: str = ""
-    source_lang: str = ""
-    model: Optional[str] = None
-    model_sha256: str = ""
-    normalized: bool = False
 
 
 def read_text_encoding(folder: str) -> Optional[TextEncoding]:

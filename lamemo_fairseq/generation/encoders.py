@@ -1,75 +1,27 @@
 """Text to tokens between spaces and back, as the text of a data folder was encoded.
 
-The coders have ``encode`` and ``decode`` like fairseq's. `PromptCoding` chooses among them.
+Coders are those of the core, or fairseq's if a command names them. `PromptCoding` chooses among them.
 """
 
 import hashlib
 import logging
 import os
 import re
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Optional
 
-from fairseq.data.encoders.byte_utils import BYTE_TO_BCHAR, SPACE, SPACE_ESCAPE
-from fairseq.data.encoders.characters import Characters
-from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizerConfig
-from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 from omegaconf.errors import MissingMandatoryValue
 
 from ..core.names import option_name
-from ..data.text_encoding import PREPROCESS, TextEncoding, read_text_encoding
+from ..core.text.coders import Bytes, Coder, piece_coder, word_coder
+from ..core.text.encoding import TextEncoding
+from ..data.text_encoding import PREPROCESS, read_text_encoding
 
 logger = logging.getLogger(__name__)
 
 END = "</s>"
-WORD = r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?|\d+|[^\w\s]"  # as in `preprocess.words`
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-BYTE_SYMBOLS = {**BYTE_TO_BCHAR, ord(SPACE): SPACE_ESCAPE}
-_BYTES = {symbol: byte for byte, symbol in BYTE_SYMBOLS.items()}
-_INVALID = 0xFF  # occurs in no UTF-8
 
 
-class Bytes:
-    """A token a byte. Unlike fairseq's coder of this name, this one keeps tabs and runs of spaces."""
-
-    def encode(self, text: str) -> str:
-        return " ".join(BYTE_SYMBOLS[byte] for byte in text.encode("utf-8"))
-
-    def decode(self, tokens: str) -> str:
-        """Return the text, with U+FFFD for words that are no byte, and for bytes that are no UTF-8."""
-        return bytes(_BYTES.get(symbol, _INVALID) for symbol in tokens.split()).decode("utf-8", "replace")
-
-
-class Letters(Characters):
-    """A token a letter, of text that is reduced to small letters, digits spelt out, and single spaces first."""
-
-    @staticmethod
-    def encode(x: str) -> str:
-        spelt = re.sub("[0-9]", lambda digit: f" {DIGITS[int(digit[0])]} ", x)
-        return Characters.encode(" ".join(re.findall("[a-z]+", re.sub("[A-Z]", lambda c: c[0].lower(), spelt))))
-
-
-class Words:
-    """Words found by a regular expression; what was between them is not kept."""
-
-    def __init__(self, pattern: str):
-        self._find = re.compile(pattern or WORD).finditer
-
-    def encode(self, text: str) -> str:
-        return " ".join(match[0] for match in self._find(text))
-
-    def decode(self, tokens: str) -> str:
-        return tokens
-
-
-def recorded_tokenizer(record: TextEncoding) -> Any:
-    """Build the coder for the words of a recorded encoding, None for words that are separated by spaces."""
-    if record.tokenizer == "moses":
-        language = record.source_lang or "en"
-        return MosesTokenizer(MosesTokenizerConfig(source_lang=language, target_lang=language))
-    return Words(record.pattern) if record.tokenizer == "words" else None
-
-
-def recorded_pieces(record: TextEncoding) -> Any:
+def recorded_pieces(record: TextEncoding) -> Optional[Coder]:
     """Build the coder for the pieces of a recorded encoding, None for whole words.
 
     Raises:
@@ -90,9 +42,7 @@ def recorded_pieces(record: TextEncoding) -> Any:
                 f"{path} is not the model that the text was encoded with: put that back, or make the data again "
                 f"with {PREPROCESS}"
             )
-        return SentencepieceBPE(SentencepieceConfig(sentencepiece_model=path))
-    coders = {"bytes": Bytes, "characters": Letters if record.normalized else Characters}
-    return coders[record.pieces]() if record.pieces in coders else None
+    return piece_coder(record)
 
 
 class PromptCoding:
@@ -140,7 +90,7 @@ class PromptCoding:
         if self.record is None:
             return
         if not any(self._named.values()):
-            self._coders = {"tokenizer": recorded_tokenizer(self.record), "bpe": recorded_pieces(self.record)}
+            self._coders = {"tokenizer": word_coder(self.record), "bpe": recorded_pieces(self.record)}
             return
         plain = ("", "space", "none")
         made = {"tokenizer": self.record.tokenizer, "bpe": self.record.pieces}

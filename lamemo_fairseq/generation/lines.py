@@ -6,10 +6,10 @@ from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import torch
 from fairseq.data import Dictionary
-from fairseq.data.encoders.characters import Characters
 from torch import Tensor
 
-from .encoders import Bytes, Words, split_lines
+from ..core.text.coders import Bytes, Characters, Words
+from .encoders import split_lines
 
 logger = logging.getLogger(__name__)
 
@@ -71,4 +71,4 @@ def _ways(dictionary: Dictionary) -> Iterator[Tuple[str, Callable[[str], Any]]]:
     yield f"it has words apart from punctuation marks: {split}", apart
     yield f"it has small letters, and words apart from punctuation marks: {split}", lambda text: apart(text.lower())
     yield "it holds bytes: pass --bpe bytes", Bytes().encode
-    yield "it holds letters: pass --bpe characters", Characters.encode
+    yield "it holds letters: pass --bpe characters", Characters().encode

@@ -1,0 +1,65 @@
+"""The way in which a text became tokens."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Dict, Optional
+
+from ..fields import Values
+from ..names import did_you_mean
+
+TOKENIZERS = ("space", "words", "moses", "none")
+MODEL, CODES = "sentencepiece.bpe.model", "bpe.codes"  # in a folder, whatever they were called before
+PIECES = ("none", "sentencepiece", "subword_nmt", "bytes", "characters")
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """The way in which a text became tokens.
+
+    Args:
+        tokenizer: ``space``, ``words`` or ``moses``; ``none`` for bytes and letters, which are no words.
+        pieces: ``none``, ``sentencepiece``, ``subword_nmt``, ``bytes`` or ``characters``.
+        pattern: regular expression of a word for the tokenizer ``words``, empty for its own.
+        source_lang: language for the tokenizer ``moses``, else empty.
+        model: path of the file that the pieces need: a SentencePiece model, or the codes of subword-nmt.
+        model_sha256: its checksum, as recorded.
+        normalized: whether the text was first reduced to small letters and spaces, like text8.
+    """
+
+    tokenizer: str = "space"
+    pieces: str = "none"
+    pattern: str = ""
+    source_lang: str = ""
+    model: Optional[str] = None
+    model_sha256: str = ""
+    normalized: bool = False
+
+    @property
+    def file_name(self) -> Optional[str]:
+        """The name in a folder of the file that the pieces need, None if they need none."""
+        return {"sentencepiece": MODEL, "subword_nmt": CODES}.get(self.pieces)
+
+    def to_dict(self) -> Dict[str, object]:
+        """Return plain values by name; the path of the model is left out, as a folder has its own."""
+        return {name: value for name, value in asdict(self).items() if name != "model"}
+
+    @classmethod
+    def from_dict(cls, values: Values, model: Optional[str] = None) -> "TextEncoding":
+        """Return the encoding that `to_dict` has written.
+
+        Args:
+            values: by name.
+            model: path of the file that the pieces need.
+
+        Raises:
+            ValueError: a name, a tokenizer or a kind of pieces is not known.
+        """
+        known = [f.name for f in fields(cls) if f.name != "model"]
+        for name in values:
+            if name not in known:
+                hint = did_you_mean(str(name), known)
+                raise ValueError(f"unknown name '{name}' in a text's encoding" + (f"; {hint}" if hint else ""))
+        encoding = cls(**values, model=model)
+        for what, name, names in (("tokenizer", encoding.tokenizer, TOKENIZERS), ("pieces", encoding.pieces, PIECES)):
+            if name not in names:
+                raise ValueError(f"unknown {what} '{name}' in a text's encoding: the known ones are {', '.join(names)}")
+        return encoding

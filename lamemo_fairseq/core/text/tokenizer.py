@@ -1,0 +1,172 @@
+"""A model's words: text to word ids and back, and the files of a folder that say how.
+
+Shapes: T words of a text.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from .coders import Coder, piece_coder, word_coder
+from .encoding import TextEncoding
+
+logger = logging.getLogger(__name__)
+
+DICTIONARY, ENCODING = "dict.txt", "text.json"
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # fairseq's own, which come before the words of dict.txt
+END, UNKNOWN = 2, 3
+FORMAT = 1  # of text.json
+MOSTLY = 0.5  # share of words
+
+
+class Tokenizer:
+    """Text to word ids and back. The end of a line is the word ``</s>``, and every text begins after one.
+
+    Args:
+        words: those of ``dict.txt``, without the four that fairseq puts in front.
+        encoding: how the text of the model's data became tokens.
+        counts: of the words, which ``dict.txt`` has beside them; 1 each if left out.
+
+    Raises:
+        ValueError: a word occurs twice.
+    """
+
+    def __init__(
+        self, words: Sequence[str], encoding: Optional[TextEncoding] = None, counts: Optional[Sequence[int]] = None
+    ):
+        self.encoding = TextEncoding() if encoding is None else encoding
+        self.symbols: List[str] = [*SPECIAL, *words]
+        self._counts = [1] * len(words) if counts is None else list(counts)
+        self._ids: Dict[str, int] = {}
+        for number, symbol in enumerate(self.symbols):  # a word that is spelt like a special one takes its place
+            if number >= len(SPECIAL) and self._ids.get(symbol, 0) >= len(SPECIAL):
+                raise ValueError(f"{DICTIONARY}: the dictionary holds {symbol!r} twice")
+            self._ids[symbol] = number
+
+    def __len__(self) -> int:
+        """Return the number of words, V."""
+        return len(self.symbols)
+
+    def encode(self, text: str) -> Tensor:
+        """Return the word ids ``[T]`` of a text, int64: ``</s>`` for every end of a line, none at the text's end."""
+        lines = [self._tokens(line) for line in text.split("\n")]
+        self._tell_unknown(text, [token for line in lines for token in line])
+        ids = [self._ids.get(token, UNKNOWN) for line in lines for token in (*line, SPECIAL[END])]
+        return torch.tensor(ids[:-1], dtype=torch.int64)
+
+    def decode(self, ids: Union[Tensor, Iterable[int]]) -> str:
+        """Return the text of word ids ``[T]``.
+
+        Raises:
+            ValueError: the dictionary lacks an id.
+        """
+        lines: List[List[str]] = [[]]
+        for number in ids.tolist() if isinstance(ids, Tensor) else ids:
+            if not 0 <= number < len(self):
+                raise ValueError(f"there is no word {number}: the dictionary has the ids 0 to {len(self) - 1}")
+            if number == END:
+                lines.append([])
+            else:
+                lines[-1].append(self.symbols[number])
+        return "\n".join(self._text(" ".join(line)) for line in lines)
+
+    def save(self, folder: Union[str, Path]) -> None:
+        """Write ``dict.txt``, ``text.json`` and, if there is one, the file that the pieces need.
+
+        Raises:
+            ValueError: a word has an end of a line in it.
+            OSError: the folder cannot be written, or the pieces' file has gone.
+        """
+        folder, encoding = Path(folder), self.encoding
+        words = self.symbols[len(SPECIAL) :]
+        if odd := [word for word in words if "\n" in word or "\r" in word]:
+            raise ValueError(f"{DICTIONARY} has a word a line, and the vocabulary holds {odd[0]!r}: rename it")
+        if encoding.model is not None and (name := encoding.file_name) is not None:
+            content = Path(encoding.model).read_bytes()
+            encoding = replace(encoding, model_sha256=hashlib.sha256(content).hexdigest())
+            (folder / name).write_bytes(content)
+        lines = "".join(f"{word} {count}\n" for word, count in zip(words, self._counts, strict=True))
+        (folder / DICTIONARY).write_text(lines, encoding="utf-8", newline="\n")
+        text = json.dumps({"format": FORMAT, **encoding.to_dict()}, indent=2) + "\n"
+        (folder / ENCODING).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Union[str, Path]) -> "Tokenizer":
+        """Return the tokenizer of a folder. Without ``text.json``, words are those between spaces.
+
+        Raises:
+            FileNotFoundError: there is no ``dict.txt``.
+            ValueError: a file is damaged, or not the one that the text was encoded with.
+        """
+        folder = Path(folder)
+        words, counts = _read_dictionary(folder / DICTIONARY)
+        return cls(words, _read_encoding(folder), counts)
+
+    @cached_property
+    def _coders(self) -> List[Coder]:
+        return [coder for coder in (word_coder(self.encoding), piece_coder(self.encoding)) if coder is not None]
+
+    def _tokens(self, line: str) -> List[str]:
+        for coder in self._coders:
+            line = coder.encode(line)
+        return line.split()
+
+    def _text(self, tokens: str) -> str:
+        for coder in reversed(self._coders):
+            tokens = coder.decode(tokens)
+        return tokens
+
+    def _tell_unknown(self, text: str, tokens: Sequence[str]) -> None:
+        unknown = [token for token in tokens if token not in self._ids]
+        if len(unknown) > MOSTLY * len(tokens):
+            shown = ", ".join(map(repr, unknown[:3]))
+            logger.warning(
+                "%d of the %d words of the text %r are unknown to the dictionary, such as %s: write it as the text of "
+                "the data was written (dict.txt lists the words)",
+                *(len(unknown), len(tokens), text if len(text) <= 60 else text[:60] + "...", shown),
+            )
+
+
+def _read_dictionary(path: Path) -> Tuple[List[str], List[int]]:
+    """Return the words of a ``dict.txt``, and their counts.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no dictionary.
+    """
+    try:
+        lines = io.StringIO(path.read_bytes().decode("utf-8"), newline=None).readlines()
+        entries = [line.rstrip().removesuffix(" #fairseq:overwrite").rsplit(" ", 1) for line in lines]
+        return [word for word, _ in entries], [int(count) for _, count in entries]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no dictionary at {path}: copy dict.txt of the model's data there") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a dictionary with a word and its count a line: {error}") from error
+
+
+def _read_encoding(folder: Path) -> TextEncoding:
+    path = folder / ENCODING
+    if not path.is_file():
+        return TextEncoding()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        written = values.pop("format")
+        encoding = TextEncoding.from_dict(values)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; copy it, or convert the checkpoint, again") from error
+    if written != FORMAT:
+        raise ValueError(f"{path} has format {written}, this version reads {FORMAT}: install a newer one")
+    model = None if encoding.file_name is None else folder / encoding.file_name
+    if model is None or not model.is_file():  # it decodes without
+        return encoding
+    if encoding.model_sha256 and hashlib.sha256(model.read_bytes()).hexdigest() != encoding.model_sha256:
+        raise ValueError(f"{model} is not the file that the text was encoded with: put that back")
+    return replace(encoding, model=str(model))
