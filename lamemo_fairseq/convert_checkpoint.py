@@ -5,7 +5,8 @@
     python -m lamemo_fairseq.convert_checkpoint core CHECKPOINT.pt FOLDER --dictionary dict.txt
 
 The first two are for checkpoints of the authors' code and of the original Transformer-XL. The third writes what
-`lamemo_fairseq.core.LanguageModel.load` reads without fairseq, and dict.txt.
+`lamemo_fairseq.core.LanguageModel.load` reads without fairseq, with dict.txt and how the text became tokens: as the
+data folder records it, or as --tokenizer and --bpe say.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import List, Optional
 
 from .checkpoints.convert import export_checkpoint, import_checkpoint, load_plain, save, save_dictionary, words_of
-from .checkpoints.to_core import core_model
+from .checkpoints.to_core import add_encoding_options, chosen_encoding, core_model, core_tokenizer
 from .data.binarized import load_dictionary
 from .host.configuration import read_ours
 
@@ -34,6 +35,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     to_core.add_argument("checkpoint")
     to_core.add_argument("folder")
     to_core.add_argument("--dictionary", required=True, help="dict.txt of the checkpoint's data, copied to the folder")
+    add_encoding_options(to_core)
     args = parser.parse_args(arguments)
     try:
         if args.command == "import":
@@ -48,8 +50,10 @@ def main(arguments: Optional[List[str]] = None) -> None:
             save(checkpoint, folder / "checkpoint.pt")
         elif args.command == "core":
             dictionary = load_dictionary(args.dictionary)
-            core_model(read_ours(args.checkpoint), dictionary).save(args.folder)
-            save_dictionary(dictionary, Path(args.folder) / "dict.txt")
+            tokenizer = core_tokenizer(dictionary, chosen_encoding(args))
+            model = core_model(read_ours(args.checkpoint), dictionary)
+            model.tokenizer = tokenizer
+            model.save(args.folder)
         else:
             save(export_checkpoint(read_ours(args.checkpoint), load_dictionary(args.dictionary)), Path(args.released))
     except (ValueError, OSError) as error:

@@ -20,7 +20,7 @@ from fairseq_cli import eval_lm, generate, interactive, train, validate
 from lamemo_fairseq.analysis.__main__ import main as analyse
 from lamemo_fairseq.checkpoints.convert import load_plain
 from lamemo_fairseq.convert_checkpoint import main
-from lamemo_fairseq.core import LanguageModel
+from lamemo_fairseq.core import LanguageModel, TextEncoding
 from lamemo_fairseq.core.memory.compressive.options import CompressiveOptions
 from lamemo_fairseq.models.language_models import LaMemoLanguageModel, TransformerXLLanguageModel
 
@@ -377,6 +377,20 @@ def test_a_trained_model_becomes_one_of_the_core(tiny_data, tmp_path, softmax):
             assert torch.equal(core.log_probs(features), scores)
             seen.append(position.index)
     assert seen == [0, 1, 2]
+
+    assert core.tokenizer.encoding == TextEncoding() and len(core.tokenizer) == core.config.vocabulary_size
+
+    pieces = ["--tokenizer", "moses", "--bpe", "subword_nmt"]
+    main(["core", checkpoint, str(tmp_path / "core"), "--dictionary", str(tiny_data / "dict.txt"), *pieces])
+    assert LanguageModel.load(tmp_path / "core").tokenizer.encoding == TextEncoding("moses", "subword_nmt")
+    for given, message in (
+        (["--bpe-codes", "codes"], "--bpe-codes is for --bpe subword_nmt: pass that too"),
+        ([*pieces, "--bpe-codes", str(tmp_path / "lost")], "lost: there is no such file"),
+        (["--bpe", "sentencepiece"], "needs a file: pass --sentencepiece-model"),
+        (["--source-lang", "de"], "--source-lang is for --tokenizer moses"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["core", checkpoint, str(tmp_path / "no"), "--dictionary", str(tiny_data / "dict.txt"), *given])
 
     other = tmp_path / "other.txt"
     other.write_text("x 1\n")

@@ -79,9 +79,13 @@ def test_the_page_runs(docs, tmp_path, monkeypatch, capsys):
     names = {**vars(docs), "text": torch.arange(50) % 7}
     exec(small, names)
     exec(BLOCKS[2], names)
-    exec(BLOCKS[3], names)
-    assert names["words"].shape == names["log_probs"].shape == (2, 50)
-    exec(BLOCKS[4], names)
-    assert [len(scores) for scores in names["log_probs"]] == [3, 1]
-    exec(BLOCKS[5], {**names, "segment": torch.arange(64).view(8, 8), "state": None})
     assert 100 < float(capsys.readouterr().out) < 10_000  # of 1,000 words, untrained
+    exec(BLOCKS[3], names)
+    assert names["words"].shape == (1, 5) and len(names["score"].words) == 5 and len(names["losses"]) == 2
+    _, sample, streamed = capsys.readouterr().out.split("\n")  # none of these words is the end of a line
+    assert sample.startswith("w1 w2 ") and len(sample.split()) == 22 and len(streamed.split()) == 20
+    exec(BLOCKS[4], names)
+    assert names["words"].shape == names["log_probs"].shape == (2, 50)
+    exec(BLOCKS[5], names)
+    assert [len(scores) for scores in names["log_probs"]] == [3, 1]
+    exec(BLOCKS[6], {**names, "segment": torch.arange(64).view(8, 8), "state": None})

@@ -22,6 +22,7 @@ PACKAGE = [
 ]
 CORE = [
     "registry names fields released",
+    "text",
     "kernels",
     "attention gradients",
     "positions",
@@ -30,6 +31,7 @@ CORE = [
     "memory",
     "graphs config",
     "decoder",
+    "reader",
     "model",
 ]
 

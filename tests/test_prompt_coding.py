@@ -10,7 +10,12 @@ from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPEConfig
 from fairseq_cli import generate, interactive, train
 from omegaconf import OmegaConf
 
-from lamemo_fairseq.generation import encoders
+from lamemo_fairseq import convert_checkpoint
+from lamemo_fairseq.checkpoints.to_core import core_tokenizer
+from lamemo_fairseq.core import LanguageModel, Tokenizer
+from lamemo_fairseq.core.text import coders as text_coders
+from lamemo_fairseq.data.binarized import load_dictionary
+from lamemo_fairseq.data.text_encoding import read_text_encoding
 from lamemo_fairseq.generation.lines import encode_prompts
 from lamemo_fairseq.models.language_models import TransformerXLLanguageModel
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
@@ -81,6 +86,20 @@ def test_a_prompt_becomes_what_the_text_became(kind, folders):
         assert decode(" ".join(task.dictionary[i] for i in ids[:-1])).split(" </s> ") == lines
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_core_reads_text_as_the_data_was_made(kind, folders, tmp_path):
+    """Without the data folder: from the files that a model's folder gets."""
+    dictionary = load_dictionary(str(folders(kind) / "dict.txt"))
+    core_tokenizer(dictionary, read_text_encoding(str(folders(kind)))).save(tmp_path)
+    assert (tmp_path / "dict.txt").read_bytes() == (folders(kind) / "dict.txt").read_bytes()
+    tokenizer = Tokenizer.load(tmp_path)
+    text = TEXTS["valid"].decode().removesuffix("\n").replace("\r", "")
+    ids = tokenizer.encode("\n".join(TEXTS["valid"].decode().splitlines()))
+    assert [tokenizer.symbols[i] for i in ids] == tokens_of(folders(kind), "valid")[:-1]
+    if kind in ("sentencepiece", "bytes"):
+        assert tokenizer.decode(ids).splitlines() == text.splitlines()
+
+
 def test_letters_are_reduced_as_the_text_was(tmp_path):
     text = b"The 2 caf\xc3\xa9s,  it's 10 o'clock!\n"
     own(write(tmp_path / "text", text * 40), tmp_path / "data", "--bpe", "text8", "--shares", "9", "1")
@@ -92,20 +111,20 @@ def test_letters_are_reduced_as_the_text_was(tmp_path):
 
 
 def test_what_is_repeated_here_is_as_in_preprocess():
-    assert encoders.WORD == preprocess_words.WORD
+    assert text_coders.WORD == preprocess_words.WORD
 
 
 @pytest.mark.parametrize(
     "text", ["", " a  b\t", "caf\xe9 \u65e5\u672c \U0001f600", "\u2581 \xa0 <unk> </ s>", "\r\x0b"]
 )
 def test_bytes_keep_every_character(text):
-    coder = encoders.Bytes()
+    coder = text_coders.Bytes()
     assert coder.decode(coder.encode(text)) == text
     assert len(coder.encode(text).split()) == len(text.encode())
 
 
 def test_what_is_no_text_is_marked():
-    assert encoders.Bytes().decode("a \xc3 b <unk> c") == "a\ufffdb\ufffdc"
+    assert text_coders.Bytes().decode("a \xc3 b <unk> c") == "a\ufffdb\ufffdc"
 
 
 def test_what_a_command_names_comes_before_what_the_folder_records(folders, caplog):
@@ -282,6 +301,18 @@ def test_hub_reads_and_writes_text(folders, model):
             assert len(set(pairs)) == len(pairs) == len(prompt) + 29
     assert hub.sample("the  w7\xe9", beam=2, max_len_b=4, no_repeat_ngram_size=2).startswith("the  w7\xe9")
     assert len(hub.score(text)["positional_scores"]) == len(text.encode())
+
+
+def test_the_core_scores_text_as_the_hub_does(folders, model, tmp_path):
+    dictionary = str(folders("bytes") / "dict.txt")
+    convert_checkpoint.main(["core", str(model / "checkpoint_last.pt"), str(tmp_path), "--dictionary", dictionary])
+    hub = TransformerXLLanguageModel.from_pretrained(str(model), "checkpoint_last.pt", str(folders("bytes")))
+    core, texts = LanguageModel.load(tmp_path), ["the  w7\xe9 \n\n of w1", "of"]
+    for score, expected in zip(core.score(texts), hub.score(texts), strict=True):
+        assert torch.equal(score.words, expected["tokens"])
+        torch.testing.assert_close(score.log_probs, expected["positional_scores"], rtol=0, atol=1e-5)
+    greedy = core.sample("the  w7\xe9", 9, temperature=0, stop_at_end=True)
+    assert greedy == hub.sample("the  w7\xe9", beam=1, max_len_b=9)
 
 
 def test_hub_refuses_what_it_does_not_know(folders, model):

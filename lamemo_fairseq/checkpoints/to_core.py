@@ -1,12 +1,15 @@
-"""A fairseq checkpoint as a model of the core."""
+"""A fairseq checkpoint as a model of the core, with its tokenizer."""
 
+import argparse
+import os
 from types import SimpleNamespace
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import torch
 from fairseq.data import Dictionary
 
-from ..core import LanguageModel
+from ..core import LanguageModel, TextEncoding, Tokenizer
+from ..data.text_encoding import read_text_encoding
 from ..host.configuration import complete
 from ..models.config import model_config
 from ..models.decoder import vocabulary_checksum
@@ -33,3 +36,51 @@ def core_model(checkpoint: Dict[str, Any], dictionary: Dictionary) -> LanguageMo
     except RuntimeError as error:
         raise ValueError(f"the checkpoint's weights do not fit its options: {str(error).splitlines()[-1]}") from None
     return model.eval()
+
+
+def core_tokenizer(dictionary: Dictionary, encoding: Optional[TextEncoding]) -> Tokenizer:
+    """Return the tokenizer with a dictionary's words.
+
+    Raises:
+        ValueError: the dictionary holds a word twice.
+    """
+    own = dictionary.nspecial
+    return Tokenizer(dictionary.symbols[own:], encoding, dictionary.count[own:])
+
+
+def add_encoding_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `chosen_encoding` reads, of the names that fairseq has for them."""
+    group = parser.add_argument_group("how the text became tokens, where the dictionary's folder does not record it")
+    group.add_argument("--tokenizer", choices=("space", "moses"))
+    group.add_argument("--source-lang", help="language for the Moses tokenizer")
+    group.add_argument("--bpe", choices=("sentencepiece", "subword_nmt", "bytes", "characters"))
+    group.add_argument("--sentencepiece-model", metavar="FILE")
+    group.add_argument("--bpe-codes", metavar="FILE", help="without it, pieces are joined, and texts have to have them")
+
+
+def chosen_encoding(args: argparse.Namespace) -> Optional[TextEncoding]:
+    """Return how the text became tokens, as the options say, or else as the dictionary's folder records it.
+
+    Raises:
+        ValueError: an option needs another one, or the record is damaged.
+        OSError: a file is not there.
+    """
+    files = {"sentencepiece": ("--sentencepiece-model", args.sentencepiece_model)}
+    files["subword_nmt"] = ("--bpe-codes", args.bpe_codes)
+    for bpe, (option, file) in files.items():
+        if file is not None and args.bpe != bpe:
+            raise ValueError(f"{option} is for --bpe {bpe}: pass that too")
+        if file is not None and not os.path.isfile(file):
+            raise FileNotFoundError(f"{option} {file}: there is no such file")
+    if args.source_lang is not None and args.tokenizer != "moses":
+        raise ValueError("--source-lang is for --tokenizer moses: pass that too")
+    if args.bpe == "sentencepiece" and args.sentencepiece_model is None:
+        raise ValueError("--bpe sentencepiece needs a file: pass --sentencepiece-model")
+    if args.tokenizer is None and args.bpe is None:
+        return read_text_encoding(os.path.dirname(args.dictionary))
+    return TextEncoding(
+        tokenizer=args.tokenizer or "space",
+        pieces=args.bpe or "none",
+        source_lang=args.source_lang or "",
+        model=files[args.bpe][1] if args.bpe in files else None,
+    )

@@ -4,6 +4,8 @@ from .config import ModelConfig
 from .memory import MEMORIES, DivergenceError, MemoryState, Passage, StreamMemory
 from .model import LanguageModel
 from .positions import POSITIONS
+from .reader import Reader, Score, Token
+from .text import TextEncoding, Tokenizer
 
 __all__ = [
     "MEMORIES",
@@ -13,5 +15,10 @@ __all__ = [
     "MemoryState",
     "ModelConfig",
     "Passage",
+    "Reader",
+    "Score",
     "StreamMemory",
+    "TextEncoding",
+    "Token",
+    "Tokenizer",
 ]

@@ -91,6 +91,10 @@ class MemoryDecoder(nn.Module):
         scores = self.output_layer(features)
         return torch.log_softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
+    def target_log_probs(self, features: Tensor, target: Tensor) -> Tensor:
+        """Return log-probabilities ``[B, N]`` of the words ``target [B, N]``, in float32 or wider."""
+        return self.loss_layer.target_log_probs(features, target)
+
     def output_layer(self, features: Tensor) -> Tensor:
         """Return scores ``[B, N, V]`` of features ``[B, N, d]``; an adaptive softmax leaves features as they are."""
         return features if self.output is None else self.output(features)

@@ -1,6 +1,6 @@
 """A language model for Python: built from a configuration, saved to a folder, loaded from it.
 
-Shapes: B texts, n new words.
+Shapes: B texts, T words of one, n new words.
 """
 
 import functools
@@ -9,7 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import List, Optional, Sequence, Union
+from typing import Iterator, List, Optional, Sequence, TypeVar, Union, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .decoder import MemoryDecoder
 from .decoding.drawing import Draw
-from .decoding.sampler import Continuation, Sampler
-from .decoding.state import DecodingState
+from .decoding.sampler import Continuation
 from .fields import Values
 from .memory import MemoryState, Passage
 from .memory.documents import DocumentStreams
 from .memory.groups import advance
+from .reader import Reader, Score, Text, Token
+from .text import END, Tokenizer
+from .text.tokenizer import DICTIONARY
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FORMAT = 1  # of the folder
+
+Strings = TypeVar("Strings", str, List[str])
 
 
 class LanguageModel(MemoryDecoder):
@@ -39,41 +43,117 @@ class LanguageModel(MemoryDecoder):
         loss = model.loss(features, target) / target.numel() + sum(losses.values())
     """
 
+    tokenizer: Optional[Tokenizer] = None  # for texts that are strings
+
     def forward(self, tokens: Tensor, state: Optional[MemoryState] = None, lengths: Optional[Tensor] = None) -> Passage:
         """Read one segment; arguments and result as for `read`."""
         return self.read(tokens, state, lengths)
 
-    @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Tensor], count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-    ) -> Continuation:
-        """Continue texts word by word, over a cache of their memory; random numbers are torch's.
+    def reader(self, batch_size: int = 1) -> Reader:
+        """Return a reader of B texts, which are read piece by piece with their memory carried along.
+
+        Raises:
+            ValueError: the model is in training mode.
+        """
+        return Reader(self, self.tokenizer, batch_size)
+
+    @overload
+    def score(self, texts: Text) -> Score: ...  # type: ignore[overload-overlap]  # a string is one text
+    @overload
+    def score(self, texts: Sequence[Text]) -> List[Score]: ...
+    def score(self, texts: Union[Text, Sequence[Text]]) -> Union[Score, List[Score]]:
+        """Return the log-probability of every word of texts of any lengths, each after all words before it.
 
         Args:
-            prompts: B texts of at least one word id each, of any lengths.
+            texts: one, or B. A string is read after ``</s>``; of word ids ``[T]``, the first is read and not scored.
+
+        Raises:
+            ValueError: a word id is not known, a string is given without a tokenizer, or the model is in training mode.
+        """
+        if isinstance(texts, (str, Tensor)):
+            return self.reader().score([texts])[0]
+        return self.reader(len(texts)).score(texts) if len(texts) else []
+
+    def generate(
+        self,
+        prompts: Sequence[Text],
+        count: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: Optional[int] = None,
+    ) -> Continuation:
+        """Continue texts word by word, over a cache of their memory.
+
+        Args:
+            prompts: B texts of any lengths. A string is read after ``</s>``; of word ids there must be one or more.
             count: n, words to add to each.
             temperature: 0 takes the most probable word.
             top_k: draw from the k most probable words only (0: from all).
             top_p: draw from the fewest words that hold this probability together (1: from all).
+            seed: of random numbers of this call's own; None takes torch's.
 
         Returns:
             The new words ``[B, n]`` and their log-probabilities ``[B, n]``.
 
         Raises:
-            ValueError: there is no prompt, or an empty one, or the model is in training mode.
+            ValueError: there is no prompt, or an empty one, or an option makes no sense, or as for `score`.
         """
-        if self.training:
-            raise ValueError("generate reads texts without dropout: call model.eval() first")
-        lengths = [len(prompt) for prompt in prompts]
-        if not lengths or min(lengths) == 0:
+        if not len(prompts):
             raise ValueError("generate continues at least one text of at least one word: begin a text with its </s>")
-        device = next(self.parameters()).device
-        tokens = nn.utils.rnn.pad_sequence([prompt.to(device) for prompt in prompts], batch_first=True)
-        state = DecodingState(self, len(prompts))
-        if max(lengths) > 1:
-            state.read(tokens[:, :-1], [length - 1 for length in lengths])
-        last = tokens.gather(1, torch.tensor(lengths, device=device).unsqueeze(1) - 1).squeeze(1)
-        return Sampler(state, Draw(temperature, top_k, top_p)).go_on(last, count)
+        reader = self.reader(len(prompts))
+        reader.read(prompts)
+        return reader.generate(count, _draw(temperature, top_k, top_p), seed)
+
+    def sample(
+        self,
+        prompts: Strings,
+        count: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: Optional[int] = None,
+        stop_at_end: bool = False,
+    ) -> Strings:
+        """Return a text, or several, each with what `generate` makes of it behind.
+
+        Args:
+            prompts: one string, or a list of them.
+            stop_at_end: leave out what follows the first new ``</s>``, the end of a line.
+
+        The other arguments, and the errors, are those of `generate`.
+        """
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        words = self.generate(texts, count, temperature, top_k, top_p, seed).words if texts else ()
+        whole = [self._continued(text, new.tolist(), stop_at_end) for text, new in zip(texts, words, strict=True)]
+        return whole[0] if isinstance(prompts, str) else whole
+
+    def stream(
+        self,
+        prompt: Text,
+        count: Optional[int] = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: Optional[int] = None,
+    ) -> Iterator[Token]:
+        """Continue a text, and yield each word as soon as it is drawn.
+
+        Args:
+            prompt: the text.
+            count: words to add; None goes on for as long as it is asked.
+
+        The other arguments, and the errors, are those of `generate`.
+        """
+        reader = self.reader()
+        reader.read(prompt)
+        return reader.stream(count, _draw(temperature, top_k, top_p), seed)
+
+    def _continued(self, text: str, new: List[int], stop_at_end: bool) -> str:
+        assert self.tokenizer is not None  # which has encoded the text
+        if stop_at_end and END in new:
+            new = new[: new.index(END)]
+        return self.tokenizer.decode([*self.tokenizer.encode(text).tolist(), *new])
 
     @torch.no_grad()
     def score_documents(self, documents: Sequence[Tensor], num_streams: int) -> List[Tensor]:
@@ -118,7 +198,9 @@ class LanguageModel(MemoryDecoder):
         return [torch.cat(parts) if parts else torch.empty(0) for parts in scored]
 
     def save(self, folder: Union[str, Path]) -> None:
-        """Write the weights and the configuration. Each file appears whole; `load` tells the files of two saves apart.
+        """Write the weights, the configuration and, if there is one, the tokenizer.
+
+        Each file appears whole; `load` tells the files of two saves apart.
 
         Raises:
             OSError: the folder cannot be written.
@@ -130,7 +212,10 @@ class LanguageModel(MemoryDecoder):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
             _safetensors().torch.save_model(self, f"{unfinished}/{WEIGHTS}", metadata={CONFIG: text})
             Path(unfinished, CONFIG).write_text(text, encoding="utf-8")
-            for name in (WEIGHTS, CONFIG):
+            if self.tokenizer is not None:
+                self.tokenizer.save(unfinished)
+            # The configuration comes last: before it, the folder is not one that loads.
+            for name in sorted(os.listdir(unfinished), key=CONFIG.__eq__):
                 os.replace(f"{unfinished}/{name}", folder / name)
 
     @classmethod
@@ -146,7 +231,7 @@ class LanguageModel(MemoryDecoder):
 
         Raises:
             FileNotFoundError: a file is not there.
-            ValueError: the configuration is not known here, or the weights are those of another one.
+            ValueError: the configuration is not known here, or the weights or the dictionary are those of another one.
         """
 
         path = Path(folder)
@@ -157,7 +242,26 @@ class LanguageModel(MemoryDecoder):
         except RuntimeError as error:
             lines = [line.strip() for line in str(error).split("\n") if line.strip()]
             raise ValueError(f"{folder}: the weights are those of another configuration: {lines[-1][:200]}") from error
+        if (path / DICTIONARY).is_file():
+            model.tokenizer = Tokenizer.load(path)
+            if len(model.tokenizer) != config.vocabulary_size:
+                raise ValueError(
+                    f"{path / DICTIONARY} makes {len(model.tokenizer)} words, and the model has "
+                    f"{config.vocabulary_size}: put the dictionary of its data there"
+                )
         return model.to(device).eval()
+
+
+def _draw(temperature: float, top_k: int, top_p: float) -> Draw:
+    wrong = {
+        "temperature": (temperature, temperature >= 0, "0 for the most probable word, or above"),
+        "top_k": (top_k, top_k >= 0, "0 for all words, or how many"),
+        "top_p": (top_p, 0 < top_p <= 1, "above 0, and 1 at most"),
+    }
+    for name, (value, fine, remedy) in wrong.items():
+        if not fine:
+            raise ValueError(f"{name} is {value}: pass {remedy}")
+    return Draw(temperature, top_k, top_p)
 
 
 def _read_config(folder: Path, changes: Values) -> ModelConfig:

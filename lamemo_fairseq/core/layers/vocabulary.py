@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.copies import copy_to_host
-from .chunked_loss import linear_cross_entropy
+from .chunked_loss import linear_cross_entropy, tokens_at_once
 
 
 class Bands:
@@ -158,6 +158,12 @@ class FullSoftmax(_Output):
         """Return the sum of the negative log-likelihoods of *target* ``[B, N]``, a float32 scalar."""
         flat = self._project(features.flatten(0, 1), 0)
         return linear_cross_entropy(flat, self.weights[0], self.biases[0], target.reshape(-1))
+
+    def target_log_probs(self, features: Tensor, target: Tensor) -> Tensor:
+        """Return log-probabilities ``[B, N]`` of the words *target*, in float32 or wider."""
+        size = tokens_at_once(*self.weights[0].shape)
+        chunks = zip(features.flatten(0, 1).split(size), target.reshape(-1).split(size), strict=True)
+        return torch.cat([_pick(_exact(self(chunk)), words) for chunk, words in chunks]).view_as(target)
 
 
 class AdaptiveSoftmax(_Output):

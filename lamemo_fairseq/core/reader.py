@@ -1,0 +1,223 @@
+"""Texts read piece by piece: scored and continued, with the memory carried from one piece to the next.
+
+Shapes: B texts, T words of a piece, k of them at a time, n new words.
+"""
+
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from .decoder import MemoryDecoder
+from .decoding.drawing import Draw
+from .decoding.sampler import Continuation, Sampler
+from .decoding.state import TOKENS_AT_ONCE, DecodingState
+from .text import END, Tokenizer
+
+Text = Union[str, Tensor]  # or its word ids [T]
+
+
+class Score(NamedTuple):
+    """The words of a text that were scored, and how likely each was after all words before it."""
+
+    words: Tensor  # [T] int64
+    log_probs: Tensor  # [T], natural logarithms, float32 or wider
+
+
+class Token(NamedTuple):
+    """A word that has been drawn."""
+
+    word: int
+    symbol: str  # in the dictionary; the id in figures if there is no tokenizer
+    log_prob: float
+
+
+class Reader:
+    """B texts that a model reads piece by piece, each with a memory of its own.
+
+    However a text is cut into pieces, its words get the log-probabilities that they have in the whole text. The first
+    word of all has nothing before it and is not scored; a text that begins as a string begins with ``</s>``.
+
+    Args:
+        decoder: a model in evaluation mode.
+        tokenizer: for texts that are strings; None if there are none.
+        batch_size: B.
+
+    Raises:
+        ValueError: the model is in training mode, or B is not positive.
+    """
+
+    def __init__(self, decoder: MemoryDecoder, tokenizer: Optional[Tokenizer] = None, batch_size: int = 1):
+        if decoder.training:
+            raise ValueError("a text is read without dropout: call model.eval() first")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, it must be positive")
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self._state = DecodingState(decoder, batch_size)
+        # The last word of each text, which the state has not read yet; [0] before the first.
+        self._last = [self._state.cache.tokens.new_empty(0)] * batch_size
+
+    def __len__(self) -> int:
+        """Return the number of texts, B."""
+        return len(self._last)
+
+    @torch.no_grad()
+    def read(self, texts: Union[Text, Sequence[Text]]) -> None:
+        """Read the next pieces of the texts, of any lengths, without scoring them.
+
+        Raises:
+            ValueError: there are not B pieces, a word id is not known, or a string is given without a tokenizer.
+        """
+        tokens, counts = self._padded(self._pieces(texts))
+        if max(counts) > 0:
+            self._state.read(tokens[:, :-1], counts)
+
+    @torch.no_grad()
+    def score(self, texts: Union[Text, Sequence[Text]]) -> List[Score]:
+        """Read the next pieces of the texts, and return the scores of their words; arguments and errors as for `read`.
+
+        The scores computed at a time are bounded, so that a piece may be of any length.
+        """
+        pieces = self._pieces(texts)
+        tokens, counts = self._padded(pieces)
+        log_probs: List[Tensor] = []
+        for start in range(0, max(counts), TOKENS_AT_ONCE):
+            end = min(start + TOKENS_AT_ONCE, max(counts))
+            features = self._state.read(tokens[:, start:end], [min(max(n - start, 0), end - start) for n in counts])
+            log_probs.append(self.decoder.target_log_probs(features, tokens[:, start + 1 : end + 1]))
+        together = torch.cat(log_probs, dim=1) if log_probs else tokens.new_empty(len(self), 0, dtype=torch.float32)
+        return [Score(piece[1:], row[:n]) for piece, row, n in zip(pieces, together, counts, strict=True)]
+
+    def generate(self, count: int, draw: Optional[Draw] = None, seed: Optional[int] = None) -> Continuation:
+        """Continue each text by *count* words, n, which are then read.
+
+        Args:
+            count: n.
+            draw: the choice of a word, by default a draw from all.
+            seed: of random numbers of this call's own; None takes torch's.
+
+        Raises:
+            ValueError: a text has no word yet, or n is negative.
+        """
+        if count < 0:
+            raise ValueError(f"count is {count}: pass the number of new words")
+        with RandomNumbers(seed, self._device):
+            drawn = Sampler(self._state, draw or Draw()).go_on(self._last_words(), count)
+        if count:
+            self._last = list(drawn.words[:, -1:])
+        return drawn
+
+    def stream(
+        self, count: Optional[int] = None, draw: Optional[Draw] = None, seed: Optional[int] = None
+    ) -> Iterator[Token]:
+        """Continue the one text, and yield each word as soon as it is drawn; arguments as for `generate`.
+
+        With None for *count* it goes on for as long as it is asked. Between two words the text may be read on.
+
+        Raises:
+            ValueError: there are several texts, or none of them has a word yet.
+        """
+        if len(self) != 1:
+            raise ValueError(f"stream continues one text, and this reader has {len(self)}: call generate")
+        sampler, numbers = Sampler(self._state, draw or Draw()), RandomNumbers(seed, self._device)
+        drawn = 0
+        while count is None or drawn < count:
+            with numbers:
+                words, log_probs = sampler.go_on(self._last_words(), 1)
+            self._last, drawn = [words[0]], drawn + 1
+            word = int(words)
+            yield Token(word, str(word) if self.tokenizer is None else self.tokenizer.symbols[word], float(log_probs))
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Let text i go on from what text ``order[i]`` has read. Texts may be repeated and left out."""
+        self._state.reorder(torch.tensor(order, device=self._device))
+        self._last = [self._last[source] for source in order]
+
+    def copy(self) -> "Reader":
+        """Return a reader that has read the same, and goes on apart from this one."""
+        twin = Reader(self.decoder, self.tokenizer, len(self))
+        twin._state.copy_(self._state)
+        twin._last = list(self._last)
+        return twin
+
+    @property
+    def _device(self) -> torch.device:
+        return self._state.cache.tokens.device
+
+    def _last_words(self) -> Tensor:
+        """Return the last word of each text, ``[B]``."""
+        if min(map(len, self._last)) == 0:
+            raise ValueError("generate continues at least one text of at least one word: begin a text with its </s>")
+        return torch.cat(self._last)
+
+    def _pieces(self, texts: Union[Text, Sequence[Text]]) -> List[Tensor]:
+        """Return the word ids ``[1 + T]`` of pieces, each after its text's last word; without that, ``[T]``."""
+        given = [texts] if isinstance(texts, (str, Tensor)) else list(texts)
+        if len(given) != len(self):
+            raise ValueError(f"the reader reads {len(self)} texts, and got {len(given)}: pass a piece of each")
+        pieces = [
+            torch.cat([last, self._ids(text, len(last) == 0)]) for text, last in zip(given, self._last, strict=True)
+        ]
+        self._last = [piece[-1:] for piece in pieces]
+        return pieces
+
+    def _ids(self, text: Text, begins: bool) -> Tensor:
+        if isinstance(text, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    "this model has no tokenizer: pass word ids, or set model.tokenizer = Tokenizer.load(FOLDER), "
+                    "which reads dict.txt there"
+                )
+            ids = self.tokenizer.encode(text)
+            text = torch.cat([ids.new_tensor([END]), ids]) if begins else ids
+        if text.dim() != 1 or text.is_floating_point():
+            raise ValueError(f"a text is a string or a tensor [T] of word ids, not {text.dtype} {list(text.shape)}")
+        words = self.decoder.config.vocabulary_size
+        if ((text < 0) | (text >= words)).any():
+            lowest, highest = int(text.min()), int(text.max())
+            raise ValueError(
+                f"a text has the word ids {lowest} to {highest}, and the model those from 0 to {words - 1}"
+            )
+        return text.to(self._device, torch.int64)
+
+    def _padded(self, pieces: Sequence[Tensor]) -> Tuple[Tensor, List[int]]:
+        """Return the pieces in one tensor, and of each how many words have another behind them."""
+        return nn.utils.rnn.pad_sequence(list(pieces), batch_first=True), [max(len(piece) - 1, 0) for piece in pieces]
+
+
+class RandomNumbers:
+    """A context with the random numbers of a seed, which leaves torch's own as they are; None takes those.
+
+    Entered again, it goes on where it was left.
+    """
+
+    def __init__(self, seed: Optional[int], device: torch.device):
+        self._seed, self._device = seed, device
+        self._inside: Optional[List[Tensor]] = None
+        self._outside: List[Tensor] = []
+
+    def __enter__(self) -> None:
+        if self._seed is None:
+            return
+        self._outside = self._states()
+        if self._inside is not None:
+            self._restore(self._inside)
+            return
+        torch.default_generator.manual_seed(self._seed)
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                torch.cuda.manual_seed(self._seed)
+
+    def __exit__(self, *error: object) -> None:
+        if self._seed is not None:
+            self._inside = self._states()
+            self._restore(self._outside)
+
+    def _states(self) -> List[Tensor]:
+        of_device = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
+        return [torch.get_rng_state(), *of_device]
+
+    def _restore(self, states: Sequence[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, self._device)
