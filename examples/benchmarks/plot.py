@@ -1,6 +1,9 @@
-"""Bars of tokens/s from result files of training.py.
+"""Training speed as bars: this package, the released code and a decoder without memory, on one scale.
 
-python examples/benchmarks/plot.py examples/benchmarks/results/h200.json speed.svg
+    cd examples/benchmarks
+    python plot.py results/h200.json results/h200-released.json results/h200.svg
+
+Files are those of `training.py --result`; sizes and paths that are not listed below are left out.
 """
 
 import argparse
@@ -12,30 +15,50 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
+SIZES = {
+    "enwik8": "enwik8\n20 x 512 tokens, memory 512",
+    "wt103-adaptive": "WikiText-103, adaptive softmax\n64 x 150 tokens, memory 150",
+    "wt103-full": "WikiText-103, full softmax\n64 x 150 tokens, memory 150",
+}
+# Hues that show on a white page and on a dark one.
+PATHS = {
+    "lamemo-graphs": ("LaMemo", "#1f77b4"),
+    "lamemo-released": ("LaMemo, released code", "#8fbbdb"),
+    "txl-graphs": ("Transformer-XL", "#d9730d"),
+    "txl-released": ("Transformer-XL, released code", "#e8b285"),
+    "plain-graphs": ("no memory, flash attention", "#7f8790"),
+}
+TEXT = "#768390"
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("figure", type=Path)
     args = parser.parse_args()
-    speeds: dict[str, dict[str, float]] = {}
-    devices = set()
-    for file in args.results:
-        read = json.loads(file.read_text())
-        devices.add(f"{read['device']}, {read['versions']}")
-        for name, measured in read.items():
-            if isinstance(measured, dict) and "tok/s" in measured:
-                size, path = name.split(" ")
-                speeds.setdefault(size, {})[path] = measured["tok/s"]
-    figure, axes = plt.subplots(1, len(speeds), figsize=(4 * len(speeds), 3), squeeze=False)
-    for axis, (size, of_path) in zip(axes[0], speeds.items(), strict=True):
-        axis.barh(list(of_path), list(of_path.values()), color="0.5")
-        axis.set_title(size)
-        axis.set_xlabel("tokens/s")
-        axis.invert_yaxis()
-    figure.suptitle("; ".join(sorted(devices)), fontsize=8)
-    figure.tight_layout()
-    figure.savefig(args.figure)
+    read = [json.loads(file.read_text()) for file in args.results]
+    (device,) = {one["device"] for one in read}
+    speeds = {name: of["tok/s"] for one in read for name, of in one.items() if isinstance(of, dict) and "tok/s" in of}
+    bars = [(size, path) for size in SIZES for path in PATHS if f"{size} {path}" in speeds]
+
+    plt.rcParams.update({"text.color": TEXT, "axes.labelcolor": TEXT, "svg.fonttype": "none", "font.size": 10})
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.3 * len(bars)))
+    largest = max(speeds[f"{size} {path}"] for size, path in bars)
+    at, top = 0.0, dict[str, float]()
+    for number, (size, path) in enumerate(bars):
+        at += 1.0 if number == 0 or bars[number - 1][0] == size else 1.8
+        top.setdefault(size, at)
+        speed = speeds[f"{size} {path}"]
+        name, color = PATHS[path]
+        axis.barh(at, speed, height=0.8, color=color)
+        axis.text(speed + largest / 100, at, f"{speed:,.0f}  {name}", va="center", color=TEXT)
+    for size, first in top.items():
+        axis.text(-largest / 40, first, SIZES[size], ha="right", va="top", color=TEXT, linespacing=1.4)
+    axis.set_ylim(at + 0.7, 0.3)
+    axis.set_xlim(0, largest * 1.35)
+    axis.set_axis_off()
+    axis.set_title(f"Tokens trained on in a second, one {device}", loc="left", color=TEXT)
+    figure.savefig(args.figure, transparent=True, bbox_inches="tight", metadata={"Date": None})
 
 
 if __name__ == "__main__":
