@@ -58,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
         "--padding-factor", type=int, help=f"fill the dictionary up to a multiple of this ({Dataset.padding_factor})"
     )
     own.add_argument("--srcdict", type=Path, help="a dictionary to use instead of making one")
+    count = commands.add_parser("count", help="count the words and bytes of the texts of data that is there already")
+    count.add_argument("destdir", type=Path, metavar="FOLDER", help="with dict.txt and the binarized splits")
+    count.add_argument("texts", nargs="+", metavar="SPLIT=TEXT", help="the text that a split was made from")
+    count.add_argument("--other-lines", action="store_true", help="a split may have other lines than its text")
     return top
 
 
@@ -186,9 +190,18 @@ def _own_files(
     return files, FirstBytes(tuple(first_bytes))
 
 
+def _count(args: argparse.Namespace) -> None:
+    from .original import count_for  # fairseq takes seconds to import
+
+    for split, text in count_for(args.destdir, args.texts, args.other_lines).items():
+        print(f"{split}: {text.words:,} words, {text.bytes:,} bytes, {text.lines:,} lines in {text.text}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     try:
+        if args.dataset == "count":
+            return _count(args)
         if args.workers < 1 or args.chunk_bytes < 1:
             raise ValueError("--workers and --chunk-bytes are at least 1")
         dataset = DATASETS[args.dataset] if args.dataset in DATASETS else own_text(args)

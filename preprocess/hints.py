@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from .tokenization import END
+from .tokenization import END, SPACE
 
 # Scripts without spaces between words, and the length of a word that a mean beyond it cannot come from: divided into
 # words, Chinese and Japanese have about two characters a word, Thai and its neighbours five.
@@ -16,6 +16,7 @@ _WITHOUT_SPACES = (
 )
 _SAMPLE = 100_000  # different words that are looked at
 _MOSTLY = 0.25  # of the words of a split
+_MARKED = 0.02  # of the symbols of a text
 
 
 def without_spaces(counts: Mapping[str, int]) -> str | None:
@@ -36,6 +37,21 @@ def without_spaces(counts: Mapping[str, int]) -> str | None:
                 "on average, and hardly any will occur again. --bpe sentencepiece finds pieces in such a text, --bpe "
                 "bytes takes its bytes"
             )
+    return None
+
+
+def cut_into_pieces(counts: Mapping[str, int]) -> str | None:
+    """Return how a text is cut into pieces of words already, so that its words cannot be counted.
+
+    Args:
+        counts: how often each symbol occurs.
+    """
+    total = sum(counts.values())
+    goes_on = sum(count for symbol, count in counts.items() if symbol.endswith("@@") and len(symbol) > 2)
+    begins = sum(count for symbol, count in counts.items() if symbol.startswith(SPACE))
+    for mark, marked in (("@@", goes_on), (SPACE, begins)):
+        if marked > _MARKED * total:
+            return f"is cut into pieces already ({mark} is at {marked / total:.0%} of them)"
     return None
 
 

@@ -28,9 +28,10 @@ from .datasets import Dataset, WrongText
 from .download import download
 from .files import Identity, Span, replacing
 from .sources import Source, resolve
-from .tokenization import LineTokenizer
+from .tokenization import LineTokenizer, Tokenizer
 
 RECORD = "preprocess.json"
+COUNTED = "original.json"  # by `python -m preprocess count`, from a text that may be another one now
 UNFINISHED = "unfinished"
 # Of what is made: a change of it makes everything anew. One's own text may begin with a byte order mark.
 _LAYOUT, _LAYOUT_OF_OWN = 1, 2
@@ -141,7 +142,7 @@ def _checked(file: Path, text: Source, dataset: Dataset) -> Path:
 
 def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chunk_bytes: int) -> dict[str, Any]:
     """Everything that DEST is to hold, in ``work/made``; returns what to say about it."""
-    from . import binarize  # fairseq takes seconds to import, and workers share what is imported before they start
+    from . import binarize, original  # fairseq takes seconds to import, and workers share what is imported before
 
     dictionary = None if dataset.srcdict is None else binarize.load_dictionary(dataset.srcdict)
     tokenizer = dataset.tokenizer
@@ -171,8 +172,7 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
         if not symbols:  # blank lines only
             raise _no_text(split, splits[split])
     counts, everywhere = occurring["train"], set().union(*occurring.values())
-    if isinstance(tokenizer, LineTokenizer) and tokenizer.bpe == "none" and (hint := hints.without_spaces(counts)):
-        _say(f"hint: {hint}")
+    words = not _cut_already(tokenizer, counts)
     if dataset.closed:
         counts = Counter({symbol: counts[symbol] for symbol in everywhere})
     if dictionary is None:
@@ -186,11 +186,28 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
         with replacing(made / name) as file:
             file.write(path.read_bytes())
     binarize.save_dictionary(dictionary, made / "dict.txt")
+    originals = {split: original.count_split(span, written[split].tokens) for split, span in splits.items() if words}
     return {
         "splits": {split: count._asdict() for split, count in written.items()},
+        "originals": originals,
         "types": len(everywhere),
         "dictionary": len(dictionary),
     }
+
+
+def _cut_already(tokenizer: Tokenizer, counts: Mapping[str, int]) -> bool:
+    """Say what kind of text the symbols of words hint at; return whether they are pieces of words instead."""
+    if not isinstance(tokenizer, LineTokenizer) or tokenizer.bpe != "none":
+        return False
+    if tokenizer.tokenizer == "space" and (cut := hints.cut_into_pieces(counts)):
+        _say(
+            f"hint: the text {cut}. For figures per word and per byte, count it as it was before: "
+            f"python -m {__package__} count DESTDIR test=TEXT"
+        )
+        return True
+    if hint := hints.without_spaces(counts):
+        _say(f"hint: {hint}")
+    return False
 
 
 def _no_text(split: str, span: Span) -> ValueError:
@@ -217,7 +234,7 @@ def _publish(destdir: Path, work: Path, record: dict[str, Any], former: dict[str
     dict.txt, without which fairseq opens nothing, goes first and comes last."""
     made = sorted((path.name for path in (work / "made").iterdir()), key=lambda name: (name == "dict.txt", name))
     record = {**record, "files": {name: Identity.of(work / "made" / name)._asdict() for name in made}}
-    for name in ("dict.txt", *(former or {"files": {}})["files"]):
+    for name in ("dict.txt", COUNTED, *(former or {"files": {}})["files"]):
         (destdir / name).unlink(missing_ok=True)
     with replacing(work / RECORD) as file:
         file.write(json.dumps(record, indent=1).encode() + b"\n")

@@ -1,0 +1,72 @@
+"""The text that a split was made from, as it was before tokenization: how many words, bytes and lines it has.
+
+``python -m preprocess`` writes these counts into ``preprocess.json``. ``python -m preprocess count`` writes them into
+``original.json``, for data of fairseq-preprocess; these go first.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Dict, Optional
+
+from .text_encoding import PREPROCESS, RECORD
+
+COUNTED = "original.json"
+
+
+@dataclass(frozen=True)
+class OriginalText:
+    """The counts of the text of a split, as the files have them under ``originals``.
+
+    Args:
+        text: its file's name.
+        words: what stands between white space, as Python's ``str.split`` and ``wc -w`` have it.
+        bytes: of UTF-8, or of any other encoding that the text was in, ends of lines included.
+        lines: line feeds, as ``wc -l`` has it.
+        tokens: of the binarized split, which tell that the counts belong to it.
+    """
+
+    text: str
+    words: int
+    bytes: int
+    lines: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        numbers = {name: value for name, value in vars(self).items() if name != "text"}
+        wrong = [f"{name} {value!r}" for name, value in numbers.items() if type(value) is not int or value < 0]
+        if wrong:
+            raise ValueError(f"it says {', '.join(wrong)}")
+
+
+def read_original(folder: str, split: str) -> Optional[OriginalText]:
+    """Return the counts of the text of a split, None if the folder has none.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    return read_counts(folder, COUNTED).get(split) or read_counts(folder, RECORD).get(split)
+
+
+def read_counts(folder: str, name: str) -> Dict[str, OriginalText]:
+    """Return the counts that a file of the folder has, by split.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            originals = json.load(file).get("originals", {})  # records of former versions have none
+        return {split: OriginalText(**counts) for split, counts in originals.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): remove it, and count again with {counting(folder)}"
+        ) from error
+
+
+def counting(folder: str, split: str = "SPLIT") -> str:
+    """Return the command that counts a text."""
+    return f"`{PREPROCESS} count {folder} {split}=TEXT`"

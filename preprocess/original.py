@@ -1,0 +1,113 @@
+"""Counts of a text as it is before tokenization, for figures per word and per byte.
+
+    python -m preprocess count data-bin/own valid=valid.txt test=test.txt
+
+counts texts for a folder that fairseq-preprocess wrote, or whose texts had been cut into pieces before.
+"""
+
+import codecs
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from lamemo_fairseq.data.binarized import load_dictionary, load_lines
+from lamemo_fairseq.data.original import COUNTED, OriginalText, read_counts
+
+from . import hints
+from .files import Span, replacing
+from .sources import Source
+
+_BLOCK = 1 << 16  # larger ones take twice the time, since their words leave the processor's cache
+
+
+class TextCounts(NamedTuple):
+    """The counts of a text: see `OriginalText`."""
+
+    words: int
+    bytes: int
+    lines: int
+    ended: bool  # whether its last line has an end
+
+
+def count_text(text: Span) -> TextCounts:
+    """Count in blocks, so that memory does not grow with the text. What is not UTF-8 is part of a word."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    words = lines = 0
+    inside = False  # a word
+    block = b""
+    with (
+        open(text.path, "rb") as file,
+        tqdm(desc=f"counting {text.path.name}", total=text.size, unit="B", unit_scale=True, mininterval=1) as bar,
+    ):
+        file.seek(text.start)
+        for left in range(text.size, 0, -_BLOCK):
+            block = file.read(min(_BLOCK, left))
+            lines += block.count(b"\n")
+            characters = decoder.decode(block, final=left <= _BLOCK)
+            words += len(characters.split())
+            if characters:
+                words -= inside and not characters[0].isspace()
+                inside = not characters[-1].isspace()
+            bar.update(len(block))
+    return TextCounts(words, text.size, lines, block.endswith(b"\n"))
+
+
+def count_split(text: Span, tokens: int) -> dict[str, Any]:
+    """Return the counts of a split's text, of which *tokens* were made, as `OriginalText` has them."""
+    whole = text.start == 0 and text.stop == text.path.stat().st_size
+    name = text.path.name if whole else f"{text.path.name}, bytes {text.start:,} to {text.stop:,}"
+    return asdict(OriginalText(name, *count_text(text)[:3], tokens))
+
+
+def count_for(folder: Path, texts: Iterable[str], other_lines: bool = False) -> dict[str, OriginalText]:
+    """Count the texts of splits, and write them beside the splits' binarized data.
+
+    Args:
+        texts: ``SPLIT=FILE``, packed or not; several for a split are its parts, in order.
+        other_lines: whether a split may have other lines than its text.
+
+    Raises:
+        ValueError: a text is cut into pieces, or is not the one of the split by its lines.
+        FileNotFoundError: there is no such split, or no such file.
+    """
+    files: dict[str, list[Path]] = {}
+    for text in texts:
+        split, sign, name = text.partition("=")
+        if not (sign and split and name):
+            raise ValueError(f"{text}: name a split and its text, such as test=test.txt")
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"{text}: there is no file {name}")
+        files.setdefault(split, []).append(Path(name))
+    dictionary = load_dictionary(str(folder / "dict.txt"))
+    counted = read_counts(str(folder), COUNTED)
+    for split, parts in files.items():
+        binarized = load_lines(str(folder), split, dictionary, None, combine=False)  # whose sizes are a map of its file
+        counts = _count_parts(parts, folder)
+        text_lines = counts.lines + (not counts.ended)
+        if len(binarized) not in (counts.lines, text_lines) and not other_lines:
+            raise ValueError(
+                f"{split}={parts[0]} has {text_lines:,} lines, and {folder / split} has {len(binarized):,}: name the "
+                "text that it was made from, or pass --other-lines if lines were joined or divided"
+            )
+        name = parts[0].name + (f" and {len(parts) - 1} more" if len(parts) > 1 else "")
+        counted[split] = OriginalText(name, *counts[:3], int(binarized.sizes.sum()))
+    with replacing(folder / COUNTED) as file:
+        entries = {split: asdict(text) for split, text in counted.items()}
+        file.write(json.dumps({"originals": entries}, indent=1).encode() + b"\n")
+    return {split: counted[split] for split in files}
+
+
+def _count_parts(parts: Sequence[Path], folder: Path) -> TextCounts:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="unpacked-") as unpacked:
+        file = Source(parts[0].name, parts[0], tuple(parts[1:])).extracted(Path(unpacked))
+        with open(file, "rb") as text:
+            beginning = text.read(1 << 20).decode("utf-8", "replace")
+        if cut := hints.cut_into_pieces(Counter(beginning.split())):
+            raise ValueError(f"{parts[0]} {cut}: name the text as it was before")
+        return count_text(Span(file, 0, file.stat().st_size))
