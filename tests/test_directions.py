@@ -18,7 +18,7 @@ PACKAGE = [
     "generation",
     "models tasks",
     "checkpoints",
-    "analysis convert_checkpoint",
+    "analysis convert_checkpoint score",
 ]
 CORE = [
     "registry names fields released",

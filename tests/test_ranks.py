@@ -99,9 +99,12 @@ def test_evaluation_is_the_sum_over_ranks(ranks, streams, data, one_rank, tmp_pa
         assert run_in_processes("eval_lm", command, folder, ranks) == [0] * ranks
         text = output_of(folder)
         tokens = re.search(r"Evaluated ([\d,]+) tokens", text).group(1)
-        return int(tokens.replace(",", "")), re.search(
-            r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", text
-        ).groups()
+        [units] = re.findall(r"\| Units: (.* unknown\))", text)  # the first rank's
+        return (
+            int(tokens.replace(",", "")),
+            units,
+            re.search(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", text).groups(),
+        )
 
     def validate(folder, ranks, streams):
         command = [data, *TASK, "--path", path, "--valid-subset", "test", "--batch-size", streams]

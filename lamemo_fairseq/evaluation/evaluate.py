@@ -6,10 +6,11 @@ and leaves out words with the id of padding. With several ranks it reports the f
 Shapes: B streams, N tokens of a segment, R of them in all that are not padding, V words.
 """
 
+import json
 import logging
 import math
 import sys
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional
 
 import torch
 from fairseq import utils
@@ -17,19 +18,26 @@ from fairseq.logging.meters import StopwatchMeter
 from torch import Tensor
 
 from ..core.memory import DivergenceError
-from ..core.memory.position import real_tokens
-from ..host.ranks import several_ranks, sum_over_ranks
+from ..core.memory.position import SegmentPosition, real_tokens
+from ..data.segments import SegmentDataset
+from ..host.ranks import is_first_rank
 from ..host.stand_in import stand_in
 from .output import TokenLog, print_words, words_of
+from .units import Original, Totals, report, sentence
 from .words import WordUnits
 
 logger = logging.getLogger("fairseq_cli.eval_lm")
 
 
-def use_for_eval_lm() -> None:
-    """Let fairseq-eval-lm evaluate models of this package with `evaluate`, and others as it does."""
+_split: Optional[SegmentDataset] = None  # which fairseq-eval-lm evaluates
+
+
+def use_for_eval_lm(split: Optional[SegmentDataset] = None) -> None:
+    """Let fairseq-eval-lm evaluate models of this package on *split* with `evaluate`, and others as it does."""
+    global _split
     from fairseq_cli import eval_lm
 
+    _split = split
     started = sys.modules["__main__"]  # by python -m, another copy of the module
     is_copy = getattr(getattr(started, "__spec__", None), "name", None) == eval_lm.__name__
     for module in (eval_lm, started) if is_copy else (eval_lm,):
@@ -42,10 +50,9 @@ def _eval_lm(
 ) -> Dict[str, float]:
     if not all(hasattr(getattr(model, "decoder", None), "streams") for model in models):
         return original(models, source_dictionary, batch_iterator, **options)
-    return evaluate(models, source_dictionary, batch_iterator, **options)
+    return evaluate(models, source_dictionary, batch_iterator, split=_split, **options)
 
 
-@torch.no_grad()
 def evaluate(
     models: List[Any],
     dictionary: Any,
@@ -55,9 +62,10 @@ def evaluate(
     output_word_stats: bool = False,
     softmax_batch: int = 0,
     device: Optional[torch.device] = None,
+    split: Optional[SegmentDataset] = None,
     **unused: Any,
-) -> Dict[str, float]:
-    """Return the mean loss of a split, a token or a word, over all streams of all ranks.
+) -> Dict[str, Any]:
+    """Return the mean loss of a split, a token or a word, over all streams of all ranks, and its `report`.
 
     Args:
         models: one, or several whose probabilities are averaged.
@@ -68,43 +76,81 @@ def evaluate(
         output_word_probs, output_word_stats: log the words, once everything has been read.
         softmax_batch: score at most so many tokens at once; 0 for a whole batch.
         device: where the models are.
+        split: what the batches are of. Its folder has the counts of the original text, for the report.
 
     Returns:
-        The loss in bits, and 2 to its power.
+        The ``loss`` in bits, the ``perplexity``, which is 2 to its power, and the `report`.
 
     Raises:
         ValueError: an option has a value that makes no sense.
         DivergenceError: a token has no probability.
     """
-    if softmax_batch < 0:
-        raise ValueError(f"--softmax-batch is {softmax_batch}: pass a number of tokens, or leave it out")
     device = next(models[0].parameters()).device if device is None else device
     units = WordUnits.of(post_process, dictionary).to(device)
+    original = Original.of(split)
     log = TokenLog() if output_word_probs or output_word_stats else None
+    unknown = torch.tensor(sorted({dictionary.unk(), dictionary.index(dictionary.unk_word)}), device=device)
+    timer, totals = StopwatchMeter(), Totals()
+    for scored in score_segments(models, batches, device, softmax_batch, timer):
+        target = scored.target
+        of_tokens = units.begun(target, scored.source), target == dictionary.eos(), torch.isin(target, unknown)
+        counts = torch.stack([count.sum() for count in of_tokens]).tolist()
+        totals += Totals(scored.nll, len(target), *counts)
+        if log is not None:
+            log.add(scored.position.streams, scored.lengths, target, scored.log_probs)
+    totals = totals.over_ranks()
+    speed = totals.tokens / timer.sum if timer.sum > 0 else 0
+    logger.info(f"Evaluated {totals.tokens:,} tokens in {timer.sum:.1f}s ({speed:.2f} tokens/s)")
+    if log is not None:
+        words = list(words_of(*log.whole(), units.to(torch.device("cpu")), dictionary))
+        print_words(words, output_word_probs, output_word_stats)
+    reported = {**report(totals, original), "tokens_per_second": speed}
+    if is_first_rank():
+        logger.info("Units: %s", sentence(reported))
+        logger.info("%s", json.dumps(reported))
+    return {"loss": totals.bits(totals.words), "perplexity": totals.perplexity(totals.words), **reported}
+
+
+class ScoredSegment(NamedTuple):
+    """The log-probabilities of the tokens of a batch."""
+
+    position: SegmentPosition
+    lengths: List[int]  # [B], tokens of each stream
+    source: Tensor  # [R], the token before each target
+    target: Tensor  # [R]
+    log_probs: Tensor  # [R], in nats
+    nll: float  # minus their sum
+
+
+@torch.no_grad()
+def score_segments(
+    models: List[Any],
+    batches: Iterable[Dict[str, Any]],
+    device: torch.device,
+    softmax_batch: int = 0,
+    timer: Optional[StopwatchMeter] = None,
+) -> Iterator[ScoredSegment]:
+    """Yield the scores of every batch that is not empty; *timer* measures the models' time.
+
+    Raises:
+        ValueError: *softmax_batch* is negative.
+        DivergenceError: a token has no probability.
+    """
+    if softmax_batch < 0:
+        raise ValueError(f"--softmax-batch is {softmax_batch}: pass a number of tokens, or leave it out")
+    timer = timer or StopwatchMeter()
     for model in models:
         model.eval()
-    timer = StopwatchMeter()
-    nll, tokens, words = 0.0, 0, 0
     for batch in _on_device(batches, device):
         inputs = batch["net_input"]
         timer.start()
         real = real_tokens(batch["target"], inputs["src_lengths"])
         target = batch["target"][real]
         log_probs = target_log_probs(models, inputs, target, softmax_batch)
-        nll -= _sum(log_probs, inputs["position"])
-        words += int(units.begun(target, inputs["src_tokens"][real]).sum())
-        tokens += len(target)
+        nll = -_sum(log_probs, inputs["position"])
         timer.stop(len(target))
-        if log is not None:
-            log.add(inputs["position"].streams, inputs["src_lengths"].tolist(), target, log_probs)
-    nll, tokens, words = _totals(nll, tokens, words)
-    speed = tokens / timer.sum if timer.sum > 0 else 0
-    logger.info(f"Evaluated {tokens:,} tokens in {timer.sum:.1f}s ({speed:.2f} tokens/s)")
-    if log is not None:
-        scored = list(words_of(*log.whole(), units.to(torch.device("cpu")), dictionary))
-        print_words(scored, output_word_probs, output_word_stats)
-    loss = nll / words / math.log(2) if words > 0 else 0.0
-    return {"loss": loss, "perplexity": 2**loss if loss < 1024 else math.inf}
+        source = inputs["src_tokens"][real]
+        yield ScoredSegment(inputs["position"], inputs["src_lengths"].tolist(), source, target, log_probs, nll)
 
 
 def _on_device(batches: Iterable[Dict[str, Any]], device: torch.device) -> Iterator[Dict[str, Any]]:
@@ -112,14 +158,6 @@ def _on_device(batches: Iterable[Dict[str, Any]], device: torch.device) -> Itera
     for batch in batches:
         if "net_input" in batch:
             yield utils.move_to_cuda(batch, device=device) if device.type == "cuda" else batch
-
-
-def _totals(nll: float, tokens: int, words: int) -> Tuple[float, int, int]:
-    """Return the sums over all ranks."""
-    if several_ranks():
-        nll, *counts = sum_over_ranks(nll, tokens, words)
-        tokens, words = map(int, counts)
-    return nll, tokens, words
 
 
 def target_log_probs(models: List[Any], inputs: Dict[str, Any], target: Tensor, at_once: int = 0) -> Tensor:

@@ -64,6 +64,10 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first_rank() -> bool:
+    return not several_ranks() or dist.get_rank() == 0
+
+
 def launched_ranks() -> int:
     """Return the number of processes that torchrun has started for this job, 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1

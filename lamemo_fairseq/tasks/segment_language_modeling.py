@@ -378,7 +378,7 @@ class SegmentLanguageModelingTask(PromptTask):
                 "--context-window does not apply to a model with memory, whose memory is the context: leave it out, "
                 "and choose the memory length with --model-overrides \"{'mem_len': M}\""
             )
-        use_for_eval_lm()
+        use_for_eval_lm(dataset)
         return self.get_batch_iterator(
             dataset,
             max_tokens=max_tokens,

@@ -1,0 +1,56 @@
+"""Models and a split, opened for what reads the split outside of fairseq's commands."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, Iterable, List, Optional
+
+import torch
+from fairseq import checkpoint_utils
+
+from ..data.segments import SegmentDataset
+from ..host.configuration import read_ours
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Models in evaluation mode and the batches that they read."""
+
+    models: List[Any]
+    dictionary: Any
+    split: SegmentDataset
+    batches: Iterable[Dict[str, Any]]
+    device: torch.device
+
+
+def open_split(
+    data: str,
+    paths: List[str],
+    subset: str,
+    batch_size: Optional[int] = None,
+    cpu: bool = False,
+    fp16: bool = False,
+    **overrides: Any,
+) -> Opened:
+    """Load checkpoints and a split, which is cut into streams as fairseq-eval-lm cuts it.
+
+    Args:
+        batch_size: number of streams.
+        cpu: whether to leave a GPU aside.
+        fp16: whether to compute in half precision.
+        overrides: options of the model or of the task in place of the checkpoint's, None for none.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or no such split.
+        ValueError: a checkpoint is not one of this package.
+    """
+    given = {"data": data, **{name: value for name, value in overrides.items() if value is not None}}
+    for path in paths:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no checkpoint {path}")
+        read_ours(path)
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task(paths, arg_overrides=given)
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    models = [(model.half() if fp16 else model).to(device).eval() for model in models]
+    split = task.load_dataset(subset)
+    batches = task.eval_lm_dataloader(split, batch_size=batch_size, num_workers=0)
+    return Opened(models, task.target_dictionary, split, batches, device)

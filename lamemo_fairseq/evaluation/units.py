@@ -1,0 +1,141 @@
+"""The loss of a split in the units of its original text.
+
+The loss of a text is a sum over its tokens, whatever these are: its total in nats is the one figure that models with
+different tokens have in common. So every unit is the total divided by a count, and no unit is made of another.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, Optional
+
+from ..data.original import OriginalText, counting, read_original
+from ..data.segments import SegmentDataset
+from ..data.text_encoding import read_text_encoding
+from ..host.ranks import several_ranks, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the tokens that were scored.
+
+    Args:
+        nll: the loss in nats.
+        tokens: the number of them.
+        words: which they make, joined as ``--post-process`` says, ``</s>`` among them.
+        line_ends: tokens that are ``</s>``.
+        unknown: tokens that are ``<unk>``.
+    """
+
+    nll: float = 0.0
+    tokens: int = 0
+    words: int = 0
+    line_ends: int = 0
+    unknown: int = 0
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def over_ranks(self) -> "Totals":
+        """Return the sums over all ranks. Every rank has to call it."""
+        if not several_ranks():
+            return self
+        nll, *counts = sum_over_ranks(*vars(self).values())
+        return Totals(nll, *map(int, counts))
+
+    def bits(self, count: int) -> float:
+        """Return the loss in bits of each of *count* units."""
+        return self.nll / count / math.log(2) if count > 0 else 0.0
+
+    def perplexity(self, count: int) -> float:
+        bits = self.bits(count)
+        return 2**bits if bits < 1024 else math.inf
+
+
+@dataclass(frozen=True)
+class Original:
+    """The original text of what is scored, or why its counts are not known."""
+
+    text: Optional[OriginalText]
+    missing: str = ""
+    note: str = ""
+
+    @classmethod
+    def of(cls, split: Optional[SegmentDataset]) -> "Original":
+        """Look the counts of a split's text up in its folder.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        if split is None:
+            return cls(None, "it is not known of which split the tokens are")
+        folder, name = os.path.split(split.tokens.name)
+        text = read_original(folder, name)
+        if text is None:
+            return cls(None, f"{folder} has no counts of the text of {name}; {counting(folder, name)} adds them")
+        if text.tokens != len(split.tokens):
+            return cls(
+                None,
+                f"the counts in {folder} are of a text of {text.tokens:,} tokens, and {name} has "
+                f"{len(split.tokens):,}; {counting(folder, name)} counts the right one",
+            )
+        encoding = read_text_encoding(folder)
+        normalized = encoding is not None and encoding.normalized
+        return cls(text, note="which was reduced to letters and spaces before it was scored" if normalized else "")
+
+    def scored(self, tokens: int) -> "Original":
+        """Return it, without counts if *tokens* are only a part of the split."""
+        if self.text is None or tokens == self.text.tokens:
+            return self
+        return Original(
+            None,
+            f"{tokens:,} of {self.text.tokens:,} tokens were scored, and the counts of {self.text.text} are those of "
+            "all of them; score the whole split",
+        )
+
+
+def report(totals: Totals, original: Original) -> Dict[str, Any]:
+    """Return the loss in every unit, by name, with the counts behind it.
+
+    Where the counts of the text are not known, its figures are None, and ``missing`` says why.
+    """
+    original = original.scored(totals.tokens)
+    text = original.text
+    others = totals.tokens - totals.line_ends
+    return {
+        "nll_nats": totals.nll,
+        "tokens": totals.tokens,
+        "bits_per_token": totals.bits(totals.tokens),
+        "token_perplexity": _finite(totals.perplexity(totals.tokens)),
+        "line_ends": totals.line_ends,
+        "unknown_tokens": totals.unknown,
+        "unknown_share": totals.unknown / others if others > 0 else 0.0,
+        "text": text.text if text else None,
+        "words": text.words if text else None,
+        "word_perplexity": _finite(totals.perplexity(text.words)) if text else None,
+        "bytes": text.bytes if text else None,
+        "bits_per_byte": totals.bits(text.bytes) if text else None,
+        "missing": original.missing,
+        "note": original.note,
+    }
+
+
+def sentence(report: Dict[str, Any]) -> str:
+    """Return a report in one line, each figure with what it is a share of."""
+    tokens = (
+        f"{report['bits_per_token']:.4f} bits a token ({report['tokens']:,}, {report['line_ends']:,} of them ends of "
+        f"lines; {report['unknown_share']:.2%} of the others unknown)"
+    )
+    if report["text"] is None:
+        return f"{tokens}; words and bytes of the original text are not counted: {report['missing']}"
+    note = f", {report['note']}" if report["note"] else ""
+    perplexity = report["word_perplexity"]
+    return (
+        f"{tokens}; perplexity {'beyond 2^1024' if perplexity is None else f'{perplexity:.2f}'} a word "
+        f"({report['words']:,} between white space in the original text, {report['text']}{note}); "
+        f"{report['bits_per_byte']:.4f} bits per byte ({report['bytes']:,} of it)"
+    )
+
+
+def _finite(value: float) -> Optional[float]:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,67 @@
+"""The loss of a split per token, per word and per byte, as a line of JSON.
+
+    python -m lamemo_fairseq.score data-bin/own checkpoints/lamemo/checkpoint_best.pt --subset test --batch-size 16
+
+It reads the split once, as fairseq-eval-lm does, which logs the same figures.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from typing import List, Optional
+
+from . import needs_fairseq  # noqa: F401
+from .core.memory import DivergenceError
+from .evaluation.evaluate import evaluate
+from .evaluation.opening import open_split
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    args = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    try:
+        opened = open_split(
+            args.data,
+            args.checkpoints.split(os.pathsep),
+            args.subset,
+            args.batch_size,
+            args.cpu,
+            args.fp16,
+            mem_len=args.mem_len,
+            tokens_per_sample=args.tokens_per_sample,
+        )
+        result = evaluate(
+            opened.models,
+            opened.dictionary,
+            opened.batches,
+            post_process=args.post_process,
+            softmax_batch=args.softmax_batch,
+            device=opened.device,
+            split=opened.split,
+        )
+    except (OSError, ValueError, DivergenceError) as error:
+        sys.exit(f"score: {error}")
+    print(json.dumps({"data": opened.split.tokens.name, "checkpoints": args.checkpoints, **result}))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lamemo_fairseq.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", help="folder of python -m preprocess or fairseq-preprocess")
+    parser.add_argument("checkpoints", help=f"one, or several with {os.pathsep} between them, which are averaged")
+    parser.add_argument("--subset", default="test")
+    parser.add_argument("--batch-size", type=int, help="streams read side by side")
+    parser.add_argument("--mem-len", type=int, help="another memory length than in training")
+    parser.add_argument("--tokens-per-sample", type=int, help="another segment length than in training")
+    parser.add_argument("--post-process", help="join pieces to words for the loss a word of the dictionary")
+    parser.add_argument("--softmax-batch", type=int, default=0, help="score at most so many tokens at once")
+    parser.add_argument("--fp16", action="store_true", help="compute in half precision")
+    parser.add_argument("--cpu", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
