@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent / "lamemo_fairseq"
 # From the bottom up. Modules of one line do not import one another.
 PACKAGE = [
     "core needs_fairseq",
+    "huggingface",
     "criterions",
     "host",
     "data",
@@ -31,7 +32,7 @@ CORE = [
     "memory",
     "graphs config",
     "decoder",
-    "reader",
+    "folder reader",
     "model",
 ]
 

@@ -3,32 +3,21 @@
 Shapes: B texts, T words of one, n new words.
 """
 
-import functools
-import json
-import os
-import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Iterator, List, Optional, Sequence, TypeVar, Union, overload
 
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig
 from .decoder import MemoryDecoder
 from .decoding.drawing import Draw
 from .decoding.sampler import Continuation
-from .fields import Values
+from .folder import load_tokenizer, load_weights, read_saved, write_folder
 from .memory import MemoryState, Passage
 from .memory.documents import DocumentStreams
 from .memory.groups import advance
 from .reader import Reader, Score, Text, Token
 from .text import END, Tokenizer
-from .text.tokenizer import DICTIONARY
-
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-FORMAT = 1  # of the folder
 
 Strings = TypeVar("Strings", str, List[str])
 
@@ -205,24 +194,13 @@ class LanguageModel(MemoryDecoder):
         Raises:
             OSError: the folder cannot be written.
         """
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format": FORMAT, **self.config.to_dict()}, indent=2) + "\n"
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
-            _safetensors().torch.save_model(self, f"{unfinished}/{WEIGHTS}", metadata={CONFIG: text})
-            Path(unfinished, CONFIG).write_text(text, encoding="utf-8")
-            if self.tokenizer is not None:
-                self.tokenizer.save(unfinished)
-            # The configuration comes last: before it, the folder is not one that loads.
-            for name in sorted(os.listdir(unfinished), key=CONFIG.__eq__):
-                os.replace(f"{unfinished}/{name}", folder / name)
+        write_folder(Path(folder), self, self.tokenizer)
 
     @classmethod
     def load(
         cls, folder: Union[str, Path], device: Union[str, torch.device] = "cpu", **changes: object
     ) -> "LanguageModel":
-        """Return the model that `save` has written, in evaluation mode.
+        """Return the model that `save` has written, or that was exported for transformers, in evaluation mode.
 
         Args:
             folder: with `config.json` and `model.safetensors`.
@@ -233,22 +211,11 @@ class LanguageModel(MemoryDecoder):
             FileNotFoundError: a file is not there.
             ValueError: the configuration is not known here, or the weights or the dictionary are those of another one.
         """
-
         path = Path(folder)
-        config = _read_config(path, changes)
-        model = cls(config).to(_dtype_of(path / WEIGHTS))
-        try:
-            _safetensors().torch.load_model(model, path / WEIGHTS)
-        except RuntimeError as error:
-            lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-            raise ValueError(f"{folder}: the weights are those of another configuration: {lines[-1][:200]}") from error
-        if (path / DICTIONARY).is_file():
-            model.tokenizer = Tokenizer.load(path)
-            if len(model.tokenizer) != config.vocabulary_size:
-                raise ValueError(
-                    f"{path / DICTIONARY} makes {len(model.tokenizer)} words, and the model has "
-                    f"{config.vocabulary_size}: put the dictionary of its data there"
-                )
+        saved = read_saved(path, changes)
+        model = cls(saved.config).to(saved.dtype)
+        load_weights(path, model, saved.for_transformers)
+        model.tokenizer = load_tokenizer(path, saved.config)
         return model.to(device).eval()
 
 
@@ -262,43 +229,3 @@ def _draw(temperature: float, top_k: int, top_p: float) -> Draw:
         if not fine:
             raise ValueError(f"{name} is {value}: pass {remedy}")
     return Draw(temperature, top_k, top_p)
-
-
-def _read_config(folder: Path, changes: Values) -> ModelConfig:
-
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is not there: pass a folder that LanguageModel.save has written")
-    text = (folder / CONFIG).read_text(encoding="utf-8")
-    try:
-        with _safetensors().safe_open(folder / WEIGHTS, framework="pt") as weights:
-            saved_with = (weights.metadata() or {}).get(CONFIG)
-        values = json.loads(text)
-        written = values.pop("format")
-    except (_safetensors().SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder} is not a folder that LanguageModel.save has written: {error}") from error
-    if written != FORMAT:
-        raise ValueError(f"{folder / CONFIG} has format {written}, this version reads {FORMAT}: install a newer one")
-    if saved_with != text:
-        raise ValueError(
-            f"{folder / CONFIG} is not the configuration that {WEIGHTS} was saved with: save the model again; to "
-            "change a value, pass it to LanguageModel.load"
-        )
-    return ModelConfig.from_dict({**values, **changes})
-
-
-def _dtype_of(weights: Path) -> torch.dtype:
-    """Return the widest dtype of saved weights."""
-
-    with _safetensors().safe_open(weights, framework="pt") as saved:
-        dtypes = {saved.get_tensor(name).dtype for name in saved.keys()}  # noqa: SIM118
-    widest: torch.dtype = functools.reduce(torch.promote_types, dtypes)
-    return widest
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("models are saved and loaded with safetensors: pip install safetensors") from None
-    return safetensors

@@ -1,0 +1,141 @@
+"""The files of a model: those that `LanguageModel.save` writes, or those of transformers."""
+
+import functools
+import json
+import os
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+
+from .config import ModelConfig
+from .decoder import MemoryDecoder
+from .fields import Values
+from .text import Tokenizer
+from .text.tokenizer import DICTIONARY
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+FORMAT = 1  # of the folder
+MODEL_TYPE = "lamemo"  # by which transformers knows the model
+
+
+class Saved(NamedTuple):
+    """What a folder says of a model before its weights are read."""
+
+    config: ModelConfig
+    dtype: torch.dtype  # the widest of the weights
+    for_transformers: bool  # weights are named as of the attribute ``model``
+
+
+def write_folder(folder: Path, model: MemoryDecoder, tokenizer: Optional[Tokenizer]) -> None:
+    """Write the weights, the configuration and, if there is one, the tokenizer; each file appears whole.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, **model.config.to_dict()}, indent=2) + "\n"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+        _safetensors().torch.save_model(model, f"{unfinished}/{WEIGHTS}", metadata={CONFIG: text})
+        Path(unfinished, CONFIG).write_text(text, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(unfinished)
+        put_in_place(unfinished, folder)
+
+
+def put_in_place(unfinished: str, folder: Path) -> None:
+    """Move the files of one folder into another, where they take the place of those there.
+
+    The configuration comes last: before it, the folder is not one that loads.
+    """
+    for name in sorted(os.listdir(unfinished), key=CONFIG.__eq__):
+        os.replace(f"{unfinished}/{name}", folder / name)
+
+
+def read_saved(folder: Path, changes: Values) -> Saved:
+    """Read the configuration, and the dtype of the weights.
+
+    Args:
+        folder: the folder.
+        changes: values of the configuration to replace.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: the configuration is not known here, or not the one that the weights were saved with.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is not there: pass a folder that LanguageModel.save has written")
+    text = (folder / CONFIG).read_text(encoding="utf-8")
+    try:
+        with _safetensors().safe_open(folder / WEIGHTS, framework="pt") as weights:
+            saved_with = (weights.metadata() or {}).get(CONFIG)
+        values = json.loads(text)
+        for_transformers = values.get("model_type") == MODEL_TYPE
+        written = FORMAT if for_transformers else values.pop("format")
+    except (_safetensors().SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder} is not a folder that LanguageModel.save has written: {error}") from error
+    if written != FORMAT:
+        raise ValueError(f"{folder / CONFIG} has format {written}, this version reads {FORMAT}: install a newer one")
+    if for_transformers:
+        values = {field.name: values[field.name] for field in fields(ModelConfig) if field.name in values}
+    elif saved_with != text:
+        raise ValueError(
+            f"{folder / CONFIG} is not the configuration that {WEIGHTS} was saved with: save the model again; to "
+            "change a value, pass it to LanguageModel.load"
+        )
+    return Saved(ModelConfig.from_dict({**values, **changes}), _dtype_of(folder / WEIGHTS), for_transformers)
+
+
+def load_weights(folder: Path, model: nn.Module, for_transformers: bool) -> None:
+    """Load the weights into a model.
+
+    Raises:
+        ValueError: they are those of another configuration.
+    """
+    try:
+        _safetensors().torch.load_model(
+            nn.ModuleDict({"model": model}) if for_transformers else model, folder / WEIGHTS
+        )
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+        raise ValueError(f"{folder}: the weights are those of another configuration: {lines[-1][:200]}") from error
+
+
+def load_tokenizer(folder: Path, config: ModelConfig) -> Optional[Tokenizer]:
+    """Return the tokenizer, None if there is no dictionary.
+
+    Raises:
+        ValueError: a file is damaged, or the dictionary is another model's.
+    """
+    if not (folder / DICTIONARY).is_file():
+        return None
+    tokenizer = Tokenizer.load(folder)
+    if len(tokenizer) != config.vocabulary_size:
+        raise ValueError(
+            f"{folder / DICTIONARY} makes {len(tokenizer)} words, and the model has {config.vocabulary_size}: put the "
+            "dictionary of its data there"
+        )
+    return tokenizer
+
+
+def _dtype_of(weights: Path) -> torch.dtype:
+    """Return the widest dtype of saved weights."""
+
+    with _safetensors().safe_open(weights, framework="pt") as saved:
+        dtypes = {saved.get_tensor(name).dtype for name in saved.keys()}  # noqa: SIM118
+    widest: torch.dtype = functools.reduce(torch.promote_types, dtypes)
+    return widest
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("models are saved and loaded with safetensors: pip install safetensors") from None
+    return safetensors
