@@ -3,61 +3,137 @@
     python -m lamemo_fairseq.convert_checkpoint import RELEASED.pt FOLDER    writes checkpoint.pt and dict.txt
     python -m lamemo_fairseq.convert_checkpoint export CHECKPOINT.pt RELEASED.pt --dictionary dict.txt
     python -m lamemo_fairseq.convert_checkpoint core CHECKPOINT.pt FOLDER --dictionary dict.txt
+    python -m lamemo_fairseq.convert_checkpoint export --format transformers CHECKPOINT FOLDER
+    python -m lamemo_fairseq.convert_checkpoint import --format transformers FOLDER FOLDER
 
 The first two are for checkpoints of the authors' code and of the original Transformer-XL. The third writes what
 `lamemo_fairseq.core.LanguageModel.load` reads without fairseq, with dict.txt and how the text became tokens: as the
-data folder records it, or as --tokenizer and --bpe say.
+data folder records it, or as --tokenizer and --bpe say. The fourth writes what transformers reads, from such a folder
+or from fairseq's checkpoint with --dictionary; the fifth makes it a folder of the third kind again. Folders need no
+fairseq.
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import TYPE_CHECKING, List, Optional
 
-from .checkpoints.convert import export_checkpoint, import_checkpoint, load_plain, save, save_dictionary, words_of
-from .checkpoints.to_core import add_encoding_options, chosen_encoding, core_model, core_tokenizer
-from .data.binarized import load_dictionary
-from .host.configuration import read_ours
+if TYPE_CHECKING:
+    from .core import LanguageModel
+
+FORMATS = ("released", "transformers")
+ENCODING = ("tokenizer", "source_lang", "bpe", "sentencepiece_model", "bpe_codes")
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
+    args = _parser().parse_args(arguments)
+    try:
+        if args.command == "core":
+            _from_fairseq(args).save(args.folder)
+        elif args.format == "transformers":
+            _import_transformers(args) if args.command == "import" else _export_transformers(args)
+        else:
+            _import_released(args) if args.command == "import" else _export_released(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"convert_checkpoint: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    to_fairseq = commands.add_parser("import", help="released checkpoint to fairseq's")
-    to_fairseq.add_argument("released")
+    to_fairseq = commands.add_parser("import", help="released checkpoint to fairseq's, or transformers' to the core's")
+    to_fairseq.add_argument("source", help="released checkpoint, or a folder of transformers")
     to_fairseq.add_argument("folder")
-    to_fairseq.add_argument("--vocabulary", help="a word a line, where the checkpoint holds none")
-    back = commands.add_parser("export", help="fairseq checkpoint to a released one")
-    back.add_argument("checkpoint")
-    back.add_argument("released")
-    back.add_argument("--dictionary", required=True, help="dict.txt of the checkpoint's data")
+    to_fairseq.add_argument("--format", choices=FORMATS, default="released", help="of what is read")
+    to_fairseq.add_argument("--vocabulary", help="a word a line, where the released checkpoint holds none")
+    back = commands.add_parser("export", help="fairseq checkpoint to a released one, or a model to transformers'")
+    back.add_argument("checkpoint", help="fairseq's, or with --format transformers a folder of the core")
+    back.add_argument("target", help="released checkpoint, or a folder for transformers")
+    back.add_argument("--format", choices=FORMATS, default="released", help="of what is written")
     to_core = commands.add_parser("core", help="fairseq checkpoint to a folder for lamemo_fairseq.core")
     to_core.add_argument("checkpoint")
     to_core.add_argument("folder")
-    to_core.add_argument("--dictionary", required=True, help="dict.txt of the checkpoint's data, copied to the folder")
-    add_encoding_options(to_core)
-    args = parser.parse_args(arguments)
-    try:
-        if args.command == "import":
-            released = load_plain(args.released)
-            vocabulary = released.get("vocab")
-            if args.vocabulary:
-                vocabulary = Path(args.vocabulary).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            checkpoint, dictionary = import_checkpoint(released, words_of(vocabulary))
-            folder = Path(args.folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_dictionary(dictionary, folder / "dict.txt")
-            save(checkpoint, folder / "checkpoint.pt")
-        elif args.command == "core":
-            dictionary = load_dictionary(args.dictionary)
-            tokenizer = core_tokenizer(dictionary, chosen_encoding(args))
-            model = core_model(read_ours(args.checkpoint), dictionary)
-            model.tokenizer = tokenizer
-            model.save(args.folder)
-        else:
-            save(export_checkpoint(read_ours(args.checkpoint), load_dictionary(args.dictionary)), Path(args.released))
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_checkpoint: {error}")
+    for command in (back, to_core):
+        command.add_argument("--dictionary", required=command is to_core, help="dict.txt of the checkpoint's data")
+        _add_encoding_options(command)
+    return parser
+
+
+def _add_encoding_options(parser: argparse.ArgumentParser) -> None:
+    """Add options of the names that fairseq has for them."""
+    group = parser.add_argument_group("how the text became tokens, where the dictionary's folder does not record it")
+    group.add_argument("--tokenizer", choices=("space", "moses"))
+    group.add_argument("--source-lang", help="language for the Moses tokenizer")
+    group.add_argument("--bpe", choices=("sentencepiece", "subword_nmt", "bytes", "characters"))
+    group.add_argument("--sentencepiece-model", metavar="FILE")
+    group.add_argument("--bpe-codes", metavar="FILE", help="without it, pieces are joined, and texts have to have them")
+
+
+def _import_released(args: argparse.Namespace) -> None:
+    from .checkpoints.convert import import_checkpoint, load_plain, save, save_dictionary, words_of
+
+    released = load_plain(args.source)
+    vocabulary = released.get("vocab")
+    if args.vocabulary:
+        vocabulary = Path(args.vocabulary).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    checkpoint, dictionary = import_checkpoint(released, words_of(vocabulary))
+    folder = Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_dictionary(dictionary, folder / "dict.txt")
+    save(checkpoint, folder / "checkpoint.pt")
+
+
+def _export_released(args: argparse.Namespace) -> None:
+    _refuse(args, [name for name in ENCODING if getattr(args, name)], "is for --format transformers: pass that too")
+    _need_dictionary(args)
+    from .checkpoints.convert import export_checkpoint, save
+    from .data.binarized import load_dictionary
+    from .host.configuration import read_ours
+
+    save(export_checkpoint(read_ours(args.checkpoint), load_dictionary(args.dictionary)), Path(args.target))
+
+
+def _export_transformers(args: argparse.Namespace) -> None:
+    from .core import LanguageModel
+    from .huggingface.folder import export_folder
+
+    if Path(args.checkpoint).is_dir():
+        given = [name for name in ("dictionary", *ENCODING) if getattr(args, name)]
+        _refuse(args, given, "is for a checkpoint of fairseq, and this is a folder: leave it out")
+        export_folder(LanguageModel.load(args.checkpoint), Path(args.target))
+    else:
+        export_folder(_from_fairseq(args), Path(args.target))
+
+
+def _import_transformers(args: argparse.Namespace) -> None:
+    from .core import LanguageModel
+
+    _refuse(args, ["vocabulary"] if args.vocabulary else [], "is for --format released: leave it out")
+    LanguageModel.load(args.source).save(args.folder)
+
+
+def _from_fairseq(args: argparse.Namespace) -> "LanguageModel":
+    """Return fairseq's checkpoint as a model of the core, with its tokenizer."""
+    _need_dictionary(args)
+    from .checkpoints.to_core import chosen_encoding, core_model, core_tokenizer
+    from .data.binarized import load_dictionary
+    from .host.configuration import read_ours
+
+    dictionary = load_dictionary(args.dictionary)
+    tokenizer = core_tokenizer(dictionary, chosen_encoding(args))
+    model = core_model(read_ours(args.checkpoint), dictionary)
+    model.tokenizer = tokenizer
+    return model
+
+
+def _need_dictionary(args: argparse.Namespace) -> None:
+    if not args.dictionary:
+        raise ValueError(f"{args.checkpoint} is a checkpoint of fairseq: pass --dictionary, the dict.txt of its data")
+
+
+def _refuse(args: argparse.Namespace, given: List[str], reason: str) -> None:
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} {getattr(args, given[0])} {reason}")
 
 
 if __name__ == "__main__":

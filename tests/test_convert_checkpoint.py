@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -379,6 +380,13 @@ def test_a_trained_model_becomes_one_of_the_core(tiny_data, tmp_path, softmax):
     assert seen == [0, 1, 2]
 
     assert core.tokenizer.encoding == TextEncoding() and len(core.tokenizer) == core.config.vocabulary_size
+
+    if find_spec("transformers"):
+        options = ["--format", "transformers", "--dictionary", str(tiny_data / "dict.txt")]
+        main(["export", checkpoint, str(tmp_path / "hf"), *options])
+        exported = LanguageModel.load(tmp_path / "hf")
+        assert exported.tokenizer.symbols == core.tokenizer.symbols and exported.config == core.config
+        assert all(map(torch.equal, exported.state_dict().values(), core.state_dict().values()))
 
     pieces = ["--tokenizer", "moses", "--bpe", "subword_nmt"]
     main(["core", checkpoint, str(tmp_path / "core"), "--dictionary", str(tiny_data / "dict.txt"), *pieces])

@@ -48,16 +48,6 @@ def core_tokenizer(dictionary: Dictionary, encoding: Optional[TextEncoding]) -> 
     return Tokenizer(dictionary.symbols[own:], encoding, dictionary.count[own:])
 
 
-def add_encoding_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `chosen_encoding` reads, of the names that fairseq has for them."""
-    group = parser.add_argument_group("how the text became tokens, where the dictionary's folder does not record it")
-    group.add_argument("--tokenizer", choices=("space", "moses"))
-    group.add_argument("--source-lang", help="language for the Moses tokenizer")
-    group.add_argument("--bpe", choices=("sentencepiece", "subword_nmt", "bytes", "characters"))
-    group.add_argument("--sentencepiece-model", metavar="FILE")
-    group.add_argument("--bpe-codes", metavar="FILE", help="without it, pieces are joined, and texts have to have them")
-
-
 def chosen_encoding(args: argparse.Namespace) -> Optional[TextEncoding]:
     """Return how the text became tokens, as the options say, or else as the dictionary's folder records it.
 

@@ -1,15 +1,18 @@
 """The core is imported without a host, and without what only some of its uses need."""
 
 import importlib
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lamemo_fairseq import convert_checkpoint
+
 from .hosts import HOSTS
 
-LATER = ("triton", "safetensors")  # for kernels, and for saving
+LATER = ("triton", "safetensors", "sacremoses", "sentencepiece")  # for kernels, for saving, and for texts
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -22,7 +25,6 @@ def test_the_package_offers_the_core_alone():
     import lamemo_fairseq
 
     assert lamemo_fairseq.__all__ == ["core"]
-    assert not [name for name in sys.modules if name.startswith("lamemo_fairseq.") and ".core" not in name]
 
 
 def test_a_fresh_process_imports_nothing_that_it_does_not_need():
@@ -30,7 +32,9 @@ def test_a_fresh_process_imports_nothing_that_it_does_not_need():
     command = [sys.executable, "-c", f"from tests.core import hosts; hosts.block(); {code}"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    imported = {name.split(".")[0] for name in done.stdout.split()}
+    names = done.stdout.split()
+    assert not [name for name in names if name.startswith("lamemo_fairseq.") and ".core" not in name]
+    imported = {name.split(".")[0] for name in names}
     assert "lamemo_fairseq" in imported and not imported & set(LATER)
 
 
@@ -51,3 +55,24 @@ def test_what_needs_fairseq_says_so_in_one_line(version, remedy, monkeypatch):
     ) as it:
         importlib.import_module("lamemo_fairseq.models")
     assert "\n" not in str(it.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, r"transformers is not installed: pip install 'transformers>=5\.24'"),
+        ("5.9.1", r"transformers 5\.9\.1 is too old: pip install 'transformers>=5\.24'"),
+    ],
+)
+def test_transformers_is_asked_for_in_one_line(version, message, tmp_path, monkeypatch):
+    def found(package, version_of=importlib.metadata.version):
+        if package == "transformers" and version is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version if package == "transformers" else version_of(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    for name in [name for name in sys.modules if name.startswith("lamemo_fairseq.huggingface")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match=f"convert_checkpoint: {message}") as refused:
+        convert_checkpoint.main(["export", "--format", "transformers", str(tmp_path), str(tmp_path / "out")])
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()

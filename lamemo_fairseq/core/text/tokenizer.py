@@ -59,8 +59,12 @@ class Tokenizer:
         """Return the word ids ``[T]`` of a text, int64: ``</s>`` for every end of a line, none at the text's end."""
         lines = [self._tokens(line) for line in text.split("\n")]
         self._tell_unknown(text, [token for line in lines for token in line])
-        ids = [self._ids.get(token, UNKNOWN) for line in lines for token in (*line, SPECIAL[END])]
+        ids = [self.number(token) for line in lines for token in (*line, SPECIAL[END])]
         return torch.tensor(ids[:-1], dtype=torch.int64)
+
+    def number(self, token: str) -> int:
+        """Return the id of a token, that of ``<unk>`` if it is unknown."""
+        return self._ids.get(token, UNKNOWN)
 
     def decode(self, ids: Union[Tensor, Iterable[int]]) -> str:
         """Return the text of word ids ``[T]``.

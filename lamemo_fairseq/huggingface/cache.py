@@ -1,0 +1,108 @@
+"""The cache of transformers: one layer that holds the texts read so far, and their memory, of the whole model.
+
+Shapes: B sequences, L columns of input, L' of them new.
+"""
+
+from typing import List, NoReturn, Optional, Tuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..core import LanguageModel
+from ..core.decoding.state import DecodingState
+
+
+class TextLayer(CacheLayerMixin):
+    """What all layers of a model keep of B sequences: slots, the unfinished segment, and where each one stands."""
+
+    supports_early_init = False  # of keys and values, which live in the state
+
+    def __init__(self, model: LanguageModel):
+        super().__init__()
+        self.model = model
+        self.state: Optional[DecodingState] = None
+        self.columns = 0  # L, padding among them: what transformers measures lengths by
+
+    def read(self, tokens: Tensor, counts: List[int], columns: int) -> Tensor:
+        """Read ``tokens [B, k]``, of sequence b the first ``counts[b]``: features ``[B, k, d]``.
+
+        Args:
+            tokens: word ids.
+            counts: of each sequence.
+            columns: L', of the input that they come from.
+
+        Raises:
+            ValueError: there are fewer or more sequences than before.
+        """
+        if self.state is None:
+            self.state = DecodingState(self.model, len(tokens))
+            self.is_initialized = True
+        if len(tokens) != self.batch_size:
+            raise ValueError(
+                f"the cache has {self.batch_size} sequences, and the input {len(tokens)}: pass a new cache"
+            )
+        self.columns += columns
+        return self.state.read(tokens, counts)
+
+    @property
+    def batch_size(self) -> int:
+        """The number of sequences, -1 before the first input."""
+        return -1 if self.state is None else len(self.state.cache.positions)
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> Tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def reset(self) -> None:
+        self.state, self.columns, self.is_initialized = None, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.state is not None:
+            self.state.reorder(beam_idx.to(self.state.cache.tokens.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a memory does not go back: read the text again up to where it should end")
+
+    def offload(self) -> None:
+        self._refuse()
+
+    def prefetch(self) -> None:
+        self._refuse()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._refuse()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> Tuple[Tensor, Tensor]:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError("this cache holds the memory of a model as a whole: its layers are neither updated nor moved")
+
+
+class LamemoCache(Cache):
+    """The memory of B sequences. Make one, pass it with every piece of a long text, and it is carried along.
+
+    Args:
+        model: a model of the core, or the one of transformers around it.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        core = model if isinstance(model, LanguageModel) else model.model
+        assert isinstance(core, LanguageModel)
+        self.text = TextLayer(core)
+        super().__init__(layers=[self.text])

@@ -1,0 +1,264 @@
+"""A language model for transformers, around the core's.
+
+Padding is what the attention mask hides, wherever it stands: it is not read, and its scores mean nothing.
+
+Shapes: B sequences, L columns of input, k words of the longest sequence among them, V words, d model width.
+"""
+
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig
+from transformers.initialization import copy_
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
+
+from ..core import LanguageModel, MemoryState
+from ..core.layers.vocabulary import AdaptiveSoftmax
+from .cache import LamemoCache
+from .configuration import CODE, LamemoConfig
+
+IGNORED = -100  # label of a word that is not predicted
+# Of the keywords that transformers passes around, those that change nothing here.
+HARMLESS = ("num_items_in_batch", "position_ids", "return_dict", "output_router_logits")
+STUB = '''"""The model of this folder: pip install lamemo-fairseq."""
+
+from lamemo_fairseq.huggingface import LamemoConfig, LamemoForCausalLM, LamemoTokenizer
+
+__all__ = ["LamemoConfig", "LamemoForCausalLM", "LamemoTokenizer"]
+'''
+
+
+class Packed(NamedTuple):
+    """The words of a padded input, each sequence's from the left."""
+
+    tokens: Tensor  # [B, k]
+    counts: List[int]  # of each sequence's words
+    real: Tensor  # [B, L] whether a column of the input is a word
+
+    @classmethod
+    def of(cls, input_ids: Tensor, attention_mask: Optional[Tensor]) -> "Packed":
+        """Pack ``input_ids [B, L]``; the mask may be longer, and ends with them."""
+        length = input_ids.size(1)
+        if attention_mask is None:
+            return cls(input_ids, [length] * len(input_ids), torch.ones_like(input_ids, dtype=torch.bool))
+        if attention_mask.dim() != 2 or attention_mask.size(1) < length:
+            raise ValueError(f"attention_mask is {list(attention_mask.shape)}: pass [B, L], with a 0 for each padding")
+        real = attention_mask[:, attention_mask.size(1) - length :].to(input_ids.device).bool()
+        counts = real.sum(1).tolist()
+        order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        return cls(input_ids.gather(1, order)[:, : max(counts, default=0)], counts, real)
+
+    def unpacked(self, features: Tensor) -> Tensor:
+        """Return ``features [B, k, d]`` in the columns of the input, ``[B, L, d]``, with zeros for padding."""
+        if min(self.counts, default=0) == self.real.size(1):
+            return features
+        if features.size(1) == 0:
+            return features.new_zeros(*self.real.shape, features.size(2))
+        entry = (self.real.cumsum(1) - 1).clamp(min=0).unsqueeze(2).expand(-1, -1, features.size(2))
+        return torch.where(self.real.unsqueeze(2), features.gather(1, entry), 0.0)
+
+
+class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
+    """A language model with memory. The core's model is ``model``.
+
+    Without gradients a text is read over a cache, in pieces of any lengths, as one pass over whole segments would read
+    it. With gradients it is read segment by segment from an empty memory, and nothing is carried to the next call.
+    """
+
+    config_class = LamemoConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["DecoderLayer"]
+    _is_stateful = True  # a memory does not go back, so that drafts cannot be taken back either
+
+    def __init__(self, config: LamemoConfig):
+        super().__init__(config)
+        self.model = LanguageModel(config.to_core())
+        # Tied weights are one parameter here, and loading would part them again.
+        self._tied_weights_keys = _ties(self)
+        config.tie_word_embeddings = bool(self._tied_weights_keys)
+        self.post_init()
+
+    @classmethod
+    def of(cls, core: LanguageModel) -> "LamemoForCausalLM":
+        """Return the model around one of the core, sharing its weights, in evaluation mode."""
+        with torch.device("meta"):
+            model = cls(LamemoConfig.of(core.config))
+        model.model = core
+        model.config.dtype = next(core.parameters()).dtype
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a model as transformers does, but refuse weights that are not all there.
+
+        Raises:
+            ValueError: a weight is missing, is one too many, or has another shape.
+        """
+        kwargs["ignore_mismatched_sizes"] = True  # they are refused here
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = {
+            "mismatched_keys": "has another shape of the weight",
+            "missing_keys": "lacks the weight",
+            "unexpected_keys": "has no use for the weight",
+        }
+        for name, what in wrong.items():
+            if info[name]:
+                names = [key if isinstance(key, str) else key[0] for key in info[name]]
+                raise ValueError(f"{args[0]}: the model {what} {min(names)}: it was saved with another configuration")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Union[str, Path], *args: Any, **kwargs: Any) -> None:
+        """Write the folder as transformers does, and the module that imports this package."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        Path(save_directory, f"{CODE}.py").write_text(STUB, encoding="utf-8")
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        cache: Optional[Cache] = None,
+        inputs_embeds: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        use_cache: Optional[bool] = None,
+        logits_to_keep: Union[int, Tensor] = 0,
+        return_dict: Optional[bool] = None,
+        **kwargs: Any,
+    ) -> Union[CausalLMOutputWithPast, Tuple[Tensor, ...]]:
+        """Read ``input_ids [B, L]``.
+
+        Args:
+            input_ids: word ids. With a cache, those that follow what it has read.
+            attention_mask: ``[B, L]`` or, with a cache, of all columns so far; 0 for padding.
+            cache: a `LamemoCache`, which is read on in place.
+            inputs_embeds: not taken.
+            labels: ``[B, L]`` the same ids, with -100 for those that are not to be predicted; shifted here.
+            use_cache: return the cache; by default if there are no gradients.
+            logits_to_keep: score the last so many columns alone (0: all), or those of these indices.
+            return_dict: False returns a tuple.
+            kwargs: ``num_items_in_batch``, which the loss is divided by, and others that change nothing.
+
+        Returns:
+            Scores ``[B, L, V]``, log-probabilities if the softmax is adaptive; the loss and the cache.
+
+        Raises:
+            ValueError: an argument is not taken, or does not fit.
+        """
+        _refuse_unknown(input_ids, inputs_embeds, kwargs)
+        assert input_ids is not None
+        if cache is not None and not isinstance(cache, LamemoCache):
+            raise ValueError(f"cache is a {type(cache).__name__}: pass LamemoCache(model), or none")
+        if cache is not None and self.training:
+            raise ValueError("a cache is read without dropout: call model.eval() first")
+        packed = Packed.of(input_ids, attention_mask)
+        if self.training or (cache is None and not use_cache and torch.is_grad_enabled()):
+            features, extra = self._read_segments(packed)
+        else:
+            cache = LamemoCache(self) if cache is None else cache
+            features, extra = self._read_on(packed, cache), {}
+        columns = packed.unpacked(features)
+        loss = None
+        if labels is not None:
+            loss = self._loss(columns, packed.real, labels, extra, kwargs.get("num_items_in_batch"))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.to(columns.device)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=self._scores(columns[:, kept]),
+            cache=cache if use_cache or (use_cache is None and self.config.use_cache) else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that embeds words."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        raise ValueError("the embeddings are bands of the vocabulary, of the output layer too: they are not replaced")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise ValueError("the vocabulary is the dictionary's, and fixed: train a model with another dict.txt")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: object = "AutoModel") -> None:
+        """Do nothing: the code in a saved folder imports this package, whatever was loaded from where."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Restore what no file holds; the core draws weights itself."""
+        if isinstance(module, AdaptiveSoftmax):
+            copy_(module.cuts, torch.tensor(module.bands.starts[1:]))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: Dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError("cache_implementation chooses among caches of keys and values: leave it out")
+        if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
+            model_kwargs["cache"] = LamemoCache(self)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @torch.no_grad()
+    def _read_on(self, packed: Packed, cache: LamemoCache) -> Tensor:
+        """Read words after those of the cache: features ``[B, k, d]``."""
+        if packed.tokens.size(1) == 0:
+            like = self.model.embed_tokens.table(0)
+            return like.new_empty(len(packed.tokens), 0, self.config.hidden_size)
+        return cache.text.read(packed.tokens, packed.counts, packed.real.size(1))
+
+    def _read_segments(self, packed: Packed) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """Read whole texts segment by segment: features ``[B, k, d]``, and the memory's losses, means over words.
+
+        In evaluation the last segment is filled up, so that it is read as one that goes on.
+        """
+        length, total = self.model.segment_length, packed.tokens.size(1)
+        tokens = packed.tokens if self.training else nn.functional.pad(packed.tokens, (0, -total % length))
+        ragged = self.training and min(packed.counts, default=0) < total
+        features: List[Tensor] = []
+        state: Optional[MemoryState] = None
+        extra: Dict[str, Tensor] = {}
+        for start in range(0, tokens.size(1), length):
+            segment = tokens[:, start : start + length]
+            left = [min(max(count - start, 0), segment.size(1)) for count in packed.counts]
+            lengths = torch.tensor(left, device=tokens.device) if ragged else None
+            passed, state, losses = self.model(segment, state, lengths)
+            features.append(passed)
+            for name, loss in losses.items():
+                extra[name] = extra.get(name, 0.0) + loss * (sum(left) / sum(packed.counts))
+        return torch.cat(features, dim=1)[:, :total], extra
+
+    def _loss(
+        self, columns: Tensor, real: Tensor, labels: Tensor, extra: Dict[str, Tensor], items: Union[int, Tensor, None]
+    ) -> Tensor:
+        """Return the loss of a predicted word; one whose context is padding is not predicted."""
+        if labels.shape != real.shape:
+            raise ValueError(f"labels are {list(labels.shape)}, and input_ids {list(real.shape)}: pass the same ids")
+        target = labels[:, 1:].to(columns.device)
+        wanted = target.ne(IGNORED) & real[:, :-1] & real[:, 1:]
+        count = wanted.sum()
+        total = self.model.loss(columns[:, :-1][wanted].unsqueeze(0), target[wanted].unsqueeze(0))
+        # A memory's losses are means over words, and weigh as much as one of each.
+        return (total + sum(extra.values()) * count) / (count.clamp(min=1) if items is None else items)
+
+    def _scores(self, features: Tensor) -> Tensor:
+        return self.model.log_probs(features) if self.model.output is None else self.model.output_layer(features)
+
+
+def _ties(model: nn.Module) -> Dict[str, str]:
+    """Return the names of parameters that are the same as ones before them, with the names of these."""
+    first: Dict[int, str] = {}
+    names = ((name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False))
+    return {name: source for name, source in names if name != source}
+
+
+def _refuse_unknown(input_ids: Optional[Tensor], inputs_embeds: Optional[Tensor], kwargs: Dict[str, Any]) -> None:
+    if inputs_embeds is not None or input_ids is None:
+        raise ValueError("the model reads words: pass input_ids, and no inputs_embeds")
+    for name, value in kwargs.items():
+        if value is not None and value is not False and name not in HARMLESS:
+            raise ValueError(f"the model has no use for '{name}': leave it out")
