@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import math
 import re
 import resource
@@ -172,7 +173,8 @@ def test_one_command_from_checkpoints_to_figures(trained, capsys):
     models = [f"{name}={trained / arch / 'checkpoint_last.pt'}" for name, arch in names.items()]
     out = trained / "figures"
     data = str(trained / "data")
-    assert __main__.main([data, *models, "--out", str(out), "--batch-size", "2", "--cpu"]) == 0
+    options = ["--batch-size", "2", "--cut-memory", "0", "3", "--cpu"]
+    assert __main__.main([data, *models, "--out", str(out), *options]) == 0
     told = capsys.readouterr().out
     positions = lines(out / "loss_by_position.csv")
     for name, arch in names.items():
@@ -196,14 +198,44 @@ def test_one_command_from_checkpoints_to_figures(trained, capsys):
     distances = [line for line in lines(out / "attention_by_distance.csv") if line["model"] == "LaMemo"]
     near = sum(float(d["mean"]) for d in distances[1:6])
     assert float(figure["LaMemo", -5]["from the query"]) == pytest.approx(near)
-    assert (
-        figure["LaMemo", -20]["into memory"] == ""
-        and float(figure["Transformer-XL (paper)", -5]["into memory"]) == 0.09
-    )
+    assert figure["LaMemo", -20]["into memory"] == "" and {model for model, _ in figure} == set(names)
     ages = lines(out / "alpha.csv")
     assert [(line["model"], line["layer"], line["age"]) for line in ages] == [("LaMemo", "1", a) for a in "12"]
-    for name in ("figure1", "alpha", "loss_by_position"):
+    for name in ("figure1", "alpha", "loss_by_position", "loss_by_document_position", "loss_by_memory"):
         assert (out / f"{name}.svg").read_text().startswith("<?xml") and (out / f"{name}.png").exists()
+
+    # Two streams, and so two documents, from whose beginnings all tokens are counted.
+    memories = {
+        (line["model"], int(line["memory slots"]), line["class"]): line for line in lines(out / "loss_by_memory.csv")
+    }
+    assert {key[1] for key in memories} == {0, 3, 16}
+    for name in names:
+        own = [line for line in lines(out / "loss_by_document_position.csv") if line["model"] == name]
+        own = [line for line in own if (line["memory slots"], line["class"]) == ("16", "all")]
+        assert [(int(line["from"]), int(line["to"])) for line in own] == [(2**n, 2 ** (n + 1) - 1) for n in range(8)]
+        assert [int(line["tokens"]) for line in own] == [2, 4, 8, 16, 32, 64, 128, 79]
+        mean = sum(float(line["loss"]) * int(line["tokens"]) for line in own) / 333
+        assert mean == pytest.approx(float(memories[name, 16, "all"]["loss"]), rel=1e-9)
+    path = trained / "lamemo_lm" / "checkpoint_last.pt"
+    none = {"memory": "none", "position_encoding": "transformer-xl"}
+    own = float(memories["LaMemo", 16, "all"]["loss"])
+    for slots, other in {3: {"mem_len": 3}, 0: none}.items():
+        options = ["--path", path, "--gen-subset", "valid", "--batch-size", 2, "--num-workers", 0]
+        text = printed(eval_lm.cli_main, data, *TASK, *options, "--model-overrides", repr(other))
+        expected = float(re.search(r"Loss \(base 2\): ([\d.]+)", text).group(1))
+        line = memories["LaMemo", slots, "all"]
+        assert float(line["loss"]) == pytest.approx(expected, abs=6e-5) != pytest.approx(own, abs=6e-5)
+        assert float(line["difference"]) == pytest.approx(float(line["loss"]) - own, abs=1e-9)
+
+
+def test_the_paper_s_points_are_shown_with_its_data_alone(tmp_path):
+    assert report.figure1({}, paper=False) == []
+    points = {(line["model"], line["offset"]): line for line in report.figure1({}, paper=True)}
+    assert points["Transformer-XL (paper)", -5]["into memory"] == 0.09
+    for name in ("wikitext-103", "own"):
+        (tmp_path / "preprocess.json").write_text(json.dumps({"made_from": {"settings": {"name": name}}}))
+        assert __main__._is_wikitext_103(str(tmp_path)) == (name == "wikitext-103")
+    assert not __main__._is_wikitext_103(str(tmp_path / "none"))
 
 
 def test_every_curve_of_figure1_is_named_once_and_keeps_its_colour():
@@ -310,6 +342,8 @@ def test_a_folder_that_nothing_can_be_written_to_is_told_before_the_reading(trai
         (["CHECKPOINT", "--out", "CHECKPOINT"], "File exists"),
         (["CHECKPOINT", "--out", "OUT", "--subset", "other"], "other"),
         (["CHECKPOINT", "--out", "OUT", "--segments", "0"], "0 is not positive"),
+        (["CHECKPOINT", "--out", "OUT", "--documents", "two"], "--documents two: pass one, headings"),
+        (["CHECKPOINT", "--out", "OUT", "--cut-memory", "-1"], "-1 is negative"),
     ],
 )
 def test_bad_arguments_are_told(arguments, message, trained, tmp_path, capsys):

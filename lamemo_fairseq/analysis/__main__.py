@@ -6,18 +6,25 @@ python -m lamemo_fairseq.analysis data-bin/wikitext-103 LaMemo=checkpoints/lamem
 
 import argparse
 import itertools
+import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from fairseq import checkpoint_utils
 from tqdm import tqdm
 
-from ..host.configuration import read_ours
+from ..core.config import ModelConfig
+from ..core.memory import MEMORIES
+from ..data.text_encoding import RECORD
+from ..evaluation.evaluate import score_segments
+from ..evaluation.opening import Opened, open_split
+from ..evaluation.output import TokenLog
 from . import report
 from .collect import Collected, collect
+from .documents import ALL, Rule, of_streams
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -25,10 +32,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
     logging.getLogger().setLevel(logging.INFO)
     try:
         paths = checkpoints(args.models)
+        about = report.About(os.path.join(args.data, args.subset), str(Rule.parse(args.documents)))
         report.check_writable(args.out)
         models = {name: analyse(name, path, args) for name, path in paths.items()}
         print(summary(models))
-        files = report.save(report.tabulate(models), args.out)
+        files = report.save(report.tabulate(models, about, paper=_is_wikitext_103(args.data)), args.out, about)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -50,6 +58,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--segments", type=positive, help="read so many segments of every stream only")
     parser.add_argument("--mem-len", type=int, help="another memory length than in training")
     parser.add_argument("--tokens-per-sample", type=int, help="another segment length than in training")
+    parser.add_argument(
+        "--documents",
+        default="one",
+        metavar="RULE",
+        help="where documents begin: one, headings (as WikiText has them), blank-lines:N, separator:WORD",
+    )
+    parser.add_argument(
+        "--cut-memory", type=not_negative, nargs="+", default=[], metavar="SLOTS", help="read with so many slots too"
+    )
     parser.add_argument("--cpu", action="store_true")
     return parser
 
@@ -85,35 +102,69 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> int:
+    """Parse a number of slots."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
 def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
     """Read the split with a model.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or no such split.
-        ValueError: it is not one of this package.
+        ValueError: it is not one of this package, or an option does not suit it.
     """
-    overrides: Dict[str, Any] = {"data": args.data}
-    for option in ("mem_len", "tokens_per_sample"):
-        if getattr(args, option) is not None:
-            overrides[option] = getattr(args, option)
-    read_ours(path)
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides=overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    model = models[0].to(device).eval()
-    dataset = task.load_dataset(args.subset)
-    batches = task.get_batch_iterator(dataset, max_sentences=args.batch_size, as_streams=True)
-    iterator = batches.next_epoch_itr(shuffle=False)
-    total = len(iterator) if args.segments is None else min(args.segments, len(iterator))
-    shown = tqdm(itertools.islice(iterator, total), total=total, desc=name, unit="segment")
-    collected = collect(model, shown, device)
-    if collected.slots < model.decoder.memory.slots:
+    opened = opening(path, args, mem_len=args.mem_len)
+    model = opened.models[0]
+    collected = collect(model, segments(opened, args, name), opened.device)
+    memory = model.decoder.memory
+    if collected.slots < memory.slots:
         print(
-            f"{name}: the memory of {model.decoder.memory.slots} slots was never full when a whole segment was read; "
+            f"{name}: the memory of {memory.slots} slots was never full when a whole segment was read; "
             f"attention is that of {collected.slots}: read more segments, or more of them with a smaller --batch-size, "
             "unless the lengths never let it fill up (a compressive memory whose rate does not divide them)",
             file=sys.stderr,
         )
+    rule, config = Rule.parse(args.documents), model.decoder.config
+    collected.curves[config.slots] = of_streams(collected.log.streams(), rule, opened.dictionary)
+    for length in args.cut_memory if memory.remembers else ():
+        if length not in collected.curves:
+            cut = opening(path, args, **cut_to(length, config))
+            log = TokenLog()
+            for scored in score_segments(cut.models, segments(cut, args, f"{name}, {length} slots"), cut.device):
+                log.add(scored.position.streams, scored.lengths, scored.target, scored.log_probs)
+            collected.curves[length] = of_streams(log.streams(), rule, cut.dictionary)
     return collected
+
+
+def opening(path: str, args: argparse.Namespace, **overrides: Any) -> Opened:
+    lengths = {"tokens_per_sample": args.tokens_per_sample, **overrides}
+    return open_split(args.data, [path], args.subset, args.batch_size, args.cpu, **lengths)
+
+
+def cut_to(length: int, config: ModelConfig) -> Dict[str, Any]:
+    """Return the options with which a model has so many slots of memory."""
+    if length >= MEMORIES[config.memory].smallest_mem_len:
+        return {"mem_len": length}
+    ahead = config.position_encoding.startswith("disentangled")  # which nothing looks at without memory
+    return {"memory": "none", **({"position_encoding": "transformer-xl"} if ahead else {})}
+
+
+def segments(opened: Opened, args: argparse.Namespace, name: str) -> Any:
+    """Return the batches that are read, with a progress bar."""
+    batches = opened.batches
+    total = len(batches) if args.segments is None else min(args.segments, len(batches))
+    return tqdm(itertools.islice(batches, total), total=total, desc=name, unit="segment")
+
+
+def _is_wikitext_103(data: str) -> bool:
+    try:
+        with open(os.path.join(data, RECORD), encoding="utf-8") as file:
+            return bool(json.load(file)["made_from"]["settings"]["name"] == "wikitext-103")
+    except (OSError, ValueError, KeyError, TypeError):  # not of `python -m preprocess`
+        return False
 
 
 def summary(models: Dict[str, Collected]) -> str:
@@ -130,6 +181,10 @@ def summary(models: Dict[str, Collected]) -> str:
             ages = [collected.mixing.by_age(layer, collected.segment_length) for layer in collected.mixing_layers]
             values = ", ".join(f"{value:.3f}" for value in torch.stack(ages).mean(0).tolist())
             clauses.append(f"alpha by age {values}")
+        for length, losses in sorted(collected.curves.items()):
+            mean = losses.by_class()[ALL]
+            error = "" if mean.error is None else f" ± {mean.error:.4f}"
+            clauses.append(f"{mean.loss:.4f}{error} with {length} slots, {mean.documents:,} documents")
         lines.append("; ".join(clauses))
     return "\n".join(lines)
 

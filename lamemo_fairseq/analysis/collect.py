@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..core.memory.lookahead import LookaheadWindow
 from ..core.memory.position import real_tokens
+from ..evaluation.output import TokenLog
+from .documents import DocumentLosses
 from .recording import record
 
 
@@ -112,6 +114,8 @@ class Collected:
     losses: Losses
     attention: Attention = field(default_factory=Attention)
     mixing: Mixing = field(default_factory=Mixing)
+    log: TokenLog = field(default_factory=TokenLog)
+    curves: Dict[int, DocumentLosses] = field(default_factory=dict)  # by memory slots; first, the model's own
     segments: int = 0
 
     @property
@@ -165,6 +169,9 @@ def collect(model: Any, batches: Iterable[Dict[str, Any]], device: Optional[torc
             listener.counts = whole and not inputs["position"].ragged
             output = model(**inputs)
             log_probs = model.get_normalized_probs(output, log_probs=True, sample=batch)
-            collected.losses.add(log_probs, batch["target"], inputs["src_lengths"])
+            target, lengths = batch["target"], inputs["src_lengths"]
+            collected.losses.add(log_probs, target, lengths)
+            of_target, real = log_probs.gather(2, target.unsqueeze(2)).squeeze(2), real_tokens(target, lengths)
+            collected.log.add(inputs["position"].streams, lengths.tolist(), target[real], of_target[real])
             collected.segments += 1
     return collected

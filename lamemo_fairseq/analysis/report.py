@@ -12,7 +12,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
+from . import document_report
 from .collect import Collected
+from .document_report import About, Lines, Models, by_column
 
 # Figure 1 of the LaMemo paper, read off the picture to within 3%: mean attention at the given offset into the context,
 # whose points are BIN apart.
@@ -25,18 +27,17 @@ PAPER: Dict[str, Sequence[float]] = {
 
 BLOCKS = 32  # points that the losses by position are averaged to in the picture
 
-Models = Dict[str, Collected]
-Lines = List[Dict[str, Any]]
 
-
-def tabulate(models: Models) -> Dict[str, Lines]:
-    """Return the lines of every CSV file, by the names of the files."""
+def tabulate(models: Models, about: About, paper: bool) -> Dict[str, Lines]:
+    """Return the lines of every CSV file, by the names of the files. *paper*: with the points of its Figure 1."""
     return {
         "attention_by_distance": attention_by_distance(models),
         "attention_by_slot": attention_by_slot(models),
-        "figure1": figure1(models),
+        "figure1": figure1(models, paper),
         "alpha": alpha(models),
         "loss_by_position": loss_by_position(models),
+        "loss_by_document_position": document_report.by_position(models, about),
+        "loss_by_memory": document_report.by_memory(models, about),
     }
 
 
@@ -54,7 +55,7 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"nothing can be written to {folder}: {error.strerror}; pass another folder as --out") from error
 
 
-def save(tables: Mapping[str, Lines], folder: Path) -> List[Path]:
+def save(tables: Mapping[str, Lines], folder: Path, about: About) -> List[Path]:
     """Write CSV files, and pictures where matplotlib is installed, in place of those of former models; returns them.
 
     Raises:
@@ -62,7 +63,7 @@ def save(tables: Mapping[str, Lines], folder: Path) -> List[Path]:
     """
     contents = csv_files(tables)
     try:
-        contents.update(draw(tables))
+        contents.update(draw(tables, about))
     except ImportError:
         print("no pictures: they need matplotlib (pip install matplotlib)", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
@@ -107,12 +108,12 @@ def attention_by_slot(models: Models) -> Lines:
     return _same_columns(lines)
 
 
-def figure1(models: Models) -> Lines:
+def figure1(models: Models, paper: bool) -> Lines:
     """Mean attention in bins of five, by offset into the memory and by distance from the query.
 
     The offset of a bin is that of its farthest key: -5 stands for the offsets -5 .. -1. The weights of a bin are added
-    up: if each point of the paper stood for one key, attention would add up to more than there is. The paper's points
-    stand in both columns, as either may be meant.
+    up: if each point of the paper stood for one key, attention would add up to more than there is. The points of the
+    *paper*, which are of WikiText-103, stand in both columns, as either may be meant.
     """
     lines = []
     for name, collected in models.items():
@@ -124,7 +125,7 @@ def figure1(models: Models) -> Lines:
             if by_distance is not None and -offset < len(by_distance):
                 line["from the query"] = float(by_distance[-offset - BIN + 1 : -offset + 1].sum())
             lines.append(line)
-    for name, values in PAPER.items():
+    for name, values in PAPER.items() if paper else ():
         for offset, value in zip(OFFSETS, values, strict=True):
             lines.append({"model": name, "offset": offset, "into memory": value, "from the query": value})
     return lines
@@ -181,7 +182,7 @@ def _slots(collected: Collected) -> int:
     return 0 if by_slot is None else len(by_slot)
 
 
-def draw(tables: Mapping[str, Lines]) -> Dict[str, bytes]:
+def draw(tables: Mapping[str, Lines], about: About) -> Dict[str, bytes]:
     """Draw the figures as SVG and PNG, by the names of the files.
 
     Raises:
@@ -194,12 +195,19 @@ def draw(tables: Mapping[str, Lines]) -> Dict[str, bytes]:
     matplotlib.rcParams["svg.hashsalt"] = "analysis"  # the same file from the same figures
     from matplotlib import pyplot as plt
 
-    drawn = {"figure1": _draw_figure1, "loss_by_position": _draw_losses, "alpha": _draw_alpha}
+    drawn = {
+        "figure1": ("Attention", _draw_figure1),
+        "loss_by_position": ("Loss by position in the segment", _draw_losses),
+        "alpha": ("Share that a memory slot keeps when it is refreshed", _draw_alpha),
+        "loss_by_document_position": ("Loss by position in the document", document_report.draw_by_position),
+        "loss_by_memory": ("Loss by length of the memory", document_report.draw_by_memory),
+    }
     files = {}
-    for name, of in drawn.items():
+    for name, (title, of) in drawn.items():
         if not tables[name]:
             continue
         figure = of(plt, tables[name])
+        figure.suptitle(f"{title}, {about.split}", fontsize=10)
         figure.tight_layout()
         for kind, metadata in (("svg", {"Date": None}), ("png", {})):
             picture = io.BytesIO()
@@ -209,37 +217,31 @@ def draw(tables: Mapping[str, Lines]) -> Dict[str, bytes]:
     return files
 
 
-def _by(key: str, lines: Lines) -> Dict[Any, Lines]:
-    """Lines by a column's value, in their order."""
-    groups: Dict[Any, Lines] = {}
-    for line in lines:
-        groups.setdefault(line[key], []).append(line)
-    return groups
-
-
 def _draw_figure1(plt: Any, lines: Lines) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True)
     columns = ("into memory", "from the query")
     seen = [line for line in lines if any(line[column] is not None for column in columns)]
     for axis, column in zip(axes, columns, strict=True):
         # Each model is plotted in both panels, be it without points: its colour is one, and the legend has all names.
-        for name, of_model in _by("model", seen).items():
+        for name, of_model in by_column("model", seen).items():
             points = [line for line in of_model if line[column] is not None]
             marker = {"LaMemo (paper)": "^", "Transformer-XL (paper)": "v"}.get(name, ".")
             style = {"color": "k", "linestyle": ":"} if name in PAPER else {}
             x, y = [p["offset"] for p in points], [p[column] for p in points]
             axis.plot(x, y, marker=marker, label=name, markersize=4, **style)
-        axis.set_xlabel(f"offset {column}")
+        axis.set_xlabel(f"offset {column}, tokens")
     axes[0].set_yscale("log")
-    axes[0].set_ylabel(f"mean attention, sum of {BIN} keys")
+    axes[0].set_ylabel(f"mean share of attention\nof {BIN} keys together")
     axes[0].legend(fontsize=8)
+    if any(name in PAPER for name in by_column("model", lines)):
+        axes[1].set_title("dotted: Figure 1 of the paper, also of WikiText-103", fontsize=8)
     return figure
 
 
 def _draw_losses(plt: Any, lines: Lines) -> Any:
     figure, axis = plt.subplots(figsize=(6, 3.5))
     sizes = set()
-    for name, of_model in _by("model", lines).items():
+    for name, of_model in by_column("model", lines).items():
         block = -(-len(of_model) // BLOCKS)
         sizes.add(str(block))
         blocks = [of_model[i : i + block] for i in range(0, len(of_model), block)]
@@ -249,7 +251,7 @@ def _draw_losses(plt: Any, lines: Lines) -> Any:
         )
     several = f", mean of {' or '.join(sorted(sizes, key=int))}" if sizes != {"1"} else ""
     axis.set_xlabel(f"position in the segment{several}")
-    axis.set_ylabel("loss, bits")
+    axis.set_ylabel("loss, bits a token")
     axis.legend(fontsize=8)
     return figure
 
@@ -259,15 +261,15 @@ def _loss(lines: Lines) -> float:
 
 
 def _draw_alpha(plt: Any, lines: Lines) -> Any:
-    models = _by("model", lines)
+    models = by_column("model", lines)
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.5), squeeze=False)
     for axis, (name, of_model) in zip(axes[0], models.items(), strict=True):
-        for age, of_age in _by("age", of_model).items():
+        for age, of_age in by_column("age", of_model).items():
             axis.plot([p["layer"] for p in of_age], [p["alpha"] for p in of_age], marker=".", label=str(age))
         axis.set_xlabel("layer")
         axis.set_ylabel("alpha, share kept")
         axis.set_ylim(0, 1)
         axis.set_title(name, fontsize=10)
-        axis.set_xticks(list(_by("layer", of_model)))
+        axis.set_xticks(list(by_column("layer", of_model)))
         axis.legend(title="segments since written", fontsize=7, title_fontsize=7)
     return figure

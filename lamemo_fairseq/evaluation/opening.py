@@ -2,13 +2,15 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, List, Optional
 
 import torch
 from fairseq import checkpoint_utils
 
 from ..data.segments import SegmentDataset
 from ..host.configuration import read_ours
+
+MAX_TOKENS = 36000  # of fairseq-eval-lm
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Opened:
     models: List[Any]
     dictionary: Any
     split: SegmentDataset
-    batches: Iterable[Dict[str, Any]]
+    batches: Any  # fairseq's iterator over segments
     device: torch.device
 
 
@@ -52,5 +54,7 @@ def open_split(
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     models = [(model.half() if fp16 else model).to(device).eval() for model in models]
     split = task.load_dataset(subset)
-    batches = task.eval_lm_dataloader(split, batch_size=batch_size, num_workers=0)
+    batches = task.get_batch_iterator(
+        split, max_tokens=MAX_TOKENS, max_sentences=batch_size, as_streams=True
+    ).next_epoch_itr(shuffle=False)
     return Opened(models, task.target_dictionary, split, batches, device)

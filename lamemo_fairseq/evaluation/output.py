@@ -35,13 +35,20 @@ class TokenLog:
         for stream, *pair in by_stream:
             self._streams.setdefault(stream, []).append((pair[0], pair[1]))
 
+    def streams(self) -> List[Tuple[Tensor, Tensor]]:
+        """Return tokens and log-probabilities ``[t]`` of each stream in order, on the first rank; nothing on others."""
+        streams = {k: v for of_rank in gather_objects(self._streams) for k, v in of_rank.items()}
+        return [
+            (torch.cat([tokens for tokens, _ in segments]), torch.cat([log_probs for _, log_probs in segments]))
+            for _, segments in sorted(streams.items())
+        ]
+
     def whole(self) -> Tuple[Tensor, Tensor]:
         """Return tokens and log-probabilities ``[T]`` of the split in order, on the first rank; nothing on others."""
-        streams = {k: v for of_rank in gather_objects(self._streams) for k, v in of_rank.items()}
-        segments = [segment for stream in sorted(streams) for segment in streams[stream]]
-        if not segments:
+        streams = self.streams()
+        if not streams:
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
-        return torch.cat([tokens for tokens, _ in segments]), torch.cat([log_probs for _, log_probs in segments])
+        return torch.cat([tokens for tokens, _ in streams]), torch.cat([log_probs for _, log_probs in streams])
 
 
 def words_of(tokens: Tensor, log_probs: Tensor, units: WordUnits, dictionary: Dictionary) -> Iterator[Word]:

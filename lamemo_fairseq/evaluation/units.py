@@ -127,7 +127,10 @@ def sentence(report: Dict[str, Any]) -> str:
         f"lines; {report['unknown_share']:.2%} of the others unknown)"
     )
     if report["text"] is None:
-        return f"{tokens}; words and bytes of the original text are not counted: {report['missing']}"
+        return (
+            f"{tokens}; Loss is that of a word of the dictionary, </s> among them, as words and bytes of the original "
+            f"text are not counted: {report['missing']}"
+        )
     note = f", {report['note']}" if report["note"] else ""
     perplexity = report["word_perplexity"]
     return (

@@ -1,0 +1,193 @@
+"""The loss over documents: by position in them, by class of token, and with the memory cut.
+
+The computations take the losses of tokens and the beginnings of documents, however these were read. Where a split is
+not read by document, `Rule` tells documents by their tokens.
+
+Shapes: T tokens, D documents.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+ALL, FIRST, AGAIN = "all", "first in the document", "seen before in the document"
+
+
+class Mean(NamedTuple):
+    """A mean loss in bits a token.
+
+    Its standard error takes the documents as independent of each other, and the tokens of one as anything but that.
+    """
+
+    loss: float
+    error: Optional[float]  # None with less than two documents
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class DocumentLosses:
+    """The losses of a text.
+
+    Args:
+        tokens: ``[T]`` ids.
+        losses: ``[T]`` bits.
+        starts: ``[D]`` where documents begin, ascending from 0.
+    """
+
+    tokens: Tensor
+    losses: Tensor
+    starts: Tensor
+
+    def document(self) -> Tensor:
+        """Return the number of each token's document ``[T]``."""
+        return torch.searchsorted(self.starts, torch.arange(len(self.tokens)), right=True) - 1
+
+    def position(self) -> Tensor:
+        """Return the position of each token in its document ``[T]``, from 1."""
+        return torch.arange(len(self.tokens)) - self.starts[self.document()] + 1
+
+    def seen(self) -> Tensor:
+        """Return booleans ``[T]``, True for tokens that have occurred before in their document."""
+        order = torch.argsort(self.tokens, stable=True)  # equal tokens side by side, in the order of the text
+        token, document = self.tokens[order], self.document()[order]
+        again = torch.zeros(len(order), dtype=torch.bool)
+        again[1:] = (token[1:] == token[:-1]) & (document[1:] == document[:-1])
+        return torch.zeros_like(again).index_copy_(0, order, again)
+
+    def classes(self) -> Dict[str, Tensor]:
+        """Return the tokens of each class, as booleans ``[T]``."""
+        seen = self.seen()
+        return {ALL: torch.ones_like(seen), FIRST: ~seen, AGAIN: seen}
+
+    def mean(self, chosen: Tensor) -> Mean:
+        """Return the mean loss of the tokens where ``chosen [T]`` is True.
+
+        With S_d and n_d the sum of losses and the number of tokens of document d, of which D have some, the mean is
+        m = sum S_d / sum n_d, and its error sqrt(D / (D - 1) sum (S_d - m n_d)^2) / sum n_d.
+        """
+        document = self.document()[chosen]
+        counts = torch.bincount(document, minlength=len(self.starts)).double()
+        sums = torch.bincount(document, self.losses[chosen].double(), minlength=len(self.starts))
+        tokens, documents = int(counts.sum()), int((counts > 0).sum())
+        if tokens == 0:
+            return Mean(math.nan, None, 0, 0)
+        mean = sums.sum() / tokens
+        spread = (sums - mean * counts).square().sum()
+        error = math.sqrt(documents / (documents - 1) * spread) / tokens if documents > 1 else None
+        return Mean(float(mean), error, tokens, documents)
+
+    def by_class(self) -> Dict[str, Mean]:
+        """Return the mean loss of each class that has tokens."""
+        return {name: self.mean(of) for name, of in self.classes().items() if of.any()}
+
+    def by_position(self) -> List[Tuple[str, int, int, Mean]]:
+        """Return class, first and last position, and mean loss: positions 1, 2 to 3, 4 to 7, and so on."""
+        exponent = torch.frexp(self.position().double()).exponent - 1
+        return [
+            (name, 2**n, 2 ** (n + 1) - 1, self.mean(chosen))
+            for name, of in self.classes().items()
+            for n in range(int(exponent.max()) + 1)
+            if (chosen := of & (exponent == n)).any()
+        ]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The way in which documents are told by their tokens.
+
+    Args:
+        name: ``one``, ``blank-lines``, ``separator`` or ``headings``.
+        value: the least number of blank lines, or the word that stands alone in a line between two documents.
+    """
+
+    name: str = "one"
+    value: str = ""
+
+    @classmethod
+    def parse(cls, given: str) -> "Rule":
+        """Read ``one``, ``blank-lines:2``, ``separator:WORD`` or ``headings``.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        name, sign, value = given.partition(":")
+        fine = {
+            "one": not sign,
+            "headings": not sign,
+            "blank-lines": value.isascii() and value.isdigit() and int(value) > 0,
+            "separator": value != "" and not value.isspace(),
+        }
+        if not fine.get(name, False):
+            raise ValueError(
+                f"--documents {given}: pass one, headings (as WikiText has them), blank-lines:N or separator:WORD"
+            )
+        return cls(name, value)
+
+    def __str__(self) -> str:
+        return {
+            "one": "the whole text",
+            "headings": "from one heading of WikiText's to the next",
+            "blank-lines": f"between {self.value} or more blank lines",
+            "separator": f"between lines with {self.value} alone",
+        }[self.name]
+
+    def starts(self, tokens: Tensor, dictionary: Any) -> Tensor:
+        """Return where documents begin in ``tokens [T]``, ascending from 0.
+
+        Raises:
+            ValueError: the dictionary does not have the separator.
+        """
+        ends = tokens == dictionary.eos()
+        line_starts = torch.cat([torch.tensor([True]), ends[:-1]])
+        begins = torch.zeros_like(ends)
+        if self.name == "blank-lines":
+            # The end of the line before them, and one end for each of them.
+            run = torch.ones_like(ends)
+            for back in range(1, int(self.value) + 2):
+                run &= torch.cat([torch.zeros_like(ends[:back]), ends[: len(ends) - back]])[: len(ends)]
+            begins = run & ~ends
+        elif self.name == "separator":
+            between = line_starts[:-2] & (tokens[:-2] == self._id(self.value, dictionary)) & ends[1:-1]
+            begins[2:] = between
+        elif self.name == "headings":
+            mark = tokens == self._id("=", dictionary)
+            first = line_starts[:-1] & mark[:-1] & ~mark[1:]
+            begins[:-1] = first & self._line_ends_in(mark, ends)[:-1]
+        begins[:1] = True
+        return begins.nonzero().squeeze(1)
+
+    def _id(self, word: str, dictionary: Any) -> int:
+        index = int(dictionary.index(word))
+        if dictionary[index] != word:
+            raise ValueError(f"--documents {self.name}: the dictionary does not have '{word}'")
+        return index
+
+    @staticmethod
+    def _line_ends_in(mark: Tensor, ends: Tensor) -> Tensor:
+        """Return booleans ``[T]``, True for tokens of lines whose last token before their end is a mark."""
+        line = torch.cumsum(ends, 0) - ends.long()
+        ended = torch.zeros(int(line.max()) + 1, dtype=torch.bool)
+        last = ends[1:] & mark[:-1]
+        ended[line[:-1][last]] = True
+        return ended[line]
+
+
+def of_streams(streams: Sequence[Tuple[Tensor, Tensor]], rule: Rule, dictionary: Any) -> DocumentLosses:
+    """Join what the streams of a split read: ids and log-probabilities in nats, ``[t]`` each.
+
+    A stream begins with an empty memory, so that the document there counts from where it was begun to be read.
+    """
+    starts: List[Tensor] = []
+    offset = 0
+    for tokens, _ in streams:
+        starts.append(rule.starts(tokens, dictionary) + offset)
+        offset += len(tokens)
+    return DocumentLosses(
+        torch.cat([tokens for tokens, _ in streams]),
+        torch.cat([log_probs.double() for _, log_probs in streams]) / -math.log(2),
+        torch.cat(starts),
+    )
