@@ -1,8 +1,10 @@
 """Run the core's tests as if no host were installed."""
 
+import os
+
 import pytest
 
-from . import hosts
+from . import hosts, interpreter
 
 
 def pytest_configure() -> None:
@@ -10,3 +12,5 @@ def pytest_configure() -> None:
         hosts.block()
     except RuntimeError as error:
         raise pytest.UsageError(str(error)) from None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter.quicken()
