@@ -16,9 +16,12 @@ from lamemo_fairseq.data.streams import TokenSequence
 from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
+from . import configuration
 from .core.helpers import VARIANTS, random_tokens, tiny_options
 
 __all__ = ["VARIANTS", "random_tokens"]
+
+configuration.quicken()
 
 USER_DIR = str(Path(__file__).parent.parent / "lamemo_fairseq")
 # One rank whatever the machine: fairseq counts its GPUs also for --cpu.
