@@ -13,6 +13,7 @@ from fairseq.dataclass.configs import DistributedTrainingConfig
 from fairseq.distributed import utils as distributed_utils
 
 from .helpers import write_data
+from .processes import output_of, train_in_processes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,8 +64,9 @@ def losses(text: str):
 def alone(data, tmp_path_factory):
     """One rank with the four streams that two ranks have together."""
     folder = tmp_path_factory.mktemp("alone")
-    options = OPTIONS.replace("--batch-size 2", "--batch-size 4")
-    return losses(run(f"fairseq-train {data} --cpu {options} --dropout 0 --save-dir {folder}/checkpoints", folder))
+    options = OPTIONS.replace("--batch-size 2", "--batch-size 4").split()
+    assert train_in_processes([data, "--cpu", *options, "--dropout", 0], folder) == [0], output_of(folder)[-2000:]
+    return losses(output_of(folder))
 
 
 def test_torchrun_on_cpus(data, alone, tmp_path):

@@ -53,28 +53,29 @@ def losses_and_norms(folder):
     return losses, norms
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+CASES = {
+    "roll": ("lamemo_lm", ("--roll",)),
+    "update-freq": ("lamemo_lm", ("--update-freq", 3)),
+    "transformer-xl": ("transformer_xl_lm", ("--roll",)),
+    "ernie-doc": ("ernie_doc_lm", ("--roll",)),
+    "compressive": ("compressive_transformer_lm", ("--update-freq", 2)),
+    "infinity-former": (
+        "infinity_former_lm",
+        ("--num-basis-functions", 8, "--basis-widths", "0.1,0.3", "--kl-weight", 0.01),
+    ),
+    "memory tokens": ("recurrent_memory_transformer_lm", ("--bptt-segments", 2)),
+}
+ON_FOUR = ("update-freq", "infinity-former")  # sums of several batches, and of several losses; others are sums of one
+
+
 @pytest.mark.parametrize(
-    ("arch", "options"),
+    ("arch", "options", "ranks"),
     [
-        ("lamemo_lm", ("--roll",)),
-        ("lamemo_lm", ("--update-freq", 3)),
-        ("transformer_xl_lm", ("--roll",)),
-        ("compressive_transformer_lm", ("--update-freq", 2)),
-        ("infinity_former_lm", ("--num-basis-functions", 8, "--basis-widths", "0.1,0.3", "--kl-weight", 0.01)),
-        ("recurrent_memory_transformer_lm", ("--bptt-segments", 2)),
+        *(pytest.param(*case, 2, id=f"{name}-2") for name, case in CASES.items()),
+        *(pytest.param(*CASES[name], 4, id=f"{name}-4") for name in ON_FOUR),
     ],
-    ids=["roll", "update-freq", "transformer-xl", "compressive", "infinity-former", "memory tokens"],
 )
 def test_ranks_equal_one_rank_with_their_streams(arch, options, ranks, data, one_rank, tmp_path):
-    assert_equal_on_ranks(arch, options, ranks, data, one_rank, tmp_path)
-
-
-def test_two_ranks_of_enhanced_recurrence_equal_one(data, one_rank, tmp_path):
-    assert_equal_on_ranks("ernie_doc_lm", ("--roll",), 2, data, one_rank, tmp_path)
-
-
-def assert_equal_on_ranks(arch, options, ranks, data, one_rank, tmp_path):
     expected, found = one_rank(*options, arch=arch), train(data, tmp_path, ranks, *options, arch=arch)
     for one, several in zip(losses_and_norms(expected), losses_and_norms(found), strict=True):
         assert several == pytest.approx(one, rel=1e-10, abs=1e-10)
@@ -88,8 +89,7 @@ def assert_equal_on_ranks(arch, options, ranks, data, one_rank, tmp_path):
     assert reported[0] and reported[0] == reported[1]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("streams", [1, 5])
+@pytest.mark.parametrize(("ranks", "streams"), [(2, 1), (2, 5), (3, 5), (4, 1)])
 def test_evaluation_is_the_sum_over_ranks(ranks, streams, data, one_rank, tmp_path):
     """Of as many streams on one rank."""
     path = one_rank("--roll", arch="lamemo_lm") / "checkpoints" / "checkpoint_last.pt"
