@@ -72,7 +72,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = LamemoConfig
     base_model_prefix = "model"
-    _no_split_modules = ["DecoderLayer"]
+    _no_split_modules = ["LanguageModel"]  # on one device: decoding passes layers by their parts
     _is_stateful = True  # a memory does not go back, so that drafts cannot be taken back either
 
     def __init__(self, config: LamemoConfig):
@@ -165,10 +165,10 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self._loss(columns, packed.real, labels, extra, kwargs.get("num_items_in_batch"))
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.to(columns.device)
+        scored = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.to(columns.device)
         output = CausalLMOutputWithPast(
             loss=loss,
-            logits=self._scores(columns[:, kept]),
+            logits=self._scores(columns[:, scored]),
             cache=cache if use_cache or (use_cache is None and self.config.use_cache) else None,
         )
         return output.to_tuple() if return_dict is False else output

@@ -9,6 +9,7 @@ from lamemo_fairseq.core import MEMORIES, LanguageModel, Reader, Tokenizer
 from lamemo_fairseq.core.decoding.drawing import Draw
 from lamemo_fairseq.core.decoding.sampler import Continuation
 
+from ..gpus import DEVICE
 from .helpers import first_of_each_memory, random_tokens, tiny_decoder, whole_segments
 
 SOFTMAXES = [{}, {"adaptive_softmax_cutoff": "6,11", "adaptive_softmax_factor": 2.0, "adaptive_input": True}]
@@ -105,6 +106,19 @@ def test_a_seed_gives_the_same_words_and_leaves_other_random_numbers_alone(model
     assert streamed == words == model.generate([prompt], 20, seed=7).words[0].tolist()
     assert torch.equal(torch.cat([begin, middle, torch.rand(2)]), expected)
     assert model.generate([prompt], 20, seed=8).words[0].tolist() != words
+
+
+def test_seeds_and_scores_hold_on_the_device():
+    """On a GPU, kernels draw and steps are graphs."""
+    model = tiny_decoder(dtype=torch.float32).to(DEVICE)
+    prompts = [torch.tensor([2, 7, 9]), torch.tensor([2])]
+    words, log_probs = model.generate(prompts, 20, seed=7)
+    assert torch.equal(model.generate(prompts, 20, seed=7).words, words)
+    streams = [[token.word for token in model.stream(prompts[0], 20, seed=3)] for _ in range(2)]
+    assert streams[0] == streams[1]
+    texts = [torch.cat([prompt, new.cpu()]) for prompt, new in zip(prompts, words, strict=True)]
+    for score, drawn in zip(model.score(texts), log_probs, strict=True):
+        torch.testing.assert_close(score.log_probs[-20:], drawn, rtol=0, atol=1e-3)
 
 
 def test_words_are_streamed_one_by_one_without_end(model):

@@ -19,6 +19,7 @@ from lamemo_fairseq.core.text.coders import BYTE_SYMBOLS  # noqa: E402
 from lamemo_fairseq.huggingface import LamemoCache, LamemoConfig, LamemoForCausalLM, LamemoTokenizer  # noqa: E402
 from lamemo_fairseq.huggingface.folder import export_folder  # noqa: E402
 
+from ..gpus import DEVICE  # noqa: E402
 from .helpers import first_of_each_memory, random_tokens, tiny_decoder, whole_segments  # noqa: E402
 
 LENGTHS = [9, 4, 11]
@@ -109,7 +110,8 @@ def test_beams_of_unequal_prompts_take_their_memories_along(memory):
 
 
 def test_prompts_may_be_read_in_chunks_or_without_a_cache_or_after_one(model):
-    batch, options = padded(texts()), {"max_new_tokens": 6, "eos_token_id": None}
+    model, options = model.to(DEVICE), {"max_new_tokens": 6, "eos_token_id": None}
+    batch = {name: tensor.to(DEVICE) for name, tensor in padded(texts()).items()}
     whole = model.generate(**batch, **options)
     assert torch.equal(model.generate(**batch, **options, prefill_chunk_size=3), whole)
     assert torch.equal(model.generate(**batch, **options, use_cache=False), whole)
