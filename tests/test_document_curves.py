@@ -109,8 +109,8 @@ def test_a_stream_begins_a_document():
     halves = [(tokens_of("a a\n"), torch.full((3,), -math.log(2))), (tokens_of("a\n\nb\n"), torch.zeros(5))]
     of = of_streams(halves, Rule.parse("blank-lines:1"), DICTIONARY)
     assert of.starts.tolist() == [0, 3, 6] and of.losses.tolist() == pytest.approx([1] * 3 + [0] * 5, abs=1e-7)
-    assert of.seen().tolist() == [False, True, False, False, False, True, False, False]
-    assert of.position().tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert of.seen.tolist() == [False, True, False, False, False, True, False, False]
+    assert of.position.tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
 
 
 @pytest.mark.parametrize("starts", [[], [10, 13]], ids=["one document", "several"])

@@ -8,6 +8,7 @@ Shapes: T tokens, D documents.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -42,56 +43,59 @@ class DocumentLosses:
     losses: Tensor
     starts: Tensor
 
+    @cached_property
     def document(self) -> Tensor:
-        """Return the number of each token's document ``[T]``."""
+        """The number of each token's document ``[T]``."""
         return torch.searchsorted(self.starts, torch.arange(len(self.tokens)), right=True) - 1
 
+    @cached_property
     def position(self) -> Tensor:
-        """Return the position of each token in its document ``[T]``, from 1."""
-        return torch.arange(len(self.tokens)) - self.starts[self.document()] + 1
+        """The position of each token in its document ``[T]``, from 1."""
+        return torch.arange(len(self.tokens)) - self.starts[self.document] + 1
 
+    @cached_property
     def seen(self) -> Tensor:
-        """Return booleans ``[T]``, True for tokens that have occurred before in their document."""
+        """Booleans ``[T]``, True for tokens that have occurred before in their document."""
         order = torch.argsort(self.tokens, stable=True)  # equal tokens side by side, in the order of the text
-        token, document = self.tokens[order], self.document()[order]
+        token, document = self.tokens[order], self.document[order]
         again = torch.zeros(len(order), dtype=torch.bool)
         again[1:] = (token[1:] == token[:-1]) & (document[1:] == document[:-1])
         return torch.zeros_like(again).index_copy_(0, order, again)
 
     def classes(self) -> Dict[str, Tensor]:
         """Return the tokens of each class, as booleans ``[T]``."""
-        seen = self.seen()
-        return {ALL: torch.ones_like(seen), FIRST: ~seen, AGAIN: seen}
+        return {ALL: torch.ones_like(self.seen), FIRST: ~self.seen, AGAIN: self.seen}
 
-    def mean(self, chosen: Tensor) -> Mean:
-        """Return the mean loss of the tokens where ``chosen [T]`` is True.
+    def means(self, group: Tensor, chosen: Tensor) -> List[Mean]:
+        """Return the mean losses of groups 0, 1, ... of tokens, to which ``group [T]`` assigns those *chosen*.
 
         With S_d and n_d the sum of losses and the number of tokens of document d, of which D have some, the mean is
         m = sum S_d / sum n_d, and its error sqrt(D / (D - 1) sum (S_d - m n_d)^2) / sum n_d.
         """
-        document = self.document()[chosen]
-        counts = torch.bincount(document, minlength=len(self.starts)).double()
-        sums = torch.bincount(document, self.losses[chosen].double(), minlength=len(self.starts))
-        tokens, documents = int(counts.sum()), int((counts > 0).sum())
-        if tokens == 0:
-            return Mean(math.nan, None, 0, 0)
-        mean = sums.sum() / tokens
-        spread = (sums - mean * counts).square().sum()
-        error = math.sqrt(documents / (documents - 1) * spread) / tokens if documents > 1 else None
-        return Mean(float(mean), error, tokens, documents)
+        cell = (group * len(self.starts) + self.document)[chosen]
+        shape = int(group.max()) + 1, len(self.starts)
+        counts = torch.bincount(cell, minlength=shape[0] * shape[1]).view(shape)
+        sums = torch.bincount(cell, self.losses[chosen].double(), minlength=shape[0] * shape[1]).view(shape)
+        tokens, documents = counts.sum(1), (counts > 0).sum(1)
+        mean = sums.sum(1) / tokens
+        spread = (sums - mean.unsqueeze(1) * counts).square().sum(1)
+        error = (spread * documents / (documents - 1)).sqrt() / tokens  # in float64, unlike a quotient of integers
+        columns = (column.tolist() for column in (mean, error, tokens, documents))
+        return [Mean(m, e if d > 1 else None, n, d) for m, e, n, d in zip(*columns, strict=True)]
 
     def by_class(self) -> Dict[str, Mean]:
         """Return the mean loss of each class that has tokens."""
-        return {name: self.mean(of) for name, of in self.classes().items() if of.any()}
+        one = torch.zeros_like(self.document)
+        return {name: self.means(one, of)[0] for name, of in self.classes().items() if of.any()}
 
     def by_position(self) -> List[Tuple[str, int, int, Mean]]:
         """Return class, first and last position, and mean loss: positions 1, 2 to 3, 4 to 7, and so on."""
-        exponent = torch.frexp(self.position().double()).exponent - 1
+        exponent = torch.frexp(self.position.double()).exponent.long() - 1
         return [
-            (name, 2**n, 2 ** (n + 1) - 1, self.mean(chosen))
+            (name, 2**n, 2 ** (n + 1) - 1, mean)
             for name, of in self.classes().items()
-            for n in range(int(exponent.max()) + 1)
-            if (chosen := of & (exponent == n)).any()
+            for n, mean in enumerate(self.means(exponent, of))
+            if mean.tokens > 0
         ]
 
 

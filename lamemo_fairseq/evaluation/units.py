@@ -112,7 +112,7 @@ def report(totals: Totals, original: Original) -> Dict[str, Any]:
         "unknown_share": totals.unknown / others if others > 0 else 0.0,
         "text": text.text if text else None,
         "words": text.words if text else None,
-        "word_perplexity": _finite(totals.perplexity(text.words)) if text else None,
+        "word_perplexity": _finite(totals.perplexity(text.words)) if text and text.words else None,
         "bytes": text.bytes if text else None,
         "bits_per_byte": totals.bits(text.bytes) if text else None,
         "missing": original.missing,
@@ -134,7 +134,7 @@ def sentence(report: Dict[str, Any]) -> str:
     note = f", {report['note']}" if report["note"] else ""
     perplexity = report["word_perplexity"]
     return (
-        f"{tokens}; perplexity {'beyond 2^1024' if perplexity is None else f'{perplexity:.2f}'} a word "
+        f"{tokens}; perplexity {'without bound' if perplexity is None else f'{perplexity:.2f}'} a word "
         f"({report['words']:,} between white space in the original text, {report['text']}{note}); "
         f"{report['bits_per_byte']:.4f} bits per byte ({report['bytes']:,} of it)"
     )
