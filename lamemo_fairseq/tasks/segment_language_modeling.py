@@ -3,17 +3,13 @@
 import contextlib
 import logging
 import os
-from dataclasses import dataclass, field
 from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary
-from fairseq.data.indexed_dataset import get_available_dataset_impl
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
-from omegaconf import II
 
 from ..core.memory import DivergenceError
 from ..criterions.memory_losses import PREFIX, WithMemoryLosses
@@ -31,32 +27,12 @@ from ..host.own import TASK
 from ..host.ranks import launched_ranks, prepare_ranks, several_ranks
 from ..host.start import check_task
 from ..host.training import prepare_training
+from .config import SegmentLanguageModelingConfig
 from .faults import LossWatch, retry_out_of_memory
 from .prompts import PromptTask
 from .state import TaskState
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SegmentLanguageModelingConfig(FairseqDataclass):
-    data: Optional[str] = field(default=None, metadata={"help": "folder with the output of fairseq-preprocess"})
-    tokens_per_sample: Optional[int] = field(
-        default=None, metadata={"help": "segment length N (in evaluation the default is the trained one)"}
-    )
-    roll: bool = field(
-        default=False, metadata={"help": "rotate every training stream by a random offset in each epoch"}
-    )
-    seed: int = II("common.seed")
-    dataset_impl: Optional[ChoiceEnum(get_available_dataset_impl())] = II(  # type: ignore[valid-type]
-        "dataset.dataset_impl"
-    )
-    train_subset: str = II("dataset.train_subset")
-    update_freq: List[int] = II("optimization.update_freq")
-    input: str = II("interactive.input")
-    num_shards: int = II("dataset.num_shards")
-    shard_id: int = II("dataset.shard_id")
-    post_process: Optional[str] = II("common_eval.post_process")
 
 
 @register_task(TASK, dataclass=SegmentLanguageModelingConfig)

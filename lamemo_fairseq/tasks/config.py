@@ -1,0 +1,29 @@
+"""The options of the task."""
+
+from dataclasses import dataclass, field
+from typing import List, Optional
+
+from fairseq.data.indexed_dataset import get_available_dataset_impl
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
+
+
+@dataclass
+class SegmentLanguageModelingConfig(FairseqDataclass):
+    data: Optional[str] = field(default=None, metadata={"help": "folder with the output of fairseq-preprocess"})
+    tokens_per_sample: Optional[int] = field(
+        default=None, metadata={"help": "segment length N (in evaluation the default is the trained one)"}
+    )
+    roll: bool = field(
+        default=False, metadata={"help": "rotate every training stream by a random offset in each epoch"}
+    )
+    seed: int = II("common.seed")
+    dataset_impl: Optional[ChoiceEnum(get_available_dataset_impl())] = II(  # type: ignore[valid-type]
+        "dataset.dataset_impl"
+    )
+    train_subset: str = II("dataset.train_subset")
+    update_freq: List[int] = II("optimization.update_freq")
+    input: str = II("interactive.input")
+    num_shards: int = II("dataset.num_shards")
+    shard_id: int = II("dataset.shard_id")
+    post_process: Optional[str] = II("common_eval.post_process")
