@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import torch
 from fairseq.data import data_utils
-from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+from fairseq.data.indexed_dataset import MMapIndexedDataset, MMapIndexedDatasetBuilder
 
 from lamemo_fairseq.core.memory.position import SegmentPosition
 from lamemo_fairseq.data.dictionary import TextDictionary
@@ -116,6 +116,16 @@ def write_data(folder: Path, words=40, seed=0, **sizes: int) -> Path:
             continue
         written = data_utils.load_indexed_dataset(str(folder / split), dictionary)
         assert sum(written.sizes) == size
+    return folder
+
+
+def record_documents(folder: Path, *splits: str) -> Path:
+    """Record documents of one to five lines for splits of a corpus."""
+    for split in splits:
+        left, counts = len(MMapIndexedDataset(str(folder / split))), []
+        while sum(counts) < left:
+            counts.append(min(left - sum(counts), 1 + len(counts) * 3 % 5))
+        (folder / f"{split}.documents").write_text("".join(f"{count}\n" for count in counts))
     return folder
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from .helpers import TASK, write_data
+from .helpers import TASK, record_documents, write_data
 from .processes import computed, output_of, run_in_processes, train_in_processes, weights
 
 MODEL = [
@@ -19,7 +19,8 @@ TEST = 1201  # tokens, for no number of streams below divisible
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """An epoch is eleven segments; the last one is one token for the first stream, and padding for the others."""
-    return write_data(tmp_path_factory.mktemp("data"), train=4 * 16 * 10 + 1, valid=150, test=TEST)
+    folder = write_data(tmp_path_factory.mktemp("data"), train=4 * 16 * 10 + 1, valid=150, test=TEST)
+    return record_documents(folder, "train", "valid")
 
 
 def train(data, folder, ranks, *options, arch="lamemo_lm"):
@@ -63,6 +64,7 @@ CASES = {
         "infinity_former_lm",
         ("--num-basis-functions", 8, "--basis-widths", "0.1,0.3", "--kl-weight", 0.01),
     ),
+    "documents": ("compressive_transformer_lm", ("--documents", "recorded", "--roll")),
     "memory tokens": ("recurrent_memory_transformer_lm", ("--bptt-segments", 2)),
 }
 ON_FOUR = ("update-freq", "infinity-former")  # sums of several batches, and of several losses; others are sums of one

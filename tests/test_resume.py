@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from . import processes
-from .helpers import TASK, write_data
+from .helpers import TASK, record_documents, write_data
 from .processes import assert_same_run, computed, output_of, train_in_processes, weights
 
 MODEL = [
@@ -29,7 +29,8 @@ TOKENS = 4 * (SEGMENTS * 16 - 3) - 1
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), train=TOKENS, valid=150, valid1=90)
+    folder = write_data(tmp_path_factory.mktemp("data"), train=TOKENS, valid=150, valid1=90)
+    return record_documents(folder, "train", "valid", "valid1")
 
 
 def arguments(data, *options, arch="lamemo_lm", streams=4):
@@ -105,6 +106,7 @@ def test_killed_again_and_again(data, whole, tmp_path):
         (["--roll", "--bptt-segments", 2], "recurrent_memory_transformer_lm", 1, 4),
         ([*CONTINUOUS, "--checkpoint-activations"], "infinity_former_lm", 1, 4),
         (["--update-freq", 2], "transformer_xl_lm", 2, 2),
+        (["--documents", "recorded", "--roll"], "lamemo_lm", 2, 2),
         (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 3, 1),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),

@@ -48,6 +48,7 @@ _work(
     "load_checkpoint_on_all_dp_ranks adam_betas adam_eps use_old_adam fp16_adam_stats",
 )
 _work([TRAIN], "test_adam.py", "weight_decay")
+_work([TRAIN, EVAL_LM, VALIDATE], "test_documents.py", "documents document_separator score_separators at_document")
 _work([TRAIN], "test_ranks.py", "clip_norm update_freq")
 _work([TRAIN], "test_precision.py", "bf16 fp16 memory_efficient_fp16 amp amp_batch_retries fp16_init_scale")
 _work(

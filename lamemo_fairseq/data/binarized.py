@@ -47,17 +47,23 @@ def load_lines(folder: str, split: str, dictionary: Dictionary, impl: Optional[s
         ValueError: it is empty or damaged, in a format that is not read or is not *impl*, or holds ids of words that
             the dictionary does not have.
     """
-    lines = [open_lines(path, len(dictionary), impl) for path in _parts(folder, split, combine)]
+    lines = [open_lines(path, len(dictionary), impl) for path in paths_of(folder, split, combine)]
     return lines[0] if len(lines) == 1 else ConcatDataset(lines)
 
 
 def check_split(folder: str, split: str, impl: Optional[str]) -> None:
     """Do what `load_lines` does, short of reading the ids."""
-    for path in _parts(folder, split, combine=False):
+    for path in paths_of(folder, split, combine=False):
         check_files(path, impl)
 
 
-def _parts(folder: str, split: str, combine: bool) -> List[str]:
+def paths_of(folder: str, split: str, combine: bool) -> List[str]:
+    """Return the paths of a split without their ends: its own, and to *combine* them those of ``split1`` and so on.
+
+    Raises:
+        FileNotFoundError: there is no such split.
+        ValueError: it is in a format that is not read.
+    """
     path = os.path.join(folder, split)
     paths = [path]
     while combine and _exists(f"{path}{len(paths)}"):

@@ -1,15 +1,17 @@
 """Batches of consecutive segments, in order, each rank reading its own streams."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 from fairseq.data.iterators import EpochBatchIterator
 
-from ..core.memory.base import MemoryState
+from ..core.memory.base import SavedField
+from ..core.memory.groups import SavedGroups, join_batches, save_groups
 from ..core.memory.position import SegmentPosition
 from ..core.memory.streams import StreamMemory
 from ..host.loading import end, end_at_exit
-from ..host.ranks import gather_streams
+from ..host.ranks import gather_objects, gather_streams
+from .documents import DocumentDataset
 from .segments import SegmentDataset, SegmentKey
 
 
@@ -99,7 +101,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         self.streams = range(shard_id * batch_size, (shard_id + 1) * batch_size)
         self.memory = memory
         self.update_freq = update_freq
-        self._gathered: Optional[Tuple[SegmentPosition, MemoryState]] = None
+        self._gathered: Optional[Tuple[SegmentPosition, Union[Dict[str, SavedField], SavedGroups]]] = None
         self._loaded_ahead: Any = None
         super().__init__(
             dataset=dataset,
@@ -149,8 +151,13 @@ class SegmentBatchIterator(EpochBatchIterator):
             raise RuntimeError(
                 f"there is no memory after segment {position.index} of {position.named_streams()} to save"
             )
-        gathered = iter(gather_streams(state.tensors(), self.num_shards))
-        self._gathered = (position, state.map(lambda _: next(gathered))) if self.shard_id == 0 else None
+        saved: Union[Dict[str, SavedField], SavedGroups]
+        if isinstance(self.dataset, DocumentDataset):  # memories of the ranks have different shapes
+            saved = join_batches(gather_objects(save_groups(state, len(self.streams))))
+        else:
+            gathered = iter(gather_streams(state.tensors(), self.num_shards))
+            saved = state.map(lambda _: next(gathered)).to_dict()
+        self._gathered = (position, saved) if self.shard_id == 0 else None
 
     def state_dict(self) -> Dict[str, Any]:
         """Return what a checkpoint needs: the place in the epoch, the cut of the data, the memory of all streams.
@@ -165,7 +172,7 @@ class SegmentBatchIterator(EpochBatchIterator):
                 self.gather_memory()
             if self._gathered is None or self._gathered[0] != position:
                 raise RuntimeError("the memory of the other ranks was not gathered before saving")
-            saved["memory"] = self._gathered[1].to_dict()
+            saved["memory"] = self._gathered[1]
             self._gathered = None
         return saved
 
@@ -194,13 +201,13 @@ class SegmentBatchIterator(EpochBatchIterator):
             "--batch-size times ranks": self.layout.num_streams,
             "--tokens-per-sample": self.layout.segment_length,
             "the number of tokens of the split": self.layout.num_tokens,
-            "--roll with its --seed": self.dataset.roll_seed,
+            **self.dataset.options(),
             **({} if self.memory is None else self.memory.options),
         }
 
     def _check_layout(self, saved: Optional[Dict[str, Any]], done: int) -> None:
         current = self._layout_options()
-        saved = saved or {}
+        saved = {"--documents": "none", **saved} if saved else {}  # as it was before there was the option
         other = [
             f"{name} is {value}, there it was {saved.get(name, 'not recorded')}"
             for name, value in current.items()

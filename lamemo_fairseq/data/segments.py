@@ -9,7 +9,7 @@ from fairseq.data import FairseqDataset, data_utils
 from numpy.typing import NDArray
 
 from ..core.memory.position import SegmentPosition
-from .streams import ENOUGH_SEGMENTS, StreamLayout, TokenSequence
+from .streams import ENOUGH_SEGMENTS, Layout, StreamLayout, TokenSequence
 
 
 class SegmentKey(NamedTuple):
@@ -27,6 +27,8 @@ class Segment(NamedTuple):
     key: SegmentKey
     source: NDArray[np.int64]  # [n], the token before each target
     target: NDArray[np.int64]  # [n], n <= N
+    begins: bool = False  # its stream begins anew with it, from an empty memory
+    ended: bool = False  # its stream has no more tokens
 
 
 class SegmentDataset(FairseqDataset):
@@ -55,13 +57,17 @@ class SegmentDataset(FairseqDataset):
 
     def __len__(self) -> int:
         """Segments of the split read as a single stream."""
-        return -(-len(self.tokens) // self.segment_length)
+        return self.layout(1).num_segments
 
-    def layout(self, num_streams: int) -> StreamLayout:
+    def options(self) -> Dict[str, Any]:
+        """Return what the order of the tokens depends on, besides the cut into streams, by the names of the options."""
+        return {"--roll with its --seed": self.roll_seed, "--documents": "none"}
+
+    def layout(self, num_streams: int) -> Layout:
         return StreamLayout(len(self.tokens), num_streams, self.segment_length)
 
     def __getitem__(self, key: SegmentKey) -> Segment:
-        start, stop = self.layout(key.num_streams).bounds(key.stream)
+        start, stop = StreamLayout(len(self.tokens), key.num_streams, self.segment_length).bounds(key.stream)
         offset = 0 if self.roll_seed is None else roll_offset(self.roll_seed, key.epoch, key.stream, stop - start)
         low = key.segment * self.segment_length
         high = min(low + self.segment_length, stop - start)
@@ -92,6 +98,8 @@ class SegmentDataset(FairseqDataset):
             index=key.segment,
             ragged=int(lengths.min()) < sources.size(1),
             last=key.segment == self.layout(key.num_streams).num_segments - 1,
+            cleared=tuple(row for row, s in enumerate(samples) if s.begins),
+            ended=tuple(row for row, s in enumerate(samples) if s.ended),
         )
         return {
             "id": torch.tensor([s.key.segment * s.key.num_streams + s.key.stream for s in samples]),

@@ -30,7 +30,8 @@ class TokenSequence:
         self.lines = lines
         self.num_words = num_words
         self.name = name
-        self.ends: NDArray[np.int64] = np.cumsum(lines.sizes, dtype=np.int64)
+        self.sizes: NDArray[np.int64] = np.asarray(lines.sizes, dtype=np.int64)
+        self.ends: NDArray[np.int64] = np.cumsum(self.sizes, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -64,11 +65,8 @@ def part_of_line(lines: Any, index: int, start: int, stop: int) -> NDArray[np.in
 
 
 @dataclass(frozen=True)
-class StreamLayout:
-    """A cut of *num_tokens* tokens into streams, and of these into segments.
-
-    Streams are contiguous and differ by one token at most; every token is in exactly one.
-    """
+class Layout:
+    """A cut of *num_tokens* tokens into streams, and of these into segments."""
 
     num_tokens: int
     num_streams: int
@@ -77,8 +75,35 @@ class StreamLayout:
     @property
     def num_segments(self) -> int:
         """Segments of the longest stream."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Return a few words for the log."""
+        raise NotImplementedError
+
+    def warn_of_empty_memories(self, split: str, enough: int, ranks: int) -> None:
+        """Tell that streams of less than *enough* segments hardly use the memory, and how many streams would."""
+
+    def check(self, name: str, training: bool) -> None:
+        """Refuse streams that hold too little.
+
+        Raises:
+            ValueError: a stream is shorter than a segment in training, or empty in evaluation.
+        """
+
+
+@dataclass(frozen=True)
+class StreamLayout(Layout):
+    """A cut into contiguous streams that differ by one token at most; every token is in exactly one."""
+
+    @property
+    def num_segments(self) -> int:
         longest = -(-self.num_tokens // self.num_streams)
         return -(-longest // self.segment_length)
+
+    def summary(self) -> str:
+        tokens = self.num_tokens // self.num_streams
+        return f"{self.num_streams} streams of {tokens:,} tokens, {self.num_segments:,} segments each"
 
     def bounds(self, stream: int) -> tuple[int, int]:
         """Return the bounds of a stream's tokens ``start .. stop-1``."""
@@ -87,7 +112,6 @@ class StreamLayout:
         return start, start + short + (stream < longer)
 
     def warn_of_empty_memories(self, split: str, enough: int, ranks: int) -> None:
-        """Tell that streams of less than *enough* segments hardly use the memory, and how many streams would."""
         if self.num_streams == 1 or self.num_segments >= enough:
             return
         fitting = max(1, self.num_tokens // (enough * self.segment_length * ranks))
@@ -103,11 +127,6 @@ class StreamLayout:
         )
 
     def check(self, name: str, training: bool) -> None:
-        """Refuse streams that hold too little.
-
-        Raises:
-            ValueError: a stream is shorter than a segment in training, or empty in evaluation.
-        """
         needed = self.num_streams * (self.segment_length if training else 1)
         if self.num_tokens < needed:
             what = f"a segment of {self.segment_length}" if training else "one token"

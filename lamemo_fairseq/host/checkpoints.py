@@ -14,7 +14,7 @@ import shutil
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
@@ -223,9 +223,17 @@ def write_checkpoint(state: Dict[str, Any], filename: str, cfg: Any) -> None:
 
 
 def _size_of_memory(state: Dict[str, Any]) -> int:
-    memory = state.get("extra_state", {}).get("train_iterator", {}).get("memory") or {}
-    tensors = (t for value in memory.values() for t in (value if isinstance(value, tuple) else (value,)))
-    return sum(t.numel() * t.element_size() for t in tensors)
+    memory = state.get("extra_state", {}).get("train_iterator", {}).get("memory")
+    return sum(t.numel() * t.element_size() for t in _tensors(memory))
+
+
+def _tensors(saved: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in containers, and in those within them."""
+    if isinstance(saved, torch.Tensor):
+        yield saved
+    elif isinstance(saved, (dict, list, tuple)):
+        for value in saved.values() if isinstance(saved, dict) else saved:
+            yield from _tensors(value)
 
 
 def copy_checkpoint(source: str, target: str) -> None:

@@ -326,6 +326,20 @@ _RULES = [
         f"{FOR_TRAINING}; the checkpoint to read is --path",
     ),
     rule(
+        IGNORED,
+        "documents document_separator score_separators at_document",
+        GENERATION,
+        "every prompt is read from an empty memory",
+    ),
+    rule(
+        IGNORED,
+        "document_separator score_separators",
+        (*TRAINING, EVAL_LM),
+        "without --documents separator",
+        is_other("documents", "separator"),
+    ),
+    rule(IGNORED, "at_document", (*TRAINING, EVAL_LM), "without --documents", is_one("documents", "none")),
+    rule(
         IGNORED, "quiet results_path", (EVAL_LM, VALIDATE, INTERACTIVE), "what is printed can be redirected to a file"
     ),
     rule(IGNORED, "post_process tokenizer bpe", (VALIDATE,), "the loss is that of the binarized tokens"),

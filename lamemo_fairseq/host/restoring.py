@@ -31,7 +31,7 @@ _WEIGHTLESS = {
 # Sections, and those of their options that change how a run goes on; None for all of them.
 _TOLD: Dict[str, Any] = {
     "model": None,
-    "task": ("tokens_per_sample", "roll"),
+    "task": ("tokens_per_sample", "roll", "documents", "document_separator", "score_separators", "at_document"),
     "criterion": None,
     "optimizer": None,
     "lr_scheduler": None,

@@ -15,7 +15,25 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
         default=None, metadata={"help": "segment length N (in evaluation the default is the trained one)"}
     )
     roll: bool = field(
-        default=False, metadata={"help": "rotate every training stream by a random offset in each epoch"}
+        default=False,
+        metadata={
+            "help": "rotate every training stream by a random offset in each epoch; of documents, change the order"
+        },
+    )
+    documents: ChoiceEnum(["none", "recorded", "separator"]) = field(  # type: ignore[valid-type]
+        default="none",
+        metadata={
+            "help": "read splits as documents, recorded in the data folder or parted by a line (docs/documents.md)"
+        },
+    )
+    document_separator: str = field(
+        default="", metadata={"help": "the line between two documents, in words of the dictionary (an empty line)"}
+    )
+    score_separators: bool = field(
+        default=False, metadata={"help": "read and score separators as the last line of a document, not leave them out"}
+    )
+    at_document: ChoiceEnum(["clear", "keep"]) = field(  # type: ignore[valid-type]
+        default="clear", metadata={"help": "what becomes of the memory where a document begins"}
     )
     seed: int = II("common.seed")
     dataset_impl: Optional[ChoiceEnum(get_available_dataset_impl())] = II(  # type: ignore[valid-type]

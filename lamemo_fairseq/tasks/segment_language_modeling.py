@@ -13,7 +13,8 @@ from fairseq.tasks import register_task
 
 from ..core.memory import DivergenceError
 from ..criterions.memory_losses import PREFIX, WithMemoryLosses
-from ..data.binarized import check_split, load_lines
+from ..data.binarized import check_split, load_lines, paths_of
+from ..data.documents import DocumentDataset, DocumentOptions
 from ..data.folders import data_folders, shared_dictionary
 from ..data.iterator import SegmentBatchIterator
 from ..data.segments import SegmentDataset, streams_of_a_rank, without_padding
@@ -129,15 +130,25 @@ class SegmentLanguageModelingTask(PromptTask):
         if former is not None:  # data in several folders is loaded anew every epoch
             gone = former, vars(former).get("in_order")
             self._iterators = {key: batches for key, batches in self._iterators.items() if key[1] not in gone}
-        self.datasets[split] = SegmentDataset(
-            tokens,
-            split,
-            self.segment_length,
-            eos=self.dictionary.eos(),
-            roll_seed=self.cfg.seed if rolls else None,
-        )
+        sizes = {"segment_length": self.segment_length, "eos": self.dictionary.eos()}
+        seed = self.cfg.seed if rolls else None
+        if str(self.cfg.documents) == "none":
+            self.datasets[split] = SegmentDataset(tokens, split, **sizes, roll_seed=seed)
+        else:
+            options = self._document_options()
+            documents = options.find(paths_of(folder, split, combine), tokens, self.dictionary)
+            self.datasets[split] = DocumentDataset(documents, options, tokens, split, **sizes, roll_seed=seed)
         logger.info("%s: %s tokens in %s lines", path, f"{len(tokens):,}", f"{len(lines):,}")
         return self.datasets[split]
+
+    def _document_options(self) -> DocumentOptions:
+        by_separator = str(self.cfg.documents) == "separator"
+        return DocumentOptions(
+            source=str(self.cfg.documents),
+            separator=self.cfg.document_separator if by_separator else "",
+            scored=by_separator and self.cfg.score_separators,
+            clear=str(self.cfg.at_document) == "clear",
+        )
 
     @contextlib.contextmanager
     def training_batches(self) -> Iterator[None]:
@@ -241,13 +252,7 @@ class SegmentLanguageModelingTask(PromptTask):
         """
         layout = dataset.layout(streams * ranks)
         layout.check(f"the split '{dataset.split}'", self._trains)
-        logger.info(
-            "%s: %d streams of %s tokens, %s segments each",
-            dataset.split,
-            layout.num_streams,
-            f"{layout.num_tokens // layout.num_streams:,}",
-            f"{layout.num_segments:,}",
-        )
+        logger.info("%s: %s", dataset.split, layout.summary())
         if not self._trains and self._decoder is not None and self._decoder.memory.remembers:
             layout.warn_of_empty_memories(dataset.split, ENOUGH_SEGMENTS // 4, ranks)
 
