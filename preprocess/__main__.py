@@ -46,6 +46,11 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--first-bytes", type=int, nargs="+", help="of each split's text, instead of all of it")
     own.add_argument("--tokenizer", choices=sorted(WORDS), default="space", help="what makes words of a line")
     own.add_argument("--bpe", choices=sorted({**PIECES, **WHOLE_TEXT}), default="none", help="what splits words")
+    own.add_argument(
+        "--documents",
+        action="store_true",
+        help="every file is a document: in folders train, valid and test of --source, or numbered parts",
+    )
     own.add_argument("--paragraphs", action="store_true", help="a paragraph a line: empty lines part them")
     own.add_argument("--pattern", help="regular expression of a word for --tokenizer words")
     own.add_argument("--source-lang", help="language for --tokenizer moses (en)")
@@ -156,6 +161,8 @@ def own_text(args: argparse.Namespace) -> Dataset:
             model=args.sentencepiece_model,
         )
     files, divide = _own_files(args.source, args.shares, args.first_bytes)
+    if args.documents and isinstance(divide, Shares):
+        raise ValueError("--documents takes every file as a document, and --source names one text: leave it out")
     return Dataset(
         name="own",
         files=files,
@@ -163,6 +170,7 @@ def own_text(args: argparse.Namespace) -> Dataset:
         tokenizer=tokenizer,
         closed=args.bpe in WHOLE_TEXT,
         training=training,
+        documents=args.documents,
         **_given(args, ("threshold", "nwords", "padding_factor", "srcdict")),
     )
 

@@ -5,6 +5,7 @@ assigns ids in a Python loop over tokens, and starts on its own part of a text o
 """
 
 import os
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset, best_fitting_int_dt
 from tqdm import tqdm
 
 from lamemo_fairseq.data import binarized
+from lamemo_fairseq.data.documents import RECORD
 
-from .chunks import load, load_counts
-from .files import replacing
+from .chunks import Chunk, load, load_counts
+from .files import Span, replacing
 from .tokenization import END
 
 
@@ -71,6 +73,16 @@ def save_dictionary(dictionary: Dictionary, path: Path) -> None:
             file.write(f"{word} {count}{' #fairseq:overwrite' * (word in before)}\n".encode())
             before.add(word)
     assert binarized.load_dictionary(str(path)).symbols == dictionary.symbols
+
+
+def write_documents(prefix: Path, documents: Sequence[Span], chunks: Sequence[Chunk]) -> None:
+    """Write ``PREFIX.documents``: the number of lines of each document, one a line."""
+    lines = [0] * len(documents)
+    ends = [document.stop for document in documents]
+    for chunk in chunks:
+        lines[bisect_left(ends, chunk.text.stop)] += len(load(chunk.encoded).sizes)
+    with replacing(prefix.with_suffix(RECORD)) as file:
+        file.write("".join(f"{count}\n" for count in lines).encode())
 
 
 def write_split(prefix: Path, chunks: Sequence[Path], dictionary: Dictionary) -> SplitCount:

@@ -116,6 +116,7 @@ class Dataset:
     padding_factor: int = 8
     srcdict: Path | None = None
     training: PieceTraining | None = None  # of a SentencePiece model for the tokenizer
+    documents: bool = False  # whether every part of a text is a document
 
     @property
     def archive(self) -> str:

@@ -3,8 +3,9 @@
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -70,6 +71,11 @@ class Span(NamedTuple):
     @property
     def size(self) -> int:
         return self.stop - self.start
+
+    def divided(self, ends: Iterable[int]) -> "list[Span]":
+        """Return the spans that end at these bytes of the file, as far as they are of this one, and what is left."""
+        bounds = [self.start, *(end for end in ends if self.start < end < self.stop), self.stop]
+        return [Span(self.path, start, stop) for start, stop in pairwise(bounds)]
 
     def read(self) -> bytes:
         with open(self.path, "rb") as file:

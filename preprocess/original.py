@@ -35,7 +35,7 @@ class TextCounts(NamedTuple):
     ended: bool  # whether its last line has an end
 
 
-def count_text(text: Span) -> TextCounts:
+def count_text(text: Span, quiet: bool = False) -> TextCounts:
     """Count in blocks, so that memory does not grow with the text. What is not UTF-8 is part of a word."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     words = lines = 0
@@ -43,7 +43,14 @@ def count_text(text: Span) -> TextCounts:
     block = b""
     with (
         open(text.path, "rb") as file,
-        tqdm(desc=f"counting {text.path.name}", total=text.size, unit="B", unit_scale=True, mininterval=1) as bar,
+        tqdm(
+            desc=f"counting {text.path.name}",
+            total=text.size,
+            unit="B",
+            unit_scale=True,
+            mininterval=1,
+            disable=quiet,
+        ) as bar,
     ):
         file.seek(text.start)
         for left in range(text.size, 0, -_BLOCK):
@@ -58,11 +65,17 @@ def count_text(text: Span) -> TextCounts:
     return TextCounts(words, text.size, lines, block.endswith(b"\n"))
 
 
-def count_split(text: Span, tokens: int) -> dict[str, Any]:
-    """Return the counts of a split's text, of which *tokens* were made, as `OriginalText` has them."""
+def count_split(documents: Sequence[Span], tokens: int) -> dict[str, Any]:
+    """Return the counts of a split's text, of which *tokens* were made, as `OriginalText` has them.
+
+    Its *documents* follow one another in a file. No word goes on from one to the next.
+    """
+    text = Span(documents[0].path, documents[0].start, documents[-1].stop)
     whole = text.start == 0 and text.stop == text.path.stat().st_size
     name = text.path.name if whole else f"{text.path.name}, bytes {text.start:,} to {text.stop:,}"
-    return asdict(OriginalText(name, *count_text(text)[:3], tokens))
+    counts = [count_text(document, quiet=len(documents) > 1) for document in documents]
+    words, lines = sum(count.words for count in counts), sum(count.lines for count in counts)
+    return asdict(OriginalText(name, words, text.size, lines, tokens))
 
 
 def count_for(folder: Path, texts: Iterable[str], other_lines: bool = False) -> dict[str, OriginalText]:

@@ -61,7 +61,7 @@ def prepare(
         raise NotADirectoryError(f"--destdir {destdir} is a file: name a folder")
     destdir.mkdir(parents=True, exist_ok=True)
     with _alone(destdir):
-        texts = resolve(sources, dataset.files) if sources else []
+        texts = resolve(sources, dataset.files, folders=dataset.documents) if sources else []
         made_from = _made_from(dataset, texts, chunk_bytes)
         record = _read_record(destdir)
         if record is not None and record["made_from"] == made_from and _is_whole(destdir, record):
@@ -82,7 +82,8 @@ def prepare(
         work = _work_folder(destdir, made_from)
         try:
             files = [_checked(_extracted(text, work, dataset), text, dataset) for text in texts]
-            made = _make(dataset, files, work, workers, chunk_bytes)
+            ends = {file: text.ends(file) for file, text in zip(files, texts, strict=True) if dataset.documents}
+            made = _make(dataset, files, ends, work, workers, chunk_bytes)
         except WrongText:
             shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
             raise
@@ -101,6 +102,8 @@ def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> d
         raise ValueError(f"{dataset.name}: name the text with --source")
     settings = asdict(dataset)
     del settings["at_most"]  # of a download, not of its result
+    if not dataset.documents:  # as in records of before there was the option
+        del settings["documents"]
     tokenizer = dataset.tokenizer
     if dataset.srcdict is not None:
         settings["srcdict"] = Identity.of(dataset.srcdict)
@@ -140,8 +143,15 @@ def _checked(file: Path, text: Source, dataset: Dataset) -> Path:
     return file
 
 
-def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chunk_bytes: int) -> dict[str, Any]:
-    """Everything that DEST is to hold, in ``work/made``; returns what to say about it."""
+def _make(
+    dataset: Dataset,
+    files: Sequence[Path],
+    ends: Mapping[Path, Sequence[int]],
+    work: Path,
+    workers: int,
+    chunk_bytes: int,
+) -> dict[str, Any]:
+    """Everything that DEST is to hold, in ``work/made``; returns what to say about it. *ends* are the documents'."""
     from . import binarize, original  # fairseq takes seconds to import, and workers share what is imported before
 
     dictionary = None if dataset.srcdict is None else binarize.load_dictionary(dataset.srcdict)
@@ -156,14 +166,8 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
             dataset.training.run(splits["train"], tokenizer, model)
         tokenizer = replace(tokenizer, model=model)
 
-    (work / "chunks").mkdir(exist_ok=True)
-    chunks = {
-        split: [
-            Chunk(part, work / "chunks" / f"{split}-{i:06d}.npz", more=part.stop < span.stop)
-            for i, part in enumerate(cut(span, tokenizer.boundary, chunk_bytes))
-        ]
-        for split, span in splits.items()
-    }
+    documents = {split: span.divided(ends.get(span.path, ())) for split, span in splits.items()}
+    chunks = _chunks(documents, tokenizer, work / "chunks", chunk_bytes)
     encode([chunk for split in chunks.values() for chunk in split], tokenizer, workers)
     encoded = {split: [chunk.encoded for chunk in of_split] for split, of_split in chunks.items()}
 
@@ -181,18 +185,37 @@ def _make(dataset: Dataset, files: Sequence[Path], work: Path, workers: int, chu
     shutil.rmtree(made, ignore_errors=True)  # what a run that was killed here left in it
     made.mkdir()
     written = {split: binarize.write_split(made / split, paths, dictionary) for split, paths in encoded.items()}
+    if dataset.documents:
+        for split, of_split in documents.items():
+            binarize.write_documents(made / split, of_split, chunks[split])
     _check_counts(dataset, {split: count.tokens for split, count in written.items()}, len(everywhere))
     for name, path in tokenizer.files().items():
         with replacing(made / name) as file:
             file.write(path.read_bytes())
     binarize.save_dictionary(dictionary, made / "dict.txt")
-    originals = {split: original.count_split(span, written[split].tokens) for split, span in splits.items() if words}
+    originals = {
+        split: original.count_split(of_split, written[split].tokens) for split, of_split in documents.items() if words
+    }
     return {
         "splits": {split: count._asdict() for split, count in written.items()},
         "originals": originals,
         "types": len(everywhere),
         "dictionary": len(dictionary),
     }
+
+
+def _chunks(
+    documents: Mapping[str, Sequence[Span]], tokenizer: Tokenizer, folder: Path, chunk_bytes: int
+) -> dict[str, list[Chunk]]:
+    """Cut the documents of each split. A line or a word does not go on from one document to the next."""
+    folder.mkdir(exist_ok=True)
+    chunks: dict[str, list[Chunk]] = {split: [] for split in documents}
+    for split, of_split in documents.items():
+        for document in of_split:
+            for part in cut(document, tokenizer.boundary, chunk_bytes):
+                file = folder / f"{split}-{len(chunks[split]):06d}.npz"
+                chunks[split].append(Chunk(part, file, more=part.stop < document.stop))
+    return chunks
 
 
 def _cut_already(tokenizer: Tokenizer, counts: Mapping[str, int]) -> bool:

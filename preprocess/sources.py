@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import re
 import stat
@@ -52,10 +53,21 @@ class Source(NamedTuple):
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
             bar = tqdm(desc=f"extracting {self.name}", unit="B", unit_scale=True, mininterval=1)
+            ends = []
             with bar, replacing(target) as file:
                 for part in self.parts:
                     self._copy(part, file, bar, size)
+                    ends.append(file.tell())
+                with replacing(_ends_of(target)) as noted:  # before the text, which says that all is done
+                    noted.write(json.dumps(ends).encode())
         return target
+
+    def ends(self, extracted: Path) -> list[int]:
+        """Return where each part ends in the *extracted* text, in bytes."""
+        if extracted == self.path:
+            return [extracted.stat().st_size]
+        ends: list[int] = json.loads(_ends_of(extracted).read_bytes())
+        return ends
 
     def _copy(self, part: Path, file: IO[bytes], bar: "tqdm[Any]", size: int | None) -> None:
         open_it = _opener(part) or _plain
@@ -77,10 +89,15 @@ class Source(NamedTuple):
             raise ValueError(f"{part}: {self.name} in it cannot be read: {error}") from error
 
 
-def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
+def _ends_of(text: Path) -> Path:
+    return text.with_name(f"{text.name}.ends")
+
+
+def resolve(sources: Sequence[Path], names: Sequence[str], folders: bool = False) -> list[Source]:
     """Find the texts called *names*.
 
     Args:
+        folders: whether a text may be a folder of its name, whose files are its parts, in the order of their names.
         sources: a file for each name, or one folder or archive that holds all of them. In a folder, they may be
             compressed or in numbered parts, and stand one level deeper if the folder itself does not hold all of them.
 
@@ -96,6 +113,8 @@ def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
             raise ValueError(
                 f"--source {source} is a pipe or a device, and can be read only once: write it to a file first"
             )
+    if folders and len(sources) == 1 and any((sources[0] / PurePath(name).stem).is_dir() for name in names):
+        return [_folder_of_parts(sources[0], name) for name in names]
     if len(sources) == 1 and sources[0].is_dir():
         return _in_folder(sources[0], names)
     if len(sources) == 1 and _is_archive(sources[0]):
@@ -106,6 +125,16 @@ def resolve(sources: Sequence[Path], names: Sequence[str]) -> list[Source]:
             "order, or one folder or archive that holds them"
         )
     return [Source(name, source) for name, source in zip(names, sources, strict=True)]
+
+
+def _folder_of_parts(folder: Path, name: str) -> Source:
+    parts = folder / PurePath(name).stem
+    if not parts.is_dir():
+        raise FileNotFoundError(f"--source {folder}: the folder {parts.name} with the documents of {name} is not there")
+    files = sorted(path for path in parts.iterdir() if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise FileNotFoundError(f"--source {folder}: the folder {parts.name} has no file")
+    return Source(name, files[0], tuple(files[1:]))
 
 
 def _in_folder(folder: Path, names: Sequence[str]) -> list[Source]:

@@ -1,15 +1,19 @@
 """From a text to binarized data: every data set small, and equal to fairseq-preprocess."""
 
+import gzip
 import json
 import zipfile
 from dataclasses import replace
 
 import pytest
-from fairseq.data import data_utils
+from fairseq.data import Dictionary, data_utils
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 from fairseq_cli.preprocess import cli_main as fairseq_preprocess
 from sacremoses import MosesTokenizer
 
+from lamemo_fairseq.data.binarized import load_lines
+from lamemo_fairseq.data.documents import DocumentOptions
+from lamemo_fairseq.data.streams import TokenSequence
 from preprocess import datasets
 from preprocess.__main__ import main
 from preprocess.byte_lines import decode, encode
@@ -94,6 +98,51 @@ def test_a_text_in_parts_is_its_parts(texts, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().err
     write(texts / "train-01.txt", b"another\n")
     assert own(texts, tmp_path / "parts", "--tokenizer", "words")["train.bin"] != whole["train.bin"]
+
+
+def documents_of(folder, split):
+    """The words of every recorded document."""
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    tokens = TokenSequence(load_lines(str(folder), split, dictionary, None, False), len(dictionary), split)
+    found = DocumentOptions("recorded").find([str(folder / split)], tokens, dictionary)
+    return [[dictionary[i] for i in tokens.read(start, stop)] for start, stop in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("options", [["--tokenizer", "words"], ["--bpe", "bytes"]], ids=["words", "bytes"])
+def test_every_file_is_a_document(tmp_path, options):
+    """An empty one among them, one in several chunks, one packed, and one whose last line has no end."""
+    source = tmp_path / "source"
+    texts = {
+        "a.txt": TEXTS["train"][:7_001] + b"end",
+        "b.txt": b"",
+        "c.txt": b"one\n" + TEXTS["valid"],
+        "d.txt.gz": TEXTS["test"],
+    }
+    for split in SPLITS:
+        (source / split).mkdir(parents=True)
+        for name, text in texts.items():
+            write(source / split / name, gzip.compress(text) if name.endswith("gz") else text)
+    own(source, tmp_path / "data", "--documents", *options, workers=2)
+    assert (tmp_path / "data" / "train.documents").read_text().split()[1] == "0"
+    counted = json.loads((tmp_path / "data" / RECORD).read_text())["originals"]["train"]
+    assert counted["words"] == sum(len(text.split()) for text in texts.values())
+    found = documents_of(tmp_path / "data", "train")
+    assert found == documents_of(tmp_path / "data", "test") and len(found) == 3
+    for number, name in enumerate(("a.txt", "c.txt", "d.txt.gz")):
+        alone = tmp_path / f"alone{number}"
+        own(write(tmp_path / f"{number}.txt", texts[name]), alone, "--shares", "1", *options)
+        assert found[number] == tokens_of(alone, "train")
+
+
+def test_what_cannot_be_documents(texts, tmp_path):
+    with pytest.raises(SystemExit, match="--documents takes every file as a document, and --source names one text"):
+        own(texts / "train.txt", tmp_path / "data", "--documents")
+    (texts / "train").mkdir()
+    for text, message in ((None, "the folder train has no file"), (b"x", "the folder valid with the documents of")):
+        if text is not None:
+            write(texts / "train" / "x.txt", text)
+        with pytest.raises(SystemExit, match=message):
+            own(texts, tmp_path / "data", "--documents")
 
 
 def test_the_first_bytes_of_each_text(texts, tmp_path):
