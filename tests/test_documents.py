@@ -1,6 +1,7 @@
 """A split read as documents: told apart, dealt to streams, scored and trained on as each alone."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -218,10 +219,14 @@ SPLITS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    return write_documents(tmp_path_factory.mktemp("data"), SPLITS)
+
+
+def write_documents(folder, splits):
     """Documents of so many tokens, a line each, with a separator before each, and a record of the same."""
-    folder = write_data(tmp_path_factory.mktemp("data"), words=40)
+    write_data(folder, words=40)
     generator = torch.Generator().manual_seed(0)
-    for split, lengths in SPLITS.items():
+    for split, lengths in splits.items():
         builder = MMapIndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=np.int32)
         for length in lengths:
             builder.add_item(torch.tensor(LINE))
@@ -231,19 +236,23 @@ def data(tmp_path_factory):
     return folder
 
 
-def run_training(data, folder, updates, *options):
-    run_command(
+def run_training(data, folder, updates, *options, run=run_command):
+    return run(
         train.cli_main,
         *(data, *TASK, *MODEL, "--save-dir", folder, "--max-update", updates, "--save-interval-updates", 7),
         *("--batch-size", 4, "--log-format", "simple", *options),
     )
+
+
+def last_checkpoint(folder):
     return torch.load(folder / "checkpoint_last.pt", weights_only=False)
 
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    return folder, run_training(data, folder, 20, *DOCUMENTS, "--roll")
+    run_training(data, folder, 20, *DOCUMENTS, "--roll")
+    return folder, last_checkpoint(folder)
 
 
 @pytest.mark.parametrize("stopped", [7, 14])
@@ -253,7 +262,8 @@ def test_training_goes_on_within_documents(stopped, data, trained, tmp_path):
     groups = state["extra_state"]["train_iterator"]["memory"]["groups"]
     assert len(groups) > 1 and sorted(s for group in groups for s in group["streams"]) == [0, 1, 2, 3]
     restore = ["--restore-file", folder / f"checkpoint_1_{stopped}.pt"]
-    resumed = run_training(data, tmp_path, 20, *DOCUMENTS, "--roll", *restore)
+    run_training(data, tmp_path, 20, *DOCUMENTS, "--roll", *restore)
+    resumed = last_checkpoint(tmp_path)
     assert all(torch.equal(weight, resumed["model"][name]) for name, weight in whole["model"].items())
 
 
@@ -268,6 +278,18 @@ def test_training_goes_on_within_documents(stopped, data, trained, tmp_path):
 def test_other_documents_within_an_epoch_are_refused(options, message, data, trained, tmp_path):
     with pytest.raises(ValueError, match=message):
         run_training(data, tmp_path, 20, "--roll", *options, "--restore-file", trained[0] / "checkpoint_1_7.pt")
+
+
+def test_shards_have_documents_of_their_own(data, tmp_path):
+    """Each epoch reads the next folder. What is not recorded there is told before the first update."""
+    shards = f"{data}:{write_documents(tmp_path / 'shard', {'train': [30, 8, 70, 2]})}"
+    words = ["--documents", "recorded", "--disable-validation"]
+    text = run_training(shards, tmp_path, 40, *words, run=test_commands.printed)
+    seen = re.findall(r"train: (\d+) documents of (\d+) tokens in 4 streams, (\d+) segments", text)
+    assert [tuple(map(int, found)) for found in seen] == [(12, 925, 32), (4, 118, 9)]
+    (tmp_path / "shard" / "train.documents").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no documents are recorded in .*shard/train\.documents"):
+        run_training(shards, tmp_path, 30, *words)
 
 
 def test_commands_score_documents(data, trained):

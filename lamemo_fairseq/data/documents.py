@@ -42,6 +42,11 @@ class DocumentOptions:
     scored: bool = False
     clear: bool = True
 
+    def check(self, path: str) -> None:
+        """Look at the record of a split that is read later, if documents are recorded."""
+        if self.source == "recorded":
+            _read_record(path + RECORD)
+
     def find(self, paths: Sequence[str], tokens: TokenSequence, dictionary: Dictionary) -> Documents:
         """Return the documents of a split.
 

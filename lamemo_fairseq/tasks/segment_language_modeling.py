@@ -119,9 +119,11 @@ class SegmentLanguageModelingTask(PromptTask):
         paths = utils.split_paths(self.cfg.data)
         folder = paths[(epoch - 1) % len(paths)]
         path = os.path.join(folder, split)
-        former = self.datasets.get(split)
+        former, options = self.datasets.get(split), self._document_options()
         for later in paths if former is None and split == self.cfg.train_subset else ():
             check_split(later, split, self.cfg.dataset_impl)
+            if options is not None:
+                options.check(os.path.join(later, split))
         lines = load_lines(folder, split, self.dictionary, self.cfg.dataset_impl, combine)
         tokens = TokenSequence(lines, len(self.dictionary), path)
         if self.segment_length is None:
@@ -132,16 +134,17 @@ class SegmentLanguageModelingTask(PromptTask):
             self._iterators = {key: batches for key, batches in self._iterators.items() if key[1] not in gone}
         sizes = {"segment_length": self.segment_length, "eos": self.dictionary.eos()}
         seed = self.cfg.seed if rolls else None
-        if str(self.cfg.documents) == "none":
+        if options is None:
             self.datasets[split] = SegmentDataset(tokens, split, **sizes, roll_seed=seed)
         else:
-            options = self._document_options()
             documents = options.find(paths_of(folder, split, combine), tokens, self.dictionary)
             self.datasets[split] = DocumentDataset(documents, options, tokens, split, **sizes, roll_seed=seed)
         logger.info("%s: %s tokens in %s lines", path, f"{len(tokens):,}", f"{len(lines):,}")
         return self.datasets[split]
 
-    def _document_options(self) -> DocumentOptions:
+    def _document_options(self) -> Optional[DocumentOptions]:
+        if str(self.cfg.documents) == "none":
+            return None
         by_separator = str(self.cfg.documents) == "separator"
         return DocumentOptions(
             source=str(self.cfg.documents),
