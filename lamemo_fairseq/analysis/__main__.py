@@ -140,8 +140,9 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
 
 
 def opening(path: str, args: argparse.Namespace, **overrides: Any) -> Opened:
-    lengths = {"tokens_per_sample": args.tokens_per_sample, **overrides}
-    return open_split(args.data, [path], args.subset, args.batch_size, args.cpu, **lengths)
+    # As one text also for a model that was trained on documents: --documents is a rule to tell them here.
+    options = {"tokens_per_sample": args.tokens_per_sample, "documents": "none", **overrides}
+    return open_split(args.data, [path], args.subset, args.batch_size, args.cpu, **options)
 
 
 def cut_to(length: int, config: ModelConfig) -> Dict[str, Any]:

@@ -180,7 +180,7 @@ class LanguageModel(MemoryDecoder):
             state = advance(state, num_streams, cleared, ended)
             ragged = min(map(len, words)) < padded.size(1)
             features, state, _ = self.read(padded[:, :-1], state, lengths if ragged else None)
-            log_probs = self.log_probs(features).gather(2, padded[:, 1:].unsqueeze(2)).squeeze(2)
+            log_probs = self.target_log_probs(features, padded[:, 1:])
             for own, row in zip(extracts, log_probs, strict=True):
                 for extract in own:
                     scored[extract.document].append(row[: extract.stop - extract.start])
