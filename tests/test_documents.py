@@ -12,8 +12,10 @@ from fairseq_cli import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.analysis import __main__ as analysis
 from lamemo_fairseq.core.memory.position import real_tokens
 from lamemo_fairseq.data.documents import DocumentDataset, DocumentOptions, Documents
+from lamemo_fairseq.data.iterator import SegmentBatchIterator
 from lamemo_fairseq.evaluation.evaluate import evaluate
 
 from . import test_commands
@@ -285,11 +287,32 @@ def test_shards_have_documents_of_their_own(data, tmp_path):
     shards = f"{data}:{write_documents(tmp_path / 'shard', {'train': [30, 8, 70, 2]})}"
     words = ["--documents", "recorded", "--disable-validation"]
     text = run_training(shards, tmp_path, 40, *words, run=test_commands.printed)
-    seen = re.findall(r"train: (\d+) documents of (\d+) tokens in 4 streams, (\d+) segments", text)
+    seen = re.findall(
+        r"train: (\d+) documents of (\d+) tokens in 4 streams, (\d+) segments; the memory is cleared", text
+    )
     assert [tuple(map(int, found)) for found in seen] == [(12, 925, 32), (4, 118, 9)]
     (tmp_path / "shard" / "train.documents").unlink()
     with pytest.raises(FileNotFoundError, match=r"no documents are recorded in .*shard/train\.documents"):
         run_training(shards, tmp_path, 30, *words)
+
+
+def test_a_checkpoint_of_before_goes_on_with_one_text():
+    iterator = SegmentBatchIterator(split_of([A] * 9, 3), 2)
+    next(iterator.next_epoch_itr())
+    state = iterator.state_dict()
+    assert state["layout"].pop("--documents") == "none"
+    other = SegmentBatchIterator(split_of([A] * 9, 3), 2)
+    other.load_state_dict(state)
+    assert other.iterations_in_epoch == 1
+    with pytest.raises(ValueError, match="--documents is recorded, there it was none"):
+        SegmentBatchIterator(dataset_of([30, 6]), 2).load_state_dict(state)
+
+
+def test_curves_are_those_of_one_text(data, trained):
+    """The analysis tells documents by a rule of its own, in what one stream reads after another."""
+    args = analysis.parser().parse_args([str(data), "x", "--out", "x", "--subset", "test", "--cpu"])
+    opened = analysis.opening(str(trained[0] / "checkpoint_last.pt"), args)
+    assert not isinstance(opened.split, DocumentDataset) and len(opened.split.tokens) > sum(SPLITS["test"])
 
 
 def test_commands_score_documents(data, trained):

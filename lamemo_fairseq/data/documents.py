@@ -134,7 +134,7 @@ class DocumentLayout(Layout):
     def summary(self) -> str:
         return (
             f"{self.documents:,} documents of {self.num_tokens:,} tokens in {self.num_streams} streams, "
-            f"{self.num_segments:,} segments"
+            f"{self.num_segments:,} segments; the memory is {'cleared' if self.deal.clear else 'kept'} at each document"
         )
 
     def check(self, name: str, training: bool) -> None:

@@ -326,10 +326,10 @@ _RULES = [
         f"{FOR_TRAINING}; the checkpoint to read is --path",
     ),
     rule(
-        IGNORED,
+        REFUSED,
         "documents document_separator score_separators at_document",
         GENERATION,
-        "every prompt is read from an empty memory",
+        "every prompt is read from an empty memory anyway; leave it out",
     ),
     rule(
         IGNORED,
