@@ -1,7 +1,9 @@
 """Prompts become the tokens that the data folder's text became, and texts again, without a word on the command line."""
 
 import itertools
+import json
 import logging
+import math
 import re
 
 import pytest
@@ -11,12 +13,14 @@ from fairseq_cli import generate, interactive, train
 from omegaconf import OmegaConf
 
 from lamemo_fairseq import convert_checkpoint
+from lamemo_fairseq import score as score_command
 from lamemo_fairseq.checkpoints.to_core import core_tokenizer
 from lamemo_fairseq.core import LanguageModel, Tokenizer
 from lamemo_fairseq.core.text import coders as text_coders
 from lamemo_fairseq.data.binarized import load_dictionary
 from lamemo_fairseq.data.text_encoding import read_text_encoding
 from lamemo_fairseq.generation.lines import encode_prompts
+from lamemo_fairseq.lm_eval.answers import Answers
 from lamemo_fairseq.models.language_models import TransformerXLLanguageModel
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 from preprocess import words as preprocess_words
@@ -313,6 +317,15 @@ def test_the_core_scores_text_as_the_hub_does(folders, model, tmp_path):
         torch.testing.assert_close(score.log_probs, expected["positional_scores"], rtol=0, atol=1e-5)
     greedy = core.sample("the  w7\xe9", 9, temperature=0, stop_at_end=True)
     assert greedy == hub.sample("the  w7\xe9", beam=1, max_len_b=9)
+
+
+def test_a_harness_scores_a_text_as_evaluation_does(folders, model, texts, tmp_path, capsys):
+    checkpoint, data = str(model / "checkpoint_last.pt"), folders("bytes")
+    score_command.main([str(data), checkpoint, "--subset", "valid", "--batch-size", "1", "--cpu"])
+    evaluated = json.loads(capsys.readouterr().out.splitlines()[-1])
+    convert_checkpoint.main(["core", checkpoint, str(tmp_path), "--dictionary", str(data / "dict.txt")])
+    [total] = Answers(LanguageModel.load(tmp_path)).documents([(texts / "valid.txt").read_text()])
+    assert -total / math.log(2) / evaluated["tokens"] == pytest.approx(evaluated["loss"], rel=1e-6)
 
 
 def test_hub_refuses_what_it_does_not_know(folders, model):

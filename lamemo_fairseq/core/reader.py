@@ -22,6 +22,7 @@ class Score(NamedTuple):
 
     words: Tensor  # [T] int64
     log_probs: Tensor  # [T], natural logarithms, float32 or wider
+    greedy: Optional[Tensor] = None  # [T] bool, whether a word is the most probable one, if asked for
 
 
 class Token(NamedTuple):
@@ -73,20 +74,33 @@ class Reader:
             self._state.read(tokens[:, :-1], counts)
 
     @torch.no_grad()
-    def score(self, texts: Union[Text, Sequence[Text]]) -> List[Score]:
-        """Read the next pieces of the texts, and return the scores of their words; arguments and errors as for `read`.
+    def score(self, texts: Union[Text, Sequence[Text]], greedy: bool = False) -> List[Score]:
+        """Read the next pieces of the texts, and return the scores of their words; errors as for `read`.
 
         The scores computed at a time are bounded, so that a piece may be of any length.
+
+        Args:
+            texts: as for `read`.
+            greedy: tell as well whether each word is the most probable one.
         """
         pieces = self._pieces(texts)
         tokens, counts = self._padded(pieces)
-        log_probs: List[Tensor] = []
+        log_probs = [tokens.new_empty(len(self), 0, dtype=torch.float32)]
+        best = [tokens.new_empty(len(self), 0)]
         for start in range(0, max(counts), TOKENS_AT_ONCE):
             end = min(start + TOKENS_AT_ONCE, max(counts))
             features = self._state.read(tokens[:, start:end], [min(max(n - start, 0), end - start) for n in counts])
             log_probs.append(self.decoder.target_log_probs(features, tokens[:, start + 1 : end + 1]))
-        together = torch.cat(log_probs, dim=1) if log_probs else tokens.new_empty(len(self), 0, dtype=torch.float32)
-        return [Score(piece[1:], row[:n]) for piece, row, n in zip(pieces, together, counts, strict=True)]
+            if greedy:  # a word at a time, as the scores of all words are many
+                best += [self.decoder.log_probs(word).argmax(-1) for word in features.split(1, dim=1)]
+        scored, likeliest = torch.cat(log_probs, dim=1), torch.cat(best, dim=1)
+        scores = [Score(piece[1:], row[:n]) for piece, row, n in zip(pieces, scored, counts, strict=True)]
+        if not greedy:
+            return scores
+        return [
+            score._replace(greedy=score.words == row[:n])
+            for score, row, n in zip(scores, likeliest, counts, strict=True)
+        ]
 
     def generate(self, count: int, draw: Optional[Draw] = None, seed: Optional[int] = None) -> Continuation:
         """Continue each text by *count* words, n, which are then read.
