@@ -194,6 +194,17 @@ def test_evaluation_is_as_without_graphs(variant, device):
     assert all(torch.equal(*pair) for pair in zip(made[False], made[True], strict=True))
 
 
+def test_documents_are_scored_as_without_graphs(device):
+    """Segments in which streams are alike are replayed, the others are read as they are."""
+    documents = [random_tokens(1, length, seed=length)[0] for length in (62, 43, 22, 6)]
+    plain, graphed = (tiny_decoder(cuda_graphs=on, **sizes_of(VARIANTS[0])).to(device) for on in (False, True))
+    scored = (model.score_documents(documents, 2) for model in (plain, graphed))
+    for without, with_graphs in zip(*scored, strict=True):
+        torch.testing.assert_close(with_graphs, without, rtol=0, atol=1e-12)
+    recording = graphed.graphs.recording(training=False)
+    assert recording is not None and recording.passes > 1
+
+
 def test_after_a_recording_that_failed(device, monkeypatch):
     """Such as for want of memory: the one before it is gone, and is made again."""
     decoder = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device).eval()
