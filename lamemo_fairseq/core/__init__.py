@@ -2,6 +2,7 @@
 
 from .config import ModelConfig
 from .memory import MEMORIES, DivergenceError, MemoryState, Passage, StreamMemory
+from .memory.groups import advance
 from .model import LanguageModel
 from .positions import POSITIONS
 from .reader import Reader, Score, Token
@@ -21,4 +22,5 @@ __all__ = [
     "TextEncoding",
     "Token",
     "Tokenizer",
+    "advance",
 ]
