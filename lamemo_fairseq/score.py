@@ -17,6 +17,11 @@ from .core.memory import DivergenceError
 from .evaluation.evaluate import evaluate
 from .evaluation.opening import open_split
 
+OVERRIDES = (
+    *("mem_len", "tokens_per_sample"),
+    *("documents", "document_separator", "score_separators", "at_document"),
+)
+
 
 def main(arguments: Optional[List[str]] = None) -> None:
     args = parser().parse_args(arguments)
@@ -29,8 +34,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
             args.batch_size,
             args.cpu,
             args.fp16,
-            mem_len=args.mem_len,
-            tokens_per_sample=args.tokens_per_sample,
+            **{name: getattr(args, name) for name in OVERRIDES},
         )
         result = evaluate(
             opened.models,
@@ -56,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="streams read side by side")
     parser.add_argument("--mem-len", type=int, help="another memory length than in training")
     parser.add_argument("--tokens-per-sample", type=int, help="another segment length than in training")
+    parser.add_argument("--documents", choices=["none", "recorded", "separator"], default="none")
+    parser.add_argument("--document-separator", default="", help="as in fairseq-eval-lm")
+    parser.add_argument("--score-separators", action="store_true", help="as in fairseq-eval-lm")
+    parser.add_argument("--at-document", choices=["clear", "keep"], default="clear", help="as in fairseq-eval-lm")
     parser.add_argument("--post-process", help="join pieces to words for the loss a word of the dictionary")
     parser.add_argument("--softmax-batch", type=int, default=0, help="score at most so many tokens at once")
     parser.add_argument("--fp16", action="store_true", help="compute in half precision")

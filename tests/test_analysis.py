@@ -6,13 +6,16 @@ import json
 import math
 import re
 import resource
+import shutil
 
 import pytest
 import torch
 from fairseq_cli import eval_lm, train
 
+from lamemo_fairseq import score
 from lamemo_fairseq.analysis import Attention, Losses, Mixing, __main__, record, recording, report
 from lamemo_fairseq.core.attention import causal_attention, eager
+from lamemo_fairseq.data.binarized import load_dictionary, load_lines
 
 from .helpers import TASK, VARIANTS, random_tokens, read_streams, run_command, segments_of, tiny_decoder, write_data
 from .processes import _FORKS
@@ -275,6 +278,26 @@ def test_another_memory_length_and_a_part_of_the_split(trained, capsys, monkeypa
     assert len(lines(out / "attention_by_slot.csv")) == 24 and lines(out / "alpha.csv")[-1]["age"] == "6"
 
 
+def test_recorded_documents_are_read_each_from_an_empty_memory(trained, tmp_path, capsys, monkeypatch):
+    """The loss is that of the score command."""
+    monkeypatch.setattr(report, "draw", lambda *_: {})
+    data = shutil.copytree(trained / "data", tmp_path / "data")
+    number = len(load_lines(str(data), "valid", load_dictionary(str(data / "dict.txt")), None, False))
+    (data / "valid.documents").write_text(f"3\n4\n{number - 7}\n")
+    path, options = str(trained / "lamemo_lm" / "checkpoint_last.pt"), ["--batch-size", "2", "--cpu"]
+    options += ["--documents", "recorded"]
+    assert __main__.main([str(data), path, "--out", str(tmp_path / "out"), *options]) == 0
+    all_tokens = [line for line in lines(tmp_path / "out" / "loss_by_document_position.csv") if line["class"] == "all"]
+    assert all_tokens[0]["tokens"] == "3" and sum(int(line["tokens"]) for line in all_tokens) == 333
+    assert all_tokens[0]["documents"] == "as recorded, each from an empty memory"
+    capsys.readouterr()
+    score.main([str(data), path, "--subset", "valid", *options])
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["read_as"] == "3 documents, each from an empty memory"
+    mean = sum(float(line["loss"]) * int(line["tokens"]) for line in all_tokens) / 333
+    assert mean == pytest.approx(scored["bits_per_token"], rel=1e-6)
+
+
 def test_two_models_need_two_names(trained, capsys):
     path = str(trained / "lamemo_lm" / "checkpoint_last.pt")
     assert __main__.main([str(trained / "data"), path, path, "--segments", "1", "--cpu", "--out", "unused"]) == 1
@@ -342,8 +365,9 @@ def test_a_folder_that_nothing_can_be_written_to_is_told_before_the_reading(trai
         (["CHECKPOINT", "--out", "CHECKPOINT"], "File exists"),
         (["CHECKPOINT", "--out", "OUT", "--subset", "other"], "other"),
         (["CHECKPOINT", "--out", "OUT", "--segments", "0"], "0 is not positive"),
-        (["CHECKPOINT", "--out", "OUT", "--documents", "two"], "--documents two: pass one, headings"),
+        (["CHECKPOINT", "--out", "OUT", "--documents", "two"], "--documents two: pass one, recorded, headings"),
         (["CHECKPOINT", "--out", "OUT", "--cut-memory", "-1"], "-1 is negative"),
+        (["CHECKPOINT", "--out", "OUT", "--documents", "recorded"], "no documents are recorded in"),
     ],
 )
 def test_bad_arguments_are_told(arguments, message, trained, tmp_path, capsys):

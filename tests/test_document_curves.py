@@ -3,15 +3,21 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamemo_fairseq.analysis import document_report
+from lamemo_fairseq.analysis import __main__, document_report
 from lamemo_fairseq.analysis.document_report import About
 from lamemo_fairseq.analysis.documents import AGAIN, ALL, FIRST, DocumentLosses, Rule, of_streams
 from lamemo_fairseq.data.dictionary import TextDictionary
+from lamemo_fairseq.data.documents import DocumentDataset, DocumentOptions, Documents
+from lamemo_fairseq.data.segments import SegmentKey
+from lamemo_fairseq.evaluation.units import Original
+
+from .helpers import split_of
 
 
 def losses_of(tokens, starts):
@@ -20,7 +26,7 @@ def losses_of(tokens, starts):
     return DocumentLosses(torch.tensor(tokens), losses, torch.tensor(sorted({0, *starts})))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data(), tokens=st.lists(st.integers(0, 5), min_size=1, max_size=40))
 def test_classes_and_positions_are_those_of_a_loop(data, tokens):
     starts = data.draw(st.sets(st.integers(0, len(tokens) - 1), max_size=4))
@@ -92,10 +98,10 @@ def test_documents_are_told_by_a_rule(rule, documents):
 
 
 @pytest.mark.parametrize(
-    "rule", ["two", "one:1", "blank-lines", "blank-lines:0", "separator:", "separator", "headings:2"]
+    "rule", ["two", "one:1", "blank-lines", "blank-lines:0", "separator:", "separator", "headings:2", "recorded:2"]
 )
 def test_an_unknown_rule_is_refused(rule):
-    with pytest.raises(ValueError, match=f"--documents {rule}: pass one, headings"):
+    with pytest.raises(ValueError, match=f"--documents {rule}: pass one, recorded, headings"):
         Rule.parse(rule)
 
 
@@ -107,10 +113,34 @@ def test_a_separator_that_the_dictionary_lacks_is_refused():
 def test_a_stream_begins_a_document():
     """Its memory is empty: what stands before it in the text was not read."""
     halves = [(tokens_of("a a\n"), torch.full((3,), -math.log(2))), (tokens_of("a\n\nb\n"), torch.zeros(5))]
-    of = of_streams(halves, Rule.parse("blank-lines:1"), DICTIONARY)
+    rule = Rule.parse("blank-lines:1")
+    of = of_streams(halves, lambda stream, tokens: rule.starts(tokens, DICTIONARY))
     assert of.starts.tolist() == [0, 3, 6] and of.losses.tolist() == pytest.approx([1] * 3 + [0] * 5, abs=1e-7)
     assert of.seen.tolist() == [False, True, False, False, False, True, False, False]
     assert of.position.tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
+
+
+@pytest.mark.parametrize("clear", [True, False])
+@pytest.mark.parametrize("streams", [1, 3, 6])
+def test_recorded_documents_begin_where_streams_read_them(streams, clear):
+    """Whichever stream they were dealt to, and however far it has read."""
+    sizes = [7, 1, 12, 4, 3]
+    lines = [[9, *range(4, 4 + size - 1)] for size in sizes]  # 9 is the first token of each, and of nothing else
+    ends = np.cumsum(sizes)
+    options = DocumentOptions("recorded", clear=clear)
+    tokens = split_of([[i if i != 9 or n == 0 else 3 for n, i in enumerate(line)] for line in lines], 4, 20).tokens
+    dataset = DocumentDataset(Documents(ends - sizes, ends), options, tokens, "test", 4, eos=2)
+    opened = SimpleNamespace(split=dataset, num_streams=streams, dictionary=DICTIONARY)
+    starts_of = __main__.starts_of(opened, SimpleNamespace(documents="recorded"))
+    begun = 0
+    for stream in range(streams):
+        keys = [SegmentKey(1, streams, n, stream) for n in range(dataset.layout(streams).num_segments)]
+        read = torch.from_numpy(np.concatenate([dataset[key].target for key in keys]))
+        assert starts_of(stream, read).tolist() == (read == 9).nonzero().squeeze(1).tolist()
+        assert starts_of(stream, read[:5]).tolist() == (read[:5] == 9).nonzero().squeeze(1).tolist()
+        begun += int((read == 9).sum())
+    memory = "an empty memory" if clear else "the memory of the one before"
+    assert begun == 5 and f"5 documents, each {'from' if clear else 'with'} {memory}" == Original.of(dataset).read
 
 
 @pytest.mark.parametrize("starts", [[], [10, 13]], ids=["one document", "several"])

@@ -237,7 +237,8 @@ def test_both_commands_report_the_same(folders, tmp_path, capsys):
         "--disable-validation",
     )  # fmt: skip
     path = tmp_path / "checkpoint_last.pt"
-    text = printed(eval_lm.cli_main, data, *TASK, "--path", path, "--gen-subset", "test", "--batch-size", 2)
+    options = ["--path", path, "--gen-subset", "test", "--batch-size", 2, "--num-workers", 0]
+    text = printed(eval_lm.cli_main, data, *TASK, *options)
     lines = text.splitlines()
     [logged] = [json.loads(line) for line in lines if line.startswith("{") and "bits_per_byte" in line]
     capsys.readouterr()
@@ -253,9 +254,7 @@ def test_both_commands_report_the_same(folders, tmp_path, capsys):
         units == f"Units: {sentence(logged)}"
         and f"{logged['bits_per_byte']:.4f} bits per byte ({len(TEXT):,} of it)" in units
     )
-    half = printed(
-        eval_lm.cli_main, data, *TASK, "--path", path, "--gen-subset", "test", "--batch-size", 2, "--num-shards", 2
-    )
-    assert "tokens were scored, and the counts of test.txt are those of all of them; score the whole split" in half
+    half = printed(eval_lm.cli_main, data, *TASK, *options, "--num-shards", 2)
+    assert "tokens were scored, and the counts of test.txt are of all of them; score the whole split" in half
     with pytest.raises(SystemExit, match=r"score: there is no checkpoint none\.pt"):
         score.main([str(data), "none.pt"])

@@ -11,13 +11,15 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..core.config import ModelConfig
 from ..core.memory import MEMORIES
+from ..data.documents import DocumentDataset
 from ..data.text_encoding import RECORD
 from ..evaluation.evaluate import score_segments
 from ..evaluation.opening import Opened, open_split
@@ -62,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "--documents",
         default="one",
         metavar="RULE",
-        help="where documents begin: one, headings (as WikiText has them), blank-lines:N, separator:WORD",
+        help="where documents begin: one, recorded, headings (as WikiText has them), blank-lines:N, separator:WORD",
     )
     parser.add_argument(
         "--cut-memory", type=not_negative, nargs="+", default=[], metavar="SLOTS", help="read with so many slots too"
@@ -127,22 +129,38 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
             "unless the lengths never let it fill up (a compressive memory whose rate does not divide them)",
             file=sys.stderr,
         )
-    rule, config = Rule.parse(args.documents), model.decoder.config
-    collected.curves[config.slots] = of_streams(collected.log.streams(), rule, opened.dictionary)
+    config = model.decoder.config
+    collected.curves[config.slots] = of_streams(collected.log.streams(), starts_of(opened, args))
     for length in args.cut_memory if memory.remembers else ():
         if length not in collected.curves:
             cut = opening(path, args, **cut_to(length, config))
             log = TokenLog()
             for scored in score_segments(cut.models, segments(cut, args, f"{name}, {length} slots"), cut.device):
                 log.add(scored.position.streams, scored.lengths, scored.target, scored.log_probs)
-            collected.curves[length] = of_streams(log.streams(), rule, cut.dictionary)
+            collected.curves[length] = of_streams(log.streams(), starts_of(cut, args))
     return collected
 
 
 def opening(path: str, args: argparse.Namespace, **overrides: Any) -> Opened:
-    # As one text also for a model that was trained on documents: --documents is a rule to tell them here.
-    options = {"tokens_per_sample": args.tokens_per_sample, "documents": "none", **overrides}
-    return open_split(args.data, [path], args.subset, args.batch_size, args.cpu, **options)
+    lengths = {"tokens_per_sample": args.tokens_per_sample, **overrides}
+    # Otherwise as one text, also for a model that was trained on documents: other rules tell them in it.
+    documents = "recorded" if Rule.parse(args.documents).name == "recorded" else "none"
+    return open_split(args.data, [path], args.subset, args.batch_size, args.cpu, documents=documents, **lengths)
+
+
+def starts_of(opened: Opened, args: argparse.Namespace) -> Callable[[int, Tensor], Tensor]:
+    """Return the function that tells where documents begin in what a stream has read."""
+    split, rule = opened.split, Rule.parse(args.documents)
+    if not isinstance(split, DocumentDataset):
+        return lambda stream, tokens: rule.starts(tokens, opened.dictionary)
+    sizes = split.documents.stops - split.documents.starts
+    dealt = split.layout(opened.num_streams).deal.dealt
+
+    def recorded(stream: int, tokens: Tensor) -> Tensor:
+        starts = list(itertools.accumulate((int(sizes[document]) for document in dealt[stream]), initial=0))
+        return torch.tensor([start for start in starts if start < len(tokens)], dtype=torch.int64)
+
+    return recorded
 
 
 def cut_to(length: int, config: ModelConfig) -> Dict[str, Any]:

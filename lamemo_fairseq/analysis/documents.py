@@ -6,10 +6,11 @@ not read by document, `Rule` tells documents by their tokens.
 Shapes: T tokens, D documents.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class Rule:
     """The way in which documents are told by their tokens.
 
     Args:
-        name: ``one``, ``blank-lines``, ``separator`` or ``headings``.
+        name: ``one``, ``recorded``, ``blank-lines``, ``separator`` or ``headings``.
         value: the least number of blank lines, or the word that stands alone in a line between two documents.
     """
 
@@ -113,38 +114,41 @@ class Rule:
 
     @classmethod
     def parse(cls, given: str) -> "Rule":
-        """Read ``one``, ``blank-lines:2``, ``separator:WORD`` or ``headings``.
+        """Read ``one``, ``recorded``, ``blank-lines:2``, ``separator:WORD`` or ``headings``.
 
         Raises:
             ValueError: it is none of these.
         """
         name, sign, value = given.partition(":")
         fine = {
-            "one": not sign,
-            "headings": not sign,
+            **dict.fromkeys(("one", "recorded", "headings"), not sign),
             "blank-lines": value.isascii() and value.isdigit() and int(value) > 0,
             "separator": value != "" and not value.isspace(),
         }
         if not fine.get(name, False):
             raise ValueError(
-                f"--documents {given}: pass one, headings (as WikiText has them), blank-lines:N or separator:WORD"
+                f"--documents {given}: pass one, recorded, headings (as WikiText has them), blank-lines:N or "
+                "separator:WORD"
             )
         return cls(name, value)
 
     def __str__(self) -> str:
         return {
             "one": "the whole text",
+            "recorded": "as recorded, each from an empty memory",
             "headings": "from one heading of WikiText's to the next",
             "blank-lines": f"between {self.value} or more blank lines",
             "separator": f"between lines with {self.value} alone",
         }[self.name]
 
     def starts(self, tokens: Tensor, dictionary: Any) -> Tensor:
-        """Return where documents begin in ``tokens [T]``, ascending from 0.
+        """Return where documents begin in ``tokens [T]``, ascending from 0; recorded ones are not told by tokens.
 
         Raises:
             ValueError: the dictionary does not have the separator.
         """
+        if len(tokens) == 0:
+            return torch.empty(0, dtype=torch.int64)
         ends = tokens == dictionary.eos()
         line_starts = torch.cat([torch.tensor([True]), ends[:-1]])
         begins = torch.zeros_like(ends)
@@ -161,7 +165,7 @@ class Rule:
             mark = tokens == self._id("=", dictionary)
             first = line_starts[:-1] & mark[:-1] & ~mark[1:]
             begins[:-1] = first & self._line_ends_in(mark, ends)[:-1]
-        begins[:1] = True
+        begins[0] = True
         return begins.nonzero().squeeze(1)
 
     def _id(self, word: str, dictionary: Any) -> int:
@@ -180,18 +184,17 @@ class Rule:
         return ended[line]
 
 
-def of_streams(streams: Sequence[Tuple[Tensor, Tensor]], rule: Rule, dictionary: Any) -> DocumentLosses:
+def of_streams(streams: Sequence[Tuple[Tensor, Tensor]], starts: Callable[[int, Tensor], Tensor]) -> DocumentLosses:
     """Join what the streams of a split read: ids and log-probabilities in nats, ``[t]`` each.
 
     A stream begins with an empty memory, so that the document there counts from where it was begun to be read.
+
+    Args:
+        starts: tells where documents begin, given the number of a stream and its ids: ascending from 0.
     """
-    starts: List[Tensor] = []
-    offset = 0
-    for tokens, _ in streams:
-        starts.append(rule.starts(tokens, dictionary) + offset)
-        offset += len(tokens)
+    ends = list(itertools.accumulate((len(tokens) for tokens, _ in streams), initial=0))
     return DocumentLosses(
         torch.cat([tokens for tokens, _ in streams]),
         torch.cat([log_probs.double() for _, log_probs in streams]) / -math.log(2),
-        torch.cat(starts),
+        torch.cat([starts(number, tokens) + ends[number] for number, (tokens, _) in enumerate(streams)]),
     )

@@ -21,6 +21,7 @@ class Opened:
     dictionary: Any
     split: SegmentDataset
     batches: Any  # fairseq's iterator over segments
+    num_streams: int
     device: torch.device
 
 
@@ -31,6 +32,7 @@ def open_split(
     batch_size: Optional[int] = None,
     cpu: bool = False,
     fp16: bool = False,
+    documents: str = "none",
     **overrides: Any,
 ) -> Opened:
     """Load checkpoints and a split, which is cut into streams as fairseq-eval-lm cuts it.
@@ -39,13 +41,18 @@ def open_split(
         batch_size: number of streams.
         cpu: whether to leave a GPU aside.
         fp16: whether to compute in half precision.
+        documents: the task's option, whatever the checkpoint was trained with.
         overrides: options of the model or of the task in place of the checkpoint's, None for none.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or no such split.
+        FileNotFoundError: there is no such checkpoint or split, or no documents are recorded.
         ValueError: a checkpoint is not one of this package.
     """
-    given = {"data": data, **{name: value for name, value in overrides.items() if value is not None}}
+    given = {
+        "data": data,
+        "documents": documents,
+        **{name: value for name, value in overrides.items() if value is not None},
+    }
     for path in paths:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -54,7 +61,6 @@ def open_split(
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     models = [(model.half() if fp16 else model).to(device).eval() for model in models]
     split = task.load_dataset(subset)
-    batches = task.get_batch_iterator(
-        split, max_tokens=MAX_TOKENS, max_sentences=batch_size, as_streams=True
-    ).next_epoch_itr(shuffle=False)
-    return Opened(models, task.target_dictionary, split, batches, device)
+    epoch = task.get_batch_iterator(split, max_tokens=MAX_TOKENS, max_sentences=batch_size, as_streams=True)
+    batches, num_streams = epoch.next_epoch_itr(shuffle=False), epoch.layout.num_streams
+    return Opened(models, task.target_dictionary, split, batches, num_streams, device)

@@ -6,9 +6,10 @@ different tokens have in common. So every unit is the total divided by a count, 
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, Optional
 
+from ..data.documents import DocumentDataset
 from ..data.original import OriginalText, counting, read_original
 from ..data.segments import SegmentDataset
 from ..data.text_encoding import read_text_encoding
@@ -54,11 +55,17 @@ class Totals:
 
 @dataclass(frozen=True)
 class Original:
-    """The original text of what is scored, or why its counts are not known."""
+    """The original text of what is scored, or why its counts are not known.
+
+    Args:
+        note: what became of the text before it was scored.
+        read: the way in which it is read, where that is not as one text.
+    """
 
     text: Optional[OriginalText]
     missing: str = ""
     note: str = ""
+    read: str = ""
 
     @classmethod
     def of(cls, split: Optional[SegmentDataset]) -> "Original":
@@ -70,28 +77,38 @@ class Original:
         if split is None:
             return cls(None, "it is not known of which split the tokens are")
         folder, name = os.path.split(split.tokens.name)
-        text = read_original(folder, name)
+        text, read = read_original(folder, name), _read_as(split)
         if text is None:
-            return cls(None, f"{folder} has no counts of the text of {name}; {counting(folder, name)} adds them")
+            missing = f"{folder} has no counts of the text of {name}; {counting(folder, name)} adds them"
+            return cls(None, missing, read=read)
         if text.tokens != len(split.tokens):
-            return cls(
-                None,
+            missing = (
                 f"the counts in {folder} are of a text of {text.tokens:,} tokens, and {name} has "
-                f"{len(split.tokens):,}; {counting(folder, name)} counts the right one",
+                f"{len(split.tokens):,}; {counting(folder, name)} counts the right one"
             )
+            return cls(None, missing, read=read)
         encoding = read_text_encoding(folder)
         normalized = encoding is not None and encoding.normalized
-        return cls(text, note="which was reduced to letters and spaces before it was scored" if normalized else "")
+        note = "which was reduced to letters and spaces before it was scored" if normalized else ""
+        return cls(text, note=note, read=read)
 
     def scored(self, tokens: int) -> "Original":
         """Return it, without counts if *tokens* are only a part of the split."""
         if self.text is None or tokens == self.text.tokens:
             return self
-        return Original(
-            None,
-            f"{tokens:,} of {self.text.tokens:,} tokens were scored, and the counts of {self.text.text} are those of "
-            "all of them; score the whole split",
+        return replace(
+            self,
+            text=None,
+            missing=f"{tokens:,} of {self.text.tokens:,} tokens were scored, and the counts of {self.text.text} are of "
+            "all of them; score the whole split, every shard of it, and separators with --score-separators",
         )
+
+
+def _read_as(split: SegmentDataset) -> str:
+    if not isinstance(split, DocumentDataset):
+        return ""
+    memory = "from an empty memory" if split.document_options.clear else "with the memory of the one before"
+    return f"{len(split.documents.starts):,} documents, each {memory}"
 
 
 def report(totals: Totals, original: Original) -> Dict[str, Any]:
@@ -115,6 +132,7 @@ def report(totals: Totals, original: Original) -> Dict[str, Any]:
         "word_perplexity": _finite(totals.perplexity(text.words)) if text and text.words else None,
         "bytes": text.bytes if text else None,
         "bits_per_byte": totals.bits(text.bytes) if text else None,
+        "read_as": original.read or "one text",
         "missing": original.missing,
         "note": original.note,
     }
@@ -126,6 +144,8 @@ def sentence(report: Dict[str, Any]) -> str:
         f"{report['bits_per_token']:.4f} bits a token ({report['tokens']:,}, {report['line_ends']:,} of them ends of "
         f"lines; {report['unknown_share']:.2%} of the others unknown)"
     )
+    if report["read_as"] != "one text":
+        tokens += f", read as {report['read_as']}"
     if report["text"] is None:
         return (
             f"{tokens}; Loss is that of a word of the dictionary, </s> among them, as words and bytes of the original "
