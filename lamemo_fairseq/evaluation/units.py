@@ -157,6 +157,7 @@ def sentence(report: Dict[str, Any]) -> str:
         f"{tokens}; perplexity {'without bound' if perplexity is None else f'{perplexity:.2f}'} a word "
         f"({report['words']:,} between white space in the original text, {report['text']}{note}); "
         f"{report['bits_per_byte']:.4f} bits per byte ({report['bytes']:,} of it)"
+        + ("; both take all unknown words for one, an easy one" if report["unknown_tokens"] else "")
     )
 
 
