@@ -167,23 +167,24 @@ class LanguageModel(MemoryDecoder):
         streams = [deal.stream(dealt) for dealt in deal.dealt]
         scored: List[List[Tensor]] = [[] for _ in documents]
         state: Optional[MemoryState] = None
-        for index in range(deal.num_segments):
-            extracts = [stream.segment(index) for stream in streams]  # one of each stream, none where it has ended
-            words = [
-                documents[own[0].document][own[0].start : own[0].stop + 1] if own else documents[0][:1]
-                for own in extracts
-            ]
-            padded = nn.utils.rnn.pad_sequence([w.to(device) for w in words], batch_first=True)
-            lengths = torch.tensor([len(w) - 1 for w in words], device=device)
-            cleared = [row for row, own in enumerate(extracts) if own and own[0].start == 0]
-            ended = [row for row, own in enumerate(extracts) if not own]
-            state = advance(state, num_streams, cleared, ended)
-            ragged = min(map(len, words)) < padded.size(1)
-            features, state, _ = self.read(padded[:, :-1], state, lengths if ragged else None)
-            log_probs = self.target_log_probs(features, padded[:, 1:])
-            for own, row in zip(extracts, log_probs, strict=True):
-                for extract in own:
-                    scored[extract.document].append(row[: extract.stop - extract.start])
+        with self.positions.unchanged():
+            for index in range(deal.num_segments):
+                extracts = [stream.segment(index) for stream in streams]  # one of each stream, none where it has ended
+                words = [
+                    documents[own[0].document][own[0].start : own[0].stop + 1] if own else documents[0][:1]
+                    for own in extracts
+                ]
+                padded = nn.utils.rnn.pad_sequence([w.to(device) for w in words], batch_first=True)
+                lengths = torch.tensor([len(w) - 1 for w in words], device=device)
+                cleared = [row for row, own in enumerate(extracts) if own and own[0].start == 0]
+                ended = [row for row, own in enumerate(extracts) if not own]
+                state = advance(state, num_streams, cleared, ended)
+                ragged = min(map(len, words)) < padded.size(1)
+                features, state, _ = self.read(padded[:, :-1], state, lengths if ragged else None)
+                log_probs = self.target_log_probs(features, padded[:, 1:])
+                for own, row in zip(extracts, log_probs, strict=True):
+                    for extract in own:
+                        scored[extract.document].append(row[: extract.stop - extract.start])
         return [torch.cat(parts) if parts else torch.empty(0) for parts in scored]
 
     def save(self, folder: Union[str, Path]) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import sys
+from contextlib import ExitStack
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional
 
 import torch
@@ -139,18 +140,20 @@ def score_segments(
     if softmax_batch < 0:
         raise ValueError(f"--softmax-batch is {softmax_batch}: pass a number of tokens, or leave it out")
     timer = timer or StopwatchMeter()
-    for model in models:
-        model.eval()
-    for batch in _on_device(batches, device):
-        inputs = batch["net_input"]
-        timer.start()
-        real = real_tokens(batch["target"], inputs["src_lengths"])
-        target = batch["target"][real]
-        log_probs = target_log_probs(models, inputs, target, softmax_batch)
-        nll = -_sum(log_probs, inputs["position"])
-        timer.stop(len(target))
-        source = inputs["src_tokens"][real]
-        yield ScoredSegment(inputs["position"], inputs["src_lengths"].tolist(), source, target, log_probs, nll)
+    with ExitStack() as unchanged:
+        for model in models:
+            model.eval()
+            unchanged.enter_context(model.decoder.positions.unchanged())
+        for batch in _on_device(batches, device):
+            inputs = batch["net_input"]
+            timer.start()
+            real = real_tokens(batch["target"], inputs["src_lengths"])
+            target = batch["target"][real]
+            log_probs = target_log_probs(models, inputs, target, softmax_batch)
+            nll = -_sum(log_probs, inputs["position"])
+            timer.stop(len(target))
+            source = inputs["src_tokens"][real]
+            yield ScoredSegment(inputs["position"], inputs["src_lengths"].tolist(), source, target, log_probs, nll)
 
 
 def _on_device(batches: Iterable[Dict[str, Any]], device: torch.device) -> Iterator[Dict[str, Any]]:

@@ -191,3 +191,38 @@ def test_encodings_are_found_automatically():
     assert {"base", "alibi", "shaw", "sinusoidal"} <= names
     assert all(f"{positions_package.__name__}.{name}" in sys.modules for name in names)
     assert not names & set((folder / "__init__.py").read_text().replace(".base", "").split())
+
+
+@pytest.mark.parametrize("name", POSITIONS.names())
+def test_biases_of_a_shape_are_computed_once_while_parameters_stay(name):
+    ahead = None if name in ("absolute", "shaw") else range(3)  # these do not look ahead
+    config = PositionConfig(2, WIDTH, 2, D, looks_ahead=ahead is not None, trained_distances=9)
+    encoding, like, requests = POSITIONS[name](config).eval(), torch.zeros(1), [(5, ahead), (7, None), (8, None)]
+    fresh = [encoding.biases(*request, like) for request in requests]
+    with torch.no_grad(), encoding.unchanged():
+        first = encoding(*requests[0], like)
+        assert encoding(*requests[0], like) is first
+        for request, expected in zip(requests, fresh, strict=True):
+            for one, other in zip(encoding(*request, like), expected, strict=True):
+                pairs = zip(tensors_of(one), tensors_of(other), strict=True)
+                assert all(torch.equal(found, wanted) for found, wanted in pairs)
+        assert encoding(*requests[0], like) is not first  # only the last shapes are kept
+        first = encoding(*requests[0], like)
+        with torch.enable_grad():
+            assert encoding(*requests[0], like) is not first
+        assert encoding.train()(*requests[0], like) is not first
+        encoding.eval()
+        with encoding.unchanged():
+            assert encoding(*requests[0], like) is not first
+        assert encoding(*requests[0], like) is first
+    with torch.no_grad():
+        assert encoding(*requests[0], like) is not first
+
+
+def tensors_of(bias):
+    """All tensors of a layer's bias."""
+    found = []
+    for part in bias:
+        parts = part if isinstance(part, tuple) else [part] if isinstance(part, torch.Tensor) else []
+        found += [tensor for tensor in parts if isinstance(tensor, torch.Tensor)]
+    return found

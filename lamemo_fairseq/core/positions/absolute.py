@@ -29,5 +29,5 @@ class AbsolutePositions(PositionEncoding):
         table = sinusoid(self._clamp(from_end).flatten(), self.config.embed_dim, x.dtype)
         return x + table.view(*from_end.shape, -1)
 
-    def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
+    def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         return [LayerBias(RelativeBias(), None if ahead is None else RelativeBias())] * self.config.layers

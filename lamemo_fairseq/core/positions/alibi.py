@@ -21,7 +21,7 @@ class AlibiPositions(PositionEncoding):
     it tells distances apart and not directions. Distances beyond ``clamp_len`` have its penalty.
     """
 
-    def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
+    def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         past = RelativeBias(score=self._scores(range(causal - 1, -1, -1), like))
         future = None if ahead is None else RelativeBias(score=self._scores(ahead, like))
         return [LayerBias(past, future)] * self.config.layers

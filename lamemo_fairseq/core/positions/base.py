@@ -3,8 +3,9 @@
 Shapes: L layers, H heads, D size of a head, U distances, d model width.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, List, NamedTuple, Optional, Tuple, Type
+from typing import ClassVar, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,10 @@ class LayerBias(NamedTuple):
         return self.rotation.rotate(q, k.size(2) - q.size(2)), self.rotation.rotate(k)
 
 
+Request = Tuple[int, Optional[range], torch.dtype, torch.device]  # the arguments of `biases`
+KNOWN = 2  # shapes whose biases are kept
+
+
 class PositionEncoding(nn.Module):
     """Base of all position encodings; one serves all layers of a decoder."""
 
@@ -56,6 +61,32 @@ class PositionEncoding(nn.Module):
     def __init__(self, config: PositionConfig):
         super().__init__()
         self.config = config
+        self._known: Optional[Dict[Request, List[LayerBias]]] = None  # while parameters stay as they are
+
+    def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
+        """Return `biases`; in evaluation within `unchanged`, those that were computed before.
+
+        A CUDA graph computes them in every replay, as it may outlive the block.
+        """
+        known = self._known
+        recorded = like.is_cuda and torch.cuda.is_current_stream_capturing()
+        if known is None or recorded or self.training or torch.is_grad_enabled():
+            return self.biases(causal, ahead, like)
+        request = (causal, ahead, like.dtype, like.device)
+        if request not in known:
+            if len(known) == KNOWN:  # shapes change while a memory fills, and with the last segment
+                del known[next(iter(known))]
+            known[request] = self.biases(causal, ahead, like)
+        return known[request]
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Within it no parameter changes, so that evaluation computes the biases of a segment's shape once."""
+        outside, self._known = self._known, {}
+        try:
+            yield
+        finally:
+            self._known = outside
 
     def embed(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
         """Add positions to the embeddings ``[B, N, d]`` of a segment; most encodings leave them alone.
@@ -64,7 +95,7 @@ class PositionEncoding(nn.Module):
         """
         return x
 
-    def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
+    def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         """Return the biases of every layer for one segment.
 
         Args:

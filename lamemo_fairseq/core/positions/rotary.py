@@ -34,7 +34,7 @@ class RotaryPositions(PositionEncoding):
                 "positions: pass --clamp-len 0, or another encoding"
             )
 
-    def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
+    def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         exact = torch.promote_types(like.dtype, torch.float32)
         positions = torch.arange(causal, device=like.device, dtype=exact)
         angles = positions.unsqueeze(1) * inverse_frequencies(self.config.head_dim, exact, like.device)

@@ -40,7 +40,7 @@ class ShawPositions(PositionEncoding):
             nn.init.normal_(weight, std=0.02)
         self._told = False
 
-    def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
+    def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         trained = self.distance_embedding.size(1)
         told_apart = min(trained, self.config.clamp_len or trained)
         index = (torch.arange(causal, device=like.device) + trained - causal).clamp(min=trained - told_apart)

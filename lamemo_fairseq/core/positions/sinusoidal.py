@@ -28,7 +28,7 @@ class TransformerXLPositions(PositionEncoding):
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
-    def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
+    def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         past = self._project(self._sinusoids(range(causal - 1, -1, -1), like))
         causal_biases = [RelativeBias(self.content_bias, self.position_bias, table) for table in past]
         if ahead is None:
