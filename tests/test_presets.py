@@ -27,9 +27,10 @@ def test_memories_have_as_many_slots_as_the_released_models(memory, preset, rele
     config = MODEL_DATACLASS_REGISTRY[f"{MEMORIES[memory].architecture.name}_{preset}"](tokens_per_sample=None)
     with torch.device("meta"):
         found = FairseqMemoryDecoder(config, dictionary_of(10)).memory
-    slots = found.slots + (config.num_basis_functions if memory == "continuous" else 0)
-    assert slots == released + (config.memory_tokens if (memory, preset) == ("token", "wt103") else 0)
     assert found.period == released
+    if MEMORIES[memory].has_slots:
+        slots = found.slots + (config.num_basis_functions if memory == "continuous" else 0)
+        assert slots == released + (config.memory_tokens if (memory, preset) == ("token", "wt103") else 0)
 
 
 @pytest.mark.parametrize(

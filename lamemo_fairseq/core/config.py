@@ -86,8 +86,8 @@ class ModelConfig:
 
     @property
     def slots(self) -> int:
-        """Memory slots M a layer, 0 without memory."""
-        return self.mem_len if MEMORIES[self.memory].remembers else 0
+        """Memory slots M a layer, 0 where the memory has none."""
+        return self.mem_len if MEMORIES[self.memory].has_slots else 0
 
     @property
     def own_options(self) -> MemoryOptions:
@@ -163,7 +163,7 @@ class ModelConfig:
 
     def _check_memory(self) -> None:
         memory = MEMORIES[self.memory]
-        if memory.remembers and self.mem_len < memory.smallest_mem_len:
+        if memory.has_slots and self.mem_len < memory.smallest_mem_len:
             raise ValueError(
                 f"--mem-len is {self.mem_len}, but --memory {self.memory} needs at least {memory.smallest_mem_len}: "
                 "pass a positive length, or --memory none"

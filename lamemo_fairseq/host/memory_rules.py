@@ -5,7 +5,7 @@ from typing import Iterator
 
 from ..core.memory import MEMORIES
 from ..core.memory.compressive.compressions import COMPRESSIONS
-from .option_rules import IGNORED, TRAINING, Rule, is_one, is_other, rule, with_all
+from .option_rules import IGNORED, REFUSED, TRAINING, Rule, Settings, is_one, is_other, rule, with_all
 
 
 def of_memories() -> Iterator[Rule]:
@@ -22,14 +22,7 @@ def of_memories() -> Iterator[Rule]:
         f"it belongs to --memory {', '.join(carrying)}",
         is_other("memory", *carrying),
     )
-    memoryless = ", ".join(name for name in MEMORIES.names() if not MEMORIES[name].remembers)
-    yield rule(
-        IGNORED,
-        "mem_len",
-        TRAINING,
-        f"--memory {memoryless} has no slots",
-        lambda s: s.get("memory") is not None and not MEMORIES[str(s["memory"])].remembers,
-    )
+    yield from _of_slots()
     unlearned = [name for name in COMPRESSIONS.names() if not COMPRESSIONS[name].trains]
     yield rule(
         IGNORED,
@@ -48,3 +41,19 @@ def of_memories() -> Iterator[Rule]:
     yield rule(
         IGNORED, "preset_tokens_per_sample", TRAINING, "--tokens-per-sample is given", with_all("tokens_per_sample")
     )
+
+
+def _of_slots() -> Iterator[Rule]:
+    """Yield a rule for each memory without slots. Who chooses one that remembers may take --mem-len for its length."""
+    for name in MEMORIES.names():
+        memory = MEMORIES[name]
+        if memory.has_slots:
+            continue
+        if not memory.remembers:
+            yield rule(IGNORED, "mem_len", TRAINING, f"--memory {name} has no slots", is_one("memory", name))
+            continue
+
+        def chosen(settings: Settings, name: str = name) -> bool:
+            return str(settings.get("memory")) == name and settings.get("mem_len") != 0
+
+        yield rule(REFUSED, "mem_len", TRAINING, f"--memory {name} has no slots: leave it out, or pass 0", chosen)

@@ -137,6 +137,8 @@ def owners_of_options() -> Dict[str, Set[str]]:
             owners.setdefault(name, set()).add(memory)
         if MEMORIES[memory].carries_gradient:
             owners.setdefault("bptt_segments", set()).add(memory)
+        if MEMORIES[memory].has_slots:
+            owners.setdefault("mem_len", set()).add(memory)
     return owners
 
 

@@ -145,6 +145,7 @@ class Memory(nn.Module, Generic[State, Options]):
     cache: ClassVar[Type[AnyCache]] = FrozenCache  # of token-by-token decoding
     looks_ahead: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
+    has_slots: ClassVar[bool] = True  # rows before a segment's tokens, which --mem-len counts
     smallest_mem_len: ClassVar[int] = 1  # the smallest --mem-len that makes sense
     has_losses: ClassVar[bool] = False  # passages have losses
     carries_gradient: ClassVar[bool] = False  # gradient may flow from segment to segment of an update

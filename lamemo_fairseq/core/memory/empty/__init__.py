@@ -30,6 +30,7 @@ class EmptyMemory(Memory[EmptyState, MemoryOptions]):
     )
     state: ClassVar[Type[MemoryState]] = EmptyState
     remembers: ClassVar[bool] = False
+    has_slots: ClassVar[bool] = False
 
     def initial_state(self, x: Tensor) -> EmptyState:
         return EmptyState()
