@@ -44,10 +44,14 @@ VARIANTS = [
     ("enhanced", "shaw", "right"),
     ("enhanced", "alibi", "right"),
     ("enhanced", "rotary", "right"),
+    ("infini", "transformer-xl", "linear"),
+    ("infini", "transformer-xl", "delta"),
+    ("infini", "alibi", "delta"),
+    ("infini", "rotary", "linear"),
 ]
 
 # The option that the third part of a variant is for, where it is not the window.
-CHOICES = {"compressive": "compression"}
+CHOICES = {"compressive": "compression", "infini": "memory_update_rule"}
 
 # Sizes of a model small enough for hundreds of examples. Every memory's own options are among them.
 TINY = {

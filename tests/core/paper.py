@@ -62,8 +62,26 @@ class Paper:
                 scores = np.array([self.score(layer, h, i, j, q[i, h], k[j, h]) for j in keys])
                 weights = np.exp(scores - scores.max())
                 attended[i - first, h] = weights @ v[keys, h] / weights.sum()
+        attended = self.mixed(layer, q, k, v, attended)
         rows = rows + attended.reshape(current, -1) @ self.w[f"layers.{layer}.self_attn.out_proj.weight"].T
         if self.pre_norm:
             return rows + self.feed_forward(layer, self.norm(layer, "final_layer_norm", rows))
         rows = self.norm(layer, "self_attn_layer_norm", rows)
         return self.norm(layer, "final_layer_norm", rows + self.feed_forward(layer, rows))
+
+    def mixed(self, layer, q, k, v, attended):
+        """What a memory makes of the heads ``attended [n, H, D]``, of the queries, keys and values ``[R, H, D]``."""
+        return attended
+
+
+def differences(function, at, step=1e-6):
+    """The gradient of a scalar function by central differences."""
+    gradient = np.zeros_like(at)
+    for index in np.ndindex(at.shape):
+        values = []
+        for sign in (1, -1):
+            moved = at.copy()
+            moved[index] += sign * step
+            values.append(function(moved))
+        gradient[index] = (values[0] - values[1]) / (2 * step)
+    return gradient

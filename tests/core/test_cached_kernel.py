@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"
 )
-CHOICE_OF = {"compressive": "most-used"}
+CHOICE_OF = {"compressive": "most-used", "infini": "delta"}
 LOOKAHEAD, RECURRENT = ("lookahead", "disentangled", "right"), ("recurrent", "transformer-xl", "right")
 LONGEST = 70  # memory
 LENGTHS = [17, 79, 38, 58, 3]  # in segments of 20, after 0, 60, 20, 40 and 0 slots

@@ -11,7 +11,7 @@ from lamemo_fairseq.core.decoding.state import DecodingState
 
 from ..gpus import DEVICE
 from .helpers import random_tokens, read_streams, read_texts, segments_of, tiny_decoder, whole_segments
-from .paper import Paper
+from .paper import Paper, differences
 
 PLAIN, DISENTANGLED = ("token", "transformer-xl", "right"), ("token", "disentangled-content", "right")
 ODD = {
@@ -92,19 +92,6 @@ def test_four_segments_equal_the_papers_computation(variant, options):
         np.testing.assert_allclose(state.tokens[row].numpy(), tokens, rtol=0, atol=1e-9)
         for hidden, rows in zip(state.hidden, cache, strict=True):
             np.testing.assert_allclose(hidden[row].numpy(), rows, rtol=0, atol=1e-9)
-
-
-def differences(function, at, step=1e-6):
-    """The gradient of a scalar function by central differences."""
-    gradient = np.zeros_like(at)
-    for index in np.ndindex(at.shape):
-        values = []
-        for sign in (1, -1):
-            moved = at.copy()
-            moved[index] += sign * step
-            values.append(function(moved))
-        gradient[index] = (values[0] - values[1]) / (2 * step)
-    return gradient
 
 
 @pytest.mark.parametrize(("variant", "mem_len"), [(PLAIN, 4), (DISENTANGLED, 0)], ids=str)

@@ -1,0 +1,89 @@
+"""Infini-attention (Munkhdalai, Faruqui, Gopal 2024, arXiv 2404.07143): associations of all earlier segments.
+
+Every head of every layer has a matrix M from keys to values, and the sum z of the keys. A segment attends to itself
+alone, reads the M that earlier segments have written, and is written when it has been read. What the paper leaves open:
+
+- The first segment has nothing to read, and the local attention alone; a flag in the state tells it from others.
+- Keys and queries of M have no positions. Rotations and biases are the local attention's.
+- M and z are float32 or wider whatever the model is, and so is all that is computed from them.
+- The gate beta is 0 at first, so that both read-outs weigh the same.
+- Gradient flows through M and z between the segments of an update (``bptt_segments``). The state behind it has none.
+
+There are no memory slots: the paper has no cache of rows, and the length of the local attention is the segment's.
+
+Shapes: B streams, n current tokens, H heads, D size of a head, d model width.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, List, Optional, Sequence, Tuple, Type
+
+from torch import Tensor
+
+from ...decoding.cache import AnyCache
+from ...layers import DecoderLayer, SelfAttention
+from ...positions import PositionEncoding
+from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage
+from .attention import Associations, InfiniSelfAttention
+from .cache import InfiniCache, empty_associations
+from .options import InfiniOptions
+
+# Two segments an update, as long as Transformer-XL's, so that writing is trained. The paper's are 16 of 2,048 tokens.
+_CHARACTERS = {"mem_len": 0, "bptt_segments": 2, "preset_tokens_per_sample": 1024}
+
+
+@dataclass(frozen=True)
+class InfiniState(MemoryState):
+    """Per layer the `Associations`. Shapes are the same from the first segment on."""
+
+    matrices: Tuple[Tensor, ...]  # a layer: [B, H, D, D], float32 or wider
+    normalizers: Tuple[Tensor, ...]  # a layer: [B, H, D], float32 or wider
+    written: Tensor  # [B, 1] bool, whether there is an earlier segment
+
+
+@MEMORIES.register("infini")
+class InfiniMemory(Memory[InfiniState, InfiniOptions]):
+    """A matrix of associations for every head.
+
+    With ``bptt_segments`` 1 a segment is read in later updates alone, as a constant: what it writes is then not trained
+    to be read.
+    """
+
+    architecture: ClassVar[Architecture] = Architecture(
+        name="infini_attention_lm",
+        class_name="InfiniAttentionLanguageModel",
+        summary="Infini-attention: a matrix of associations beside local attention (Munkhdalai et al. 2024).",
+        defaults={"position_encoding": "transformer-xl", "mem_len": 0},
+        presets={
+            "wt103": {"mem_len": 0, "bptt_segments": 2, "preset_tokens_per_sample": 300},
+            "enwik8": _CHARACTERS,
+            "text8": _CHARACTERS,
+        },
+    )
+    options: ClassVar[Type[InfiniOptions]] = InfiniOptions
+    attention: ClassVar[Type[SelfAttention]] = InfiniSelfAttention
+    state: ClassVar[Type[MemoryState]] = InfiniState
+    cache: ClassVar[Type[AnyCache]] = InfiniCache
+    has_slots: ClassVar[bool] = False
+    carries_gradient: ClassVar[bool] = True
+
+    def initial_state(self, x: Tensor) -> InfiniState:
+        empty = empty_associations(x.size(0), self.config.heads, self.config.head_dim, x)
+        layers = self.config.layers
+        return InfiniState((empty.matrix,) * layers, (empty.normalizer,) * layers, empty.written)
+
+    def pass_segment(
+        self,
+        x: Tensor,
+        state: InfiniState,
+        layers: Sequence[DecoderLayer],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        """Read a segment ``x [B, n, d]``, and write it. Padding is written too: streams end with it."""
+        written: List[Associations] = []
+        biases = positions(x.size(1), None, x)
+        for layer, bias, matrix, normalizer in zip(layers, biases, state.matrices, state.normalizers, strict=True):
+            x, after = layer(x, bias, Associations(matrix, normalizer, state.written))
+            written.append(after)
+        matrices, normalizers, flags = zip(*written, strict=True)
+        return Passage(x, InfiniState(matrices, normalizers, flags[-1]))
