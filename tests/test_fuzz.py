@@ -149,6 +149,7 @@ OPTIONS = {
     "mem_len": st.integers(-2, 9),
     "memory_tokens": st.integers(-1, 3),
     "memory_reads_cache": st.booleans(),
+    "memory_update_rule": st.sampled_from(["linear", "delta", "other"]),
     "bptt_segments": st.integers(-1, 3),
     "clamp_len": st.integers(-2, 9),
     "same_length": st.booleans(),

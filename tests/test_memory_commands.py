@@ -49,3 +49,28 @@ def test_commands_with_another_segment_length_at_test_time(tmp_path):
     assert tokens == 301 and loss != usual[1]
     with pytest.raises(ValueError, match=r"--tokens-per-sample 5 .*--bptt-segments 2 .*--model-overrides"):
         run_command(eval_lm.cli_main, data, *TASK, "--path", path, "--gen-subset", "test", "--tokens-per-sample", 5)
+
+
+def test_commands_with_a_memory_that_has_no_slots(tmp_path):
+    """Its gradient crosses segments in training; in evaluation only their length can be chosen."""
+    data = write_data(tmp_path / "data", train=600, valid=60, test=301)
+    run_command(
+        train.cli_main, data, *TASK, "--arch", "infini_attention_lm", "--decoder-layers", 2, "--decoder-embed-dim", 8,
+        "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 8, "--batch-size", 4, "--tokens-per-sample", 16,
+        "--bptt-segments", 2, "--optimizer", "adam", "--lr", 0.03, "--max-update", 12, "--save-dir", tmp_path,
+        "--disable-validation", "--num-workers", 0,
+    )  # fmt: skip
+    path = tmp_path / "checkpoint_last.pt"
+    gates = torch.load(path, weights_only=False)["model"]["decoder.layers.0.self_attn.memory_gate"]
+    assert gates.count_nonzero() == 2  # they were 0
+
+    def evaluated(length, overrides):
+        options = ["--tokens-per-sample", length, "--model-overrides", str(overrides)]
+        return evaluate(data, path, "--batch-size", 2, *options)
+
+    usual = evaluate(data, path, "--batch-size", 2)
+    assert usual[0] == 301 and evaluated(8, {"bptt_segments": 1}) == usual
+    tokens, loss = evaluated(50, {"bptt_segments": 1})
+    assert tokens == 301 and loss != usual[1]
+    with pytest.raises(ValueError, match=r"--model-overrides: mem_len belongs to --memory .* leave it out"):
+        evaluated(16, {"mem_len": 40})

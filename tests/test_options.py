@@ -257,6 +257,8 @@ def test_options_that_depend_on_others_are_told(words, warning, caplog):
         ("compressive_transformer_lm_wt103", ["--compression-rate", 5], None),
         ("infinity_former_lm", ["--num-basis-functions", 8], None),
         ("recurrent_memory_transformer_lm", ["--bptt-segments", 2], None),
+        ("infini_attention_lm", ["--bptt-segments", 2, "--mem-len", 0], None),
+        ("lamemo_lm", ["--memory", "infini", "--mem-len", 0], None),
         ("transformer_xl_lm", ["--memory", "lookahead", "--lookahead-window", "full"], None),
         ("lamemo_lm", ["--memory", "recurrent", "--lookahead-window", "full"], "belongs to --memory lookahead"),
         ("relative_transformer_lm", ["--mem-len", 5], "--mem-len is ignored: --memory none has no slots"),
@@ -266,6 +268,12 @@ def test_the_memory_is_that_of_the_architecture(arch, words, warning, caplog):
     """Where no --memory is given."""
     start_training("--max-update", 1, *words, arch=arch)
     assert ("is ignored" in caplog.text) is (warning is not None) and (warning or "") in caplog.text
+
+
+@pytest.mark.parametrize("words", [(), ("--arch", "lamemo_lm", "--memory", "infini")], ids=str)
+def test_the_length_of_a_memory_without_slots(words):
+    with pytest.raises(ValueError, match="--mem-len is refused: --memory infini has no slots: leave it out, or pass 0"):
+        start_training("--mem-len", 5, *words[2:], arch=words[1] if words else "infini_attention_lm")
 
 
 def test_an_option_of_training_in_evaluation():

@@ -40,6 +40,10 @@ def test_memories_have_as_many_slots_as_the_released_models(memory, preset, rele
         ("lamemo_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305 + 410),
         ("transformer_xl_lm_wt103", WIKITEXT_WORDS, {"position_encoding": "shaw"}, 150_438_445),
         ("recurrent_memory_transformer_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305 + 10 * 410),
+        # A gate a head.
+        ("infini_attention_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305 + 16 * 10),
+        ("infini_attention_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436 + 12 * 8),
+        ("infini_attention_lm_text8", ENWIK8_SYMBOLS, {"memory_update_rule": "delta"}, 41_055_436 + 12 * 8),
         ("relative_transformer_lm_wt103", WIKITEXT_WORDS, {"position_encoding": "absolute"}, 148_415_885),
         ("transformer_xl_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436),
         ("ernie_doc_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436),

@@ -104,6 +104,12 @@ def test_killed_again_and_again(data, whole, tmp_path):
         (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 1, 4),
         (["--checkpoint-activations"], "lamemo_lm", 1, 4),
         (["--roll", "--bptt-segments", 2], "recurrent_memory_transformer_lm", 1, 4),
+        (
+            ["--roll", "--bptt-segments", 2, "--memory-update-rule", "delta", "--mem-len", 0],
+            "infini_attention_lm",
+            1,
+            4,
+        ),
         ([*CONTINUOUS, "--checkpoint-activations"], "infinity_former_lm", 1, 4),
         (["--update-freq", 2, "--documents", "recorded", "--roll"], "transformer_xl_lm", 2, 2),
         (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 3, 1),

@@ -86,6 +86,7 @@ _work([TRAIN], "test_compressive.py", "compression_rate compression compression_
 _work([TRAIN], "test_continuous_memory.py", "basis_widths ridge_penalty contraction_factor memory_samples")
 _work([TRAIN], "test_continuous_memory.py", "memory_sampling kl_weight kl_sigma")
 _work([TRAIN], "test_token_memory.py", "memory_reads_cache bptt_segments")
+_work([TRAIN], "test_infini.py", "memory_update_rule")
 
 # Evaluation
 _work([EVAL_LM, VALIDATE, *GENERATION], "test_commands.py", "path model_overrides")
