@@ -210,16 +210,16 @@ def test_gates_begin_at_zero():
 
 @torch.no_grad()
 def test_memory_knows_no_positions():
-    """A query reads the same wherever it stands, and whatever the order in which keys were written."""
-    decoder = infini_decoder(("infini", "rotary", "linear"), decoder_layers=1, segment_length=5)
-    attention = decoder.layers[0].self_attn
-    q, k, v = attention.project(decoder.embed_tokens(random_tokens(1, 5)), 5)
-    empty = empty_associations(1, 2, 4, q)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    one, other = attention.write(empty, k, v), attention.write(empty, k[:, :, order], v[:, :, order])
-    torch.testing.assert_close(one, other)
-    read = attention.combine(q, torch.zeros_like(q), one)
-    torch.testing.assert_close(read[:, :, order], attention.combine(q[:, :, order], torch.zeros_like(q), one))
+    """What is written does not depend on the order of keys, nor what is read on where a query stands."""
+    decoder = infini_decoder(("infini", "rotary", "linear"), segment_length=5)
+    attention, rows = decoder.layers[0].self_attn, decoder.embed_tokens(random_tokens(1, 5))
+    q, k, v = attention.project(rows, 5)
+    empty, order = empty_associations(1, 2, 4, rows), torch.tensor([3, 0, 4, 1, 2])
+    _, past = attention(rows, decoder.positions(5, None, rows)[0], empty)
+    torch.testing.assert_close(past, attention.write(empty, k[:, :, order], v[:, :, order]))
+    nothing = torch.zeros_like(q)
+    read_out = attention.combine(q, nothing, past)
+    torch.testing.assert_close(read_out[:, :, order], attention.combine(q[:, :, order], nothing, past))
 
 
 @torch.no_grad()
