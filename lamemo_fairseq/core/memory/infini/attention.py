@@ -19,7 +19,7 @@ EPS = 1e-6  # of the read-out's denominator
 
 
 class Associations(NamedTuple):
-    """What a layer's heads have stored of all earlier segments."""
+    """The memory of a layer's heads: all earlier segments, summed."""
 
     matrix: Tensor  # [B, H, D, D], from keys to values, float32 or wider
     normalizer: Tensor  # [B, H, D], the sum of all keys, likewise
