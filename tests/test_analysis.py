@@ -298,6 +298,24 @@ def test_recorded_documents_are_read_each_from_an_empty_memory(trained, tmp_path
     assert mean == pytest.approx(scored["bits_per_token"], rel=1e-6)
 
 
+def test_a_model_without_slots(trained, tmp_path, capsys, monkeypatch):
+    """Its attention is that within segments."""
+    monkeypatch.setattr(report, "draw", lambda *_: {})
+    run_command(
+        train.cli_main, trained / "data", *TASK, "--arch", "infini_attention_lm", "--decoder-layers", 1,
+        "--decoder-embed-dim", 8, "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 8, "--tokens-per-sample",
+        8, "--batch-size", 4, "--optimizer", "adam", "--lr", 0.02, "--max-update", 2, "--num-workers", 0,
+        "--disable-validation", "--no-epoch-checkpoints", "--save-dir", tmp_path,
+    )  # fmt: skip
+    options = ["--batch-size", "2", "--segments", "3", "--cpu", "--out", str(tmp_path / "out"), "--mem-len", "9"]
+    options += ["--cut-memory", "4"]
+    assert __main__.main([str(trained / "data"), f"Infini={tmp_path / 'checkpoint_last.pt'}", *options]) == 0
+    told = capsys.readouterr()
+    for option in ("--mem-len", "--cut-memory"):
+        assert f"Infini: {option} has no effect on this model: --memory infini has no slots" in told.err
+    assert "Infini: loss" in told.out and len(lines(tmp_path / "out" / "loss_by_position.csv")) == 8
+
+
 def test_two_models_need_two_names(trained, capsys):
     path = str(trained / "lamemo_lm" / "checkpoint_last.pt")
     assert __main__.main([str(trained / "data"), path, path, "--segments", "1", "--cpu", "--out", "unused"]) == 1

@@ -120,8 +120,13 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
     """
     opened = opening(path, args, mem_len=args.mem_len)
     model = opened.models[0]
-    collected = collect(model, segments(opened, args, name), opened.device)
     memory = model.decoder.memory
+    if not memory.has_slots:
+        for option, given in (("--mem-len", args.mem_len is not None), ("--cut-memory", args.cut_memory)):
+            if given:
+                kind = model.decoder.config.memory
+                print(f"{name}: {option} has no effect on this model: --memory {kind} has no slots", file=sys.stderr)
+    collected = collect(model, segments(opened, args, name), opened.device)
     if collected.slots < memory.slots:
         print(
             f"{name}: the memory of {memory.slots} slots was never full when a whole segment was read; "
@@ -131,7 +136,7 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
         )
     config = model.decoder.config
     collected.curves[config.slots] = of_streams(collected.log.streams(), starts_of(opened, args))
-    for length in args.cut_memory if memory.remembers else ():
+    for length in args.cut_memory if memory.has_slots else ():
         if length not in collected.curves:
             cut = opening(path, args, **cut_to(length, config))
             log = TokenLog()
