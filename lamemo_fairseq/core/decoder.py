@@ -178,7 +178,7 @@ def _layers(config: ModelConfig, memory: Memory[MemoryState, MemoryOptions]) -> 
         normalize_before=config.decoder_normalize_before,
         checkpoint_activations=config.checkpoint_activations,
     )
-    return nn.ModuleList(DecoderLayer(layer, memory.attention(attention)) for _ in range(config.decoder_layers))
+    return nn.ModuleList(DecoderLayer(layer, memory.attention_of(n)(attention)) for n in range(config.decoder_layers))
 
 
 def _adaptive_softmax(config: ModelConfig, embedding: WordEmbedding) -> AdaptiveSoftmax:

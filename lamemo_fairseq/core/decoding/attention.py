@@ -73,6 +73,10 @@ class Columns:
         shape[0], shape[dim] = self.own.shape
         buffer.scatter_(dim, self.own.view(shape).expand(new.shape), new.to(buffer.dtype))
 
+    def take(self, buffer: Tensor) -> Tensor:
+        """Return the new tokens' own columns: ``[B, H, C] -> [B, H, k]``."""
+        return buffer.gather(2, self.own.unsqueeze(1).expand(-1, buffer.size(1), -1))
+
     def of(self, buffer: Tensor) -> Tensor:
         """Return the columns that are looked at: ``[B, H, C, ..] -> [B, H, K, ..]``."""
         return buffer.narrow(2, self.first, self.end - self.first)

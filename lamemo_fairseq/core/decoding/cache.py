@@ -82,15 +82,15 @@ class LayerCache:
     def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
         """Keep the rows ``[B, k, d]`` that go into the layer."""
 
-    def combine(self, attention: SelfAttention, q: Tensor, read_out: Tensor) -> Tensor:
+    def combine(self, attention: SelfAttention, q: Tensor, attended: Attended) -> Tensor:
         """Return the heads that go into the output projection.
 
         Args:
             attention: the layer's.
             q: ``[B, H, k, D]``.
-            read_out: ``[B, H, k, D]``, of slots and tokens.
+            attended: of slots and tokens; its normaliser is empty unless there are buffers for it in `attended`.
         """
-        return read_out
+        return attended.output
 
 
 @dataclass

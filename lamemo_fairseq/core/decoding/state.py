@@ -45,7 +45,10 @@ class DecodingState:
         self.cache: AnyCache = memory.cache.empty(memory, batch_size, like)
         # The same in every step: sinusoids and their projections are computed once a text, not once a token.
         biases = decoder.positions(self.mem_len + self.length, None, like)
-        self.biases: List[LayerBias] = [b._replace(causal=_laid_out(b.causal)) for b in biases]
+        self.biases: List[LayerBias] = [
+            layer.self_attn.own_bias(bias._replace(causal=_laid_out(bias.causal)))
+            for layer, bias in zip(self.layers, biases, strict=True)
+        ]
         self.layer_step: LayerStep = layer_step
         self.span = self.layers[0].self_attn.config.span
 
@@ -168,6 +171,6 @@ def layer_step(layer: DecoderLayer, x: Tensor, cached: LayerCache, columns: Colu
         if past is not None:
             columns.write(past.output, attended.output, 2)
             columns.write(past.normalizer, attended.normalizer, 2)
-        return attention.merge_heads(cached.combine(attention, q, attended.output)), None
+        return attention.merge_heads(cached.combine(attention, q, attended)), None
 
     return layer.around(x, attend)[0]

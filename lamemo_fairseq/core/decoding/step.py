@@ -8,10 +8,11 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..attention import RelativeBias
+from ..attention import Attended, RelativeBias
 from ..kernels.module_tree import is_plain, is_product
 from ..kernels.residual import chance, is_affine
-from ..layers import DecoderLayer
+from ..layers import DecoderLayer, SelfAttention
+from ..layers.heads import split_heads
 from ..layers.layer import FeedForward
 from ..positions import LayerBias, PositionEncoding
 from .attention import Columns
@@ -30,7 +31,9 @@ def kernel_step(state: DecodingState) -> Optional["KernelStep"]:
     """
     backend, positions = state.layers[0].self_attn.config.backend, state.decoder.positions
     wanted = backend != "eager" and state.cache.layers[0].keys.dtype.itemsize < 8
-    by_distance = state.biases[0].rotation is None and type(positions).embed is PositionEncoding.embed
+    by_distance = (
+        all(bias.rotation is None for bias in state.biases) and type(positions).embed is PositionEncoding.embed
+    )
     if not wanted or not by_distance:
         return None
     if not all(map(_is_plain, state.layers)):
@@ -120,7 +123,7 @@ class KernelStep:
             rows, norm = self._normalized(rows, norm), None
             cached.store_inputs(rows.unsqueeze(1), columns)
         qkv = self._map(rows, layer.self_attn.qkv_proj.weight, norm=first if pre_norm else norm)
-        heads = self._heads(layer, cached, bias.causal, qkv)
+        heads = self._heads(layer, cached, bias.causal, columns, qkv)
         x = self._map(heads, layer.self_attn.out_proj.weight, residual=rows, residual_norm=norm)
         relu = layer.config.activation_fn == "relu"
         into, out = feed_forward.fc1, feed_forward.fc2
@@ -130,9 +133,14 @@ class KernelStep:
         x = self._map(hidden, out.weight, out.bias, residual=x, residual_norm=None if pre_norm else first)
         return x, None if pre_norm else second
 
-    def _heads(self, layer: DecoderLayer, cached: LayerCache, bias: RelativeBias, qkv: Tensor) -> Tensor:
+    def _heads(
+        self, layer: DecoderLayer, cached: LayerCache, bias: RelativeBias, columns: Columns, qkv: Tensor
+    ) -> Tensor:
         """Attend with new queries, keys and values ``[B, 3 H D]``, and combine the read-outs: ``[B, H D]`` or wider."""
-        state, config = self.state, layer.self_attn.config
+        state, config, past = self.state, layer.self_attn.config, cached.attended()
+        if type(layer.self_attn).prepare is not SelfAttention.prepare:
+            q, k, v = split_heads(qkv.unsqueeze(1), 3, config.heads)
+            qkv = torch.cat([t.flatten(1) for t in (*layer.self_attn.prepare(q, k), v)], dim=1)
         read_out = self._attention(
             qkv,
             cached.keys,
@@ -142,12 +150,13 @@ class KernelStep:
             state.cache.slots,
             state.mem_len,
             self._workspace,
-            cached.attended(),
+            past,
             config.span,
         )
         shape = (len(qkv), config.heads, 1, config.head_dim)
         q = qkv[:, : read_out.size(1)].view(shape)
-        heads = cached.combine(layer.self_attn, q, read_out.view(shape))
+        normalizer = read_out.new_empty(0) if past is None else columns.take(past.normalizer)
+        heads = cached.combine(layer.self_attn, q, Attended(read_out.view(shape), normalizer))
         return heads.squeeze(2).flatten(1)
 
 

@@ -52,6 +52,18 @@ class SelfAttention(nn.Module):
 
     def project(self, rows: Tensor, queries: int, keep_padding: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries of the last rows, keys and values of all: ``[B, H, Q or R, D]``, D' with *keep_padding*."""
+        q, k, v = self._project(rows, queries, keep_padding)
+        return (*self.prepare(q, k), v)
+
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return projected queries and keys ``[B, H, Q or R, D or D']`` as attention takes them: mostly as they are."""
+        return q, k
+
+    def own_bias(self, bias: LayerBias) -> LayerBias:
+        """Return what this attention uses of the positions of its layer, which is all of it for most."""
+        return bias
+
+    def _project(self, rows: Tensor, queries: int, keep_padding: bool) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.config.heads
         if not is_product(self.qkv_proj):
             q, k, v = split_heads(self.qkv_proj(rows), 3, heads)

@@ -165,6 +165,10 @@ class Memory(nn.Module, Generic[State, Options]):
         """The number of tokens from one change of the memory to the next."""
         return self.config.segment_length // self.config.bptt_segments
 
+    def attention_of(self, layer: int) -> Type[SelfAttention]:
+        """Return the class of the attention of a layer, counted from 0: of all of them the same, unless overridden."""
+        return self.attention
+
     def reset_parameters(self) -> None:
         """Initialise what is not as in other modules: weights N(0, .02), biases 0."""
 

@@ -10,6 +10,7 @@ from typing import Optional, Protocol, cast
 import torch
 from torch import Tensor
 
+from ...attention import Attended
 from ...decoding.cache import (
     InputLayerCache,
     LayerCache,
@@ -40,8 +41,8 @@ class ContinuousLayerCache(InputLayerCache):
     coefficients: Tensor  # [B, J, d], float32 or wider
     long_term: LongTerm
 
-    def combine(self, attention: SelfAttention, q: Tensor, read_out: Tensor) -> Tensor:
-        return cast(ContinuousSelfAttention, attention).combine(q, read_out, self.long_term)[0]
+    def combine(self, attention: SelfAttention, q: Tensor, attended: Attended) -> Tensor:
+        return cast(ContinuousSelfAttention, attention).combine(q, attended.output, self.long_term)[0]
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Optional, cast
 import torch
 from torch import Tensor
 
+from ...attention import Attended
 from ...decoding.cache import LayerCache, SegmentCache, SequencePosition, counts, select_sequences, write_sequences
 from ...decoding.interfaces import CachedMemory, Network
 from ...layers import SelfAttention
@@ -21,8 +22,8 @@ class InfiniLayerCache(LayerCache):
 
     past: Associations
 
-    def combine(self, attention: SelfAttention, q: Tensor, read_out: Tensor) -> Tensor:
-        return cast(InfiniSelfAttention, attention).combine(q, read_out, self.past)
+    def combine(self, attention: SelfAttention, q: Tensor, attended: Attended) -> Tensor:
+        return cast(InfiniSelfAttention, attention).combine(q, attended.output, self.past)
 
 
 class InfiniCache(SegmentCache[CachedMemory, InfiniLayerCache]):
