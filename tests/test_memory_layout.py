@@ -24,6 +24,12 @@ def test_what_a_saved_memory_depends_on_is_stored_as_plain_values():
     assert {type(value) for value in decoder.streams.options.values()} == {int, str}
 
 
+def test_a_saved_store_is_one_layers_keys_and_values():
+    """How many of them a query reads may change."""
+    names = set(tiny_decoder(("memorizing", "transformer-xl", "top-k"), retrieved_rows=3).streams.options)
+    assert names == {"--memory", "--mem-len", "--store-len", "--store-layer", "--retrieval"}
+
+
 def test_a_saved_memory_depends_on_the_number_of_tokens_and_of_cached_rows():
     decoder = tiny_decoder(TOKEN, memory_tokens=5, mem_len=0)
     assert decoder.streams.options == {"--memory": "token", "--mem-len": 0, "--memory-tokens": 5}

@@ -47,6 +47,9 @@ def test_memories_have_as_many_slots_as_the_released_models(memory, preset, rele
         ("relative_transformer_lm_wt103", WIKITEXT_WORDS, {"position_encoding": "absolute"}, 148_415_885),
         ("transformer_xl_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436),
         ("ernie_doc_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436),
+        # A scale for each head of one layer, and a gate.
+        ("memorizing_transformer_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305 + 2 * 10),
+        ("memorizing_transformer_lm_enwik8", ENWIK8_SYMBOLS, {"retrieval": "dense"}, 41_055_436 + 8),
         # An output projection, W_k and W_v, and w_mu and w_sigma a layer.
         ("infinity_former_lm_wt103", WIKITEXT_WORDS, {}, 151_106_305 + 16 * (3 * 410 * 410 + 2 * 76)),
         ("lamemo_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436 + 512),

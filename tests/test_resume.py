@@ -100,6 +100,8 @@ def test_killed_again_and_again(data, whole, tmp_path):
         ([], "relative_transformer_lm", 1, 4),
         (["--mem-len", 10, "--compressed-len", 6], "compressive_transformer_lm", 1, 4),
         (["--roll"], "ernie_doc_lm", 1, 4),
+        (["--store-len", 30, "--retrieved-rows", 5], "memorizing_transformer_lm", 1, 4),
+        (["--roll", "--store-len", 30, "--retrieval", "dense"], "memorizing_transformer_lm", 1, 4),
         (["--roll", "--update-freq", 3], "lamemo_lm", 1, 4),
         (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 1, 4),
         (["--checkpoint-activations"], "lamemo_lm", 1, 4),

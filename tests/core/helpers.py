@@ -48,10 +48,15 @@ VARIANTS = [
     ("infini", "transformer-xl", "delta"),
     ("infini", "alibi", "delta"),
     ("infini", "rotary", "linear"),
+    ("memorizing", "transformer-xl", "top-k"),
+    ("memorizing", "transformer-xl", "dense"),
+    ("memorizing", "shaw", "dense"),
+    ("memorizing", "alibi", "top-k"),
+    ("memorizing", "rotary", "dense"),
 ]
 
 # The option that the third part of a variant is for, where it is not the window.
-CHOICES = {"compressive": "compression", "infini": "memory_update_rule"}
+CHOICES = {"compressive": "compression", "infini": "memory_update_rule", "memorizing": "retrieval"}
 
 # Sizes of a model small enough for hundreds of examples. Every memory's own options are among them.
 TINY = {
@@ -62,6 +67,7 @@ TINY = {
     "compressed_len": 3,
     "compression_rate": 2,
     "memory_tokens": 2,
+    "store_len": 7,
     "segment_length": 3,
     "decoder_layers": 2,
     "decoder_embed_dim": 8,

@@ -26,6 +26,7 @@ SEGMENTS = (17, 5, 17, 1)  # the first one finds an empty memory
 SIZES = {
     "segment_length": 17,
     "mem_len": 23,
+    "store_len": 29,
     "decoder_embed_dim": 10,
     "decoder_attention_heads": 2,
     "decoder_ffn_embed_dim": 9,

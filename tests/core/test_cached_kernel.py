@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"
 )
-CHOICE_OF = {"compressive": "most-used", "infini": "delta"}
+CHOICES_OF = {"compressive": ["most-used"], "infini": ["delta"], "memorizing": ["top-k", "dense"]}
 LOOKAHEAD, RECURRENT = ("lookahead", "disentangled", "right"), ("recurrent", "transformer-xl", "right")
 LONGEST = 70  # memory
 LENGTHS = [17, 79, 38, 58, 3]  # in segments of 20, after 0, 60, 20, 40 and 0 slots
@@ -80,13 +80,15 @@ def test_steps_by_the_kernels_are_the_plain_ones(variant, rows, options):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("memory", MEMORIES.names())
+@pytest.mark.parametrize(
+    ("memory", "choice"), [(name, choice) for name in MEMORIES.names() for choice in CHOICES_OF.get(name, ["right"])]
+)
 @torch.no_grad()
-def test_every_memory_has_the_kernels_step(memory):
+def test_every_memory_has_the_kernels_step(memory, choice):
     """Over the end of a segment, with slots so few that what a memory keeps of a step decides the next ones."""
     positions = MEMORIES[memory].architecture.defaults.get("position_encoding", "disentangled")
     sizes = {"mem_len": 1, "segment_length": 4, "decoder_embed_dim": 12}
-    decoder = tiny_decoder((memory, positions, CHOICE_OF.get(memory, "right")), dtype=torch.float32, **sizes).to(DEVICE)
+    decoder = tiny_decoder((memory, positions, choice), dtype=torch.float32, **sizes).to(DEVICE)
     prompts, words = random_tokens(2, 9).to(DEVICE), random_tokens(2, 4, seed=5).to(DEVICE)
     plain, kernel = DecodingState(decoder, 2), DecodingState(decoder, 2)
     for state in (plain, kernel):

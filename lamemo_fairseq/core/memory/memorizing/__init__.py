@@ -1,0 +1,118 @@
+"""The Memorizing Transformer: one layer stores keys and values of the past (Wu et al. 2022, arXiv 2203.08913).
+
+All layers have Transformer-XL's memory of M slots. One of them also has a store of the keys and values of the last S
+tokens, first in, first out, to which no gradient flows. A segment reads the store as earlier segments left it, and is
+then appended. There are two retrievals (`attention.py`):
+
+- ``top-k``, the paper's: each query and head attends to the k stored rows with the largest scores, and a gate of the
+  head mixes the result with that of the usual attention. The search is exact; of equal scores the oldest row wins.
+  Rows that are slots are in the store as well, and so are counted twice, as published.
+- ``dense``, of the authors' later code: one softmax over all that is stored and the segment, without gate and slots.
+
+examples/memorizing_transformer_lm/README.md says where this differs from the paper and from public code.
+
+Shapes: B streams, N current tokens, m <= M memory slots, n <= S stored rows, H heads, D size of a head, d model width.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import cache as remembered
+from typing import ClassVar, Optional, Sequence, Tuple, Type
+
+from torch import Tensor
+
+from ...decoding.cache import AnyCache
+from ...kernels.padded import join
+from ...layers import CausalSelfAttention, DecoderLayer, SelfAttention
+from ...positions import PositionEncoding
+from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
+from .attention import RETRIEVALS, Store, appended
+from .cache import MemorizingCache
+from .options import DENSE, TOP_K, MemorizingOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MemorizingState(MemoryState):
+    """Per layer the rows that went into it, and the store of one layer."""
+
+    hidden: Tuple[Tensor, ...]  # a layer: [B, m, d]; [B, 0, d] in a layer that does not read them
+    keys: Tensor  # [B, H, n, D], of length 1
+    values: Tensor  # [B, H, n, D]
+
+
+@MEMORIES.register("memorizing")
+class MemorizingMemory(Memory[MemorizingState, MemorizingOptions]):
+    """Segment-level recurrence, and a store in one layer."""
+
+    architecture: ClassVar[Architecture] = Architecture(
+        name="memorizing_transformer_lm",
+        class_name="MemorizingTransformerLanguageModel",
+        summary="Memorizing Transformer: a layer retrieves stored keys and values (Wu et al. 2022).",
+        defaults={"position_encoding": "transformer-xl"},
+    )
+    options: ClassVar[Type[MemorizingOptions]] = MemorizingOptions
+    state: ClassVar[Type[MemoryState]] = MemorizingState
+    cache: ClassVar[Type[AnyCache]] = MemorizingCache
+    smallest_mem_len: ClassVar[int] = 0
+    layout: ClassVar[Tuple[str, ...]] = ("store_len", "store_layer", "retrieval")
+
+    def __init__(self, config: MemoryConfig[MemorizingOptions]):
+        super().__init__(config)
+        options = config.options
+        self.store_layer = options.layer_of(config.layers)
+        self.retrieval = RETRIEVALS[str(options.retrieval)]
+        self.reads_slots = self.retrieval.reads_slots
+        if not self.reads_slots and options.store_len < config.mem_len:
+            raise ValueError(
+                f"--store-len is {options.store_len}, fewer rows than --mem-len {config.mem_len} gives other layers: "
+                f"pass a longer one, or --retrieval {TOP_K} instead of {DENSE}"
+            )
+
+    def attention_of(self, layer: int) -> Type[SelfAttention]:
+        return self.retrieval if layer == self.store_layer else CausalSelfAttention
+
+    def initial_state(self, x: Tensor) -> MemorizingState:
+        config, batch = self.config, x.size(0)
+        store = x.new_empty(batch, config.heads, 0, config.head_dim)
+        numbers = 2 * batch * config.heads * config.options.store_len * config.head_dim
+        _tell(batch, config.options.store_len, numbers * x.element_size())
+        return MemorizingState((x.new_empty(batch, 0, x.size(2)),) * config.layers, store, store)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MemorizingState,
+        layers: Sequence[DecoderLayer],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        current, slots = x.size(1), max(rows.size(1) for rows in state.hidden)
+        store = Store(state.keys.to(x), state.values.to(x))
+        biases = positions(slots + current, None, x)
+        hidden = []
+        for n, (layer, bias, past) in enumerate(zip(layers, biases, state.hidden, strict=True)):
+            rows = join(past.to(x), x)
+            if n != self.store_layer:
+                hidden.append(last_rows(rows, self.config.mem_len))
+                x, _ = layer(rows, bias, current)
+                continue
+            hidden.append(last_rows(rows, self.config.mem_len if self.reads_slots else 0))
+            x, new = layer(rows, current, store)
+            if self.training:
+                x = x + no_contribution(bias.causal)  # with a single layer, nothing has used positions
+        size = self.config.options.store_len
+        keys, values = appended(store.keys, new.keys, size), appended(store.values, new.values, size)
+        return Passage(x, MemorizingState(tuple(hidden), keys, values))
+
+
+@remembered
+def _tell(streams: int, rows: int, size: int) -> None:
+    """Say how large the store becomes; it is a part of every checkpoint."""
+    logger.info(
+        "the store takes up to %s rows of one layer for each of %s streams: %.3f GiB, and as much of a checkpoint",
+        f"{rows:,}",
+        streams,
+        size / 2**30,
+    )

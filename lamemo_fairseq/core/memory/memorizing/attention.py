@@ -1,0 +1,174 @@
+"""Attention of the layer with the store: to its segment, and to stored keys and values without gradient.
+
+Queries and keys have length 1 and no positions; ``score = a_h q . k``, with ``a_h = exp(s_h)`` learned for each head.
+
+Shapes: B streams, R rows, N current tokens, Q queries, H heads, D size of a head, D' its padded size, m <= S stored
+rows, k retrieved rows.
+"""
+
+from typing import ClassVar, Dict, NamedTuple, Optional, Type
+
+import torch
+from torch import Tensor, nn
+
+from ...attention import Attended, RelativeBias
+from ...attention.eager import softmax_and_normalizer
+from ...attention.padding import as_wide
+from ...kernels.padded import WideRows
+from ...layers import AttentionConfig, SelfAttention
+from ...positions import LayerBias
+from ..base import no_contribution
+from .options import DENSE, TOP_K, MemorizingOptions
+from .search import in_blocks, nearest
+
+NO_POSITIONS = LayerBias(RelativeBias(), None)
+SMALLEST_SQUARE = 1e-6  # of a length, as in the authors' code
+
+
+class Store(NamedTuple):
+    """Keys and values of earlier segments, the oldest first."""
+
+    keys: Tensor  # [B, H, m, D]
+    values: Tensor  # [B, H, m, D]
+    hidden: Optional[Tensor] = None  # [B, m], True for rows that must not be read; None if all may be
+
+    def of(self, streams: slice) -> "Store":
+        """Return the store of some streams."""
+        return Store(self.keys[streams], self.values[streams], None if self.hidden is None else self.hidden[streams])
+
+
+def appended(stored: Tensor, new: Tensor, size: int) -> Tensor:
+    """Return the last *size* of the rows ``[B, H, m, D]`` and ``[B, H, N, D]`` after them: first in, first out."""
+    left = min(stored.size(2), max(0, size - new.size(2)))
+    rows = (stored[:, :, stored.size(2) - left :], new[:, :, max(0, new.size(2) - size) :])
+    return torch.cat(rows, dim=2)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return heads ``[B, H, R, D or D']`` of length 1, in float32 or wider."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return exact * (exact.square().sum(-1, keepdim=True) + SMALLEST_SQUARE).rsqrt()
+
+
+class StoreSelfAttention(SelfAttention):
+    """What both retrievals share."""
+
+    reads_slots: ClassVar[bool]  # whether the segment attends to Transformer-XL's slots, besides the store
+
+    def __init__(self, config: AttentionConfig):
+        super().__init__(config)
+        assert isinstance(config.options, MemorizingOptions)
+        self.options = config.options
+        self.log_scale = nn.Parameter(torch.zeros(config.heads))  # s
+
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise queries and keys; the queries are longer by what `scale` takes away, and by ``a_h``."""
+        normalized = unit(q)
+        factor = self.log_scale.to(normalized.dtype).exp() / self.scale
+        return (normalized * factor[:, None, None]).to(q.dtype), unit(k).to(k.dtype)
+
+    def own_bias(self, bias: LayerBias) -> LayerBias:
+        return NO_POSITIONS
+
+    def forward(self, rows: Tensor, current: int, store: Store) -> tuple[WideRows, Store]:
+        """Let the last *current* of ``rows [B, R, d]`` attend to all rows before them, and to a store.
+
+        Returns:
+            ``[B, N, d]``, and the current keys and values for the store, without gradient.
+        """
+        q, k, v = self.project(rows, current, keep_padding=True)
+        new = Store(*(t[:, :, -current:, : self.config.head_dim].detach() for t in (k, v)))
+        return self.merge_heads(self.read(q, k, v, store)), new
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, store: Store) -> Tensor:
+        """Attend to the rows and to the store: as *q* ``[B, H, N, D or D']``."""
+        raise NotImplementedError
+
+    def combine(self, q: Tensor, attended: Attended, store: Store) -> Tensor:
+        """Mix what queries ``[B, H, Q, D or D']`` read in their segment with what they read in the store."""
+        real = q[..., : self.config.head_dim]
+        read = in_blocks(real, store.keys.size(2), lambda some, streams: self.retrieve(some, store.of(streams)))
+        share = self.share(attended, read, store).to(q.dtype)
+        return torch.lerp(attended.output, as_wide(q, read.output), share)
+
+    def retrieve(self, q: Tensor, store: Store) -> Attended:
+        """Read the store alone, with queries ``[B, H, Q, D]``."""
+        raise NotImplementedError
+
+    def share(self, attended: Attended, read: Attended, store: Store) -> Tensor:
+        """Return the share of the store in what is read, 0 for streams whose store is empty: ``[.., H, Q or 1, 1]``."""
+        raise NotImplementedError
+
+    def _softmax(self, scores: Tensor, hidden: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return weights and normalisers of scores ``[B, H, Q, K]``; a hidden row weighs 0 beside one that is not."""
+        exact = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
+        if hidden is not None:
+            exact = exact.masked_fill(hidden, torch.finfo(exact.dtype).min)
+        return softmax_and_normalizer(exact)
+
+
+class TopKSelfAttention(StoreSelfAttention):
+    """Every query and head reads the k stored rows with the largest scores; ``y = g y_store + (1 - g) y_local``."""
+
+    reads_slots: ClassVar[bool] = True
+
+    def __init__(self, config: AttentionConfig):
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.zeros(config.heads))  # b, g = sigmoid(b)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, store: Store) -> Tensor:
+        local = self.causal(q, k, v, NO_POSITIONS, need_normalizer=False)
+        if store.keys.size(2) == 0:  # nothing has used the gate
+            return local.output + no_contribution([self.gate])
+        return self.combine(q, local, store)
+
+    def retrieve(self, q: Tensor, store: Store) -> Attended:
+        count = min(self.options.top, store.keys.size(2))
+        rows = nearest(q, store.keys, store.hidden, count)
+        keys, values = (_taken(stored, rows) for stored in (store.keys, store.values))
+        scores = (keys @ q.unsqueeze(-1)).squeeze(-1)
+        hidden = store.hidden
+        if hidden is not None:
+            hidden = hidden[:, None, None].expand(*rows.shape[:3], -1).gather(-1, rows)
+        weights, normalizer = self._softmax(scores, hidden)
+        return Attended((weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2), normalizer)
+
+    def share(self, attended: Attended, read: Attended, store: Store) -> Tensor:
+        gate = self.gate.to(read.normalizer.dtype).sigmoid()[:, None, None]
+        return gate if store.hidden is None else gate * (~store.hidden).any(1)[:, None, None, None]
+
+
+class DenseSelfAttention(StoreSelfAttention):
+    """One softmax over all stored rows and the segment's."""
+
+    reads_slots: ClassVar[bool] = False  # they are stored
+
+    def __init__(self, config: AttentionConfig):
+        if config.span is not None:
+            raise ValueError(
+                "--same-length lets a token see a fixed number of rows, which would hide the store: leave it out, or "
+                f"--retrieval {TOP_K} instead of {DENSE}"
+            )
+        super().__init__(config)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, store: Store) -> Tensor:
+        k, v = (torch.cat([as_wide(q, old).to(q), new], dim=2) for old, new in ((store.keys, k), (store.values, v)))
+        return self.causal(q, k, v, NO_POSITIONS, need_normalizer=False).output
+
+    def retrieve(self, q: Tensor, store: Store) -> Attended:
+        hidden = None if store.hidden is None else store.hidden[:, None, None]
+        weights, normalizer = self._softmax(q @ store.keys.transpose(-1, -2), hidden)
+        return Attended(weights.to(store.values.dtype) @ store.values, normalizer)
+
+    def share(self, attended: Attended, read: Attended, store: Store) -> Tensor:
+        return (read.normalizer - attended.normalizer).sigmoid().unsqueeze(-1)
+
+
+def _taken(stored: Tensor, rows: Tensor) -> Tensor:
+    """Return the *rows* ``[B, H, Q, k]`` of ``stored [B, H, m, D]``: ``[B, H, Q, k, D]``."""
+    index = rows.flatten(2).unsqueeze(-1).expand(-1, -1, -1, stored.size(-1))
+    taken: Tensor = stored.gather(2, index).unflatten(2, rows.shape[2:])
+    return taken
+
+
+RETRIEVALS: Dict[str, Type[StoreSelfAttention]] = {TOP_K: TopKSelfAttention, DENSE: DenseSelfAttention}
