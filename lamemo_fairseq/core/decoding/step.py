@@ -153,6 +153,8 @@ class KernelStep:
             past,
             config.span,
         )
+        if type(cached).combine is LayerCache.combine:
+            return read_out
         shape = (len(qkv), config.heads, 1, config.head_dim)
         q = qkv[:, : read_out.size(1)].view(shape)
         normalizer = read_out.new_empty(0) if past is None else columns.take(past.normalizer)
