@@ -60,6 +60,7 @@ class LayerCache:
     values: Tensor  # [B, H, C, D]
 
     keeps_inputs: ClassVar[bool] = False  # whether `store_inputs` does something
+    changes_inputs: ClassVar[bool] = False  # whether `enter` does something
 
     @classmethod
     def zeros(cls, memory: CachedMemory, batch_size: int, like: Tensor) -> Tuple[Tensor, Tensor]:
@@ -78,6 +79,10 @@ class LayerCache:
         None if the memory does not need them.
         """
         return None
+
+    def enter(self, attention: SelfAttention, rows: Tensor) -> Tensor:
+        """Return what goes into the layer, of ``rows [B, k, d]`` that come out of the one below."""
+        return rows
 
     def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
         """Keep the rows ``[B, k, d]`` that go into the layer."""

@@ -159,6 +159,7 @@ def layer_step(layer: DecoderLayer, x: Tensor, cached: LayerCache, columns: Colu
     A function of tensors, the same for every layer, so that it is compiled once.
     """
     attention, past = layer.self_attn, cached.attended()
+    x = cached.enter(attention, x)
     cached.store_inputs(x, columns)
 
     def attend(normed: Tensor) -> Tuple[WideRows, None]:

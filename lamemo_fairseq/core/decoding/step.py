@@ -61,8 +61,8 @@ def _is_plain(layer: DecoderLayer) -> bool:
 class KernelStep:
     """As `DecodingState.step` for one token a sequence, by five launches a layer. Sequences may stand anywhere.
 
-    Touches tensors only, and leaves each sequence's position as it is. A memory whose layers keep their inputs, or add
-    something to read-outs, has plain operations between the launches.
+    Touches tensors only, and leaves each sequence's position as it is. A memory whose layers keep or change their
+    inputs, or add something to read-outs, has plain operations between the launches.
     """
 
     def __init__(self, state: DecodingState):
@@ -119,9 +119,10 @@ class KernelStep:
         """Run one layer. Its final norm is returned unapplied; the next layer's first product applies it."""
         feed_forward, pre_norm = layer.feed_forward, layer.config.normalize_before
         first, second = layer.self_attn_layer_norm, layer.final_layer_norm
-        if cached.keeps_inputs:
-            rows, norm = self._normalized(rows, norm), None
-            cached.store_inputs(rows.unsqueeze(1), columns)
+        if cached.keeps_inputs or cached.changes_inputs:
+            entering = cached.enter(layer.self_attn, self._normalized(rows, norm).unsqueeze(1))
+            cached.store_inputs(entering, columns)
+            rows, norm = entering.squeeze(1), None
         qkv = self._map(rows, layer.self_attn.qkv_proj.weight, norm=first if pre_norm else norm)
         heads = self._heads(layer, cached, bias.causal, columns, qkv)
         x = self._map(heads, layer.self_attn.out_proj.weight, residual=rows, residual_norm=norm)
