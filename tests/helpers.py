@@ -17,7 +17,7 @@ from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
 from . import configuration
-from .core.helpers import VARIANTS, random_tokens, tiny_options
+from .core.helpers import VARIANTS, enlarge, random_tokens, tiny_options
 
 __all__ = ["VARIANTS", "random_tokens"]
 
@@ -43,9 +43,7 @@ def tiny_decoder(variant=VARIANTS[0], words=17, seed=0, dtype=torch.float64, **o
     chosen["tokens_per_sample"] = chosen.pop("segment_length")
     torch.manual_seed(seed)
     decoder = FairseqMemoryDecoder(MemoryLanguageModelConfig(**{**chosen, **options}), dictionary_of(words))
-    with torch.no_grad():  # initial weights are so small that attention would hardly matter
-        for parameter in decoder.parameters():
-            parameter.mul_(10)
+    enlarge(decoder)
     return decoder.to(dtype).eval()
 
 

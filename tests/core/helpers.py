@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamemo_fairseq.core import MEMORIES, LanguageModel, MemoryState, ModelConfig
 from lamemo_fairseq.core.decoding.state import DecodingState
@@ -106,10 +106,20 @@ def tiny_decoder(
     """Return a tiny model in evaluation mode, without dropout, with options replaced by others."""
     torch.manual_seed(seed)
     model = LanguageModel(config_of(words, **tiny_options(variant, options)))
-    with torch.no_grad():  # initial weights are so small that attention would hardly matter
-        for parameter in model.parameters():
-            parameter.mul_(10)
+    enlarge(model)
     return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def enlarge(model: nn.Module) -> None:
+    """Multiply weights by ten, as initial ones are so small that attention would hardly matter.
+
+    Products that begin as nothing become random ones.
+    """
+    for parameter in model.parameters():
+        parameter.mul_(10)
+        if parameter.dim() > 1 and not parameter.any():
+            parameter.normal_(std=0.1)
 
 
 def random_tokens(streams: int, length: int, words: int = 17, seed: int = 0) -> Tensor:

@@ -24,6 +24,8 @@ OPTIONS = [
 ]
 # What float32 could do otherwise does not depend on most options.
 CASES = [*((options, torch.float64) for options in OPTIONS), *((options, torch.float32) for options in OPTIONS[:3])]
+WITHOUT_SPAN = ("none", "token", "infini")  # they refuse --same-length
+FED_BACK = ("token", "enhanced")  # their own output is the next segment's input
 
 
 def rounding(decoder, tokens, scores):
@@ -36,7 +38,7 @@ def rounding(decoder, tokens, scores):
 @pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 @torch.no_grad()
 def test_every_token_equals_the_pass_over_segments(variant, options, dtype):
-    if options.get("same_length") and (variant[0] in ("none", "token", "infini") or variant[2] == "dense"):
+    if options.get("same_length") and (variant[0] in WITHOUT_SPAN or variant[2] == "dense"):
         pytest.skip("this memory refuses the option")
     if options.get("clamp_len") and variant[1] == "rotary":
         pytest.skip("this position encoding refuses the option")
@@ -44,12 +46,12 @@ def test_every_token_equals_the_pass_over_segments(variant, options, dtype):
     tokens = random_tokens(2, 23)
     expected = decoder.output_layer(whole_segments(decoder, tokens))
     tolerance = TOLERANCE[dtype]
-    if dtype == torch.float32 and variant[0] in ("token", "enhanced"):  # own output is the next segment's input
+    if dtype == torch.float32 and variant[0] in FED_BACK:
         tolerance = max(tolerance, 10 * rounding(decoder, tokens, expected))
     torch.testing.assert_close(read_by_token(decoder, tokens), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("memory", [name for name in MEMORIES.names() if name not in ("none", "token", "infini")])
+@pytest.mark.parametrize("memory", [name for name in MEMORIES.names() if name not in WITHOUT_SPAN])
 @torch.no_grad()
 def test_rows_that_wait_for_others_write_nothing_that_is_read(memory):
     """A row that reads nothing stands beside one that reads: with --same-length, it may see no column at all."""
