@@ -158,6 +158,7 @@ def test_a_dictionary_that_does_not_match_the_checkpoint(data, checkpoint, words
         ({"memory": "continuous"}, {"memory": "none"}),
         ({"memory": "compressive"}, {"memory": "compressive", "compression_rate": 3}),
         ({"memory": "token"}, {"memory": "token", "memory_tokens": 3}),
+        ({"memory": "associative"}, {"memory": "associative", "associative_dim": 3}),
     ],
     ids=str,
 )

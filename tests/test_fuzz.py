@@ -150,6 +150,8 @@ OPTIONS = {
     "memory_tokens": st.integers(-1, 3),
     "memory_reads_cache": st.booleans(),
     "memory_update_rule": st.sampled_from(["linear", "delta", "other"]),
+    "associative_tokens": st.integers(-1, 3),
+    "associative_dim": st.integers(-1, 3),
     "bptt_segments": st.integers(-1, 3),
     "clamp_len": st.integers(-2, 9),
     "same_length": st.booleans(),

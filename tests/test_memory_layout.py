@@ -1,5 +1,6 @@
 """What a saved memory depends on: the options that a resumed run has to share with it."""
 
+import torch
 from fairseq.dataclass import ChoiceEnum
 
 from lamemo_fairseq.core.memory.compressive import COMPRESSIONS
@@ -35,3 +36,15 @@ def test_a_saved_memory_depends_on_the_number_of_tokens_and_of_cached_rows():
     assert decoder.streams.options == {"--memory": "token", "--mem-len": 0, "--memory-tokens": 5}
     _, state, _ = decoder.read_segment(random_tokens(2, 3), None)
     assert state.tokens.shape == (2, 5, 8) and {t.shape for t in state.hidden} == {(2, 0, 8)}
+
+
+def test_a_saved_matrix_depends_on_the_width_of_its_keys():
+    """The tokens are weights, and may be others; matrices come back from what a checkpoint holds, in float32."""
+    decoder = tiny_decoder(("associative", "transformer-xl", "right"), associative_dim=5, dtype=torch.float16)
+    assert decoder.streams.options == {"--memory": "associative", "--mem-len": 4, "--associative-dim": 5}
+    _, state, _ = decoder.read_segment(random_tokens(2, 3), None)
+    assert {t.shape for t in state.matrices} == {(2, 30, 8)} and {t.shape for t in state.normalizers} == {(2, 30)}
+    again = type(state).from_dict(state.to_dict())
+    for one, other in zip(again.tensors(), state.tensors(), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert {t.dtype for t in again.matrices} == {torch.float32}

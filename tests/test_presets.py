@@ -45,6 +45,13 @@ def test_memories_have_as_many_slots_as_the_released_models(memory, preset, rele
         ("infini_attention_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436 + 12 * 8),
         ("infini_attention_lm_text8", ENWIK8_SYMBOLS, {"memory_update_rule": "delta"}, 41_055_436 + 12 * 8),
         ("relative_transformer_lm_wt103", WIKITEXT_WORDS, {"position_encoding": "absolute"}, 148_415_885),
+        # W_Q, W_K, W_V, w_beta and its bias a layer.
+        (
+            "associative_recurrent_memory_transformer_lm_wt103",
+            WIKITEXT_WORDS,
+            {},
+            151_106_305 + 16 * 410 + 16 * (410 * (2 * 96 + 410 + 1) + 1),
+        ),
         ("transformer_xl_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436),
         ("ernie_doc_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436),
         # A scale for each head of one layer, and a gate.

@@ -53,6 +53,9 @@ VARIANTS = [
     ("memorizing", "shaw", "dense"),
     ("memorizing", "alibi", "top-k"),
     ("memorizing", "rotary", "dense"),
+    ("associative", "transformer-xl", "right"),
+    ("associative", "alibi", "right"),
+    ("associative", "rotary", "right"),
 ]
 
 # The option that the third part of a variant is for, where it is not the window.
@@ -68,6 +71,8 @@ TINY = {
     "compression_rate": 2,
     "memory_tokens": 2,
     "store_len": 7,
+    "associative_tokens": 3,
+    "associative_dim": 16,
     "segment_length": 3,
     "decoder_layers": 2,
     "decoder_embed_dim": 8,

@@ -24,8 +24,8 @@ OPTIONS = [
 ]
 # What float32 could do otherwise does not depend on most options.
 CASES = [*((options, torch.float64) for options in OPTIONS), *((options, torch.float32) for options in OPTIONS[:3])]
-WITHOUT_SPAN = ("none", "token", "infini")  # they refuse --same-length
-FED_BACK = ("token", "enhanced")  # their own output is the next segment's input
+WITHOUT_SPAN = ("none", "token", "infini", "associative")  # they refuse --same-length
+FED_BACK = ("token", "enhanced", "associative")  # their own output is the next segment's input
 
 
 def rounding(decoder, tokens, scores):

@@ -1,0 +1,152 @@
+"""Associative Recurrent Memory Transformer, ARMT (Rodkin et al. 2024, arXiv 2407.04841).
+
+The same m learned memory tokens stand behind the tokens of every segment, ``[cache; x; memory tokens]``, under a plain
+causal mask, so that they see all tokens and no token sees them. Before each layer all rows read the layer's matrix as
+the segment before has left it; after the layer, the rows of the memory tokens are written into it. Gradient flows
+through the matrices from segment to segment of one update; the cache, Transformer-XL's, is frozen.
+
+Shapes: B streams, N tokens of an update of k segments, n <= N / k current tokens, m memory tokens, s <= M cached rows,
+d model width, F features of a key.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Iterator, List, Optional, Sequence, Tuple, Type, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...decoding.cache import AnyCache
+from ...kernels.padded import join
+from ...layers import DecoderLayer, SelfAttention
+from ...positions import PositionEncoding
+from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
+from .association import Association, Associations
+from .attention import AssociativeSelfAttention
+from .cache import AssociativeCache
+from .options import AssociativeOptions
+
+logger = logging.getLogger(__name__)
+
+_CHARACTERS = {"preset_tokens_per_sample": 1024}
+
+
+@dataclass(frozen=True)
+class AssociativeState(MemoryState):
+    """Per layer its matrix, and the tokens' rows that went into it. Before the first segment matrices have no rows."""
+
+    matrices: Tuple[Tensor, ...]  # a layer: [B, F or 0, d], float32 or wider
+    normalizers: Tuple[Tensor, ...]  # a layer: [B, F or 0], float32 or wider
+    hidden: Tuple[Tensor, ...]  # a layer: [B, s, d]
+
+    @property
+    def associations(self) -> List[Optional[Associations]]:
+        """A layer's matrix and normaliser, None before the first segment."""
+        pairs = zip(self.matrices, self.normalizers, strict=True)
+        return [Associations(*pair) if pair[0].size(1) > 0 else None for pair in pairs]
+
+
+@MEMORIES.register("associative")
+class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
+    """Memory tokens whose outputs are written into one matrix a layer.
+
+    With ``bptt_segments`` k, the N tokens of an update are k segments. With k = 1 what a segment writes is read in the
+    next update alone, as a constant: writing is then not trained, and a new model's matrices stay zero.
+    """
+
+    architecture: ClassVar[Architecture] = Architecture(
+        name="associative_recurrent_memory_transformer_lm",
+        class_name="AssociativeRecurrentMemoryTransformerLanguageModel",
+        summary="ARMT: memory tokens written into a matrix of each layer (Rodkin et al. 2024).",
+        defaults={"position_encoding": "transformer-xl", "mem_len": 0, "bptt_segments": 2},
+        presets={
+            # The width of keys is the paper's.
+            "wt103": {"preset_tokens_per_sample": 300, "associative_dim": 96},
+            "enwik8": _CHARACTERS,
+            "text8": _CHARACTERS,
+        },
+    )
+    options: ClassVar[Type[AssociativeOptions]] = AssociativeOptions
+    attention: ClassVar[Type[SelfAttention]] = AssociativeSelfAttention
+    state: ClassVar[Type[MemoryState]] = AssociativeState
+    cache: ClassVar[Type[AnyCache]] = AssociativeCache
+    smallest_mem_len: ClassVar[int] = 0
+    layout: ClassVar[Tuple[str, ...]] = ("associative_dim",)
+    carries_gradient: ClassVar[bool] = True
+
+    def __init__(self, config: MemoryConfig[AssociativeOptions]):
+        super().__init__(config)
+        self.tokens = nn.Parameter(torch.empty(config.options.associative_tokens, config.embed_dim))
+        self.dropout = nn.Dropout(config.dropout)
+        self._told = False
+
+    @property
+    def features(self) -> int:
+        """The number F of features of a key."""
+        return 6 * self.config.options.associative_dim
+
+    def reset_parameters(self) -> None:
+        """Draw memory tokens as large as embeddings are: N(0, .02), times ``sqrt(d)``."""
+        nn.init.normal_(self.tokens, std=0.02 * math.sqrt(self.config.embed_dim))
+
+    def initial_state(self, x: Tensor) -> AssociativeState:
+        nothing, layers = x.new_empty(x.size(0), 0, x.size(2)), self.config.layers
+        matrix = nothing.to(torch.promote_types(x.dtype, torch.float32))
+        return AssociativeState((matrix,) * layers, (matrix[:, :, 0],) * layers, (nothing,) * layers)
+
+    def first_tokens(self, like: Tensor) -> Tensor:
+        """Return the memory tokens for every stream of ``like [B, ..]``: ``[B, m, d]``."""
+        return self.tokens.to(like).expand(like.size(0), -1, -1)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: AssociativeState,
+        layers: Sequence[DecoderLayer],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        passage = super().forward(x, state, layers, positions, lengths)
+        if not self.training or x.size(1) > self.period:
+            return passage
+        self._tell()
+        unread = [self.tokens, *(p for association in _associations(layers) for p in association.parameters())]
+        return passage._replace(features=passage.features + no_contribution(unread))
+
+    def pass_segment(
+        self,
+        x: Tensor,
+        state: AssociativeState,
+        layers: Sequence[DecoderLayer],
+        positions: PositionEncoding,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        """Read a segment ``x [B, n, d]`` and the matrices, and write the matrices that the next one reads."""
+        current, size, cached = x.size(1), self.tokens.size(0), state.hidden[0].size(1)
+        biases = positions(cached + current + size, None, x)
+        rows = torch.cat([x, self.dropout(self.first_tokens(x))], dim=1)
+        hidden: List[Tensor] = []
+        written: List[Associations] = []
+        each = zip(layers, _associations(layers), biases, state.associations, state.hidden, strict=True)
+        for layer, association, bias, past, slots in each:
+            if past is not None:
+                rows = association.read(rows, past)
+            slots = slots.to(x)
+            hidden.append(last_rows(torch.cat([slots, rows[:, :current]], dim=1), self.config.mem_len))
+            rows, _ = layer(join(slots, rows), bias, current + size)
+            written.append(association.write(rows[:, current:], past))
+        matrices, normalizers = zip(*written, strict=True)
+        return Passage(rows[:, :current], AssociativeState(matrices, normalizers, tuple(hidden)))
+
+    def _tell(self) -> None:
+        if self.config.bptt_segments == 1 and not self._told:
+            logger.warning(
+                "--bptt-segments 1 trains nothing that --memory associative writes, and a new model's matrices stay "
+                "zero: pass 2 or more"
+            )
+            self._told = True
+
+
+def _associations(layers: Sequence[DecoderLayer]) -> Iterator[Association]:
+    return (cast(AssociativeSelfAttention, layer.self_attn).association for layer in layers)

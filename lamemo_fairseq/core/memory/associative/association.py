@@ -1,0 +1,92 @@
+"""A layer's associative memory: a matrix that is read before the layer, and written after it by the delta rule.
+
+Shapes: B streams, R rows, m memory tokens, d model width, e width of a key, F = 6 e its features.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import aligned
+from ...kernels.padded import narrowed
+
+EPSILON = 1e-5  # as in the authors' code
+_ROLLS = (1, 2, 3)
+
+
+class Associations(NamedTuple):
+    """What a layer's memory has been written with, in float32 or wider."""
+
+    matrix: Tensor  # [B, F, d], the paper's A transposed
+    normalizer: Tensor  # [B, F], the paper's z
+
+
+class Association(nn.Module):
+    """The maps of a layer's memory: ``W_Q``, ``W_K``, ``W_V``, ``w_beta`` and its bias (section 3.1)."""
+
+    def __init__(self, embed_dim: int, key_dim: int):
+        super().__init__()
+        self.query = nn.Linear(embed_dim, key_dim, bias=False)
+        self.key = nn.Linear(embed_dim, key_dim, bias=False)
+        # No `nn.Linear`, whose first weights a decoder draws: what is read begins as nothing.
+        self.value = nn.Parameter(torch.zeros(embed_dim, embed_dim))
+        self.gate = nn.Linear(embed_dim, 1)
+
+    def read(self, rows: Tensor, past: Associations) -> Tensor:
+        """Return ``h + A phi(W_Q h) / (z . phi(W_Q h) + 1e-5)`` of ``rows [B, R, d]``, in their dtype.
+
+        Of a memory without entries nothing is read: the rows are returned as they are, to the last bit.
+        """
+        features = dpfp(_through(self.query, rows))
+        with torch.autocast(rows.device.type, enabled=False):
+            read_out = _recalled(features, past) / _overlap(features, past)
+        return rows + read_out.to(rows.dtype)
+
+    def write(self, rows: Tensor, past: Optional[Associations]) -> Associations:
+        """Write all memory tokens' ``rows [B, m, d]`` together, into what was there before any of them.
+
+        ``A += sum_i beta_i (v_i - A phi(k_i) / n_i) phi(k_i)^T`` and ``z += sum_i gamma_i phi(k_i)``, where
+        ``n_i = z . phi(k_i) + 1e-5``, and ``gamma_i`` is the part of the key that z has not met. It has no gradient.
+
+        Args:
+            past: None before the first segment, whose keys are all new.
+        """
+        features = dpfp(_through(self.key, rows))
+        values = aligned.linear(rows, self.value).to(features.dtype)
+        strength = _through(self.gate, rows).to(features.dtype).sigmoid()
+        with torch.autocast(rows.device.type, enabled=False):
+            if past is None:
+                return Associations(features.transpose(1, 2) @ (strength * values), features.sum(1))
+            overlap = _overlap(features, past)
+            change = strength * (values - _recalled(features, past) / overlap)
+            size = features.detach().square().sum(-1, keepdim=True) + EPSILON
+            unmet = (1 - overlap.detach() / size).clamp(0, 1)
+            return Associations(
+                past.matrix + features.transpose(1, 2) @ change, past.normalizer + (unmet * features).sum(1)
+            )
+
+
+def dpfp(keys: Tensor) -> Tensor:
+    """Return the features of ``keys [.., e]``: ``[.., 6 e]``, not negative, in float32 or wider.
+
+    Deterministic parameter-free projection (Schlag et al. 2021, equation 37) with three rolls: products of
+    ``x = [relu(u) ; relu(-u)]`` and ``x`` rolled by 1, 2 and 3.
+    """
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    x = torch.cat([keys.relu(), (-keys).relu()], dim=-1)
+    return torch.cat([x * x.roll(shift, dims=-1) for shift in _ROLLS], dim=-1)
+
+
+def _recalled(features: Tensor, past: Associations) -> Tensor:
+    """Return ``A phi`` of ``features [B, R, F]``: ``[B, R, d]``."""
+    return features @ past.matrix
+
+
+def _overlap(features: Tensor, past: Associations) -> Tensor:
+    """Return ``z . phi + 1e-5`` of ``features [B, R, F]``: ``[B, R, 1]``."""
+    return features @ past.normalizer.unsqueeze(-1) + EPSILON
+
+
+def _through(layer: nn.Linear, rows: Tensor) -> Tensor:
+    return narrowed(aligned.through(layer, rows, layer.in_features), layer.out_features)

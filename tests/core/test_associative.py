@@ -1,0 +1,376 @@
+"""Associative memory against a computation written from the paper, and what is its own: gradient, matrices, decoding.
+
+Shapes: one stream; n tokens of a segment, m memory tokens, s cached rows, d model width, e width of a key,
+F = 6 e its features.
+"""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from lamemo_fairseq.core import LanguageModel
+from lamemo_fairseq.core.decoding.state import DecodingState
+from lamemo_fairseq.core.memory.associative.association import Association, Associations, dpfp
+
+from ..gpus import DEVICE
+from .helpers import config_of, random_tokens, read_streams, read_texts, tiny_decoder, tiny_options, whole_segments
+from .paper import Paper, differences
+
+PLAIN = ("associative", "transformer-xl", "right")
+ODD = {
+    "decoder_embed_dim": 10, "decoder_attention_heads": 3, "decoder_head_dim": 3, "decoder_ffn_embed_dim": 7,
+    "associative_tokens": 3, "associative_dim": 5, "segment_length": 4, "mem_len": 0,
+}  # fmt: skip
+SEGMENTED = {"segment_length": 6, "bptt_segments": 3}
+
+
+class AssociativePaper(Paper):
+    """The model in numpy."""
+
+    def map(self, layer, name):
+        return self.w[f"layers.{layer}.self_attn.association.{name}"]
+
+    def phi(self, u):
+        """Features of ``u [e]``, one product at a time."""
+        x = [max(v, 0.0) for v in u] + [max(-v, 0.0) for v in u]
+        return np.array([x[i] * x[(i - j) % len(x)] for j in (1, 2, 3) for i in range(len(x))])
+
+    def read(self, layer, rows, memory):
+        A, z = memory
+        read = []
+        for h in rows:
+            f = self.phi(self.map(layer, "query.weight") @ h)
+            read.append(h + A @ f / (z @ f + 1e-5))
+        return np.array(read)
+
+    def write(self, layer, rows, memory, gammas):
+        """Memory after the rows of the memory tokens; *gammas* are taken from there, or noted if there are none."""
+        A, z = memory or (np.zeros((rows.shape[1], 12 * len(self.map(layer, "key.weight")) // 2)), 0.0)
+        A_new, z_new, noted = A.copy(), z, []
+        for i, m in enumerate(rows):
+            f, v = self.phi(self.map(layer, "key.weight") @ m), self.map(layer, "value") @ m
+            beta = 1 / (1 + np.exp(-(self.map(layer, "gate.weight") @ m + self.map(layer, "gate.bias"))[0]))
+            old, gamma = 0.0, 1.0
+            if memory:
+                n = z @ f + 1e-5
+                old, gamma = A @ f / n, min(max(1 - n / (f @ f + 1e-5), 0.0), 1.0)
+            gamma = gammas[i] if gammas else gamma
+            A_new, z_new = A_new + beta * np.outer(v - old, f), z_new + gamma * f
+            noted.append(gamma)
+        return (A_new, z_new), noted
+
+    def segment(self, x, tokens, memory, cache, gammas=None):
+        """Features ``[n, d]``, and every layer's memory, rows ``[s + n, d]`` and gammas behind it."""
+        rows, after, entered, noted = np.concatenate([x, tokens]), [], [], []
+        for layer in range(self.layers):
+            if memory[layer]:
+                rows = self.read(layer, rows, memory[layer])
+            entered.append(np.concatenate([cache[layer], rows[: len(x)]]))
+            everything = np.concatenate([cache[layer], rows])
+            rows = self.through(layer, everything, len(rows), lambda i: range(i + 1))
+            written, used = self.write(layer, rows[len(x) :], memory[layer], gammas and gammas[layer])
+            after.append(written)
+            noted.append(used)
+        return rows[: len(x)], after, entered, noted
+
+    def text(self, embedded, period, mem_len):
+        """Features of a text, and memory and cache behind it."""
+        memory, cache, features = [None] * self.layers, [embedded[:0]] * self.layers, []
+        for start in range(0, len(embedded), period):
+            x = embedded[start : start + period]
+            part, memory, entered, _ = self.segment(x, self.w["memory.tokens"], memory, cache)
+            cache = [rows[max(len(rows) - mem_len, 0) :] for rows in entered]
+            features.append(part)
+        return np.concatenate(features), memory, cache
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"associative_tokens": 1, "associative_dim": 1},  # so few features that gamma is anything from 0 to 1
+        {"mem_len": 7},
+        {"mem_len": 3, "segment_length": 8, "bptt_segments": 2, "decoder_layers": 3},
+        {"mem_len": 3, "decoder_normalize_before": True, "clamp_len": 2},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_segments_equal_the_papers_computation(options):
+    """Four segments, the last one shorter."""
+    options = {**ODD, **options}
+    decoder = tiny_decoder(PLAIN, **options)
+    words, state, parts = random_tokens(2, 14), None, []
+    for segment in words.split(decoder.segment_length, dim=1):
+        part, state, _ = decoder.read_segment(segment, state)
+        parts.append(part)
+    paper = AssociativePaper(decoder, options.get("decoder_normalize_before", False), options.get("clamp_len"))
+    for stream in range(2):
+        expected, memory, cache = paper.text(paper.embedding(words[stream]), 4, options["mem_len"])
+        np.testing.assert_allclose(torch.cat(parts, dim=1)[stream].numpy(), expected, rtol=0, atol=1e-9)
+        for layer, (A, z) in enumerate(memory):
+            np.testing.assert_allclose(state.matrices[layer][stream].numpy(), A.T, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(state.normalizers[layer][stream].numpy(), z, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(state.hidden[layer][stream].numpy(), cache[layer], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("mem_len", [0, 3])
+def test_gradient_flows_through_the_matrices_to_an_earlier_segment(mem_len):
+    """By finite differences in the paper's computation; gamma and the cache are constants."""
+    sizes = {"decoder_embed_dim": 6, "decoder_attention_heads": 2, "associative_tokens": 2, "associative_dim": 2}
+    decoder = tiny_decoder(PLAIN, **{**ODD, **sizes, **SEGMENTED, "mem_len": mem_len}).train()
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.mul_(0.4)  # so that differences are exact enough
+        decoder.memory.tokens.mul_(4)
+        for layer in decoder.layers:
+            layer.self_attn.association.value.mul_(8)
+    paper = AssociativePaper(decoder)
+    embedded = paper.embedding(random_tokens(1, 6)[0])
+    weights, tokens = np.random.default_rng(0).normal(size=(2, 6)), paper.w["memory.tokens"]
+    held, memory, cache = [], [None] * 2, [embedded[:0]] * 2
+    for start in range(0, 6, 2):
+        _, memory, entered, gammas = paper.segment(embedded[start : start + 2], tokens, memory, cache)
+        held.append((cache, gammas))
+        cache = [rows[max(len(rows) - mem_len, 0) :] for rows in entered]
+
+    def loss(x, tokens):
+        """Of the third segment's tokens alone."""
+        memory = [None] * 2
+        for start, (cache, gammas) in zip(range(0, 6, 2), held, strict=True):
+            features, memory, _, _ = paper.segment(x[start : start + 2], tokens, memory, cache, gammas)
+        return float((weights * features).sum())
+
+    def with_weight(name):
+        def other(value):
+            before, paper.w[name] = paper.w[name], value
+            try:
+                return loss(embedded, tokens)
+            finally:
+                paper.w[name] = before
+
+        return other
+
+    x = torch.tensor(embedded).unsqueeze(0).requires_grad_()
+    features = decoder.memory(x, decoder.memory.initial_state(x), decoder.layers, decoder.positions).features
+    names = [n for n, _ in decoder.named_parameters() if "layers.0.self_attn.association" in n]
+    named = dict(decoder.named_parameters())
+    found = torch.autograd.grad(
+        (features[0, 4:] * torch.tensor(weights)).sum(), (x, decoder.memory.tokens, *(named[n] for n in names))
+    )
+    expected = [
+        differences(lambda x: loss(x, tokens), embedded),
+        differences(lambda tokens: loss(embedded, tokens), tokens),
+        *(differences(with_weight(name), paper.w[name]) for name in names),
+    ]
+    assert len(names) == 5
+    for gradient, other in zip((found[0][0], *found[1:]), expected, strict=True):
+        assert np.abs(other[:2]).max() > 1e-4
+        np.testing.assert_allclose(gradient.numpy(), other, rtol=1e-5, atol=1e-7)
+
+
+def test_more_segments_an_update_change_the_gradient_alone():
+    """The features are the same however the tokens are cut into updates."""
+    one, three = (tiny_decoder(PLAIN, segment_length=2 * k, bptt_segments=k) for k in (1, 3))
+    tokens, reached = random_tokens(2, 17), []
+    torch.testing.assert_close(read_streams(one, tokens), read_streams(three, tokens), rtol=0, atol=1e-12)
+    for decoder in (one, three):
+        x = decoder.embed_tokens(tokens[:, :6]).detach().requires_grad_()
+        state, parts = decoder.memory.initial_state(x), []
+        for part in x.split(decoder.segment_length, dim=1):
+            features, state, _ = decoder.memory(part, state, decoder.layers, decoder.positions)
+            assert not any(t.requires_grad for t in state.tensors())
+            parts.append(features)
+        (gradient,) = torch.autograd.grad(torch.cat(parts, dim=1)[:, 4:].logsumexp(-1).sum(), x)
+        reached.append([bool(part.abs().max() > 0) for part in gradient.split(2, dim=1)])
+    assert reached == [[False, False, True], [True, True, True]]
+
+
+@torch.no_grad()
+def test_a_new_model_reads_nothing_and_its_tokens_are_as_large_as_embeddings():
+    torch.manual_seed(0)
+    sizes = {"mem_len": 0, "decoder_embed_dim": 64, "associative_tokens": 100}
+    model = LanguageModel(config_of(200, **tiny_options(PLAIN, sizes))).eval()
+    tokens = random_tokens(2, 9, words=200)
+    texts = torch.cat([model.read_text(segment) for segment in tokens.split(3, dim=1)], dim=1)
+    assert torch.equal(model.read_text(tokens), texts)
+    words = model.embed_tokens(torch.arange(200))
+    assert float(model.memory.tokens.std()) == pytest.approx(float(words.std()), rel=0.05)
+
+
+@torch.no_grad()
+def test_a_key_met_before_gets_a_new_value():
+    """The delta rule: with a gate that is open, the old value is replaced, and z stays what it was."""
+    torch.manual_seed(0)
+    association = Association(6, 4).double()
+    association.value.normal_()
+    association.gate.bias.fill_(40.0)
+    row = torch.randn(1, 1, 6).double()
+    first = association.write(row, None)
+    features = dpfp(association.key(row))[0, 0]
+
+    def value(memory):
+        return memory.matrix[0].T @ features / (memory.normalizer[0] @ features)
+
+    torch.testing.assert_close(value(first), association.value @ row[0, 0], rtol=0, atol=1e-9)
+    association.value.normal_()
+    second = association.write(row, first)
+    torch.testing.assert_close(value(second), association.value @ row[0, 0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(second.normalizer, first.normalizer, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_of_zeros_nothing_is_read():
+    rows, nothing = torch.randn(2, 3, 6), Associations(torch.zeros(2, 24, 6), torch.zeros(2, 24))
+    assert torch.equal(Association(6, 4).read(rows, nothing), rows)
+
+
+OPTIONS = [
+    {"mem_len": 0},
+    {"mem_len": 0, "segment_length": 4, "bptt_segments": 2, "associative_tokens": 1, "decoder_layers": 1},
+    {"mem_len": 5, **SEGMENTED},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("positions", ["transformer-xl", "shaw"])
+@torch.no_grad()
+def test_decoding_of_ragged_rows_and_reordered_beams(positions, options):
+    """Sequences in their first segment beside others; segments shorter than an update."""
+    decoder = tiny_decoder(("associative", positions, "right"), **options)
+    lengths = [0, 1, 17, 3, 8, 2, 16]
+    tokens = random_tokens(len(lengths), 26)
+    state = DecodingState(decoder, len(lengths))
+    state.read(tokens[:, : max(lengths)], lengths)
+    read, generator = list(lengths), torch.Generator().manual_seed(0)
+    for _ in range(6):
+        order = torch.randint(len(read), (len(read),), generator=generator)
+        state.reorder(order)
+        tokens, read = tokens[order], [read[row] for row in order]
+        expected = whole_segments(decoder, tokens)
+        features = state.read(torch.stack([tokens[row, n] for row, n in enumerate(read)]).unsqueeze(1))
+        for row, n in enumerate(read):
+            torch.testing.assert_close(features[row, 0], expected[row, n], rtol=0, atol=1e-9)
+        read = [n + 1 for n in read]
+
+
+@torch.no_grad()
+def test_segments_inside_an_update_are_causal_and_rows_do_not_depend_on_their_neighbours():
+    decoder = tiny_decoder(PLAIN, **SEGMENTED)
+    tokens = random_tokens(3, 15)
+    expected = read_streams(decoder, tokens)
+    for changed in range(15):
+        other = tokens.clone()
+        other[:, changed] = 4 + (other[:, changed] - 3) % 13
+        found = read_streams(decoder, other)
+        torch.testing.assert_close(found[:, :changed], expected[:, :changed], rtol=0, atol=1e-10)
+        assert not torch.equal(found[:, changed], expected[:, changed])
+    lengths = torch.tensor([15, 10, 1])
+    padded = tokens.masked_fill(torch.arange(15) >= lengths.unsqueeze(1), 1)
+    for found in (read_streams(decoder, padded, lengths=lengths.tolist()), read_texts(decoder, padded, lengths)):
+        for row, length in enumerate(lengths.tolist()):
+            torch.testing.assert_close(found[row, :length], expected[row, :length], rtol=0, atol=1e-10)
+
+
+def test_the_fused_backend_reads_the_tokens():
+    pytest.importorskip("triton", reason="the fused backend needs Triton")
+    passes = []
+    for backend in ("eager", "fused"):
+        options = {"dtype": torch.float32, "attention_backend": backend, "segment_length": 4, "bptt_segments": 2}
+        decoder = tiny_decoder(PLAIN, **options).to(DEVICE).train()
+        with torch.no_grad():
+            for p in decoder.parameters():
+                p.mul_(0.3)
+        scores = decoder.read_segment(random_tokens(2, 4).to(DEVICE), None).features
+        scores.logsumexp(-1).sum().backward()
+        passes.append((scores, {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}))
+    (eager, gradients), (fused, others) = passes
+    torch.testing.assert_close(fused, eager, rtol=0, atol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_is_as_near_as_its_rounding(dtype):
+    """Matrices stay in float32: in segments and token by token."""
+    exact, half = (tiny_decoder(PLAIN, dtype=t, mem_len=3) for t in (torch.float32, dtype))
+    for decoder in (exact, half):
+        for p in decoder.parameters():
+            p.mul_(0.4)
+        decoder.memory.tokens.mul_(10)  # keys large enough for z to matter
+    found, expected = (whole_segments(decoder, random_tokens(2, 12)) for decoder in (half, exact))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=60 * torch.finfo(dtype).eps)
+    state = half.read_segment(random_tokens(2, 3), None).state
+    assert {t.dtype for t in (*state.matrices, *state.normalizers)} == {torch.float32}
+    decoding = DecodingState(half, 2)
+    decoding.read(random_tokens(2, 4))
+    assert {t.dtype for cached in decoding.cache.layers for t in cached.associations} == {torch.float32}
+
+
+@torch.no_grad()
+def test_autocast_leaves_matrices_in_float32():
+    decoder = tiny_decoder(PLAIN, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = decoder.read_segment(random_tokens(2, 3), None).state
+        state = decoder.read_segment(random_tokens(2, 3), state).state
+    assert {t.dtype for t in (*state.matrices, *state.normalizers)} == {torch.float32}
+
+
+@torch.no_grad()
+def test_longer_memory_at_test_time():
+    """Another cache with the same weights, and as many segments as there are."""
+    short, long = (tiny_decoder(PLAIN, mem_len=m) for m in (0, 9))
+    assert short.state_dict().keys() == long.state_dict().keys()
+    long.load_state_dict(short.state_dict())
+    tokens = random_tokens(2, 12)
+    one, other = read_streams(short, tokens), read_streams(long, tokens)
+    torch.testing.assert_close(one[:, :3], other[:, :3], rtol=0, atol=1e-12)
+    assert not torch.allclose(one[:, 3:], other[:, 3:])
+
+
+@torch.no_grad()
+def test_nothing_grows_over_two_thousand_segments():
+    """With layer norms behind the residuals, what is written has one size; z stops where it has met the keys."""
+    decoder = tiny_decoder(PLAIN, segment_length=2, mem_len=0, decoder_layers=1, dtype=torch.float32)
+    state, sizes, normalizers, matrices = None, [], [], []
+    for segment in random_tokens(1, 4000).split(2, dim=1):
+        features, state, _ = decoder.read_segment(segment, state)
+        sizes.append(features.abs().max())
+        normalizers.append(max(t.max() for t in state.normalizers))
+        matrices.append(max(t.abs().max() for t in state.matrices))
+    assert max(sizes[-200:]) <= 1.5 * max(sizes[:200])
+    assert normalizers[-1] <= 1.1 * normalizers[200]
+    assert max(matrices[-200:]) <= 3 * max(matrices[:200])
+
+
+def test_one_segment_an_update_is_told(caplog):
+    caplog.set_level(logging.WARNING)
+    for segments, told in ((2, 0), (1, 1)):
+        decoder = tiny_decoder(PLAIN, segment_length=4, bptt_segments=segments)
+        decoder.read_segment(random_tokens(2, 4), None)
+        decoder.train()
+        for _ in range(2):
+            decoder.read_segment(random_tokens(2, 4), None)
+        assert caplog.text.count("--bptt-segments 1 trains nothing that --memory associative writes") == told
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "message"),
+    [
+        (PLAIN, {"mem_len": -1}, r"--mem-len is -1, but --memory associative needs at least 0"),
+        (PLAIN, {"associative_tokens": 0}, r"--associative-tokens is 0, it must be at least 1"),
+        (PLAIN, {"associative_dim": 0}, r"--associative-dim is 0, it must be at least 1"),
+        (PLAIN, {"bptt_segments": 2}, r"--tokens-per-sample 3 .* --bptt-segments 2 .* pass a multiple"),
+        (PLAIN, {"same_length": True}, r"--same-length .* leave it out, or --memory recurrent"),
+        (("associative", "disentangled", "right"), {}, r"without look-ahead memory nothing attends to its right"),
+        (("associative", "absolute", "right"), {}, r"--position-encoding absolute .* instead of associative"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(variant, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_decoder(variant, **options)
