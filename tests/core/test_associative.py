@@ -116,15 +116,14 @@ def test_segments_equal_the_papers_computation(options):
             np.testing.assert_allclose(state.hidden[layer][stream].numpy(), cache[layer], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("mem_len", [0, 3])
-def test_gradient_flows_through_the_matrices_to_an_earlier_segment(mem_len):
+def test_gradient_flows_through_the_matrices_to_an_earlier_segment():
     """By finite differences in the paper's computation; gamma and the cache are constants."""
-    sizes = {"decoder_embed_dim": 6, "decoder_attention_heads": 2, "associative_tokens": 2, "associative_dim": 2}
+    sizes = {"decoder_embed_dim": 6, "decoder_attention_heads": 2, "associative_tokens": 2, "associative_dim": 4}
+    mem_len = 3
     decoder = tiny_decoder(PLAIN, **{**ODD, **sizes, **SEGMENTED, "mem_len": mem_len}).train()
     with torch.no_grad():
         for p in decoder.parameters():
             p.mul_(0.4)  # so that differences are exact enough
-        decoder.memory.tokens.mul_(4)
         for layer in decoder.layers:
             layer.self_attn.association.value.mul_(8)
     paper = AssociativePaper(decoder)
@@ -135,6 +134,7 @@ def test_gradient_flows_through_the_matrices_to_an_earlier_segment(mem_len):
         _, memory, entered, gammas = paper.segment(embedded[start : start + 2], tokens, memory, cache)
         held.append((cache, gammas))
         cache = [rows[max(len(rows) - mem_len, 0) :] for rows in entered]
+    assert any(0.1 < gamma < 0.9 for layer in held[1][1] for gamma in layer)  # where it would have a gradient
 
     def loss(x, tokens):
         """Of the third segment's tokens alone."""
@@ -261,7 +261,7 @@ def test_segments_inside_an_update_are_causal_and_rows_do_not_depend_on_their_ne
     decoder = tiny_decoder(PLAIN, **SEGMENTED)
     tokens = random_tokens(3, 15)
     expected = read_streams(decoder, tokens)
-    for changed in range(15):
+    for changed in range(0, 15, 2):
         other = tokens.clone()
         other[:, changed] = 4 + (other[:, changed] - 3) % 13
         found = read_streams(decoder, other)
