@@ -134,7 +134,7 @@ def test_damaged_weights_are_refused(folder, size):
         ({"format": 2}, r"config.json has format 2, this version reads 1: install a newer one"),
         ({"format": ...}, r"is not a folder that LanguageModel.save has written"),
         ({"memlen": 3}, r"unknown name 'memlen' in a model's configuration; did you mean mem_len\?"),
-        ({"memory": "lost"}, r"unknown memory 'lost'; the known ones are compressive, "),
+        ({"memory": "lost"}, r"unknown memory 'lost'; the known ones are associative, "),
         ({"memory": "recurrent"}, r"unknown name 'compressed_len' in a model's configuration"),
         ({"position_encoding": "none"}, r"unknown position encoding 'none'"),
     ],
