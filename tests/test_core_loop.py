@@ -51,7 +51,8 @@ def test_the_loop_equals_fairseq_train(memory, docs, tiny_data, tmp_path, monkey
         return loss, size, outputs
 
     monkeypatch.setattr(ChunkedCrossEntropyCriterion, "forward", noted)
-    sizes = [word for name, value in SIZES.items() for word in ("--" + name.replace("_", "-"), value)]
+    taken = {name: value for name, value in SIZES.items() if name != "mem_len" or MEMORIES[memory].has_slots}
+    sizes = [word for name, value in taken.items() for word in ("--" + name.replace("_", "-"), value)]
     run_command(
         train.cli_main,
         *(tiny_data, *TASK, "--arch", architecture, "--position-encoding", positions, *sizes, "--batch-size", STREAMS),
@@ -63,7 +64,8 @@ def test_the_loop_equals_fairseq_train(memory, docs, tiny_data, tmp_path, monkey
 
     text = text_of(tiny_data)
     words = len(TextDictionary.load(str(tiny_data / "dict.txt")))
-    config = ModelConfig(words, LENGTH, memory=memory, position_encoding=positions, **SIZES)
+    segments = MEMORIES[memory].architecture.defaults.get("bptt_segments", 1)
+    config = ModelConfig(words, LENGTH, memory=memory, position_encoding=positions, bptt_segments=segments, **taken)
     model, losses = docs.train(config, text, STREAMS, UPDATES)
     assert losses == logged
     assert losses[-1] < losses[0]
