@@ -14,6 +14,7 @@ sizes = st.fixed_dictionaries(
     {
         "segment_length": st.integers(1, 6),
         "mem_len": st.integers(1, 9),
+        "store_len": st.just(9),  # no shorter than other layers' memory
         "decoder_layers": st.integers(1, 4),
         "clamp_len": st.sampled_from([0, 0, 3]),
         "decoder_normalize_before": st.booleans(),
