@@ -2,6 +2,7 @@
 
     python -m preprocess wikitext-103 --destdir data-bin/wikitext-103
     python -m preprocess enwik8 --destdir data-bin/enwik8 --source enwik8.zip
+    python -m preprocess pg-19 --destdir data-bin/pg-19 --source books
     python -m preprocess own --destdir data-bin/own --source train.txt valid.txt test.txt --bpe bytes
 
 A command that was stopped goes on where it was when it is given again; one that is done does nothing.
@@ -13,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from .tokenization import ByteTokenizer, LineTokenizer, NormalizedLetterTokenize
 from .words import PIECES, WORDS, moses_languages
 
 WHOLE_TEXT: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "text8": NormalizedLetterTokenizer}
+_OWN = Dataset(name="own", files=(), divide=FileEach(), tokenizer=LineTokenizer())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,36 +41,49 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="dataset", required=True, metavar="DATASET")
     for name, dataset in DATASETS.items():
         command = commands.add_parser(name, help=f"from {dataset.addresses[0]}, or --source")
-        _common(command, f"{', '.join(dataset.files)}: files in this order, or a folder or archive with them")
+        if dataset.books is None:
+            _common(command, f"{', '.join(dataset.files)}: files in this order, or a folder or archive with them")
+        else:
+            _common(command, "a folder with a file NUMBER.txt for each book, in any sub-folders")
+            _coding(command, dataset)
     own = commands.add_parser("own", help="a text of one's own")
     _common(own, "training, validation and test text; or one text; or a folder or archive with train.txt and so on")
-    # Options without a default here are None unless they are given, so that those without effect can be refused.
     own.add_argument("--shares", type=float, nargs="+", help="of one text for each split (90 5 5)")
     own.add_argument("--first-bytes", type=int, nargs="+", help="of each split's text, instead of all of it")
-    own.add_argument("--tokenizer", choices=sorted(WORDS), default="space", help="what makes words of a line")
-    own.add_argument("--bpe", choices=sorted({**PIECES, **WHOLE_TEXT}), default="none", help="what splits words")
     own.add_argument(
         "--documents",
         action="store_true",
         help="every file is a document: in folders train, valid and test of --source, or numbered parts",
     )
-    own.add_argument("--paragraphs", action="store_true", help="a paragraph a line: empty lines part them")
-    own.add_argument("--pattern", help="regular expression of a word for --tokenizer words")
-    own.add_argument("--source-lang", help="language for --tokenizer moses (en)")
-    own.add_argument("--sentencepiece-model", type=Path, help="a trained model; without it one is trained")
-    own.add_argument("--vocab-size", type=int, help=f"pieces of a model to train ({PieceTraining.vocab_size})")
-    own.add_argument("--character-coverage", type=float, help="share of characters with a piece of their own (1)")
-    own.add_argument("--threshold", type=int, help="words that occur less often are unknown")
-    own.add_argument("--nwords", type=int, help="size of the dictionary, fairseq's own symbols included")
-    own.add_argument(
-        "--padding-factor", type=int, help=f"fill the dictionary up to a multiple of this ({Dataset.padding_factor})"
-    )
-    own.add_argument("--srcdict", type=Path, help="a dictionary to use instead of making one")
+    _coding(own, _OWN)
     count = commands.add_parser("count", help="count the words and bytes of the texts of data that is there already")
     count.add_argument("destdir", type=Path, metavar="FOLDER", help="with dict.txt and the binarized splits")
     count.add_argument("texts", nargs="+", metavar="SPLIT=TEXT", help="the text that a split was made from")
     count.add_argument("--other-lines", action="store_true", help="a split may have other lines than its text")
     return top
+
+
+def _coding(command: argparse.ArgumentParser, dataset: Dataset) -> None:
+    """Add the options of words and pieces, with the defaults of a data set."""
+    bpe = dataset.tokenizer.bpe if isinstance(dataset.tokenizer, LineTokenizer) else "none"
+    pieces = dataset.training or PieceTraining()
+    # Options without a default here are None unless they are given, so that those without effect can be refused.
+    command.add_argument("--tokenizer", choices=sorted(WORDS), default="space", help="what makes words of a line")
+    command.add_argument(
+        "--bpe", choices=sorted({**PIECES, **WHOLE_TEXT}), default=bpe, help=f"what splits words ({bpe})"
+    )
+    command.add_argument("--paragraphs", action="store_true", help="a paragraph a line: empty lines part them")
+    command.add_argument("--pattern", help="regular expression of a word for --tokenizer words")
+    command.add_argument("--source-lang", help="language for --tokenizer moses (en)")
+    command.add_argument("--sentencepiece-model", type=Path, help="a trained model; without it one is trained")
+    command.add_argument("--vocab-size", type=int, help=f"pieces of a model to train ({pieces.vocab_size})")
+    command.add_argument("--character-coverage", type=float, help="share of characters with a piece of their own (1)")
+    command.add_argument("--threshold", type=int, help="words that occur less often are unknown")
+    command.add_argument("--nwords", type=int, help="size of the dictionary, fairseq's own symbols included")
+    command.add_argument(
+        "--padding-factor", type=int, help=f"fill the dictionary up to a multiple of this ({Dataset.padding_factor})"
+    )
+    command.add_argument("--srcdict", type=Path, help="a dictionary to use instead of making one")
 
 
 def _common(command: argparse.ArgumentParser, source: str) -> None:
@@ -131,8 +147,8 @@ def _say_fallback(language: str) -> None:
         )
 
 
-def own_text(args: argparse.Namespace) -> Dataset:
-    """The description of a text of one's own.
+def _coded(dataset: Dataset, args: argparse.Namespace) -> Dataset:
+    """Return the data set with the words and pieces that the options name.
 
     Raises:
         ValueError: options do not go together.
@@ -151,7 +167,8 @@ def own_text(args: argparse.Namespace) -> Dataset:
         except re.error as error:
             raise ValueError(f"--pattern {pattern} is not a regular expression: {error}") from error
         if args.bpe == "sentencepiece" and args.sentencepiece_model is None:
-            training = PieceTraining(**_given(args, ("vocab_size", "character_coverage")))
+            given = _given(args, ("vocab_size", "character_coverage"))
+            training = replace(dataset.training or PieceTraining(), **given)
         tokenizer = LineTokenizer(
             tokenizer=args.tokenizer,
             bpe=args.bpe,
@@ -160,19 +177,24 @@ def own_text(args: argparse.Namespace) -> Dataset:
             source_lang=args.source_lang or "en" if args.tokenizer == "moses" else "",
             model=args.sentencepiece_model,
         )
+    given = _given(args, ("threshold", "nwords", "padding_factor", "srcdict"))
+    return replace(dataset, tokenizer=tokenizer, closed=args.bpe in WHOLE_TEXT, training=training, **given)
+
+
+def _described(args: argparse.Namespace) -> Dataset:
+    """Return the description of the data set that the command names.
+
+    Raises:
+        ValueError, FileNotFoundError: as for `_coded` and for the files of one's own text.
+    """
+    if args.dataset in DATASETS:
+        dataset = DATASETS[args.dataset]
+        return dataset if dataset.books is None else _coded(dataset, args)
+    dataset = _coded(_OWN, args)
     files, divide = _own_files(args.source, args.shares, args.first_bytes)
     if args.documents and isinstance(divide, Shares):
         raise ValueError("--documents takes every file as a document, and --source names one text: leave it out")
-    return Dataset(
-        name="own",
-        files=files,
-        divide=divide,
-        tokenizer=tokenizer,
-        closed=args.bpe in WHOLE_TEXT,
-        training=training,
-        documents=args.documents,
-        **_given(args, ("threshold", "nwords", "padding_factor", "srcdict")),
-    )
+    return replace(dataset, files=files, divide=divide, documents=args.documents)
 
 
 def _own_files(
@@ -212,8 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
             return _count(args)
         if args.workers < 1 or args.chunk_bytes < 1:
             raise ValueError("--workers and --chunk-bytes are at least 1")
-        dataset = DATASETS[args.dataset] if args.dataset in DATASETS else own_text(args)
-        prepare(dataset, args.destdir, args.source, args.workers, args.chunk_bytes)
+        prepare(_described(args), args.destdir, args.source, args.workers, args.chunk_bytes)
     except (ValueError, OSError, DownloadError) as error:
         if no_room(error):
             sys.exit(

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from . import pg19
+from .books import Books
 from .chunks import cut
 from .files import Identity, Span
 from .pieces import PieceTraining
@@ -117,6 +119,7 @@ class Dataset:
     srcdict: Path | None = None
     training: PieceTraining | None = None  # of a SentencePiece model for the tokenizer
     documents: bool = False  # whether every part of a text is a document
+    books: Books | None = None  # of which the addresses' file is an index
 
     @property
     def archive(self) -> str:
@@ -185,6 +188,24 @@ DATASETS = {
             size=31_344_016,
             content="6e890197040d37d85beb962ae1f041ff1d9a9ca8d20c7d99c85027eebf51dca7",
             types=27,
+        ),
+        Dataset(
+            name="pg-19",
+            files=tuple(f"{split}.txt" for split in SPLITS),
+            divide=FileEach(),
+            tokenizer=LineTokenizer(bpe="sentencepiece"),
+            addresses=("https://storage.googleapis.com/deepmind-gutenberg/metadata.csv",),
+            sha256="fbb2fdb48522927b2e16aa52950f2afeb83c6fa8fed45f0c3dd834e9bc9b43b9",
+            size=2_737_447,
+            training=PieceTraining(vocab_size=32_000),
+            documents=True,
+            books=Books(
+                title="PG-19",
+                total={"train": 28_602, "valid": len(pg19.VALID), "test": len(pg19.TEST)},
+                listed={"valid": pg19.VALID, "test": pg19.TEST},
+                words={"valid": 3_007_061, "test": 6_966_499},
+                folders={"train": "train", "valid": "validation", "test": "test"},
+            ),
         ),
     )
 }

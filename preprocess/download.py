@@ -35,10 +35,11 @@ class _WrongFile(Exception):
 def download(
     addresses: Sequence[str],
     path: Path,
-    sha256: str,
+    sha256: str | None,
     size: int | None = None,
     wait: float = 2.0,
     at_most: int | None = None,
+    quiet: bool = False,
 ) -> None:
     """Fetch a file from the first address that has it.
 
@@ -46,9 +47,11 @@ def download(
     asks for the rest only. The file gets its own name when its checksum is right, and is deleted when it is wrong.
 
     Args:
+        sha256: None if it is not known. Then nothing that another process left is gone on with.
         size: in bytes, to tell another file before it is fetched, and a cut one. None if it is not known.
         wait: seconds before the second attempt; each one after it waits twice as long, or as long as the server asks.
         at_most: bytes that the file has no more than, where *size* is not known.
+        quiet: whether to leave the bar of its progress out.
 
     Raises:
         DownloadError: saying what each address answered.
@@ -56,10 +59,12 @@ def download(
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if sha256 is None:
+        part.unlink(missing_ok=True)
     answers = []
     for address in addresses:
         try:
-            _fetch(address, part, sha256, size, wait, at_most if size is None else size)
+            _fetch(address, part, sha256, size, wait, at_most if size is None else size, quiet)
             os.replace(part, path)
             return
         except (_WrongFile, *_TROUBLE) as error:
@@ -76,7 +81,9 @@ def download(
     )
 
 
-def _fetch(address: str, part: Path, sha256: str, size: int | None, wait: float, at_most: int | None) -> None:
+def _fetch(
+    address: str, part: Path, sha256: str | None, size: int | None, wait: float, at_most: int | None, quiet: bool
+) -> None:
     """All of the file into *part*, over as many connections as it takes."""
     failures, mixed, again = 0, False, False
     while True:
@@ -85,7 +92,7 @@ def _fetch(address: str, part: Path, sha256: str, size: int | None, wait: float,
         trouble: Exception = http.client.HTTPException("the connection was cut")
         asked = 0.0
         try:
-            whole = _receive(address, part, size, at_most)
+            whole = _receive(address, part, size, at_most, quiet)
         except urllib.error.HTTPError as error:
             error.close()
             # 416: nothing is left to send, so the part is the file, or longer than it.
@@ -98,8 +105,7 @@ def _fetch(address: str, part: Path, sha256: str, size: int | None, wait: float,
                 raise
             whole, trouble = False, error
         if whole:
-            digest = Identity.of(part).sha256
-            if digest == sha256:
+            if sha256 is None or (digest := Identity.of(part).sha256) == sha256:
                 return
             part.unlink()
             if not mixed or again:
@@ -114,7 +120,7 @@ def _fetch(address: str, part: Path, sha256: str, size: int | None, wait: float,
         time.sleep(pause)
 
 
-def _receive(address: str, part: Path, size: int | None, at_most: int | None) -> bool:
+def _receive(address: str, part: Path, size: int | None, at_most: int | None, quiet: bool) -> bool:
     """One connection's worth, behind what there is. Returns whether the file is whole, as far as can be told."""
     start = _length(part)
     request = urllib.request.Request(address, headers=_AGENT | ({"Range": f"bytes={start}-"} if start else {}))
@@ -124,7 +130,15 @@ def _receive(address: str, part: Path, size: int | None, at_most: int | None) ->
         total = None if length is None else start + length
         if size is not None and total not in (None, size):
             raise _WrongFile(f"the file there has {total:,} bytes, not {size:,}")
-        bar = tqdm(desc=part.stem, total=total or size, initial=start, unit="B", unit_scale=True, mininterval=1)
+        bar = tqdm(
+            desc=part.stem,
+            total=total or size,
+            initial=start,
+            unit="B",
+            unit_scale=True,
+            mininterval=1,
+            disable=quiet,
+        )
         with bar, open(part, "ab" if start else "wb") as file:
             while block := answer.read1(1 << 16):
                 if at_most is not None and file.tell() + len(block) > at_most:

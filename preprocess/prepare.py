@@ -61,7 +61,7 @@ def prepare(
         raise NotADirectoryError(f"--destdir {destdir} is a file: name a folder")
     destdir.mkdir(parents=True, exist_ok=True)
     with _alone(destdir):
-        texts = resolve(sources, dataset.files, folders=dataset.documents) if sources else []
+        texts = _local(dataset, sources) if sources else []
         made_from = _made_from(dataset, texts, chunk_bytes)
         record = _read_record(destdir)
         if record is not None and record["made_from"] == made_from and _is_whole(destdir, record):
@@ -78,7 +78,7 @@ def prepare(
                 f"--destdir for {dataset.name}"
             )
         if not texts:
-            texts = [Source(name, _downloaded(dataset, destdir)) for name in dataset.files]
+            texts = _downloaded(dataset, destdir)
         work = _work_folder(destdir, made_from)
         try:
             files = [_checked(_extracted(text, work, dataset), text, dataset) for text in texts]
@@ -101,7 +101,7 @@ def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> d
     else:
         raise ValueError(f"{dataset.name}: name the text with --source")
     settings = asdict(dataset)
-    del settings["at_most"]  # of a download, not of its result
+    del settings["at_most"], settings["books"]  # of a download, not of its result; the same for all of this name
     if not dataset.documents:  # as in records of before there was the option
         del settings["documents"]
     tokenizer = dataset.tokenizer
@@ -118,11 +118,20 @@ def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> d
     return json.loads(json.dumps(made_from))
 
 
-def _downloaded(dataset: Dataset, destdir: Path) -> Path:
+def _local(dataset: Dataset, sources: Sequence[Path]) -> list[Source]:
+    if dataset.books is not None:
+        return dataset.books.resolve(sources)
+    return resolve(sources, dataset.files, folders=dataset.documents)
+
+
+def _downloaded(dataset: Dataset, destdir: Path) -> list[Source]:
     archive = destdir / dataset.archive
     if not (archive.exists() and Identity.of(archive).sha256 == dataset.sha256):
         download(dataset.addresses, archive, dataset.sha256, dataset.size, at_most=dataset.at_most)
-    return archive
+    if dataset.books is not None:
+        dataset.books.download(dataset.addresses[0].rpartition("/")[0], archive, destdir / "books")
+        return dataset.books.resolve([destdir / "books"])
+    return [Source(name, archive) for name in dataset.files]
 
 
 def _extracted(text: Source, work: Path, dataset: Dataset) -> Path:
@@ -152,7 +161,7 @@ def _make(
     chunk_bytes: int,
 ) -> dict[str, Any]:
     """Everything that DEST is to hold, in ``work/made``; returns what to say about it. *ends* are the documents'."""
-    from . import binarize, original  # fairseq takes seconds to import, and workers share what is imported before
+    from . import binarize  # fairseq takes seconds to import, and workers share what is imported before
 
     dictionary = None if dataset.srcdict is None else binarize.load_dictionary(dataset.srcdict)
     tokenizer = dataset.tokenizer
@@ -193,12 +202,13 @@ def _make(
         with replacing(made / name) as file:
             file.write(path.read_bytes())
     binarize.save_dictionary(dictionary, made / "dict.txt")
-    originals = {
-        split: original.count_split(of_split, written[split].tokens) for split, of_split in documents.items() if words
-    }
     return {
         "splits": {split: count._asdict() for split, count in written.items()},
-        "originals": originals,
+        "originals": {
+            split: _original(dataset, split, of_split, written[split].tokens)
+            for split, of_split in documents.items()
+            if words
+        },
         "types": len(everywhere),
         "dictionary": len(dictionary),
     }
@@ -216,6 +226,18 @@ def _chunks(
                 file = folder / f"{split}-{len(chunks[split]):06d}.npz"
                 chunks[split].append(Chunk(part, file, more=part.stop < document.stop))
     return chunks
+
+
+def _original(dataset: Dataset, split: str, documents: Sequence[Span], tokens: int) -> dict[str, Any]:
+    """Return the counts of a split's text; of books, say which of the published ones it has."""
+    from . import original
+
+    counts = original.count_split(documents, tokens)
+    if dataset.books is None:
+        return counts
+    counts, line = dataset.books.counted(split, documents, counts)
+    _say(line)
+    return counts
 
 
 def _cut_already(tokenizer: Tokenizer, counts: Mapping[str, int]) -> bool:

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import re
 import stat
 import tarfile
@@ -106,13 +107,7 @@ def resolve(sources: Sequence[Path], names: Sequence[str], folders: bool = False
         ValueError: the number of files is another, several have the same name and could be of different corpora, a part
             is missing, or one is no regular file.
     """
-    for source in sources:
-        if not source.exists():
-            raise FileNotFoundError(f"--source {source}: there is no such file or folder")
-        if not (source.is_file() or source.is_dir()):
-            raise ValueError(
-                f"--source {source} is a pipe or a device, and can be read only once: write it to a file first"
-            )
+    existing(sources)
     if folders and len(sources) == 1 and any((sources[0] / PurePath(name).stem).is_dir() for name in names):
         return [_folder_of_parts(sources[0], name) for name in names]
     if len(sources) == 1 and sources[0].is_dir():
@@ -125,6 +120,39 @@ def resolve(sources: Sequence[Path], names: Sequence[str], folders: bool = False
             "order, or one folder or archive that holds them"
         )
     return [Source(name, source) for name, source in zip(names, sources, strict=True)]
+
+
+def existing(sources: Sequence[Path]) -> None:
+    """Refuse sources that are neither files nor folders.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the source.
+    """
+    for source in sources:
+        if not source.exists():
+            raise FileNotFoundError(f"--source {source}: there is no such file or folder")
+        if not (source.is_file() or source.is_dir()):
+            raise ValueError(
+                f"--source {source} is a pipe or a device, and can be read only once: write it to a file first"
+            )
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """Return the files ``NUMBER.txt``, packed or not, in a folder and all folders beneath it, by number.
+
+    Raises:
+        ValueError: a number occurs more than once.
+    """
+    name_of_book = re.compile(rf"(\d+)\.txt(?:{'|'.join(map(re.escape, _COMPRESSED))})?", re.ASCII)
+    files: dict[int, Path] = {}
+    for top, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            path = Path(top, name)
+            if (match := name_of_book.fullmatch(name)) and not _added_by_macos(path.relative_to(folder)):
+                other = files.setdefault(int(match[1]), path)
+                if other != path:
+                    raise _several(folder, f"book {match[1]}", [str(other), str(path)], "remove one of the two")
+    return files
 
 
 def _folder_of_parts(folder: Path, name: str) -> Source:

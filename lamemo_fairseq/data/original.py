@@ -12,6 +12,7 @@ from typing import Dict, Optional
 from .text_encoding import PREPROCESS, RECORD
 
 COUNTED = "original.json"
+WHITE_SPACE = "between white space in the original text"
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,11 @@ class OriginalText:
 
     Args:
         text: its file's name.
-        words: what stands between white space, as Python's ``str.split`` and ``wc -w`` have it.
+        words: what stands between white space, as Python's ``str.split`` and ``wc -w`` have it, or a published count.
         bytes: of UTF-8, or of any other encoding that the text was in, ends of lines included.
         lines: line feeds, as ``wc -l`` has it.
         tokens: of the binarized split, which tell that the counts belong to it.
+        counted: how the words were counted.
     """
 
     text: str
@@ -31,9 +33,10 @@ class OriginalText:
     bytes: int
     lines: int
     tokens: int
+    counted: str = WHITE_SPACE
 
     def __post_init__(self) -> None:
-        numbers = {name: value for name, value in vars(self).items() if name != "text"}
+        numbers = {name: value for name, value in vars(self).items() if name not in ("text", "counted")}
         wrong = [f"{name} {value!r}" for name, value in numbers.items() if type(value) is not int or value < 0]
         if wrong:
             raise ValueError(f"it says {', '.join(wrong)}")

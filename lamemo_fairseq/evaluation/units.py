@@ -129,6 +129,7 @@ def report(totals: Totals, original: Original) -> Dict[str, Any]:
         "unknown_share": totals.unknown / others if others > 0 else 0.0,
         "text": text.text if text else None,
         "words": text.words if text else None,
+        "words_counted": text.counted if text else None,
         "word_perplexity": _finite(totals.perplexity(text.words)) if text and text.words else None,
         "bytes": text.bytes if text else None,
         "bits_per_byte": totals.bits(text.bytes) if text else None,
@@ -155,7 +156,7 @@ def sentence(report: Dict[str, Any]) -> str:
     perplexity = report["word_perplexity"]
     return (
         f"{tokens}; perplexity {'without bound' if perplexity is None else f'{perplexity:.2f}'} a word "
-        f"({report['words']:,} between white space in the original text, {report['text']}{note}); "
+        f"({report['words']:,} {report['words_counted']}, {report['text']}{note}); "
         f"{report['bits_per_byte']:.4f} bits per byte ({report['bytes']:,} of it)"
         + ("; both take all unknown words for one, an easy one" if report["unknown_tokens"] else "")
     )
