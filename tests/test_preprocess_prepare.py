@@ -406,12 +406,10 @@ def test_every_data_set_has_a_command(tmp_path, monkeypatch):
     monkeypatch.setattr("preprocess.__main__.prepare", lambda dataset, *arguments: prepared.append(dataset))
     for name in datasets.DATASETS:
         main([name, "--destdir", str(tmp_path)])
-    assert [dataset.name for dataset in prepared] == ["wikitext-103", "wikitext-2", "enwik8", "text8"]
+    assert [dataset.name for dataset in prepared] == ["wikitext-103", "wikitext-2", "enwik8", "text8", "pg-19"]
     for dataset in prepared:
         assert len(dataset.sha256) == 64
-        assert (
-            dataset.archive
-            == f"{dataset.name}{'-v1' if 'wiki' in dataset.name and dataset.name != 'enwik8' else ''}.zip"
-        )
+        end = "-v1.zip" if dataset.name.startswith("wikitext") else ".zip"
+        assert dataset.archive == ("metadata.csv" if dataset.books else dataset.name + end)
         if isinstance(dataset.divide, Sizes):
             assert tuple(dataset.tokens.values()) == dataset.divide.bytes
