@@ -178,7 +178,8 @@ def _coded(dataset: Dataset, args: argparse.Namespace) -> Dataset:
             model=args.sentencepiece_model,
         )
     given = _given(args, ("threshold", "nwords", "padding_factor", "srcdict"))
-    return replace(dataset, tokenizer=tokenizer, closed=args.bpe in WHOLE_TEXT, training=training, **given)
+    closed = args.bpe in WHOLE_TEXT or (training is not None and training.byte_fallback)
+    return replace(dataset, tokenizer=tokenizer, closed=closed, training=training, **given)
 
 
 def _described(args: argparse.Namespace) -> Dataset:

@@ -197,7 +197,7 @@ DATASETS = {
             addresses=("https://storage.googleapis.com/deepmind-gutenberg/metadata.csv",),
             sha256="fbb2fdb48522927b2e16aa52950f2afeb83c6fa8fed45f0c3dd834e9bc9b43b9",
             size=2_737_447,
-            training=PieceTraining(vocab_size=32_000),
+            training=PieceTraining(vocab_size=32_000, byte_fallback=True),
             documents=True,
             books=Books(
                 title="PG-19",

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,12 +26,14 @@ class PieceTraining:
     Args:
         vocab_size: pieces.
         character_coverage: share of the characters that get a piece of their own, whatever the rarest are.
+        byte_fallback: whether a character without a piece is divided into bytes, each a piece, so that none is unknown.
         sample_bytes: of longer texts, this much is read, in parts evenly spaced over the text.
     """
 
     vocab_size: int = 8000
     character_coverage: float = 1.0
     sample_bytes: int = 10_000_000
+    byte_fallback: bool = False
 
     def run(self, text: Span, tokenizer: LineTokenizer, model: Path) -> None:
         """Train on what the tokenizer's words are before they are split, and write the model.
@@ -47,6 +50,8 @@ class PieceTraining:
         if not sample:
             raise ValueError(f"there is no text for train in {text.path}")
         written = io.BytesIO()
+        # Only if it is asked for: a model's file names the options that it was given.
+        options: dict[str, Any] = {"byte_fallback": True} if self.byte_fallback else {}
         try:
             SentencePieceTrainer.train(
                 sentence_iterator=iter(sample),
@@ -55,6 +60,7 @@ class PieceTraining:
                 character_coverage=self.character_coverage,
                 max_sentence_length=_LONGEST,
                 minloglevel=2,
+                **options,
             )
         except RuntimeError as error:
             raise ValueError(f"SentencePiece cannot train with --vocab-size {self.vocab_size}: {error}") from error

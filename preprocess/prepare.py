@@ -104,6 +104,8 @@ def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> d
     del settings["at_most"], settings["books"]  # of a download, not of its result; the same for all of this name
     if not dataset.documents:  # as in records of before there was the option
         del settings["documents"]
+    if dataset.training is not None and not dataset.training.byte_fallback:
+        del settings["training"]["byte_fallback"]
     tokenizer = dataset.tokenizer
     if dataset.srcdict is not None:
         settings["srcdict"] = Identity.of(dataset.srcdict)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from lamemo_fairseq.core.text.coders import SentencePieces
 from lamemo_fairseq.data.original import WHITE_SPACE, read_original
 from lamemo_fairseq.evaluation.units import Original, Totals, report, sentence
 from preprocess import datasets
@@ -131,12 +132,18 @@ def test_a_subset_of_train_is_told(small, source, tmp_path, capsys):
 
 
 def test_pieces_by_default(small, source, tmp_path):
-    """A model of pieces, as many as told; the published count holds for any tokens."""
-    record = pg19(tmp_path / "data", "--source", source, "--vocab-size", "70")
-    assert record["made_from"]["settings"]["training"]["vocab_size"] == 70
+    """As many as told, bytes among them for characters that the model does not know."""
+    write(source / "860.txt", TEXTS[860] + "\N{SNOWMAN} \N{GREEK SMALL LETTER ALPHA}x\n".encode())
+    record = pg19(tmp_path / "data", "--source", source, "--vocab-size", "330")
+    assert record["made_from"]["settings"]["training"]["vocab_size"] == 330
     assert record["made_from"]["settings"]["tokenizer"]["bpe"] == "sentencepiece"
     assert "books" not in record["made_from"]["settings"]
-    assert record["originals"]["test"]["words"] == 9
+    assert record["originals"]["valid"]["words"] == 7
+    assert [count["unknown"] for count in record["splits"].values()] == [0, 0, 0]
+    tokens = tokens_of(tmp_path / "data", "test")
+    assert "<0xE2> <0x98> <0x83>" in " ".join(tokens)
+    lines = [SentencePieces(None).decode(line) for line in " ".join(tokens).split("</s>")]
+    assert "\N{SNOWMAN} \N{GREEK SMALL LETTER ALPHA}x" in lines
     assert PG19.training.vocab_size == 32_000
 
 

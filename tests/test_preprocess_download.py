@@ -109,6 +109,13 @@ def test_a_part_that_is_whole_already(path, part, ranges):
     assert is_complete(path)
 
 
+def test_without_a_checksum_only_connections_of_one_call_are_joined(path, part):
+    part.write_bytes(b"another file")
+    with Server(limits=[50_000]) as server:
+        download([server.address], path, None, wait=0.001, quiet=True)
+    assert is_complete(path) and server.requests == [None, "bytes=50000-"]
+
+
 @pytest.mark.parametrize("left", [70_000, 200_000])
 def test_a_part_of_another_file_is_not_kept(path, part, left):
     part.write_bytes(b"x" * left)

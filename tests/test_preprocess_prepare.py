@@ -306,7 +306,9 @@ def test_a_sentencepiece_model_trained_and_reused(texts, tmp_path):
     bpe = SentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(model)))
     expected = " </s> ".join(bpe.encode(line) for line in TEXTS["valid"].decode().split("\n")).split()
     assert tokens_of(tmp_path / "trained", "valid") == expected
-    assert 60 < json.loads(made[RECORD])["types"] <= 101
+    record = json.loads(made[RECORD])
+    assert 60 < record["types"] <= 101
+    assert set(record["made_from"]["settings"]["training"]) == {"vocab_size", "character_coverage", "sample_bytes"}
 
     reused = own(texts, tmp_path / "reused", *pieces, "--sentencepiece-model", str(model))
     again = own(texts, tmp_path / "again", *pieces, "--vocab-size", "100", workers=2)

@@ -44,6 +44,8 @@ def test_ids_are_fairseqs():
 def test_pieces_are_joined_without_what_split_them():
     assert Tokenizer(["ho@@", "use"], TextEncoding(pieces="subword_nmt")).decode([4, 5, 2, 4, 4, 5]) == "house\nhohouse"
     assert Tokenizer(["\u2581ho", "use"], TextEncoding(pieces="sentencepiece")).decode([4, 5, 4]) == "house ho"
+    tokenizer = Tokenizer(["\u2581x", "<0xC3>", "<0xA9>", "<0", "x41>"], TextEncoding(pieces="sentencepiece"))
+    assert tokenizer.decode([4, 5, 6, 4, 5, 4, 7, 8]) == "x\xe9 x\ufffd x<0x41>"
 
 
 @pytest.mark.parametrize(

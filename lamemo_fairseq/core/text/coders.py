@@ -14,6 +14,7 @@ _PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 BYTE_SYMBOLS: Dict[int, str] = {b: chr(b) if b in _PRINTABLE else chr(256 + b) for b in range(256)} | {ord(" "): SPACE}
 _BYTES = {symbol: byte for byte, symbol in BYTE_SYMBOLS.items()}
 _INVALID = 0xFF  # occurs in no UTF-8
+_BYTE_PIECES = re.compile(r"(?<!\S)<0x[0-9A-F]{2}>(?: <0x[0-9A-F]{2}>)*(?!\S)")  # of SentencePiece, with byte fallback
 
 
 class Coder(Protocol):
@@ -106,7 +107,13 @@ class SentencePieces:
         return " ".join(self._encode(text))
 
     def decode(self, tokens: str) -> str:
+        """Return the text, with U+FFFD for pieces of bytes that are no UTF-8."""
+        tokens = _BYTE_PIECES.sub(_of_bytes, tokens)
         return tokens.replace(" ", "").replace("\u2581", " ").strip()
+
+
+def _of_bytes(pieces: "re.Match[str]") -> str:
+    return bytes(int(piece[3:5], 16) for piece in pieces[0].split()).decode("utf-8", "replace")
 
 
 class SubwordNMT:
