@@ -82,15 +82,15 @@ class DocumentOptions:
                     f"--document-separator '{self.separator}': '{word}' is not in dict.txt: write the line as it stands"
                     " in the binarized text, pieces and all"
                 )
-        found = _lines_of(tokens, words, dictionary.eos())
-        if not found:
+        separators = _lines_of(tokens, words, dictionary.eos())
+        if not separators:
             raise ValueError(
                 f"{tokens.name} has no line '{self.separator}': pass another --document-separator, or --documents none "
                 "to read it as one text"
             )
         begins = np.concatenate([[0], tokens.ends])
-        after = begins[np.array(found) + 1]
-        stops = after if self.scored else begins[np.array(found)]
+        after = begins[np.array(separators) + 1]
+        stops = after if self.scored else begins[np.array(separators)]
         return np.concatenate([[0], after]), np.concatenate([stops, [len(tokens)]])
 
 
@@ -112,12 +112,12 @@ def _read_record(path: str) -> List[int]:
 
 def _lines_of(tokens: TokenSequence, words: Sequence[int], eos: int) -> List[int]:
     """Return the numbers of the lines that hold these words, with or without an end."""
-    found = []
+    numbers = []
     for line in np.flatnonzero((tokens.sizes == len(words)) | (tokens.sizes == len(words) + 1)).tolist():
         size = int(tokens.sizes[line])
         if part_of_line(tokens.lines, line, 0, size).tolist() == [*words, eos][:size]:
-            found.append(line)
-    return found
+            numbers.append(line)
+    return numbers
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,8 @@ def _total(log_probs: Tensor) -> float:
 
 def _end(text: str, until: Sequence[str]) -> int | None:
     """Return where the first of the strings begins, None if there is none of them."""
-    places = [place for string in until if (place := text.find(string)) >= 0]
-    return min(places, default=None)
+    starts = [start for string in until if (start := text.find(string)) >= 0]
+    return min(starts, default=None)
 
 
 def _number(name: str, value: object) -> float:
