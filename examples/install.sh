@@ -28,7 +28,8 @@ echo "== installing into $venv (some minutes the first time)"
 mkdir -p "$venv"
 : >"$mark"
 "$python" -m venv "$venv"
-pip() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" "$@"; }
+# Most of torch's modules are never imported: those that are get compiled then.
+pip() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c "$root/constraints.txt" "$@"; }
 # torch first: what comes after is then content with it.
 pip torch
 case $("$venv/bin/python" -c 'import sys; print(sys.version_info.minor)') in
