@@ -176,3 +176,23 @@ def read_by_token(model: LanguageModel, tokens: Tensor, first: int = 1) -> Tenso
     state = DecodingState(model, len(tokens))
     features = [state.read(tokens[:, :first]), *(state.read(new) for new in tokens[:, first:].split(1, dim=1))]
     return model.output_layer(torch.cat(features, dim=1))
+
+
+@torch.no_grad()
+def assert_decoding_follows_reordered_beams(decoder: LanguageModel, length: int = 30, words: int = 6) -> None:
+    """Read sequences of unlike lengths, then reorder them before every new word; compare with whole segments."""
+    read = [0, 1, 17, 3, 8, 2, 16]
+    tokens = random_tokens(len(read), length)
+    state = DecodingState(decoder, len(read))
+    state.read(tokens[:, : max(read)], read)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(words):
+        order = torch.randint(len(read), (len(read),), generator=generator)
+        state.reorder(order)
+        tokens, read = tokens[order], [read[sequence] for sequence in order]
+        expected = whole_segments(decoder, tokens)
+        new = torch.stack([tokens[sequence, n] for sequence, n in enumerate(read)]).unsqueeze(1)
+        features = state.read(new)
+        for sequence, n in enumerate(read):
+            torch.testing.assert_close(features[sequence, 0], expected[sequence, n], rtol=0, atol=1e-9)
+        read = [n + 1 for n in read]

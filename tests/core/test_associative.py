@@ -15,7 +15,16 @@ from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.memory.associative.association import Association, Associations, dpfp
 
 from ..gpus import DEVICE
-from .helpers import config_of, random_tokens, read_streams, read_texts, tiny_decoder, tiny_options, whole_segments
+from .helpers import (
+    assert_decoding_follows_reordered_beams,
+    config_of,
+    random_tokens,
+    read_streams,
+    read_texts,
+    tiny_decoder,
+    tiny_options,
+    whole_segments,
+)
 from .paper import Paper, differences
 
 PLAIN = ("associative", "transformer-xl", "right")
@@ -236,24 +245,10 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("positions", ["transformer-xl", "shaw"])
-@torch.no_grad()
-def test_decoding_of_ragged_rows_and_reordered_beams(positions, options):
+def test_decoding_of_ragged_sequences_and_reordered_beams(positions, options):
     """Sequences in their first segment beside others; segments shorter than an update."""
     decoder = tiny_decoder(("associative", positions, "right"), **options)
-    lengths = [0, 1, 17, 3, 8, 2, 16]
-    tokens = random_tokens(len(lengths), 26)
-    state = DecodingState(decoder, len(lengths))
-    state.read(tokens[:, : max(lengths)], lengths)
-    read, generator = list(lengths), torch.Generator().manual_seed(0)
-    for _ in range(6):
-        order = torch.randint(len(read), (len(read),), generator=generator)
-        state.reorder(order)
-        tokens, read = tokens[order], [read[row] for row in order]
-        expected = whole_segments(decoder, tokens)
-        features = state.read(torch.stack([tokens[row, n] for row, n in enumerate(read)]).unsqueeze(1))
-        for row, n in enumerate(read):
-            torch.testing.assert_close(features[row, 0], expected[row, n], rtol=0, atol=1e-9)
-        read = [n + 1 for n in read]
+    assert_decoding_follows_reordered_beams(decoder, length=26)
 
 
 @torch.no_grad()

@@ -14,7 +14,15 @@ from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.memory.infini.cache import empty_associations
 
 from . import fake_graphs
-from .helpers import config_of, random_tokens, read_streams, tiny_decoder, tiny_options, whole_segments
+from .helpers import (
+    assert_decoding_follows_reordered_beams,
+    config_of,
+    random_tokens,
+    read_streams,
+    tiny_decoder,
+    tiny_options,
+    whole_segments,
+)
 from .paper import Paper, differences
 
 LINEAR, DELTA = ("infini", "transformer-xl", "linear"), ("infini", "transformer-xl", "delta")
@@ -259,23 +267,9 @@ def test_a_part_filled_segment_writes_nothing_in_generation(variant):
 
 
 @pytest.mark.parametrize("options", [{"segment_length": 4}, SEGMENTED], ids=str)
-@torch.no_grad()
 def test_decoding_of_ragged_sequences_and_reordered_beams(options):
-    decoder, lengths = infini_decoder(DELTA, **options), [0, 1, 17, 3, 8, 2, 16]
-    tokens = random_tokens(len(lengths), 30)
-    state = DecodingState(decoder, len(lengths))
-    state.read(tokens[:, : max(lengths)], lengths)
-    read, generator = list(lengths), torch.Generator().manual_seed(0)
-    for _ in range(6):
-        order = torch.randint(len(read), (len(read),), generator=generator)
-        state.reorder(order)
-        tokens, read = tokens[order], [read[sequence] for sequence in order]
-        expected = whole_segments(decoder, tokens)
-        new = torch.stack([tokens[sequence, n] for sequence, n in enumerate(read)]).unsqueeze(1)
-        features = state.read(new)
-        for sequence, n in enumerate(read):
-            torch.testing.assert_close(features[sequence, 0], expected[sequence, n], rtol=0, atol=1e-9)
-        read = [n + 1 for n in read]
+    decoder = infini_decoder(DELTA, **options)
+    assert_decoding_follows_reordered_beams(decoder)
 
 
 def test_a_graph_is_recorded_from_the_third_segment_on(monkeypatch):

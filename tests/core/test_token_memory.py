@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from lamemo_fairseq.core.decoding.state import DecodingState
-
 from ..gpus import DEVICE
-from .helpers import random_tokens, read_streams, read_texts, segments_of, tiny_decoder, whole_segments
+from .helpers import (
+    assert_decoding_follows_reordered_beams,
+    random_tokens,
+    read_streams,
+    read_texts,
+    segments_of,
+    tiny_decoder,
+    whole_segments,
+)
 from .paper import Paper, differences
 
 PLAIN, DISENTANGLED = ("token", "transformer-xl", "right"), ("token", "disentangled-content", "right")
@@ -189,25 +195,10 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@torch.no_grad()
-def test_decoding_of_ragged_rows_and_reordered_beams(options):
+def test_decoding_of_ragged_sequences_and_reordered_beams(options):
     """With segments shorter than an update, without a cache, and with a cache that memory tokens read."""
     decoder = tiny_decoder(DISENTANGLED, **options)
-    lengths = [0, 1, 17, 3, 8, 2, 16]
-    tokens = random_tokens(len(lengths), 30)
-    state = DecodingState(decoder, len(lengths))
-    state.read(tokens[:, : max(lengths)], lengths)
-    read, generator = list(lengths), torch.Generator().manual_seed(0)
-    for _ in range(10):
-        order = torch.randint(len(read), (len(read),), generator=generator)
-        state.reorder(order)
-        tokens, read = tokens[order], [read[row] for row in order]
-        expected = whole_segments(decoder, tokens)
-        new = torch.stack([tokens[row, n] for row, n in enumerate(read)]).unsqueeze(1)
-        features = state.read(new)
-        for row, n in enumerate(read):
-            torch.testing.assert_close(features[row, 0], expected[row, n], rtol=0, atol=1e-9)
-        read = [n + 1 for n in read]
+    assert_decoding_follows_reordered_beams(decoder, words=10)
 
 
 @torch.no_grad()
