@@ -1,7 +1,7 @@
-"""Documents of any lengths, dealt to streams, and these cut into segments.
+"""Documents of any lengths, dealt to streams, which are cut into segments.
 
-Each document goes whole to one stream, the longest first, each to the stream that has least to read. No stream ends
-before every document has begun, whatever the order in which a stream reads its own.
+Each document goes whole to one stream. The longest document is dealt first, each to the stream with the least to read.
+No stream ends before every document has begun, in whatever order a stream reads its documents.
 """
 
 from bisect import bisect_right
@@ -19,7 +19,7 @@ class Extract(NamedTuple):
 
 
 class DocumentStreams:
-    """A deal of documents, which depends on their lengths and the number of streams alone.
+    """A deal of documents to streams, which depends on these arguments alone.
 
     Args:
         lengths: tokens of each document; those without tokens are left out.
@@ -63,7 +63,7 @@ class DocumentStream:
         self._ends = list(accumulate(deal._size(document) for document in documents))
 
     def segment(self, index: int) -> List[Extract]:
-        """Return what a segment reads, in order: with ``clear`` of one document, and nothing where the stream ends."""
+        """Return the extracts that a segment reads, in order: with ``clear`` one at most, and none after the end."""
         deal = self._deal
         length = 1 if deal.clear else deal.segment_length
         begin, stop = index * length, (index + 1) * length

@@ -1,8 +1,8 @@
-"""Memories of streams that begin at different times: groups of those that are alike, read one after another.
+"""Memories of streams that begin at different times, read in groups of streams whose states have the same shapes.
 
-A memory fills up while a stream is read. Where single streams begin anew, their states have other shapes than those of
-the streams beside them. Streams whose states are alike form a group. Each group is read like a batch of its own, so
-that every memory is exact, and knows nothing of it.
+A memory fills up while a stream is read. If single streams begin anew, their states have other shapes than the states
+of the other streams. Streams whose states have the same shapes form a group. Each group is read as a batch of its own,
+so that every memory is exact without any code for groups.
 
 Shapes: B streams, N tokens of a segment, d model width.
 """
@@ -30,21 +30,21 @@ from .base import MemoryState, Passage, SavedField
 
 
 class ReadSegment(Protocol):
-    """Reads one segment of streams whose states are alike: its features, the states after it, and losses."""
+    """A function that reads one segment of streams whose states have the same shapes."""
 
     def __call__(self, tokens: Tensor, state: Optional[MemoryState], lengths: Optional[Tensor] = None) -> Passage: ...
 
 
 class Group(NamedTuple):
-    """Streams whose states are alike."""
+    """Streams whose states have the same shapes."""
 
     streams: Tuple[int, ...]  # entries of the batch, in order
-    state: Optional[MemoryState]  # of these; None for empty ones
+    state: Optional[MemoryState]  # of these streams; None if their memories are empty
 
 
 @dataclass(frozen=True)
 class GroupedState(MemoryState):
-    """The state of a batch whose streams are not alike. Streams that are in no group have ended."""
+    """The state of a batch whose streams have states of different shapes. A stream in no group has ended."""
 
     num_streams: int  # B
     groups: Tuple[Group, ...]
@@ -72,16 +72,16 @@ def advance(
     cleared: Collection[int] = (),
     ended: Collection[int] = (),
 ) -> Optional[MemoryState]:
-    """Return the memory that the next segment of a batch is read from. Doing this twice changes nothing more.
+    """Return the memory before the next segment of a batch. A second call with the same arguments changes nothing.
 
     Args:
         state: the memory after the segment before, left as it is; None for an empty one.
         num_streams: B.
         cleared: streams that begin anew, from an empty memory.
-        ended: streams without tokens from here on. They are not read, unless they are cleared later.
+        ended: streams without further tokens. They are not read, unless they are cleared later.
 
     Returns:
-        An ordinary state where all streams are alike, None where all are empty, and a `GroupedState` elsewhere.
+        An ordinary state if all states have the same shapes, None if all memories are empty, else a `GroupedState`.
     """
     if not cleared and not ended and not isinstance(state, GroupedState):
         return state
@@ -111,9 +111,10 @@ def read_groups(read: ReadSegment, tokens: Tensor, state: GroupedState, lengths:
         lengths: ``[B]`` tokens that are not padding; None if none is.
 
     Returns:
-        Features ``[B, N, d]``, zeros for streams that have ended; the memory after the segment; and losses a token.
+        Features ``[B, N, d]``, zeros for streams that have ended; the memory after the segment; and
+        the mean of each loss over tokens.
     """
-    # A rank whose streams have all ended still takes part in the backward pass.
+    # If all streams have ended, stream 0 is read as padding, so that this rank takes part in the backward pass.
     groups = state.groups or (Group((0,), None),)
     entries = [torch.tensor(group.streams, device=tokens.device) for group in groups]
     passages = [
@@ -196,7 +197,7 @@ def _chosen(group: Group, chosen: Sequence[bool]) -> Group:
 
 
 def _joined(groups: Sequence[Group]) -> Group:
-    """Join groups whose states are alike, with the streams in order."""
+    """Join groups whose states have the same shapes, with the streams in order."""
     if len(groups) == 1:
         return groups[0]
     streams = [stream for group in groups for stream in group.streams]
@@ -208,7 +209,7 @@ def _joined(groups: Sequence[Group]) -> Group:
 
 
 def _means(passages: Sequence[Passage], weights: Sequence[Tensor]) -> Dict[str, Tensor]:
-    """Return the mean of each loss over tokens, of which every passage has its own number."""
+    """Return the mean of each loss over all tokens; *weights* are the numbers of tokens of the passages."""
     total = torch.stack(list(weights)).sum().clamp(min=1)
     return {
         name: torch.stack([p.losses[name] * w / total for p, w in zip(passages, weights, strict=True)]).sum()

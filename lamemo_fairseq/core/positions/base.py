@@ -81,7 +81,7 @@ class PositionEncoding(nn.Module):
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Within it no parameter changes, so that evaluation computes the biases of a segment's shape once."""
+        """Within this context parameters do not change: evaluation computes the biases of a segment's shape once."""
         outside, self._known = self._known, {}
         try:
             yield

@@ -1,9 +1,9 @@
 """Associative Recurrent Memory Transformer, ARMT (Rodkin et al. 2024, arXiv 2407.04841).
 
-The same m learned memory tokens stand behind the tokens of every segment, ``[cache; x; memory tokens]``, under a plain
-causal mask, so that they see all tokens and no token sees them. Before each layer all rows read the layer's matrix as
-the segment before has left it; after the layer, the rows of the memory tokens are written into it. Gradient flows
-through the matrices from segment to segment of one update; the cache, Transformer-XL's, is frozen.
+The same m learned memory tokens follow the tokens of every segment, ``[cache; x; memory tokens]``, under a plain causal
+mask. So memory tokens see all tokens, and no token sees them. Before each layer all rows read the layer's matrix as
+the previous segment left it. After the layer, the rows of the memory tokens are written into the matrix. Gradient flows
+through the matrices from segment to segment of one update. Transformer-XL's cache has no gradient.
 
 Shapes: B streams, N tokens of an update of k segments, n <= N / k current tokens, m memory tokens, s <= M cached rows,
 d model width, F features of a key.
@@ -34,7 +34,7 @@ _CHARACTERS = {"preset_tokens_per_sample": 1024}
 
 @dataclass(frozen=True)
 class AssociativeState(MemoryState):
-    """Per layer its matrix, and the tokens' rows that went into it. Before the first segment matrices have no rows."""
+    """The matrix of each layer, of size 0 before the first segment, and the tokens' rows that went into the layer."""
 
     matrices: Tuple[Tensor, ...]  # a layer: [B, F or 0, d], float32 or wider
     normalizers: Tuple[Tensor, ...]  # a layer: [B, F or 0], float32 or wider
@@ -51,8 +51,8 @@ class AssociativeState(MemoryState):
 class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
     """Memory tokens whose outputs are written into one matrix a layer.
 
-    With ``bptt_segments`` k, the N tokens of an update are k segments. With k = 1 what a segment writes is read in the
-    next update alone, as a constant: writing is then not trained, and a new model's matrices stay zero.
+    With ``bptt_segments`` k, the N tokens of an update are k segments. With k = 1 only the next update reads what a
+    segment has written, as a constant. Writing is then not trained, and a new model's matrices stay zero.
     """
 
     architecture: ClassVar[Architecture] = Architecture(

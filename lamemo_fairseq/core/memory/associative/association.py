@@ -16,7 +16,7 @@ _ROLLS = (1, 2, 3)
 
 
 class Associations(NamedTuple):
-    """What a layer's memory has been written with, in float32 or wider."""
+    """The contents of a layer's memory, in float32 or wider."""
 
     matrix: Tensor  # [B, F, d], the paper's A transposed
     normalizer: Tensor  # [B, F], the paper's z
@@ -29,14 +29,14 @@ class Association(nn.Module):
         super().__init__()
         self.query = nn.Linear(embed_dim, key_dim, bias=False)
         self.key = nn.Linear(embed_dim, key_dim, bias=False)
-        # No `nn.Linear`, whose first weights a decoder draws: what is read begins as nothing.
+        # Not an `nn.Linear`, whose weights a decoder draws: zeros let a new model read nothing.
         self.value = nn.Parameter(torch.zeros(embed_dim, embed_dim))
         self.gate = nn.Linear(embed_dim, 1)
 
     def read(self, rows: Tensor, past: Associations) -> Tensor:
         """Return ``h + A phi(W_Q h) / (z . phi(W_Q h) + 1e-5)`` of ``rows [B, R, d]``, in their dtype.
 
-        Of a memory without entries nothing is read: the rows are returned as they are, to the last bit.
+        An empty memory leaves the rows as they are, to the last bit.
         """
         features = dpfp(_through(self.query, rows))
         with torch.autocast(rows.device.type, enabled=False):
@@ -44,10 +44,10 @@ class Association(nn.Module):
         return rows + read_out.to(rows.dtype)
 
     def write(self, rows: Tensor, past: Optional[Associations]) -> Associations:
-        """Write all memory tokens' ``rows [B, m, d]`` together, into what was there before any of them.
+        """Write the ``rows [B, m, d]`` of all memory tokens together, each by what it reads of the memory before.
 
         ``A += sum_i beta_i (v_i - A phi(k_i) / n_i) phi(k_i)^T`` and ``z += sum_i gamma_i phi(k_i)``, where
-        ``n_i = z . phi(k_i) + 1e-5``, and ``gamma_i`` is the part of the key that z has not met. It has no gradient.
+        ``n_i = z . phi(k_i) + 1e-5``, and ``gamma_i``, without gradient, is the share of the key that z does not have.
 
         Args:
             past: None before the first segment, whose keys are all new.

@@ -6,7 +6,7 @@ from .options import AssociativeOptions
 
 
 class AssociativeSelfAttention(CausalSelfAttention):
-    """Causal attention over ``[cache; x; memory tokens]``. The memory itself is read and written outside of it."""
+    """Causal attention over ``[cache; x; memory tokens]``. The memory is read and written outside of the attention."""
 
     def __init__(self, config: AttentionConfig):
         if config.span is not None:

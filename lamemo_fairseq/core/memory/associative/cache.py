@@ -1,4 +1,4 @@
-"""The decoding cache of associative memory: every new token reads a layer's matrix, a full segment writes it.
+"""The decoding cache of associative memory: new tokens read a layer's matrix, and full segments are written into it.
 
 Memory tokens need no columns, as no token attends to them: they pass through the layers when a segment is full.
 
@@ -31,7 +31,7 @@ class WithMatrices(CachedMemory, Protocol):
 
 @dataclass
 class AssociativeLayerCache(LayerCache):
-    """Besides keys and values, the layer's matrix. Of zeros nothing is read, as before the first segment is full."""
+    """Keys and values, and the layer's matrix: zeros until the first segment is full, of which nothing is read."""
 
     associations: Associations  # of [B, F, d] and [B, F]
 
@@ -43,7 +43,7 @@ class AssociativeLayerCache(LayerCache):
 
 @dataclass
 class AssociativeCache(SegmentCache[WithMatrices, AssociativeLayerCache]):
-    """Keys, values and matrices. A position's own number is 1 once a segment has been written, else 0."""
+    """Keys, values and matrices. `SequencePosition.own` is 1 once a segment has been written, else 0."""
 
     @classmethod
     def empty(cls, memory: WithMatrices, batch_size: int, like: Tensor) -> "AssociativeCache":

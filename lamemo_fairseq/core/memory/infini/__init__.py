@@ -1,15 +1,15 @@
 """Infini-attention (Munkhdalai, Faruqui, Gopal 2024, arXiv 2404.07143): associations of all earlier segments.
 
-Every head of every layer has a matrix M from keys to values, and the sum z of the keys. A segment attends to itself
-alone, reads the M that earlier segments have written, and is written when it has been read. What the paper leaves open:
+Every head of every layer has a matrix M, which maps keys to values, and the sum z of the keys. A segment attends to
+itself, reads M and z as earlier segments have written them, and is then written. The paper leaves these choices open:
 
-- The first segment has nothing to read, and the local attention alone; a flag in the state tells it from others.
-- Keys and queries of M have no positions. Rotations and biases are the local attention's.
-- M and z are float32 or wider whatever the model is, and so is all that is computed from them.
+- The first segment has nothing to read, and uses the local attention alone. A flag in the state marks it.
+- Keys and queries of M have no positions. Rotations and biases belong to the local attention.
+- M, z and all values computed from them are float32 or wider, whatever the model's precision.
 - The gate beta is 0 at first, so that both read-outs weigh the same.
-- Gradient flows through M and z between the segments of an update (``bptt_segments``). The state behind it has none.
+- Gradient flows through M and z between the segments of an update (``bptt_segments``). It stops at the update's end.
 
-There are no memory slots: the paper has no cache of rows, and the length of the local attention is the segment's.
+There are no memory slots: the paper has no cache of rows, and the local attention sees the segment alone.
 
 Shapes: B streams, n current tokens, H heads, D size of a head, d model width.
 """
@@ -33,7 +33,7 @@ _CHARACTERS = {"mem_len": 0, "bptt_segments": 2, "preset_tokens_per_sample": 102
 
 @dataclass(frozen=True)
 class InfiniState(MemoryState):
-    """Per layer the `Associations`. Shapes are the same from the first segment on."""
+    """The `Associations` of every layer. Their shapes never change."""
 
     matrices: Tuple[Tensor, ...]  # a layer: [B, H, D, D], float32 or wider
     normalizers: Tuple[Tensor, ...]  # a layer: [B, H, D], float32 or wider
@@ -44,8 +44,8 @@ class InfiniState(MemoryState):
 class InfiniMemory(Memory[InfiniState, InfiniOptions]):
     """A matrix of associations for every head.
 
-    With ``bptt_segments`` 1 a segment is read in later updates alone, as a constant: what it writes is then not trained
-    to be read.
+    With ``bptt_segments`` 1, only later updates read what a segment has written, as a constant. Writing is then not
+    trained.
     """
 
     architecture: ClassVar[Architecture] = Architecture(
@@ -79,7 +79,7 @@ class InfiniMemory(Memory[InfiniState, InfiniOptions]):
         positions: PositionEncoding,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
-        """Read a segment ``x [B, n, d]``, and write it. Padding is written too: streams end with it."""
+        """Read a segment ``x [B, n, d]``, then write it, with its padding, which no later segment reads."""
         written: List[Associations] = []
         biases = positions(x.size(1), None, x)
         for layer, bias, matrix, normalizer in zip(layers, biases, state.matrices, state.normalizers, strict=True):

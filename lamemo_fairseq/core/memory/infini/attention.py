@@ -27,9 +27,9 @@ class Associations(NamedTuple):
 
 
 class InfiniSelfAttention(SelfAttention):
-    """Causal attention within the segment, mixed head by head with what its queries read of the associations.
+    """Causal attention within the segment, mixed head by head with the values that queries read from the associations.
 
-    Queries, keys and values are the same for both; the associations know no positions.
+    Both use the same queries, keys and values. The associations have no positions.
     """
 
     def __init__(self, config: AttentionConfig):
@@ -51,7 +51,7 @@ class InfiniSelfAttention(SelfAttention):
     def combine(self, q: Tensor, local: Tensor, past: Associations) -> Tensor:
         """Mix read-outs: ``sigmoid(beta) A_mem + (1 - sigmoid(beta)) A_dot`` (equation 10).
 
-        A stream without an earlier segment has `local` alone.
+        A stream without an earlier segment takes *local* as it is.
 
         Args:
             q: ``[B, H, N, D or D']``, not rotated.
@@ -70,8 +70,9 @@ class InfiniSelfAttention(SelfAttention):
     def write(self, past: Associations, k: Tensor, v: Tensor) -> Associations:
         """Return the associations after a segment with keys and values ``[B, H, N, D or D']``, k not rotated.
 
-        ``M + sigma(K)^T V``, ``z + sum sigma(K)`` (equation 8). By the delta rule all rows at once subtract what
-        their keys read of M from V (equation 9); an empty M reads as zeros.
+        ``M + sigma(K)^T V``, ``z + sum sigma(K)`` (equation 8). With the delta rule,
+        the values that the keys read from M are first subtracted from V, for all rows at once (equation 9). An empty M
+        reads as zeros.
         """
         with torch.autocast(k.device.type, enabled=False):
             keys, values = self._features(k, past), v[..., : self.config.head_dim].to(past.matrix.dtype)
@@ -81,7 +82,7 @@ class InfiniSelfAttention(SelfAttention):
             return Associations(matrix, past.normalizer + keys.sum(-2), torch.ones_like(past.written))
 
     def _features(self, heads: Tensor, past: Associations) -> Tensor:
-        """Return ``sigma(x) = ELU(x) + 1`` of heads ``[B, H, N, D or D']``, as exact as *past*: ``[B, H, N, D]``."""
+        """Return ``sigma(x) = ELU(x) + 1`` of heads ``[B, H, N, D or D']``: ``[B, H, N, D]`` in the dtype of *past*."""
         return F.elu(heads[..., : self.config.head_dim].to(past.matrix.dtype)) + 1
 
 

@@ -27,7 +27,7 @@ class InfiniLayerCache(LayerCache):
 
 
 class InfiniCache(SegmentCache[CachedMemory, InfiniLayerCache]):
-    """No slots: the columns of a segment are written over by those of the next."""
+    """A cache without slots. A segment overwrites the columns of the segment before."""
 
     @classmethod
     def empty(cls, memory: CachedMemory, batch_size: int, like: Tensor) -> "InfiniCache":

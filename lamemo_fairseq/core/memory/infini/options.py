@@ -13,8 +13,8 @@ UPDATE_RULES = ("linear", "delta")
 class InfiniOptions(MemoryOptions):
     memory_update_rule: str = option(
         "linear",
-        "what is added to a matrix of associations: values, or with delta what they differ in from those read by "
-        "their keys",
+        "what a segment adds to a matrix of associations: its values, or with delta their differences from the values "
+        "that its keys read there",
         UPDATE_RULES,
     )
 

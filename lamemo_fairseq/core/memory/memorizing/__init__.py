@@ -1,13 +1,13 @@
 """The Memorizing Transformer: one layer stores keys and values of the past (Wu et al. 2022, arXiv 2203.08913).
 
-All layers have Transformer-XL's memory of M slots. One of them also has a store of the keys and values of the last S
-tokens, first in, first out, to which no gradient flows. A segment reads the store as earlier segments left it, and is
-then appended. There are two retrievals (`attention.py`):
+All layers have Transformer-XL's memory of M slots. One layer also has a store: the keys and values of the last S
+tokens, first in, first out, without gradient. A segment reads the store as earlier segments left it, and is then
+appended. There are two retrievals (`attention.py`):
 
 - ``top-k``, the paper's: each query and head attends to the k stored rows with the largest scores, and a gate of the
   head mixes the result with that of the usual attention. The search is exact; of equal scores the oldest row wins.
-  Rows that are slots are in the store as well, and so are counted twice, as published.
-- ``dense``, of the authors' later code: one softmax over all that is stored and the segment, without gate and slots.
+  The rows of the slots are also in the store, and so count twice, as published.
+- ``dense``, of the authors' later code: one softmax over all stored rows and the segment, without gate and slots.
 
 examples/memorizing_transformer_lm/README.md says where this differs from the paper and from public code.
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MemorizingState(MemoryState):
-    """Per layer the rows that went into it, and the store of one layer."""
+    """The rows that went into each layer, and the store of one layer."""
 
     hidden: Tuple[Tensor, ...]  # a layer: [B, m, d]; [B, 0, d] in a layer that does not read them
     keys: Tensor  # [B, H, n, D], of length 1
@@ -109,7 +109,7 @@ class MemorizingMemory(Memory[MemorizingState, MemorizingOptions]):
 
 @remembered
 def _tell(streams: int, rows: int, size: int) -> None:
-    """Say how large the store becomes; it is a part of every checkpoint."""
+    """Log the size of a full store, which every checkpoint contains."""
     logger.info(
         "the store takes up to %s rows of one layer for each of %s streams: %.3f GiB, and as much of a checkpoint",
         f"{rows:,}",

@@ -38,7 +38,7 @@ class Store(NamedTuple):
 
 
 def appended(stored: Tensor, new: Tensor, size: int) -> Tensor:
-    """Return the last *size* of the rows ``[B, H, m, D]`` and ``[B, H, N, D]`` after them: first in, first out."""
+    """Return the last *size* rows of stored rows ``[B, H, m, D]`` with new rows ``[B, H, N, D]`` after them."""
     left = min(stored.size(2), max(0, size - new.size(2)))
     rows = (stored[:, :, stored.size(2) - left :], new[:, :, max(0, new.size(2) - size) :])
     return torch.cat(rows, dim=2)
@@ -51,7 +51,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 class StoreSelfAttention(SelfAttention):
-    """What both retrievals share."""
+    """Base of both retrievals."""
 
     reads_slots: ClassVar[bool]  # whether the segment attends to Transformer-XL's slots, besides the store
 
@@ -62,7 +62,7 @@ class StoreSelfAttention(SelfAttention):
         self.log_scale = nn.Parameter(torch.zeros(config.heads))  # s
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise queries and keys; the queries are longer by what `scale` takes away, and by ``a_h``."""
+        """Normalise queries and keys, and multiply queries by ``a_h / scale``, of which attention undoes the scale."""
         normalized = unit(q)
         factor = self.log_scale.to(normalized.dtype).exp() / self.scale
         return (normalized * factor[:, None, None]).to(q.dtype), unit(k).to(k.dtype)
@@ -81,11 +81,11 @@ class StoreSelfAttention(SelfAttention):
         return self.merge_heads(self.read(q, k, v, store)), new
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, store: Store) -> Tensor:
-        """Attend to the rows and to the store: as *q* ``[B, H, N, D or D']``."""
+        """Return the read-out of the rows and the store for queries ``[B, H, N, D or D']``, in the shape of *q*."""
         raise NotImplementedError
 
     def combine(self, q: Tensor, attended: Attended, store: Store) -> Tensor:
-        """Mix what queries ``[B, H, Q, D or D']`` read in their segment with what they read in the store."""
+        """Mix the read-outs of queries ``[B, H, Q, D or D']`` from their segment with those from the store."""
         real = q[..., : self.config.head_dim]
         read = in_blocks(real, store.keys.size(2), lambda some, streams: self.retrieve(some, store.of(streams)))
         share = self.share(attended, read, store).to(q.dtype)
@@ -96,11 +96,11 @@ class StoreSelfAttention(SelfAttention):
         raise NotImplementedError
 
     def share(self, attended: Attended, read: Attended, store: Store) -> Tensor:
-        """Return the share of the store in what is read, 0 for streams whose store is empty: ``[.., H, Q or 1, 1]``."""
+        """Return the weight of the store's read-out, 0 for streams whose store is empty: ``[.., H, Q or 1, 1]``."""
         raise NotImplementedError
 
     def _softmax(self, scores: Tensor, hidden: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return weights and normalisers of scores ``[B, H, Q, K]``; a hidden row weighs 0 beside one that is not."""
+        """Return weights and normalisers of scores ``[B, H, Q, K]``; hidden rows weigh 0 if any row is not hidden."""
         exact = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
         if hidden is not None:
             exact = exact.masked_fill(hidden, torch.finfo(exact.dtype).min)

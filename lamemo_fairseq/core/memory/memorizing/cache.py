@@ -1,6 +1,7 @@
 """The decoding cache of a memorizing memory.
 
-The tokens of a segment read the store as it was at the segment's beginning, which is written when the segment is full.
+The tokens of a segment read the store as it was at the segment's beginning. The store is written when the segment is
+full.
 
 Shapes: B sequences, b of them, N tokens of a segment, M memory slots, C = M + N columns, S rows of a store, H heads,
 D size of a head.
@@ -40,7 +41,7 @@ class WithStore(CachedMemory, Protocol):
 
 @dataclass
 class StoreLayerCache(LayerCache):
-    """Besides keys and values, the store. Its rows stand at the right end, as slots do."""
+    """Keys and values, and the store. Stored rows fill its buffers from the right, as slots do."""
 
     stored_keys: Tensor  # [B, H, S, D]
     stored_values: Tensor  # [B, H, S, D]

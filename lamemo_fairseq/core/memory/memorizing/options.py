@@ -13,13 +13,13 @@ RETRIEVED_ROWS = 32  # the paper's
 
 @dataclass(frozen=True)
 class MemorizingOptions(MemoryOptions):
-    store_len: int = option(8192, "rows S of a layer, keys and values, that a stream's store holds")
+    store_len: int = option(8192, "rows S, each a key and a value, of a stream's store")
     store_layer: Optional[int] = option(
-        None, "the layer with the store, from 1 (default: a quarter of all layers above it, as the 9th of 12)"
+        None, "the layer with the store, from 1 (default: with a quarter of all layers above it, such as the 9th of 12)"
     )
     retrieval: str = option(
         TOP_K,
-        "what queries read of the store: the best rows, mixed in by a gate, or all in one softmax",
+        "what queries read of the store: the best rows, mixed in by a gate, or all rows, in the segment's softmax",
         [TOP_K, DENSE],
     )
     retrieved_rows: Optional[int] = option(
@@ -28,7 +28,7 @@ class MemorizingOptions(MemoryOptions):
 
     @property
     def top(self) -> int:
-        """How many rows a top-k retrieval reads."""
+        """The number of rows that a top-k retrieval reads."""
         return RETRIEVED_ROWS if self.retrieved_rows is None else self.retrieved_rows
 
     def layer_of(self, layers: int) -> int:

@@ -1,4 +1,4 @@
-"""Exact search for the rows with the largest scores, and how much is read of a store at a time.
+"""Exact search for the rows with the largest scores, in blocks that bound the memory that it takes.
 
 Shapes: B streams, H heads, Q queries, m stored rows, D size of a head, k rows.
 """
@@ -16,14 +16,14 @@ AT_ONCE = 2**28  # scores and stored numbers that are in memory at a time, in fl
 
 
 def nearest(q: Tensor, keys: Tensor, hidden: Optional[Tensor], count: int) -> Tensor:
-    """Return the rows whose keys have the largest products with each query; of equal ones the oldest.
+    """Return the rows whose keys have the largest products with each query; of equal products, the oldest rows.
 
-    Products are in float32 or wider: half precision would make thousands of them equal.
+    Products are in float32 or wider, as half precision would make thousands of them equal.
 
     Args:
         q: ``[B, H, Q, D]``.
         keys: ``[B, H, m, D]``, the oldest first.
-        hidden: ``[B, m]`` True for rows that come last of all; None if there are none.
+        hidden: ``[B, m]`` True for rows that rank last; None if there are none.
         count: k, at most m.
 
     Returns:
@@ -38,10 +38,10 @@ def nearest(q: Tensor, keys: Tensor, hidden: Optional[Tensor], count: int) -> Te
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Return the columns ``[.., k]`` of the *count* largest of ``scores [.., m]``; of equal ones the first.
+    """Return the columns ``[.., k]`` of the *count* largest of ``scores [.., m]``; of equal scores, the first.
 
-    Columns are in groups of g. Those among the k best lie in the k groups whose maxima are best, so that only m / g
-    maxima and k g columns are sorted: fewest with ``g = sqrt(m / k)``, here rounded down to a power of two.
+    The columns form groups of g. The k best columns lie in the k groups with the best maxima, so that only m / g maxima
+    and k g columns are sorted. These are fewest with ``g = sqrt(m / k)``, which is rounded down to a power of two.
     """
     columns = scores.size(-1)
     size = 1 << max(0, math.isqrt(columns // count).bit_length() - 1)
@@ -59,7 +59,7 @@ def _first(scores: Tensor, count: int) -> Tensor:
 
 
 def blocks(batch: int, heads: int, queries: int, rows: int, size: int) -> Iterator[Tuple[slice, slice]]:
-    """Yield streams and queries to read together; `AT_ONCE` bounds their scores and their rows in float32."""
+    """Yield streams and queries to read together; `AT_ONCE` bounds the number of their scores and stored numbers."""
     streams = max(1, AT_ONCE // (heads * rows * (queries + size)))
     at_once = max(1, AT_ONCE // (streams * heads * rows) - size)
     for stream in range(0, batch, streams):
@@ -68,7 +68,7 @@ def blocks(batch: int, heads: int, queries: int, rows: int, size: int) -> Iterat
 
 
 def in_blocks(q: Tensor, rows: int, read: Callable[[Tensor, slice], Attended]) -> Attended:
-    """Return ``read(queries of some streams, these streams)`` of all queries ``[B, H, Q, D]``, block by block."""
+    """Apply *read* to blocks of the queries ``[B, H, Q, D]`` and their streams, and return the joined results."""
     by_stream: List[Tuple[slice, List[Attended]]] = []
     batch, heads, queries, size = q.shape
     for streams, some in blocks(batch, heads, queries, rows, size):
