@@ -25,11 +25,11 @@ MODEL_TYPE = "lamemo"  # by which transformers knows the model
 
 
 class Saved(NamedTuple):
-    """What a folder says of a model before its weights are read."""
+    """The description of a model in its folder, without the weights."""
 
     config: ModelConfig
     dtype: torch.dtype  # the widest of the weights
-    for_transformers: bool  # weights are named as of the attribute ``model``
+    for_transformers: bool  # the names of weights begin with ``model.``
 
 
 def write_folder(folder: Path, model: MemoryDecoder, tokenizer: Optional[Tokenizer]) -> None:
@@ -49,9 +49,9 @@ def write_folder(folder: Path, model: MemoryDecoder, tokenizer: Optional[Tokeniz
 
 
 def put_in_place(unfinished: str, folder: Path) -> None:
-    """Move the files of one folder into another, where they take the place of those there.
+    """Move the files of one folder into another, over files of the same names; other files there stay.
 
-    The configuration comes last: before it, the folder is not one that loads.
+    The configuration comes last, so that a new folder does not load before it is complete.
     """
     for name in sorted(os.listdir(unfinished), key=CONFIG.__eq__):
         os.replace(f"{unfinished}/{name}", folder / name)
@@ -96,7 +96,7 @@ def load_weights(folder: Path, model: nn.Module, for_transformers: bool) -> None
     """Load the weights into a model.
 
     Raises:
-        ValueError: they are those of another configuration.
+        ValueError: the weights belong to another configuration.
     """
     try:
         _safetensors().torch.load_model(

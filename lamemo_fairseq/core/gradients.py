@@ -40,19 +40,19 @@ class Reducer(Protocol):
 
     @property
     def buckets(self) -> Sequence[Bucket]:
-        """Gradients that come from recorded segments alone, in the order in which they are to be reduced."""
+        """The gradients that come from recorded segments alone, in the order in which they are reduced."""
 
     def begin(self) -> bool:
-        """Decide about the backward pass that is replayed next: whether its buckets are reduced at once.
+        """Return whether the buckets of the backward pass that is replayed next are reduced while it runs.
 
-        Otherwise copies of its gradients are returned to autograd, as without buckets.
+        If not, copies of its gradients are returned to autograd, as without buckets.
         """
 
     def reduce(self, bucket: Bucket, ready: Optional[torch.cuda.Event]) -> None:
         """Begin to reduce a bucket in place. Called for each of the buckets, in their order.
 
         Args:
-            ready: happens in the replay, once the bucket is complete. None: when the replay ends.
+            ready: an event of the replay, once the bucket is complete; None if that is known only at the end.
         """
 
 
@@ -60,7 +60,7 @@ class Reducer(Protocol):
 def written_to(
     buckets: Sequence[Bucket], leaves: Mapping[nn.Parameter, Tensor]
 ) -> Iterator[List[Optional[torch.cuda.Event]]]:
-    """Within it, let the backward pass that is being recorded write its gradients to buckets.
+    """Within this context, the backward pass that is being recorded writes its gradients to buckets.
 
     Args:
         leaves: the tensors that stand for the parameters in the pass.
@@ -99,7 +99,7 @@ class _Writing:
         without = [view for n, view in enumerate(views) if n not in gradients]
         if without:  # a segment that was not replayed may have left something there
             torch._foreach_zero_(without)
-        # One launch copies all that are laid out alike; a gradient cut from a padded one is not.
+        # One launch copies all gradients that have their view's layout; a gradient cut from a padded one has another.
         alike = [n for n, gradient in gradients.items() if gradient.stride() == views[n].stride()]
         copy_all([views[n] for n in alike], [gradients.pop(n) for n in alike])
         for n in list(gradients):

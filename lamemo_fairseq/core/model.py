@@ -79,7 +79,7 @@ class LanguageModel(MemoryDecoder):
             count: n, words to add to each.
             temperature: 0 takes the most probable word.
             top_k: draw from the k most probable words only (0: from all).
-            top_p: draw from the fewest words that hold this probability together (1: from all).
+            top_p: draw from the fewest words whose probabilities add up to this (1: from all).
             seed: of random numbers of this call's own; None takes torch's.
 
         Returns:
@@ -104,7 +104,7 @@ class LanguageModel(MemoryDecoder):
         seed: Optional[int] = None,
         stop_at_end: bool = False,
     ) -> Strings:
-        """Return a text, or several, each with what `generate` makes of it behind.
+        """Return a text, or several, each followed by the words that `generate` adds.
 
         Args:
             prompts: one string, or a list of them.
@@ -130,7 +130,7 @@ class LanguageModel(MemoryDecoder):
 
         Args:
             prompt: the text.
-            count: words to add; None goes on for as long as it is asked.
+            count: words to add; None draws words for as long as the caller asks.
 
         The other arguments, and the errors, are those of `generate`.
         """
@@ -169,7 +169,7 @@ class LanguageModel(MemoryDecoder):
         state: Optional[MemoryState] = None
         with self.positions.unchanged():
             for index in range(deal.num_segments):
-                extracts = [stream.segment(index) for stream in streams]  # one of each stream, none where it has ended
+                extracts = [stream.segment(index) for stream in streams]  # one a stream, none after its end
                 words = [
                     documents[own[0].document][own[0].start : own[0].stop + 1] if own else documents[0][:1]
                     for own in extracts
@@ -190,7 +190,7 @@ class LanguageModel(MemoryDecoder):
     def save(self, folder: Union[str, Path]) -> None:
         """Write the weights, the configuration and, if there is one, the tokenizer.
 
-        Each file appears whole; `load` tells the files of two saves apart.
+        Each file appears whole. `load` refuses weights that were saved with another configuration.
 
         Raises:
             OSError: the folder cannot be written.
@@ -210,7 +210,7 @@ class LanguageModel(MemoryDecoder):
 
         Raises:
             FileNotFoundError: a file is not there.
-            ValueError: the configuration is not known here, or the weights or the dictionary are those of another one.
+            ValueError: the configuration is not known here, or the weights or the dictionary belong to another one.
         """
         path = Path(folder)
         saved = read_saved(path, changes)

@@ -14,11 +14,11 @@ from .decoding.sampler import Continuation, Sampler
 from .decoding.state import TOKENS_AT_ONCE, DecodingState
 from .text import END, Tokenizer
 
-Text = Union[str, Tensor]  # or its word ids [T]
+Text = Union[str, Tensor]  # a string, or word ids [T]
 
 
 class Score(NamedTuple):
-    """The words of a text that were scored, and how likely each was after all words before it."""
+    """The words of a text that were scored, and the log-probability of each given all words before it."""
 
     words: Tensor  # [T] int64
     log_probs: Tensor  # [T], natural logarithms, float32 or wider
@@ -29,7 +29,7 @@ class Token(NamedTuple):
     """A word that has been drawn."""
 
     word: int
-    symbol: str  # in the dictionary; the id in figures if there is no tokenizer
+    symbol: str  # as in the dictionary; without a tokenizer, the digits of the id
     log_prob: float
 
 
@@ -37,7 +37,7 @@ class Reader:
     """B texts that a model reads piece by piece, each with a memory of its own.
 
     However a text is cut into pieces, its words get the log-probabilities that they have in the whole text. The first
-    word of all has nothing before it and is not scored; a text that begins as a string begins with ``</s>``.
+    word of a text has no word before it and is not scored. A text that begins as a string begins with ``</s>``.
 
     Args:
         decoder: a model in evaluation mode.
@@ -77,11 +77,11 @@ class Reader:
     def score(self, texts: Union[Text, Sequence[Text]], greedy: bool = False) -> List[Score]:
         """Read the next pieces of the texts, and return the scores of their words; errors as for `read`.
 
-        The scores computed at a time are bounded, so that a piece may be of any length.
+        A bounded number of scores is computed at a time, so that a piece may have any length.
 
         Args:
             texts: as for `read`.
-            greedy: tell as well whether each word is the most probable one.
+            greedy: also return whether each word is the most probable one.
         """
         pieces = self._pieces(texts)
         tokens, counts = self._padded(pieces)
@@ -103,7 +103,7 @@ class Reader:
         ]
 
     def generate(self, count: int, draw: Optional[Draw] = None, seed: Optional[int] = None) -> Continuation:
-        """Continue each text by *count* words, n, which are then read.
+        """Continue each text by n = *count* words, which then belong to the text.
 
         Args:
             count: n.
@@ -126,10 +126,10 @@ class Reader:
     ) -> Iterator[Token]:
         """Continue the one text, and yield each word as soon as it is drawn; arguments as for `generate`.
 
-        With None for *count* it goes on for as long as it is asked. Between two words the text may be read on.
+        With None for *count*, words are drawn for as long as the caller asks. Further pieces may be read in between.
 
         Raises:
-            ValueError: there are several texts, or none of them has a word yet.
+            ValueError: there are several texts, or the text has no word yet; raised with the first word.
         """
         if len(self) != 1:
             raise ValueError(f"stream continues one text, and this reader has {len(self)}: call generate")
@@ -165,7 +165,7 @@ class Reader:
         return torch.cat(self._last)
 
     def _pieces(self, texts: Union[Text, Sequence[Text]]) -> List[Tensor]:
-        """Return the word ids ``[1 + T]`` of pieces, each after its text's last word; without that, ``[T]``."""
+        """Return the word ids ``[1 + T]`` of pieces after the last words of their texts; ``[T]`` if a text is empty."""
         given = [texts] if isinstance(texts, (str, Tensor)) else list(texts)
         if len(given) != len(self):
             raise ValueError(f"the reader reads {len(self)} texts, and got {len(given)}: pass a piece of each")
@@ -195,14 +195,15 @@ class Reader:
         return text.to(self._device, torch.int64)
 
     def _padded(self, pieces: Sequence[Tensor]) -> Tuple[Tensor, List[int]]:
-        """Return the pieces in one tensor, and of each how many words have another behind them."""
+        """Return the pieces in one tensor, and of each the number of words that another word follows."""
         return nn.utils.rnn.pad_sequence(list(pieces), batch_first=True), [max(len(piece) - 1, 0) for piece in pieces]
 
 
 class RandomNumbers:
-    """A context with the random numbers of a seed, which leaves torch's own as they are; None takes those.
+    """A context with random numbers of its own, drawn from a seed. Without a seed it takes torch's.
 
-    Entered again, it goes on where it was left.
+    On leaving, torch's own random numbers go on as if the context had drawn none. Entered again, the context goes on
+    where it was left.
     """
 
     def __init__(self, seed: Optional[int], device: torch.device):

@@ -34,7 +34,7 @@ class Bytes:
         return " ".join(BYTE_SYMBOLS[byte] for byte in text.encode("utf-8"))
 
     def decode(self, tokens: str) -> str:
-        """Return the text, with U+FFFD for words that are no byte, and for bytes that are no UTF-8."""
+        """Return the text, with U+FFFD for words that are not bytes, and for bytes that are not UTF-8."""
         return bytes(_BYTES.get(symbol, _INVALID) for symbol in tokens.split()).decode("utf-8", "replace")
 
 
@@ -49,7 +49,7 @@ class Characters:
 
 
 class Letters(Characters):
-    """A token a letter, of text that is reduced to small letters, digits spelt out, and single spaces first."""
+    """A token a letter. Text is first reduced to small letters and single spaces, with digits spelt out."""
 
     def encode(self, text: str) -> str:
         spelt = re.sub("[0-9]", lambda digit: f" {DIGITS[int(digit[0])]} ", text)
@@ -57,7 +57,7 @@ class Letters(Characters):
 
 
 class Words:
-    """Words found by a regular expression; what was between them is not kept."""
+    """Words that match a regular expression. Other characters are dropped."""
 
     def __init__(self, pattern: str):
         self._find = re.compile(pattern or WORD).finditer
@@ -70,7 +70,7 @@ class Words:
 
 
 class Moses:
-    """Words as the Moses tokenizer of sacremoses finds them, with fairseq's settings."""
+    """Words of sacremoses' Moses tokenizer, with fairseq's settings."""
 
     def __init__(self, language: str):
         try:
@@ -107,7 +107,7 @@ class SentencePieces:
         return " ".join(self._encode(text))
 
     def decode(self, tokens: str) -> str:
-        """Return the text, with U+FFFD for pieces of bytes that are no UTF-8."""
+        """Return the text, with U+FFFD for pieces of bytes that are not UTF-8."""
         tokens = _BYTE_PIECES.sub(_of_bytes, tokens)
         return tokens.replace(" ", "").replace("\u2581", " ").strip()
 
@@ -117,7 +117,7 @@ def _of_bytes(pieces: "re.Match[str]") -> str:
 
 
 class SubwordNMT:
-    """Pieces of words that end in ``@@`` within a word. Decoding needs neither the codes nor the package."""
+    """Pieces of words, the last of a word without ``@@``. Decoding needs neither the codes nor the package."""
 
     def __init__(self, codes: Optional[str]):
         self._codes = codes

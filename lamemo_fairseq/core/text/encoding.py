@@ -7,7 +7,7 @@ from ..fields import Values
 from ..names import did_you_mean
 
 TOKENIZERS = ("space", "words", "moses", "none")
-MODEL, CODES = "sentencepiece.bpe.model", "bpe.codes"  # in a folder, whatever they were called before
+MODEL, CODES = "sentencepiece.bpe.model", "bpe.codes"  # names in a folder, whatever the files were called before
 PIECES = ("none", "sentencepiece", "subword_nmt", "bytes", "characters")
 
 

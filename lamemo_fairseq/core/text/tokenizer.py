@@ -1,4 +1,4 @@
-"""A model's words: text to word ids and back, and the files of a folder that say how.
+"""A model's tokenizer: text to word ids and back, and its files in a model's folder.
 
 Shapes: T words of a text.
 """
@@ -24,7 +24,7 @@ DICTIONARY, ENCODING = "dict.txt", "text.json"
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # fairseq's own, which come before the words of dict.txt
 END, UNKNOWN = 2, 3
 FORMAT = 1  # of text.json
-MOSTLY = 0.5  # share of words
+MOSTLY = 0.5  # share of unknown words above which a text gets a warning
 
 
 class Tokenizer:
@@ -87,7 +87,7 @@ class Tokenizer:
 
         Raises:
             ValueError: a word has an end of a line in it.
-            OSError: the folder cannot be written, or the pieces' file has gone.
+            OSError: the folder cannot be written, or the file of the pieces is no longer there.
         """
         folder, encoding = Path(folder), self.encoding
         words = self.symbols[len(SPECIAL) :]
@@ -169,7 +169,7 @@ def _read_encoding(folder: Path) -> TextEncoding:
     if written != FORMAT:
         raise ValueError(f"{path} has format {written}, this version reads {FORMAT}: install a newer one")
     model = None if encoding.file_name is None else folder / encoding.file_name
-    if model is None or not model.is_file():  # it decodes without
+    if model is None or not model.is_file():  # decoding works without it
         return encoding
     if encoding.model_sha256 and hashlib.sha256(model.read_bytes()).hexdigest() != encoding.model_sha256:
         raise ValueError(f"{model} is not the file that the text was encoded with: put that back")
