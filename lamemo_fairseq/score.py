@@ -2,7 +2,7 @@
 
     python -m lamemo_fairseq.score data-bin/own checkpoints/lamemo/checkpoint_best.pt --subset test --batch-size 16
 
-It reads the split once, as fairseq-eval-lm does, which logs the same figures.
+The command reads the split once. fairseq-eval-lm reads it in the same way, and logs the same figures.
 """
 
 import argparse

@@ -41,7 +41,7 @@ class Books:
         return next((split for split, books in self.listed.items() if book in books), _TRAIN)
 
     def resolve(self, sources: Sequence[Path]) -> list[Source]:
-        """Find the books below a folder: the text of each split has its books as parts, in the order of their numbers.
+        """Return a text for each split. Its parts are the split's books below a folder, in the order of their numbers.
 
         Raises:
             FileNotFoundError: there is no such folder, or no book of a split.
@@ -72,7 +72,7 @@ class Books:
             index: CSV file, whose first column has the number of every book.
 
         Raises:
-            DownloadError: a book cannot be had. Those that came are left.
+            DownloadError: a book cannot be downloaded. Books that were downloaded stay.
         """
         with open(index, encoding="utf-8", newline="") as file:
             books = [int(row[0]) for row in csv.reader(file) if row]
@@ -94,9 +94,9 @@ class Books:
                 raise
 
     def counted(self, split: str, documents: Sequence[Span], counts: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-        """Return the counts of a split's text by which perplexity is reported, and a line that says which these are.
+        """Return the counts that perplexity is computed with, and a line that says whose counts they are.
 
-        Published counts are those of all books of a listed split, with their published text.
+        Published counts apply to all books of a listed split, with their published text.
 
         Args:
             documents: the books.

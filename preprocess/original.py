@@ -36,7 +36,7 @@ class TextCounts(NamedTuple):
 
 
 def count_text(text: Span, quiet: bool = False) -> TextCounts:
-    """Count in blocks, so that memory does not grow with the text. What is not UTF-8 is part of a word."""
+    """Count in blocks, so that memory does not grow with the text. Bytes that are not UTF-8 are part of a word."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     words = lines = 0
     inside = False  # a word
@@ -68,7 +68,7 @@ def count_text(text: Span, quiet: bool = False) -> TextCounts:
 def count_split(documents: Sequence[Span], tokens: int) -> dict[str, Any]:
     """Return the counts of a split's text, of which *tokens* were made, as `OriginalText` has them.
 
-    Its *documents* follow one another in a file. No word goes on from one to the next.
+    The split's *documents* follow one another in a file. No word reaches from one document into the next.
     """
     text = Span(documents[0].path, documents[0].start, documents[-1].stop)
     whole = text.start == 0 and text.stop == text.path.stat().st_size
@@ -86,7 +86,7 @@ def count_for(folder: Path, texts: Iterable[str], other_lines: bool = False) -> 
         other_lines: whether a split may have other lines than its text.
 
     Raises:
-        ValueError: a text is cut into pieces, or is not the one of the split by its lines.
+        ValueError: a text is cut into pieces, or has other lines than the split.
         FileNotFoundError: there is no such split, or no such file.
     """
     files: dict[str, list[Path]] = {}

@@ -15,14 +15,14 @@ _DASHES = ("--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
 
 class About(NamedTuple):
-    """What was read."""
+    """The split that was read, and the rule for its documents."""
 
     split: str
-    documents: str  # the rule that they are told by
+    documents: str  # the rule by which documents are told apart
 
 
 def by_position(models: Models, about: About) -> Lines:
-    """Mean loss at positions 1, 2 to 3, 4 to 7, ... of the documents, by class of token and memory slots."""
+    """Return the mean loss at positions 1, 2 to 3, 4 to 7, ... of the documents, by class of token and memory slots."""
     return [
         {
             **_head(name, about, slots, of),
@@ -37,10 +37,10 @@ def by_position(models: Models, about: About) -> Lines:
 
 
 def by_memory(models: Models, about: About) -> Lines:
-    """Mean loss of each class of token with each number of memory slots, where several were tried.
+    """Return the mean loss of each class of token with each number of memory slots, if several were tried.
 
-    Its difference from the loss with the model's own memory has a smaller error than either, as both are of the same
-    tokens.
+    The difference from the loss with the model's own memory has a smaller error than either loss, as both are over the
+    same tokens.
     """
     lines: Lines = []
     for name, collected in models.items():
@@ -63,7 +63,7 @@ def _tail(mean: Mean) -> Dict[str, Any]:
 
 
 def by_column(key: str, lines: Lines) -> Dict[Any, Lines]:
-    """Lines by a column's value, in their order."""
+    """Group lines by the value of a column, in their order."""
     groups: Dict[Any, Lines] = {}
     for line in lines:
         groups.setdefault(line[key], []).append(line)

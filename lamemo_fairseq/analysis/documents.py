@@ -21,11 +21,11 @@ ALL, FIRST, AGAIN = "all", "first in the document", "seen before in the document
 class Mean(NamedTuple):
     """A mean loss in bits a token.
 
-    Its standard error takes the documents as independent of each other, and the tokens of one as anything but that.
+    Its standard error assumes that documents are independent of each other, but not the tokens of one document.
     """
 
     loss: float
-    error: Optional[float]  # None with less than two documents
+    error: Optional[float]  # None with fewer than two documents
     tokens: int
     documents: int
 
@@ -37,7 +37,7 @@ class DocumentLosses:
     Args:
         tokens: ``[T]`` ids.
         losses: ``[T]`` bits.
-        starts: ``[D]`` where documents begin, ascending from 0.
+        starts: ``[D]`` the first tokens of documents, ascending from 0.
     """
 
     tokens: Tensor
@@ -102,7 +102,7 @@ class DocumentLosses:
 
 @dataclass(frozen=True)
 class Rule:
-    """The way in which documents are told by their tokens.
+    """A rule by which tokens tell where documents begin.
 
     Args:
         name: ``one``, ``recorded``, ``blank-lines``, ``separator`` or ``headings``.
@@ -142,7 +142,7 @@ class Rule:
         }[self.name]
 
     def starts(self, tokens: Tensor, dictionary: Any) -> Tensor:
-        """Return where documents begin in ``tokens [T]``, ascending from 0; recorded ones are not told by tokens.
+        """Return the first tokens of documents in ``tokens [T]``, ascending from 0; no rule sees recorded documents.
 
         Raises:
             ValueError: the dictionary does not have the separator.
@@ -153,7 +153,7 @@ class Rule:
         line_starts = torch.cat([torch.tensor([True]), ends[:-1]])
         begins = torch.zeros_like(ends)
         if self.name == "blank-lines":
-            # The end of the line before them, and one end for each of them.
+            # The end of the line before the blank lines, and one end for each blank line.
             run = torch.ones_like(ends)
             for back in range(1, int(self.value) + 2):
                 run &= torch.cat([torch.zeros_like(ends[:back]), ends[: len(ends) - back]])[: len(ends)]
@@ -185,12 +185,12 @@ class Rule:
 
 
 def of_streams(streams: Sequence[Tuple[Tensor, Tensor]], starts: Callable[[int, Tensor], Tensor]) -> DocumentLosses:
-    """Join what the streams of a split read: ids and log-probabilities in nats, ``[t]`` each.
+    """Join the ids and the log-probabilities in nats that the streams of a split have read, ``[t]`` each.
 
-    A stream begins with an empty memory, so that the document there counts from where it was begun to be read.
+    A stream begins with an empty memory, so that its first token counts as the beginning of a document.
 
     Args:
-        starts: tells where documents begin, given the number of a stream and its ids: ascending from 0.
+        starts: returns the first tokens of documents, given the number of a stream and its ids: ascending from 0.
     """
     ends = list(itertools.accumulate((len(tokens) for tokens, _ in streams), initial=0))
     return DocumentLosses(

@@ -43,7 +43,7 @@ class DocumentOptions:
     clear: bool = True
 
     def check(self, path: str) -> None:
-        """Look at the record of a split that is read later, if documents are recorded."""
+        """Refuse a split that is read later if its record of documents is missing or damaged."""
         if self.source == "recorded":
             _read_record(path + RECORD)
 
@@ -51,11 +51,11 @@ class DocumentOptions:
         """Return the documents of a split.
 
         Args:
-            paths: of the parts that the split is joined from.
+            paths: of the files that the split is joined from.
 
         Raises:
             FileNotFoundError: nothing is recorded.
-            ValueError: the record is of other lines, or there is no separator, or nothing else.
+            ValueError: the record is of other lines, or there is no separator, or there are only separators.
         """
         bounds = self._recorded(paths, tokens) if self.source == "recorded" else self._separated(tokens, dictionary)
         documents = Documents(*(bound[bounds[0] < bounds[1]] for bound in bounds))
@@ -111,7 +111,7 @@ def _read_record(path: str) -> List[int]:
 
 
 def _lines_of(tokens: TokenSequence, words: Sequence[int], eos: int) -> List[int]:
-    """Return the numbers of the lines that hold these words, with or without an end."""
+    """Return the numbers of the lines that consist of these words, with or without an end."""
     numbers = []
     for line in np.flatnonzero((tokens.sizes == len(words)) | (tokens.sizes == len(words) + 1)).tolist():
         size = int(tokens.sizes[line])
@@ -138,7 +138,7 @@ class DocumentLayout(Layout):
         )
 
     def check(self, name: str, training: bool) -> None:
-        """Tell that there are fewer documents than streams. They read them all, at any number."""
+        """Warn if there are fewer documents than streams. All documents are read in any case."""
         if self.documents < self.num_streams:
             logger.warning(
                 "%s has %d documents, so that %d of %d streams (--batch-size times ranks) read nothing: a --batch-size "
@@ -177,7 +177,7 @@ class DocumentDataset(SegmentDataset):
         self.documents = documents
         self.document_options = options
         self._layouts: Dict[int, DocumentLayout] = {}
-        self._streams: Dict[Tuple[int, int, int], DocumentStream] = {}  # by epoch, their number, and stream
+        self._streams: Dict[Tuple[int, int, int], DocumentStream] = {}  # by epoch, number of streams, and stream
 
     @cached_property
     def in_order(self) -> "DocumentDataset":

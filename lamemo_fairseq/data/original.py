@@ -1,7 +1,7 @@
-"""The text that a split was made from, as it was before tokenization: how many words, bytes and lines it has.
+"""Counts of the text that a split was made from: its words, bytes and lines before tokenization.
 
 ``python -m preprocess`` writes these counts into ``preprocess.json``. ``python -m preprocess count`` writes them into
-``original.json``, for data of fairseq-preprocess; these go first.
+``original.json``, for data of fairseq-preprocess; `read_original` prefers the latter.
 """
 
 import json
@@ -21,10 +21,10 @@ class OriginalText:
 
     Args:
         text: its file's name.
-        words: what stands between white space, as Python's ``str.split`` and ``wc -w`` have it, or a published count.
-        bytes: of UTF-8, or of any other encoding that the text was in, ends of lines included.
-        lines: line feeds, as ``wc -l`` has it.
-        tokens: of the binarized split, which tell that the counts belong to it.
+        words: counted between white space, as by Python's ``str.split`` and ``wc -w``, or a published count.
+        bytes: of the text as it was encoded, ends of lines included.
+        lines: line feeds, as ``wc -l`` counts them.
+        tokens: of the binarized split, by which it is seen that the counts belong to the split.
         counted: how the words were counted.
     """
 

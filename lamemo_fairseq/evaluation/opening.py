@@ -1,4 +1,4 @@
-"""Models and a split, opened for what reads the split outside of fairseq's commands."""
+"""Models and a split, opened for this package's own commands of evaluation and analysis."""
 
 import os
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def open_split(
 
     Args:
         batch_size: number of streams.
-        cpu: whether to leave a GPU aside.
+        cpu: whether to compute on the CPU even if there is a GPU.
         fp16: whether to compute in half precision.
         documents: the task's option, whatever the checkpoint was trained with.
         overrides: options of the model or of the task in place of the checkpoint's, None for none.

@@ -1,7 +1,7 @@
 """The loss of a split in the units of its original text.
 
-The loss of a text is a sum over its tokens, whatever these are: its total in nats is the one figure that models with
-different tokens have in common. So every unit is the total divided by a count, and no unit is made of another.
+The loss of a text is a sum over its tokens. Only this total, in nats, can be compared between models with different
+tokens. So the loss in every unit is the total divided by a count, and never computed from the loss in another unit.
 """
 
 import math
@@ -23,7 +23,7 @@ class Totals:
     Args:
         nll: the loss in nats.
         tokens: the number of them.
-        words: which they make, joined as ``--post-process`` says, ``</s>`` among them.
+        words: that the tokens make, joined as ``--post-process`` says, ``</s>`` among them.
         line_ends: tokens that are ``</s>``.
         unknown: tokens that are ``<unk>``.
     """
@@ -55,11 +55,11 @@ class Totals:
 
 @dataclass(frozen=True)
 class Original:
-    """The original text of what is scored, or why its counts are not known.
+    """The original text of the scored split, or the reason why its counts are not known.
 
     Args:
-        note: what became of the text before it was scored.
-        read: the way in which it is read, where that is not as one text.
+        note: the change that the text went through before it was scored, if any.
+        read: the way in which the split is read, empty if as one text.
     """
 
     text: Optional[OriginalText]
@@ -69,7 +69,7 @@ class Original:
 
     @classmethod
     def of(cls, split: Optional[SegmentDataset]) -> "Original":
-        """Look the counts of a split's text up in its folder.
+        """Look up the counts of a split's text in its folder.
 
         Raises:
             ValueError: they are damaged.
@@ -93,7 +93,7 @@ class Original:
         return cls(text, note=note, read=read)
 
     def scored(self, tokens: int) -> "Original":
-        """Return it, without counts if *tokens* are only a part of the split."""
+        """Return the same, without counts if the scored *tokens* are only a part of the split."""
         if self.text is None or tokens == self.text.tokens:
             return self
         return replace(
@@ -114,7 +114,7 @@ def _read_as(split: SegmentDataset) -> str:
 def report(totals: Totals, original: Original) -> Dict[str, Any]:
     """Return the loss in every unit, by name, with the counts behind it.
 
-    Where the counts of the text are not known, its figures are None, and ``missing`` says why.
+    If the counts of the text are not known, the figures by them are None, and ``missing`` says why.
     """
     original = original.scored(totals.tokens)
     text = original.text
@@ -140,7 +140,7 @@ def report(totals: Totals, original: Original) -> Dict[str, Any]:
 
 
 def sentence(report: Dict[str, Any]) -> str:
-    """Return a report in one line, each figure with what it is a share of."""
+    """Return a report in one line, each figure with the count that the loss is divided by."""
     tokens = (
         f"{report['bits_per_token']:.4f} bits a token ({report['tokens']:,}, {report['line_ends']:,} of them ends of "
         f"lines; {report['unknown_share']:.2%} of the others unknown)"

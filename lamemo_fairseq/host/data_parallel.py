@@ -20,12 +20,12 @@ class GradientReducer:
     """Sums gradients over ranks: every bucket once an update, in the same order on every rank.
 
     The order depends on the parameters alone. A rank that replays a graph reduces its buckets while the backward pass
-    runs, any other rank does so after it. So ranks need not know of each other what has been recorded, which segment is
-    ragged or a dummy batch, or who ran out of memory.
+    runs. Any other rank reduces them after its backward pass. So no rank needs to know whether another one has recorded
+    a graph, reads a ragged segment or a dummy batch, or has run out of memory.
 
     Args:
         parameters: all of the model, in the same order on every rank.
-        outside: those of them that get gradients from elsewhere than recorded segments: the output layer's.
+        outside: the parameters among them that also get gradients outside recorded segments: the output layer's.
         group: the process group.
         bucket_bytes: size of a bucket; a larger parameter is one by itself.
     """
@@ -40,8 +40,8 @@ class GradientReducer:
         self._bucket_bytes = bucket_bytes
         self._stream: Optional[torch.cuda.Stream] = None
         self._lay_out()
-        self._single = False  # whether the update has one batch, whose gradients are all of its gradients
-        self._replayed = False  # whether the buckets have them
+        self._single = False  # whether the update has a single batch
+        self._replayed = False  # whether a replay has filled the buckets in this update
         self._begun: List[Any] = []  # reductions of the first groups
         self._sums: List[Sequence[Tensor]] = []  # of these, shaped as the parameters are
 
@@ -80,12 +80,12 @@ class GradientReducer:
     def begin(self) -> bool:
         """Return whether the buckets of the backward pass that is replayed next are reduced while it runs.
 
-        Not if the update has several batches, whose gradients are added up first.
+        They are not if the update has several batches, whose gradients are added up first.
 
         Raises:
             RuntimeError: the batch has had a backward pass already.
         """
-        if self._replayed:  # its buckets are still being reduced
+        if self._replayed:  # the buckets are still being reduced
             raise RuntimeError(
                 "a second backward pass in an update of one batch, after the gradients of the first were reduced over "
                 "ranks: leave out --cuda-graphs"
@@ -121,7 +121,7 @@ class GradientReducer:
         """Give every parameter its gradient of all ranks. The device waits for it, the host does not.
 
         Raises:
-            RuntimeError: a parameter that a replayed pass had the gradient of got one from elsewhere as well.
+            RuntimeError: a parameter got a gradient from a replayed pass, and another one from elsewhere.
         """
         self.begin_rest()
         for work in self._begun:
@@ -138,7 +138,7 @@ class GradientReducer:
 
 
 class GraphDataParallel(LegacyDistributedDataParallel):
-    """fairseq's ``legacy_ddp``, but for when gradients are reduced."""
+    """fairseq's ``legacy_ddp``, except that a reducer chooses when gradients are reduced."""
 
     def __init__(self, module: nn.Module, reducer: GradientReducer, group: Any):
         super().__init__(module, group)
@@ -151,7 +151,7 @@ class GraphDataParallel(LegacyDistributedDataParallel):
 
 
 def reducer_for(options: Any, model: nn.Module, group: Any) -> Optional[GradientReducer]:
-    """Return what reduces the gradients of a model that records graphs; None if fairseq is to do it.
+    """Return the reducer for a model that records graphs; None if fairseq is to reduce its gradients.
 
     Args:
         options: the section ``distributed_training`` of the configuration.

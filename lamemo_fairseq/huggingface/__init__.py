@@ -1,6 +1,7 @@
 """Models for transformers: importing this package lets its Auto classes read the folders that are exported for it.
 
-It needs transformers 5.24 and no host. In a folder, `modeling_lamemo.py` imports it as well (trust_remote_code).
+The package needs transformers 5.24 and no host. The file `modeling_lamemo.py` of a folder imports the package too
+(trust_remote_code).
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""The cache of transformers: one layer that holds the texts read so far, and their memory, of the whole model.
+"""A cache for transformers, whose single layer has the memory of the whole model and the position of each text.
 
 Shapes: B sequences, L columns of input, L' of them new.
 """
@@ -14,7 +14,7 @@ from ..core.decoding.state import DecodingState
 
 
 class TextLayer(CacheLayerMixin):
-    """What all layers of a model keep of B sequences: slots, the unfinished segment, and where each one stands."""
+    """The state of B sequences in all layers of a model: slots, unfinished segments, and positions."""
 
     supports_early_init = False  # of keys and values, which live in the state
 
@@ -22,15 +22,15 @@ class TextLayer(CacheLayerMixin):
         super().__init__()
         self.model = model
         self.state: Optional[DecodingState] = None
-        self.columns = 0  # L, padding among them: what transformers measures lengths by
+        self.columns = 0  # read so far, with padding; transformers takes this for the length
 
     def read(self, tokens: Tensor, counts: List[int], columns: int) -> Tensor:
         """Read ``tokens [B, k]``, of sequence b the first ``counts[b]``: features ``[B, k, d]``.
 
         Args:
             tokens: word ids.
-            counts: of each sequence.
-            columns: L', of the input that they come from.
+            counts: words of each sequence.
+            columns: L', the columns of the input.
 
         Raises:
             ValueError: there are fewer or more sequences than before.
@@ -95,10 +95,10 @@ class TextLayer(CacheLayerMixin):
 
 
 class LamemoCache(Cache):
-    """The memory of B sequences. Make one, pass it with every piece of a long text, and it is carried along.
+    """The memory of B sequences. Make one cache, and pass it with every piece of a long text.
 
     Args:
-        model: a model of the core, or the one of transformers around it.
+        model: a model of the core, or the transformers model around it.
     """
 
     def __init__(self, model: torch.nn.Module):

@@ -1,6 +1,6 @@
 """A language model for transformers, around the core's.
 
-Padding is what the attention mask hides, wherever it stands: it is not read, and its scores mean nothing.
+The attention mask marks padding, which may stand anywhere. Padding is not read, and its scores mean nothing.
 
 Shapes: B sequences, L columns of input, k words of the longest sequence among them, V words, d model width.
 """
@@ -23,7 +23,7 @@ from .cache import LamemoCache
 from .configuration import CODE, LamemoConfig
 
 IGNORED = -100  # label of a word that is not predicted
-# Of the keywords that transformers passes around, those that change nothing here.
+# Keywords that transformers passes around and that are not refused.
 HARMLESS = ("num_items_in_batch", "position_ids", "return_dict", "output_router_logits")
 STUB = '''"""The model of this folder: pip install lamemo-fairseq."""
 
@@ -73,7 +73,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LamemoConfig
     base_model_prefix = "model"
     _no_split_modules = ["LanguageModel"]  # on one device: decoding passes layers by their parts
-    _is_stateful = True  # a memory does not go back, so that drafts cannot be taken back either
+    _is_stateful = True  # a memory does not go back, so that drafted words cannot be taken back
 
     def __init__(self, config: LamemoConfig):
         super().__init__(config)
@@ -94,7 +94,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load a model as transformers does, but refuse weights that are not all there.
+        """Load a model as transformers does, but refuse missing, superfluous and mismatched weights.
 
         Raises:
             ValueError: a weight is missing, is one too many, or has another shape.
@@ -139,9 +139,9 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds: not taken.
             labels: ``[B, L]`` the same ids, with -100 for those that are not to be predicted; shifted here.
             use_cache: return the cache; by default if there are no gradients.
-            logits_to_keep: score the last so many columns alone (0: all), or those of these indices.
+            logits_to_keep: score only the last so many columns (0: all), or the columns of these indices.
             return_dict: False returns a tuple.
-            kwargs: ``num_items_in_batch``, which the loss is divided by, and others that change nothing.
+            kwargs: ``num_items_in_batch``, by which the loss is divided, and others that change nothing.
 
         Returns:
             Scores ``[B, L, V]``, log-probabilities if the softmax is adaptive; the loss and the cache.
@@ -189,7 +189,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Restore what no file holds; the core draws weights itself."""
+        """Restore the buffers that no file has; the core draws its own weights."""
         if isinstance(module, AdaptiveSoftmax):
             copy_(module.cuts, torch.tensor(module.bands.starts[1:]))
 
@@ -214,7 +214,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
     def _read_segments(self, packed: Packed) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Read whole texts segment by segment: features ``[B, k, d]``, and the memory's losses, means over words.
 
-        In evaluation the last segment is filled up, so that it is read as one that goes on.
+        In evaluation the last segment is filled up, and so read as if more words followed.
         """
         length, total = self.model.segment_length, packed.tokens.size(1)
         tokens = packed.tokens if self.training else nn.functional.pad(packed.tokens, (0, -total % length))
@@ -235,14 +235,14 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
     def _loss(
         self, columns: Tensor, real: Tensor, labels: Tensor, extra: Dict[str, Tensor], items: Union[int, Tensor, None]
     ) -> Tensor:
-        """Return the loss of a predicted word; one whose context is padding is not predicted."""
+        """Return the mean loss of the predicted words. A word behind padding is not predicted."""
         if labels.shape != real.shape:
             raise ValueError(f"labels are {list(labels.shape)}, and input_ids {list(real.shape)}: pass the same ids")
         target = labels[:, 1:].to(columns.device)
         wanted = target.ne(IGNORED) & real[:, :-1] & real[:, 1:]
         count = wanted.sum()
         total = self.model.loss(columns[:, :-1][wanted].unsqueeze(0), target[wanted].unsqueeze(0))
-        # A memory's losses are means over words, and weigh as much as one of each.
+        # A memory's losses are means over words, and are added to the loss of every predicted word.
         return (total + sum(extra.values()) * count) / (count.clamp(min=1) if items is None else items)
 
     def _scores(self, features: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _ties(model: nn.Module) -> Dict[str, str]:
-    """Return the names of parameters that are the same as ones before them, with the names of these."""
+    """Return the name of each parameter that repeats an earlier one, with the earlier name."""
     first: Dict[int, str] = {}
     names = ((name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False))
     return {name: source for name, source in names if name != source}

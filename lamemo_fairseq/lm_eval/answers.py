@@ -31,10 +31,10 @@ class Likelihood(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a text is continued.
+    """The settings with which a text is continued.
 
     Args:
-        until: strings that end the continuation, which are not part of it.
+        until: strings before which the continuation ends.
         count: words to draw at most.
         draw: the choice of a word.
     """
@@ -91,7 +91,7 @@ class Answers:
         self._model, self._tokenizer, self._batch_size, self._done = model, model.tokenizer, batch_size, done
 
     def continuations(self, pairs: Sequence[Tuple[str, str]]) -> List[Likelihood]:
-        """Return how likely each continuation is after its context.
+        """Return the likelihood of each continuation given its context.
 
         Args:
             pairs: of a context, which may be empty, and a continuation.
@@ -120,7 +120,7 @@ class Answers:
         return answers
 
     def continued(self, requests: Sequence[Tuple[str, Settings]]) -> List[str]:
-        """Return a continuation of each context, as far as its settings say."""
+        """Return a continuation of each context, by its settings."""
         answers = [""] * len(requests)
         words = [_after_end(self._tokenizer.encode(context)) for context, _ in requests]
         by_settings: dict[Settings, List[int]] = {}
@@ -178,7 +178,7 @@ def _total(log_probs: Tensor) -> float:
 
 
 def _end(text: str, until: Sequence[str]) -> int | None:
-    """Return where the first of the strings begins, None if there is none of them."""
+    """Return the start of the first of the strings in a text, None if it has none of them."""
     starts = [start for string in until if (start := text.find(string)) >= 0]
     return min(starts, default=None)
 

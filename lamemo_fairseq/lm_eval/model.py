@@ -9,7 +9,7 @@ from tqdm import tqdm
 if importlib.util.find_spec("lm_eval") is None:
     raise ModuleNotFoundError("lm-eval is not installed: pip install 'lamemo-fairseq[eval]'", name="lm_eval")
 
-import lm_eval.models  # noqa: F401  # its own models are registered only while there is no other
+import lm_eval.models  # noqa: F401  # the harness registers its own models only before any other
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -63,7 +63,7 @@ class LamemoLM(LM):  # type: ignore[misc]  # the harness may be absent
         return self._folder
 
     def loglikelihood(self, requests: List[Instance], disable_tqdm: bool = False) -> List[Tuple[float, bool]]:
-        """Return how likely each continuation is after its context, and whether greedy decoding gives it."""
+        """Return each continuation's log-probability given its context, and whether greedy decoding gives it."""
         pairs = [request.args for request in requests]
         with self._progress(len(requests), disable_tqdm):
             answers = [tuple(likelihood) for likelihood in self._answers.continuations(pairs)]
