@@ -70,7 +70,7 @@ class DocumentLosses:
     def means(self, group: Tensor, chosen: Tensor) -> List[Mean]:
         """Return the mean losses of groups 0, 1, ... of tokens, to which ``group [T]`` assigns those *chosen*.
 
-        With S_d and n_d the sum of losses and the number of tokens of document d, of which D have some, the mean is
+        Document d has n_d tokens of a group, with the sum of losses S_d; D documents have any. The mean is
         m = sum S_d / sum n_d, and its error sqrt(D / (D - 1) sum (S_d - m n_d)^2) / sum n_d.
         """
         cell = (group * len(self.starts) + self.document)[chosen]

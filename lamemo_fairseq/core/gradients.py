@@ -60,7 +60,7 @@ class Reducer(Protocol):
 def written_to(
     buckets: Sequence[Bucket], leaves: Mapping[nn.Parameter, Tensor]
 ) -> Iterator[List[Optional[torch.cuda.Event]]]:
-    """Within this context, the backward pass that is being recorded writes its gradients to buckets.
+    """A context in which the backward pass that is being recorded writes its gradients to buckets.
 
     Args:
         leaves: the tensors that stand for the parameters in the pass.

@@ -20,8 +20,8 @@ class GradientReducer:
     """Sums gradients over ranks: every bucket once an update, in the same order on every rank.
 
     The order depends on the parameters alone. A rank that replays a graph reduces its buckets while the backward pass
-    runs. Any other rank reduces them after its backward pass. So no rank needs to know whether another one has recorded
-    a graph, reads a ragged segment or a dummy batch, or has run out of memory.
+    runs. Any other rank reduces them after its backward pass. So no rank needs to know whether another rank has a
+    graph, a ragged segment or a dummy batch, or has run out of memory.
 
     Args:
         parameters: all of the model, in the same order on every rank.

@@ -81,7 +81,7 @@ class PositionEncoding(nn.Module):
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Within this context parameters do not change: evaluation computes the biases of a segment's shape once."""
+        """A context in which parameters do not change: evaluation computes the biases of a segment's shape once."""
         outside, self._known = self._known, {}
         try:
             yield

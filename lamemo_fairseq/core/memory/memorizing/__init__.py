@@ -4,7 +4,7 @@ All layers have Transformer-XL's memory of M slots. One layer also has a store: 
 tokens, first in, first out, without gradient. A segment reads the store as earlier segments left it, and is then
 appended. There are two retrievals (`attention.py`):
 
-- ``top-k``, the paper's: each query and head attends to the k stored rows with the largest scores, and a gate of the
+- ``top-k``, the paper's: each query and head attends to the k stored rows with the largest scores. A gate of the
   head mixes the result with that of the usual attention. The search is exact; of equal scores the oldest row wins.
   The rows of the slots are also in the store, and so count twice, as published.
 - ``dense``, of the authors' later code: one softmax over all stored rows and the segment, without gate and slots.
