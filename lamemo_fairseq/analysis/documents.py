@@ -37,7 +37,7 @@ class DocumentLosses:
     Args:
         tokens: ``[T]`` ids.
         losses: ``[T]`` bits.
-        starts: ``[D]`` the first tokens of documents, ascending from 0.
+        starts: ``[D]`` the index of each document's first token, ascending from 0.
     """
 
     tokens: Tensor
@@ -142,7 +142,7 @@ class Rule:
         }[self.name]
 
     def starts(self, tokens: Tensor, dictionary: Any) -> Tensor:
-        """Return the first tokens of documents in ``tokens [T]``, ascending from 0; no rule sees recorded documents.
+        """Return the index of each document's first token in ``tokens [T]``, ascending from 0; not of recorded ones.
 
         Raises:
             ValueError: the dictionary does not have the separator.
@@ -190,7 +190,7 @@ def of_streams(streams: Sequence[Tuple[Tensor, Tensor]], starts: Callable[[int, 
     A stream begins with an empty memory, so that its first token counts as the beginning of a document.
 
     Args:
-        starts: returns the first tokens of documents, given the number of a stream and its ids: ascending from 0.
+        starts: returns the index of each document's first token, given the number of a stream and its ids.
     """
     ends = list(itertools.accumulate((len(tokens) for tokens, _ in streams), initial=0))
     return DocumentLosses(

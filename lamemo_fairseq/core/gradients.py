@@ -52,7 +52,7 @@ class Reducer(Protocol):
         """Begin to reduce a bucket in place. Called for each of the buckets, in their order.
 
         Args:
-            ready: an event of the replay, once the bucket is complete; None if that is known only at the end.
+            ready: an event of the replay, once the bucket is complete; None if it is complete when the replay ends.
         """
 
 

@@ -22,7 +22,7 @@ class TextLayer(CacheLayerMixin):
         super().__init__()
         self.model = model
         self.state: Optional[DecodingState] = None
-        self.columns = 0  # read so far, with padding; transformers takes this for the length
+        self.columns = 0  # L, read so far, with padding; transformers takes it for the length
 
     def read(self, tokens: Tensor, counts: List[int], columns: int) -> Tensor:
         """Read ``tokens [B, k]``, of sequence b the first ``counts[b]``: features ``[B, k, d]``.

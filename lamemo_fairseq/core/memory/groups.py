@@ -72,7 +72,7 @@ def advance(
     cleared: Collection[int] = (),
     ended: Collection[int] = (),
 ) -> Optional[MemoryState]:
-    """Return the memory before the next segment of a batch. A second call with the same arguments changes nothing.
+    """Return the memory before the next segment of a batch. Applied to the result again, it changes nothing.
 
     Args:
         state: the memory after the segment before, left as it is; None for an empty one.

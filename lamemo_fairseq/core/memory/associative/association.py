@@ -44,7 +44,7 @@ class Association(nn.Module):
         return rows + read_out.to(rows.dtype)
 
     def write(self, rows: Tensor, past: Optional[Associations]) -> Associations:
-        """Write the ``rows [B, m, d]`` of all memory tokens together, each by what it reads of the memory before.
+        """Write the ``rows [B, m, d]`` of all memory tokens together: each one reads the memory as it was before.
 
         ``A += sum_i beta_i (v_i - A phi(k_i) / n_i) phi(k_i)^T`` and ``z += sum_i gamma_i phi(k_i)``, where
         ``n_i = z . phi(k_i) + 1e-5``, and ``gamma_i``, without gradient, is the share of the key that z does not have.
