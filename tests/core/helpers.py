@@ -1,7 +1,7 @@
 """Small models of the core, and ways to read with them."""
 
 from dataclasses import fields
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -196,3 +196,16 @@ def assert_decoding_follows_reordered_beams(decoder: LanguageModel, length: int 
         for sequence, n in enumerate(read):
             torch.testing.assert_close(features[sequence, 0], expected[sequence, n], rtol=0, atol=1e-9)
         read = [n + 1 for n in read]
+
+
+def reached_by_gradient(decoder: LanguageModel, tokens: Tensor) -> List[bool]:
+    """Read ``tokens [B, 6]`` in updates; tell which pairs of them the gradient of the last pair's features reaches."""
+    x = decoder.embed_tokens(tokens).detach().requires_grad_()
+    state, features = decoder.memory.initial_state(x), []
+    for update in x.split(decoder.segment_length, dim=1):
+        passage = decoder.memory(update, state, decoder.layers, decoder.positions)
+        state = passage.state
+        features.append(passage.features)
+    assert not any(tensor.requires_grad for tensor in state.tensors())
+    (gradient,) = torch.autograd.grad(torch.cat(features, dim=1)[:, 4:].logsumexp(-1).sum(), x)
+    return [bool(pair.abs().max() > 0) for pair in gradient.split(2, dim=1)]

@@ -18,6 +18,7 @@ from .helpers import (
     assert_decoding_follows_reordered_beams,
     config_of,
     random_tokens,
+    reached_by_gradient,
     read_streams,
     tiny_decoder,
     tiny_options,
@@ -165,17 +166,7 @@ def test_more_segments_an_update_change_the_gradient_alone(variant):
     assert one.memory.period == three.memory.period == 2
     tokens = random_tokens(2, 17)
     torch.testing.assert_close(read_streams(one, tokens), read_streams(three, tokens), rtol=0, atol=1e-12)
-    reached = []
-    for decoder in (one, three):
-        x = decoder.embed_tokens(tokens[:, :6]).detach().requires_grad_()
-        state, parts = decoder.memory.initial_state(x), []
-        for part in x.split(decoder.segment_length, dim=1):
-            passage = decoder.memory(part, state, decoder.layers, decoder.positions)
-            state = passage.state
-            parts.append(passage.features)
-        assert not any(tensor.requires_grad for tensor in state.tensors())
-        (gradient,) = torch.autograd.grad(torch.cat(parts, dim=1)[:, 4:].logsumexp(-1).sum(), x)
-        reached.append([bool(part.abs().max() > 0) for part in gradient.split(2, dim=1)])
+    reached = [reached_by_gradient(decoder, tokens[:, :6]) for decoder in (one, three)]
     assert reached == [[False, False, True], [True, True, True]]
 
 
