@@ -17,24 +17,6 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 CORE = Path(__file__).parent / "core"
-# The files that take longest, those of the core last. Runs of several ranks stand apart from each other.
-LONGEST = (
-    "test_resume.py",
-    "test_commands.py",
-    "test_table_results.py",
-    "test_convert_checkpoint.py",
-    "test_ranks.py",
-    "test_launch.py",
-    "test_benchmarks.py",
-    "test_out_of_order.py",
-    "test_ranks_with_graphs.py",
-    "test_precision.py",
-    "test_fused.py",
-    "test_cached_kernel.py",
-    "test_golden.py",
-    "test_incremental.py",
-    "test_behind_views.py",
-)
 LEFT_OUT = pytest.StashKey[bool]()
 
 
@@ -48,12 +30,6 @@ def pytest_configure(config):
         ignored = config.option.ignore or []
         config.stash[LEFT_OUT] = not ignored and any(path in CORE.parents for path in paths)
         config.option.ignore = [*ignored, str(CORE)]
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with the longest files, so that the last ones end on both cores at about the same time."""
-    order = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -29,9 +29,9 @@ if [[ ${#core[@]} == 0 && ${#others[@]} == 0 ]]; then
 fi
 
 selected=0 failed=0
-run() {  # pytest, two files at a time, in the order of `tests/conftest.py`: most tests run on one core
+run() {  # pytest, two files at a time: most tests run on one core
     local status=0
-    "$bin/python" -m pytest -n 2 --no-loadscope-reorder --dist loadfile "$@" || status=$?
+    "$bin/python" -m pytest -n 2 --dist loadfile "$@" || status=$?
     case $status in
         0) selected=1 ;;
         5) ;;  # nothing was selected, which is no failure if the other run selected something
