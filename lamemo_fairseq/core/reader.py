@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import MemoryDecoder
-from .decoding.drawing import Draw
+from .decoding.drawing import Adjustment, Draw
 from .decoding.sampler import Continuation, Sampler
 from .decoding.state import TOKENS_AT_ONCE, DecodingState
 from .text import END, Tokenizer
@@ -57,6 +57,7 @@ class Reader:
         self._state = DecodingState(decoder, batch_size)
         # The last word of each text, which the state has not read yet; [0] before the first.
         self._last = [self._state.cache.tokens.new_empty(0)] * batch_size
+        self._sampler: Optional[Sampler] = None  # of the last call, for its graphs
 
     def __len__(self) -> int:
         """Return the number of texts, B."""
@@ -116,7 +117,7 @@ class Reader:
         if count < 0:
             raise ValueError(f"count is {count}: pass the number of new words")
         with RandomNumbers(seed, self._device):
-            drawn = Sampler(self._state, draw or Draw()).go_on(self._last_words(), count)
+            drawn = self._sampler_for(draw or Draw()).go_on(self._last_words(), count)
         if count:
             self._last = list(drawn.words[:, -1:])
         return drawn
@@ -133,7 +134,7 @@ class Reader:
         """
         if len(self) != 1:
             raise ValueError(f"stream continues one text, and this reader has {len(self)}: call generate")
-        sampler, numbers = Sampler(self._state, draw or Draw()), RandomNumbers(seed, self._device)
+        sampler, numbers = self._sampler_for(draw or Draw()), RandomNumbers(seed, self._device)
         drawn = 0
         while count is None or drawn < count:
             with numbers:
@@ -144,6 +145,7 @@ class Reader:
 
     def reorder(self, order: Sequence[int]) -> None:
         """Let text i go on from what text ``order[i]`` has read. Texts may be repeated and left out."""
+        self._sampler = None  # its graphs write into the tensors of before
         self._state.reorder(torch.tensor(order, device=self._device))
         self._last = [self._last[source] for source in order]
 
@@ -153,6 +155,11 @@ class Reader:
         twin._state.copy_(self._state)
         twin._last = list(self._last)
         return twin
+
+    def _sampler_for(self, draw: Draw) -> Sampler:
+        if self._sampler is None or not self._sampler.serves(self._state, draw, Adjustment()):
+            self._sampler = Sampler(self._state, draw)
+        return self._sampler
 
     @property
     def _device(self) -> torch.device:

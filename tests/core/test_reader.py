@@ -119,6 +119,12 @@ def test_seeds_and_scores_hold_on_the_device():
     texts = [torch.cat([prompt, new.cpu()]) for prompt, new in zip(prompts, words, strict=True)]
     for score, drawn in zip(model.score(texts), log_probs, strict=True):
         torch.testing.assert_close(score.log_probs[-20:], drawn, rtol=0, atol=1e-3)
+    reader, greedy = model.reader(2), Draw(temperature=0)
+    reader.read(prompts)
+    turns = [reader.generate(n, greedy).words for n in (7, 6)]
+    reader.reorder([1, 0])
+    turns.append(reader.generate(7, greedy).words[[1, 0]])
+    assert torch.equal(torch.cat(turns, dim=1), model.generate(prompts, 20, temperature=0).words)
 
 
 def test_words_are_streamed_one_by_one_without_end(model):

@@ -92,7 +92,7 @@ class Sampler:
             spare = _spares(state.decoder).pop()
         except IndexError:  # there is none, or another thread took it
             spare = None
-        if type(spare) is cls and spare._serves(state, choose, adjust):
+        if type(spare) is cls and spare.serves(state, choose, adjust):
             spare.state.copy_(state)
             spare.adjust.copy_(adjust)
             return spare
@@ -110,7 +110,7 @@ class Sampler:
         if self._recorded and cache.size() <= SPARE_MEMORY * total:
             _spares(self.state.decoder).append(self)
 
-    def _serves(self, state: DecodingState, choose: Choose, adjust: Adjustment) -> bool:
+    def serves(self, state: DecodingState, choose: Choose, adjust: Adjustment) -> bool:
         """Return whether graphs for such texts would be the same: weights may have changed, but in place only."""
         mine = (self.choose, self.adjust.temperature, _sizes(self.state), self._signature)
         signature = tree_of(module_of(state.decoder)).signature()
