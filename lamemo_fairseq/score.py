@@ -27,6 +27,8 @@ def main(arguments: Optional[List[str]] = None) -> None:
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     try:
+        _check(args)
+        args.at_document = args.at_document or "clear"
         opened = open_split(
             args.data,
             args.checkpoints.split(os.pathsep),
@@ -50,6 +52,20 @@ def main(arguments: Optional[List[str]] = None) -> None:
     print(json.dumps({"data": opened.split.tokens.name, "checkpoints": args.checkpoints, **result}))
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that another one is needed for.
+
+    Raises:
+        ValueError: with the option's name.
+    """
+    of_separators = {"--document-separator": args.document_separator, "--score-separators": args.score_separators}
+    for option, given in of_separators.items():
+        if given and args.documents != "separator":
+            raise ValueError(f"{option} is for --documents separator: pass that too")
+    if args.at_document is not None and args.documents == "none":
+        raise ValueError("--at-document is for --documents recorded or separator: pass one of them too")
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lamemo_fairseq.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--documents", choices=["none", "recorded", "separator"], default="none")
     parser.add_argument("--document-separator", default="", help="as in fairseq-eval-lm")
     parser.add_argument("--score-separators", action="store_true", help="as in fairseq-eval-lm")
-    parser.add_argument("--at-document", choices=["clear", "keep"], default="clear", help="as in fairseq-eval-lm")
+    parser.add_argument("--at-document", choices=["clear", "keep"], help="as in fairseq-eval-lm")
     parser.add_argument("--post-process", help="join pieces to words for the loss a word of the dictionary")
     parser.add_argument("--softmax-batch", type=int, default=0, help="score at most so many tokens at once")
     parser.add_argument("--fp16", action="store_true", help="compute in half precision")

@@ -260,3 +260,10 @@ def test_both_commands_report_the_same(folders, tmp_path, capsys):
     assert "tokens were scored, and the counts of test.txt are of all of them; score the whole split" in half
     with pytest.raises(SystemExit, match=r"score: there is no checkpoint none\.pt"):
         score.main([str(data), "none.pt"])
+    for option, needed in (
+        (["--document-separator", "w"], "--document-separator is for --documents separator"),
+        (["--score-separators", "--documents", "recorded"], "--score-separators is for --documents separator"),
+        (["--at-document", "keep"], "--at-document is for --documents recorded or separator"),
+    ):
+        with pytest.raises(SystemExit, match=f"score: {needed}"):
+            score.main([str(data), str(path), "--cpu", *option])
