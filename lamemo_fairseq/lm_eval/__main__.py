@@ -2,11 +2,14 @@
 
 python -m lamemo_fairseq.lm_eval --model_args pretrained=FOLDER --tasks wikitext,lambada_openai --batch_size 16
 
-All options are those of `lm-eval`; the model is `lamemo` unless another one is named.
+All options are those of `lm-eval`. The model is `lamemo`, on a GPU if there is one, unless an option or a --config says
+otherwise.
 """
 
 import os
 import sys
+
+import torch
 
 
 def main() -> None:
@@ -19,12 +22,12 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     arguments = sys.argv[1:]
-    if (
-        arguments
-        and arguments[0] not in ("ls", "validate")
-        and not {"-M", "--model"} & {a.split("=")[0] for a in arguments}
-    ):
-        sys.argv += ["--model", "lamemo"]
+    named = {argument.split("=")[0] for argument in arguments}
+    if arguments and arguments[0] not in ("ls", "validate") and not named & {"--config", "-C"}:  # which names both
+        if not named & {"--model", "-M"}:
+            sys.argv += ["--model", "lamemo"]
+        if "--device" not in named and not torch.cuda.is_available():
+            sys.argv += ["--device", "cpu"]
     try:
         cli_evaluate()
     except (ValueError, OSError) as error:

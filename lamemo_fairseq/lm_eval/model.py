@@ -1,7 +1,8 @@
 """A model of the core as one of lm-evaluation-harness."""
 
 import importlib.util
-from typing import Any, List, Optional, Tuple, Union
+import inspect
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from tqdm import tqdm
@@ -13,6 +14,7 @@ import lm_eval.models  # noqa: F401  # the harness registers its own models only
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.utils import simple_parse_args_string
 
 from ..core import LanguageModel
 from .answers import Answers, Settings
@@ -50,12 +52,39 @@ class LamemoLM(LM):  # type: ignore[misc]  # the harness may be absent
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype {dtype} is not known: pass one of {', '.join(DTYPES)}")
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {device}, which the harness takes by default: there is no GPU, pass --device cpu"
+            )
         model = LanguageModel.load(pretrained).to(self._device).eval()
         self.model = model if dtype is None else model.to(DTYPES[dtype])
         self.batch_size = int(batch_size)
         self._folder = str(pretrained)
         self._answers = Answers(self.model, self.batch_size, self._tell)
         self._bar: Optional[Any] = None
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Optional[Dict[str, Any]] = None) -> "LamemoLM":
+        """Build a model from ``--model_args``, as `create_from_arg_obj` does."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Dict[str, Any], additional_config: Optional[Dict[str, Any]] = None
+    ) -> "LamemoLM":
+        """Build a model. What ``--model_args`` names goes before the harness's own options.
+
+        Raises:
+            ValueError: a name is not known, or there is no ``pretrained``.
+        """
+        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        for name in arg_dict:
+            if name not in known:
+                raise ValueError(f"--model_args {name}: it is not known, the names are {', '.join(known)}")
+        if "pretrained" not in arg_dict:
+            raise ValueError("--model_args has no pretrained=FOLDER")
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**given, **arg_dict})
 
     @property
     def tokenizer_name(self) -> str:

@@ -194,7 +194,7 @@ def test_tasks_of_the_harness(folder):
 @needs_lm_eval
 def test_the_command(folder):
     command = [sys.executable, "-m", "lamemo_fairseq.lm_eval", "--tasks", "cloze", "--include_path", folder / "tasks"]
-    command += ["--device", "cpu", "--batch_size", "2"]
+    command += ["--batch_size", "2"]
     done = subprocess.run(
         [*map(str, command), "--model_args", f"pretrained={folder / 'model'}"], capture_output=True, text=True
     )
@@ -207,9 +207,20 @@ def test_the_command(folder):
 def test_arguments_that_are_not_served(folder):
     from lamemo_fairseq.lm_eval.model import LamemoLM
 
-    for given, message in (({"batch_size": "auto"}, "--batch_size auto"), ({"dtype": "int8"}, "dtype int8")):
+    pretrained = {"pretrained": str(folder / "model")}
+    for given, message in (
+        ({**pretrained, "batch_size": "auto"}, "--batch_size auto"),
+        ({**pretrained, "dtype": "int8"}, "dtype int8"),
+        ({**pretrained, "peft": "x"}, "--model_args peft: it is not known, the names are pretrained, batch_size"),
+        ({}, "--model_args has no pretrained=FOLDER"),
+    ):
         with pytest.raises(ValueError, match=message):
-            LamemoLM(str(folder / "model"), **given)
+            LamemoLM.create_from_arg_obj(given, {"device": "cpu"})
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no GPU, pass --device cpu"):
+            LamemoLM.create_from_arg_obj(pretrained, {"device": "cuda:0"})
+    one = LamemoLM.create_from_arg_string(f"pretrained={folder / 'model'},device=cpu", {"device": "cuda:0"})
+    assert one.device == torch.device("cpu")
 
 
 def test_without_the_harness_one_line_says_what_to_install(monkeypatch):
