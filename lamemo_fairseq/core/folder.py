@@ -37,8 +37,9 @@ def write_folder(folder: Path, model: MemoryDecoder, tokenizer: Optional[Tokeniz
 
     Raises:
         OSError: the folder cannot be written.
+        ValueError: it has a tokenizer, and the model has none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made_for(folder, tokenizer)
     text = json.dumps({"format": FORMAT, **model.config.to_dict()}, indent=2) + "\n"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         _safetensors().torch.save_model(model, f"{unfinished}/{WEIGHTS}", metadata={CONFIG: text})
@@ -46,6 +47,21 @@ def write_folder(folder: Path, model: MemoryDecoder, tokenizer: Optional[Tokeniz
         if tokenizer is not None:
             tokenizer.save(unfinished)
         put_in_place(unfinished, folder)
+
+
+def made_for(folder: Path, tokenizer: Optional[Tokenizer]) -> None:
+    """Make a folder for a model.
+
+    Raises:
+        OSError: it cannot be made.
+        ValueError: it has a tokenizer, and the model has none, so that the model would be loaded with another's.
+    """
+    if tokenizer is None and (folder / DICTIONARY).exists():
+        raise ValueError(
+            f"{folder} has a {DICTIONARY}, and the model to save no tokenizer: set model.tokenizer = "
+            "Tokenizer.load(FOLDER), or save into another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def put_in_place(unfinished: str, folder: Path) -> None:

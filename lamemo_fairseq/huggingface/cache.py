@@ -43,6 +43,8 @@ class TextLayer(CacheLayerMixin):
                 f"the cache has {self.batch_size} sequences, and the input {len(tokens)}: pass a new cache"
             )
         self.columns += columns
+        if tokens.size(1) == 0:  # all columns are padding
+            return self.model.embed_tokens.table(0).new_empty(len(tokens), 0, self.model.config.decoder_embed_dim)
         return self.state.read(tokens, counts)
 
     @property

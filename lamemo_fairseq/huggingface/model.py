@@ -109,7 +109,9 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         for name, what in wrong.items():
             if info[name]:
                 names = [key if isinstance(key, str) else key[0] for key in info[name]]
-                raise ValueError(f"{args[0]}: the model {what} {min(names)}: it was saved with another configuration")
+                raise ValueError(
+                    f"{model.name_or_path}: the model {what} {min(names)}: it was saved with another configuration"
+                )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Union[str, Path], *args: Any, **kwargs: Any) -> None:
@@ -206,9 +208,6 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _read_on(self, packed: Packed, cache: LamemoCache) -> Tensor:
         """Read words after those of the cache: features ``[B, k, d]``."""
-        if packed.tokens.size(1) == 0:
-            like = self.model.embed_tokens.table(0)
-            return like.new_empty(len(packed.tokens), 0, self.config.hidden_size)
         return cache.text.read(packed.tokens, packed.counts, packed.real.size(1))
 
     def _read_segments(self, packed: Packed) -> Tuple[Tensor, Dict[str, Tensor]]:
@@ -217,6 +216,8 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         In evaluation the last segment is filled up, and so read as if more words followed.
         """
         length, total = self.model.segment_length, packed.tokens.size(1)
+        if total == 0:
+            raise ValueError("attention_mask hides every word of the batch: leave the batch out")
         tokens = packed.tokens if self.training else nn.functional.pad(packed.tokens, (0, -total % length))
         ragged = self.training and min(packed.counts, default=0) < total
         features: List[Tensor] = []

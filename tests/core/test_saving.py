@@ -74,6 +74,18 @@ def test_another_model_takes_the_place_of_the_first(folder):
     assert_equal(model, LanguageModel.load(folder))
 
 
+def test_a_model_does_not_get_the_tokenizer_of_the_one_before(folder):
+    model = tiny_decoder(seed=3)
+    (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(13)))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"has a dict\.txt, and the model to save no tokenizer: set model\.tokenizer"):
+        model.save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    model.tokenizer = LanguageModel.load(folder).tokenizer
+    model.save(folder)
+    assert_equal(model, LanguageModel.load(folder))
+
+
 def test_values_are_replaced_by_name(folder):
     config = LanguageModel.load(folder, mem_len=9, dropout=0.5).config
     assert (config.mem_len, config.dropout) == (9, 0.5)

@@ -273,7 +273,7 @@ def test_values_are_replaced_by_name(tmp_path):
     with pytest.raises(
         ValueError, match=r"has another shape of the weight model\.positions\.projection: it was saved "
     ):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+        AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path)
     with pytest.raises(ValueError, match="the weights are those of another configuration"):
         LanguageModel.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -386,3 +386,26 @@ def test_what_cannot_be_converted_is_refused(arguments, message, tmp_path, monke
     with pytest.raises(SystemExit, match=message) as refused:
         main([argument.format(core=tmp_path / "core") for argument in arguments])
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_padding_alone_is_read_over(model):
+    ids, words = torch.ones(1, 3, dtype=torch.int64), texts()[0][None]
+    cache = LamemoCache(model)
+    nothing = model(ids, attention_mask=torch.zeros_like(ids), cache=cache)
+    assert nothing.logits.shape[:2] == (1, 3) and cache.get_seq_length() == 3
+    mask = torch.cat([torch.zeros_like(ids), torch.ones_like(words)], dim=1)
+    close(model(words, attention_mask=mask, cache=cache).logits, model(words).logits)
+    with pytest.raises(ValueError, match="the cache has 1 sequences, and the input 2"):
+        model(ids.repeat(2, 1), attention_mask=torch.zeros(2, 3), cache=cache)
+    with pytest.raises(ValueError, match="attention_mask hides every word of the batch"):
+        model.train()(ids, attention_mask=torch.zeros_like(ids), labels=ids)
+
+
+def test_an_export_that_is_interrupted_leaves_no_mixture(tmp_path, monkeypatch):
+    export_folder(tiny_decoder(), tmp_path)
+    monkeypatch.setattr("lamemo_fairseq.huggingface.folder.put_in_place", lambda unfinished, folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_folder(tiny_decoder(seed=3), tmp_path)
+    with pytest.raises(ValueError, match=r"`model_type` key in its config\.json"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
