@@ -185,7 +185,9 @@ class LanguageModel(MemoryDecoder):
                 for own, row in zip(extracts, log_probs, strict=True):
                     for extract in own:
                         scored[extract.document].append(row[: extract.stop - extract.start])
-        return [torch.cat(parts) if parts else torch.empty(0) for parts in scored]
+        none = self.embed_tokens.table(0).new_empty(0)
+        none = none.to(torch.promote_types(none.dtype, torch.float32))  # for documents of one word
+        return [torch.cat(pieces) if pieces else none for pieces in scored]
 
     def save(self, folder: Union[str, Path]) -> None:
         """Write the weights, the configuration and, if there is one, the tokenizer.

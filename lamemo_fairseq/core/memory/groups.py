@@ -111,7 +111,7 @@ def read_groups(read: ReadSegment, tokens: Tensor, state: GroupedState, lengths:
         lengths: ``[B]`` tokens that are not padding; None if none is.
 
     Returns:
-        Features ``[B, N, d]``, zeros for streams that have ended; the memory after the segment; and
+        Features ``[B, N, d]``, which mean nothing for streams that have ended; the memory after the segment; and
         the mean of each loss over tokens.
     """
     # If all streams have ended, stream 0 is read as padding, so that this rank takes part in the backward pass.
