@@ -96,7 +96,7 @@ def test_preprocess_and_tables_work_away_from_a_checkout(wheel, tmp_path):
     lines = ["lamemo_fairseq.preprocess own --destdir data --source text.txt --bpe bytes"]
     lines += [
         f"{table} --print lamemo",
-        f"{table} --write-recipes",
+        f"{table} --print lamemo --as yaml",
         f"{table} --print-slurm",
         f"{table} --only lamemo --out out",
     ]
@@ -112,7 +112,7 @@ def test_preprocess_and_tables_work_away_from_a_checkout(wheel, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "data" / "dict.txt").exists()
     assert done.stdout.count(f"--user-dir {wheel / 'lamemo_fairseq'}") == 2  # to train, and to test
-    assert f"user_dir: {wheel / 'lamemo_fairseq'}\n" in (tmp_path / "lamemo.yaml").read_text()
+    assert f"user_dir: {wheel / 'lamemo_fairseq'}\n" in done.stdout
     assert "python -m lamemo_fairseq.tables" in done.stdout
     results = json.loads((tmp_path / "out" / "lamemo" / "seed-1" / "results.json").read_text())
     assert results["run"]["options"]["--user-dir"] == "lamemo_fairseq" and "test" in results["evaluations"]

@@ -2,35 +2,91 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from examples.tables import __main__ as runner
 from examples.tables import commands, logs, recipes, render, scale, table
 
 ROOT = Path(__file__).parent.parent
 TABLES = sorted((ROOT / "examples").glob("**/table.yaml"))
+# Of every data set one row is in the repository as a script and as a YAML.
+RECIPES = [ROOT / "examples" / name for name in ("enwik8", "text8", "wikitext-103", "novels/words", "books/words")]
+
+
+@pytest.mark.parametrize("form, ending", [("shell", "sh"), ("yaml", "yaml")])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_recipes_in_the_repository_are_what_is_printed(path, form, ending, capsys):
+    """And there are no others, which could say something else."""
+    assert runner.main([str(path / "table.yaml"), "--print", "lamemo", "--as", form]) == 0
+    assert (path / f"lamemo.{ending}").read_text() == capsys.readouterr().out
+    beside = {file for table in TABLES for file in table.parent.glob(f"*.{ending}")}
+    assert beside - {*TABLES} == {recipe / f"lamemo.{ending}" for recipe in RECIPES}
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: runner.table_name(p))
-def test_recipes_say_what_tables_say(path, monkeypatch):
-    """The scripts and YAMLs in the repository are those that the runner writes; every table has its README."""
-    monkeypatch.chdir(ROOT)
-    loaded = table.load(path)
-    for name, text in recipes.written(loaded, path.parent.relative_to(ROOT), runner.table_name(path)).items():
-        assert (path.parent / name).read_text() == text, f"{name}: run --write-recipes"
-    readme = (path.parent / "README.md").read_text()
-    assert all(f"`{row}`" in readme for row in loaded.rows)
+def test_every_row_is_printed_as_fairseq_takes_it(path, monkeypatch, caplog):
+    """Its commands pass the checks without a warning, but for the memory's length, which a table gives to all rows.
+
+    A script has the same commands, a YAML the same options; the page of a table has LaMemo's commands.
+    """
+    from fairseq import options
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # the recipes' precision needs a GPU
+    loaded, page = table.load(path), (path.parent / "README.md").read_text()
     ours = next(row for row in loaded.rows if row.startswith("lamemo"))
-    assert "\n\n".join(recipes.lines(loaded, table.Run(ours, loaded.seeds[0]), runner.table_name(path))) in readme
+    for row in loaded.rows:
+        commands_, script, text = (printed(loaded, row, path, form) for form in recipes.FORMS)
+        assert f"`{row}`" in page and (row != ours or commands_ in page)
+        train, test = map(one_line, commands_.split("\n\n"))
+        number = table.streams(loaded, row)
+        script = one_line(script).replace(f"$(({number} / GPUS))", str(number))
+        assert f" fi {train} # On one GPU" in script and script.endswith(f" {test}")
+        parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=shlex.split(train)[1:])
+        compare(yaml.safe_load(text), parsed, set(re.findall(r" --([\w-]+)", train)))
+    options.parse_args_and_arch(options.get_eval_lm_parser(), input_args=shlex.split(test)[1:])
+    told = {record.message for record in caplog.records if record.levelname == "WARNING"}
+    assert told <= {"--mem-len is ignored: --memory none has no slots"}
 
 
-def test_every_yaml_is_a_table_or_comes_from_one():
-    """So that none can say other settings than the tables do."""
-    rows = [path.parent / f"{row}.yaml" for path in TABLES for row in table.load(path).rows]
-    assert {*(ROOT / "examples").glob("**/*.yaml")} == {*TABLES, *rows}
+def printed(loaded, row, path, form):
+    return recipes.printed(form, loaded, table.Run(row, loaded.seeds[0]), runner.table_name(path), 1, {}, "source")
+
+
+def one_line(text):
+    return " ".join(text.replace("\\\n", " ").split())
+
+
+def compare(groups, parsed, names):
+    """See that a YAML for hydra holds the options *names* of a command line, with its values."""
+    found = {key: value for group in groups.values() for key, value in group.items() if key != "_name"}
+    found.update({option: groups[group]["_name"] for option, group in recipes.NAMED.items() if group in groups})
+    assert {name.replace("_", "-") for name in found} - {"data"} == names
+    for name, value in found.items():
+        given = getattr(parsed, name.replace("-", "_"))
+        wanted = {"data": "???", "user_dir": f"${{oc.env:PWD}}/{given}", "save_dir": f"${{oc.env:PWD}}/{given}"}
+        assert value == wanted.get(name, given) or str(value) == str(given), name
+
+
+def test_examples_hold_what_a_page_shows():
+    """The map names every folder, and every picture is on a page. Files that git ignores do not count."""
+    known = subprocess.run(["git", "-C", ROOT, "ls-files", "*.md", "*.svg"], capture_output=True, text=True)
+    if known.returncode:
+        pytest.skip("the files in the repository are known from git")
+    files = [ROOT / line for line in known.stdout.splitlines()]
+    pages = {file: file.read_text() for file in files if file.suffix == ".md"}
+    shown = {
+        (page.parent / name).resolve() for page, text in pages.items() for name in re.findall(r"[\w./-]+\.svg", text)
+    }
+    assert {file for file in files if file.suffix == ".svg" and "examples" in file.parts} <= shown
+    folders = {file.relative_to(ROOT / "examples").parts[0] for file in files if ROOT / "examples" in file.parents}
+    named = pages[ROOT / "examples" / "README.md"]
+    assert all(f"`{name}`" in named or name.endswith("_lm") for name in folders - {"README.md"})
 
 
 def test_a_shell_recipe_computes_nothing_but_the_streams():
@@ -44,10 +100,10 @@ def test_an_option_that_no_yaml_can_hold_is_told(tiny):
     loaded = table.load(tiny)
     loaded.options["tokens-per-sampel"] = 3
     with pytest.raises(table.TableError, match="has no --tokens-per-sampel for a YAML; near are --tokens-per-sample"):
-        recipes.config(loaded, "lamemo", "tiny")
+        recipes.config(loaded, table.Run("lamemo", 1), "tiny", 1, {})
     loaded.options["optimizer"] = "sgd"
     with pytest.raises(table.TableError, match="has no --optimizer sgd for a YAML"):
-        recipes.config(loaded, "lamemo", "tiny")
+        recipes.config(loaded, table.Run("lamemo", 1), "tiny", 1, {})
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: runner.table_name(p))
@@ -82,6 +138,9 @@ def test_a_shell_recipe_shares_the_streams_of_the_table(tmp_path, capsys):
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICES": "4", "CUDA_VISIBLE_DEVICES": "3,2,1,0"}
     recipe = ["bash", str(ROOT / "examples" / "enwik8" / "lamemo.sh")]
+    elsewhere = subprocess.run(recipe, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert elsewhere.returncode == 1 and "start from the root of the checkout" in elsewhere.stderr
+    (tmp_path / "lamemo_fairseq").mkdir()
     done = subprocess.run(recipe, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
     loaded = table.load(ROOT / "examples" / "enwik8" / "table.yaml")
     train = commands.train(loaded, table.Run("lamemo", 1), "checkpoints/enwik8/lamemo", {}, gpus=4)
@@ -89,7 +148,7 @@ def test_a_shell_recipe_shares_the_streams_of_the_table(tmp_path, capsys):
     test = commands.evaluate(loaded, "lamemo", best, table.Evaluation("test"), {})
     assert done.stdout.splitlines() == [" ".join(["train", *train]), " ".join(["eval on 3", *test])]
     environment["DEVICES"] = "3"
-    done = subprocess.run(recipe, capture_output=True, text=True, env=environment)
+    done = subprocess.run(recipe, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 1 and "40 streams do not divide into 3 GPUs" in done.stderr and not done.stdout
 
 
@@ -121,22 +180,6 @@ def test_hydra_recipes_train_what_the_command_line_trains(monkeypatch):
             if key in ("user_dir", "save_dir"):
                 value = value.lstrip("/")
             assert wanted == value or str(wanted) == str(value), (group, key, wanted, value)
-
-
-@pytest.mark.parametrize("path", TABLES, ids=lambda p: runner.table_name(p))
-def test_commands_of_every_row_pass_the_checks(path, monkeypatch, caplog):
-    """Without a warning, but for the memory's length that a table gives to all its rows."""
-    from fairseq import options
-
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # the recipes' precision needs a GPU
-    loaded = table.load(path)
-    for row in loaded.rows:
-        train = commands.train(loaded, table.Run(row, loaded.seeds[0]), "checkpoints/x", {})
-        options.parse_args_and_arch(options.get_training_parser(), input_args=train)
-        test = commands.evaluate(loaded, row, "checkpoints/x/checkpoint_best.pt", table.Evaluation("test"), {})
-        options.parse_args_and_arch(options.get_eval_lm_parser(), input_args=test)
-    told = {record.message for record in caplog.records if record.levelname == "WARNING"}
-    assert told <= {"--mem-len is ignored: --memory none has no slots"}
 
 
 def test_means_and_spreads():

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from examples.tables import commands, execute, folder, kept, logs, plots, process, recipes, render, table
+from examples.tables import commands, execute, folder, kept, logs, plots, process, render, table
 
 from .tables import run
 
@@ -326,12 +326,3 @@ def test_advice_for_a_row_that_diverged(changes, ways, tiny, capsys, monkeypatch
     message = capsys.readouterr().err
     assert f"Give row 'lamemo' other options in the table ({ways}" in message and "Start again" not in message
     assert f"move {tiny.parent / 'out' / 'lamemo' / 'seed-1'} away" in message
-
-
-def test_recipes_replace_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "ROOT", tmp_path)
-    monkeypatch.setattr(recipes, "written", lambda *_: {"a.sh": f"{recipes.WRITTEN_BY}x`\n", "a.yaml": "x"})
-    (tmp_path / "a.yaml").write_text("mine: 1\n")
-    with pytest.raises(table.TableError, match=r"a.yaml is no recipe that was written from a table"):
-        recipes.write(None, tmp_path, "t")
-    assert (tmp_path / "a.yaml").read_text() == "mine: 1\n" and not (tmp_path / "a.sh").exists()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -313,7 +312,9 @@ def test_bad_table_files(text, message, tmp_path):
         (["--set", "batch-size=3"], "follows from the table's streams"),
         (["--print", "lamemo", "--gpus", "3"], "the 4 streams of row 'lamemo' cannot be shared evenly"),
         (["--print-slurm", "--gpus", "3", "--set", "cpu=false"], "streams of row 'transformer_xl' cannot be shared"),
-        (["--write-recipes"], "is outside"),
+        (["--as", "yaml"], "--as yaml says how --print prints: pass --print ROW too"),
+        (["--print", "lamemo", "--as", "yaml", "--seeds", "1", "2"], "describes one run: pass one of the --seeds 1 2"),
+        (["--print", "lamemo", "--as", "shell", "--gpus", "2"], "leave out --gpus"),
         (["--set", "lr=["], "--set lr=[: the value is no YAML"),
         (["--set", "data=/nowhere"], "/nowhere holds no dict.txt"),
         (["--scale", "0"], "positive number of minutes"),
@@ -336,6 +337,19 @@ def test_commands_that_are_printed_are_those_that_were_asked_for(tiny, capsys):
     text = capsys.readouterr().out.replace("\\\n", "")
     assert text.count("--lr 0.5") == 2 and "--cpu" not in text
     assert "--seed 7" in text and "--seed 8" in text and text.count("fairseq-eval-lm") == 2
+    changes = ["--seeds", 7, "--set", "lr=0.5", "data=/here"]
+    assert run(tiny, "--print", "lamemo", "--as", "shell", *changes) == 0
+    text = capsys.readouterr().out.replace("\\\n   ", "")  # on a CPU, as the table says: one process reads all streams
+    assert "--lr 0.5" in text and "--seed 7" in text and "--batch-size 4 " in text and "GPU" not in text
+    assert (
+        f"# Printed by `python -m examples.tables {tiny} --print lamemo --as shell --seeds 7 --set lr=0.5 data=/here`"
+        in text
+    )
+    assert run(tiny, "--print", "lamemo", "--as", "yaml", *changes) == 0
+    text = capsys.readouterr().out
+    assert (
+        "  lr:\n  - 0.5\n" in text and "  seed: 7\n" in text and "  data: ???\n" in text and "task.data=/here\n" in text
+    )
 
 
 def test_gpus_share_the_streams_and_runs_the_gpus(tiny):
@@ -360,8 +374,8 @@ def test_a_row_may_have_its_own_streams(tiny, capsys):
         identity = plan.identity(run_)
         assert identity["streams"] == number and plan.otherwise({"run": identity}) == []
         assert plan.otherwise({"run": {**identity, "streams": 5}})
-        assert recipes.config(loaded, row, "tiny")["dataset"]["batch_size"] == number
-        script = recipes.script(loaded, row, Path("examples/tiny"), "tiny")
+        assert recipes.config(loaded, run_, "tiny", 2, {})["dataset"]["batch_size"] == number // 2
+        script = recipes.script(loaded, run_, "tiny", {"cpu": False}, "")
         assert f"--batch-size $(({number} / GPUS))" in script and f"(({number} % GPUS))" in script
     assert run(tiny, "--print", "lamemo", "--only", "lamemo", "--gpus", "3", "--set", "cpu=false") == 0
     assert "--batch-size 2" in capsys.readouterr().out

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # enwik8, LaMemo.
-# Written by `python -m examples.tables examples/enwik8/table.yaml --write-recipes`.
-#   bash examples/enwik8/lamemo.sh                            the 40 streams over all GPUs that there are
-#   CUDA_VISIBLE_DEVICES=0 bash examples/enwik8/lamemo.sh     on one
+# Printed by `python -m examples.tables examples/enwik8/table.yaml --print lamemo --as shell`.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+[ -d lamemo_fairseq ] || { echo "there is no folder lamemo_fairseq: start from the root of the checkout" >&2; exit 1; }
+# 40 streams over all GPUs that there are; CUDA_VISIBLE_DEVICES=0 takes one.
 GPUS=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
 if [ $((40 % GPUS)) -ne 0 ]; then
     echo "40 streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2

@@ -71,11 +71,16 @@ def parser() -> argparse.ArgumentParser:
     action = argument_parser.add_mutually_exclusive_group()
     action.add_argument("--print", metavar="ROW", help="print how to train a row and to test it, and run nothing")
     action.add_argument("--print-slurm", action="store_true", help="print jobs for what is missing and run nothing")
-    action.add_argument("--write-recipes", action="store_true", help="write ROW.sh and ROW.yaml beside the table file")
     action.add_argument(
         "--speed", nargs="?", type=int, const=160, metavar="UPDATES", help="train each row alone for a few updates"
     )
     action.add_argument("--render", action="store_true", help="render what is complete and run nothing")
+    argument_parser.add_argument(
+        "--as",
+        dest="form",
+        choices=recipes.FORMS,
+        help="what --print prints: commands (the default), a shell script, or a YAML for fairseq-hydra-train",
+    )
     argument_parser.add_argument(
         "--sbatch", metavar="OPTIONS", help='more options for --print-slurm, such as "--time 24:00:00"'
     )
@@ -87,13 +92,10 @@ def act(args: argparse.Namespace) -> int:
     loaded = table.load(args.table)
     name = table_name(args.table)
     if args.print:
-        for run in table.runs(loaded, [args.print], args.seeds or loaded.seeds[:1]):
-            print("\n\n".join(recipes.lines(loaded, run, name, args.gpus, options(args.set))))
+        print("\n\n".join(printed(loaded, args)))
         return 0
-    if args.write_recipes:
-        for file in recipes.write(loaded, args.table.parent, name):
-            print(file)
-        return 0
+    if args.form:
+        raise table.TableError(f"--as {args.form} says how --print prints: pass --print ROW too")
     ledger = args.results / "runs.jsonl" if args.results else None
     plan = Plan(
         loaded,
@@ -141,6 +143,29 @@ def act(args: argparse.Namespace) -> int:
     for message in failed:
         print(f"error: {message}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def printed(loaded: table.Table, args: argparse.Namespace) -> List[str]:
+    """Return a row in the form that is asked for, once a seed.
+
+    Raises:
+        TableError: the form has room for one seed, and there are more.
+    """
+    runs = table.runs(loaded, [args.print], args.seeds or loaded.seeds[:1])
+    form = args.form or recipes.FORMS[0]
+    if form != recipes.FORMS[0] and len(runs) > 1:
+        raise table.TableError(
+            f"--as {form} describes one run: pass one of the --seeds {shlex.join(map(str, args.seeds))}"
+        )
+    path = args.table.resolve()
+    shown = path.relative_to(folder.ROOT) if path.is_relative_to(folder.ROOT) else args.table
+    words = ["python", "-m", str(__package__), str(shown), "--print", args.print, "--as", form]
+    for option, values in (("--seeds", args.seeds), ("--set", args.set)):
+        words += [option, *map(str, values)] if values else []
+    words += ["--gpus", str(args.gpus)] if args.gpus > 1 else []
+    source = " ".join(shlex.join(words).split())  # in one line: it stands in a comment
+    changes, name = options(args.set), table_name(args.table)
+    return [recipes.printed(form, loaded, run, name, args.gpus, changes, source) for run in runs]
 
 
 def table_name(path: Path) -> str:

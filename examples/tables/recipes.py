@@ -1,21 +1,32 @@
 """Rows as recipes: a shell script and a YAML for fairseq-hydra-train, both from the row's command line."""
 
 import difflib
+import shlex
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Dict, List, Mapping, Sequence, Tuple, get_origin
+from typing import Any, Dict, Mapping, Sequence, Tuple, get_origin
 
 import yaml
 
 from . import commands, render
-from .folder import ROOT, user_dir
+from .folder import user_dir
 from .table import Evaluation, Run, Table, TableError, find, streams
 
 # Where an option belongs that several groups have: the first one owns it.
 GROUPS = ["common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion"]
 GROUPS += ["optimizer", "lr_scheduler"]
 _HERE = "${oc.env:PWD}/"  # hydra changes the working directory
-WRITTEN_BY = f"# Written by `python -m {__package__} "
+FORMS = ("commands", "shell", "yaml")
+_START = """set -euo pipefail
+[ -d {package} ] || {{ echo "there is no folder {package}: start from the root of the checkout" >&2; exit 1; }}"""
+_SHARE = """# {number} streams over all GPUs that there are; CUDA_VISIBLE_DEVICES=0 takes one.
+GPUS=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
+if [ $(({number} % GPUS)) -ne 0 ]; then
+    echo "{number} streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
+    exit 1
+fi"""
+_ONE_GPU = """# On one GPU: several would cut the split into more streams.
+export CUDA_VISIBLE_DEVICES=$(echo "${CUDA_VISIBLE_DEVICES:-0}" | cut -d, -f1)"""
 NAMED = {
     "task": "task",
     "arch": "model",
@@ -25,30 +36,19 @@ NAMED = {
 }
 
 
-def write(table: Table, folder: Path, name: str) -> List[Path]:
-    """Write the recipes of every row of the table called *name* to *folder*; returns the files.
+def printed(form: str, table: Table, run: Run, name: str, gpus: int, changes: Mapping[str, Any], source: str) -> str:
+    """Return a run of the table called *name* in one of `FORMS`; *source* is the command that prints it.
 
     Raises:
-        TableError: the folder is outside the checkout, or holds other files of these names.
+        TableError: the run has no such form.
     """
-    if not folder.resolve().is_relative_to(ROOT):
-        raise TableError(f"{folder} is outside {ROOT}: recipes start from there, so move the table below it")
-    texts = written(table, folder.resolve().relative_to(ROOT), name)
-    for former in (folder / file for file in texts):
-        if former.exists() and WRITTEN_BY not in former.read_text(encoding="utf-8", errors="replace"):
-            raise TableError(f"{former} is no recipe that was written from a table: move it, or rename the row")
-    for file, text in texts.items():
-        (folder / file).write_text(text, encoding="utf-8")
-    return [folder / file for file in texts]
-
-
-def written(table: Table, folder: Path, name: str) -> Dict[str, str]:
-    """Return the texts of ROW.sh and ROW.yaml of every row; *folder* as seen from the root of the checkout."""
-    texts = {}
-    for row in table.rows:
-        texts[f"{row}.sh"] = script(table, row, folder, name)
-        texts[f"{row}.yaml"] = hydra(table, row, folder, name)
-    return texts
+    if form == "commands":
+        return "\n\n".join(lines(table, run, name, gpus, changes))
+    if form == "yaml":
+        return hydra(table, run, name, gpus, changes, source)
+    if gpus != 1:
+        raise TableError(f"--gpus {gpus}: a script shares the streams over all GPUs that it has; leave out --gpus")
+    return script(table, run, name, changes, source)
 
 
 def checkpoints(name: str, row: str) -> str:
@@ -67,33 +67,23 @@ def lines(
     return commands.shell("fairseq-train", train), commands.shell("fairseq-eval-lm", evaluate)
 
 
-def script(table: Table, row: str, folder: Path, name: str) -> str:
-    """A row as a shell script."""
-    run = Run(row, table.seeds[0])
-    number = streams(table, row)
-    train = commands.train(table, run, checkpoints(name, row), {}, batch_size=f"$(({number} / GPUS))")
-    up = "/".join(".." for _ in folder.parts)
-    return f"""#!/usr/bin/env bash
-# {title(table, row)}.
-{_writer(folder)}
-#   bash {folder}/{row}.sh                            the {number} streams over all GPUs that there are
-#   CUDA_VISIBLE_DEVICES=0 bash {folder}/{row}.sh     on one
-set -euo pipefail
-cd "$(dirname "${{BASH_SOURCE[0]}}")/{up}"
-GPUS=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
-if [ $(({number} % GPUS)) -ne 0 ]; then
-    echo "{number} streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
-    exit 1
-fi
-{commands.shell("fairseq-train", train)}
-# On one GPU: several would cut the split into more streams.
-export CUDA_VISIBLE_DEVICES=$(echo "${{CUDA_VISIBLE_DEVICES:-0}}" | cut -d, -f1)
-{lines(table, run, name)[1]}
-"""
-
-
-def _writer(folder: Path) -> str:
-    return f"{WRITTEN_BY}{folder}/table.yaml --write-recipes`."
+def script(table: Table, run: Run, name: str, changes: Mapping[str, Any], source: str) -> str:
+    """A run as a shell script for the root of a checkout: the streams are shared over all GPUs that there are."""
+    options = commands.training_options(table, run.row, changes)
+    number = streams(table, run.row)
+    share = number if options.get("cpu") else f"$(({number} / GPUS))"
+    train = commands.train(table, run, checkpoints(name, run.row), changes, batch_size=share)
+    package = shlex.quote(user_dir(str(options.get("user-dir", "."))))
+    blocks = [
+        f"#!/usr/bin/env bash\n# {title(table, run.row)}.\n# Printed by `{source}`.",
+        _START.format(package=package),
+        commands.shell("fairseq-train", train),
+        lines(table, run, name, changes=changes)[1],
+    ]
+    if not options.get("cpu"):
+        blocks.insert(2, _SHARE.format(number=number))
+        blocks.insert(4, _ONE_GPU)
+    return "\n".join(blocks)
 
 
 def title(table: Table, row: str) -> str:
@@ -104,35 +94,41 @@ def title(table: Table, row: str) -> str:
     return f"{table.title}, {described.title}" + (f" (reported {' / '.join(splits)}: {paper})" if paper else "")
 
 
-def hydra(table: Table, row: str, folder: Path, name: str) -> str:
-    """A row as a YAML for fairseq-hydra-train, with the streams on one device."""
-    groups = config(table, row, name)
-    head = [
-        f"# {title(table, row)}.",
-        _writer(folder),
-        f"#   fairseq-hydra-train --config-dir {folder} --config-name {row} task.data=$PWD/{table.data}",
-    ]
-    return "\n".join(head) + "\n\n" + yaml.safe_dump(groups, sort_keys=False)
+def hydra(table: Table, run: Run, name: str, gpus: int, changes: Mapping[str, Any], source: str) -> str:
+    """A run as a YAML for fairseq-hydra-train, with the streams of one of *gpus* devices."""
+    groups = config(table, run, name, gpus, changes)
+    data = Path("$PWD") / str(changes.get("data", table.data))  # an absolute path stays as it is
+    head = f"""# {title(table, run.row)}.
+# Printed by `{source}`.
+#   fairseq-hydra-train --config-dir FOLDER_OF_THIS_FILE --config-name {run.row} task.data={data}
+"""
+    return head + "\n" + yaml.safe_dump(groups, sort_keys=False).rstrip()
 
 
-def config(table: Table, row: str, name: str) -> Dict[str, Any]:
-    """The options of a row in hydra's groups."""
-    given = {**commands.training_options(table, row, {}), "batch-size": streams(table, row), "seed": table.seeds[0]}
-    given["save-dir"] = checkpoints(name, row)
+def config(table: Table, run: Run, name: str, gpus: int, changes: Mapping[str, Any]) -> Dict[str, Any]:
+    """The options of a run in hydra's groups."""
+    given = {
+        **commands.training_options(table, run.row, changes),
+        "batch-size": commands.streams_a_device(table, run.row, gpus),
+        "seed": run.seed,
+        "save-dir": checkpoints(name, run.row),
+    }
+    given.pop("data", None)  # "???" below: hydra needs an absolute path
     groups = _groups(given)
     by_group: Dict[str, Any] = {group: {} for group in GROUPS}
     for option, group in NAMED.items():
         if option in given:
             by_group[group]["_name"] = given[option]
     for option, value in given.items():
-        if option not in NAMED and value not in (None, False):
+        if option not in NAMED and value is not None and value is not False:
             key = option.replace("-", "_")
             owner = _owner(groups, key)
             several = get_origin(groups[owner].__dataclass_fields__[key].type) is list
             by_group[owner][key] = [value] if several and not isinstance(value, list) else value
     by_group["task"]["data"] = "???"
-    package = user_dir(by_group["common"]["user_dir"])
-    by_group["common"]["user_dir"] = package if Path(package).is_absolute() else _HERE + package
+    if "user-dir" in given:
+        package = user_dir(given["user-dir"])
+        by_group["common"]["user_dir"] = package if Path(package).is_absolute() else _HERE + package
     by_group["checkpoint"]["save_dir"] = _HERE + by_group["checkpoint"]["save_dir"]
     return {group: options for group, options in by_group.items() if options}
 
@@ -143,7 +139,8 @@ def _groups(given: Dict[str, Any]) -> Dict[str, Any]:
     from fairseq.dataclass.configs import FairseqConfig
     from fairseq.optim import lr_scheduler
 
-    utils.import_user_module(_UserDir(user_dir(str(given["user-dir"]))))
+    if "user-dir" in given:
+        utils.import_user_module(_UserDir(user_dir(str(given["user-dir"]))))
     named = {
         "task": tasks.TASK_DATACLASS_REGISTRY,
         "arch": models.MODEL_DATACLASS_REGISTRY,

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Novels, words, LaMemo (reported valid / test: 84.16 / 102.55).
-# Written by `python -m examples.tables examples/novels/words/table.yaml --write-recipes`.
-#   bash examples/novels/words/lamemo.sh                            the 64 streams over all GPUs that there are
-#   CUDA_VISIBLE_DEVICES=0 bash examples/novels/words/lamemo.sh     on one
+# Printed by `python -m examples.tables examples/novels/words/table.yaml --print lamemo --as shell`.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+[ -d lamemo_fairseq ] || { echo "there is no folder lamemo_fairseq: start from the root of the checkout" >&2; exit 1; }
+# 64 streams over all GPUs that there are; CUDA_VISIBLE_DEVICES=0 takes one.
 GPUS=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
 if [ $((64 % GPUS)) -ne 0 ]; then
     echo "64 streams do not divide into $GPUS GPUs: choose some with CUDA_VISIBLE_DEVICES" >&2
