@@ -1,5 +1,6 @@
 """Small dictionaries, decoders and binarized data for the tests."""
 
+import re
 import sys
 from pathlib import Path
 from unittest import mock
@@ -27,6 +28,11 @@ USER_DIR = str(Path(__file__).parent.parent / "lamemo_fairseq")
 # One rank whatever the machine: fairseq counts its GPUs also for --cpu.
 TASK = ["--user-dir", USER_DIR, "--task", "segment_language_modeling", "--cpu", "--distributed-world-size", "1"]
 ON_GPU = [option for option in TASK if option != "--cpu"]
+
+
+def noise(text: str) -> list:
+    """Return the lines of a log that no user of a command can do anything about."""
+    return [line for line in text.splitlines() if re.search(r"hydra|Warning|'_name'|shared param|can_reuse", line)]
 
 
 def dictionary_of(words: int) -> TextDictionary:

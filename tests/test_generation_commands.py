@@ -21,7 +21,7 @@ from fairseq_cli import generate, interactive, train
 from lamemo_fairseq.models import language_models
 
 from .gpus import gpu
-from .helpers import ON_GPU, TASK, dictionary_of, run_command, write_data
+from .helpers import ON_GPU, TASK, dictionary_of, noise, run_command, write_data
 from .test_commands import TRAIN, evaluate
 
 ARCHS = ["lamemo_lm", "transformer_xl_lm", "relative_transformer_lm"]
@@ -121,6 +121,7 @@ def test_a_terminal_shows_how_far_a_long_generation_is(data, checkpoints, tmp_pa
         process.wait()
         os.close(terminal)
     assert re.search(r"generated: .* [1-9]\d*/60000 \[", shown), shown
+    assert noise(shown) == [] and "interactive.py " in shown  # the command line, in place of the configuration
     # Who waits for less than two seconds sees nothing.
     assert seen["generated"] - seen["Type the input sentence"] > 1
 

@@ -12,7 +12,7 @@ import torch
 from fairseq.dataclass.configs import DistributedTrainingConfig
 from fairseq.distributed import utils as distributed_utils
 
-from .helpers import write_data
+from .helpers import noise, write_data
 from .processes import output_of, train_in_processes
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +73,7 @@ def test_torchrun_on_cpus(data, alone, tmp_path):
     line = line_of("torchrun --nproc_per_node 2").replace("data-bin/wikitext-103", str(data))
     printed = run(line.replace("...", f"{OPTIONS} --dropout 0 --save-dir {tmp_path}/checkpoints"), tmp_path)
     assert len(alone) == 12 and losses(printed) == alone
+    assert noise(printed) == [] and "| fairseq-train " in printed  # both ranks' output
     saved = torch.load(tmp_path / "checkpoints" / "checkpoint_last.pt", weights_only=False)
     assert saved["cfg"]["distributed_training"]["distributed_world_size"] == 2
 

@@ -5,6 +5,8 @@ fairseq that are replaced.
 """
 
 from .. import needs_fairseq  # noqa: F401
-from . import checkpoints, encoder_names, ensembles, options
+from . import checkpoints, encoder_names, ensembles, options, quiet
 
-__all__ = ["checkpoints", "encoder_names", "ensembles", "options"]
+__all__ = ["checkpoints", "encoder_names", "ensembles", "options", "quiet"]
+
+quiet.shorten_configurations()

@@ -16,6 +16,7 @@ from .interruption import end_in_one_line
 from .named_checkpoints import check_checkpoints, take_task_from_checkpoint
 from .option_rules import on_cpu
 from .own import TASK
+from .quiet import leave_out_warnings
 from .ranks import launched_ranks
 from .stand_in import stand_in
 
@@ -43,6 +44,7 @@ def parse_args_and_arch(
         if hasattr(namespace, "max_update"):
             check_save_dir(namespace.save_dir)
         end_in_one_line()
+        leave_out_warnings()
     check_checkpoints(namespace)
     return parsed
 

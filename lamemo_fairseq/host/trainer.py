@@ -27,6 +27,7 @@ from .checkpoints import keep_due_checkpoint, write_checkpoint
 from .data_parallel import GradientReducer, reducer_for, wrapped
 from .mixed_precision import FP16Optimizer
 from .optimizers import adopt, meanwhile
+from .quiet import without_records
 from .restoring import restoring
 from .training_state import check_named_checkpoint, restore_training_state, training_state
 
@@ -43,7 +44,8 @@ class SegmentTrainer(Trainer):
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None):
         self._reducer: Optional[GradientReducer] = None
         self._group: Any = None  # for collectives, in place of fairseq's
-        super().__init__(cfg, task, model, criterion, quantizer)
+        with without_records("fairseq.trainer"):  # it takes all absent biases for one that is shared
+            super().__init__(cfg, task, model, criterion, quantizer)
         self._group_of_figures = dist.new_group() if self.data_parallel_world_size > 1 else None
         self.begun = False
         self._batches: Any = None  # of the epoch

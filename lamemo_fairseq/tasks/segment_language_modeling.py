@@ -25,6 +25,7 @@ from ..generation import PromptDataset
 from ..host.configuration import check_criterion, check_model
 from ..host.interruption import note_saved
 from ..host.own import TASK
+from ..host.quiet import leave_out_warnings, without_records
 from ..host.ranks import launched_ranks, prepare_ranks, several_ranks
 from ..host.start import check_task
 from ..host.training import prepare_training
@@ -71,6 +72,7 @@ class SegmentLanguageModelingTask(PromptTask):
                 each other.
         """
         check_task(cfg, kwargs.get("from_checkpoint", False))
+        leave_out_warnings()
         prepare_training()
         prepare_ranks()
         if launched_ranks() > 1 and not several_ranks():
@@ -204,7 +206,8 @@ class SegmentLanguageModelingTask(PromptTask):
             max_tokens = max([max_tokens, *map(int, dataset.sizes)])
         kwargs["required_batch_size_multiple"] = 1  # with another, fairseq drops texts at the end
         sizes = {"max_tokens": max_tokens, "max_sentences": max_sentences}
-        return super().get_batch_iterator(dataset, **sizes, num_shards=num_shards, shard_id=shard_id, **kwargs)
+        with without_records("fairseq.tasks.fairseq_task"):  # four lines a prompt of fairseq-interactive
+            return super().get_batch_iterator(dataset, **sizes, num_shards=num_shards, shard_id=shard_id, **kwargs)
 
     def _stream_batches(
         self,

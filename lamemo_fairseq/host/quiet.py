@@ -1,0 +1,65 @@
+"""Logs of this package's commands, without what fairseq, hydra and torch say at every start.
+
+Log records are judged by what they say, so those of other tasks stay. Warnings are left out in processes that run a
+command or a task of this package.
+"""
+
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+from .own import TASK
+
+_COMMANDS = ("train", "validate", "eval_lm", "generate", "interactive", "hydra_validate")
+
+# Message and module of deprecations that fairseq meets in hydra and torch, and of pinned memory on a CPU.
+_WARNINGS = (
+    ("", r"hydra\."),
+    (r"\s*'\w+' is validated against ConfigStore schema", ""),  # hydra's too, in its caller's name
+    (r"`torch\.cuda\.amp\.", r"fairseq\."),
+    (r"'pin_memory' argument is set as true but no accelerator is found", ""),
+)
+
+
+def shorten_configurations() -> None:
+    """Let fairseq's commands log the command line where they log all 300 options, if the task is this package's."""
+    for name in _COMMANDS:
+        logger = logging.getLogger(f"fairseq_cli.{name}")
+        if _shorten not in logger.filters:
+            logger.addFilter(_shorten)
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """A filter that lets every record through, that of a configuration as its command line."""
+    if isinstance(record.msg, Mapping) and _task(record.msg) == TASK:
+        record.msg = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return True
+
+
+def _task(config: Mapping[str, Any]) -> Any:
+    task = config.get("task")
+    return task.get("_name") if isinstance(task, Mapping) else getattr(task, "_name", None)
+
+
+def leave_out_warnings() -> None:
+    """Leave out what no user of a command can change."""
+    logging.getLogger("hydra").setLevel(logging.INFO)  # fairseq's import of wav2vec turns on everyone's DEBUG
+    for message, module in _WARNINGS:
+        warnings.filterwarnings("ignore", message, module=module)
+
+
+@contextmanager
+def without_records(name: str) -> Iterator[None]:
+    """Leave out what the logger *name* says meanwhile, but for warnings."""
+    logger = logging.getLogger(name)
+    former = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
