@@ -95,7 +95,7 @@ class Inner(FairseqOptimizer):
         self._optimizer = FusedAdam(params, lr=0.1, **options)
 
 
-def trained(begins, layout, scale, max_norm, gradients, **options):
+def trained(begins, layout, scale, max_norm, gradients, factor=1 / 7, **options):
     """What is held after some updates, and the loss scale, if they begin before the norm is known or do not."""
     optimizer = optimizer_of(layout, torch.float16, DEVICE)
     masters = optimizer.fp32_params
@@ -108,7 +108,7 @@ def trained(begins, layout, scale, max_norm, gradients, **options):
         for p in optimizer.fp16_params:
             p.grad = torch.full_like(p, gradient)
         optimizer._needs_sync = True
-        optimizer.multiply_grads(1 / 7)
+        optimizer.multiply_grads(factor)
         if begins:
             before = [t.clone() for t in held(optimizer)]
             with meanwhile(lambda norm: begun.append(optimizer.begin_step(norm, max_norm))):
@@ -138,14 +138,14 @@ def attempt(optimizer, max_norm):
 @pytest.mark.parametrize("layout", ["flat", "each"])
 @pytest.mark.parametrize("scale", [None, 64.0])
 @pytest.mark.parametrize("max_norm", [0.0, 0.01, 0.7, 1e3])
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"factor": torch.tensor(1 / 7, dtype=torch.float64)}])
 def test_an_update_begun_early_is_the_same_to_the_last_bit(layout, scale, max_norm, options):
     gradients = [1.0, 0.3, math.inf, 7.0, math.nan, 0.01, 0.5]
     if scale is None:  # the first that is not finite is the end
         gradients = [1.0, 0.3, 7.0, 0.01, 0.5, math.nan]
     ours, moments, scaler, begun = trained(True, layout, scale, max_norm, gradients, **options)
     theirs, expected, wanted, _ = trained(False, layout, scale, max_norm, gradients, **options)
-    assert begun == [not options] * len(gradients)  # fairseq alone has amsgrad
+    assert begun == ["amsgrad" not in options] * len(gradients)  # which fairseq alone has
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
     assert [n for n, _ in moments] == [n for n, _ in expected] and scaler == wanted
     assert all(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from fairseq.trainer import Trainer
 
 from lamemo_fairseq.host.data_parallel import GradientReducer
+from lamemo_fairseq.host.mixed_precision import FP16Optimizer
 from lamemo_fairseq.host.trainer import SegmentTrainer
 
 from .gpus import gpus
@@ -51,6 +52,7 @@ def graphs_on_cpus(rank=None, after=0, every=0):
 
     fake_graphs.install(SimpleNamespace(setattr=setattr))
     build, reducer, count = FairseqMemoryDecoder.__init__, GradientReducer.__init__, [0]
+    begin_step, begin_segment = FP16Optimizer.begin_step, graphs._TrainingRecording.begin
     begin, begin_rest, figures = GradientReducer.begin, GradientReducer.begin_rest, Trainer._fast_stat_sync_sum
 
     def with_graphs(self, *args):
@@ -81,6 +83,16 @@ def graphs_on_cpus(rank=None, after=0, every=0):
             print("figures" if self.data_parallel_process_group is not self._reducer._group else "behind", flush=True)
         return figures(self, *args, **kwargs)
 
+    def telling_step(self, *args):
+        begins = begin_step(self, *args)
+        print("an update ahead" if begins else "an update behind", flush=True)
+        return begins
+
+    def telling_segment(self, *args):
+        begin_segment(self, *args)
+        print("a segment ahead", flush=True)
+
+    FP16Optimizer.begin_step, graphs._TrainingRecording.begin = telling_step, telling_segment
     FairseqMemoryDecoder.__init__, graphs._recordable = with_graphs, recordable
     GradientReducer.__init__, GradientReducer.begin, GradientReducer.begin_rest = (
         in_small_buckets,
@@ -149,7 +161,10 @@ def replays(folder, rank):
     return len(re.findall("^reduced in a replay", output, re.M)), len(re.findall("^added up in a replay", output, re.M))
 
 
-AVERAGED = ["--roll", "--update-freq", "1,2", "--max-update", 16, "--store-ema", "--ema-decay", 0.9]
+AVERAGED = [
+    "--roll", "--update-freq", "1,2", "--max-update", 16, "--store-ema", "--ema-decay", 0.9,
+    "--bf16", "--fp16-scale-window", 128,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +196,9 @@ def test_ranks_that_record_at_different_updates(averaged, tmp_path):
     for rank in (0, 1):  # no rank waits for another's figures with gradients that the other waits for
         told = re.findall("^(?:the rest of the gradients|figures|behind)", output_of(tmp_path, rank), re.M)
         assert told == ["the rest of the gradients", "figures", "the rest of the gradients"] * 16
+        output = output_of(tmp_path, rank)
+        assert output.count("an update ahead") == 16 and "an update behind" not in output
+        assert output.count("a segment ahead") > 0
 
 
 def test_a_run_resumes_after_a_rank_was_killed_while_reducing(averaged, tmp_path):
@@ -215,7 +233,9 @@ def all_gradients_after_the_pass():
 
 
 @gpus
-@pytest.mark.parametrize("options", [("--fp16",), ("--bf16", "--update-freq", "1,2")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [("--fp16",), ("--bf16", "--update-freq", "1,2", "--fp16-scale-window", "128")], ids=" ".join
+)
 def test_two_gpus_compute_the_same_with_and_without_overlap(options, data, tmp_path):
     command = [
         data, *ON_GPU, "--arch", "lamemo_lm", *TRAIN, "--decoder-embed-dim", 64, "--decoder-ffn-embed-dim", 4096,

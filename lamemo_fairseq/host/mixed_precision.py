@@ -59,19 +59,24 @@ class FP16Optimizer(fp16_optimizer.FP16Optimizer):
         Returns:
             Whether it was given. It is not where the update is another than that of `FusedAdam`.
         """
-        inner = self.fp32_optimizer.optimizer
-        if type(inner) is not FusedAdam or torch.is_tensor(self._multiply_factor) or not inner.serves():
+        inner, given = self.fp32_optimizer.optimizer, self._multiply_factor
+        if type(inner) is not FusedAdam or not inner.serves():
             return False
         gradients = [p.grad for p in self.fp32_optimizer.params if p.grad is not None]
         if any(g.device != norm.device for g in gradients):  # fairseq computes norms on a GPU if there is one
             return False
-        factor = torch.full_like(norm, self._multiply_factor)
+        dtype = norm.dtype
+        if torch.is_tensor(given):  # of several ranks: they divide by what they have exchanged, in float64
+            if given.device.type != "cpu":
+                return False
+            dtype = torch.promote_types(given.dtype, norm.dtype)
+        factor = torch.full_like(norm, float(given), dtype=dtype)
         scaled = factor * norm
         if max_norm > 0 and self.scaler is None:
             factor = factor * (max_norm / (scaled + 1e-6)).clamp(max=1)
         elif max_norm > 0:
             factor = torch.where(scaled > max_norm, factor * (max_norm / scaled), factor)
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(gradients, factor.to(norm.dtype))
         self._count = inner.begin_step(skip=(~scaled.isfinite()).float())
         self._sync_fp32_params_to_fp16()
         return True

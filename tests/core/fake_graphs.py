@@ -95,6 +95,10 @@ def install(monkeypatch):
         "current_stream": _Stream,
         "stream": lambda _: contextlib.nullcontext(),
         "synchronize": lambda: None,
+        "device": lambda _: contextlib.nullcontext(),
+        "manual_seed": torch.default_generator.manual_seed,
+        "get_rng_state": lambda _: torch.get_rng_state(),
+        "set_rng_state": lambda state, _: torch.set_rng_state(state),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.random, "fork_rng", lambda _: _random_numbers_kept())
