@@ -11,6 +11,7 @@ from torch import nn
 
 from lamemo_fairseq.host import data_parallel
 from lamemo_fairseq.host.data_parallel import GradientReducer, GraphDataParallel, reducer_for, wrapped
+from lamemo_fairseq.host.ranks import group_between_hosts
 from lamemo_fairseq.host.trainer import SegmentTrainer
 
 from .helpers import tiny_decoder
@@ -213,12 +214,13 @@ def test_figures_wait_for_the_loss_and_no_more(updating, scored, sample_size, wa
     trainer._updating, trainer.task.scored, groups = updating, scored, []
 
     def aggregate(self, logging_outputs, *stats, ignore):
-        groups.append(self.data_parallel_process_group)
+        groups.append((self.data_parallel_process_group, self.device.type))
         return logging_outputs, stats
 
     monkeypatch.setattr(Trainer, "_aggregate_logging_outputs", aggregate)
     assert trainer._aggregate_logging_outputs([{"loss": 2.0}], sample_size, 0) == ([{"loss": 2.0}], (sample_size, 0))
-    assert (groups, trainer.stream.waits, trainer._group) == (["figures"], waits, None)
+    assert (groups, trainer.stream.waits, trainer._group) == ([("figures", "cpu")], waits, None)
+    assert trainer.device.type == "cuda"
 
 
 @pytest.mark.parametrize(("on_the_device", "waits"), [(False, []), (True, ["all before"])])
@@ -229,3 +231,12 @@ def test_norms_wait_for_nothing_if_the_host_has_them(on_the_device, waits, train
     )
     trainer._check_grad_norms(SimpleNamespace(is_cuda=on_the_device))
     assert (groups, trainer.stream.waits, trainer._group) == (["figures"], waits, None)
+
+
+def test_hosts_that_do_not_reach_each_other_are_told_the_remedy(monkeypatch):
+    def unreachable(backend):
+        raise RuntimeError(f"no {backend}")
+
+    monkeypatch.setattr(dist, "new_group", unreachable)
+    with pytest.raises(RuntimeError, match=r"by gloo, which failed \(no gloo\): set GLOO_SOCKET_IFNAME"):
+        group_between_hosts()

@@ -44,6 +44,21 @@ def _gather(tensor: Tensor, ranks: int) -> Tensor:
     return torch.cat(gathered).cpu().view(tensor.dtype) if gathered is not None else tensor
 
 
+def group_between_hosts() -> Any:
+    """Return a group of all ranks that exchanges tensors on their hosts, whatever the devices do meanwhile.
+
+    Raises:
+        RuntimeError: the hosts do not reach each other.
+    """
+    try:
+        return dist.new_group(backend="gloo")
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"ranks exchange losses and norms between their hosts by gloo, which failed ({error}): set "
+            "GLOO_SOCKET_IFNAME to the network interface that joins the hosts"
+        ) from error
+
+
 def sum_over_ranks(*values: float) -> List[float]:
     """Return sums of numbers over all ranks."""
     total = torch.tensor(values, dtype=torch.float64, device=_device())

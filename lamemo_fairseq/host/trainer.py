@@ -3,8 +3,8 @@
 It also lets the device go ahead of the host. fairseq waits for the norm of the gradients, and only then updates, logs,
 loads a batch and runs the model. The device would have nothing to do meanwhile. Here it is given the update, and if a
 CUDA graph is recorded the next segment's forward pass, before the host waits. The numbers are the same to the last bit.
-With several ranks, their figures are exchanged beside the backward pass and the next segment, and the host waits for
-neither. If ranks disagree about the norm, fairseq ends the run as ever; its crash.pt then holds the updated weights.
+With several ranks, hosts exchange their figures beside the backward pass and the next segment, and wait for neither.
+If ranks disagree about the norm, fairseq ends the run as ever; its crash.pt then holds the updated weights.
 """
 
 import logging
@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
-import torch.distributed as dist
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
@@ -28,6 +27,7 @@ from .data_parallel import GradientReducer, reducer_for, wrapped
 from .mixed_precision import FP16Optimizer
 from .optimizers import adopt, meanwhile
 from .quiet import without_records
+from .ranks import group_between_hosts
 from .restoring import restoring
 from .training_state import check_named_checkpoint, restore_training_state, training_state
 
@@ -41,12 +41,19 @@ class SegmentTrainer(Trainer):
         FileNotFoundError: the checkpoint named by an option is not there.
     """
 
+    device: torch.device
+    _grad_norm_buf: Optional[Tensor]  # the norms of all ranks
+
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None):
         self._reducer: Optional[GradientReducer] = None
         self._group: Any = None  # for collectives, in place of fairseq's
         with without_records("fairseq.trainer"):  # it takes all absent biases for one that is shared
             super().__init__(cfg, task, model, criterion, quantizer)
-        self._group_of_figures = dist.new_group() if self.data_parallel_world_size > 1 else None
+        self._group_of_figures: Any = None
+        if self.data_parallel_world_size > 1:
+            self._group_of_figures = group_between_hosts()
+            if self._grad_norm_buf is not None:
+                self._grad_norm_buf = self._grad_norm_buf.cpu()
         self.begun = False
         self._batches: Any = None  # of the epoch
         self._updating = False
@@ -71,21 +78,21 @@ class SegmentTrainer(Trainer):
 
     @contextmanager
     def _beside_the_gradients(self, after: Optional[torch.cuda.Event] = None, known: bool = False) -> Iterator[None]:
-        """Within it, collectives wait for no gradients, nor for anything else that the device has been given.
+        """Within it, ranks exchange what is on their hosts: a kernel would wait until the next segment's have ended.
 
         Args:
-            after: they wait for this.
-            known: whether what they take is on the host, or *after* suffices; if not, they wait for all before.
+            after: copies to the host wait for this.
+            known: whether the numbers are on the host, or *after* suffices; if not, copies wait for all before.
         """
         if self._group_of_figures is None:
             yield
             return
-        self._group = self._group_of_figures
+        device, self.device, self._group = self.device, torch.device("cpu"), self._group_of_figures
         try:
-            if self.device.type != "cuda":
+            if device.type != "cuda":
                 yield
                 return
-            stream = _beside(self.device)
+            stream = _beside(device)
             if after is not None:
                 stream.wait_event(after)
             if not known:
@@ -93,7 +100,7 @@ class SegmentTrainer(Trainer):
             with torch.cuda.stream(stream):
                 yield
         finally:
-            self._group = None
+            self.device, self._group = device, None
 
     def _build_optimizer(self) -> None:
         super()._build_optimizer()
@@ -169,7 +176,8 @@ class SegmentTrainer(Trainer):
         scored = self.task.scored if self._updating else None
         known = scored is not None and not any(torch.is_tensor(stat) for stat in extra_stats_to_sum)
         with self._beside_the_gradients(scored, known):
-            return _on_the_host(super()._aggregate_logging_outputs(logging_outputs, *extra_stats_to_sum, ignore=ignore))
+            logging_outputs, stats = _on_the_host((logging_outputs, extra_stats_to_sum))
+            return super()._aggregate_logging_outputs(logging_outputs, *stats, ignore=ignore)
 
     def _check_grad_norms(self, grad_norm: Tensor) -> None:
         """Compare the norms of all ranks, without waiting for the next segment."""
