@@ -12,6 +12,10 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 import lamemo_fairseq  # noqa: E402, F401
 from tests import helpers, processes  # noqa: E402, F401
 
-# The first optimizer imports torch._dynamo, and the first command line fills the caches of hydra's parser.
-_ARGUMENTS = ["data", *map(str, helpers.TASK), "--arch", "lamemo_lm", "--optimizer", "adam", "--lr", "0.1"]
-convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), _ARGUMENTS))
+# The first optimizer imports torch._dynamo, and the first command line fills the caches of hydra's parser; those of the
+# most frequent commands are composed but for values.
+_ARGUMENTS = ["data", *map(str, helpers.TASK), "--optimizer", "adam", "--lr", "0.1", "--max-update", "1"]
+for arch in ("lamemo_lm", "transformer_xl_lm"):
+    for schedule in ("fixed", "inverse_sqrt"):
+        chosen = [*_ARGUMENTS, "--arch", arch, "--lr-scheduler", schedule, "--warmup-updates", "1"]
+        convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), chosen))

@@ -1,0 +1,34 @@
+"""What the tests spare hydra makes no difference to a command's configuration."""
+
+import pytest
+from fairseq import options
+from fairseq.dataclass import utils
+from omegaconf import OmegaConf
+
+from .helpers import TASK
+
+COMMANDS = [
+    "--arch lamemo_lm --optimizer adam --lr 0.1",
+    "--arch lamemo_lm --optimizer adam --lr 0.1,0.2 --adam-betas (0.8,0.9) --mem-len 7 --save-dir it's/a,b=c --seed 3",
+    "--arch transformer_xl_lm --optimizer nag --lr 0.1 --lr-scheduler cosine --warmup-updates 2",
+    "--arch transformer_xl_lm --optimizer nag --lr 0.1 --lr-scheduler cosine --bpe bytes --update-freq 2,3 --bf16",
+    "--arch transformer_xl_lm --optimizer adam --lr 0.1",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_configuration_does_not_depend_on_those_before(monkeypatch):
+    def configurations():
+        for command in COMMANDS:
+            arguments = options.parse_args_and_arch(
+                options.get_training_parser(), ["data", *TASK, "--max-update", "5", *command.split()]
+            )
+            yield utils.convert_namespace_to_omegaconf(arguments)
+
+    made = list(configurations())
+    monkeypatch.setattr(utils, "compose", getattr(utils.compose, "__wrapped__", utils.compose))
+    for mine, hydras in zip(made, configurations(), strict=True):
+        one, other = (OmegaConf.to_container(cfg, resolve=False) for cfg in (mine, hydras))
+        assert repr(one) == repr(other)  # 1.0 is no 1
+        assert one["common"]["seed"] == (3 if mine is made[1] else 1)
+        assert OmegaConf.is_struct(mine) == OmegaConf.is_struct(hydras)
