@@ -12,7 +12,7 @@ MODEL = [
     "--decoder-layers", 2, "--decoder-embed-dim", 16, "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 32,
     "--tokens-per-sample", 16, "--mem-len", 24, "--dropout", 0,
 ]  # fmt: skip
-TRAIN = [*MODEL, "--optimizer", "adam", "--lr", 5e-3, "--no-epoch-checkpoints", "--max-update", 24, "--clip-norm", 0.5]
+TRAIN = [*MODEL, "--optimizer", "adam", "--lr", 5e-3, "--no-epoch-checkpoints", "--max-update", 14, "--clip-norm", 0.5]
 TEST = 1201  # tokens, for no number of streams below divisible
 
 
@@ -94,7 +94,7 @@ def test_ranks_equal_one_rank_with_their_streams(arch, options, ranks, data, one
     assert reported[0] and reported[0] == reported[1]
 
 
-@pytest.mark.parametrize(("ranks", "streams"), [(2, 1), (2, 5), (3, 5), (4, 1)])
+@pytest.mark.parametrize(("ranks", "streams"), [(3, 5), (4, 1)])
 def test_evaluation_is_the_sum_over_ranks(ranks, streams, data, one_rank, tmp_path):
     """Of as many streams on one rank."""
     path = one_rank("--roll", arch="lamemo_lm") / "checkpoints" / "checkpoint_last.pt"

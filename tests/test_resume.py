@@ -197,12 +197,12 @@ def resumed(stopped, data, folder, *options, ranks=2, streams=2, **kwargs):
     [
         (["--roll"], 2, 3, "--batch-size times ranks is 6, there it was 4"),
         (["--roll"], 1, 2, "--batch-size times ranks is 2, there it was 4"),
-        (["--roll", "--tokens-per-sample", 8], 2, 2, "--tokens-per-sample is 8, there it was 16"),
-        (["--roll", "--mem-len", 10], 2, 2, "--mem-len is 10, there it was 24"),
-        ([], 2, 2, "--roll with its --seed is None, there it was 1"),
-        (["--roll", "--seed", 3], 2, 2, "--roll with its --seed is 3, there it was 1"),
-        (["--roll", "--update-freq", 2], 2, 2, "--update-freq is 2, which does not divide the 5 segments already read"),
-        (["--roll", "--train-subset", "valid"], 2, 2, "the number of tokens of the split is 240, there it was 691"),
+        (["--roll", "--tokens-per-sample", 8], 1, 4, "--tokens-per-sample is 8, there it was 16"),
+        (["--roll", "--mem-len", 10], 1, 4, "--mem-len is 10, there it was 24"),
+        ([], 1, 4, "--roll with its --seed is None, there it was 1"),
+        (["--roll", "--seed", 3], 1, 4, "--roll with its --seed is 3, there it was 1"),
+        (["--roll", "--update-freq", 2], 1, 4, "--update-freq is 2, which does not divide the 5 segments already read"),
+        (["--roll", "--train-subset", "valid"], 1, 4, "the number of tokens of the split is 240, there it was 691"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)[:20],
 )
@@ -227,19 +227,28 @@ def test_another_memory_is_refused(data, stopped, tmp_path):
     assert "--memory is lookahead, there it was recurrent" in output_of(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks(data, tmp_path_factory):
+    """Four streams in float64 over two ranks, from a stop inside the first epoch; and what goes on from there."""
+    folder = tmp_path_factory.mktemp("two")
+    options = ["--roll", "--dropout", 0, "--disable-validation", "--max-update"]
+    stop = arguments(data, *options, 5, streams=2)
+    assert train_in_processes(stop, folder / "stopped", 2, dtype="float64") == [0, 0]
+
+    def go_on(run, ranks, streams):
+        exits = resumed(folder / "stopped", data, run, *options, 14, ranks=ranks, streams=streams, dtype="float64")
+        assert exits == [0] * ranks
+        return weights(run)
+
+    return go_on(folder / "whole", 2, 2), go_on
+
+
 @pytest.mark.parametrize(("ranks", "streams"), [(1, 4), (4, 1)])
-def test_the_same_streams_go_on_over_another_number_of_ranks(ranks, streams, data, tmp_path):
-    options = ["--roll", "--dropout", 0, "--disable-validation"]
-    command = [*options, "--max-update", 5]
-    split = tmp_path / "stopped"
-    assert train_in_processes(arguments(data, *command, streams=2), split, 2, dtype="float64") == [0, 0]
-    assert resumed(split, data, tmp_path / "two", *options, dtype="float64") == [0, 0]
-    assert (
-        resumed(split, data, tmp_path / "other", *options, ranks=ranks, streams=streams, dtype="float64") == [0] * ranks
-    )
-    one, other = weights(tmp_path / "two"), weights(tmp_path / "other")
-    for name, weight in one.items():
-        torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-10)
+def test_the_same_streams_go_on_over_another_number_of_ranks(ranks, streams, on_two_ranks, tmp_path):
+    expected, go_on = on_two_ranks
+    found = go_on(tmp_path, ranks, streams)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-10)
 
 
 def test_resetting_the_dataloader_starts_from_the_first_segment_and_an_empty_memory(data, stopped, tmp_path):
