@@ -3,6 +3,7 @@
 Shapes: B streams, N tokens of a segment, T tokens of a text, V words, d model width.
 """
 
+from dataclasses import replace
 from typing import List, Optional, Union
 
 import torch
@@ -13,6 +14,7 @@ from .graphs import SegmentGraphs
 from .layers import AttentionConfig, DecoderLayer, LayerConfig
 from .layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from .memory import MEMORIES, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
+from .memory.base import last_rows
 from .memory.groups import GroupedState, read_groups
 from .positions import POSITIONS, PositionConfig, PositionEncoding
 
@@ -63,8 +65,24 @@ class MemoryDecoder(nn.Module):
         x = self.dropout(self.positions.embed(self.embed_tokens(tokens), lengths))
         # The memory of a resumed run is still on the host.
         before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
-        passage: Passage = self.memory(x, before, self.layers, self.positions, lengths)
-        return passage._replace(features=self.dropout(passage.features))
+        if not self.positions.reads_words:
+            passage: Passage = self.memory(x, before, self.layers, self.positions, lengths)
+            return passage._replace(features=self.dropout(passage.features))
+        words = self._words_of_rows(tokens, state)
+        passage = self.memory(x, before, self.layers, self.positions.of(words), lengths)
+        after = replace(passage.state, words=last_rows(words, self.memory.slots) if self.memory.slots else None)
+        return passage._replace(features=self.dropout(passage.features), state=after)
+
+    def _words_of_rows(self, tokens: Tensor, state: Optional[MemoryState]) -> Tensor:
+        """Return the words ``[B, m + N]`` of the slots and of ``tokens [B, N]``."""
+        if state is None or self.memory.slots == 0:
+            return tokens
+        if state.words is None:
+            raise ValueError(
+                f"--position-encoding {self.config.position_encoding} needs the words of the memory slots, and this "
+                "memory is of a model with another one: begin with an empty memory"
+            )
+        return torch.cat([state.words.to(tokens.device), tokens], dim=1)
 
     def read_text(self, tokens: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
         """Read whole texts of any length from an empty memory: features ``[B, T, d]`` of ``tokens [B, T]``.

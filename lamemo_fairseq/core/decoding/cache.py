@@ -9,7 +9,7 @@ Shapes: B sequences, b of them, N tokens of a segment, m <= M memory slots, C = 
 D size of a head, d model width, k new tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import (
     Any,
     Callable,
@@ -34,6 +34,7 @@ from torch import Tensor
 from ..attention import Attended
 from ..kernels.copies import copy_all
 from ..layers import SelfAttention
+from ..positions import Positions
 from .attention import Columns
 from .interfaces import CachedMemory, Network
 
@@ -130,6 +131,7 @@ class SegmentCache(Generic[M, L]):
     tokens: Tensor  # [B] int64, as in `positions`
     slots: Tensor  # [B] int64, as in `positions`
     positions: List[SequencePosition]
+    words: Optional[Tensor] = field(default=None, kw_only=True)  # [B, C] int64, if positions depend on them
 
     # Whether `refresh` does something, and in tensor operations only, so that it can be replayed as a graph.
     replayable: ClassVar[bool] = False
@@ -163,9 +165,17 @@ class SegmentCache(Generic[M, L]):
         """Keep the rows ``[B, k, d]`` that come out of the last layer."""
 
     def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
-        """Yield the buffers of all layers with one column a slot or token, each after the dimension of its columns."""
+        """Yield the buffers with one column a slot or token, each after the dimension of its columns."""
         for layer in self.layers:
             yield from layer.column_buffers()
+        if self.words is not None:
+            yield 1, self.words
+
+    def positions_of(self, sequences: Optional[Tensor], columns: slice, network: Network[M]) -> Positions:
+        """Return the positions of the rows in some columns of *sequences* ``[b]``, None standing for all."""
+        if self.words is None:
+            return network.positions
+        return network.positions.of(select_sequences(self.words, sequences)[:, columns])
 
     def end_segment(self, sequences: Optional[Tensor], position: SequencePosition, network: Network[M]) -> None:
         """Turn the last columns of full segments into the slots of the next.

@@ -183,8 +183,7 @@ class Sampler:
         return state.mem_len + min(tokens, state.length)
 
     def _embed(self) -> Tensor:
-        decoder = self.state.decoder
-        return decoder.positions.embed(decoder.embed_tokens(self.words), self.state.length - self.state.cache.tokens)
+        return self.state.embed(self.words)
 
     def _log_probs(self, end: int) -> Tensor:
         """Return log-probabilities ``[B, V]`` of the next words."""

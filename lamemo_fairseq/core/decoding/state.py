@@ -43,6 +43,8 @@ class DecodingState:
         device = decoder.embed_tokens.table(0).device
         like = decoder.embed_tokens(torch.zeros(1, 1, dtype=torch.int64, device=device))
         self.cache: AnyCache = memory.cache.empty(memory, batch_size, like)
+        if decoder.positions.reads_words:
+            self.cache.words = self.cache.tokens.new_zeros(batch_size, self.mem_len + self.length)
         # The same in every step: sinusoids and their projections are computed once a text, not once a token.
         biases = decoder.positions(self.mem_len + self.length, None, like)
         self.biases: List[LayerBias] = [
@@ -76,8 +78,7 @@ class DecodingState:
 
     def _read_chunk(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Read tokens as `read` does, where no sequence crosses the end of its segment."""
-        cache, decoder = self.cache, self.decoder
-        x = decoder.positions.embed(decoder.embed_tokens(tokens), self.length - cache.tokens)
+        cache, x = self.cache, self.embed(tokens, self.common_column())
         self.refresh(x[:, :1], counts)
         active = [p for p, n in zip(cache.positions, counts, strict=True) if n > 0]
         first = self.mem_len - max(p.slots for p in active)
@@ -85,6 +86,16 @@ class DecodingState:
         x = self.step(x, first, min(end, self.mem_len + self.length), self.common_column())
         cache.advance(counts, self.network)
         return x
+
+    def embed(self, tokens: Tensor, at: Optional[int] = None) -> Tensor:
+        """Return the embeddings ``[B, k, d]`` of new ``tokens [B, k]``, and keep the words if positions depend on them.
+
+        *at* is as for `step`. Tokens may be embedded again before they are read.
+        """
+        cache, decoder = self.cache, self.decoder
+        if cache.words is not None:
+            self.columns(tokens.size(1), 0, self.mem_len + self.length, at).write(cache.words, tokens, 1)
+        return decoder.positions.embed(decoder.embed_tokens(tokens), self.length - cache.tokens)
 
     def refresh(self, first: Tensor, counts: Sequence[int]) -> None:
         """Refresh the memory of sequences whose segment begins with the embeddings ``first [B, 1, d]``."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..decoding.cache import AnyCache, FrozenCache
 from ..layers import CausalSelfAttention, DecoderLayer, SelfAttention
-from ..positions import PositionEncoding
+from ..positions import Positions
 from ..registry import Registry
 
 State = TypeVar("State", bound="MemoryState")
@@ -40,17 +40,22 @@ SavedField = Union[Tensor, Sequence[Tensor]]
 class MemoryState:
     """Base of all states. Every field is a tensor, or a tuple of tensors, with the streams first.
 
-    States hold no gradient.
+    States hold no gradient. A decoder adds the words to the state that a memory returns, if positions depend on them.
     """
+
+    words: Optional[Tensor] = field(default=None, kw_only=True)  # [B, m] int64, of the slots
 
     def map(self: State, fn: Callable[[Tensor], Tensor]) -> State:
         """Return the same state with *fn* applied to each tensor."""
-        return type(self)(
-            *(
-                tuple(fn(t) for t in value) if isinstance(value, tuple) else fn(value)
-                for value in (getattr(self, f.name) for f in fields(self))
-            )
-        )
+        mapped: Dict[str, Any] = {
+            name: tuple(fn(t) for t in value) if isinstance(value, tuple) else fn(value)
+            for name, value in self._values().items()
+        }
+        return type(self)(**mapped)
+
+    def _values(self) -> Dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def tensors(self) -> List[Tensor]:
         """Return all tensors, in the order in which `map` meets them."""
@@ -70,7 +75,7 @@ class MemoryState:
 
     def to_dict(self) -> Dict[str, SavedField]:
         """Return tensors in plain containers, for a checkpoint."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return self._values()
 
     @classmethod
     def from_dict(cls: Type[State], saved: Mapping[str, SavedField]) -> State:
@@ -79,13 +84,14 @@ class MemoryState:
         Raises:
             ValueError: the fields are those of another memory.
         """
-        names = {f.name for f in fields(cls)}
-        if set(saved) != names:
+        names = {f.name for f in fields(cls)} - {"words"}
+        if set(saved) - {"words"} != names:
             raise ValueError(
                 f"saved memory holds {sorted(saved)}, but this model's memory is made of {sorted(names)}: "
                 "resume with the same --memory, or pass --reset-dataloader"
             )
-        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in saved.items()})
+        values: Dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in saved.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ class Memory(nn.Module, Generic[State, Options]):
     looks_ahead: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
     has_slots: ClassVar[bool] = True  # rows before a segment's tokens, which --mem-len counts
+    slots_are_tokens: ClassVar[bool] = False  # the m rows before a segment's tokens are those of the m tokens before
     smallest_mem_len: ClassVar[int] = 1  # the smallest --mem-len that makes sense
     has_losses: ClassVar[bool] = False  # passages have losses
     carries_gradient: ClassVar[bool] = False  # gradient may flow from segment to segment of an update
@@ -181,7 +188,7 @@ class Memory(nn.Module, Generic[State, Options]):
         x: Tensor,
         state: State,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         """Pass the embeddings ``x [B, N, d]`` of an update through the layers.
@@ -209,7 +216,7 @@ class Memory(nn.Module, Generic[State, Options]):
         x: Tensor,
         state: State,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         """Pass one segment ``x [B, n, d]`` through the layers; its state may have a gradient."""

@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding
+from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding, Positions
 
-__all__ = ["POSITIONS", "LayerBias", "PositionConfig", "PositionEncoding"]
+__all__ = ["POSITIONS", "LayerBias", "PositionConfig", "PositionEncoding", "Positions"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

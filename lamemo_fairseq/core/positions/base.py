@@ -5,7 +5,7 @@ Shapes: L layers, H heads, D size of a head, U distances, d model width.
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
+from typing import ClassVar, Dict, Iterator, List, NamedTuple, Optional, Protocol, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,12 @@ class LayerBias(NamedTuple):
         return self.rotation.rotate(q, k.size(2) - q.size(2)), self.rotation.rotate(k)
 
 
+class Positions(Protocol):
+    """The positions of the rows of one segment, as a memory asks for them: those of `PositionEncoding.forward`."""
+
+    def __call__(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]: ...
+
+
 Request = Tuple[int, Optional[range], torch.dtype, torch.device]  # the arguments of `biases`
 KNOWN = 2  # shapes whose biases are kept
 
@@ -57,6 +63,7 @@ class PositionEncoding(nn.Module):
     """Base of all position encodings; one serves all layers of a decoder."""
 
     reaches_memory: ClassVar[bool] = True  # whether it tells memory rows from a segment's own
+    reads_words: ClassVar[bool] = False  # whether `of` depends on the words
 
     def __init__(self, config: PositionConfig):
         super().__init__()
@@ -94,6 +101,10 @@ class PositionEncoding(nn.Module):
         ``lengths [B]`` counts the tokens that are not padding; None if none is.
         """
         return x
+
+    def of(self, words: Tensor) -> Positions:
+        """Return the positions of rows that stand for ``words [B, R]``, the memory slots' before the current ones."""
+        return self
 
     def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         """Return the biases of every layer for one segment.

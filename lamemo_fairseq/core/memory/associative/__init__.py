@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
-from ...positions import PositionEncoding
+from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
 from .association import Association, Associations
 from .attention import AssociativeSelfAttention
@@ -104,7 +104,7 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
         x: Tensor,
         state: AssociativeState,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         passage = super().forward(x, state, layers, positions, lengths)
@@ -119,7 +119,7 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
         x: Tensor,
         state: AssociativeState,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         """Read a segment ``x [B, n, d]`` and the matrices, and write the matrices that the next one reads."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
-from ...positions import PositionEncoding
+from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
 from .attention import CompressiveSelfAttention
 from .cache import CompressiveCache
@@ -103,7 +103,7 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
         x: Tensor,
         state: CompressiveState,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         current, compressed = x.size(1), state.compressed[0].size(1)

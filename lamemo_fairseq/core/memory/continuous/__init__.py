@@ -28,7 +28,7 @@ from torch import Tensor
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
-from ...positions import PositionEncoding
+from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows
 from .attention import ContinuousSelfAttention, divergence
 from .cache import ContinuousCache
@@ -106,7 +106,7 @@ class ContinuousMemory(Memory[ContinuousState, ContinuousOptions]):
         x: Tensor,
         state: ContinuousState,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         current, slots = x.size(1), state.hidden[0].size(1)

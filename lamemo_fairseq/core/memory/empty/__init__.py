@@ -9,7 +9,7 @@ from typing import ClassVar, Optional, Sequence, Type
 from torch import Tensor
 
 from ...layers import DecoderLayer
-from ...positions import PositionEncoding
+from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage
 
 
@@ -31,6 +31,7 @@ class EmptyMemory(Memory[EmptyState, MemoryOptions]):
     state: ClassVar[Type[MemoryState]] = EmptyState
     remembers: ClassVar[bool] = False
     has_slots: ClassVar[bool] = False
+    slots_are_tokens: ClassVar[bool] = True
 
     def initial_state(self, x: Tensor) -> EmptyState:
         return EmptyState()
@@ -40,7 +41,7 @@ class EmptyMemory(Memory[EmptyState, MemoryOptions]):
         x: Tensor,
         state: EmptyState,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         for layer, bias in zip(layers, positions(x.size(1), None, x), strict=True):

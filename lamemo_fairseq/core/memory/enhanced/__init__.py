@@ -17,7 +17,7 @@ from torch import Tensor
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer
-from ...positions import PositionEncoding
+from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage, last_rows
 from .cache import EnhancedCache
 
@@ -45,6 +45,7 @@ class EnhancedMemory(Memory[EnhancedState, MemoryOptions]):
     )
     state: ClassVar[Type[MemoryState]] = EnhancedState
     cache: ClassVar[Type[AnyCache]] = EnhancedCache
+    slots_are_tokens: ClassVar[bool] = True
 
     def initial_state(self, x: Tensor) -> EnhancedState:
         return EnhancedState((x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers)
@@ -54,7 +55,7 @@ class EnhancedMemory(Memory[EnhancedState, MemoryOptions]):
         x: Tensor,
         state: EnhancedState,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         current, slots = x.size(1), state.outputs[0].size(1)

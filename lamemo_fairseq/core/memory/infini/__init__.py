@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...decoding.cache import AnyCache
 from ...layers import DecoderLayer, SelfAttention
-from ...positions import PositionEncoding
+from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage
 from .attention import Associations, InfiniSelfAttention
 from .cache import InfiniCache, empty_associations
@@ -76,7 +76,7 @@ class InfiniMemory(Memory[InfiniState, InfiniOptions]):
         x: Tensor,
         state: InfiniState,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         """Read a segment ``x [B, n, d]``, then write it, with its padding, which no later segment reads."""

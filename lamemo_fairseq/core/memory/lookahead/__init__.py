@@ -16,7 +16,7 @@ from ...attention import Attended
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
-from ...positions import PositionEncoding
+from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows, no_contribution
 from .attention import LookaheadSelfAttention, lookahead_attention, memory_attention
 from .cache import LookaheadCache
@@ -57,6 +57,7 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
     state: ClassVar[Type[MemoryState]] = LookaheadState
     cache: ClassVar[Type[AnyCache]] = LookaheadCache
     looks_ahead: ClassVar[bool] = True
+    slots_are_tokens: ClassVar[bool] = True
 
     def initial_state(self, x: Tensor) -> LookaheadState:
         batch, heads, size = x.size(0), self.config.heads, self.config.head_dim
@@ -77,7 +78,7 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
         x: Tensor,
         state: LookaheadState,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         current, slots = x.size(1), state.embeddings.size(1)
@@ -97,5 +98,7 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
                 normalizers.append(carried.normalizer)
         if self.training and (window is None or len(layers) == 1):
             # Before the first slot, nothing has used the biases of a look-ahead.
-            rows = rows + no_contribution(biases[0].ahead[:2])
+            ahead = biases[0].ahead
+            assert ahead is not None
+            rows = rows + no_contribution(ahead[:2])
         return Passage(rows, LookaheadState(embeddings, tuple(outputs), tuple(normalizers)))

@@ -77,7 +77,8 @@ class LookaheadCache(SegmentCache[LookingAhead, LookaheadLayerCache]):
         """
         memory, mem_len = network.memory, network.memory.slots
         window = memory.window(slots, memory.period)
-        biases = network.positions(slots + 1, window.distances(slots), first)
+        positions = self.positions_of(sequences, slice(mem_len - slots, mem_len + 1), network)
+        biases = positions(slots + 1, window.distances(slots), first)
         x = torch.cat([select_sequences(self.embeddings, sequences)[:, mem_len - slots : mem_len], first], dim=1)
         for layer, bias, cached in zip(network.layers[:-1], biases, self.layers, strict=False):
             x = _refreshed(layer, bias, cached, x, sequences, window, mem_len)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import CausalSelfAttention, DecoderLayer, SelfAttention
-from ...positions import PositionEncoding
+from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
 from .attention import RETRIEVALS, Store, appended
 from .cache import MemorizingCache
@@ -85,7 +85,7 @@ class MemorizingMemory(Memory[MemorizingState, MemorizingOptions]):
         x: Tensor,
         state: MemorizingState,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         current, slots = x.size(1), max(rows.size(1) for rows in state.hidden)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels.padded import join
 from ...layers import DecoderLayer
-from ...positions import PositionEncoding
+from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage, last_rows
 
 
@@ -32,6 +32,7 @@ class RecurrentMemory(Memory[RecurrentState, MemoryOptions]):
         defaults={"position_encoding": "transformer-xl"},
     )
     state: ClassVar[Type[MemoryState]] = RecurrentState
+    slots_are_tokens: ClassVar[bool] = True
 
     def initial_state(self, x: Tensor) -> RecurrentState:
         return RecurrentState((x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers)
@@ -41,7 +42,7 @@ class RecurrentMemory(Memory[RecurrentState, MemoryOptions]):
         x: Tensor,
         state: RecurrentState,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         current, slots = x.size(1), state.hidden[0].size(1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
-from ...positions import PositionEncoding
+from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
 from .attention import Blocks, TokenSelfAttention
 from .cache import TokenCache
@@ -90,7 +90,7 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
         x: Tensor,
         state: TokenState,
         layers: Sequence[DecoderLayer],
-        positions: PositionEncoding,
+        positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         """Read a segment ``x [B, n, d]``, and write the memory tokens ``[B, K, d]`` that the next one reads."""
