@@ -12,8 +12,8 @@ from typing import Any, Iterator, Optional, Protocol, Tuple
 import torch
 from torch import Tensor
 
-from ..core.attention import BACKENDS, Attended, RelativeBias, causal_attention, eager
-from ..core.memory.lookahead import LookaheadWindow, memory_attention
+from ..core.attention import BACKENDS, Attended, RelativeBias, causal_attention, counted_attention, eager
+from ..core.memory.lookahead import LookaheadWindow, counted_memory_attention, memory_attention
 from ..core.memory.lookahead import eager as lookahead
 
 
@@ -44,9 +44,10 @@ class Recording:
         dropout: float = 0.0,
         scale: Optional[float] = None,
         need_normalizer: bool = True,
+        added: Optional[Tensor] = None,
     ) -> Attended:
-        self._tell_causal(q, k, bias, span, scale)
-        return eager.causal_attention(q, k, v, bias, span, dropout, scale, need_normalizer)
+        self._tell_causal(q, k, bias, span, scale, added)
+        return eager.causal_attention(q, k, v, bias, span, dropout, scale, need_normalizer, added)
 
     def memory_attention(
         self,
@@ -59,18 +60,26 @@ class Recording:
         span: Optional[int] = None,
         dropout: float = 0.0,
         scale: Optional[float] = None,
+        added: Tuple[Optional[Tensor], Optional[Tensor]] = (None, None),
     ) -> Attended:
         slots = stored.output.size(2)
         causal, ahead = biases
-        self._tell_lookahead(q[:, :, :slots], k[:, :, window.first : slots + 1], ahead, window, stored, scale)
-        self._tell_causal(q[:, :, slots:], k, causal, span, scale)
-        return lookahead.memory_attention(q, k, v, biases, window, stored, span, dropout, scale)
+        keys = k[:, :, window.first : slots + 1]
+        self._tell_lookahead(q[:, :, :slots], keys, ahead, window, stored, scale, added[1])
+        self._tell_causal(q[:, :, slots:], k, causal, span, scale, added[0])
+        return lookahead.memory_attention(q, k, v, biases, window, stored, span, dropout, scale, added)
 
     def _tell_causal(
-        self, q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int], scale: Optional[float]
+        self,
+        q: Tensor,
+        k: Tensor,
+        bias: RelativeBias,
+        span: Optional[int],
+        scale: Optional[float],
+        added: Optional[Tensor],
     ) -> None:
         if self.listener is not None:
-            read = eager.causal_attention(q, k, _one_hot(k), bias, span, scale=scale, need_normalizer=False)
+            read = eager.causal_attention(q, k, _one_hot(k), bias, span, 0.0, scale, False, added)
             self.listener.causal(self.layer, read.output)
 
     def _tell_lookahead(
@@ -81,11 +90,12 @@ class Recording:
         window: LookaheadWindow,
         stored: Attended,
         scale: Optional[float],
+        added: Optional[Tensor],
     ) -> None:
         if self.listener is None:
             return
         nothing = Attended(q.new_zeros(*q.shape[:3], k.size(2)), torch.full_like(stored.normalizer, -torch.inf))
-        new = lookahead.lookahead_attention(q, k, _one_hot(k), bias, window, nothing, scale=scale)
+        new = lookahead.lookahead_attention(q, k, _one_hot(k), bias, window, nothing, scale=scale, added=added)
         # The share of what was held, read out by interpolating one with zero.
         one = stored.normalizer.new_ones(*stored.normalizer.shape, 1)
         alpha = lookahead.merge(Attended(one, stored.normalizer), Attended(0 * one, new.normalizer)).output.squeeze(-1)
@@ -99,8 +109,10 @@ def _one_hot(k: Tensor) -> Tensor:
 
 _RECORDING = Recording()
 BACKENDS.register("recording")(lambda operation, q: "recording")
-causal_attention.register("recording", _RECORDING.causal_attention)
-memory_attention.register("recording", _RECORDING.memory_attention)
+for _operation in (causal_attention, counted_attention):
+    _operation.register("recording", _RECORDING.causal_attention)
+for _look_ahead in (memory_attention, counted_memory_attention):
+    _look_ahead.register("recording", _RECORDING.memory_attention)
 
 
 @contextmanager

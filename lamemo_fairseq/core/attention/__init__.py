@@ -6,6 +6,7 @@
 from types import ModuleType
 
 from . import choice, eager
+from .counted import Counted
 from .operation import BACKENDS, Backend, Operation
 from .rotation import Rotation
 from .types import Attended, RelativeBias
@@ -18,5 +19,18 @@ def _fused() -> ModuleType:
 
 
 causal_attention = Operation("causal attention", eager.causal_attention, _fused)
+# With further scores for each pair.
+counted_attention = Operation("attention by distances counted in the text", eager.causal_attention)
 
-__all__ = ["BACKENDS", "Attended", "Backend", "Operation", "RelativeBias", "Rotation", "causal_attention", "choice"]
+__all__ = [
+    "BACKENDS",
+    "Attended",
+    "Backend",
+    "Counted",
+    "Operation",
+    "RelativeBias",
+    "Rotation",
+    "causal_attention",
+    "choice",
+    "counted_attention",
+]

@@ -84,11 +84,18 @@ def relative_scores(q: Tensor, k: Tensor, bias: RelativeBias, offset: int, scale
 
 
 def causal_scores(
-    q: Tensor, k: Tensor, bias: RelativeBias, span: Optional[int] = None, scale: Optional[float] = None
+    q: Tensor,
+    k: Tensor,
+    bias: RelativeBias,
+    span: Optional[int] = None,
+    scale: Optional[float] = None,
+    added: Optional[Tensor] = None,
 ) -> Tensor:
     """Return the scores ``[B, H, Q, K]`` of `causal_attention`, minus infinity for keys that are not seen."""
     queries, keys = q.size(-2), k.size(-2)
     scores = relative_scores(q, k, bias, queries - 1, scale)
+    if added is not None:
+        scores = scores + added
     if queries == 1 and span is None:
         return scores
     query = torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
@@ -105,6 +112,7 @@ def causal_attention(
     dropout: float = 0.0,
     scale: Optional[float] = None,
     need_normalizer: bool = True,
+    added: Optional[Tensor] = None,
 ) -> Attended:
     """Let every query attend to all keys up to its own position.
 
@@ -116,11 +124,12 @@ def causal_attention(
         dropout: probability of dropping an attention weight.
         scale: of the scores; None is ``1 / sqrt(D)``, and heads that are wider by zeros keep that of their own D.
         need_normalizer: False saves computing it, and the result's is empty.
+        added: further scores ``[B, H, Q, K]``, scaled already.
 
     Returns:
         The read-out, and the normaliser without a gradient.
     """
-    scores = causal_scores(q, k, bias, span, scale)
+    scores = causal_scores(q, k, bias, span, scale, added)
     weights, normalizer = (
         softmax_and_normalizer(scores) if need_normalizer else (scores.softmax(-1), scores.new_empty(0))
     )

@@ -1,17 +1,17 @@
 """Attention of new tokens over cached keys and values.
 
 Shapes: B sequences, k new tokens, N tokens of a segment, M memory slots, H heads, D size of a head; C columns of a
-cache: slots up to M, then tokens. K of them are looked at.
+cache: slots up to M, then tokens. K of them are looked at. P kinds of counts in a text.
 """
 
 import math
 from functools import cached_property
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from ..attention import Attended, RelativeBias, Rotation
+from ..attention import Attended, Counted, RelativeBias, Rotation
 
 
 class Pairs(NamedTuple):
@@ -33,6 +33,9 @@ class Columns:
         at: the first token's column, where the host knows it to be the same in every sequence, and *first* to be
             the oldest.
     """
+
+    # [P, B, k] of the new tokens and [P, B, K] of the columns looked at; None if nothing is counted in the text.
+    counts: Optional[Tuple[Tensor, Tensor]] = None
 
     def __init__(
         self, first: int, end: int, query: Tensor, oldest: Tensor, last: int, span: Optional[int], at: Optional[int]
@@ -64,6 +67,11 @@ class Columns:
         entry = (width - 1 - distance).clamp(0, width - 1)
         return Pairs(entry.unsqueeze(1), hidden.unsqueeze(1))
 
+    def count(self, counts: Tensor) -> None:
+        """Take the counts ``[P, B, C]`` of all columns."""
+        own = self.own.expand(counts.size(0), -1, -1)
+        self.counts = counts.gather(2, own), counts[:, :, self.first : self.end]
+
     def write(self, buffer: Tensor, new: Tensor, dim: int) -> None:
         """Write *new*, one entry a new token along *dim*, into the tokens' columns of *buffer*."""
         if self.at is not None:
@@ -90,6 +98,7 @@ def cached_attention(
     columns: Columns,
     need_normalizer: bool = True,
     rotation: Optional[Rotation] = None,
+    counted: Optional[Counted] = None,
 ) -> Attended:
     """Let every new token attend to the columns from its sequence's oldest slot up to its own.
 
@@ -100,6 +109,7 @@ def cached_attention(
         need_normalizer: False saves computing it, and the result's is empty.
         rotation: of queries and keys, which are both unrotated; its positions are columns. Slots move when a segment
             closes, and a key that is rotated where it is read is exact wherever it stands.
+        counted: adds the scores of distances that are counted in the text.
     """
     batch, heads, _, size = q.shape
     seen = columns.of(keys)
@@ -113,6 +123,9 @@ def cached_attention(
     else:
         by_distance = _by_distance(q, bias, columns, scale)
         scores = torch.baddbmm(by_distance.flatten(0, 1), content_q.flatten(0, 1), by_key, alpha=scale)
+    if counted is not None:
+        assert columns.counts is not None
+        scores = scores + counted.of_new(q, *columns.counts, scale).flatten(0, 1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if columns.pairs is not None:
         scores = scores.view(batch, heads, *scores.shape[1:]).masked_fill(columns.pairs.hidden, -math.inf).flatten(0, 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention import RelativeBias
+from ..kernels.copies import copy_all
 from ..kernels.padded import WideRows
 from ..layers import DecoderLayer
 from ..positions import LayerBias
@@ -126,6 +127,8 @@ class DecodingState:
         """
         cache = self.cache
         columns = self.columns(x.size(1), first, end, at)
+        if cache.words is not None:
+            columns.count(self.decoder.positions.counts(cache.words))
         cache.store_embeddings(x, columns)
         for layer, cached, bias in zip(self.layers, cache.layers, self.biases, strict=True):
             x = self.layer_step(layer, x, cached, columns, bias)
@@ -150,11 +153,14 @@ class DecodingState:
         *other* is of the same decoder and sizes; the decoder's weights may have changed in place meanwhile.
         """
         self.cache.copy_(other.cache)
-        for mine, new in zip((b.causal for b in self.biases), (b.causal for b in other.biases), strict=True):
-            if mine.table is not None and new.table is not None:
-                mine.table.copy_(new.table)
-            if mine.score is not None and new.score is not None:
-                mine.score.copy_(new.score)
+        for mine, new in zip(map(_tables, self.biases), map(_tables, other.biases), strict=True):
+            copy_all(mine, new)
+
+
+def _tables(bias: LayerBias) -> List[Tensor]:
+    """Return the tensors of a layer's positions that are computed from parameters."""
+    tables = [bias.causal.table, bias.causal.score, None if bias.counted is None else bias.counted.past]
+    return [table for table in tables if table is not None]
 
 
 def _laid_out(bias: RelativeBias) -> RelativeBias:
@@ -178,7 +184,7 @@ def layer_step(layer: DecoderLayer, x: Tensor, cached: LayerCache, columns: Colu
         columns.write(cached.keys, k, 2)
         columns.write(cached.values, v, 2)
         attended = cached_attention(
-            q, cached.keys, cached.values, bias.causal, columns, past is not None, bias.rotation
+            q, cached.keys, cached.values, bias.causal, columns, past is not None, bias.rotation, bias.counted
         )
         if past is not None:
             columns.write(past.output, attended.output, 2)

@@ -26,13 +26,13 @@ PendingNorm = Tuple[Tensor, Optional[nn.LayerNorm]]  # [B, d], and the norm that
 def kernel_step(state: DecodingState) -> Optional["KernelStep"]:
     """Return the kernels' step where they are installed and do all that positions want, else None.
 
-    Positions that rotate queries and keys, or are added to embeddings, have plain operations.
+    Positions that rotate queries and keys, are counted in the text, or are added to embeddings, have plain operations.
     ``--attention-backend eager`` asks for plain operations, and the kernels' float32 would be too coarse for float64.
     """
     backend, positions = state.layers[0].self_attn.config.backend, state.decoder.positions
     wanted = backend != "eager" and state.cache.layers[0].keys.dtype.itemsize < 8
-    by_distance = (
-        all(bias.rotation is None for bias in state.biases) and type(positions).embed is PositionEncoding.embed
+    by_distance = type(positions).embed is PositionEncoding.embed and all(
+        bias.rotation is None and bias.counted is None for bias in state.biases
     )
     if not wanted or not by_distance:
         return None

@@ -10,7 +10,7 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from ..attention import BACKENDS, Attended, causal_attention
+from ..attention import BACKENDS, Attended, causal_attention, counted_attention
 from ..attention.padding import bias_for
 from ..kernels import aligned
 from ..kernels.module_tree import is_product
@@ -87,12 +87,11 @@ class SelfAttention(nn.Module):
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
         """Attend causally with unrotated heads ``[B, H, Q or R, D or D']``, by the backend that the options name."""
         q, k = bias.rotate(q, k)
-        return causal_attention(
-            self.config.backend,
-            *(q, k, v, bias_for(q, bias.causal)),
-            *(self.config.span, self._dropout, self.scale),
-            need_normalizer=need_normalizer,
-        )
+        heads = q, k, v, bias_for(q, bias.causal)
+        options = self.config.span, self._dropout, self.scale, need_normalizer
+        if bias.counted is None:
+            return causal_attention(self.config.backend, *heads, *options)
+        return counted_attention(self.config.backend, *heads, *options, bias.counted.of_current(q, self.scale))
 
     def merge_heads(self, heads: Tensor) -> WideRows:
         """Map heads ``[B, H, Q, D or D'] -> [B, Q, d]`` by the output projection."""

@@ -1,17 +1,17 @@
 """Position encodings: the base class, and the biases and rotations that it gives to attention.
 
-Shapes: L layers, H heads, D size of a head, U distances, d model width.
+Shapes: B streams, R rows, L layers, H heads, D size of a head, U distances, P kinds of counts, d model width.
 """
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Dict, Iterator, List, NamedTuple, Optional, Protocol, Tuple, Type
+from typing import ClassVar, Dict, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import RelativeBias, Rotation
+from ..attention import Counted, RelativeBias, Rotation
 from ..registry import Registry
 
 
@@ -27,10 +27,12 @@ class PositionConfig:
     trained_distances: int  # distances met in training, N + M
     clamp_len: int = 0  # largest distance told apart (0: no limit)
     dropout: float = 0.0
+    sentence_ends: Sequence[int] = ()  # words that end a sentence
+    paragraph_ends: Sequence[int] = ()
 
 
 class LayerBias(NamedTuple):
-    """The positions in a layer's attention: a rotation, a bias on scores, both or neither.
+    """The positions in a layer's attention: a rotation, a bias on scores, both or neither, and counted distances.
 
     Queries and keys are passed around unrotated. Whoever attends with a bias rotates them first.
     """
@@ -38,6 +40,7 @@ class LayerBias(NamedTuple):
     causal: RelativeBias  # of the causal attention
     ahead: Optional[RelativeBias]  # of the slots' attention to their right
     rotation: Optional[Rotation] = None  # of queries and keys; None leaves them as they are
+    counted: Optional[Counted] = None  # added to the scores; None if no distances are counted in the text
 
     def rotate(self, q: Tensor, k: Tensor) -> Tuple[Tensor, Tensor]:
         """Rotate the queries ``[B, H, Q, D or D']`` of the last rows, and the keys ``[B, H, K, D or D']`` of all rows.
@@ -63,7 +66,7 @@ class PositionEncoding(nn.Module):
     """Base of all position encodings; one serves all layers of a decoder."""
 
     reaches_memory: ClassVar[bool] = True  # whether it tells memory rows from a segment's own
-    reads_words: ClassVar[bool] = False  # whether `of` depends on the words
+    reads_words: ClassVar[bool] = False  # whether distances are counted in the text, by `counts`
 
     def __init__(self, config: PositionConfig):
         super().__init__()
@@ -104,7 +107,15 @@ class PositionEncoding(nn.Module):
 
     def of(self, words: Tensor) -> Positions:
         """Return the positions of rows that stand for ``words [B, R]``, the memory slots' before the current ones."""
-        return self
+        return _CountedPositions(self, self.counts(words)) if self.reads_words else self
+
+    def counts(self, words: Tensor) -> Tensor:
+        """Return the counts ``[P, B, R]`` of rows that stand for ``words [B, R]``, int64 and growing from row to row.
+
+        Differences alone matter, and that of two rows depends on the words between them alone, theirs included. An
+        encoding that `reads_words` defines it, and gives each `LayerBias` the tables for the differences.
+        """
+        raise NotImplementedError
 
     def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         """Return the biases of every layer for one segment.
@@ -120,11 +131,29 @@ class PositionEncoding(nn.Module):
         """Clamp distances to ``clamp_len``; negative ones, to the right, are left alone."""
         return distances.clamp(max=self.config.clamp_len) if self.config.clamp_len > 0 else distances
 
-    def _sinusoids(self, distances: range, like: Tensor) -> Tensor:
-        """Return sinusoids ``[U, d]`` of the distances, dropped out like embeddings."""
+    def _sinusoids(self, distances: range, like: Tensor, width: Optional[int] = None) -> Tensor:
+        """Return sinusoids ``[U, d]`` of the distances, or of another *width*, dropped out like embeddings."""
         values = torch.arange(distances.start, distances.stop, distances.step, device=like.device)
-        table = sinusoid(self._clamp(values), self.config.embed_dim, like.dtype)
+        table = sinusoid(self._clamp(values), width or self.config.embed_dim, like.dtype)
         return F.dropout(table, self.config.dropout, self.training)
+
+
+@dataclass(frozen=True)
+class _CountedPositions:
+    """Positions of rows whose words are known. The tables are those of any words, and computed as for any encoding."""
+
+    encoding: PositionEncoding
+    counts: Tensor  # [P, B, R]
+
+    def __call__(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
+        if causal != self.counts.size(2):
+            raise ValueError(f"positions of {causal} rows were asked for, and words of {self.counts.size(2)} are known")
+        biases: List[LayerBias] = self.encoding(causal, ahead, like)
+        return [bias._replace(counted=self._with_counts(bias.counted)) for bias in biases]
+
+    def _with_counts(self, counted: Optional[Counted]) -> Counted:
+        assert counted is not None
+        return counted._replace(counts=self.counts)
 
 
 def sinusoid(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

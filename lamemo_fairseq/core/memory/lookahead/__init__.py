@@ -18,7 +18,7 @@ from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows, no_contribution
-from .attention import LookaheadSelfAttention, lookahead_attention, memory_attention
+from .attention import LookaheadSelfAttention, counted_memory_attention, lookahead_attention, memory_attention
 from .cache import LookaheadCache
 from .options import LookaheadOptions
 from .windows import WINDOWS, LookaheadWindow
@@ -29,6 +29,7 @@ __all__ = [
     "LookaheadOptions",
     "LookaheadState",
     "LookaheadWindow",
+    "counted_memory_attention",
     "lookahead_attention",
     "memory_attention",
 ]

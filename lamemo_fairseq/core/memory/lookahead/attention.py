@@ -26,6 +26,8 @@ def _fused() -> ModuleType:
 
 lookahead_attention = Operation("look-ahead attention", eager.lookahead_attention, _fused)
 memory_attention = Operation("attention with look-ahead", eager.memory_attention, _fused)
+# With further scores for each pair.
+counted_memory_attention = Operation("look-ahead by distances counted in the text", eager.memory_attention)
 
 
 class LookaheadSelfAttention(SelfAttention):
@@ -73,6 +75,11 @@ class LookaheadSelfAttention(SelfAttention):
         assert bias.ahead is not None
         biases = bias_for(q, bias.causal), bias_for(q, bias.ahead)
         q, k = bias.rotate(q, k)
-        return memory_attention(
-            self.config.backend, q, k, v, biases, window, stored, self.config.span, self._dropout, self.scale
-        )
+        heads = q, k, v, biases, window, stored
+        options = self.config.span, self._dropout, self.scale
+        if bias.counted is None:
+            return memory_attention(self.config.backend, *heads, *options)
+        slots = stored.output.size(2)
+        current = bias.counted.of_current(q[:, :, slots:], self.scale)
+        ahead = bias.counted.of_slots(q[:, :, :slots], slice(window.first, slots + 1), self.scale)
+        return counted_memory_attention(self.config.backend, *heads, *options, (current, ahead))

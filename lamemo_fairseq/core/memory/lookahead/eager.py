@@ -26,6 +26,7 @@ def lookahead_attention(
     stored: Attended,
     dropout: float = 0.0,
     scale: Optional[float] = None,
+    added: Optional[Tensor] = None,
 ) -> Attended:
     """Memory slots attend to what came after them and fold it into what they held.
 
@@ -39,12 +40,15 @@ def lookahead_attention(
         stored: the slots' read-outs ``[B, H, m, D]`` and normalisers ``[B, H, m]``, without gradient.
         dropout: probability of dropping an attention weight.
         scale: as for `causal_attention`.
+        added: further scores ``[B, H, m, K]``, scaled already.
 
     Returns:
         The merged read-outs and normalisers.
     """
     slots, keys = q.size(-2), k.size(-2)
     scores = relative_scores(q, k, bias, window.first - window.distances(slots).start, scale)
+    if added is not None:
+        scores = scores + added
     position = window.first + torch.arange(keys, device=q.device)
     if not window.both_sides:
         scores = hide(scores, position <= torch.arange(slots, device=q.device).unsqueeze(1))
@@ -66,6 +70,7 @@ def memory_attention(
     span: Optional[int] = None,
     dropout: float = 0.0,
     scale: Optional[float] = None,
+    added: Tuple[Optional[Tensor], Optional[Tensor]] = (None, None),
 ) -> Attended:
     """Slots look ahead and current tokens attend to everything before them, in one call.
 
@@ -74,6 +79,7 @@ def memory_attention(
         biases: that of the causal attention and that of the look-ahead.
         window, stored: as for `lookahead_attention`.
         span, dropout, scale: as for `causal_attention`.
+        added: further scores of the current tokens and of the slots, as for the two.
 
     Returns:
         Read-outs ``[B, H, R, D]`` and normalisers ``[B, H, R]``, the slots' ones merged.
@@ -82,8 +88,11 @@ def memory_attention(
     causal, ahead = biases
     keys = slice(window.first, slots + 1)
     q_slots, q_current = q.split([slots, q.size(2) - slots], dim=2)
-    refreshed = lookahead_attention(q_slots, k[:, :, keys], v[:, :, keys], ahead, window, stored, dropout, scale)
-    current = causal_attention(q_current, k, v, causal, span, dropout, scale)
+    to_current, to_slots = added
+    refreshed = lookahead_attention(
+        q_slots, k[:, :, keys], v[:, :, keys], ahead, window, stored, dropout, scale, to_slots
+    )
+    current = causal_attention(q_current, k, v, causal, span, dropout, scale, added=to_current)
     return Attended(*(torch.cat(pair, dim=2) for pair in zip(refreshed, current, strict=True)))
 
 
