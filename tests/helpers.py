@@ -18,7 +18,7 @@ from lamemo_fairseq.models.config import MemoryLanguageModelConfig
 from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
 from . import configuration
-from .core.helpers import VARIANTS, enlarge, random_tokens, tiny_options
+from .core.helpers import ENDS, VARIANTS, enlarge, random_tokens, tiny_options
 
 __all__ = ["VARIANTS", "random_tokens"]
 
@@ -47,6 +47,8 @@ def tiny_decoder(variant=VARIANTS[0], words=17, seed=0, dtype=torch.float64, **o
     """A decoder small enough for hundreds of examples, in evaluation mode, without dropout."""
     chosen = tiny_options(variant, {})
     chosen["tokens_per_sample"] = chosen.pop("segment_length")
+    symbols = dictionary_of(words).symbols
+    chosen.update({name: " ".join(symbols[word] for word in chosen[name]) for name in ENDS if name in chosen})
     torch.manual_seed(seed)
     decoder = FairseqMemoryDecoder(MemoryLanguageModelConfig(**{**chosen, **options}), dictionary_of(words))
     enlarge(decoder)

@@ -217,6 +217,9 @@ def test_unknown_names_on_the_command_line(data, tmp_path, option, known):
         train_on(data, tmp_path / "run", option, "nothing")
 
 
+SEGATRON = {"position_encoding": "segatron", "memory": "recurrent"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -236,6 +239,11 @@ def test_unknown_names_on_the_command_line(data, tmp_path, option, known):
         ({"position_encoding": "absolute"}, r"absolute numbers the tokens of one segment.*--memory none"),
         ({"position_encoding": "shaw"}, r"shaw has no distances to the right.*disentangled"),
         ({"memory": "recurrent"}, r"nothing attends to its right: take transformer-xl"),
+        ({**SEGATRON, "sentence_ends": "w1 ."}, r"--sentence-ends: '.' is not in the dictionary of 17 words: pass tok"),
+        ({**SEGATRON, "sentence_ends": "w1", "paragraph_ends": "</p>"}, r"--paragraph-ends: '</p>' is not in the dic"),
+        (SEGATRON, r"none of \. \? ! is in the dictionary of 17 words: pass .* --sentence-ends, or ''"),
+        ({**SEGATRON, "sentence_ends": "", "paragraph_ends": ""}, r"no word ends one: pass --sentence-ends"),
+        ({**SEGATRON, "sentence_ends": "w1", "memory": "compressive"}, r"are not tokens with --memory compressive"),
         ({"memory": "none", "position_encoding": "shaw", "same_length": True}, r"--same-length .*--memory none"),
         ({"adaptive_softmax_cutoff": "10,x"}, r"--adaptive-softmax-cutoff '10,x': pass whole numbers"),
         ({"adaptive_softmax_cutoff": "10,5"}, r"cutoffs \[10, 5\] must increase"),

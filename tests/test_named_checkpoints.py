@@ -77,6 +77,7 @@ def test_the_task_is_the_checkpoints(name, data, checkpoint, tmp_path):
         ("{'lr': 0.1}", r"does not know 'lr'"),
         ("{'preset_tokens_per_sample': 4}", r"did you mean 'tokens_per_sample'"),
         ("{'compression_rate': 4}", r"compression_rate belongs to --memory compressive, .* leave it out"),
+        ("{'sentence_ends': 'w1'}", r"sentence_ends belongs to --position-encoding segatron, .* leave it out"),
         ("{mem_len: 32}", r"is no dictionary of options: write it as \"\{'mem_len': 640\}\""),
         ("mem_len=32", r"is no dictionary of options"),
         ("{'mem_len': 32", r"is no dictionary of options"),

@@ -261,6 +261,7 @@ def test_options_that_depend_on_others_are_told(words, warning, caplog):
         ("lamemo_lm", ["--memory", "infini", "--mem-len", 0], None),
         ("transformer_xl_lm", ["--memory", "lookahead", "--lookahead-window", "full"], None),
         ("lamemo_lm", ["--memory", "recurrent", "--lookahead-window", "full"], "belongs to --memory lookahead"),
+        ("transformer_xl_lm", ["--sentence-ends", "w1"], "it belongs to --position-encoding segatron"),
         ("relative_transformer_lm", ["--mem-len", 5], "--mem-len is ignored: --memory none has no slots"),
     ],
 )

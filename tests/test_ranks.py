@@ -58,7 +58,7 @@ CASES = {
     "roll": ("lamemo_lm", ("--roll",)),
     "update-freq": ("lamemo_lm", ("--update-freq", 3)),
     "transformer-xl": ("transformer_xl_lm", ("--roll",)),
-    "ernie-doc": ("ernie_doc_lm", ("--roll",)),
+    "ernie-doc": ("ernie_doc_lm", ("--roll", "--position-encoding", "segatron", "--sentence-ends", "w1 w9 w20")),
     "compressive": ("compressive_transformer_lm", ("--update-freq", 2)),
     "infinity-former": (
         "infinity_former_lm",

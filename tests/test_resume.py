@@ -22,6 +22,7 @@ TRAIN = [
     "--valid-subset", "valid,valid1",
 ]  # fmt: skip
 CONTINUOUS = ["--num-basis-functions", 8, "--basis-widths", "0.1,0.3", "--memory-samples", 9]
+SEGATRON = ["--position-encoding", "segatron", "--sentence-ends", "w1 w9 w20"]
 KILLS = int(os.environ.get("LAMEMO_KILLS", "6"))
 SEGMENTS = 11  # an epoch, with four streams; the last one is shorter
 TOKENS = 4 * (SEGMENTS * 16 - 3) - 1
@@ -99,7 +100,7 @@ def test_killed_again_and_again(data, whole, tmp_path):
         (["--roll", "--position-encoding", "shaw"], "transformer_xl_lm", 1, 4),
         ([], "relative_transformer_lm", 1, 4),
         (["--mem-len", 10, "--compressed-len", 6], "compressive_transformer_lm", 1, 4),
-        (["--roll"], "ernie_doc_lm", 1, 4),
+        (["--roll", *SEGATRON], "ernie_doc_lm", 1, 4),
         (["--store-len", 30, "--retrieved-rows", 5], "memorizing_transformer_lm", 1, 4),
         (["--roll", "--update-freq", 3], "lamemo_lm", 1, 4),
         (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 1, 4),

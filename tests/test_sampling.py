@@ -278,4 +278,5 @@ def test_the_kernel_is_for_what_it_computes_exactly_enough():
     assert isinstance(step(), KernelStep)
     assert isinstance(step(same_length=True), KernelStep)
     assert step(attention_backend="eager") is step(torch.float64) is None
+    assert step(position_encoding="segatron", memory="recurrent", sentence_ends="w1") is None
     assert step(position_encoding="rotary") is step(position_encoding="absolute", memory="none") is None

@@ -29,7 +29,7 @@ def core_model(checkpoint: Dict[str, Any], dictionary: Dictionary) -> LanguageMo
     if int(weights.pop("dictionary_version", -1)) != int(vocabulary_checksum(dictionary)):
         raise ValueError("the checkpoint was trained with another dictionary: pass its own as --dictionary")
     options = complete(checkpoint["cfg"])["model"]
-    model = LanguageModel(model_config(SimpleNamespace(**options), len(dictionary)))
+    model = LanguageModel(model_config(SimpleNamespace(**options), dictionary))
     model.to(next((weight.dtype for weight in weights.values() if weight.is_floating_point()), torch.float32))
     try:
         model.load_state_dict(weights)

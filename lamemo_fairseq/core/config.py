@@ -3,7 +3,7 @@
 # No postponed annotations: a host reads the types of the fields.
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Dict, List, Mapping, Optional, Type, Union
+from typing import Dict, List, Mapping, Optional, Tuple, Type, Union
 
 from .attention import BACKENDS
 from .fields import Values, option
@@ -62,6 +62,9 @@ class ModelConfig:
     untie_output: bool = option(False, "give the output layer weights of its own instead of the embeddings'")
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass to save memory")
 
+    # Ids of the words that end a sentence, and a paragraph, for positions that count them.
+    sentence_ends: Tuple[int, ...] = ()
+    paragraph_ends: Tuple[int, ...] = ()
     # The chosen memory's own options; None stands for its defaults.
     memory_options: Optional[MemoryOptions] = field(default=None)
 
@@ -74,6 +77,8 @@ class ModelConfig:
                 f"memory_options is a {type(self.memory_options).__name__}, but --memory {self.memory} "
                 f"takes {options.__name__}"
             )
+        for name in ("sentence_ends", "paragraph_ends"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list, from JSON
         self._check_names()
         self._check_sizes()
         self._check_softmax()
@@ -174,11 +179,24 @@ class ModelConfig:
                 "would share the positions of current ones: take another encoding, or --memory none instead of "
                 f"{self.memory}"
             )
+        self._check_words(memory.slots_are_tokens)
         self._check_gradient(memory.carries_gradient)
         self.own_options.check()
         if self.same_length and self.slots == 0:
             raise ValueError(
                 f"--same-length lets every token see --mem-len tokens, but --memory {self.memory} has none"
+            )
+
+    def _check_words(self, slots_are_tokens: bool) -> None:
+        for name in ("sentence_ends", "paragraph_ends"):
+            wrong = [word for word in getattr(self, name) if not 0 <= word < self.vocabulary_size]
+            if wrong:
+                raise ValueError(f"{name} has {wrong[0]}: pass ids of words, from 0 to {self.vocabulary_size - 1}")
+        if POSITIONS[self.position_encoding].reads_words and not slots_are_tokens:
+            known = ", ".join(name for name in MEMORIES.names() if MEMORIES[name].slots_are_tokens)
+            raise ValueError(
+                f"--position-encoding {self.position_encoding} counts the words of memory slots, which are not tokens "
+                f"with --memory {self.memory}: take another encoding, or one of the memories {known}"
             )
 
     def _check_gradient(self, carried: bool) -> None:

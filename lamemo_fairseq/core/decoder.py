@@ -172,6 +172,8 @@ def _positions(config: ModelConfig, memory: Memory[MemoryState, MemoryOptions]) 
             trained_distances=memory.slots + memory.period,
             clamp_len=config.clamp_len,
             dropout=config.dropout,
+            sentence_ends=config.sentence_ends,
+            paragraph_ends=config.paragraph_ends,
         )
     )
 

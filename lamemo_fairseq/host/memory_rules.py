@@ -5,6 +5,7 @@ from typing import Iterator
 
 from ..core.memory import MEMORIES
 from ..core.memory.compressive.compressions import COMPRESSIONS
+from ..core.positions import POSITIONS
 from .option_rules import IGNORED, REFUSED, TRAINING, Rule, Settings, is_one, is_other, rule, with_all
 
 
@@ -37,6 +38,14 @@ def of_memories() -> Iterator[Rule]:
         TRAINING,
         "--position-encoding absolute knows no distances",
         is_one("position_encoding", "absolute"),
+    )
+    counting = [name for name in POSITIONS.names() if POSITIONS[name].reads_words]
+    yield rule(
+        IGNORED,
+        "sentence_ends paragraph_ends",
+        TRAINING,
+        f"it belongs to --position-encoding {', '.join(counting)}",
+        is_other("position_encoding", *counting),
     )
     yield rule(
         IGNORED, "preset_tokens_per_sample", TRAINING, "--tokens-per-sample is given", with_all("tokens_per_sample")

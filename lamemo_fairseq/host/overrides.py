@@ -16,6 +16,7 @@ from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig
 
 from ..core.memory import MEMORIES
+from ..core.positions import POSITIONS
 from .configuration import ENCODERS, check_options
 from .generation_options import check_names
 from .start import not_known
@@ -120,17 +121,18 @@ def override(cfg: DictConfig, given: Mapping[str, Any]) -> None:
 
 
 def _model_options(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> Set[str]:
-    """Return the options that change what the model computes; those of other memories do not."""
+    """Return the options that change what the model computes; those of other memories and positions do not."""
     model = cfg["model"]
     known = _names(MODEL_DATACLASS_REGISTRY[model["_name"]]) - {"preset_tokens_per_sample"}
     memory = given.get("memory", model.get("memory"))
     if memory not in MEMORIES.names():
         return known
-    return known - {name for name, owners in owners_of_options().items() if memory not in owners}
+    chosen = {memory, given.get("position_encoding", model.get("position_encoding"))}
+    return known - {name for name, owners in owners_of_options().items() if not owners & chosen}
 
 
 def owners_of_options() -> Dict[str, Set[str]]:
-    """Return the memories that an option belongs to, by the options' names."""
+    """Return the memories, or position encodings, that an option belongs to, by the options' names."""
     owners: Dict[str, Set[str]] = {}
     for memory in MEMORIES.names():
         for name in _names(MEMORIES[memory].options):
@@ -139,15 +141,17 @@ def owners_of_options() -> Dict[str, Set[str]]:
             owners.setdefault("bptt_segments", set()).add(memory)
         if MEMORIES[memory].has_slots:
             owners.setdefault("mem_len", set()).add(memory)
-    return owners
+    counting = {name for name in POSITIONS.names() if POSITIONS[name].reads_words}
+    return {**owners, "sentence_ends": counting, "paragraph_ends": counting}
 
 
 def _check_known(given: Iterable[str], known: Set[str], where: str) -> None:
     owners = owners_of_options()
     for name in given:
         if name in owners and name not in known:
-            memory = " or ".join(sorted(owners[name]))
-            raise ValueError(f"{where}: {name} belongs to --memory {memory}, and this model has another: leave it out")
+            option = "--memory" if owners[name] <= set(MEMORIES.names()) else "--position-encoding"
+            owner = f"{option} {' or '.join(sorted(owners[name]))}"
+            raise ValueError(f"{where}: {name} belongs to {owner}, and this model has another: leave it out")
     check_names(given, sorted(known), where)
 
 

@@ -22,7 +22,10 @@ from .overrides import owners_of_options
 logger = logging.getLogger(__name__)
 
 # With the same weights, another value of these makes another model.
-_FUNCTION = ("memory", "position_encoding", "lookahead_window", "activation_fn", "decoder_normalize_before")
+_FUNCTION = (
+    "memory", "position_encoding", "lookahead_window", "activation_fn", "decoder_normalize_before", "sentence_ends",
+    "paragraph_ends",
+)  # fmt: skip
 # The weights' names and shapes do not depend on these.
 _WEIGHTLESS = {
     "activation_dropout", "attention_backend", "attention_dropout", "checkpoint_activations", "clamp_len",
@@ -172,13 +175,13 @@ def check_weights(model: Any, weights: Mapping[str, Any], path: str, differences
 def _differences(trainer: Any, state: Dict[str, Any]) -> List[_Difference]:
     """Return the differences between the options of a run and those of a checkpoint, each name once."""
     now, then = _resolved(trainer.cfg), _resolved(complete(state["cfg"]))
-    memories = {cfg["model"]["memory"] for cfg in (now, then)}
+    chosen = {cfg["model"][name] for cfg in (now, then) for name in ("memory", "position_encoding")}
     owners = owners_of_options()
     differences: Dict[str, _Difference] = {}
     for section, told in _TOLD.items():
         mine, theirs = _options(now, section), _options(then, section)
         for name in [n for n in mine if n in theirs and (told is None or n in told)]:
-            concerns = not (name in owners and section == "model" and not owners[name] & memories)
+            concerns = not (name in owners and section == "model" and not owners[name] & chosen)
             if concerns and mine[name] != theirs[name]:
                 shown = _NAMED.get(section, section) if name == "_name" else name
                 differences.setdefault(shown, _Difference(section, shown, mine[name], theirs[name]))

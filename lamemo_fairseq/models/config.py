@@ -3,13 +3,17 @@
 from dataclasses import field, fields, make_dataclass
 from typing import Any, List, Optional, Tuple, Type, TypeVar
 
+from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from ..core.config import ModelConfig
 from ..core.memory import MEMORIES
+from ..core.positions import POSITIONS
 
 Config = TypeVar("Config", bound=FairseqDataclass)
+
+USUAL_ENDS = (".", "?", "!")  # of a sentence
 
 
 def with_defaults(config: Type[Config], name: str, **defaults: Any) -> Type[Config]:
@@ -49,6 +53,28 @@ MemoryLanguageModelConfig: Any = make_dataclass(
                 metadata={"help": "segment length N where --tokens-per-sample does not say (presets set it)"},
             ),
         ),
+        (
+            "sentence_ends",
+            Optional[str],
+            field(
+                default=None,
+                metadata={
+                    "help": "tokens that end a sentence, separated by spaces, for --position-encoding segatron "
+                    "(default: those of . ? ! that are in the dictionary; '' does not count sentences)"
+                },
+            ),
+        ),
+        (
+            "paragraph_ends",
+            str,
+            field(
+                default="</s>",
+                metadata={
+                    "help": "tokens that end a paragraph, and its sentence, separated by spaces, for "
+                    "--position-encoding segatron ('' does not count paragraphs)"
+                },
+            ),
+        ),
         *(field for name in MEMORIES.names() for field in _options(MEMORIES[name].options)),
     ],
     bases=(FairseqDataclass,),
@@ -56,15 +82,15 @@ MemoryLanguageModelConfig: Any = make_dataclass(
 )
 
 
-def model_config(cfg: Any, vocabulary_size: int) -> ModelConfig:
+def model_config(cfg: Any, dictionary: Dictionary) -> ModelConfig:
     """Return the core's configuration of fairseq's options.
 
     Args:
         cfg: a `MemoryLanguageModelConfig`, or the same from a checkpoint.
-        vocabulary_size: words of the dictionary.
+        dictionary: the words.
 
     Raises:
-        ValueError: the options make no sense, or the segment length is not known.
+        ValueError: the options make no sense, the segment length is not known, or a token is not in the dictionary.
     """
     length = cfg.preset_tokens_per_sample if cfg.tokens_per_sample is None else cfg.tokens_per_sample
     if length is None:
@@ -74,8 +100,34 @@ def model_config(cfg: Any, vocabulary_size: int) -> ModelConfig:
     if not memory.carries_gradient:
         # A checkpoint's own option stays where --model-overrides takes another memory.
         chosen["bptt_segments"] = 1
+    if POSITIONS[chosen["position_encoding"]].reads_words:
+        chosen["sentence_ends"] = _sentence_ends(cfg.sentence_ends, dictionary)
+        chosen["paragraph_ends"] = _ids("--paragraph-ends", cfg.paragraph_ends.split(), dictionary)
     own = memory.options
-    return ModelConfig(vocabulary_size, length, **chosen, memory_options=own(**_chosen(cfg, own)))
+    return ModelConfig(len(dictionary), length, **chosen, memory_options=own(**_chosen(cfg, own)))
+
+
+def _sentence_ends(tokens: Optional[str], dictionary: Dictionary) -> List[int]:
+    """Return the ids of tokens that end a sentence; None stands for those of `USUAL_ENDS` that there are."""
+    if tokens is not None:
+        return _ids("--sentence-ends", tokens.split(), dictionary)
+    known = [token for token in USUAL_ENDS if token in dictionary]
+    if not known:
+        raise ValueError(
+            f"none of {' '.join(USUAL_ENDS)} is in the dictionary of {len(dictionary):,} words: pass the tokens that "
+            "end a sentence as --sentence-ends, or '' to count paragraphs alone"
+        )
+    return _ids("--sentence-ends", known, dictionary)
+
+
+def _ids(option: str, tokens: List[str], dictionary: Dictionary) -> List[int]:
+    for token in tokens:
+        if token not in dictionary:
+            raise ValueError(
+                f"{option}: {token!r} is not in the dictionary of {len(dictionary):,} words: pass tokens as dict.txt "
+                "has them, separated by spaces"
+            )
+    return [dictionary.index(token) for token in tokens]
 
 
 def _chosen(cfg: Any, config: Any) -> Any:

@@ -47,7 +47,7 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
     dictionary_version: Tensor
 
     def __init__(self, cfg: Any, dictionary: Dictionary):
-        MemoryDecoder.__init__(self, model_config(cfg, len(dictionary)))
+        MemoryDecoder.__init__(self, model_config(cfg, dictionary))
         self.dictionary = dictionary
         self.onnx_trace = False  # fairseq asks
         FairseqIncrementalDecoder.init_incremental_state(self)

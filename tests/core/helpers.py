@@ -56,6 +56,7 @@ VARIANTS = [
     ("associative", "transformer-xl", "right"),
     ("associative", "alibi", "right"),
     ("associative", "rotary", "right"),
+    ("lookahead", "segatron", "full"),
 ]
 
 # The option that the third part of a variant is for, where it is not the window.
@@ -81,6 +82,8 @@ TINY = {
     "dropout": 0.0,
 }
 
+ENDS = {"sentence_ends": (5, 7), "paragraph_ends": (9,)}  # words that positions count
+
 
 def first_of_each_memory() -> Dict[str, Variant]:
     """Return each registered memory's first variant, by its name."""
@@ -92,7 +95,7 @@ def tiny_options(variant: Variant, options: Dict[str, Any]) -> Dict[str, Any]:
     """Return the options of a tiny model: those of a variant, then *options*."""
     memory, positions, choice = variant
     chosen = {"memory": memory, "position_encoding": positions, CHOICES.get(memory, "lookahead_window"): choice}
-    return {**TINY, **chosen, **options}
+    return {**TINY, **(ENDS if positions == "segatron" else {}), **chosen, **options}
 
 
 def config_of(words: int, **options: Any) -> ModelConfig:

@@ -160,7 +160,8 @@ def hide(state, value):
     for dim, buffer in state.cache.column_buffers():
         column = torch.arange(buffer.size(dim), device=DEVICE) - state.mem_len
         hidden = (column < -slots[:, None]) | (column >= tokens[:, None])
-        buffer.masked_fill_(hidden.view([n if i in (0, dim) else 1 for i, n in enumerate(buffer.shape)]), value)
+        hidden = hidden.view([n if i in (0, dim) else 1 for i, n in enumerate(buffer.shape)])
+        buffer.masked_fill_(hidden, value if buffer.is_floating_point() else 9)  # or any other word
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from . import fake_graphs
 from .helpers import VARIANTS, first_of_each_memory, random_tokens, read_streams, segments_of, tiny_decoder
 
 # One variant of each memory, two of the compressive one; sizes with which every state stops growing.
-MEMORIES = [v for v in VARIANTS if v[:2] == ("lookahead", "disentangled") or (v[0] != "lookahead" and v[1] != "shaw")]
+MEMORIES = [v for v in VARIANTS if v[1] in ("disentangled", "segatron") or (v[0] != "lookahead" and v[1] != "shaw")]
 # In float32 a GPU runs the fused kernels, and a CPU what it runs in float64.
 FIRST = first_of_each_memory().values()
 BY_DTYPE = [

@@ -45,9 +45,9 @@ class TransformerXLPositions(PositionEncoding):
     def _ahead_biases(self) -> tuple[Tensor, Tensor]:
         return self.content_bias, self.position_bias
 
-    def _project(self, sinusoids: Tensor) -> Tensor:
-        """Project sinusoids into heads: ``[U, d] -> [L, H, U, D]``."""
-        projected: Tensor = sinusoids @ self.projection.transpose(1, 2)
+    def _project(self, sinusoids: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Project sinusoids into heads by some *columns* of W_r, which are as many: ``[U, d] -> [L, H, U, D]``."""
+        projected: Tensor = sinusoids @ self.projection[..., columns].transpose(1, 2)
         return projected.view(*projected.shape[:-1], self.config.heads, self.config.head_dim).transpose(1, 2)
 
 
