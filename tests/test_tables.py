@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -258,32 +257,6 @@ def test_a_changed_evaluation_is_done_again_without_training(tiny, monkeypatch):
     assert len(plan.missing(one)) == 5
 
 
-def test_jobs_for_slurm_are_what_is_missing(tiny, capsys):
-    out = tiny.parent / "out"
-    assert run(tiny, "--print-slurm", "--seeds", 1, 2, "--sbatch", "--time 1:00:00", "--set", "cpu=false") == 0
-    made, *lines = capsys.readouterr().out.splitlines()
-    assert made == f"mkdir -p {out}" and len(lines) == 4 and not out.exists()
-    assert all(line.startswith("sbatch --job-name tiny-") and " --gpus-per-node 1 " in line for line in lines)
-    words = shlex.split(lines[-1])
-    assert words[-4:-2] == ["--time", "1:00:00"] and words[-2] == "--wrap" and "--requeue" in words
-    job = runner.parser().parse_args(shlex.split(words[-1])[3:])
-    assert (job.table, job.out, job.only, job.seeds, job.set) == (tiny, out, ["lamemo"], [2], ["cpu=false"])
-
-    held = folder.RunFolder(out / "transformer_xl" / "seed-1")
-    plan = execute.Plan(table.load(tiny), out, {"cpu": False})
-    one = table.Run("transformer_xl", 1)
-    held.claim(plan.identity(one))
-    for evaluation in plan.evaluations(one):
-        folder.write_json(held.evaluated(evaluation.name), {"identity": plan.evaluation_identity(one, evaluation)})
-    folder.write_json(held.trained, {})
-    folder.write_json(held.results, {})
-    assert run(tiny, "--print-slurm", "--set", "cpu=false") == 0
-    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]] == ["tiny-lamemo-1"]
-    assert run(tiny, "--print-slurm", "--scale", 5) == 0
-    (job,) = capsys.readouterr().out.splitlines()[1:]
-    assert "--scale 5" in job and "--gpus-per-node" not in job
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -315,6 +288,9 @@ def test_bad_table_files(text, message, tmp_path):
         (["--as", "yaml"], "--as yaml says how --print prints: pass --print ROW too"),
         (["--print", "lamemo", "--as", "yaml", "--seeds", "1", "2"], "describes one run: pass one of the --seeds 1 2"),
         (["--print", "lamemo", "--as", "shell", "--gpus", "2"], "leave out --gpus"),
+        (["--environment", "v"], "--environment is for the jobs of --print-slurm"),
+        (["--sbatch", "v"], "--sbatch is for the jobs of --print-slurm"),
+        (["--print-slurm", "--environment", "tests"], "--environment tests: it has no bin/activate. Pass the folder"),
         (["--set", "lr=["], "--set lr=[: the value is no YAML"),
         (["--set", "data=/nowhere"], "/nowhere holds no dict.txt"),
         (["--scale", "0"], "positive number of minutes"),

@@ -84,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
     argument_parser.add_argument(
         "--sbatch", metavar="OPTIONS", help='more options for --print-slurm, such as "--time 24:00:00"'
     )
+    argument_parser.add_argument(
+        "--environment",
+        type=Path,
+        metavar="PATH",
+        help="virtual environment, or script, that jobs of --print-slurm activate (default: the active environment)",
+    )
     return argument_parser
 
 
@@ -96,6 +102,9 @@ def act(args: argparse.Namespace) -> int:
         return 0
     if args.form:
         raise table.TableError(f"--as {args.form} says how --print prints: pass --print ROW too")
+    for option in ("sbatch", "environment"):
+        if getattr(args, option) is not None and not args.print_slurm:
+            raise table.TableError(f"--{option} is for the jobs of --print-slurm: pass that too, or leave it out")
     ledger = args.results / "runs.jsonl" if args.results else None
     plan = Plan(
         loaded,
@@ -226,7 +235,10 @@ def visible() -> List[str]:
 
 
 def jobs(plan: Plan, runs: List[table.Run], args: argparse.Namespace) -> List[str]:
-    """A line for SLURM for each run that is missing; a shrunk table is one job, as its rows depend on each other."""
+    """A line for SLURM for each run that is missing; a shrunk table is one job, as its rows depend on each other.
+
+    The data may be absent here. Each job checks them where it runs.
+    """
     shared = [str(args.table), "--out", str(plan.out), *(["--results", str(plan.results)] if plan.results else [])]
     if args.set:
         shared += ["--set", *args.set]
@@ -235,14 +247,21 @@ def jobs(plan: Plan, runs: List[table.Run], args: argparse.Namespace) -> List[st
     log = plan.out / "slurm-%j.log"
     gpus = 0 if plan.on_cpu else plan.gpus
     name = table_name(args.table)
+    environment = commands.activation(args.environment)
     if args.scale is not None:
         chosen = (["--only", *args.only] if args.only else []) + (
             ["--seeds", *map(str, args.seeds)] if args.seeds else []
         )
         side_by_side = ["--jobs", str(args.jobs)] if args.jobs > 1 else []
         whole = [*shared, *chosen, "--scale", f"{args.scale:g}", "--gpus", str(plan.gpus), *side_by_side]
-        return [f"mkdir -p {shlex.quote(str(plan.out))}", commands.slurm(name, whole, gpus, log, args.sbatch)]
-    missing = check(plan, runs)
+        return [
+            f"mkdir -p {shlex.quote(str(plan.out))}",
+            commands.slurm(name, whole, gpus, log, args.sbatch, environment),
+        ]
+    for data in dict.fromkeys(plan.data(run) for run in runs):
+        if not folder.has_dictionary(data):
+            print(f"# {data} is not on this machine: jobs need it where they run, by this path", file=sys.stderr)
+    missing = check(plan, runs, data_elsewhere=True)
     lines = [
         commands.slurm(
             f"{name}-{run.row}-{run.seed}",
@@ -250,6 +269,7 @@ def jobs(plan: Plan, runs: List[table.Run], args: argparse.Namespace) -> List[st
             gpus,
             log,
             args.sbatch,
+            environment,
         )
         for run in missing
     ]

@@ -1,5 +1,6 @@
 """Command lines of fairseq for the runs of a table, as lists, for the shell, and for SLURM."""
 
+import os
 import re
 import shlex
 import sys
@@ -113,9 +114,38 @@ def _options(arguments: Sequence[str]) -> List[str]:
     return quoted
 
 
-def slurm(job: str, arguments: Sequence[str], gpus: int, log: Path, extra: Optional[str]) -> str:
-    """A line for SLURM that runs a part of a table, and once more if the node is lost."""
-    script = f"python -m {__package__} {shlex.join(arguments)}"
+def slurm(
+    job: str, arguments: Sequence[str], gpus: int, log: Path, extra: Optional[str], environment: Optional[Path]
+) -> str:
+    """A line for SLURM that runs a part of a table, and once more if the node is lost.
+
+    The job activates the *environment* first. Without one it starts this Python by its full path.
+    """
+    python = shlex.quote(sys.executable) if environment is None else f". {shlex.quote(str(environment))} && python"
+    script = f"{python} -m {__package__} {shlex.join(arguments)}"
     devices = ["--gpus-per-node", str(gpus)] if gpus else []
     words = ["sbatch", "--job-name", job, "--nodes", "1", *devices, "--requeue", "--output", str(log)]
     return " ".join([shlex.join(words), *([extra] if extra else []), "--wrap", shlex.quote(script)])
+
+
+def activation(environment: Optional[Path]) -> Optional[Path]:
+    """Return the absolute path of the script that activates an environment; None if none is given or active.
+
+    A path that does not exist here may exist where jobs run: a name that ends in ``.sh`` is then a script.
+
+    Raises:
+        TableError: the folder exists and is no virtual environment.
+    """
+    if environment is None:
+        script = Path(sys.prefix, "bin", "activate")
+        return script if sys.prefix != sys.base_prefix and script.exists() else None
+    path = Path(os.path.abspath(environment))
+    if path.is_file() or (path.suffix == ".sh" and not path.is_dir()):
+        return path
+    script = path / "bin" / "activate"
+    if path.exists() and not script.exists():
+        raise TableError(
+            f"--environment {environment}: it has no bin/activate. "
+            "Pass the folder of a virtual environment, or a shell script that activates one"
+        )
+    return script

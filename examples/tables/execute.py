@@ -12,7 +12,17 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 from tqdm import tqdm
 
 from . import commands, logs, process
-from .folder import BusyError, ChangedError, RunFolder, data_identity, differences, read_json, write_json
+from .folder import (
+    BusyError,
+    ChangedError,
+    RunFolder,
+    comparable,
+    data_identity,
+    differences,
+    has_dictionary,
+    read_json,
+    write_json,
+)
 from .kept import Result, run_of
 from .table import Evaluation, Run, Table, evaluations, find, streams
 
@@ -55,12 +65,23 @@ class Plan:
     def folder(self, run: Run) -> RunFolder:
         return RunFolder(self.out / run.row / f"seed-{run.seed}")
 
-    def identity(self, run: Run) -> Dict[str, Any]:
-        """Return all that a run's figures depend on, as JSON. The number of GPUs is no part of it."""
-        options = self.options(run)
-        data = data_identity(str(options.pop("--data", self.table.data)))
-        number = streams(self.table, run.row)
-        return {"row": run.row, "seed": run.seed, "streams": number, "options": options, "data": data}
+    def identity(self, run: Run, data_elsewhere: bool = False) -> Dict[str, Any]:
+        """Return all that a run's figures depend on, as JSON. The number of GPUs is no part of it.
+
+        *data_elsewhere*: leave out data that this machine does not have.
+
+        Raises:
+            FileNotFoundError: there are no such data.
+        """
+        options = {name: value for name, value in self.options(run).items() if name != "--data"}
+        known = {"row": run.row, "seed": run.seed, "streams": streams(self.table, run.row), "options": options}
+        if data_elsewhere and not has_dictionary(self.data(run)):
+            return known
+        return {**known, "data": data_identity(self.data(run))}
+
+    def data(self, run: Run) -> str:
+        """The folder of a run's data."""
+        return str(self.options(run).get("--data", self.table.data))
 
     def options(self, run: Run) -> Dict[str, Any]:
         """The options of a run's training as given to fairseq-train, but for what the runner sets."""
@@ -137,17 +158,21 @@ class Slot:
         return {"CUDA_VISIBLE_DEVICES": ",".join(self.devices[:count])}
 
 
-def check(plan: Plan, runs: Sequence[Run]) -> List[Run]:
+def check(plan: Plan, runs: Sequence[Run], data_elsewhere: bool = False) -> List[Run]:
     """The runs that are not complete, once it is known that none of the folders holds another run.
+
+    *data_elsewhere*: do not compare data that this machine does not have.
 
     Raises:
         ChangedError: one does, or the results that are kept are those of another.
+        FileNotFoundError: there are no data, and they have to be here.
     """
     for run in runs:
-        wanted = plan.identity(run)
+        wanted = plan.identity(run, data_elsewhere)
         plan.folder(run).check(wanted)
-        if run.name in plan.kept and plan.kept[run.name]["run"] != wanted:
-            changed = "; ".join(differences(plan.kept[run.name]["run"], wanted))
+        kept = comparable(plan.kept[run.name]["run"], wanted) if run.name in plan.kept else wanted
+        if kept != wanted:
+            changed = "; ".join(differences(kept, wanted))
             raise ChangedError(
                 f"{plan.results} keeps the results of another {run.name}: {changed}. "
                 "Ask for the same, or keep these in another folder with --results"

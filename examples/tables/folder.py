@@ -83,7 +83,7 @@ class RunFolder:
         Raises:
             ChangedError: it holds another one; with what differs.
         """
-        stored = read_json(self.identity)
+        stored = comparable(read_json(self.identity), wanted)
         saved = self.trained.exists() or any(self.checkpoints.glob("*.pt"))
         if saved and stored is not None and stored != wanted:
             raise ChangedError(
@@ -150,6 +150,13 @@ def _wait_for(descriptor: int, message: str) -> None:
         time.sleep(0.1)
 
 
+def comparable(stored: Any, wanted: Dict[str, Any]) -> Any:
+    """Return a stored identity without the data if *wanted*, made where the data are not, has none."""
+    if isinstance(stored, dict) and "data" not in wanted:
+        return {key: value for key, value in stored.items() if key != "data"}
+    return stored
+
+
 def differences(stored: Any, wanted: Any, name: str = "") -> List[str]:
     """Return the differences between two values read from JSON, in words."""
     if isinstance(stored, dict) and isinstance(wanted, dict):
@@ -167,6 +174,11 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else str(value)
 
 
+def has_dictionary(data: str) -> bool:
+    """Tell if a folder of binarized data is here."""
+    return Path(data, "dict.txt").exists()
+
+
 def data_identity(data: str) -> Dict[str, Any]:
     """Return the identity of a binarized corpus: its dictionary, and the size of its splits.
 
@@ -174,7 +186,7 @@ def data_identity(data: str) -> Dict[str, Any]:
         FileNotFoundError: there is no such corpus.
     """
     folder = Path(data)
-    if not (folder / "dict.txt").exists():
+    if not has_dictionary(data):
         raise FileNotFoundError(f"{folder} holds no dict.txt: prepare the data first, as the README of the table says")
     words = hashlib.sha256((folder / "dict.txt").read_bytes()).hexdigest()[:16]
     return {"dictionary": words, **{f"size of {p.name}": p.stat().st_size for p in sorted(folder.glob("*.bin"))}}
