@@ -2,14 +2,19 @@
 
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from fairseq import options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import MODEL_DATACLASS_REGISTRY
 from fairseq.registry import REGISTRIES
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 
+from lamemo_fairseq.core.names import option_name
 from lamemo_fairseq.host import start
 from lamemo_fairseq.host.option_page import render
 from lamemo_fairseq.host.option_rules import EVAL_LM, GENERATE, INTERACTIVE, REFUSED, TRAIN, VALIDATE
@@ -57,7 +62,21 @@ def always(rule):
 
 
 def test_the_page_is_that_of_the_table():
-    assert (ROOT / "docs" / "options.md").read_text() == render()
+    text = (ROOT / "docs" / "options.md").read_text()
+    assert text == render(), "python -m lamemo_fairseq.host.option_page > docs/options.md"
+
+
+def test_the_page_has_our_options_with_their_defaults():
+    """Those of fairseq-train, where none is passed."""
+    config = convert_namespace_to_omegaconf(read(TRAIN)[1])
+    shown = dict(
+        re.findall(r"^\| `(--[\w-]+)` \| `?([^`|]*?)`? \| ", render().split("## Defaults by")[0], re.MULTILINE)
+    )
+    classes = MODEL_DATACLASS_REGISTRY["lamemo_lm"], TASK_DATACLASS_REGISTRY[TASK[3]]
+    ours = {f.name for known in classes for f in fields(known) if not str(f.default).startswith("${")}
+    parsed = {option_name(name): {**config.task, **config.model}[name] for name in ours - {"_name", "data"}}
+    names = {name: "off" if value is False else str(value) for name, value in parsed.items()}
+    assert shown == {name: "none" if value in ("", "None") else value for name, value in names.items()}
 
 
 @pytest.mark.parametrize("command", PARSERS)

@@ -1,4 +1,4 @@
-"""The page of options that do not apply to streams.
+"""The page of options: this package's own with their defaults, and those of fairseq that do not apply to streams.
 
 ``python -m lamemo_fairseq.host.option_page > docs/options.md`` writes it.
 """
@@ -6,15 +6,16 @@
 from typing import Tuple
 
 from ..core.names import option_name
+from .option_defaults import render_defaults
 from .option_rules import COMMANDS, EVALUATION, HYDRA, IGNORED, NOTED, REFUSED, TRAINING
 from .option_table import all_rules
 
 
 def render() -> str:
     """Return the table in Markdown."""
-    sections = [_HEAD]
+    sections = [_HEAD, render_defaults(), _REST]
     for effect, heading in _HEADINGS.items():
-        sections.append(f"## {heading}\n\n| option | command | reason, and what to do |\n|---|---|---|")
+        sections.append(f"### {heading}\n\n| option | command | reason, and what to do |\n|---|---|---|")
         for rule in all_rules():
             if rule.effect == effect:
                 options = ", ".join(f"`{option_name(option)}`" for option in rule.options)
@@ -36,18 +37,25 @@ _HEADINGS = {
     NOTED: "Used with a warning",
 }
 
-_HEAD = """# Options that do not apply to streams
+_HEAD = """# Options
 
-fairseq's commands list the options of all its models. With `--task segment_language_modeling` an option works, is
-refused in one line that says what to do, or is ignored with a warning. This page has those that do not simply work;
-`tests/test_options.py` asks for every option of every command. `training` is `fairseq-train` and `fairseq-hydra-train`,
-`evaluation` the other four commands. A refused option may be given with its default value. In a YAML an option counts
-as given if it differs from its default.
+This page has two parts: the options of this package with their defaults, and the options of fairseq that do not simply
+work with them. All other options are fairseq's own, and do what `fairseq-train --help` says. `preprocess`, `score`,
+`analysis`, `convert_checkpoint` and `examples.tables` list theirs with `--help`.
 
-`python -m lamemo_fairseq.host.option_page > docs/options.md` writes this page.
+`python -m lamemo_fairseq.host.option_page > docs/options.md` writes this page, and a test compares it with the code.
 """
 
-_TAIL = """## Out of reach
+_REST = """## Options of fairseq that do not apply to streams
+
+fairseq's commands list the options of all its models. With `--task segment_language_modeling` an option works, is
+refused in one line that says what to do, or is ignored with a warning. The tables below have those that do not simply
+work; `tests/test_options.py` asks for every option of every command. `training` is `fairseq-train` and
+`fairseq-hydra-train`, `evaluation` the other four commands. A refused option may be given with its default value. In a
+YAML an option counts as given if it differs from its default.
+"""
+
+_TAIL = """### Out of reach
 
 - Without `--user-dir`, or with a folder that is not there, none of this code is loaded. fairseq then lists the tasks
   that it knows (`invalid choice: 'segment_language_modeling'`), or names the folder.
