@@ -1,6 +1,7 @@
 """The benchmarks run; what they measure is not looked at."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
     [
         ("training.py quickstart --device cpu --steps 3 --paths lamemo-eager", "| quickstart | lamemo-eager |"),
         (  # no efficiency where one rank has not been measured
-            "scaling.py quickstart --device cpu --steps 4 --paths lamemo-eager --worlds 2 --backends legacy_ddp",
+            "scaling.py quickstart --device cpu --steps 4 --paths lamemo-eager --worlds 2 --backends legacy_ddp "
+            "--options '--batch-size 2 --num-workers 0'",
             " |  |  |",
         ),
         ("attention.py --shape 2,2,8,16,16 --device cpu", "| PyTorch's, bias written out | "),
@@ -25,7 +27,7 @@ FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
     ],
 )
 def test_a_benchmark_prints_its_figures(command, row):
-    script, *options = command.split()
+    script, *options = shlex.split(command)
     done = subprocess.run(
         [sys.executable, FOLDER / script, *options],
         capture_output=True,

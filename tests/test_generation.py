@@ -11,7 +11,7 @@ from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.generation import PromptDataset, PromptGenerator, StreamingScorer
 from lamemo_fairseq.models.language_models import MemoryLanguageModel
 
-from .core.helpers import whole_segments
+from .core.helpers import first_of_each_memory, whole_segments
 from .helpers import VARIANTS, dictionary_of, random_tokens, tiny_decoder
 
 EOS = 2
@@ -86,7 +86,7 @@ def test_beams_may_be_reordered_at_every_step(variant):
     decoder = tiny_decoder(variant, tokens_per_sample=4, mem_len=6)
     generator = torch.Generator().manual_seed(0)
     tokens, incremental = random_tokens(5, 1), {}
-    for rows in [5] * 15 + [3] * 10 + [1] * 5:
+    for rows in [5] * 9 + [3] * 6 + [1] * 4:  # the memory is full after eight
         scores, _ = decoder(tokens, incremental_state=incremental)
         torch.testing.assert_close(
             scores[:, -1], decoder.output_layer(whole_segments(decoder, tokens))[:, -1], rtol=0, atol=1e-9
@@ -96,8 +96,11 @@ def test_beams_may_be_reordered_at_every_step(variant):
         tokens = torch.cat([tokens[order], torch.randint(4, 17, (rows, 1), generator=generator)], dim=1)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
-@pytest.mark.parametrize("adaptive", [False, True], ids=["full", "adaptive"])
+@pytest.mark.parametrize(
+    ("variant", "adaptive"),
+    [*((variant, False) for variant in VARIANTS), *((variant, True) for variant in first_of_each_memory().values())],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "adaptive" if value else "full",
+)
 def test_scores_of_hypotheses_are_those_of_their_texts(variant, adaptive):
     options = {"adaptive_softmax_cutoff": "6,11"} if adaptive else {}
     model = model_of(variant, **options)

@@ -11,14 +11,17 @@ from .helpers import USER_DIR, write_data
 SCRIPT = """
 import hashlib, json, logging, os, shutil, sys
 from pathlib import Path
-import torch
+import torch, torch._dynamo
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import train
 
-data, folder, *user_dir = sys.argv[1:]
-sys.argv[1:] = user_dir
 torch.set_num_threads(1)
+data, *folders, package = sys.argv[1:]
+# Two processes, which share what they import before they part.
+forked = os.fork()
+folder, user_dir = (folders[0], ["--user-dir", package]) if forked else (folders[1], [])
+sys.argv[1:] = user_dir
 MODEL = f"{data} --task language_modeling --arch transformer_lm --decoder-layers 1 --decoder-embed-dim 8 --cpu " \\
     "--decoder-attention-heads 2 --decoder-ffn-embed-dim 8 --tokens-per-sample 8 --batch-size 4 --num-workers 0 " \\
     "--clip-norm 0.1 --max-update 8 --disable-validation --log-format json --log-interval 1 --lr 0.01 " \\
@@ -70,22 +73,21 @@ resume("bf16", "--optimizer adam", bf16=True)
 run("memory-efficient-bf16", "--optimizer adam", bf16=True, memory_efficient_bf16=True)
 run("memory-efficient-fp16", "--optimizer adam --memory-efficient-fp16 --fp16-init-scale 1")
 run("nag", "--optimizer nag --store-ema")
-print("FOUND", json.dumps(found))
+Path(folder, "found.json").write_text(json.dumps(found))
+if forked:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]))
+assert "lamemo_fairseq" not in sys.modules
 """
 
 
 @pytest.fixture(scope="module")
 def with_and_without(tmp_path_factory):
     data = write_data(tmp_path_factory.mktemp("data"), train=300, valid=60)
-    found = []
-    for arguments in (["--user-dir", USER_DIR], []):
-        folder = tmp_path_factory.mktemp("runs")
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, data, folder, *arguments], capture_output=True, text=True, cwd=folder
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-        found.append(json.loads(done.stdout.split("FOUND", 1)[1]))
-    return found
+    folders = [tmp_path_factory.mktemp(name) for name in ("with", "without")]
+    command = [sys.executable, "-c", SCRIPT, data, *folders, USER_DIR]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folders[0])
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return [json.loads((folder / "found.json").read_text()) for folder in folders]
 
 
 def test_training_is_the_same_to_the_last_bit(with_and_without):

@@ -76,7 +76,8 @@ def steps(decoder, rows, count):
 def test_steps_by_the_kernels_are_the_plain_ones(variant, rows, options):
     sizes = {"mem_len": LONGEST, "segment_length": 20, "decoder_embed_dim": 12, **options}
     decoder = tiny_decoder(variant, dtype=torch.float32, **sizes).to(DEVICE)
-    found, expected = steps(decoder, rows, 4)
+    # The first row alone comes to the end of its segment in the fourth step, others before.
+    found, expected = steps(decoder, rows, 4 if rows == 1 else 3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -89,10 +90,10 @@ def test_every_memory_has_the_kernels_step(memory, choice):
     positions = MEMORIES[memory].architecture.defaults.get("position_encoding", "disentangled")
     sizes = {"mem_len": 1, "segment_length": 4, "decoder_embed_dim": 12}
     decoder = tiny_decoder((memory, positions, choice), dtype=torch.float32, **sizes).to(DEVICE)
-    prompts, words = random_tokens(2, 9).to(DEVICE), random_tokens(2, 4, seed=5).to(DEVICE)
+    prompts, words = random_tokens(2, 10).to(DEVICE), random_tokens(2, 3, seed=5).to(DEVICE)
     plain, kernel = DecodingState(decoder, 2), DecodingState(decoder, 2)
     for state in (plain, kernel):
-        state.read(prompts, [9, 6])
+        state.read(prompts, [10, 7])
     step, ones = kernel_step(kernel), [1, 1]
     assert step is not None
     for new in words.split(1, dim=1):
