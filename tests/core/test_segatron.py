@@ -185,10 +185,9 @@ def test_a_part_that_is_left_out(ends, parts):
     np.testing.assert_allclose(whole_segments(decoder, words)[0], expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_gradients_of_chosen_scores(seed):
+def test_gradients_of_chosen_scores():
     """Distances to both sides; pairs outside of the table are masked, as they are in attention."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     counts = torch.randint(2, (2, 2, 6), generator=generator).cumsum(2)
     queries, keys = counts[:, :, 2:] + 2, counts
     entries = queries.unsqueeze(3) - keys.unsqueeze(2)
