@@ -81,12 +81,12 @@ def test_generates_the_most_probable_words(variant):
     model, prompts, lengths = tiny_decoder(variant), random_tokens(2, 8), [8, 5]
     generated = model.generate([prompts[row, :length] for row, length in enumerate(lengths)], 7, temperature=0)
     for row, length in enumerate(lengths):
-        text = prompts[row : row + 1, :length]
-        for word, log_prob in zip(generated.words[row], generated.log_probs[row], strict=True):
-            expected = model.log_probs(whole_segments(model, text))[0, -1]
-            assert expected.argmax() == word
-            torch.testing.assert_close(log_prob, expected[word], rtol=0, atol=1e-9)
-            text = torch.cat([text, word.view(1, 1)], dim=1)
+        words = generated.words[row]
+        text = torch.cat([prompts[row, :length], words]).unsqueeze(0)
+        expected = model.log_probs(whole_segments(model, text))[0, length - 1 : -1]
+        assert len(words) == 7 and torch.equal(words, expected.argmax(-1))
+        log_probs = expected.gather(1, words.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(generated.log_probs[row], log_probs, rtol=0, atol=1e-9)
 
 
 @every_memory
