@@ -16,6 +16,8 @@ from tests import helpers, processes  # noqa: E402, F401
 # most frequent commands are composed but for values.
 _ARGUMENTS = ["data", *map(str, helpers.TASK), "--optimizer", "adam", "--lr", "0.1", "--max-update", "1"]
 for arch in ("lamemo_lm", "transformer_xl_lm"):
-    for schedule in ("fixed", "inverse_sqrt"):
-        chosen = [*_ARGUMENTS, "--arch", arch, "--lr-scheduler", schedule, "--warmup-updates", "1"]
+    for schedule in ("fixed", "inverse_sqrt", "cosine"):
+        chosen = [*_ARGUMENTS, "--arch", arch, "--lr-scheduler", schedule, "--warmup-updates", "0"]
         convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), chosen))
+_EVALUATION = ["data", *map(str, helpers.TASK), "--path", "none"]
+convert_namespace_to_omegaconf(options.get_eval_lm_parser().parse_known_args(_EVALUATION)[0])
