@@ -1,0 +1,68 @@
+"""The code in docs/extending.md registers what works as the shipped ones do."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamemo_fairseq.core import LanguageModel
+from lamemo_fairseq.core.attention import BACKENDS, causal_attention
+from lamemo_fairseq.core.memory import MEMORIES
+from lamemo_fairseq.core.positions import POSITIONS
+
+from .helpers import config_of, random_tokens, tiny_options
+
+PAGE = (Path(__file__).parents[2] / "docs/extending.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """The page's names, which other tests must not find."""
+    registries = [registry._entries for registry in (POSITIONS, MEMORIES, BACKENDS)] + [
+        causal_attention._implementations
+    ]
+    before = [entries.copy() for entries in registries]
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.S):
+        exec(compile(block, "docs/extending.md", "exec", dont_inherit=True), {"__name__": "page"})
+    assert [set(now) - set(then) for now, then in zip(registries, before, strict=True)] == [
+        *({"linear"}, {"last-inputs"}, {"double"}, {"double"})
+    ]
+    yield
+    for entries, former in zip(registries, before, strict=True):
+        entries.clear()
+        entries.update(former)
+
+
+def results(variant, **options):
+    """The losses of three segments, their gradients, and what a greedy continuation says."""
+    torch.manual_seed(0)
+    model = LanguageModel(config_of(17, **tiny_options(variant, options))).double()
+    tokens, state, losses = random_tokens(2, 10), None, []
+    for start in range(0, 9, 3):
+        features, state, _ = model(tokens[:, start : start + 3], state)
+        losses.append(model.loss(features, tokens[:, start + 1 : start + 4]))
+    torch.stack(losses).sum().backward()
+    words, log_probs = model.eval().generate(list(tokens), 7, temperature=0)
+    return [*losses, *log_probs, *(p.grad for p in model.parameters() if p.grad is not None)], words
+
+
+@pytest.mark.parametrize(
+    ("mine", "shipped"),
+    [
+        ((("recurrent", "linear", "right"), {}), (("recurrent", "alibi", "right"), {})),
+        ((("lookahead", "linear", "full"), {}), (("lookahead", "alibi", "full"), {})),
+        ((("last-inputs", "transformer-xl", "right"), {}), (("recurrent", "transformer-xl", "right"), {})),
+        (
+            (("recurrent", "transformer-xl", "right"), {"attention_backend": "double"}),
+            (("recurrent", "transformer-xl", "right"), {}),
+        ),
+    ],
+    ids=["positions", "positions to the right", "memory", "backend"],
+)
+def test_the_page_adds_what_the_package_has(mine, shipped):
+    found, words = results(mine[0], **mine[1])
+    expected, same = results(shipped[0], **shipped[1])
+    assert len(found) == len(expected) and [w.tolist() for w in words] == [w.tolist() for w in same]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
