@@ -126,7 +126,7 @@ def test_means_by_distance_slot_and_age():
 
 @pytest.mark.parametrize("slots", [0, 3])
 def test_by_distance_attention_adds_up_to_more_than_one(slots):
-    """Far keys are those of a few queries: what the README says of the sums. By slot it is the share of the memory."""
+    """Far keys are those of a few queries: what its page says of the sums. By slot it is the share of the memory."""
     weights = torch.rand(1, 2, 4, slots + 4).tril(slots)
     near = weights.triu()  # no query attends farther than the memory is long
     for given, more in ((weights, True), (near, False)):

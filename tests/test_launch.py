@@ -1,4 +1,4 @@
-"""The launch lines of the README do what it says: those for CPUs are run as they stand there."""
+"""The launch lines of docs/several_machines.md do what it says: those for CPUs are run as they stand there."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from .helpers import noise, write_data
 from .processes import output_of, train_in_processes
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "several_machines.md").read_text()
 OPTIONS = (
     "--user-dir lamemo_fairseq --task segment_language_modeling --arch lamemo_lm --decoder-layers 2 "
     "--decoder-embed-dim 16 --decoder-attention-heads 2 --decoder-ffn-embed-dim 32 --tokens-per-sample 16 "
@@ -31,8 +31,8 @@ def data(tmp_path_factory):
 
 
 def line_of(start: str) -> str:
-    """The line of the README that begins so."""
-    (line,) = re.findall(rf"^{re.escape(start)}.*$", README, flags=re.MULTILINE)
+    """The line of the page that begins so."""
+    (line,) = re.findall(rf"^{re.escape(start)}.*$", PAGE, flags=re.MULTILINE)
     return line
 
 

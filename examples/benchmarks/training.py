@@ -27,7 +27,7 @@ from typing import Any
 
 from steps import profiled
 
-# As the README recommends for training: memory that came free is then of use for tensors of any size.
+# As docs/speed.md recommends for training: memory that came free is then of use for tensors of any size.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))

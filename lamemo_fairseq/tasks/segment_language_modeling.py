@@ -79,7 +79,7 @@ class SegmentLanguageModelingTask(PromptTask):
             raise ValueError(
                 f"torchrun has started {launched_ranks()} processes, of which fairseq takes each for a job of its own: "
                 "pass --distributed-world-size with the number of ranks, or on CPUs in a YAML the options "
-                "that the README gives"
+                "that docs/several_machines.md has"
             )
         if not cfg.data:
             raise ValueError("no data: pass the folder that fairseq-preprocess wrote")
