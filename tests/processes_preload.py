@@ -19,5 +19,3 @@ for arch in ("lamemo_lm", "transformer_xl_lm"):
     for schedule in ("fixed", "inverse_sqrt", "cosine"):
         chosen = [*_ARGUMENTS, "--arch", arch, "--lr-scheduler", schedule, "--warmup-updates", "0"]
         convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), chosen))
-_EVALUATION = ["data", *map(str, helpers.TASK), "--path", "none"]
-convert_namespace_to_omegaconf(options.get_eval_lm_parser().parse_known_args(_EVALUATION)[0])
