@@ -16,13 +16,13 @@ from ...attention.eager import softmax_and_normalizer
 from ...attention.padding import as_wide
 from ...kernels.padded import WideRows
 from ...layers import AttentionConfig, SelfAttention
+from ...layers.heads import unit
 from ...positions import LayerBias
 from ..base import no_contribution
 from .options import DENSE, TOP_K, MemorizingOptions
 from .search import in_blocks, nearest
 
 NO_POSITIONS = LayerBias(RelativeBias(), None)
-SMALLEST_SQUARE = 1e-6  # of a length, as in the authors' code
 
 
 class Store(NamedTuple):
@@ -42,12 +42,6 @@ def appended(stored: Tensor, new: Tensor, size: int) -> Tensor:
     left = min(stored.size(2), max(0, size - new.size(2)))
     rows = (stored[:, :, stored.size(2) - left :], new[:, :, max(0, new.size(2) - size) :])
     return torch.cat(rows, dim=2)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Return heads ``[B, H, R, D or D']`` of length 1, in float32 or wider."""
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    return exact * (exact.square().sum(-1, keepdim=True) + SMALLEST_SQUARE).rsqrt()
 
 
 class StoreSelfAttention(SelfAttention):
