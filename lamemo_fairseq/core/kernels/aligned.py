@@ -42,3 +42,8 @@ def through(layer: nn.Module, x: Tensor, width: int) -> WideRows:
     if is_plain(layer, nn.Linear):
         return wide_linear(x, layer.weight, layer.bias)
     return WideRows(layer(narrowed(x, width)))
+
+
+def mapped(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Pass ``x [.., d]`` through a linear layer as `through` does, without padding: ``[.., e]``."""
+    return narrowed(through(layer, x, layer.in_features), layer.out_features)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import aligned
-from ...kernels.padded import narrowed
 
 EPSILON = 1e-5  # as in the authors' code
 _ROLLS = (1, 2, 3)
@@ -38,7 +37,7 @@ class Association(nn.Module):
 
         An empty memory leaves the rows as they are, to the last bit.
         """
-        features = dpfp(_through(self.query, rows))
+        features = dpfp(aligned.mapped(self.query, rows))
         with torch.autocast(rows.device.type, enabled=False):
             read_out = _recalled(features, past) / _overlap(features, past)
         return rows + read_out.to(rows.dtype)
@@ -52,9 +51,9 @@ class Association(nn.Module):
         Args:
             past: None before the first segment, whose keys are all new.
         """
-        features = dpfp(_through(self.key, rows))
+        features = dpfp(aligned.mapped(self.key, rows))
         values = aligned.linear(rows, self.value).to(features.dtype)
-        strength = _through(self.gate, rows).to(features.dtype).sigmoid()
+        strength = aligned.mapped(self.gate, rows).to(features.dtype).sigmoid()
         with torch.autocast(rows.device.type, enabled=False):
             if past is None:
                 return Associations(features.transpose(1, 2) @ (strength * values), features.sum(1))
@@ -86,7 +85,3 @@ def _recalled(features: Tensor, past: Associations) -> Tensor:
 def _overlap(features: Tensor, past: Associations) -> Tensor:
     """Return ``z . phi + 1e-5`` of ``features [B, R, F]``: ``[B, R, 1]``."""
     return features @ past.normalizer.unsqueeze(-1) + EPSILON
-
-
-def _through(layer: nn.Linear, rows: Tensor) -> Tensor:
-    return narrowed(aligned.through(layer, rows, layer.in_features), layer.out_features)
