@@ -31,8 +31,8 @@ def launches(dtype: str) -> dict:
     from lamemo_fairseq.core.kernels import row_kernels
 
     found = {}
-    sinusoids = {"CONTENT": True, "POSITION": True, "TABLE": True, "SCORE": False}
-    penalty = {"CONTENT": False, "POSITION": False, "TABLE": False, "SCORE": True}
+    sinusoids = {"CONTENT": True, "POSITION": True, "TABLE": True, "SCORE": False, "NEAREST": 0}
+    penalty = {"CONTENT": False, "POSITION": False, "TABLE": False, "SCORE": True, "NEAREST": 1}
     for splits, size, parts in ((1, HEAD, sinusoids), (16, HEAD, sinusoids), (1, 1024, sinusoids), (16, HEAD, penalty)):
         columns = attention_kernel.columns_at_a_time(size, 4 if dtype == "fp32" else 2)
         blocks = {"BLOCK_D": size, "BLOCK_C": columns, "STAGES": attention_kernel.STAGES}

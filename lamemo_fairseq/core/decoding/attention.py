@@ -29,21 +29,30 @@ class Columns:
         query: ``[B, k]`` the new tokens' own columns. Those of padding may lie beyond the cache.
         oldest: ``[B]`` each sequence's first column.
         last: the cache's last column, C - 1.
-        span: how many keys a token sees at most, itself included (None: all).
+        span: how many keys a token sees at most (None: all).
         at: the first token's column, where the host knows it to be the same in every sequence, and *first* to be
             the oldest.
+        nearest: the smallest distance of a key that a token sees; 1 hides a token from itself.
     """
 
     # [P, B, k] of the new tokens and [P, B, K] of the columns looked at; None if nothing is counted in the text.
     counts: Optional[Tuple[Tensor, Tensor]] = None
 
     def __init__(
-        self, first: int, end: int, query: Tensor, oldest: Tensor, last: int, span: Optional[int], at: Optional[int]
+        self,
+        first: int,
+        end: int,
+        query: Tensor,
+        oldest: Tensor,
+        last: int,
+        span: Optional[int],
+        at: Optional[int],
+        nearest: int = 0,
     ):
         self.first, self.end, self.query, self.oldest, self.last = first, end, query, oldest, last
-        self.span, self.at = span, at
+        self.span, self.at, self.nearest = span, at, nearest
         if at is not None and span is not None and query.size(1) == 1:
-            self.first = max(first, at + 1 - span)
+            self.first = max(first, at + 1 - span - nearest)
 
     @cached_property
     def own(self) -> Tensor:
@@ -53,7 +62,7 @@ class Columns:
     @cached_property
     def pairs(self) -> Optional[Pairs]:
         """The pairs; None if every token sees every column, in the order of the table."""
-        if self.at is not None and self.query.size(1) == 1:
+        if self.at is not None and self.query.size(1) == 1 and self.nearest == 0:
             return None
         alike = slice(0, 1 if self.at is not None else None)
         # Padding beyond the columns looked at sees the last of them: seeing no column, it would write NaN.
@@ -61,9 +70,9 @@ class Columns:
         width = self.end - self.first
         column = torch.arange(self.first, self.end, device=query.device)
         distance = query.unsqueeze(-1) - column
-        hidden = (distance < 0) | (column < oldest[:, None, None])
+        hidden = (distance < self.nearest) | (column < oldest[:, None, None])
         if self.span is not None:
-            hidden = hidden | (distance >= self.span)
+            hidden = hidden | (distance >= self.nearest + self.span)
         entry = (width - 1 - distance).clamp(0, width - 1)
         return Pairs(entry.unsqueeze(1), hidden.unsqueeze(1))
 
@@ -102,6 +111,8 @@ def cached_attention(
 ) -> Attended:
     """Let every new token attend to the columns from its sequence's oldest slot up to its own.
 
+    A token that sees no column, which one with `Columns.nearest` above 0 may, reads zeros.
+
     Args:
         q: ``[B, H, k, D]``.
         keys, values: ``[B, H, C, D]``; what lies outside a sequence's own columns is ignored.
@@ -130,6 +141,8 @@ def cached_attention(
     if columns.pairs is not None:
         scores = scores.view(batch, heads, *scores.shape[1:]).masked_fill(columns.pairs.hidden, -math.inf).flatten(0, 1)
     weights = scores.softmax(-1)
+    if columns.nearest > 0 and columns.pairs is not None:
+        weights = weights.view(batch, heads, *weights.shape[1:]).masked_fill(columns.pairs.hidden, 0).flatten(0, 1)
     output = torch.bmm(weights.to(values.dtype), columns.of(values).flatten(0, 1)).view(q.shape)
     if not need_normalizer:
         return Attended(output, scores.new_empty(0))

@@ -33,12 +33,12 @@ def cached_attention_kernel(
     heads, columns, mem_len, span, s_sequence, s_head, s_distance, s_score,
     scale: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr, RECORD: tl.constexpr, CONTENT: tl.constexpr, POSITION: tl.constexpr, TABLE: tl.constexpr,
-    SCORE: tl.constexpr,
+    SCORE: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
     bh, split = tl.program_id(0), tl.program_id(1)
     b, h = bh // heads, bh % heads
     column = mem_len + tl.load(p_tokens + b).to(tl.int32)
-    oldest = tl.maximum(mem_len - tl.load(p_slots + b).to(tl.int32), column + 1 - span)
+    oldest = tl.maximum(mem_len - tl.load(p_slots + b).to(tl.int32), column + 1 - NEAREST - span)
     d = tl.arange(0, BLOCK_D)
     in_head = d < D
     p_new = p_qkv + b * s_sequence + h * D + d
@@ -116,10 +116,14 @@ def cached_attention_kernel(
             total = tl.sum(sums * shrink_of, axis=0)
             b_out = tl.sum(accs * shrink_of[:, None], axis=0)
             tl.store(p_arrived + bh, 0)
-        joint = tl.maximum(top, own)
-        before, weight_own = tl.exp(top - joint), tl.exp(own - joint)
-        total = total * before + weight_own
-        b_out = (b_out * before + weight_own * b_v_new.to(tl.float32)) / total
+        joint = top
+        if NEAREST == 0:
+            joint = tl.maximum(top, own)
+            before, weight_own = tl.exp(top - joint), tl.exp(own - joint)
+            total = total * before + weight_own
+            b_out = (b_out * before + weight_own * b_v_new.to(tl.float32)) / total
+        else:  # zeros if there is no column
+            b_out = b_out / tl.where(total > 0, total, 1.0)
         tl.store(p_out + bh * D + d, b_out.to(p_out.dtype.element_ty), mask=in_head)
         mine = base + column
         tl.store(p_k + mine * D + d, b_k_new, mask=in_head)
@@ -170,8 +174,11 @@ def cached_attention(
     workspace: Workspace,
     attended: Optional[Attended] = None,
     span: Optional[int] = None,
+    nearest: int = 0,
 ) -> Tensor:
     """Let each sequence's new token attend to its slots, its tokens and itself, and write it into the cache.
+
+    A token that sees no column, which one with *nearest* 1 may, reads zeros.
 
     Args:
         qkv: ``[B, 3 H D]``, the token's query, key and value.
@@ -181,7 +188,8 @@ def cached_attention(
         mem_len: M.
         workspace: for keys of this shape.
         attended: buffers ``[B, H, C, D]`` and ``[B, H, C]`` that the read-out and its normaliser are written into too.
-        span: how many keys a token sees at most, itself included (None: all).
+        span: how many keys a token sees at most (None: all).
+        nearest: the smallest distance of a key that a token sees, 0 or 1; 1 hides a token from itself.
 
     Returns:
         The read-out ``[B, H D]``.
@@ -205,5 +213,6 @@ def cached_attention(
         BLOCK_C=columns_at_a_time(workspace.acc.size(1), keys.element_size()), STAGES=STAGES,
         RECORD=attended is not None, CONTENT=content is not None,
         POSITION=position is not None and table is not None, TABLE=table is not None, SCORE=score is not None,
+        NEAREST=nearest,
     )  # fmt: skip
     return out

@@ -62,6 +62,7 @@ class LayerCache:
 
     keeps_inputs: ClassVar[bool] = False  # whether `store_inputs` does something
     changes_inputs: ClassVar[bool] = False  # whether `enter` does something
+    joins_heads: ClassVar[bool] = False  # whether `join` does something
 
     @classmethod
     def zeros(cls, memory: CachedMemory, batch_size: int, like: Tensor) -> Tuple[Tensor, Tensor]:
@@ -97,6 +98,16 @@ class LayerCache:
             attended: of slots and tokens; its normaliser is empty unless there are buffers for it in `attended`.
         """
         return attended.output
+
+    def join(self, attention: SelfAttention, rows: Tensor, heads: Tensor) -> Tensor:
+        """Return the heads of `combine` with more heads, if the output projection takes more.
+
+        Args:
+            attention: the layer's.
+            rows: ``[B, k, d]``, the attention's input.
+            heads: ``[B, H, k, D]``.
+        """
+        return heads
 
 
 @dataclass

@@ -53,7 +53,8 @@ class DecodingState:
             for layer, bias in zip(self.layers, biases, strict=True)
         ]
         self.layer_step: LayerStep = layer_step
-        self.span = self.layers[0].self_attn.config.span
+        # The same in all layers, as columns are.
+        self.span, self.nearest = self.layers[0].self_attn.span, self.layers[0].self_attn.nearest
 
     def read(self, tokens: Tensor, counts: Optional[Sequence[int]] = None) -> Tensor:
         """Read ``tokens [B, k]``, of sequence b the first ``counts[b]`` (None: all).
@@ -141,7 +142,7 @@ class DecodingState:
         if new > 1:
             query = query + torch.arange(new, device=query.device)
         last = self.mem_len + self.length - 1
-        return Columns(first, end, query, self.mem_len - self.cache.slots, last, self.span, at)
+        return Columns(first, end, query, self.mem_len - self.cache.slots, last, self.span, at, self.nearest)
 
     def reorder(self, order: Tensor) -> None:
         """Let sequence i go on from sequence ``order[i]``."""
@@ -154,12 +155,13 @@ class DecodingState:
         """
         self.cache.copy_(other.cache)
         for mine, new in zip(map(_tables, self.biases), map(_tables, other.biases), strict=True):
-            copy_all(mine, new)
+            changed = [pair for pair in zip(mine, new, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
+            copy_all([tensor for tensor, _ in changed], [fresh for _, fresh in changed])  # others are parameters
 
 
 def _tables(bias: LayerBias) -> List[Tensor]:
-    """Return the tensors of a layer's positions that are computed from parameters."""
-    tables = [bias.causal.table, bias.causal.score, None if bias.counted is None else bias.counted.past]
+    """Return the tensors of a layer's positions, of which some are computed from parameters."""
+    tables = [*bias.causal, None if bias.counted is None else bias.counted.past]
     return [table for table in tables if table is not None]
 
 
@@ -189,6 +191,7 @@ def layer_step(layer: DecoderLayer, x: Tensor, cached: LayerCache, columns: Colu
         if past is not None:
             columns.write(past.output, attended.output, 2)
             columns.write(past.normalizer, attended.normalizer, 2)
-        return attention.merge_heads(cached.combine(attention, q, attended)), None
+        heads = cached.combine(attention, q, attended)
+        return attention.merge_heads(cached.join(attention, normed, heads)), None
 
     return layer.around(x, attend)[0]

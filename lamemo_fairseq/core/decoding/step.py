@@ -119,12 +119,16 @@ class KernelStep:
         """Run one layer. Its final norm is returned unapplied; the next layer's first product applies it."""
         feed_forward, pre_norm = layer.feed_forward, layer.config.normalize_before
         first, second = layer.self_attn_layer_norm, layer.final_layer_norm
-        if cached.keeps_inputs or cached.changes_inputs:
+        if cached.keeps_inputs or cached.changes_inputs or cached.joins_heads:
             entering = cached.enter(layer.self_attn, self._normalized(rows, norm).unsqueeze(1))
             cached.store_inputs(entering, columns)
             rows, norm = entering.squeeze(1), None
         qkv = self._map(rows, layer.self_attn.qkv_proj.weight, norm=first if pre_norm else norm)
         heads = self._heads(layer, cached, bias.causal, columns, qkv)
+        if cached.joins_heads:
+            normed = self._normalized(rows, first if pre_norm else norm).unsqueeze(1)
+            by_head = heads.unflatten(1, (layer.self_attn.config.heads, 1, -1))
+            heads = cached.join(layer.self_attn, normed, by_head).squeeze(2).flatten(1)
         x = self._map(heads, layer.self_attn.out_proj.weight, residual=rows, residual_norm=norm)
         relu = layer.config.activation_fn == "relu"
         into, out = feed_forward.fc1, feed_forward.fc2
@@ -152,7 +156,8 @@ class KernelStep:
             state.mem_len,
             self._workspace,
             past,
-            config.span,
+            state.span,
+            state.nearest,
         )
         if type(cached).combine is LayerCache.combine:
             return read_out

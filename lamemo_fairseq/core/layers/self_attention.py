@@ -6,7 +6,7 @@ d model width.
 
 import math
 from dataclasses import dataclass
-from typing import Optional
+from typing import ClassVar, Optional
 
 from torch import Tensor, nn
 
@@ -35,6 +35,8 @@ class AttentionConfig:
 
 class SelfAttention(nn.Module):
     """Base of a layer's attention: projections around a backend. A subclass defines `forward`, whatever it takes."""
+
+    nearest: ClassVar[int] = 0  # the smallest distance of a key that a query sees; 1 hides a token from itself
 
     def __init__(self, config: AttentionConfig):
         super().__init__()
@@ -88,7 +90,7 @@ class SelfAttention(nn.Module):
         """Attend causally with unrotated heads ``[B, H, Q or R, D or D']``, by the backend that the options name."""
         q, k = bias.rotate(q, k)
         heads = q, k, v, bias_for(q, bias.causal)
-        options = self.config.span, self._dropout, self.scale, need_normalizer
+        options = self.span, self._dropout, self.scale, need_normalizer
         if bias.counted is None:
             return causal_attention(self.config.backend, *heads, *options)
         return counted_attention(self.config.backend, *heads, *options, bias.counted.of_current(q, self.scale))
@@ -102,6 +104,11 @@ class SelfAttention(nn.Module):
         if heads.size(-1) > size:
             weight = wide_heads(weight, size, dim=1)
         return aligned.wide_linear(heads.transpose(1, 2).flatten(2), weight)
+
+    @property
+    def span(self) -> Optional[int]:
+        """The number of keys that a query sees at most (None: all)."""
+        return self.config.span
 
     @property
     def scale(self) -> float:
