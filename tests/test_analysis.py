@@ -72,8 +72,8 @@ def test_weights_read_out_what_attention_reads_out():
     backend, heard = recording._RECORDING, Heard()
     backend.listener, backend.layer = heard, 7
     try:
-        for span in (None, 3):
-            output = causal_attention("recording", q, k, v, bias, span).output
+        for span, nearest in ((None, 0), (3, 0), (3, 1)):
+            output = causal_attention("recording", q, k, v, bias, span, nearest=nearest).output
             layer, weights = heard.weights[-1]
             assert layer == 7 and torch.allclose(weights @ v, output, rtol=0, atol=1e-12)
     finally:

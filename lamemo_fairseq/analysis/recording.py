@@ -1,6 +1,7 @@
 """An attention backend that shows its weights to a listener. Only the analysis registers and selects it.
 
 Its output is that of `eager`. The weights are what `eager` reads out of one-hot values: no formula stands twice.
+Attention that is not causal, such as that to states, is not shown.
 
 Shapes: B streams, H heads, Q queries, K keys, m memory slots.
 """
@@ -44,10 +45,11 @@ class Recording:
         dropout: float = 0.0,
         scale: Optional[float] = None,
         need_normalizer: bool = True,
+        nearest: int = 0,
         added: Optional[Tensor] = None,
     ) -> Attended:
-        self._tell_causal(q, k, bias, span, scale, added)
-        return eager.causal_attention(q, k, v, bias, span, dropout, scale, need_normalizer, added)
+        self._tell_causal(q, k, bias, span, scale, nearest, added)
+        return eager.causal_attention(q, k, v, bias, span, dropout, scale, need_normalizer, nearest, added)
 
     def memory_attention(
         self,
@@ -66,7 +68,7 @@ class Recording:
         causal, ahead = biases
         keys = k[:, :, window.first : slots + 1]
         self._tell_lookahead(q[:, :, :slots], keys, ahead, window, stored, scale, added[1])
-        self._tell_causal(q[:, :, slots:], k, causal, span, scale, added[0])
+        self._tell_causal(q[:, :, slots:], k, causal, span, scale, 0, added[0])
         return lookahead.memory_attention(q, k, v, biases, window, stored, span, dropout, scale, added)
 
     def _tell_causal(
@@ -76,10 +78,11 @@ class Recording:
         bias: RelativeBias,
         span: Optional[int],
         scale: Optional[float],
+        nearest: int,
         added: Optional[Tensor],
     ) -> None:
         if self.listener is not None:
-            read = eager.causal_attention(q, k, _one_hot(k), bias, span, 0.0, scale, False, added)
+            read = eager.causal_attention(q, k, _one_hot(k), bias, span, 0.0, scale, False, nearest, added)
             self.listener.causal(self.layer, read.output)
 
     def _tell_lookahead(
@@ -108,7 +111,7 @@ def _one_hot(k: Tensor) -> Tensor:
 
 
 _RECORDING = Recording()
-BACKENDS.register("recording")(lambda operation, q: "recording")
+BACKENDS.register("recording")(lambda operation, q: "recording" if operation.has("recording") else "eager")
 for _operation in (causal_attention, counted_attention):
     _operation.register("recording", _RECORDING.causal_attention)
 for _look_ahead in (memory_attention, counted_memory_attention):

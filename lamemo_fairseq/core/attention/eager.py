@@ -89,6 +89,7 @@ def causal_scores(
     bias: RelativeBias,
     span: Optional[int] = None,
     scale: Optional[float] = None,
+    nearest: int = 0,
     added: Optional[Tensor] = None,
 ) -> Tensor:
     """Return the scores ``[B, H, Q, K]`` of `causal_attention`, minus infinity for keys that are not seen."""
@@ -96,11 +97,12 @@ def causal_scores(
     scores = relative_scores(q, k, bias, queries - 1, scale)
     if added is not None:
         scores = scores + added
-    if queries == 1 and span is None:
+    if queries == 1 and span is None and nearest == 0:
         return scores
     query = torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
     distance = query - torch.arange(keys, device=q.device)
-    return hide(scores, (distance < 0) if span is None else (distance < 0) | (distance >= span))
+    hidden = distance < nearest
+    return hide(scores, hidden if span is None else hidden | (distance >= nearest + span))
 
 
 def causal_attention(
@@ -112,6 +114,7 @@ def causal_attention(
     dropout: float = 0.0,
     scale: Optional[float] = None,
     need_normalizer: bool = True,
+    nearest: int = 0,
     added: Optional[Tensor] = None,
 ) -> Attended:
     """Let every query attend to all keys up to its own position.
@@ -120,16 +123,17 @@ def causal_attention(
         q: ``[B, H, Q, D]``, the last Q positions.
         k, v: ``[B, H, K, D]``, K >= Q positions.
         bias: its table holds the distances ``K-1 .. 0``, in this order.
-        span: how many keys a query sees at most, itself included (None: all).
+        span: how many keys a query sees at most (None: all).
         dropout: probability of dropping an attention weight.
         scale: of the scores; None is ``1 / sqrt(D)``, and heads that are wider by zeros keep that of their own D.
         need_normalizer: False saves computing it, and the result's is empty.
+        nearest: the smallest distance of a key that a query sees; 1 hides a query's own. Each query must see a key.
         added: further scores ``[B, H, Q, K]``, scaled already.
 
     Returns:
         The read-out, and the normaliser without a gradient.
     """
-    scores = causal_scores(q, k, bias, span, scale, added)
+    scores = causal_scores(q, k, bias, span, scale, nearest, added)
     weights, normalizer = (
         softmax_and_normalizer(scores) if need_normalizer else (scores.softmax(-1), scores.new_empty(0))
     )

@@ -92,8 +92,9 @@ class SelfAttention(nn.Module):
         heads = q, k, v, bias_for(q, bias.causal)
         options = self.span, self._dropout, self.scale, need_normalizer
         if bias.counted is None:
-            return causal_attention(self.config.backend, *heads, *options)
-        return counted_attention(self.config.backend, *heads, *options, bias.counted.of_current(q, self.scale))
+            return causal_attention(self.config.backend, *heads, *options, nearest=self.nearest)
+        added = bias.counted.of_current(q, self.scale)
+        return counted_attention(self.config.backend, *heads, *options, nearest=self.nearest, added=added)
 
     def merge_heads(self, heads: Tensor) -> WideRows:
         """Map heads ``[B, H, Q, D or D'] -> [B, Q, d]`` by the output projection."""

@@ -39,17 +39,22 @@ def causal_attention(
     dropout: float = 0.0,
     scale: Optional[float] = None,
     need_normalizer: bool = True,
+    nearest: int = 0,
 ) -> Attended:
     """Attend as `eager.causal_attention`; without any bias, PyTorch's kernel serves."""
-    if all(given is None for given in bias) and q.size(2) == k.size(2) and span is None and not need_normalizer:
+    plain = all(given is None for given in bias) and q.size(2) == k.size(2) and span is None and nearest == 0
+    if plain and not need_normalizer:
         output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
         return Attended(output, q.new_empty(0, dtype=torch.float32))
-    band = causal_band(slice(0, q.size(2)), q.size(2), k.size(2), bias, span)
+    band = causal_band(slice(0, q.size(2)), q.size(2), k.size(2), bias, span, nearest)
     return attend(q, k, v, [band], dropout, scale)
 
 
-def causal_band(positions: slice, queries: int, keys: int, bias: RelativeBias, span: Optional[int]) -> BandedAttention:
+def causal_band(
+    positions: slice, queries: int, keys: int, bias: RelativeBias, span: Optional[int], nearest: int = 0
+) -> BandedAttention:
     """Return the causal attention of the queries at *positions*, the last *queries* of *keys* positions."""
     past = keys - queries  # of query 0
-    band = Band(-UNBOUNDED if span is None else past - span + 1, past, queries - 1)
+    last = past - nearest
+    band = Band(-UNBOUNDED if span is None else last - span + 1, last, queries - 1)
     return BandedAttention(positions, slice(0, keys), band, bias)
