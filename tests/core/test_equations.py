@@ -25,7 +25,9 @@ def normal(*shape, seed=0):
 
 
 def encoding_of(name, clamp_len=0):
-    config = PositionConfig(1, WIDTH, H, D, looks_ahead=name != "shaw", trained_distances=TRAINED, clamp_len=clamp_len)
+    config = PositionConfig(
+        1, WIDTH, H, D, looks_ahead=name not in ("shaw", "t5"), trained_distances=TRAINED, clamp_len=clamp_len
+    )
     encoding = POSITIONS[name](config).double()
     for seed, parameter in enumerate(encoding.parameters()):
         parameter.data = normal(*parameter.shape, seed=seed)
@@ -66,15 +68,15 @@ def assert_close(actual, expected):
         torch.testing.assert_close(getattr(actual, part), getattr(expected, part), rtol=0, atol=1e-12)
 
 
-def assert_causal_attention(encoding, parts, queries, keys, span=None):
+def assert_causal_attention(encoding, parts, queries, keys, span=None, nearest=0):
     q, k, v = normal(B, H, queries, D), normal(B, H, keys, D, seed=1), normal(B, H, keys, D, seed=2)
 
     def seen(i, j):
         distance = keys - queries + i - j
-        return parts(distance) if 0 <= distance < (span or keys) else None
+        return parts(distance) if nearest <= distance < nearest + (span or keys) else None
 
     bias = encoding(keys, None, q)[0].causal
-    assert_close(eager.causal_attention(q, k, v, bias, span), attend(q, k, v, seen))
+    assert_close(eager.causal_attention(q, k, v, bias, span, nearest=nearest), attend(q, k, v, seen))
 
 
 @sinusoidal
@@ -102,6 +104,21 @@ def test_current_tokens_attend_by_learned_distances(queries, keys, clamp):
         return encoding.content_bias[0], torch.zeros(H, D), embedding, score
 
     assert_causal_attention(encoding, parts, queries, keys)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "clamp", "nearest"), [(1, 1, 0, 0), (3, 20, 0, 1), (1, 140, 0, 1), (2, 40, 18, 0)]
+)
+def test_current_tokens_attend_by_biases_that_far_distances_share(queries, keys, clamp, nearest):
+    """The first 16 distances have one each. Each of the other 16 begins ``8 ** (1 / 16)`` times as far away."""
+    encoding, zeros = encoding_of("t5", clamp), torch.zeros(H, D, dtype=torch.float64)
+    begins = [*range(16), *(16 * 8 ** (n / 16) for n in range(16))]
+
+    def parts(distance):
+        which = sum(begin <= min(distance, clamp or keys) for begin in begins) - 1
+        return zeros, zeros, zeros, encoding.bias[0, :, which] * math.sqrt(D)
+
+    assert_causal_attention(encoding, parts, queries, keys, nearest=nearest)
 
 
 def test_absolute_positions_count_down_to_the_last_token():

@@ -1,0 +1,51 @@
+"""Learned biases by distance (Raffel et al. 2020, arXiv 1910.10683, section 2.1): far distances share one.
+
+Shapes: L layers, H heads, U distances.
+"""
+
+import math
+from typing import List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import RelativeBias
+from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding
+
+BUCKETS, FARTHEST = 32, 128  # biases a head, and the distance from which on there is one
+EXACT = BUCKETS // 2  # distances with a bias of their own
+
+
+@POSITIONS.register("t5")
+class T5Positions(PositionEncoding):
+    """``softmax(q . k / sqrt(D) + b_l[bucket(i - j)])``, where b is learned for each layer l and head.
+
+    T5 has one table for all layers. Here each layer has its own, as in Block-Recurrent Transformers. No distance is to
+    the right, so that memory which attends there is refused.
+    """
+
+    def __init__(self, config: PositionConfig):
+        super().__init__(config)
+        if config.looks_ahead:
+            raise ValueError(
+                "--position-encoding t5 has no distances to the right, which look-ahead memory and memory tokens need: "
+                "take disentangled or transformer-xl, or --memory recurrent"
+            )
+        self.bias = nn.Parameter(torch.empty(config.layers, config.heads, BUCKETS))
+        nn.init.normal_(self.bias, std=BUCKETS**-0.5)
+
+    def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
+        distances = torch.arange(causal - 1, -1, -1, device=like.device)
+        # A backend divides scores by sqrt(D), and the paper does not divide the bias.
+        scores = self.bias[..., bucket(self._clamp(distances))] * math.sqrt(self.config.head_dim)
+        return [LayerBias(RelativeBias(score=score), None) for score in scores]
+
+
+def bucket(distances: Tensor) -> Tensor:
+    """Return the index of the bias of each distance ``[U]``, all at least 0.
+
+    The first `EXACT` distances have a bias each, those up to `FARTHEST` share the others evenly by their logarithm.
+    """
+    above = (distances.clamp(min=EXACT) / EXACT).log() / math.log(FARTHEST / EXACT)
+    shared = EXACT + (above * (BUCKETS - EXACT)).to(distances.dtype)
+    return torch.where(distances < EXACT, distances, shared.clamp(max=BUCKETS - 1))
