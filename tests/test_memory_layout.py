@@ -38,6 +38,14 @@ def test_a_saved_memory_depends_on_the_number_of_tokens_and_of_cached_rows():
     assert state.tokens.shape == (2, 5, 8) and {t.shape for t in state.hidden} == {(2, 0, 8)}
 
 
+def test_a_saved_memory_depends_on_the_number_of_states_and_on_their_layers():
+    decoder = tiny_decoder(("block-recurrent", "t5", "lstm"), recurrent_layers="2,1")
+    expected = {"--memory": "block-recurrent", "--mem-len": 4, "--recurrent-states": 3, "--recurrent-layers": "2,1"}
+    assert decoder.streams.options == expected
+    _, state, _ = decoder.read_segment(random_tokens(2, 3), None)
+    assert {t.shape for t in state.states} == {(2, 3, 8)} and len(state.states) == 2
+
+
 def test_a_saved_matrix_depends_on_the_width_of_its_keys():
     """The tokens are weights, and may be others; matrices come back from what a checkpoint holds, in float32."""
     decoder = tiny_decoder(("associative", "transformer-xl", "right"), associative_dim=5, dtype=torch.float16)

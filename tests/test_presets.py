@@ -52,6 +52,14 @@ def test_memories_have_as_many_slots_as_the_released_models(memory, preset, rele
             {},
             151_106_305 + 16 * 410 + 16 * (410 * (2 * 96 + 410 + 1) + 1),
         ),
+        # For sinusoids, 32 biases a head; its scale. One layer has two more maps, a scale, and a cell: first states and
+        # identities, six maps' worth and two scales, three vectors.
+        (
+            "block_recurrent_transformer_lm_wt103",
+            WIKITEXT_WORDS,
+            {},
+            151_106_305 - (2 + 16 * 410) * 410 + 16 * 10 * (32 + 1) + 8 * 410 * 410 + 3 * 10 + (2 * 150 + 3) * 410,
+        ),
         ("transformer_xl_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436),
         ("ernie_doc_lm_enwik8", ENWIK8_SYMBOLS, {}, 41_055_436),
         # A scale for each head of one layer, and a gate.

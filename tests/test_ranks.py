@@ -69,6 +69,7 @@ CASES = {
     "infini": ("infini_attention_lm", ("--bptt-segments", 2, "--roll", "--mem-len", 0)),
     "memorizing": ("memorizing_transformer_lm", ("--store-len", 30, "--retrieved-rows", 5)),
     "associative": ("associative_recurrent_memory_transformer_lm", ("--mem-len", 4)),
+    "block-recurrent": ("block_recurrent_transformer_lm", ("--recurrent-states", 5, "--roll")),
 }
 ON_FOUR = ("update-freq", "infinity-former")  # sums of several batches, and of several losses; others are sums of one
 

@@ -113,6 +113,7 @@ def test_killed_again_and_again(data, whole, tmp_path):
             4,
         ),
         (["--roll", "--mem-len", 4], "associative_recurrent_memory_transformer_lm", 1, 4),
+        (["--roll", "--recurrent-states", 5, "--state-gate", "lstm"], "block_recurrent_transformer_lm", 1, 4),
         ([*CONTINUOUS, "--checkpoint-activations"], "infinity_former_lm", 1, 4),
         (["--update-freq", 2, "--documents", "recorded", "--roll"], "transformer_xl_lm", 2, 2),
         (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 3, 1),

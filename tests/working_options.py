@@ -90,6 +90,7 @@ _work([TRAIN], "test_infini.py", "memory_update_rule")
 _work([TRAIN], "test_memorizing.py", "store_len store_layer retrieval retrieved_rows")
 _work([TRAIN], "test_sentence_ends.py", "sentence_ends paragraph_ends")
 _work([TRAIN], "test_associative.py", "associative_tokens associative_dim")
+_work([TRAIN], "test_block_recurrent.py", "recurrent_states recurrent_layers state_gate")
 
 # Evaluation
 _work([EVAL_LM, VALIDATE, *GENERATION], "test_commands.py", "path model_overrides")

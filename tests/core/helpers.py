@@ -57,10 +57,18 @@ VARIANTS = [
     ("associative", "alibi", "right"),
     ("associative", "rotary", "right"),
     ("lookahead", "segatron", "full"),
+    ("block-recurrent", "t5", "fixed"),
+    ("block-recurrent", "transformer-xl", "lstm"),
+    ("block-recurrent", "rotary", "fixed"),
 ]
 
 # The option that the third part of a variant is for, where it is not the window.
-CHOICES = {"compressive": "compression", "infini": "memory_update_rule", "memorizing": "retrieval"}
+CHOICES = {
+    "compressive": "compression",
+    "infini": "memory_update_rule",
+    "memorizing": "retrieval",
+    "block-recurrent": "state_gate",
+}
 
 # Sizes of a model small enough for hundreds of examples. Every memory's own options are among them.
 TINY = {
@@ -74,6 +82,7 @@ TINY = {
     "store_len": 7,
     "associative_tokens": 3,
     "associative_dim": 16,
+    "recurrent_states": 3,
     "segment_length": 3,
     "decoder_layers": 2,
     "decoder_embed_dim": 8,

@@ -14,7 +14,7 @@ class Paper:
     def __init__(self, decoder, pre_norm=False, farthest=None):
         self.pre_norm, self.farthest = pre_norm, farthest
         self.w = {name: p.detach().numpy() for name, p in decoder.named_parameters()}
-        self.layers, self.heads = len(decoder.layers), len(self.w["positions.content_bias"])
+        self.layers, self.heads = len(decoder.layers), decoder.config.decoder_attention_heads
 
     def embedding(self, words):
         table = self.w["embed_tokens.tables.0.weight"]
@@ -62,8 +62,11 @@ class Paper:
                 scores = np.array([self.score(layer, h, i, j, q[i, h], k[j, h]) for j in keys])
                 weights = np.exp(scores - scores.max())
                 attended[i - first, h] = weights @ v[keys, h] / weights.sum()
-        attended = self.mixed(layer, q, k, v, attended)
-        rows = rows + attended.reshape(current, -1) @ self.w[f"layers.{layer}.self_attn.out_proj.weight"].T
+        return self.after(layer, rows, self.mixed(layer, q, k, v, attended))
+
+    def after(self, layer, rows, attended):
+        """What a layer makes of its rows ``[n, d]`` and the heads ``attended [n, H, D]``."""
+        rows = rows + attended.reshape(len(rows), -1) @ self.w[f"layers.{layer}.self_attn.out_proj.weight"].T
         if self.pre_norm:
             return rows + self.feed_forward(layer, self.norm(layer, "final_layer_norm", rows))
         rows = self.norm(layer, "self_attn_layer_norm", rows)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"
 )
 CHOICES_OF = {"compressive": ["most-used"], "infini": ["delta"], "memorizing": ["top-k", "dense"]}
+CHOICES_OF["block-recurrent"] = ["fixed"]
 LOOKAHEAD, RECURRENT = ("lookahead", "disentangled", "right"), ("recurrent", "transformer-xl", "right")
 LONGEST = 70  # memory
 LENGTHS = [17, 79, 38, 58, 3]  # in segments of 20, after 0, 60, 20, 40 and 0 slots

@@ -24,7 +24,7 @@ OPTIONS = [
 ]
 # What float32 could do otherwise does not depend on most options.
 CASES = [*((options, torch.float64) for options in OPTIONS), *((options, torch.float32) for options in OPTIONS[:3])]
-WITHOUT_SPAN = ("none", "token", "infini", "associative")  # they refuse --same-length
+WITHOUT_SPAN = ("none", "token", "infini", "associative", "block-recurrent")  # they refuse --same-length
 FED_BACK = ("token", "enhanced", "associative")  # their own output is the next segment's input
 
 

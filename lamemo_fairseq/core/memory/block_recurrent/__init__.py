@@ -1,0 +1,141 @@
+"""Block-Recurrent Transformers (Hutchins et al. 2022, arXiv 2203.07852): states of a layer, updated by windows.
+
+All layers attend within a sliding window: a token sees the M tokens before it, whose keys and values are kept. One
+layer has S states as well. The tokens of a window read the states of before it. Then the states read themselves and all
+tokens of the window and of the M rows before it, without a mask, and a gate makes the next states. A text begins with
+learned states.
+
+Windows are segments: with ``bptt_segments`` k, the tokens of an update are k windows. Gradient flows through states,
+keys and values from one to the next, and stops at the update's end.
+
+examples/block_recurrent_transformer_lm/README.md says where this differs from the paper and from public code.
+
+Shapes: B streams, N tokens of an update of k windows, n <= N / k tokens of a window, m <= M tokens before it, S states,
+H heads, D size of a head, d model width.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar, List, Optional, Sequence, Tuple, Type, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...decoding.cache import AnyCache
+from ...layers import DecoderLayer, SelfAttention
+from ...positions import Positions
+from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, no_contribution
+from .attention import KeyValues, RecurrentSelfAttention, WindowSelfAttention
+from .cache import BlockRecurrentCache
+from .cell import RecurrentCell
+from .options import BlockRecurrentOptions
+
+logger = logging.getLogger(__name__)
+
+# Two windows an update, so that writing is trained; a state for each token of a window, as in the paper.
+_CHARACTERS = {"bptt_segments": 2, "preset_tokens_per_sample": 1024, "recurrent_states": 512}
+
+
+@dataclass(frozen=True)
+class BlockRecurrentState(MemoryState):
+    """Keys and values of the last tokens, and the states of recurrent layers, of which there are none at first."""
+
+    keys: Tuple[Tensor, ...]  # a layer: [B, H, m, D], of length 1
+    values: Tuple[Tensor, ...]  # a layer: [B, H, m, D]
+    states: Tuple[Tensor, ...]  # a recurrent layer: [B, S or 0, d], float32 or wider
+
+
+@MEMORIES.register("block-recurrent")
+class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
+    """A sliding window in all layers, and states in some.
+
+    With ``bptt_segments`` 1, only later updates read what a window has written, as a constant. Writing is then not
+    trained.
+    """
+
+    architecture: ClassVar[Architecture] = Architecture(
+        name="block_recurrent_transformer_lm",
+        class_name="BlockRecurrentTransformerLanguageModel",
+        summary="Block-Recurrent Transformer: states of a layer, updated window by window (Hutchins et al. 2022).",
+        defaults={"position_encoding": "t5", "bptt_segments": 2},
+        presets={
+            "wt103": {"bptt_segments": 2, "preset_tokens_per_sample": 300, "recurrent_states": 150},
+            "enwik8": _CHARACTERS,
+            "text8": _CHARACTERS,
+        },
+    )
+    options: ClassVar[Type[BlockRecurrentOptions]] = BlockRecurrentOptions
+    state: ClassVar[Type[MemoryState]] = BlockRecurrentState
+    cache: ClassVar[Type[AnyCache]] = BlockRecurrentCache
+    layout: ClassVar[Tuple[str, ...]] = ("recurrent_states", "recurrent_layers")
+    carries_gradient: ClassVar[bool] = True
+
+    def __init__(self, config: MemoryConfig[BlockRecurrentOptions]):
+        super().__init__(config)
+        self.recurrent = config.options.layers_of(config.layers)
+        self.cells = nn.ModuleList(RecurrentCell(config) for _ in self.recurrent)
+        self._told = False
+
+    def attention_of(self, layer: int) -> Type[SelfAttention]:
+        return RecurrentSelfAttention if layer in self.recurrent else WindowSelfAttention
+
+    def reset_parameters(self) -> None:
+        for cell in self.cells:
+            cast(RecurrentCell, cell).reset_parameters()
+
+    def cell(self, layer: int) -> Optional[RecurrentCell]:
+        """Return the cell of a layer, counted from 0; None unless it is recurrent."""
+        return cast(RecurrentCell, self.cells[self.recurrent.index(layer)]) if layer in self.recurrent else None
+
+    def initial_state(self, x: Tensor) -> BlockRecurrentState:
+        config, batch = self.config, x.size(0)
+        nothing = (x.new_empty(batch, config.heads, 0, config.head_dim),) * config.layers
+        no_states = x.new_empty(batch, 0, x.size(2), dtype=torch.promote_types(x.dtype, torch.float32))
+        return BlockRecurrentState(nothing, nothing, (no_states,) * len(self.cells))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: BlockRecurrentState,
+        layers: Sequence[DecoderLayer],
+        positions: Positions,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        passage = super().forward(x, state, layers, positions, lengths)
+        if not self.training:
+            return passage
+        self._tell()
+        # First states are read where a text begins, and what the last window writes not before the next update.
+        return passage._replace(features=passage.features + no_contribution(self.cells.parameters()))
+
+    def pass_segment(
+        self,
+        x: Tensor,
+        state: BlockRecurrentState,
+        layers: Sequence[DecoderLayer],
+        positions: Positions,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        """Read a window ``x [B, n, d]`` and the states of before it, and write the states that the next one reads."""
+        biases = positions(state.keys[0].size(2) + x.size(1), None, x)
+        windows: List[KeyValues] = []
+        written: List[Tensor] = []
+        for n, (layer, bias, keys, values) in enumerate(zip(layers, biases, state.keys, state.values, strict=True)):
+            cell, past = self.cell(n), KeyValues(keys, values)
+            if cell is None:
+                x, seen = layer(x, bias, past)
+            else:
+                before = cell.begin(state.states[len(written)])
+                heads = cell.project(before, x)
+                x, seen = layer(x, bias, past, heads.key_values)
+                written.append(cell.update(before, heads, seen, layer.self_attn.config.backend))
+            windows.append(seen.last(self.config.mem_len, self.config.head_dim))
+        last_keys, last_values = zip(*windows, strict=True)
+        return Passage(x, BlockRecurrentState(last_keys, last_values, tuple(written)))
+
+    def _tell(self) -> None:
+        if self.config.bptt_segments == 1 and not self._told:
+            logger.warning(
+                "--bptt-segments 1 trains nothing that --memory block-recurrent writes into its states: pass 2 or more"
+            )
+            self._told = True
