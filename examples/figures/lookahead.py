@@ -27,11 +27,13 @@ def draw(path: str) -> None:
     for slot in range(SLOTS):
         for key in range(slot + 1, SLOTS + 1):
             arc(axes, slot, key, above=False, color=AHEAD)
-    axes.text(3.5, 2.75, "causal attention: tokens look back", color="#5d626b", fontsize=11, ha="center")
-    axes.text(1.6, -1.75, "look-ahead attention: slots look forward,", color=AHEAD, fontsize=11, ha="center")
+    axes.set_title("One segment of LaMemo: who attends to whom", fontsize=12)
+    axes.text(3.5, 2.45, "causal attention: current tokens $x$ look back", color="#5d626b", fontsize=11, ha="center")
+    axes.text(1.6, -1.75, "look-ahead attention: memory slots $m$ look forward,", color=AHEAD, fontsize=11, ha="center")
     axes.text(1.6, -2.15, "up to the first current token", color=AHEAD, fontsize=11, ha="center")
-    axes.text(6.0, -1.15, "a slot mixes what it held with what it saw", fontsize=11, ha="center")
+    axes.text(6.0, -1.15, "a slot mixes what it held, $o$, with what it saw, $c$", fontsize=11, ha="center")
     axes.text(6.0, -1.65, r"$o \leftarrow \alpha\,o + (1-\alpha)\,c$", fontsize=13, ha="center")
+    axes.text(6.0, -2.15, r"one $\alpha$ a slot and head, in every layer but the last", fontsize=11, ha="center")
     axes.set_xlim(-0.7, SLOTS + CURRENT - 0.3)
     axes.set_ylim(-2.4, 3.0)
     axes.set_axis_off()

@@ -4,10 +4,11 @@ import logging
 import math
 from pathlib import Path
 from statistics import mean
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence
 
 from . import render
 from .execute import Plan
+from .labels import label_ends
 from .table import MEASURES, Evaluation, Run, TableError
 
 
@@ -73,7 +74,7 @@ def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> A
             quality.annotate(
                 f"{mean(measured):,.4g}", (max(drawn), line), (6, -3), textcoords="offset points", fontsize=8
             )
-    quality.set_xlabel(f"{subset} {MEASURES[plan.table.measure][1]}")
+    quality.set_xlabel(f"{subset} {MEASURES[plan.table.measure][1]}\npoints: seeds, number: their mean")
     quality.grid(axis="y", alpha=0.3)
     for axis, (label, unit, figures_of) in zip(axes, costs, strict=True):
         by_line = {line: figures_of(*of_row) for line, of_row in enumerate(results.items())}
@@ -94,22 +95,24 @@ def _curves(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> An
     results = {name: [r for r in of_row if r["training"]["curve"]] for name, of_row in results.items()}
     if not any(results.values()):
         return None
-    figure, axis = plt.subplots(figsize=(9, max(4, 0.6 + 0.22 * len(results))), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, _height(results)), layout="constrained")
+    named = []
     for number, (name, of_row) in enumerate(results.items()):
-        for i, result in enumerate(of_row):
+        lines = []
+        for result in of_row:
             updates, losses = zip(*result["training"]["curve"], strict=True)
-            axis.plot(updates, losses, label=_label(plan, name) if i == 0 else None, **_style(number))
+            lines += axis.plot(updates, losses, **_style(number))
+        named += [(plan.table.rows[name].title, line) for line in lines[:1]]
     axis.set_xlabel("updates")
-    axis.set_ylabel("valid loss, bits per token")
-    figure.legend(loc="outside right center", fontsize=8)
-    figure.suptitle(plan.table.title, fontsize=10)
+    axis.set_ylabel("validation loss, bits per token")
+    figure.suptitle(f"{plan.table.title}: training, a line a seed", fontsize=10)
+    label_ends(axis, named)
     return figure
 
 
-def _label(plan: Plan, name: str) -> str:
-    """A row's title in a legend, which leaves out what begins with an underscore."""
-    title = plan.table.rows[name].title
-    return f" {title}" if title.startswith("_") else title
+def _height(rows: Any) -> float:
+    """A height in inches with room for the names of *rows*."""
+    return max(4, 1.2 + 0.16 * len(rows))
 
 
 def _style(number: int) -> Dict[str, Any]:
@@ -118,32 +121,29 @@ def _style(number: int) -> Dict[str, Any]:
 
 
 def _memory(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> Any:
-    """Quality, tokens/s and peak memory of evaluation against the memory length at test time."""
+    """Quality against the memory length at test time.
+
+    Tokens/s and peak memory are left out: evaluations that run side by side, or elsewhere, change both.
+    """
     sweep = plan.table.evaluation.memory
     at = [Evaluation(sweep.subset, mem_len=length) for length in sweep.lengths]
     rows = [name for name in results if plan.table.rows[name].sweeps]
     rows = [name for name in rows if any(render.values(plan, results[name], evaluation) for evaluation in at)]
     if not rows:
         return None
-    panels: List[Tuple[str, Sequence[str]]] = [
-        (MEASURES[plan.table.measure][1], (MEASURES[plan.table.measure][0],)),
-        ("tokens/s", ("tokens_per_second",)),
-        ("peak memory, GiB", ("device_memory_gib", "host_memory_gib")),
-    ]
-    fullest = {name: render.fullest(results[name], at) for name in rows}
-    size = (4 * len(panels) + 2.5, max(3.5, 0.6 + 0.22 * len(rows)))
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
-    for axis, (label, keys) in zip(axes, panels, strict=True):
-        for number, (name, of_row) in enumerate(fullest.items()):
-            points = []
-            for evaluation in at:
-                measured = next((v for v in (render.values(plan, of_row, evaluation, key) for key in keys) if v), None)
-                points.append(render.finite(mean(measured) if measured else None))
-            axis.plot(sweep.lengths, points, label=_label(plan, name), **_style(number))
-        axis.set_xlabel("memory length at test time")
-        axis.set_ylabel(f"{sweep.subset} {label}")
-        if keys != panels[0][1]:
-            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.suptitle(plan.table.title, fontsize=10)
+    figure, axis = plt.subplots(figsize=(9, _height(rows)), layout="constrained")
+    named = []
+    for number, name in enumerate(rows):
+        of_row = render.fullest(results[name], at)
+        measured = [render.values(plan, of_row, evaluation) or [math.nan] for evaluation in at]
+        spreads = [render.deviation(seeds) if len(seeds) > 1 else 0.0 for seeds in measured]
+        drawn = axis.errorbar(
+            sweep.lengths, list(map(mean, measured)), spreads, capsize=2, elinewidth=0.8, **_style(number)
+        )
+        seeds = f" ({len(of_row)} seeds)" if len(of_row) > 1 else ""
+        named.append((plan.table.rows[name].title + seeds, drawn.lines[0]))
+    axis.set_xlabel("memory length at test time, slots")
+    axis.set_ylabel(f"{sweep.subset} {MEASURES[plan.table.measure][1]}\nbars: standard deviation of seeds")
+    figure.suptitle(f"{plan.table.title}: other memory lengths at test time", fontsize=10)
+    label_ends(axis, named)
     return figure

@@ -96,11 +96,12 @@ def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, An
 def _spread(name: str, numbers: List[float]) -> Dict[str, Any]:
     return {
         name: mean(numbers) if numbers else None,
-        f"{name} spread": _deviation(numbers) if len(numbers) > 1 else None,
+        f"{name} spread": deviation(numbers) if len(numbers) > 1 else None,
     }
 
 
-def _deviation(numbers: List[float]) -> float:
+def deviation(numbers: List[float]) -> float:
+    """Return the standard deviation over seeds; NaN if a number is not finite."""
     return stdev(numbers) if all(map(math.isfinite, numbers)) else math.nan
 
 
@@ -245,7 +246,7 @@ def shown(numbers: List[float], digits: int) -> str:
     if not numbers:
         return ""
     middle = f"{mean(numbers):,.{digits}f}"
-    return f"{middle} ± {_deviation(numbers):,.{digits}f}" if len(numbers) > 1 else middle
+    return f"{middle} ± {deviation(numbers):,.{digits}f}" if len(numbers) > 1 else middle
 
 
 def reported(row: Row, splits: Sequence[str]) -> str:
@@ -274,8 +275,3 @@ def _grid(lines: List[List[str]]) -> str:
     ]
     rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(rows)
-
-
-def finite(number: Optional[float]) -> float:
-    """For plots, a hole where there is no figure."""
-    return math.nan if number is None else number

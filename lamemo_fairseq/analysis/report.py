@@ -196,9 +196,9 @@ def draw(tables: Mapping[str, Lines], about: About) -> Dict[str, bytes]:
     from matplotlib import pyplot as plt
 
     drawn = {
-        "figure1": ("Attention", _draw_figure1),
+        "figure1": ("Attention by offset, mean of layers, heads and queries", _draw_figure1),
         "loss_by_position": ("Loss by position in the segment", _draw_losses),
-        "alpha": ("Share that a memory slot keeps when it is refreshed", _draw_alpha),
+        "alpha": ("Memory slots being refreshed, mean of heads", _draw_alpha),
         "loss_by_document_position": ("Loss by position in the document", document_report.draw_by_position),
         "loss_by_memory": ("Loss by length of the memory", document_report.draw_by_memory),
     }
@@ -266,10 +266,11 @@ def _draw_alpha(plt: Any, lines: Lines) -> Any:
     for axis, (name, of_model) in zip(axes[0], models.items(), strict=True):
         for age, of_age in by_column("age", of_model).items():
             axis.plot([p["layer"] for p in of_age], [p["alpha"] for p in of_age], marker=".", label=str(age))
-        axis.set_xlabel("layer")
-        axis.set_ylabel("alpha, share kept")
+        layers = list(by_column("layer", of_model))
+        axis.set_xlabel(f"layer, 1 reads the embeddings\n(those that mix: {layers[0]} to {layers[-1]})")
+        axis.set_ylabel("alpha: share that a slot keeps\nof what it held")
         axis.set_ylim(0, 1)
         axis.set_title(name, fontsize=10)
-        axis.set_xticks(list(by_column("layer", of_model)))
+        axis.set_xticks(layers)
         axis.legend(title="segments since written", fontsize=7, title_fontsize=7)
     return figure
