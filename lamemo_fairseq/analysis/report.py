@@ -198,7 +198,7 @@ def draw(tables: Mapping[str, Lines], about: About) -> Dict[str, bytes]:
     drawn = {
         "figure1": ("Attention by offset, mean of layers, heads and queries", _draw_figure1),
         "loss_by_position": ("Loss by position in the segment", _draw_losses),
-        "alpha": ("Memory slots being refreshed, mean of heads", _draw_alpha),
+        "alpha": ("Refreshed memory slots, mean of heads", _draw_alpha),
         "loss_by_document_position": ("Loss by position in the document", document_report.draw_by_position),
         "loss_by_memory": ("Loss by length of the memory", document_report.draw_by_memory),
     }
@@ -207,7 +207,7 @@ def draw(tables: Mapping[str, Lines], about: About) -> Dict[str, bytes]:
         if not tables[name]:
             continue
         figure = of(plt, tables[name])
-        figure.suptitle(f"{title}, {about.split}", fontsize=10)
+        figure.suptitle(f"{title}\n{about.split}", fontsize=10)  # apart: paths are long, and some pictures narrow
         figure.tight_layout()
         for kind, metadata in (("svg", {"Date": None}), ("png", {})):
             picture = io.BytesIO()
