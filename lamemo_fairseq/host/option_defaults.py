@@ -5,7 +5,7 @@ Defaults are read from the classes that fairseq makes command lines of, so that 
 
 from dataclasses import fields
 from enum import Enum
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
@@ -40,7 +40,7 @@ def render_defaults() -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _rows(config: Any, wanted: Any) -> str:
+def _rows(config: Any, wanted: Callable[[str], bool]) -> str:
     helps = {f.name: f.metadata["help"] for f in fields(ModelConfig) if "help" in f.metadata}
     lines = []
     for f in fields(config):
