@@ -74,16 +74,13 @@ def script(table: Table, run: Run, name: str, changes: Mapping[str, Any], source
     share = number if options.get("cpu") else f"$(({number} / GPUS))"
     train = commands.train(table, run, checkpoints(name, run.row), changes, batch_size=share)
     package = shlex.quote(user_dir(str(options.get("user-dir", "."))))
-    blocks = [
-        f"#!/usr/bin/env bash\n# {title(table, run.row)}.\n# Printed by `{source}`.",
-        _START.format(package=package),
-        commands.shell("fairseq-train", train),
-        lines(table, run, name, changes=changes)[1],
-    ]
-    if not options.get("cpu"):
-        blocks.insert(2, _SHARE.format(number=number))
-        blocks.insert(4, _ONE_GPU)
-    return "\n".join(blocks)
+    head = (
+        f"#!/usr/bin/env bash\n# {title(table, run.row)}.\n# Printed by `{source}`.\n{_START.format(package=package)}"
+    )
+    training, test = commands.shell("fairseq-train", train), lines(table, run, name, changes=changes)[1]
+    if options.get("cpu"):
+        return "\n".join([head, training, test])
+    return "\n".join([head, _SHARE.format(number=number), training, _ONE_GPU, test])
 
 
 def title(table: Table, row: str) -> str:
