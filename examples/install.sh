@@ -24,22 +24,37 @@ if [ -e "$venv" ]; then
     if [ "$(cat "$mark")" = "$stamp" ]; then exit 0; fi
     rm -rf "$venv"
 fi
-echo "== installing into $venv (some minutes the first time)"
+# Without a GPU, torch comes from its index of builds for CPUs: the default one for Linux brings gigabytes of CUDA.
+index=() build="torch with CUDA, some gigabytes,"
+if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    cpu=https://download.pytorch.org/whl/cpu build="torch for CPUs, 200 MB,"
+    if "$python" -c "import urllib.request; urllib.request.urlopen('$cpu/torch/', timeout=10)" 2>/dev/null; then
+        index=(--extra-index-url "$cpu")
+    else
+        build="torch, perhaps with gigabytes of CUDA as pytorch.org does not answer,"
+    fi
+fi
+echo "== installing into $venv, some minutes the first time: $build fairseq and tools"
 mkdir -p "$venv"
 : >"$mark"
 "$python" -m venv "$venv"
 # Most of torch's modules are never imported: those that are get compiled then.
-pip() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c "$root/constraints.txt" "$@"; }
-# torch first: what comes after is then content with it.
-pip torch
+pip() {
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c "$root/constraints.txt" \
+        ${index[@]+"${index[@]}"} "$@"
+}
+pip --no-deps torch # alone, with a progress bar: it is the largest; what comes after is then content with it
+pip -q torch
 case $("$venv/bin/python" -c 'import sys; print(sys.version_info.minor)') in
-    11 | 12) pip ve-fairseq ;;
+    11 | 12) pip -q ve-fairseq ;;
     *) # compiles for some minutes; in isolation pip would fetch another torch, of gigabytes, to compile with
-        pip cython setuptools wheel numpy
-        pip --no-build-isolation fairseq-fixed
+        pip -q cython setuptools wheel numpy
+        pip -q --no-build-isolation fairseq-fixed
         ;;
 esac
-pip numpy safetensors sentencepiece sacremoses pyyaml tqdm pytest pytest-xdist hypothesis ruff mypy matplotlib
+pip -q numpy safetensors sentencepiece sacremoses pyyaml tqdm tensorboardX pytest pytest-xdist hypothesis ruff mypy matplotlib
 # torch's GPU builds bring the Triton that they need; with others the tests interpret its kernels on the CPU.
-"$venv/bin/python" -c 'import triton' 2>/dev/null || pip "triton<=3.9.0"
+"$venv/bin/python" -c 'import triton' 2>/dev/null || pip -q "triton<=3.9.0"
+# Compiles what a command imports, without Python's remarks on fairseq's syntax.
+"$venv/bin/python" -W ignore -c 'import fairseq_cli.train'
 echo "$stamp" >"$mark"

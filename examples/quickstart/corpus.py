@@ -1,45 +1,90 @@
-"""Writes the quickstart's corpus: the reference texts that every CPython carries for its `help()`.
+"""Writes the quickstart's corpus: invented tales, the same bytes on every machine and version of Python.
 
     python examples/quickstart/corpus.py FOLDER
 
-The topics are taken in alphabetical order. Many repeat parts of others, so a paragraph is kept where it
-comes first and left out later: no paragraph of the validation or test text stands in the training text.
+Every tale has names of its own. They cannot be guessed where they come first; a model that remembers the tale can guess
+them afterwards.
 """
 
+import random
 import sys
-from bisect import bisect_left
-from collections.abc import Iterator
-from itertools import accumulate
 from pathlib import Path
-from pydoc_data.topics import topics
+from typing import Dict, List, Sequence
 
-SHARES = {"train": 0.90, "valid": 0.05, "test": 0.05}
+TALES = {"train": 1962, "valid": 30, "test": 30}
+SEED = 1
+WORDS = """
+person: Anna, Boris, Clara, David, Emma, Felix, Greta, Hugo, Ida, Jonas, Karin, Lukas, Maria, Nils, Olga, Paul, Rosa
+town: Ashford, Brighton, Camden, Dover, Exeter, Fairview, Glasgow, Hastings, Ipswich, Keswick, Lincoln, Melrose, Norwich
+trade: baker, carpenter, cook, farmer, fisherman, hunter, merchant, miller, potter, sailor, shepherd, tailor, weaver
+kind: bright, broken, golden, great, heavy, little, old, plain, red, secret, silver, small, strange, white, wooden
+thing: bell, book, box, candle, coin, crown, cup, drum, key, knife, lamp, letter, map, mirror, ring, rope, sword, wheel
+where: by the river, in the forest, on the hill, near the old mill, behind the church, at the market
+when: One day, In the evening, The next morning, After the harvest, That winter, Before dawn, At last
+did: brought, carried, found, hid, kept, lost, mended, painted, sold, stole, took, wanted
+felt: afraid, angry, glad, proud, tired
+moved: content, curious, hungry, sad, sleepy
+said: answered, asked, called, cried, said, whispered
+"""
+NAMES = {"one": "person", "two": "person", "place": "town", "home": "town"}
+OPENING = (
+    "In the town of {place} there lived a {trade} whose name was {one}. ",
+    "There was once a {trade} of {place}, and {one} was the name. ",
+    "Long ago {one} was the best {trade} in {place}. ",
+)
+ARRIVAL = (
+    "{when} a {trade} from {home}, {two} by name, came to {place}. ",
+    "{when} {one} met {two}, a {trade} of {home}. ",
+    "Not far away, in {home}, {two} lived as a {trade}. ",
+)
+MIDDLE = (
+    "{when} {one} {did} a {kind} {thing} {where}. ",
+    "{when} {two} {did} the {thing} of {one}. ",
+    '"Where is my {kind} {thing}?" {said} {one}. ',
+    '"{one}," {said} {two}, "I have seen it {where}." ',
+    "{two} was {felt}, but {one} was {moved}. ",
+    "{one} went from {place} to {home} with the {kind} {thing}. ",
+    "The people of {home} said that {two} {did} it. ",
+    "So {one} and {two} waited {where}. ",
+)
+ENDING = (
+    "And {one} and {two} stayed in {place} all their lives.\n\n",
+    "Nobody in {place} ever saw {two} again, and {one} was {felt}.\n\n",
+    "To this day the {thing} of {one} is in {home}.\n\n",
+)
 
 
-def paragraphs() -> Iterator[str]:
-    """Every paragraph once, whatever its line breaks and indentation, with the empty line after it."""
-    seen = set()
-    for name in sorted(topics):
-        for paragraph in topics[name].strip("\n").split("\n\n"):
-            words = tuple(paragraph.split())
-            if words and words not in seen:
-                seen.add(words)
-                yield paragraph.strip("\n") + "\n\n"
+class Teller:
+    """Tells tales. All chance comes from `random.random`, whose numbers are the same in every version of Python."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed).random
+        lines = (line.split(": ") for line in WORDS.strip().splitlines())
+        self.words = {kind: words.split(", ") for kind, words in lines}
+
+    def pick(self, choices: Sequence[str]) -> str:
+        return choices[int(self.random() * len(choices))]
+
+    def tale(self) -> str:
+        names: Dict[str, str] = {}
+        for name, kind in NAMES.items():
+            names[name] = self.pick([word for word in self.words[kind] if word not in names.values()])
+        kinds = [OPENING, ARRIVAL, *[MIDDLE] * (4 + int(self.random() * 8)), ENDING]
+        return "".join(self.sentence(self.pick(kind), names) for kind in kinds)
+
+    def sentence(self, form: str, names: Dict[str, str]) -> str:
+        return form.format(**names, **{kind: self.pick(words) for kind, words in self.words.items()})
 
 
-def main(folder: Path) -> None:
+def main(arguments: List[str]) -> None:
+    folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [paragraph.encode() for paragraph in paragraphs()]
-    ends = list(accumulate(map(len, texts)))
-    start, share = 0, 0.0
-    for split in SHARES:
-        share += SHARES[split]
-        stop = bisect_left(ends, share * ends[-1]) + 1
-        part = b"".join(texts[start:stop])
-        (folder / f"{split}.txt").write_bytes(part)
-        print(f"{split}: {len(part):,} bytes")
-        start = stop
+    teller = Teller(SEED)
+    for split, number in TALES.items():
+        text = "".join(teller.tale() for _ in range(number))
+        (folder / f"{split}.txt").write_bytes(text.encode())
+        print(f"{split}: {number} tales, {len(text):,} bytes")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1:])
