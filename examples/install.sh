@@ -43,8 +43,9 @@ pip() {
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c "$root/constraints.txt" \
         ${index[@]+"${index[@]}"} "$@"
 }
-pip --no-deps torch # alone, with a progress bar: it is the largest; what comes after is then content with it
-pip -q torch
+torch=torch==2.13.0
+pip --no-deps "$torch" # alone, with a progress bar: it is the largest; what comes after is then content with it
+pip -q "$torch"
 case $("$venv/bin/python" -c 'import sys; print(sys.version_info.minor)') in
     11 | 12) pip -q ve-fairseq ;;
     *) # compiles for some minutes; in isolation pip would fetch another torch, of gigabytes, to compile with
