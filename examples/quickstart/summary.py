@@ -14,9 +14,6 @@ COLUMNS = {
     "parameters": ("train.log", r"num\. shared model params: ([\d,]+)"),
     "training tokens/s": ("train.log", r"\| train \|.*?\| wps ([\d.e+]+)"),
 }
-NOTE = """
-Lower is better. Both models live on their memory: without it they need more than twice the bits. Neither model is
-better by this table: in other tries either was ahead by a few hundredths. Longer runs: examples/novels/README.md"""
 
 
 def row(folder: Path) -> list[str]:
@@ -44,7 +41,6 @@ def main(arguments: list[str]) -> None:
         name, folder = argument.split("=", 1)
         rows.append([name, *row(Path(folder))])
     print(table(rows))
-    print(NOTE)
 
 
 if __name__ == "__main__":
