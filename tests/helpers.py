@@ -31,8 +31,12 @@ ON_GPU = [option for option in TASK if option != "--cpu"]
 
 
 def noise(text: str) -> list:
-    """Return the lines of a log that no user of a command can do anything about."""
-    return [line for line in text.splitlines() if re.search(r"hydra|Warning|'_name'|shared param|can_reuse", line)]
+    """Return the lines of a log that no user of a command can do anything about.
+
+    But for Python's remarks on fairseq's source, which it makes on each start where it keeps no compiled files.
+    """
+    told = r"hydra|(?<!Syntax)Warning|'_name'|shared param|can_reuse"
+    return [line for line in text.splitlines() if re.search(told, line)]
 
 
 def dictionary_of(words: int) -> TextDictionary:

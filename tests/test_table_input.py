@@ -118,7 +118,7 @@ def plain(markdown):
 
 
 def test_hostile_titles_in_plots(tmp_path):
-    """They are drawn as they stand, one that begins with an underscore has its line in the legend."""
+    """They are drawn as they stand, one that begins with an underscore too, and one without finite values."""
     titles = ["_first", "$\\frac{$", "a$b$ & <c>", "=1|2"]
     rows = {f"row{i}": {"title": title} for i, title in enumerate(titles)}
     loaded = load(tmp_path / "t.yaml", title="a $x$ <b>", rows=rows)
@@ -135,7 +135,7 @@ def test_hostile_titles_in_plots(tmp_path):
         ElementTree.parse(file)
         drawn = file.read_text()
         assert all(f"<!-- {text} -->" in drawn for text in ("$\\frac{$", "a$b$ &amp; &lt;c&gt;"))
-        assert re.search("<!--  ?_first -->", drawn)
+        assert "_first -->" in drawn
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,11 @@ SIZE = 8.0  # points
 def label_ends(axis: Any, named: Sequence[Tuple[str, Any]]) -> None:
     """Write each name beside the last finite point of its line, moved apart where names would overlap.
 
-    The axis needs its final limits and scale: call this last.
+    Names of lines without such a point stand above the axis. The axis needs its final limits and scale: call this last.
     """
+    missing = [name for name, line in named if _last_point(line) is None]
+    if missing:
+        axis.set_title(f"no finite value: {', '.join(missing)}", fontsize=SIZE, loc="left")
     axis.figure.draw_without_rendering()  # the layout decides the height of an axis
     ends = [(name, line, end) for name, line in named if (end := _last_point(line)) is not None]
     ends.sort(key=lambda end: _height(axis, end[2]))
