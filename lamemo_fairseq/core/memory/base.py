@@ -3,6 +3,7 @@
 Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
 
+import logging
 from dataclasses import dataclass, field, fields
 from typing import (
     Any,
@@ -30,6 +31,8 @@ from ..decoding.cache import AnyCache, FrozenCache
 from ..layers import CausalSelfAttention, DecoderLayer, SelfAttention
 from ..positions import Positions
 from ..registry import Registry
+
+logger = logging.getLogger(__name__)
 
 State = TypeVar("State", bound="MemoryState")
 Options = TypeVar("Options", bound="MemoryOptions")
@@ -161,6 +164,7 @@ class Memory(nn.Module, Generic[State, Options]):
     def __init__(self, config: MemoryConfig[Options]):
         super().__init__()
         self.config = config
+        self._told = False
 
     @property
     def slots(self) -> int:
@@ -221,6 +225,12 @@ class Memory(nn.Module, Generic[State, Options]):
     ) -> Passage:
         """Pass one segment ``x [B, n, d]`` through the layers; its state may have a gradient."""
         raise NotImplementedError
+
+    def tell_untrained(self, untrained: str) -> None:
+        """Warn once, with ``--bptt-segments 1``, that *untrained* is not trained."""
+        if self.config.bptt_segments == 1 and not self._told:
+            logger.warning("--bptt-segments 1 trains nothing that %s: pass 2 or more", untrained)
+            self._told = True
 
 
 def _constant(tensor: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ Shapes: B streams, N tokens of an update of k segments, n <= N / k current token
 d model width, F features of a key.
 """
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Iterator, List, Optional, Sequence, Tuple, Type, cast
@@ -26,8 +25,6 @@ from .association import Association, Associations
 from .attention import AssociativeSelfAttention
 from .cache import AssociativeCache
 from .options import AssociativeOptions
-
-logger = logging.getLogger(__name__)
 
 _CHARACTERS = {"preset_tokens_per_sample": 1024}
 
@@ -79,7 +76,6 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
         super().__init__(config)
         self.tokens = nn.Parameter(torch.empty(config.options.associative_tokens, config.embed_dim))
         self.dropout = nn.Dropout(config.dropout)
-        self._told = False
 
     @property
     def features(self) -> int:
@@ -110,7 +106,7 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
         passage = super().forward(x, state, layers, positions, lengths)
         if not self.training or x.size(1) > self.period:
             return passage
-        self._tell()
+        self.tell_untrained("--memory associative writes, and a new model's matrices stay zero")
         unread = [self.tokens, *(p for association in _associations(layers) for p in association.parameters())]
         return passage._replace(features=passage.features + no_contribution(unread))
 
@@ -138,14 +134,6 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
             written.append(association.write(rows[:, current:], past))
         matrices, normalizers = zip(*written, strict=True)
         return Passage(rows[:, :current], AssociativeState(matrices, normalizers, tuple(hidden)))
-
-    def _tell(self) -> None:
-        if self.config.bptt_segments == 1 and not self._told:
-            logger.warning(
-                "--bptt-segments 1 trains nothing that --memory associative writes, and a new model's matrices stay "
-                "zero: pass 2 or more"
-            )
-            self._told = True
 
 
 def _associations(layers: Sequence[DecoderLayer]) -> Iterator[Association]:

@@ -14,7 +14,6 @@ Shapes: B streams, N tokens of an update of k windows, n <= N / k tokens of a wi
 H heads, D size of a head, d model width.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import ClassVar, List, Optional, Sequence, Tuple, Type, cast
 
@@ -29,8 +28,6 @@ from .attention import KeyValues, RecurrentSelfAttention, WindowSelfAttention
 from .cache import BlockRecurrentCache
 from .cell import RecurrentCell
 from .options import BlockRecurrentOptions
-
-logger = logging.getLogger(__name__)
 
 # Two windows an update, so that writing is trained; a state for each token of a window, as in the paper.
 _CHARACTERS = {"bptt_segments": 2, "preset_tokens_per_sample": 1024, "recurrent_states": 512}
@@ -74,7 +71,6 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
         super().__init__(config)
         self.recurrent = config.options.layers_of(config.layers)
         self.cells = nn.ModuleList(RecurrentCell(config) for _ in self.recurrent)
-        self._told = False
 
     def attention_of(self, layer: int) -> Type[SelfAttention]:
         return RecurrentSelfAttention if layer in self.recurrent else WindowSelfAttention
@@ -104,7 +100,7 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
         passage = super().forward(x, state, layers, positions, lengths)
         if not self.training:
             return passage
-        self._tell()
+        self.tell_untrained("--memory block-recurrent writes into its states")
         # First states are read where a text begins, and what the last window writes not before the next update.
         return passage._replace(features=passage.features + no_contribution(self.cells.parameters()))
 
@@ -132,10 +128,3 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
             windows.append(seen.last(self.config.mem_len, self.config.head_dim))
         last_keys, last_values = zip(*windows, strict=True)
         return Passage(x, BlockRecurrentState(last_keys, last_values, tuple(written)))
-
-    def _tell(self) -> None:
-        if self.config.bptt_segments == 1 and not self._told:
-            logger.warning(
-                "--bptt-segments 1 trains nothing that --memory block-recurrent writes into its states: pass 2 or more"
-            )
-            self._told = True
