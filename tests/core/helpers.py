@@ -1,7 +1,7 @@
 """Small models of the core, and ways to read with them."""
 
 from dataclasses import fields
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,26 @@ def read_streams(
         features, state, _ = model(segment, state, real)
         scores.append(model.output_layer(features))
     return torch.cat(scores, dim=1)
+
+
+def assert_streams_end_anywhere(model: LanguageModel) -> None:
+    """The scores of streams that end inside an update of 15 tokens are those of longer ones, up to their ends."""
+    tokens, lengths = random_tokens(3, 15), [15, 9, 1]
+    expected = read_streams(model, tokens)
+    padded = tokens.masked_fill(torch.arange(15) >= torch.tensor(lengths).unsqueeze(1), 1)
+    scores = read_streams(model, padded, lengths=lengths)
+    for stream, length in enumerate(lengths):
+        torch.testing.assert_close(scores[stream, :length], expected[stream, :length], rtol=0, atol=1e-12)
+
+
+def assert_fused_is_as_exact(results: Callable[[torch.dtype, str], List[Tensor]]) -> None:
+    """What *results* computes by a backend in a dtype: fused attention in float16 is as near to float64 as eager."""
+    exact = results(torch.float64, "eager")
+    errors = [
+        max(float((one - other).norm() / other.norm().clamp(min=1e-6)) for one, other in zip(rough, exact, strict=True))
+        for rough in (results(torch.float16, "fused"), results(torch.float16, "eager"))
+    ]
+    assert errors[0] < max(2 * errors[1], 0.01)
 
 
 def read_texts(model: LanguageModel, tokens: Tensor, lengths: Optional[Tensor] = None) -> Tensor:

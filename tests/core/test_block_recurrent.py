@@ -21,6 +21,8 @@ from ..gpus import DEVICE
 from .block_recurrent_paper import paper_of
 from .helpers import (
     assert_decoding_follows_reordered_beams,
+    assert_fused_is_as_exact,
+    assert_streams_end_anywhere,
     config_of,
     random_tokens,
     reached_by_gradient,
@@ -160,12 +162,7 @@ def test_windows_of_one_token_give_every_parameter_a_gradient():
 @gates
 @torch.no_grad()
 def test_streams_end_anywhere_inside_an_update(variant):
-    decoder, tokens, lengths = model(variant, **WINDOWS), random_tokens(3, 15), [15, 9, 1]
-    expected = read_streams(decoder, tokens)
-    padded = tokens.masked_fill(torch.arange(15) >= torch.tensor(lengths).unsqueeze(1), 1)
-    found = read_streams(decoder, padded, lengths=lengths)
-    for stream, length in enumerate(lengths):
-        torch.testing.assert_close(found[stream, :length], expected[stream, :length], rtol=0, atol=1e-12)
+    assert_streams_end_anywhere(model(variant, **WINDOWS))
 
 
 @gates
@@ -262,12 +259,7 @@ def test_fused_kernels_at_odd_widths(monkeypatch):
 
     if DEVICE == "cpu":
         monkeypatch.setattr(aligned, "matters", lambda x: True)
-    exact = results(torch.float64, "eager")
-    errors = [
-        max(float((one - other).norm() / other.norm().clamp(min=1e-6)) for one, other in zip(found, exact, strict=True))
-        for found in (results(torch.float16, "fused"), results(torch.float16, "eager"))
-    ]
-    assert errors[0] < max(2 * errors[1], 0.01)
+    assert_fused_is_as_exact(results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

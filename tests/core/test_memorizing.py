@@ -18,7 +18,7 @@ from lamemo_fairseq.core.memory.memorizing import search
 from lamemo_fairseq.core.memory.memorizing.options import MemorizingOptions
 
 from ..gpus import DEVICE
-from .helpers import random_tokens, read_by_token, read_streams, tiny_decoder, whole_segments
+from .helpers import assert_fused_is_as_exact, random_tokens, read_by_token, read_streams, tiny_decoder, whole_segments
 from .paper import Paper
 
 TOP_K, DENSE = ("memorizing", "transformer-xl", "top-k"), ("memorizing", "transformer-xl", "dense")
@@ -289,12 +289,7 @@ def test_fused_kernels_at_odd_widths(variant, monkeypatch):
 
     if DEVICE == "cpu":
         monkeypatch.setattr(aligned, "matters", lambda x: True)
-    exact = results(torch.float64, "eager")
-    errors = [
-        max(float((one - other).norm() / other.norm().clamp(min=1e-6)) for one, other in zip(found, exact, strict=True))
-        for found in (results(torch.float16, "fused"), results(torch.float16, "eager"))
-    ]
-    assert errors[0] < max(2 * errors[1], 0.01)
+    assert_fused_is_as_exact(results)
 
 
 @both
