@@ -57,5 +57,5 @@ pip -q numpy safetensors sentencepiece sacremoses pyyaml tqdm tensorboardX pytes
 # torch's GPU builds bring the Triton that they need; with others the tests interpret its kernels on the CPU.
 "$venv/bin/python" -c 'import triton' 2>/dev/null || pip -q "triton<=3.9.0"
 # Compiles what a command imports, without Python's remarks on fairseq's syntax.
-"$venv/bin/python" -W ignore -c 'import fairseq_cli.train'
+env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c 'import fairseq_cli.train'
 echo "$stamp" >"$mark"

@@ -2,6 +2,8 @@
 # The whole test suite, in a fresh clone or an old one: bash tests/run.sh [options of pytest] [files]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # a hundred processes would each compile fairseq and torch, five seconds a process
+export OMP_NUM_THREADS=1      # two processes share the cores, and numpy's threads spin while they wait
 bash examples/install.sh .venv
 bin=$PWD/.venv/bin
 # For the tests of an extra that examples do without; it needs Python 3.11.

@@ -43,6 +43,7 @@ case "$*" in
     "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
     *version_info.minor*) echo 11 ;;
     "-m pip "*) echo "$*" >>"$NOTES" ;;
+    *"import fairseq_cli.train") [ -z "$PYTHONDONTWRITEBYTECODE" ] ;; # which would keep nothing of what it compiles
 esac
 """
 
@@ -55,7 +56,7 @@ def test_torch_is_a_build_for_cpus_where_there_is_no_gpu(gpu, reachable, cpu_bui
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(tmp_path / "notes")}
-    environment["UNREACHABLE"] = str(int(not reachable))
+    environment |= {"UNREACHABLE": str(int(not reachable)), "PYTHONDONTWRITEBYTECODE": "1"}
     command = ["bash", ROOT / "examples" / "install.sh", tmp_path / "venv"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert ("torch for CPUs" in done.stdout, "CUDA" in done.stdout) == (cpu_builds, not cpu_builds)

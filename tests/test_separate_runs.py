@@ -59,6 +59,7 @@ def run_tests(tmp_path):
         (binaries / name).write_text(f"#!/bin/sh\nexit ${{{name.upper()}:-0}}\n")
     (binaries / "python").write_text(
         f"#!{sys.executable}\nimport os, sys\n"
+        "assert not sys.dont_write_bytecode, 'every process compiles what it imports'\n"
         "if sys.argv[1] == '-c':\n    sys.exit()  # transformers is there\n"
         "print('pytest', *sys.argv[3:])\n"
         "sys.exit(int(os.environ['OTHERS' if '--ignore' in sys.argv else 'CORE']))\n"
@@ -68,6 +69,7 @@ def run_tests(tmp_path):
 
     def run(*arguments, core=0, others=0, mypy=0):
         environment = {**os.environ, "CORE": str(core), "OTHERS": str(others), "MYPY": str(mypy)}
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"  # as images of containers set it
         command = ["bash", tmp_path / "tests/run.sh", *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert not done.stderr
