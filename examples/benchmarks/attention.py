@@ -1,11 +1,12 @@
-"""Attention alone: useful TFLOP/s of every implementation that can compute relative attention with memory.
+"""Compare attention alone: useful TFLOP/s of every implementation that can compute relative attention with memory.
 
     python examples/benchmarks/attention.py                              # enwik8's and WikiText-103's shapes, on a GPU
     python examples/benchmarks/attention.py --shape 2,2,8,16,16 --device cpu
 
-One count for all: of each pair of a query and a key that it sees, the products of content, position and value, 2 D
-operations each; twice as many backward. Recomputed scores and hidden pairs do not count. An implementation is first
-compared with plain operations in float64; plain attention without positions is there to compare speeds alone.
+One count serves all: each pair of a query and a key that it sees has the products of content, position and value. Each
+product has 2 D operations, and twice as many backward. Recomputed scores and hidden pairs do not count. An
+implementation is first compared with plain operations in float64. Plain attention without positions is measured to
+compare speeds alone.
 
 Shapes: B streams, H heads, D size of a head, N current tokens, M memory slots, K = M + N keys.
 """
@@ -46,13 +47,13 @@ class Shape(NamedTuple):
         return self.tokens * self.slots + self.tokens * (self.tokens + 1) // 2
 
     def ahead_pairs(self) -> int:
-        """Pairs of a slot and a key of its window."""
+        """Number of pairs of a slot and a key of its window."""
         first = WINDOWS["right"](self.slots, self.tokens).first
         return sum(max(0, self.slots + 1 - max(first, slot + 1)) for slot in range(self.slots))
 
 
 class Inputs(NamedTuple):
-    """Leaves, and what the slots have attended to."""
+    """Tensors with gradients, and the slots' former read-outs."""
 
     q: Tensor  # [B, H, K, D], slots first
     k: Tensor
@@ -103,12 +104,12 @@ class Inputs(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """One way to attend."""
+    """An implementation of attention, the operations that it computes, and its exact twin."""
 
     attend: Callable[[Inputs, Shape], Tensor]
     pairs: Callable[[Shape], int]
     products: int = 3  # content, position, value
-    exact: Callable[[Inputs, Shape], Tensor] | None = None  # the same in plain operations; None: it computes less
+    exact: Callable[[Inputs, Shape], Tensor] | None = None  # with the same result; None: it computes less
     on_cpu: bool = True
 
 
@@ -132,14 +133,15 @@ def with_lookahead(backend: str) -> Callable[[Inputs, Shape], Tensor]:
 
 
 def by_distance(q: Tensor, bias: RelativeBias) -> Tensor:
-    """Scores by position ``[B, H, N, K]``, a column a distance."""
+    """Return the position scores ``[B, H, N, K]``, with a column for each distance."""
     assert bias.position is not None and bias.table is not None
     scores: Tensor = (q + bias.position[:, None]) @ bias.table.transpose(-1, -2) * q.size(-1) ** -0.5
     return scores
 
 
 def flex() -> Callable[[Inputs, Shape], Tensor]:
-    """Position scores are captured: FlexAttention computes scores pair by pair, and cannot multiply there."""
+    """Return FlexAttention over position scores that it captures: it computes scores pair by pair, and cannot multiply
+    there."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled, masks = torch.compile(flex_attention), {}
@@ -221,7 +223,8 @@ def milliseconds(run: Callable[[], object], device: str) -> float:
     if device != "cpu":
         import triton
 
-        # From a graph, as training runs them: launching a backward pass from Python takes longer than its kernels.
+        # It is timed from a graph, as training runs it: launching a backward pass from Python takes longer than its
+        # kernels.
         return float(triton.testing.do_bench_cudagraph(run, rep=200, return_mode="median"))
     spent = []
     for _ in range(REPETITIONS):
@@ -263,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", action="append", help="B,H,D,N,M; may be given several times")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dtype", default=None, choices=("float16", "bfloat16", "float32"))
-    parser.add_argument("--result", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--result", type=Path, help="write the results to this JSON file")
     args = parser.parse_args(arguments)
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "float16"))
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"

@@ -1,14 +1,15 @@
-"""Decoding with a cached memory against recomputing the memory for every token, in one run.
+"""Compare decoding with a cached memory and recomputing the memory for every token, in one run.
 
     python examples/benchmarks/decoding.py                            # on the CPU
     python examples/benchmarks/decoding.py --device cuda --batch 1 64 # in bfloat16, steps replayed as graphs
     python examples/benchmarks/decoding.py --through generator        # as fairseq-interactive and the hub go
 
-First both ways must agree. Recomputing is measured for the memory alone (M + 1 rows a token, as the authors' code
-generates) and for memory and segment (M + N/2 rows in the mean), which gives the very outputs of the cache. The
-model has the released enwik8 sizes and random weights: speed does not depend on them. The generator's own rate is that
-of the new tokens alone, without the time that reading the prompt takes, beside that of fairseq's loop; its first call,
-which on a GPU compiles kernels and records the graphs that further calls replay, is not counted.
+The results of both ways must agree first. Recomputing is measured in two ways. The memory alone is recomputed with M +
+1 rows a token, as the authors' code generates. Memory and segment are recomputed with M + N/2 rows in the mean, which
+gives the very outputs of the cache. The model has the released enwik8 sizes and random weights: speed does not depend
+on the weights. The generator's rate counts the new tokens alone, without the time that reading the prompt takes, beside
+that of fairseq's loop. Its first call is not counted: on a GPU it compiles kernels and records the graphs that further
+calls replay.
 """
 
 import argparse
@@ -63,7 +64,8 @@ def filled(model: MemoryLanguageModel, tokens: torch.Tensor) -> DecodingState:
 
 
 def disagreement(model: MemoryLanguageModel, tokens: torch.Tensor) -> float:
-    """Largest difference of features over the next segment: token by token against the pass over it."""
+    """Return the largest difference of features over the next segment, between decoding and one pass over the
+    segment."""
     length = model.decoder.segment_length
     state, memory = filled(model, tokens[:, : 2 * length]), None
     for segment in tokens.split(length, dim=1):
@@ -73,10 +75,10 @@ def disagreement(model: MemoryLanguageModel, tokens: torch.Tensor) -> float:
 
 
 def recomputing(model: MemoryLanguageModel, tokens: torch.Tensor, count: int, again: int) -> float:
-    """Tokens/s of a batch where each token refreshes the whole memory, and passes again with *again* others before it.
+    """Return the tokens/s of a batch where each token refreshes the whole memory, and passes again with *again* tokens.
 
-    With 0 as the authors' code generates, M + 1 rows a token through all layers; with the segment's tokens so far
-    it gives what the cached way gives.
+    With ``again=0``, M + 1 rows a token pass through all layers, as the authors' code generates. With the segment's
+    tokens so far, the outputs are those of the cached way.
     """
     memory = None
     for segment in tokens.split(model.decoder.segment_length, dim=1):
@@ -92,7 +94,7 @@ def recomputing(model: MemoryLanguageModel, tokens: torch.Tensor, count: int, ag
 
 
 def cached(model: MemoryLanguageModel, tokens: torch.Tensor, segments: int, compiled: bool) -> list[float]:
-    """Tokens/s of a batch in each of some successive segments, the refresh included."""
+    """Return the tokens/s of a batch in each of some successive segments, the refresh included."""
     state = filled(model, tokens[:, :-1])
     sampler = Sampler(state, choose=Draw(top_p=0.95), compiled=compiled)
     length, last, rates = model.decoder.segment_length, tokens[:, -1], []
@@ -103,7 +105,7 @@ def cached(model: MemoryLanguageModel, tokens: torch.Tensor, segments: int, comp
         last = sampler(last, length)[:, -1]
         rates.append(len(tokens) * length / (synchronized() - start))
     assert state.cache.size() == size
-    print(f"  cache: {size / 2**20 / len(tokens):.1f} MiB a row, the same after {segments} more segments")
+    print(f"  cache: {size / 2**20 / len(tokens):.1f} MiB a sequence, the same after {segments} more segments")
     return rates
 
 
@@ -112,7 +114,7 @@ class SamplingInTheLoop(Sampling):
 
 
 def generating(model: MemoryLanguageModel, search: type[Sampling], tokens: torch.Tensor, count: int) -> float:
-    """Tokens/s of a batch through the generator of the commands, on texts of *count* new tokens."""
+    """Return the tokens/s of a batch through the generator of the commands, on texts of *count* new tokens."""
     words = model.decoder.dictionary
     options = {
         "beam_size": 1,
@@ -132,7 +134,7 @@ def generating(model: MemoryLanguageModel, search: type[Sampling], tokens: torch
 
 
 def through_the_generator(model: MemoryLanguageModel, tokens: torch.Tensor, count: int, repeats: int) -> None:
-    """Both ways in turn, so that what else the machine does meets both."""
+    """Measure both ways in turn, so that other work of the machine affects both."""
     ways = (Sampling, SamplingInTheLoop)
     for way in ways:
         generating(model, way, tokens, 2)  # compiles kernels and records graphs

@@ -1,13 +1,14 @@
-"""The same training on 1, 2, 4, ... GPUs of one host, as many streams on each: tokens/s, efficiency, peak memory.
+"""Repeat a training on 1, 2, 4, ... GPUs of one host, with as many streams on each: tokens/s, efficiency, peak memory.
 
     python examples/benchmarks/scaling.py enwik8 wt103-adaptive --worlds 1 2 --result scaling.json
     python examples/benchmarks/scaling.py quickstart --paths lamemo-eager --device cpu --steps 10   # ranks on a CPU
 
-Efficiency is the rate over that of one GPU in the same run times the number of GPUs; without one GPU there is none.
-fairseq's `legacy_ddp` reduces gradients after the backward pass, `pytorch_ddp` in buckets while it runs; with
+Efficiency is the rate divided by the number of GPUs times the rate of one GPU in the same run; without one GPU there is
+none. fairseq's `legacy_ddp` reduces gradients after the backward pass, `pytorch_ddp` in buckets while it runs; with
 `--cuda-graphs` either does so while the graph runs. After the timed updates a few are profiled on the first rank, which
-makes them a little longer (`timeline.py`): for how much of a step the host does not wait for the device, how long
-collectives run, for how much of that nothing else does, and for how long the device has nothing to do.
+makes them a little longer (`timeline.py`). The profile tells for how much of a step the host does not wait for the
+device, and for how long collectives run. It also tells for how much of that nothing else runs, and for how long the
+device is idle.
 """
 
 import argparse
@@ -42,7 +43,7 @@ COLUMNS = ("size", "path", "gradients", "GPUs", "tok/s", "efficiency", "peak GiB
 
 
 def train(size: str, path: str, world: int, backend: str, args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """fairseq-train on *world* ranks; rank 0's words per second, which count all ranks, the largest peak, `PROFILE`."""
+    """Run fairseq-train on *world* ranks; return words per second of all ranks, the largest peak, and the `PROFILE`."""
     result, interval = Path(folder) / "rank", max(1, args.steps // 8)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     command += [str(HERE / "timeline.py"), str(result), str(args.steps), str(PROFILED)]

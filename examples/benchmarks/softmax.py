@@ -1,4 +1,4 @@
-"""Full against adaptive softmax on this machine: tokens/s and peak memory of training steps.
+"""Compare full and adaptive softmax on this machine: tokens/s and peak memory of training steps.
 
     python examples/benchmarks/softmax.py 50000 267735
 

@@ -1,4 +1,4 @@
-"""A GPU's time in whole training steps of fairseq-train, by part.
+"""Divide a GPU's time in whole training steps of fairseq-train by part.
 
 python examples/benchmarks/steps.py examples/novels/bytes/table.yaml infinity_former
 """
@@ -27,7 +27,7 @@ PARTS = {
 
 @contextlib.contextmanager
 def profiled(updates: int, report: dict[str, Any], at: int) -> Iterator[None]:
-    """While fairseq-train runs in here, profile *updates* of its updates from update *at* on, into *report*.
+    """Profile *updates* updates of the fairseq-train that runs in this context, from update *at* on, into *report*.
 
     ``report`` gets milliseconds a step by part, ``all kernels``, and ``top``, the kernels that take longest.
     """
@@ -56,7 +56,7 @@ def profiled(updates: int, report: dict[str, Any], at: int) -> Iterator[None]:
 
 
 def breakdown(profile: Any, updates: int) -> dict[str, Any]:
-    """Milliseconds a step by part of what a profile has seen of the GPU."""
+    """Return the GPU's milliseconds a step by part, from a profile."""
     by_part: dict[str, float] = {}
     kernels: dict[str, float] = {}
     for event in profile.key_averages():
@@ -69,7 +69,8 @@ def breakdown(profile: Any, updates: int) -> dict[str, Any]:
 
 
 def profile(table: Any, row: str) -> dict[str, Any]:
-    """Train a row of a loaded table for a few updates on one GPU, without saving: milliseconds a step by part."""
+    """Train a row of a loaded table for a few updates on one GPU, without saving; return milliseconds a step by
+    part."""
     from fairseq_cli import train as fairseq_train
 
     from examples.tables import commands

@@ -1,4 +1,4 @@
-"""Times of the fused kernels by tile size, and of products whose widths break alignment, on this GPU.
+"""Time the fused kernels by tile size, and products whose widths break alignment, on this GPU.
 
 python examples/benchmarks/tiles.py
 """
@@ -48,7 +48,8 @@ def prepare(streams: int, heads: int, size: int, current: int, slots: int, pad: 
 
 
 def times(attend, backend) -> tuple[float, float]:
-    """Milliseconds of a forward and of a backward pass, from graphs: launches would take longer than the kernels."""
+    """Return milliseconds of a forward and of a backward pass, from graphs: launches would take longer than the
+    kernels."""
     grad = torch.randn_like(attend(backend).output)
     inputs = [t for t in attend.inputs if t.requires_grad]
 

@@ -1,4 +1,4 @@
-"""One rank of a training run, and where the time of its steps goes: run by `scaling.py`.
+"""Time the steps of one rank of a training run, by part: run by `scaling.py`.
 
 python examples/benchmarks/timeline.py RESULT AT UPDATES ARGUMENTS   # of fairseq-train; profiled from update AT on
 """
@@ -21,7 +21,7 @@ Interval = tuple[float, float]
 
 
 def busy(intervals: Iterable[Interval]) -> float:
-    """Return how long at least one of the intervals lasts."""
+    """Return the time during which at least one of the intervals lasts."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, until))
@@ -30,7 +30,7 @@ def busy(intervals: Iterable[Interval]) -> float:
 
 
 def parts(events: list[dict[str, Any]], seconds: float, updates: int) -> dict[str, float]:
-    """Return milliseconds a step, of a trace's events and the time that its updates took.
+    """Return milliseconds a step by part, from a trace's events and the time that its updates took.
 
     ``host ms``: the host does not wait for the device. ``reduction ms``: collectives run, and wait for other ranks;
     ``exposed ms``: nothing else runs meanwhile. ``idle ms``: the device has nothing to do.
@@ -56,10 +56,11 @@ def parts(events: list[dict[str, Any]], seconds: float, updates: int) -> dict[st
 
 @contextlib.contextmanager
 def watched(measured: dict[str, Any], at: int, updates: int) -> Iterator[None]:
-    """While fairseq-train runs in here, time its updates, and profile *updates* of them from update *at* on.
+    """Time the updates of the fairseq-train that runs in this context, and profile *updates* of them from update *at*
+    on.
 
-    ``measured`` gets `parts`, on a GPU, ``MB reduced``, and the median and largest milliseconds within and between the
-    updates before: to load a batch is between them.
+    ``measured`` gets `parts`, on a GPU, and ``MB reduced``. It also gets the median and largest milliseconds within and
+    between the updates before; a batch is loaded between updates.
     """
     import torch
     from fairseq.trainer import Trainer

@@ -1,10 +1,11 @@
-"""Whole training steps through fairseq-train: tokens/s, peak memory, share of peak, time by part; and evaluation.
+"""Measure whole training steps through fairseq-train: tokens/s, peak memory, share of peak, time by part; and
+evaluation.
 
     python examples/benchmarks/training.py enwik8            # on a GPU; --device cpu on a CPU
     python examples/benchmarks/training.py wt103-adaptive wt103-full
 
-Every path runs in a process of its own on the same synthetic tokens. Its losses and gradients are compared with the
-eager path's in float32 first; a path that is off gets no figures.
+Every path runs in a process of its own on the same synthetic tokens. A path's losses and gradients are first compared
+with the eager path's in float32; a path that is off is not measured.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from typing import Any
 
 from steps import profiled
 
-# As docs/speed.md recommends for training: memory that came free is then of use for tensors of any size.
+# As docs/speed.md recommends for training: freed memory can then be used for tensors of any size.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -74,7 +75,7 @@ OVERFLOWS = 16  # segments that updates in half precision may skip
 
 
 def write_data(folder: Path, words: int, tokens: int) -> None:
-    """Random words, more frequent ones first (their ranks uniform in the logarithm)."""
+    """Write random words, more frequent ones first (their ranks uniform in the logarithm)."""
     import numpy as np
     import torch
     from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
@@ -94,7 +95,7 @@ def segment_length(size: str) -> int:
 
 
 def speeds(log: str) -> list[float]:
-    """fairseq's own words per second, interval by interval; the last line is about the epoch."""
+    """Return fairseq's own words per second, interval by interval; the last line is about the epoch."""
     rates = [float(s) for s in re.findall(r'"wps": "([\d.e+]+)"', log)]
     if len(rates) < 3:
         raise RuntimeError(log[-3000:])
@@ -102,12 +103,12 @@ def speeds(log: str) -> list[float]:
 
 
 def peak_gib(log: str, capacity: float) -> float:
-    """The largest peak of what was allocated: fairseq resets it at every step, and logs what was left."""
+    """Return the peak of allocated memory: fairseq resets it at every step, and logs the memory that was left."""
     return capacity - min(float(s) for s in re.findall(r'"gb_free": "([\d.]+)"', log))
 
 
 def gpus() -> list[str]:
-    """Their names, asked of another program: a process that has used CUDA cannot be forked."""
+    """Return the GPUs' names, from another program: a process that has used CUDA cannot be forked."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
 
@@ -124,7 +125,7 @@ def model_options(size: str, path: str) -> list[str]:
 def train(
     size: str, path: str, steps: int, device: str, folder: str, extra: list[str], profile: bool = False
 ) -> dict[str, Any]:
-    """fairseq-train on the size: its own words per second once the memory is full, peak memory, and time by part."""
+    """Run fairseq-train on the size; return words per second once the memory is full, peak memory, and time by part."""
     import torch
     from fairseq import utils
     from fairseq_cli import train as fairseq_train
@@ -153,13 +154,13 @@ def train(
         measured["parts"] = {**breakdown, "a step": tokens / measured["tok/s"] * 1e3}
     if device == "cuda":
         measured["peak GiB"] = peak_gib(log.getvalue(), torch.cuda.get_device_properties(0).total_memory / 2**30)
-        if "--cuda-graphs" in sys.argv:  # what a graph owns counts as reserved only
+        if "--cuda-graphs" in sys.argv:  # memory that a graph owns counts as reserved only
             measured["peak GiB"] = torch.cuda.memory_reserved() / 2**30
     return measured
 
 
 def build(size: str, path: str, dtype: Any, device: str, layers: int | None = None) -> tuple[Any, Any, int]:
-    """A decoder of the size, its streams' tokens and the segment length."""
+    """Return a decoder of the size, its streams' tokens and the segment length."""
     import torch
     from fairseq import options, utils
     from fairseq.data import Dictionary
@@ -204,7 +205,8 @@ def pass_segment(model: Any, tokens: Any, start: int, length: int, state: Any, s
 
 
 def check(size: str, path: str, device: str) -> dict[str, Any]:
-    """Loss and gradients of the last segment, its memory full, in two layers, against eager attention in float32."""
+    """Compare loss and gradients of the last segment, with a full memory, in two layers, with eager attention in
+    float32."""
     import torch
 
     half = torch.float16 if device == "cuda" else torch.float32
@@ -237,7 +239,7 @@ def check(size: str, path: str, device: str) -> dict[str, Any]:
 
 
 def evaluate(size: str, path: str, device: str, segments: int = 5) -> float:
-    """Tokens per second of reading with a full memory and computing the loss."""
+    """Return the tokens per second of reading with a full memory and computing the loss."""
     import torch
 
     model, tokens, length = build(size, path, torch.float16 if device == "cuda" else torch.float32, device)
@@ -255,7 +257,7 @@ def evaluate(size: str, path: str, device: str, segments: int = 5) -> float:
 
 
 def work_per_token(size: str, path: str, streams: int) -> float:
-    """Floating-point operations of a training step a token, matrix products alone, dead memory branch left out."""
+    """Return the operations of a training step per token: those of matrix products, without the dead memory branch."""
     model, _, length = build(size, path, None, "meta")
     cfg, lookahead = model.layers[0].self_attn.config, PATHS[path][0] == "lamemo_lm"
     layers, width, inner = len(model.layers), cfg.embed_dim, cfg.heads * cfg.head_dim
@@ -325,7 +327,7 @@ def main() -> None:
 
 
 def one(args: argparse.Namespace, size: str, path: str, folder: str) -> None:
-    """Everything about one path, in a process of its own; what it prints goes to a file."""
+    """Measure one path in a process of its own, and write its output to a file."""
     log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

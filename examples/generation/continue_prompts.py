@@ -1,4 +1,4 @@
-"""The paper's generation setting: LaMemo beside Transformer-XL on the same prompts, with figures of repetition.
+"""Continue the same prompts with LaMemo and Transformer-XL in the paper's setting, and measure repetition.
 
     python examples/generation/continue_prompts.py DATA lamemo_lm=FOLDER transformer_xl_lm=FOLDER --text test.txt
 
@@ -24,7 +24,7 @@ from preprocess.byte_lines import decode, encode
 
 
 def passages(text: bytes, count: int, length: int) -> list[bytes]:
-    """Evenly spaced ones."""
+    """Return evenly spaced passages."""
     stride = (len(text) - length) // count
     return [text[i * stride : i * stride + length] for i in range(count)]
 
@@ -34,7 +34,7 @@ def ngrams(words: list[str], n: int) -> Counter:
 
 
 def repetition(texts: list[str]) -> dict[str, float]:
-    """Per cent: different n-grams of all texts, and 4-grams of a text that it has had before."""
+    """Return per cent: different n-grams of all texts, and 4-grams that a text repeats."""
     split = [re.findall(r"\w+|[^\w\s]", text) for text in texts]
     percentages = {}
     for n in (1, 2, 3):
@@ -66,8 +66,8 @@ def main() -> None:
         )
         hub.to(device)
         model = hub.models[0]
-        # Line feeds are end-of-sentence tokens: the prompts are full of them, and generation goes on past them.
-        # They may begin and end within a letter, so that they are no text, but bytes.
+        # Line feeds are end-of-sentence tokens: the prompts are full of them, and generation goes on past them. A
+        # passage may begin and end within a letter, so it is bytes and no text.
         texts = [torch.cat([hub.binarize(line) for line in encode(p.split(b"\n"))])[:-1] for p in prompts]
         tokens = torch.stack([torch.cat([text.new_tensor([hub.src_dict.eos()]), text]) for text in texts]).to(device)
         torch.manual_seed(args.seed)

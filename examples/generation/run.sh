@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# The paper's generation setting with models of your own text, on one GPU: trains LaMemo and Transformer-XL on bytes side by side,
-# continues the same prompts with both, and prints figures of repetition.
+# The paper's generation setting with models of your own text, on one GPU. This script trains LaMemo and Transformer-XL on bytes side by side, continues the same prompts with both, and prints measures of repetition.
 #   bash examples/generation/run.sh FOLDER      a folder with train.txt, valid.txt and test.txt
 #   UPDATES=4000 bash examples/generation/run.sh FOLDER
 # DATA names a folder that fairseq-preprocess has written already.

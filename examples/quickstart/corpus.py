@@ -1,4 +1,4 @@
-"""Writes the quickstart's corpus: invented tales, the same bytes on every machine and version of Python.
+"""Write the quickstart's corpus: invented tales, the same bytes on every machine and version of Python.
 
     python examples/quickstart/corpus.py FOLDER
 
@@ -55,7 +55,8 @@ ENDING = (
 
 
 class Teller:
-    """Tells tales. All chance comes from `random.random`, whose numbers are the same in every version of Python."""
+    """Tells tales. Write tales: all chance comes from `random.random`, whose numbers are the same in every version of
+    Python."""
 
     def __init__(self, seed: int):
         self.random = random.Random(seed).random

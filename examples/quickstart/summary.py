@@ -1,4 +1,4 @@
-"""A table from fairseq's logs: python examples/quickstart/summary.py NAME=FOLDER ...
+"""Make a table from fairseq's logs: python examples/quickstart/summary.py NAME=FOLDER ...
 
 Each folder holds train.log of fairseq-train, eval.log of fairseq-eval-lm, and without.log, an evaluation of the
 model without its memory.
@@ -17,7 +17,7 @@ COLUMNS = {
 
 
 def row(folder: Path) -> list[str]:
-    """The last match of every column's pattern in the folder's logs."""
+    """Return the last match of every column's pattern in the folder's logs."""
     cells = []
     for name, (log, pattern) in COLUMNS.items():
         matches = re.findall(pattern, (folder / log).read_text(encoding="utf-8", errors="replace"))

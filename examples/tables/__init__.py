@@ -1,1 +1,1 @@
-"""One command from a table file to the table: `python -m examples.tables TABLE.yaml`. See README.md."""
+"""Go from a table file to the table with one command: `python -m examples.tables TABLE.yaml`. See README.md."""

@@ -1,4 +1,4 @@
-"""From a table file to the table: trains and evaluates what is missing, then renders.
+"""Train and evaluate what a table still lacks, then render the table.
 
 python -m examples.tables examples/enwik8/table.yaml                      every row, on the GPUs that there are
 python -m examples.tables examples/enwik8/table.yaml --print lamemo       the commands of one row
@@ -178,7 +178,7 @@ def printed(loaded: table.Table, args: argparse.Namespace) -> List[str]:
 
 
 def table_name(path: Path) -> str:
-    """The folder of a table below examples/, with dashes: ``novels-bytes``."""
+    """Return the folder of a table below examples/, with dashes: ``novels-bytes``."""
     folders = path.resolve().parent.parts
     below = folders[folders.index("examples") + 1 :] if "examples" in folders else folders[-1:]
     return "-".join(below) if path.stem == "table" and below else path.stem
@@ -189,10 +189,10 @@ def default_out(name: str, minutes: Optional[float]) -> Path:
 
 
 def options(given: List[str]) -> Dict[str, Any]:
-    """``["cpu=true", "lr=1e-3"]`` as a dictionary.
+    """Return ``["cpu=true", "lr=1e-3"]`` as a dictionary.
 
     Raises:
-        TableError: an entry has no ``=``, no value that YAML can read, or is not the table's to give.
+        TableError: an entry has no ``=``, no value that YAML can read, or sets an option that the table may not set.
     """
     chosen: Dict[str, Any] = {}
     for entry in given:
@@ -213,7 +213,7 @@ def slots(args: argparse.Namespace, on_cpu: bool) -> List[Slot]:
     """Return the slots that runs can be run in, one at a time in each.
 
     Raises:
-        TableError: there are not enough GPUs for one.
+        TableError: there are fewer GPUs than one slot needs.
     """
     if on_cpu:
         return [Slot()] * max(1, args.jobs)
@@ -227,7 +227,7 @@ def slots(args: argparse.Namespace, on_cpu: bool) -> List[Slot]:
 
 
 def visible() -> List[str]:
-    """The GPUs that this process may use."""
+    """Return the GPUs that this process may use."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -235,7 +235,7 @@ def visible() -> List[str]:
 
 
 def jobs(plan: Plan, runs: List[table.Run], args: argparse.Namespace) -> List[str]:
-    """A line for SLURM for each run that is missing; a shrunk table is one job, as its rows depend on each other.
+    """Return a line for SLURM for each missing run; a shrunk table is one job, as its rows depend on each other.
 
     The data may be absent here. Each job checks them where it runs.
     """

@@ -18,7 +18,7 @@ MODULES = {"fairseq-train": "fairseq_cli.train", "fairseq-eval-lm": "fairseq_cli
 
 
 def flags(options: Mapping[str, Any]) -> List[str]:
-    """``{"roll": True, "lr": 0.1}`` as ``--roll --lr 0.1``; what is false or null is left out."""
+    """Return ``{"roll": True, "lr": 0.1}`` as ``--roll --lr 0.1``, without options that are false or null."""
     words = []
     for name, value in options.items():
         if value is True:
@@ -29,15 +29,15 @@ def flags(options: Mapping[str, Any]) -> List[str]:
 
 
 def training_options(table: Table, row: str, changes: Mapping[str, Any]) -> Dict[str, Any]:
-    """Options of fairseq-train for a row; *changes* come last and are the same for all rows."""
+    """Return the options of fairseq-train for a row; *changes* come last and are the same for all rows."""
     return {**table.options, **find(table, row).options, **changes}
 
 
 def streams_a_device(table: Table, row: str, gpus: int) -> int:
-    """``--batch-size`` of a row on each of *gpus* devices, so that their number does not change the run.
+    """Return the ``--batch-size`` of a row on each of *gpus* devices: their number does not change the run.
 
     Raises:
-        TableError: they cannot share the streams evenly.
+        TableError: the devices cannot share the streams evenly.
     """
     number = streams(table, row)
     if gpus < 1 or number % gpus:
@@ -48,7 +48,7 @@ def streams_a_device(table: Table, row: str, gpus: int) -> int:
 def train(
     table: Table, run: Run, checkpoints: str, changes: Mapping[str, Any], gpus: int = 1, batch_size: Any = None
 ) -> List[str]:
-    """The arguments of fairseq-train."""
+    """Return the arguments of fairseq-train."""
     options = {
         **training_options(table, run.row, changes),
         "batch-size": streams_a_device(table, run.row, gpus) if batch_size is None else batch_size,
@@ -61,7 +61,7 @@ def train(
 def evaluate(
     table: Table, row: str, checkpoint: str, evaluation: Evaluation, changes: Mapping[str, Any], shards: int = 1
 ) -> List[str]:
-    """The arguments of fairseq-eval-lm; of *shards* equal parts of the streams the first is read."""
+    """Return the arguments of fairseq-eval-lm; of *shards* equal divisions of the streams the first is read."""
     trained = training_options(table, row, changes)
     options: Dict[str, Any] = {
         **{name: trained[name] for name in SHARED if name in trained},
@@ -81,18 +81,19 @@ def evaluate(
 
 
 def argv(command: str, arguments: Sequence[str]) -> List[str]:
-    """A command of fairseq as this Python runs it."""
+    """Return a command of fairseq as this Python runs it."""
     return [sys.executable, "-m", MODULES[command], *located(arguments)]
 
 
 def located(arguments: Sequence[str]) -> List[str]:
-    """Arguments with the ``--user-dir`` that is there; a run's identity has the table's, on every machine the same."""
+    """Return arguments with the ``--user-dir`` of this machine; a run's identity has the table's, the same on every
+    machine."""
     before = ["", *arguments]
     return [user_dir(word) if before[i] == "--user-dir" else word for i, word in enumerate(arguments)]
 
 
 def shell(command: str, arguments: Sequence[str], width: int = 118) -> str:
-    """A command of fairseq for a shell, in lines that end in a backslash."""
+    """Return a command of fairseq for a shell, in lines that end in a backslash."""
     lines, line = [], command
     for word in _options(located(arguments)):
         if len(line) + len(word) + 3 > width:
@@ -103,7 +104,7 @@ def shell(command: str, arguments: Sequence[str], width: int = 118) -> str:
 
 
 def _options(arguments: Sequence[str]) -> List[str]:
-    """Options with their values, quoted."""
+    """Return options with their values, quoted."""
     quoted: List[str] = []
     for word in arguments:
         text = word if _COMPUTED.fullmatch(word) else shlex.quote(word)
@@ -117,7 +118,7 @@ def _options(arguments: Sequence[str]) -> List[str]:
 def slurm(
     job: str, arguments: Sequence[str], gpus: int, log: Path, extra: Optional[str], environment: Optional[Path]
 ) -> str:
-    """A line for SLURM that runs a part of a table, and once more if the node is lost.
+    """Return a line for SLURM that runs some of a table, and runs it once more if the node is lost.
 
     The job activates the *environment* first. Without one it starts this Python by its full path.
     """

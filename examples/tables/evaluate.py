@@ -1,7 +1,8 @@
-"""Several calls of fairseq-eval-lm at the price of one start, each in a fork of a process that has imported everything.
+"""Run several calls of fairseq-eval-lm at the price of one start, each in a fork of a process that has imported
+everything.
 
-Used by the runner: `python -m examples.tables.evaluate JOBS.json [AT_ONCE]`, a list of objects with `arguments` (those
-of fairseq-eval-lm), `log` and `result`, the files to write, and how many go side by side.
+The runner calls `python -m examples.tables.evaluate JOBS.json [AT_ONCE]`. A job has `arguments` (those of
+fairseq-eval-lm), and the files to write, `log` and `result`. AT_ONCE jobs go side by side.
 """
 
 import json
@@ -51,7 +52,7 @@ def main(jobs: Path, at_once: int = 1) -> int:
 
 
 def _start(job: Dict[str, Any]) -> int:
-    """The process of a job, a fork of this one."""
+    """Return the process of a job, a fork of this one."""
     log = Path(job["log"])
     log.parent.mkdir(parents=True, exist_ok=True)
     pid = os.fork()

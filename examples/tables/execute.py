@@ -1,4 +1,4 @@
-"""Runs what a table still lacks: trains, evaluates, and leaves results.json where a run is complete."""
+"""Train and evaluate what a table still lacks, and write results.json where a run is complete."""
 
 import re
 import sys
@@ -36,7 +36,7 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """A table, and how to run it."""
+    """A table, and the choices of how to run it."""
 
     table: Table
     out: Path
@@ -50,12 +50,12 @@ class Plan:
 
     @property
     def rendered(self) -> Path:
-        """The folder of what is rendered."""
+        """The folder of tables, plots and CSV files."""
         return self.results or self.out
 
     @property
     def speed(self) -> Path:
-        """The file with the rates that rows have alone."""
+        """The file with the rates of rows that were trained alone."""
         return self.rendered / "speed.json"
 
     @property
@@ -66,12 +66,12 @@ class Plan:
         return RunFolder(self.out / run.row / f"seed-{run.seed}")
 
     def identity(self, run: Run, data_elsewhere: bool = False) -> Dict[str, Any]:
-        """Return all that a run's figures depend on, as JSON. The number of GPUs is no part of it.
+        """Return everything that a run's results depend on, as JSON. The number of GPUs is no part of it.
 
         *data_elsewhere*: leave out data that this machine does not have.
 
         Raises:
-            FileNotFoundError: there are no such data.
+            FileNotFoundError: data are missing.
         """
         options = {name: value for name, value in self.options(run).items() if name != "--data"}
         known = {"row": run.row, "seed": run.seed, "streams": streams(self.table, run.row), "options": options}
@@ -80,11 +80,11 @@ class Plan:
         return {**known, "data": data_identity(self.data(run))}
 
     def data(self, run: Run) -> str:
-        """The folder of a run's data."""
+        """Return the folder of a run's data."""
         return str(self.options(run).get("--data", self.table.data))
 
     def options(self, run: Run) -> Dict[str, Any]:
-        """The options of a run's training as given to fairseq-train, but for what the runner sets."""
+        """Return the options of a run's training as given to fairseq-train, without those that the runner sets."""
         options = commands.training_options(self.table, run.row, self.changes)
         return {f"--{name}": value for name, value in options.items()}
 
@@ -113,7 +113,7 @@ class Plan:
         }
 
     def otherwise(self, result: Result) -> List[str]:
-        """In which options a result's training differs from its row as it is now."""
+        """Return the options in which a result's training differs from its row as it is now."""
         identity = result["run"]
         run = run_of(result)
         wanted = {"streams": streams(self.table, run.row), **self.options(run)}
@@ -121,7 +121,7 @@ class Plan:
         return differences({"streams": identity["streams"], **identity["options"]}, wanted)
 
     def trained(self) -> List[Run]:
-        """The runs of the table's rows that are trained, whatever their seeds."""
+        """Return the trained runs of the table's rows, whatever their seeds."""
         folders = [path.parent for path in self.out.glob("*/seed-*/trained.json")]
         names = dict.fromkeys([*self.kept, *(f"{path.parent.name}/{path.name}" for path in folders)])
         pairs = [name.rsplit("/seed-", 1) for name in names]
@@ -129,7 +129,7 @@ class Plan:
         return sorted(runs, key=lambda run: run.seed)
 
     def missing(self, run: Run) -> List[Evaluation]:
-        """The evaluations that a run still lacks."""
+        """Return the evaluations that a run still lacks."""
         result = self.result(run)
         evaluations = {} if result is None else result["evaluations"]
         return [
@@ -146,7 +146,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one run at a time."""
+    """A GPU, a group of GPUs or a share of the CPU, for one run at a time."""
 
     devices: Tuple[str, ...] = ()  # of CUDA; none for a CPU
 
@@ -159,13 +159,13 @@ class Slot:
 
 
 def check(plan: Plan, runs: Sequence[Run], data_elsewhere: bool = False) -> List[Run]:
-    """The runs that are not complete, once it is known that none of the folders holds another run.
+    """Return the runs that are not complete, after checking that no folder holds another run.
 
     *data_elsewhere*: do not compare data that this machine does not have.
 
     Raises:
-        ChangedError: one does, or the results that are kept are those of another.
-        FileNotFoundError: there are no data, and they have to be here.
+        ChangedError: a folder holds another run, or the stored results are of another run.
+        FileNotFoundError: the data are missing, and *data_elsewhere* is false.
     """
     for run in runs:
         wanted = plan.identity(run, data_elsewhere)
@@ -184,7 +184,7 @@ def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]
     """Run what is missing, one run at a time in each slot.
 
     Returns:
-        What went wrong, a message for each run that failed; the others are complete.
+        A message for each run that failed; the others are complete.
     """
     todo = check(plan, runs)
     with progress(plan.table.title, len(runs), len(runs) - len(todo)) as bar:
@@ -209,7 +209,8 @@ Outcome = TypeVar("Outcome")
 
 
 def in_slots(work: Callable[[Item, Slot], Outcome], items: Sequence[Item], slots: Sequence[Slot]) -> Iterator[Outcome]:
-    """``work(item, slot)`` for every item, one at a time in each slot; what comes of it, in the order of the items.
+    """Call ``work(item, slot)`` for every item, one at a time in each slot; return the results in the order of the
+    items.
 
     An interrupt ends the commands that run.
     """
@@ -233,7 +234,7 @@ def in_slots(work: Callable[[Item, Slot], Outcome], items: Sequence[Item], slots
 
 
 def complete(plan: Plan, run: Run, slot: Slot, board: "Board") -> None:
-    """Train a run unless it is trained, do the evaluations that it lacks, and write its results.
+    """Train a run unless it is trained, run its missing evaluations, and write its results.
 
     Raises:
         RunError: a command failed.
@@ -324,14 +325,14 @@ def failure(command: str, code: int, log: Path, again: str) -> str:
 
 
 def progress(title: str, total: int, done: int) -> Any:
-    """A bar of runs, shown again once a minute at most where it goes to a file."""
+    """A progress bar of runs, shown again at most once a minute where it goes to a file."""
     every = 0.1 if sys.stderr.isatty() else 60.0
     # Without a least number of runs from one time to the next: most of what it says changes within a run.
     return tqdm(total=total, initial=done, desc=title, unit="run", leave=True, mininterval=every, miniters=0)
 
 
 class Board:
-    """One line that says where every run stands."""
+    """Return one line that says where every run stands."""
 
     def __init__(self, bar: Any):
         self._bar = bar

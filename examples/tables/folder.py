@@ -50,10 +50,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Optional[Any]:
-    """The contents of a file that `write_json` wrote, None if there is none.
+    """Return the contents of a file that `write_json` wrote, None if there is none.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -78,10 +78,10 @@ class RunFolder:
         return self.path / "evaluations" / f"{name}.json"
 
     def check(self, wanted: Dict[str, Any]) -> None:
-        """See that the folder holds the run *wanted*, or none that has a checkpoint.
+        """Refuse a folder unless it holds the run *wanted*, or one without a checkpoint.
 
         Raises:
-            ChangedError: it holds another one; with what differs.
+            ChangedError: the folder holds another run; the message says what differs.
         """
         stored = comparable(read_json(self.identity), wanted)
         saved = self.trained.exists() or any(self.checkpoints.glob("*.pt"))
@@ -92,7 +92,7 @@ class RunFolder:
             )
 
     def claim(self, wanted: Dict[str, Any]) -> None:
-        """Say that the folder, which is locked, holds the run *wanted*.
+        """Record that the folder, which is locked, holds the run *wanted*.
 
         Raises:
             ChangedError: as `check`.
@@ -104,17 +104,17 @@ class RunFolder:
             write_json(self.identity, wanted)
 
     def lock(self) -> contextlib.AbstractContextManager[int]:
-        """`locked`, for the work on this run."""
+        """Lock the folder as `locked` does, for the work on this run."""
         return locked(self.path / "lock", "another process is at work there")
 
     def note_start(self, commands: List[List[str]], devices: Optional[str]) -> None:
-        """Add where and how the run is started, or started again."""
+        """Record where and how the run is started, or started again."""
         cut = self.starts.exists() and not self.starts.read_bytes().endswith(b"\n")
         with self.starts.open("a", encoding="utf-8") as file:
             file.write(("\n" if cut else "") + json.dumps({"commands": commands, **environment(devices)}) + "\n")
 
     def started(self) -> List[Dict[str, Any]]:
-        """Return the notes of `note_start`, but for a line that it was killed in."""
+        """Return the records of `note_start`, without a line that a kill cut short."""
         lines = self.starts.read_text(encoding="utf-8").splitlines() if self.starts.exists() else []
         starts = []
         for line in lines:
@@ -125,10 +125,10 @@ class RunFolder:
 
 @contextlib.contextmanager
 def locked(path: Path, reason: str) -> Iterator[int]:
-    """Keep others out meanwhile, and as long as a process has the descriptor open that it is given.
+    """Lock a folder meanwhile, and as long as a process has the lock's descriptor open.
 
     Raises:
-        BusyError: another process is in, with the *reason*.
+        BusyError: another process has the lock, with the *reason*.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -151,7 +151,7 @@ def _wait_for(descriptor: int, message: str) -> None:
 
 
 def comparable(stored: Any, wanted: Dict[str, Any]) -> Any:
-    """Return a stored identity without the data if *wanted*, made where the data are not, has none."""
+    """Return a stored identity, without its data if *wanted* has none, since it was made on a machine without them."""
     if isinstance(stored, dict) and "data" not in wanted:
         return {key: value for key, value in stored.items() if key != "data"}
     return stored
@@ -183,7 +183,7 @@ def data_identity(data: str) -> Dict[str, Any]:
     """Return the identity of a binarized corpus: its dictionary, and the size of its splits.
 
     Raises:
-        FileNotFoundError: there is no such corpus.
+        FileNotFoundError: the corpus is missing.
     """
     folder = Path(data)
     if not has_dictionary(data):
@@ -193,7 +193,8 @@ def data_identity(data: str) -> Dict[str, Any]:
 
 
 def environment(devices: Optional[str]) -> Dict[str, Any]:
-    """Return the place of a run: device, versions, commit; *devices* are those of CUDA it may use, None for a CPU."""
+    """Return where a run is: device, versions, commit; *devices* are the CUDA devices that it may use, None for a
+    CPU."""
     names: List[str] = []
     if devices:
         names = (
@@ -210,7 +211,8 @@ def environment(devices: Optional[str]) -> Dict[str, Any]:
 
 
 def _git(*command: str) -> Optional[str]:
-    """Return git's word on this code, None where it is installed: another project's repository may be around it."""
+    """Return git's description of this code, None where the package is installed: the repository around it may be
+    another project's."""
     return _output("git", "-C", str(ROOT), *command) if IN_CHECKOUT else None
 
 

@@ -1,4 +1,5 @@
-"""Results in one file, a line a run, apart from the folders of the runs: for a table that is run here and there."""
+"""Store results in one file, a line a run, apart from the folders of the runs: for a table that several machines
+run."""
 
 import fcntl
 import json
@@ -41,10 +42,10 @@ SHAPE = {
 
 
 def read(path: Path) -> Dict[str, Result]:
-    """The results in a file by the runs' names, several of one run joined; none if there is no such file.
+    """Return the results in a file by the runs' names, several of one run joined; none if there is no such file.
 
     Raises:
-        ValueError: a line is no result.
+        ValueError: a line of the file is not a result.
     """
     stored: Dict[str, Result] = {}
     if not path.exists():
@@ -64,7 +65,7 @@ def read(path: Path) -> Dict[str, Result]:
 
 
 def add(path: Path, results: Iterable[Result]) -> None:
-    """Add results to a file, each to what there is of the same run.
+    """Add results to a file, each to the stored results of the same run.
 
     Several processes may do so at once.
     """
@@ -89,5 +90,5 @@ def _put(stored: Dict[str, Result], result: Result) -> None:
 
 
 def run_of(result: Result) -> Run:
-    """The run that a result is of."""
+    """Return the run of a result."""
     return Run(result["run"]["row"], result["run"]["seed"])

@@ -1,4 +1,4 @@
-"""Names of lines beside their ends, in their colours, instead of a legend."""
+"""Write names of lines beside their ends, in their colours, instead of a legend."""
 
 import math
 from statistics import mean
@@ -41,13 +41,13 @@ def _last_point(line: Any) -> Any:
 
 
 def _height(axis: Any, point: Tuple[float, float]) -> float:
-    """The height of a point as a fraction of the axis."""
+    """Return the height of a point as a fraction of the axis."""
     return float(axis.transAxes.inverted().transform(axis.transData.transform(point))[1])
 
 
 def _apart(heights: Sequence[float], gap: float) -> List[float]:
-    """Move ascending heights at least *gap* apart, as little as that takes, and into the axis if there is room."""
-    clusters: List[List[float]] = []  # of names that touch: where each alone would have the lowest of them
+    """Move ascending heights at least *gap* apart, as little as possible, and into the axis if there is room."""
+    clusters: List[List[float]] = []  # names that touch: the lowest height at which each would stand alone
     for i, height in enumerate(heights):
         clusters.append([height - i * gap])
         while len(clusters) > 1 and mean(clusters[-2]) > mean(clusters[-1]):

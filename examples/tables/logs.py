@@ -1,4 +1,4 @@
-"""Figures from what fairseq's commands log, with ``--log-format json`` in training."""
+"""Read measurements from the logs of fairseq's commands, with ``--log-format json`` in training."""
 
 import json
 import re
@@ -17,13 +17,13 @@ _LOSS = re.compile(r"Loss \(base 2\): ([\d.]+|inf|nan), Perplexity: ([\d.]+|inf|
 
 
 class LogError(ValueError):
-    """A log does not hold what a finished run leaves there."""
+    """A log lacks what a finished run writes to it."""
 
 
 def records(path: Path) -> Iterator[Tuple[str, Dict[str, Any]]]:
-    """The JSON records of a log with their tags; ``start`` stands where a process began to train.
+    """Return the JSON records of a log with their tags; ``start`` stands where a process began to train.
 
-    ``graph`` stands where a CUDA graph was recorded, with its kind and the GiB that it keeps to itself.
+    ``graph`` stands where a CUDA graph was recorded, with its kind and the GiB that it reserves.
     """
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -51,7 +51,7 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
         validation.
 
     Raises:
-        LogError: there are no parameters in it, or records without their figures.
+        LogError: the log has no parameters, or records without their values.
     """
     try:
         return _training(path, valid_subset)
@@ -106,7 +106,7 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
 def evaluation(path: Path) -> Dict[str, Any]:
     """Read a log of fairseq-eval-lm: tokens, seconds, tokens/s, base-2 loss and perplexity.
 
-    And ``device_memory_gib``, the peak that a line beginning with `DEVICE_MEMORY` gives (None on a CPU).
+    On a GPU there is also ``device_memory_gib``, the peak in a line that begins with `DEVICE_MEMORY` (None on a CPU).
 
     Raises:
         LogError: the command did not come to its end.
@@ -128,7 +128,7 @@ def evaluation(path: Path) -> Dict[str, Any]:
 
 
 def tail(path: Path, lines: int = 12, size: int = 20_000) -> List[str]:
-    """The last lines of a file, which may still be written."""
+    """Return the last lines of a file, which may still be written."""
     if not path.exists():
         return []
     with path.open("rb") as file:

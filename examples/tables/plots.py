@@ -1,4 +1,4 @@
-"""Plots of a table: what a row reaches and costs, learning curves, lengths at test time. Needs matplotlib."""
+"""Plot a table: quality and cost of its rows, learning curves, lengths at test time. Needs matplotlib."""
 
 import logging
 import math
@@ -13,10 +13,10 @@ from .table import MEASURES, Evaluation, Run, TableError
 
 
 def pyplot() -> Any:
-    """matplotlib without a display.
+    """Import matplotlib without a display.
 
     Raises:
-        TableError: it is not installed.
+        TableError: matplotlib is not installed.
     """
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
@@ -32,7 +32,7 @@ def pyplot() -> Any:
 
 
 def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
-    """Draw what there are results for; returns the files. Those of former results go."""
+    """Draw the plots for which there are results; return the files. Plots of former results are removed."""
     plt = pyplot()
     results = {name: of_row for name, of_row in render.collect(plan, runs).items() if of_row}
     scales = ", ".join(f"--scale {scale['asked']['minutes']:g}" for scale in render.scales(plan, results))
@@ -54,7 +54,7 @@ def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
 
 
 def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> Any:
-    """Quality, a point a seed, beside parameters, tokens/s and memory. What is not known is left out."""
+    """Draw quality, a point a seed, beside parameters, tokens/s and memory. Values that are not known are left out."""
     if not results:
         return None
     subset = plan.table.evaluation.subsets[-1]
@@ -91,7 +91,7 @@ def _summary(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> A
 
 
 def _curves(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> Any:
-    """Validation loss against updates, a line a run."""
+    """Draw validation loss against updates, a line a run."""
     results = {name: [r for r in of_row if r["training"]["curve"]] for name, of_row in results.items()}
     if not any(results.values()):
         return None
@@ -111,7 +111,7 @@ def _curves(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> An
 
 
 def _height(rows: Any) -> float:
-    """A height in inches with room for the names of *rows*."""
+    """Return a height in inches with room for the names of *rows*."""
     return max(4, 1.2 + 0.16 * len(rows))
 
 
@@ -121,7 +121,7 @@ def _style(number: int) -> Dict[str, Any]:
 
 
 def _memory(plt: Any, plan: Plan, results: Dict[str, List[render.Result]]) -> Any:
-    """Quality against the memory length at test time.
+    """Draw quality against the memory length at test time.
 
     Tokens/s and peak memory are left out: evaluations that run side by side, or elsewhere, change both.
     """

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, which end when the runner does."""
+"""Run commands in processes of their own, which end when the runner does."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ STOPPED = threading.Event()
 
 
 class Ended(NamedTuple):
-    """The end of a command."""
+    """The result of a command that ended."""
 
     code: int
     memory_gib: float  # the peak of its resident memory on the host
@@ -29,7 +29,7 @@ def run(
     keep_open: Sequence[int] = (),
     watch: Callable[[], None] = lambda: None,
 ) -> Ended:
-    """Run a command to its end; what it prints is added to *log*.
+    """Run a command to its end, and add its output to *log*.
 
     Args:
         environment: variables besides those of the runner.
@@ -62,18 +62,18 @@ def run(
     process.returncode = os.waitstatus_to_exitcode(status)
     with _LOCK:
         del _ALIVE[process.pid]
-    # The kernel's sum counts what this process held when the command was started.
+    # The kernel's sum includes what this process used when the command was started.
     largest = in_gib(usage.ru_maxrss)
     return Ended(process.returncode, round(min(peak or largest, largest), 3))
 
 
 def in_gib(maxrss: int) -> float:
-    """``ru_maxrss`` in GiB: it is in KiB, on macOS in bytes."""
+    """Return ``ru_maxrss`` in GiB: it is in KiB, on macOS in bytes."""
     return round(maxrss / (2**30 if sys.platform == "darwin" else 2**20), 3)
 
 
 def peak_gib(pid: int) -> float:
-    """The peak so far of a process's resident memory in GiB, where /proc tells it; else 0."""
+    """Return the peak so far of a process's resident memory in GiB, where /proc tells it; else 0."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -82,7 +82,7 @@ def peak_gib(pid: int) -> float:
 
 
 def stop() -> List[int]:
-    """End all commands that run, and start no other."""
+    """End all running commands, and start no other."""
     with _LOCK:
         STOPPED.set()
         for process in _ALIVE.values():

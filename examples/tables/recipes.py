@@ -1,4 +1,4 @@
-"""Rows as recipes: a shell script and a YAML for fairseq-hydra-train, both from the row's command line."""
+"""Print rows as recipes: a shell script and a YAML for fairseq-hydra-train, both from the row's command line."""
 
 import difflib
 import shlex
@@ -52,14 +52,14 @@ def printed(form: str, table: Table, run: Run, name: str, gpus: int, changes: Ma
 
 
 def checkpoints(name: str, row: str) -> str:
-    """The folder that the recipes of a row save to."""
+    """Return the folder that the recipes of a row save to."""
     return f"checkpoints/{name}/{row}"
 
 
 def lines(
     table: Table, run: Run, name: str, gpus: int = 1, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> Tuple[str, str]:
-    """Training, and evaluation on the test set, for a shell."""
+    """Return training, and evaluation on the test set, for a shell."""
     saved = checkpoints(name, run.row)
     train = commands.train(table, run, saved, changes, gpus)
     test = Evaluation(table.evaluation.subsets[-1])
@@ -68,7 +68,7 @@ def lines(
 
 
 def script(table: Table, run: Run, name: str, changes: Mapping[str, Any], source: str) -> str:
-    """A run as a shell script for the root of a checkout: the streams are shared over all GPUs that there are."""
+    """Return a run as a shell script for the root of a checkout: the streams are shared over all GPUs."""
     options = commands.training_options(table, run.row, changes)
     number = streams(table, run.row)
     share = number if options.get("cpu") else f"$(({number} / GPUS))"
@@ -84,7 +84,7 @@ def script(table: Table, run: Run, name: str, changes: Mapping[str, Any], source
 
 
 def title(table: Table, row: str) -> str:
-    """Return the title of a recipe, with the reported figures."""
+    """Return the title of a recipe, with the reported results."""
     described = find(table, row)
     splits = table.evaluation.subsets
     paper = render.reported(described, splits)
@@ -92,7 +92,7 @@ def title(table: Table, row: str) -> str:
 
 
 def hydra(table: Table, run: Run, name: str, gpus: int, changes: Mapping[str, Any], source: str) -> str:
-    """A run as a YAML for fairseq-hydra-train, with the streams of one of *gpus* devices."""
+    """Return a run as a YAML for fairseq-hydra-train, with the streams of one of *gpus* devices."""
     groups = config(table, run, name, gpus, changes)
     data = Path("$PWD") / str(changes.get("data", table.data))  # an absolute path stays as it is
     head = f"""# {title(table, run.row)}.
@@ -103,7 +103,7 @@ def hydra(table: Table, run: Run, name: str, gpus: int, changes: Mapping[str, An
 
 
 def config(table: Table, run: Run, name: str, gpus: int, changes: Mapping[str, Any]) -> Dict[str, Any]:
-    """The options of a run in hydra's groups."""
+    """Return the options of a run in hydra's groups."""
     given = {
         **commands.training_options(table, run.row, changes),
         "batch-size": commands.streams_a_device(table, run.row, gpus),
@@ -131,7 +131,7 @@ def config(table: Table, run: Run, name: str, gpus: int, changes: Mapping[str, A
 
 
 def _groups(given: Dict[str, Any]) -> Dict[str, Any]:
-    """The dataclass of each group of fairseq's configuration, with the choices of *given*."""
+    """Return the dataclass of each group of fairseq's configuration, with the choices of *given*."""
     from fairseq import criterions, models, optim, tasks, utils
     from fairseq.dataclass.configs import FairseqConfig
     from fairseq.optim import lr_scheduler

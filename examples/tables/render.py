@@ -1,4 +1,4 @@
-"""Results of a table as Markdown and CSV."""
+"""Render the results of a table as Markdown and CSV."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ from .validation import without_controls
 
 
 def collect(plan: Plan, runs: Sequence[Run]) -> Dict[str, List[Result]]:
-    """The results of the runs that are trained, by row; some may lack evaluations."""
+    """Return the results of the trained runs, by row; some may lack evaluations."""
     by_row: Dict[str, List[Result]] = {name: [] for name in plan.table.rows}
     for run in runs:
         result = plan.result(run)
@@ -27,7 +27,7 @@ def collect(plan: Plan, runs: Sequence[Run]) -> Dict[str, List[Result]]:
 
 
 def write(plan: Plan, runs: Sequence[Run]) -> str:
-    """Write table.md, table.csv, evaluations.csv and curves.csv; returns the Markdown."""
+    """Write table.md, table.csv, evaluations.csv and curves.csv; return the Markdown."""
     results = collect(plan, runs)
     text = markdown(plan, runs, results)
     plan.rendered.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def write(plan: Plan, runs: Sequence[Run]) -> str:
 
 
 def scales(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
-    """Return the ways in which the table is shrunk, or was for a run with results, each once."""
+    """Return the ways in which the table, or a run with results, was shrunk, each once."""
     distinct = [plan.scale] if plan.scale else []
     for result in (result for of_row in results.values() for result in of_row):
         if result["scale"] and result["scale"] not in distinct:
@@ -48,25 +48,25 @@ def scales(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]
 
 
 def values(plan: Plan, results: List[Result], evaluation: Evaluation, key: Optional[str] = None) -> List[float]:
-    """A figure of an evaluation in all runs of a row; without a *key*, the measure of the table."""
+    """Return a value of an evaluation in all runs of a row; without a *key*, the measure of the table."""
     key = key or MEASURES[plan.table.measure][0]
     evaluations = [r["evaluations"].get(evaluation.name) for r in results]
     return [e[key] for e in evaluations if e is not None and e.get(key) is not None]
 
 
 def trained(results: List[Result], key: str) -> List[float]:
-    """A figure of training in all runs of a row."""
+    """Return a value of training in all runs of a row."""
     return [r["training"][key] for r in results if r["training"].get(key) is not None]
 
 
 def rates(plan: Plan, name: str, results: List[Result]) -> List[float]:
-    """Tokens/s of a row: alone, if that was measured for any row of the table, else of its runs."""
+    """Return the tokens/s of a row: measured alone, if that was done for any row of the table, else in its runs."""
     alone = speed.read(plan)
     return _alone(alone, name, "tokens_per_second") if alone else trained(results, "tokens_per_second")
 
 
 def memory(plan: Plan, name: str, results: List[Result]) -> List[float]:
-    """Peak memory of training in GiB, measured where `rates` are: of the device, on a CPU of the process."""
+    """Return the peak memory of training in GiB, measured where `rates` are: of the device, or of a CPU's process."""
     alone = speed.read(plan)
     keys = ("device_memory_gib", "host_memory_gib")
     peaks = [_alone(alone, name, key) if alone else trained(results, key) for key in keys]
@@ -79,7 +79,7 @@ def _alone(alone: Dict[str, Any], name: str, key: str) -> List[float]:
 
 
 def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
-    """One line a row: means and spreads over the seeds."""
+    """Return one line a row: means and spreads over the seeds."""
     lines = []
     for name, row in plan.table.rows.items():
         line: Dict[str, Any] = {"row": name, "title": row.title, "seeds": len(results[name])}
@@ -106,7 +106,7 @@ def deviation(numbers: List[float]) -> float:
 
 
 def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
-    """One line an evaluation of a run."""
+    """Return one line for each evaluation of a run."""
     lines = []
     for name, runs in results.items():
         for result in runs:
@@ -127,7 +127,7 @@ def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[
 
 
 def curve_lines(results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
-    """One line a validation: the base-2 loss."""
+    """Return one line for each validation: the base-2 loss."""
     return [
         {"row": name, "seed": result["run"]["seed"], "update": update, "valid loss": loss}
         for name, runs in results.items()
@@ -147,12 +147,12 @@ def _csv(path: Path, lines: List[Dict[str, Any]]) -> None:
 
 
 def inert(value: Any) -> Any:
-    """A text as a cell of a CSV, with an apostrophe in front if spreadsheets would compute it; others as they are."""
+    """Return a text as a cell of a CSV, with an apostrophe in front if spreadsheets would compute it."""
     return f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in ("=", "+", "-", "@") else value
 
 
 def escaped(text: str) -> str:
-    """A text for a line or a cell of Markdown, where it means nothing but itself."""
+    """Return a text for a line or a cell of Markdown, with the marks of Markdown escaped."""
     text = re.sub(r"([\\`*\[\]<>|~&$#])|(?<!\w)_|_(?!\w)", r"\\\g<0>", without_controls(text).strip())
     return re.sub(r"^(\d*)(?=[-+=:.)])", r"\1\\", text)  # where it would begin a list or a rule
 
@@ -165,7 +165,7 @@ def _put(path: Path, text: str) -> None:
 
 
 def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) -> str:
-    """The table, the lengths at test time, and what was run where."""
+    """Return the Markdown: the table, the lengths at test time, and where the runs were made."""
     table = plan.table
     digits = MEASURES[table.measure][2]
     splits = table.evaluation.subsets
@@ -236,13 +236,13 @@ def _seeds(results: List[Result]) -> str:
 
 
 def fullest(results: List[Result], evaluations: Sequence[Evaluation]) -> List[Result]:
-    """Those that have most of the evaluations, so that means over them compare from one to the next."""
+    """Return the seeds that have most of the evaluations, so that means over them are comparable."""
     counts = [sum(e.name in result["evaluations"] for e in evaluations) for result in results]
     return [result for result, count in zip(results, counts, strict=True) if count == max(counts)]
 
 
 def shown(numbers: List[float], digits: int) -> str:
-    """A mean with its spread, as a cell."""
+    """Return a mean with its spread, as a cell."""
     if not numbers:
         return ""
     middle = f"{mean(numbers):,.{digits}f}"
@@ -250,7 +250,7 @@ def shown(numbers: List[float], digits: int) -> str:
 
 
 def reported(row: Row, splits: Sequence[str]) -> str:
-    """The figures that a row's paper gives."""
+    """Return the results that a row's paper reports."""
     cells = [getattr(row.paper, split, None) for split in splits]
     return " / ".join("-" if c is None else f"{c:g}" for c in cells) if any(c is not None for c in cells) else ""
 

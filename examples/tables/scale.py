@@ -1,7 +1,8 @@
-"""Shrinks all rows of a table alike to a budget in minutes.
+"""Shrink all rows of a table alike to a budget in minutes.
 
-Sizes, data and streams stay as they are. What shrinks, for every row to the same number: the updates, with the
-schedules counted in them; and the part of a split that an evaluation reads, the first of so many equal ones.
+Sizes, data and streams stay as they are. For every row two things shrink to the same number. One is the updates, with
+the schedules counted in them. The other is how much of a split an evaluation reads: the first of so many equal
+divisions.
 """
 
 import math
@@ -29,10 +30,10 @@ NEVER = 10**6  # epochs
 
 
 def decided(plan: Plan) -> Optional[Dict[str, Any]]:
-    """Return how the table of a folder was shrunk, None if it was not.
+    """Return how the table of a folder was shrunk, None if it was not shrunk.
 
     Raises:
-        ValueError: the file that says so is damaged.
+        ValueError: the file of the decision is damaged.
     """
     path = plan.out / SCALE
     decision = read_json(path)
@@ -42,7 +43,7 @@ def decided(plan: Plan) -> Optional[Dict[str, Any]]:
 
 
 def check(plan: Plan, runs: Sequence[Run], minutes: Optional[float]) -> None:
-    """See that neither the folder nor what is kept of *runs* was run with another ``--scale``, or without.
+    """Refuse a folder, or stored results of *runs*, of another ``--scale`` or of none.
 
     Raises:
         ChangedError: it was.
@@ -72,7 +73,7 @@ def _asked(minutes: Optional[float]) -> str:
 
 
 def shrink(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float) -> Plan:
-    """The plan with all rows shrunk, as it was decided when the folder was begun, or else by rates measured now.
+    """Return the plan with all rows shrunk, as it was decided when the folder was begun, or else by rates measured now.
 
     Raises:
         ChangedError: the folder was begun with another budget, or other runs.
@@ -110,7 +111,7 @@ def _shrink(
 def decide(
     plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], minutes: float, keep_open: Sequence[int] = ()
 ) -> Dict[str, Any]:
-    """Divide a budget among all rows: the decision as JSON."""
+    """Divide a budget among all rows; return the decision as JSON."""
     table = plan.table
     for name, row in table.rows.items():
         own = [option for option in SHRUNK if option in row.options]
@@ -147,7 +148,7 @@ def decide(
 
 
 def measure(plan: Plan, runs: Sequence[Run], slot: Slot, keep_open: Sequence[int]) -> Dict[str, Any]:
-    """Tokens/s of every row over a few updates, and its tokens an update."""
+    """Measure tokens/s of every row over a few updates, and its tokens an update."""
     rates = {}
     for name in tqdm(list(dict.fromkeys(run.row for run in runs)), desc="measuring the rate", unit="row"):
         rate = speed.measure(plan, name, slot, PROBE_UPDATES, 1, plan.out / "rates" / name, keep_open)
@@ -156,7 +157,8 @@ def measure(plan: Plan, runs: Sequence[Run], slot: Slot, keep_open: Sequence[int
 
 
 def _shards(plan: Plan, runs: Sequence[Run], tokens: float) -> int:
-    """In how many parts to cut a split, so that the first has about so many *tokens*, and streams stay long enough."""
+    """Return the number of divisions of a split of which the first has about so many *tokens*, with streams that stay
+    long enough."""
     from lamemo_fairseq.data.binarized import load_dictionary, load_lines
 
     subsets: List[str] = list(dict.fromkeys(e.subset for run in runs for e in plan.evaluations(run)))
@@ -174,7 +176,7 @@ def _shards(plan: Plan, runs: Sequence[Run], tokens: float) -> int:
 
 
 def note(scale: Dict[str, Any]) -> str:
-    """Return the note that belongs beside the figures of a shrunk table."""
+    """Return the note that belongs beside the results of a shrunk table."""
     asked, changes, shards = scale["asked"], scale["changes"], scale["shards"]
     read = f"Evaluations read the first of {shards} equal parts of a split. " if shards > 1 else ""
     return (

@@ -1,4 +1,4 @@
-"""Rows trained alone for a few updates: tokens/s and memory that can be compared, whatever runs were run beside."""
+"""Train rows alone for a few updates: their tokens/s and memory can be compared, whatever ran beside their runs."""
 
 import threading
 from pathlib import Path
@@ -22,15 +22,15 @@ RATE = {**dict.fromkeys(FIGURES, (is_number, is_nothing)), "device": is_text, "v
 def measure(
     plan: Plan, row: str, slot: Slot, updates: int, interval: int, folder: Path, keep_open: Sequence[int]
 ) -> Dict[str, Any]:
-    """Train a row so many updates in *slot*, logging every *interval*; nothing is saved but the log.
+    """Train a row for so many updates in *slot*, logging every *interval*; nothing is saved but the log.
 
     *keep_open* are descriptors that the training inherits.
 
     Returns:
-        What `logs.training` finds.
+        The result of `logs.training`.
 
     Raises:
-        RunError: it could not be trained.
+        RunError: the row could not be trained.
     """
     changes = {
         **plan.changes,
@@ -52,7 +52,7 @@ def measure(
 
 
 def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates: int) -> None:
-    """Measure rows, one at a time in each slot, and note each in `Plan.speed` at once.
+    """Measure rows, one at a time in each slot, and record each in `Plan.speed` at once.
 
     Raises:
         RunError: rows could not be trained; the others are measured.
@@ -83,7 +83,7 @@ def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates:
 
 
 def where(slot: Slot) -> Dict[str, Any]:
-    """The device and the versions that a rate belongs to."""
+    """Return the device and the versions that a rate belongs to."""
     noted = environment(slot.shown)
     return {key: noted[key] for key in ("device", "versions", "commit", "changed_files")}
 

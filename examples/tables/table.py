@@ -1,4 +1,4 @@
-"""Table files: rows, seeds and evaluations as data, so that a new row is a few lines of YAML."""
+"""Read table files: rows, seeds and evaluations as data, so that a new row is a few lines of YAML."""
 
 import io
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 @dataclass
 class Figures:
-    """Figures reported for a row, in the measure of the table, and where they are from."""
+    """Results reported for a row, in the measure of the table, and their source."""
 
     valid: Optional[float] = None
     test: Optional[float] = None
@@ -58,7 +58,7 @@ class Evaluations:
 
 @dataclass
 class Table:
-    """A table as its file says it."""
+    """The contents of a table file."""
 
     title: str = MISSING
     data: str = MISSING  # folder of fairseq-preprocess
@@ -70,7 +70,7 @@ class Table:
     rows: Dict[str, Row] = field(default_factory=dict)
 
 
-# Measures by name: the key of an evaluation's figure, what to call it, and digits behind the point.
+# Measures by name: the key of an evaluation's value, what to call it, and digits behind the point.
 MEASURES: Dict[str, Tuple[str, str, int]] = {
     "perplexity": ("perplexity", "perplexity", 2),
     "bits-per-character": ("loss", "bits per character", 3),
@@ -80,7 +80,7 @@ MEASURES: Dict[str, Tuple[str, str, int]] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of fairseq-eval-lm; None where the model's own length is meant."""
+    """A call of fairseq-eval-lm; None stands for the model's own length."""
 
     subset: str
     mem_len: Optional[int] = None
@@ -98,7 +98,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """One model to train: a row with a seed."""
+    """A model to train: a row with a seed."""
 
     row: str
     seed: int
@@ -112,7 +112,7 @@ def load(path: Path) -> Table:
     """Read a table file.
 
     Raises:
-        TableError: it says something unknown, or not enough.
+        TableError: the file says something unknown, or not enough.
     """
     text = _text(path)
     try:
@@ -142,7 +142,7 @@ def _text(path: Path) -> str:
 
 
 def _check(table: Table) -> None:
-    """See that a table makes sense, and that its names can be those of files.
+    """Check that a table makes sense, and that its names can be those of files.
 
     Raises:
         TableError: as for `load`.
@@ -191,10 +191,10 @@ def _check_seeds(seeds: List[int]) -> None:
 
 
 def runs(table: Table, rows: Optional[List[str]] = None, seeds: Optional[List[int]] = None) -> List[Run]:
-    """The runs of a table, all first seeds before the second ones, *rows* in their order.
+    """Return the runs of the table, all first seeds before the second ones, *rows* in their order.
 
     Raises:
-        TableError: a row is unknown, or a seed is none.
+        TableError: a row is unknown, or a seed is not a valid number.
     """
     for name in rows or []:
         find(table, name)
@@ -204,10 +204,10 @@ def runs(table: Table, rows: Optional[List[str]] = None, seeds: Optional[List[in
 
 
 def find(table: Table, name: str) -> Row:
-    """A row by its name.
+    """Return a row by its name.
 
     Raises:
-        TableError: it is unknown.
+        TableError: the row is unknown.
     """
     if name not in table.rows:
         raise TableError(f"the table has no row '{name}'; its rows are {', '.join(table.rows)}")
@@ -215,13 +215,13 @@ def find(table: Table, name: str) -> Row:
 
 
 def streams(table: Table, row: str) -> int:
-    """The streams that a row's training reads side by side."""
+    """Return the number of streams that a row's training reads side by side."""
     own = find(table, row).streams
     return table.streams if own is None else own
 
 
 def evaluations(table: Table, row: Row) -> List[Evaluation]:
-    """The evaluations of a row's models: the splits, then the lengths at test time."""
+    """Return the evaluations of a row's models: the splits, then the lengths at test time."""
     wanted = table.evaluation
     result = [Evaluation(subset) for subset in wanted.subsets]
     if row.sweeps:

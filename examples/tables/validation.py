@@ -1,4 +1,4 @@
-"""Checks of what a table file, or a file of results, names and says, before anything is made of it."""
+"""Check what a table file, or a file of results, names and says, before anything is made of it."""
 
 import re
 import unicodedata
@@ -21,14 +21,14 @@ SET_IN_EVALUATION = {
 
 
 class TableError(ValueError):
-    """A table file, or what was asked of it, makes no sense."""
+    """A table file, or a request for it, makes no sense."""
 
 
 def file_name(what: str, name: str) -> None:
     """Check the name of *what*, "a row" or "a split", from which names of files are made.
 
     Raises:
-        TableError: it could lead to another folder, or be taken for an option or a file of the runner.
+        TableError: the name could lead to another folder, or be taken for an option or a file of the runner.
     """
     extra = "." if what == "a split" else ""
     if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9_{extra}-]*", name) or len(name) > LONGEST_NAME:
@@ -42,10 +42,10 @@ def file_name(what: str, name: str) -> None:
 
 
 def line_of_text(what: str, text: str) -> None:
-    """Check a title or a source, *what*: it stands within a line of a page, a script and a plot.
+    """Check a title or a source, *what*: it is printed within a line of a page, a script and a plot.
 
     Raises:
-        TableError: it is empty, too long, or holds a line end or another character that is no text.
+        TableError: the text is empty, too long, or holds a line end or another character that is no text.
     """
     wrong = next((c for c in text if _is_control(c)), None)
     if wrong is not None:
@@ -67,7 +67,7 @@ def options(where: str, given: Mapping[str, Any], set_by_runner: Mapping[str, st
     """Check options of a command that a table gives in *where*.
 
     Raises:
-        TableError: a name is none, or is one that the runner sets itself.
+        TableError: a name is not an option's, or is one that the runner sets itself.
     """
     for name in given:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
@@ -82,7 +82,7 @@ def folder(what: str, path: str) -> None:
     """Check the path of a folder that a command is given.
 
     Raises:
-        TableError: the command would take it for an option, or it is none.
+        TableError: the command would take the path for an option, or the text is not a path.
     """
     if path.startswith("-"):
         raise TableError(f"{what} {shortened(path)} would be taken for an option: write ./ in front")

@@ -23,7 +23,7 @@ class MemoryDecoder(nn.Module):
     """Embeddings, layers, memory and output layer, chosen by name: the base of models."""
 
     def __init__(self, config: ModelConfig):
-        nn.Module.__init__(self)  # not super(): a host's class may come next, which takes other arguments
+        nn.Module.__init__(self)  # not super(): a host's class with other arguments may come next
         self.config = config
         self.segment_length = config.segment_length
         self.graphs = SegmentGraphs() if config.cuda_graphs else None
@@ -125,7 +125,8 @@ class MemoryDecoder(nn.Module):
         return layer
 
     def reset_parameters(self) -> None:
-        """Draw weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions and memories see to themselves."""
+        """Draw weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions and memories initialise
+        themselves."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)

@@ -37,7 +37,7 @@ def write_folder(folder: Path, model: MemoryDecoder, tokenizer: Optional[Tokeniz
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: it has a tokenizer, and the model has none.
+        ValueError: the folder has a tokenizer, and the model has none.
     """
     made_for(folder, tokenizer)
     text = json.dumps({"format": FORMAT, **model.config.to_dict()}, indent=2) + "\n"
@@ -53,8 +53,8 @@ def made_for(folder: Path, tokenizer: Optional[Tokenizer]) -> None:
     """Make a folder for a model.
 
     Raises:
-        OSError: it cannot be made.
-        ValueError: it has a tokenizer, and the model has none, so that the model would be loaded with another's.
+        OSError: the folder cannot be made.
+        ValueError: the folder has a tokenizer and the model none, so that the model would be loaded with another's.
     """
     if tokenizer is None and (folder / DICTIONARY).exists():
         raise ValueError(
@@ -81,7 +81,7 @@ def read_saved(folder: Path, changes: Values) -> Saved:
         changes: values of the configuration to replace.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file is missing.
         ValueError: the configuration is not known here, or not the one that the weights were saved with.
     """
     for name in (CONFIG, WEIGHTS):

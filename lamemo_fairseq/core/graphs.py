@@ -35,7 +35,7 @@ OnLeaves = Callable[[Sequence[nn.Parameter], Tensor, MemoryState], Tuple[List[Te
 
 
 class SegmentSignature(NamedTuple):
-    """All that a recording depends on."""
+    """Everything that a recording depends on."""
 
     tokens: torch.Size
     state: List[torch.Size]
@@ -56,8 +56,9 @@ class SegmentGraphs:
     """Reads a decoder's segments, from a graph where it can.
 
     A graph is recorded when two consecutive segments have the same shapes, once for training and once for evaluation.
-    Shapes stay the same once the memory is full. Anything else runs as it is: ragged segments, autocast, modules with
-    hooks, which a graph would not call. Only a recording's last forward pass can be followed by a backward pass.
+    Shapes stay the same once the memory is full. Everything else runs without a graph: ragged segments, autocast, and
+    modules with hooks, which a graph would not call. Only a recording's last forward pass can be followed by a backward
+    pass.
 
     A host with several ranks may set a `reducer`, which reduces gradients while a recorded backward pass runs.
     """
@@ -148,7 +149,7 @@ class _Recording:
         self.forward_graph = torch.cuda.CUDAGraph()
 
     def _capture(self, warm_up: Callable[[], object], record: Callable[[], None]) -> None:
-        """Record after warming up. What they call is not kept: it holds the module, which holds this recording."""
+        """Record after warming up. The callables are not stored: they hold the module, which holds this recording."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -246,7 +247,7 @@ class _TrainingRecording(_Recording):
             torch.cuda.set_rng_state(begun.random_after, tokens.device)
         else:
             self._run(tokens, state)
-        # With the device at work; to tie every parameter to the result takes the host a while.
+        # The device works meanwhile: connecting every parameter to the result takes the host a while.
         after, features, *losses = _Replay.apply(self, *self.parameters)
         by_name: Dict[str, Tensor] = dict(zip(self.losses, losses, strict=True))
         return self.passage._replace(features=features, state=after, losses=by_name)
@@ -346,7 +347,7 @@ def run_on_aliases(
 
 
 class _Call(nn.Module):
-    """A method of a module as a module, which is what can be called on other parameters."""
+    """A method of a module as a module: only a module can be called on other parameters."""
 
     def __init__(self, method: ReadSegment, module: nn.Module):
         super().__init__()

@@ -54,7 +54,8 @@ class LanguageModel(MemoryDecoder):
         """Return the log-probability of every word of texts of any lengths, each after all words before it.
 
         Args:
-            texts: one, or B. A string is read after ``</s>``; of word ids ``[T]``, the first is read and not scored.
+            texts: one text, or B of them. A string is read after ``</s>``; of word ids ``[T]``, the first is read and
+                not scored.
 
         Raises:
             ValueError: a word id is not known, a string is given without a tokenizer, or the model is in training mode.
@@ -86,7 +87,7 @@ class LanguageModel(MemoryDecoder):
             The new words ``[B, n]`` and their log-probabilities ``[B, n]``.
 
         Raises:
-            ValueError: there is no prompt, or an empty one, or an option makes no sense, or as for `score`.
+            ValueError: there is no prompt, a prompt is empty, an option makes no sense, or as for `score`.
         """
         if not len(prompts):
             raise ValueError("generate continues at least one text of at least one word: begin a text with its </s>")
@@ -211,7 +212,7 @@ class LanguageModel(MemoryDecoder):
             changes: values of the configuration to replace, such as ``mem_len``.
 
         Raises:
-            FileNotFoundError: a file is not there.
+            FileNotFoundError: a file is missing.
             ValueError: the configuration is not known here, or the weights or the dictionary belong to another one.
         """
         path = Path(folder)

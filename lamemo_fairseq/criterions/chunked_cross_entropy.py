@@ -9,7 +9,7 @@ from torch import Tensor
 
 @register_criterion("chunked_cross_entropy", dataclass=CrossEntropyCriterionConfig)
 class ChunkedCrossEntropyCriterion(CrossEntropyCriterion):
-    """The same loss and gradients as ``cross_entropy``, for full and adaptive softmaxes.
+    """A criterion with the same loss and gradients as ``cross_entropy``, for full and adaptive softmaxes.
 
     The loss is computed inside the model's forward, so that any data-parallel wrapper sees all of it.
     """

@@ -10,8 +10,8 @@ PREFIX = "memory_"  # of their names in the log
 class WithMemoryLosses:
     """A criterion plus the losses that the model's memory returned in the same forward pass.
 
-    They are means over tokens: they weigh as much as the criterion's own loss on every token. ``--update-freq``,
-    ``--sentence-avg`` and the number of ranks change nothing in that.
+    They are means over tokens, so that they weigh as much as the criterion's own loss on every token.
+    ``--update-freq``, ``--sentence-avg`` and the number of ranks do not change this weight.
     """
 
     def __init__(self, criterion: Any):

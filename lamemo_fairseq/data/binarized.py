@@ -1,4 +1,4 @@
-"""Opening what fairseq-preprocess wrote, and looking it over before a run of weeks depends on it."""
+"""Open what fairseq-preprocess wrote, and check it before a run of weeks depends on it."""
 
 import io
 import os
@@ -15,8 +15,8 @@ def load_dictionary(path: str) -> TextDictionary:
     """Load the words of a ``dict.txt``.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a dictionary of fairseq's.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is not a dictionary of fairseq's.
     """
     try:
         lines = io.StringIO(read_text(path), newline=None)
@@ -39,20 +39,20 @@ def load_lines(folder: str, split: str, dictionary: Dictionary, impl: Optional[s
     """Open the lines of a split, an indexed dataset of fairseq.
 
     Args:
-        impl: ``--dataset-impl``, None to tell the format from the files.
+        impl: ``--dataset-impl``; None derives the format from the files.
         combine: join ``split``, ``split1``, ``split2`` and so on.
 
     Raises:
         FileNotFoundError: there is no such split.
-        ValueError: it is empty or damaged, in a format that is not read or is not *impl*, or holds ids of words that
-            the dictionary does not have.
+        ValueError: the split is empty or damaged, its format is not read or is not *impl*, or it holds ids of words
+            that the dictionary does not have.
     """
     lines = [open_lines(path, len(dictionary), impl) for path in paths_of(folder, split, combine)]
     return lines[0] if len(lines) == 1 else ConcatDataset(lines)
 
 
 def check_split(folder: str, split: str, impl: Optional[str]) -> None:
-    """Do what `load_lines` does, short of reading the ids."""
+    """Check what `load_lines` checks, without reading the ids."""
     for path in paths_of(folder, split, combine=False):
         check_files(path, impl)
 
@@ -62,7 +62,7 @@ def paths_of(folder: str, split: str, combine: bool) -> List[str]:
 
     Raises:
         FileNotFoundError: there is no such split.
-        ValueError: it is in a format that is not read.
+        ValueError: the split is in a format that is not read.
     """
     path = os.path.join(folder, split)
     paths = [path]

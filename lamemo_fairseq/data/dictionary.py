@@ -21,7 +21,7 @@ class TextDictionary(Dictionary):
     _with_others: Optional[Dictionary] = None
 
     def pad(self) -> int:
-        """Return `NO_WORD`, the id of what is no word."""
+        """Return `NO_WORD`, an id that no word has."""
         return NO_WORD
 
     def string(

@@ -54,7 +54,7 @@ class DocumentOptions:
             paths: of the files that the split is joined from.
 
         Raises:
-            FileNotFoundError: nothing is recorded.
+            FileNotFoundError: no documents are recorded.
             ValueError: the record is of other lines, or there is no separator, or there are only separators.
         """
         bounds = self._recorded(paths, tokens) if self.source == "recorded" else self._separated(tokens, dictionary)

@@ -38,11 +38,11 @@ def data_folders(data: str) -> List[str]:
 
 
 def shared_dictionary(folders: List[str]) -> Dictionary:
-    """Load the dictionary of the first folder, and see that the others have the same words, made in the same way.
+    """Load the dictionary of the first folder, and check that the others have the same words, made in the same way.
 
     Raises:
         FileNotFoundError: a folder has no dictionary.
-        ValueError: one cannot be read, or two differ.
+        ValueError: a dictionary cannot be read, or two differ.
     """
     first = folders[0]
     dictionary = load_dictionary(os.path.join(first, "dict.txt"))

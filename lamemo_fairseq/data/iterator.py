@@ -35,7 +35,7 @@ class SegmentBatches(Sequence):
 
 
 class Peekable(Iterator):
-    """An iterator whose next item can be looked at. What goes wrong then is raised when the item is asked for."""
+    """An iterator whose next item can be looked at. An error in reading it is raised when the item is asked for."""
 
     def __init__(self, items: Iterator):
         end_at_exit(items)
@@ -75,8 +75,8 @@ class Peekable(Iterator):
 class SegmentBatchIterator(EpochBatchIterator):
     """fairseq's iterator over a split of streams.
 
-    It never shuffles, and shards streams where fairseq shards batches. What it saves says how the streams were cut, and
-    carries the memory they had.
+    It never shuffles, and shards streams where fairseq shards batches. Its saved state says how the streams were cut,
+    and has their memory.
 
     Args:
         dataset: the split.
@@ -160,9 +160,9 @@ class SegmentBatchIterator(EpochBatchIterator):
         self._gathered = (position, saved) if self.shard_id == 0 else None
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return what a checkpoint needs: the place in the epoch, the cut of the data, the memory of all streams.
+        """Return what a checkpoint needs: the position in the epoch, the cut of the data, the memory of all streams.
 
-        With several ranks, after `gather_memory`.
+        With several ranks, `gather_memory` has to be called before.
         """
         saved = super().state_dict()
         saved["layout"] = self._layout_options()
@@ -180,7 +180,8 @@ class SegmentBatchIterator(EpochBatchIterator):
         """Go on where a checkpoint stopped.
 
         Raises:
-            ValueError: inside an epoch, and this run cuts the data otherwise, or the memory is not there.
+            ValueError: the checkpoint stopped inside an epoch, and this run cuts the data otherwise, or the memory is
+                missing.
         """
         done = state_dict.get("iterations_in_epoch", 0)
         if done > 0:
@@ -196,7 +197,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         super().load_state_dict(state_dict)
 
     def _layout_options(self) -> Dict[str, Any]:
-        """Return the values that the place in an epoch and the memory depend on, by the names of the options."""
+        """Return the values that the position in an epoch and the memory depend on, by the names of the options."""
         return {
             "--batch-size times ranks": self.layout.num_streams,
             "--tokens-per-sample": self.layout.segment_length,
@@ -207,7 +208,7 @@ class SegmentBatchIterator(EpochBatchIterator):
 
     def _check_layout(self, saved: Optional[Dict[str, Any]], done: int) -> None:
         current = self._layout_options()
-        saved = {"--documents": "none", **saved} if saved else {}  # as it was before there was the option
+        saved = {"--documents": "none", **saved} if saved else {}  # as it was before the option existed
         other = [
             f"{name} is {value}, there it was {saved.get(name, 'not recorded')}"
             for name, value in current.items()
@@ -222,7 +223,7 @@ class SegmentBatchIterator(EpochBatchIterator):
             )
 
     def _last_position(self) -> Optional[SegmentPosition]:
-        """Return the segment read last, None at the edge of an epoch."""
+        """Return the segment read last, None at the beginning or end of an epoch."""
         done = 0 if self.end_of_epoch() else self.iterations_in_epoch
         return self._position(self.epoch, done - 1) if done > 0 else None
 

@@ -24,7 +24,7 @@ class OriginalText:
         words: counted between white space, as by Python's ``str.split`` and ``wc -w``, or a published count.
         bytes: of the text as it was encoded, ends of lines included.
         lines: line feeds, as ``wc -l`` counts them.
-        tokens: of the binarized split, by which it is seen that the counts belong to the split.
+        tokens: of the binarized split; they tell whether the counts belong to the split.
         counted: how the words were counted.
     """
 
@@ -46,7 +46,7 @@ def read_original(folder: str, split: str) -> Optional[OriginalText]:
     """Return the counts of the text of a split, None if the folder has none.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: the counts are damaged.
     """
     return read_counts(folder, COUNTED).get(split) or read_counts(folder, RECORD).get(split)
 
@@ -55,7 +55,7 @@ def read_counts(folder: str, name: str) -> Dict[str, OriginalText]:
     """Return the counts that a file of the folder has, by split.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: the counts are damaged.
     """
     path = os.path.join(folder, name)
     try:

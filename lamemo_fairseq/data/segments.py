@@ -13,7 +13,7 @@ from .streams import ENOUGH_SEGMENTS, Layout, StreamLayout, TokenSequence
 
 
 class SegmentKey(NamedTuple):
-    """Names one segment of one stream. It says everything, so that the dataset has no state."""
+    """Names one segment of one stream. A key says everything, so that the dataset has no state."""
 
     epoch: int
     num_streams: int
@@ -52,7 +52,7 @@ class SegmentDataset(FairseqDataset):
 
     @cached_property
     def in_order(self) -> "SegmentDataset":
-        """A split whose streams are rotated, as it lies."""
+        """A split whose streams are rotated, read without copies."""
         return SegmentDataset(self.tokens, self.split, self.segment_length, self.eos)
 
     def __len__(self) -> int:
@@ -128,7 +128,7 @@ class SegmentDataset(FairseqDataset):
 def without_padding(batch: Dict[str, Any]) -> Dict[str, Any]:
     """Return the same batch, marked so that the model shows a criterion no padding.
 
-    Criterions tell padding by the id of a word, which a text may hold.
+    Criterions recognise padding by the id of a word, which a text may hold.
     """
     inputs = batch["net_input"]
     return {**batch, "net_input": {**inputs, "real_only": True}} if inputs["position"].ragged else batch

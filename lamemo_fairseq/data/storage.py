@@ -62,8 +62,8 @@ def open_lines(path: str, words: int, impl: Optional[str]) -> Any:
         impl: ``--dataset-impl``, if it was given.
 
     Raises:
-        ValueError: the files are damaged or empty, are in another format than *impl* or in one that is not read, or
-            hold ids of words that the dictionary does not have.
+        ValueError: the files are damaged or empty, or their format is not *impl* or is not read, or they hold ids of
+            words that the dictionary does not have.
     """
     index, form = _checked(path, impl)
     stored = np.memmap(path + ".bin", dtype=index.dtype, mode="r")
@@ -74,7 +74,7 @@ def open_lines(path: str, words: int, impl: Optional[str]) -> Any:
 
 
 def check_files(path: str, impl: Optional[str]) -> None:
-    """Do what `open_lines` does, short of reading the ids."""
+    """Check what `open_lines` checks, without reading the ids."""
     _checked(path, impl)
 
 
@@ -82,7 +82,7 @@ def check_ids(ids: NDArray[Any], name: str, words: int) -> None:
     """Refuse ids of words that the dictionary does not have.
 
     Raises:
-        ValueError: naming one.
+        ValueError: an id is too large; the message names it.
     """
     if len(ids) == 0:
         return

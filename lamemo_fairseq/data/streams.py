@@ -13,7 +13,7 @@ from .storage import check_ids
 
 logger = logging.getLogger(__name__)
 
-# Below this many segments a stream, the empty memory at its start shows in the figures.
+# Below this many segments a stream, the empty memory at its start shows in the losses.
 ENOUGH_SEGMENTS = 64
 
 
@@ -66,7 +66,7 @@ def part_of_line(lines: Any, index: int, start: int, stop: int) -> NDArray[np.in
 
 @dataclass(frozen=True)
 class Layout:
-    """A cut of *num_tokens* tokens into streams, and of these into segments."""
+    """A cut of *num_tokens* tokens into streams, and of streams into segments."""
 
     num_tokens: int
     num_streams: int
@@ -82,7 +82,7 @@ class Layout:
         raise NotImplementedError
 
     def warn_of_empty_memories(self, split: str, enough: int, ranks: int) -> None:
-        """Tell that streams of less than *enough* segments hardly use the memory, and how many streams would."""
+        """Warn that streams of less than *enough* segments hardly use the memory, and how many streams would."""
 
     def check(self, name: str, training: bool) -> None:
         """Refuse streams that hold too little.

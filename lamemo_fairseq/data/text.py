@@ -15,8 +15,8 @@ def read_text(path: str) -> str:
     """Return the text of a file without its byte order mark.
 
     Raises:
-        ValueError: it is not UTF-8, or holds NUL bytes as UTF-16 and binary files do.
-        OSError: it cannot be read.
+        ValueError: the file is not UTF-8, or holds NUL bytes as UTF-16 and binary files do.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         content = file.read()
@@ -38,7 +38,7 @@ def clean_prompt(line: str) -> str:
     """Return a line of a prompt without a byte order mark at its beginning.
 
     Raises:
-        ValueError: it holds what is not UTF-8, or NUL characters.
+        ValueError: the line is not UTF-8, or holds NUL characters.
     """
     line = line.lstrip(MARK)
     if "\0" in line or any("\ud800" <= character <= "\udfff" for character in line):
@@ -47,7 +47,7 @@ def clean_prompt(line: str) -> str:
 
 
 def check_input(cfg: Any) -> None:
-    """See that the prompts of ``--input`` can be read; ``-`` stands for the standard input.
+    """Check that the prompts of ``--input`` can be read; ``-`` stands for the standard input.
 
     Undecodable bytes of the standard input are kept until `clean_prompt` names the prompt that has them.
 
@@ -55,7 +55,7 @@ def check_input(cfg: Any) -> None:
         cfg: options of the task, with the option as ``input``. Outside of a command there is none.
 
     Raises:
-        ValueError, OSError: they cannot.
+        ValueError, OSError: the prompts cannot be read.
     """
     try:
         path = str(cfg.input)

@@ -1,6 +1,6 @@
-"""The evaluation of fairseq-eval-lm, of streams rather than of sentences.
+"""Evaluate streams rather than sentences in fairseq-eval-lm.
 
-fairseq's own evaluation scores each sequence of a batch by itself. It counts a word that a segment's end cuts as two,
+fairseq's own evaluation scores each sequence of a batch by itself. That counts a word that a segment's end cuts as two,
 and leaves out words with the id of padding. With several ranks it reports the first one's share.
 
 Shapes: B streams, N tokens of a segment, R of them in all that are not padding, V words.
@@ -83,7 +83,7 @@ def evaluate(
         The ``loss`` in bits, the ``perplexity``, which is 2 to its power, and the `report`.
 
     Raises:
-        ValueError: an option has a value that makes no sense.
+        ValueError: the value of an option makes no sense.
         DivergenceError: a token has no probability.
     """
     device = next(models[0].parameters()).device if device is None else device

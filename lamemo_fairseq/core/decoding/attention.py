@@ -15,7 +15,7 @@ from ..attention import Attended, Counted, RelativeBias, Rotation
 
 
 class Pairs(NamedTuple):
-    """Properties of pairs of new token and column, the same in every layer; sequences that are alike share one."""
+    """Properties of pairs of a new token and a column, the same in every layer; equal sequences share one entry."""
 
     entry: Tensor  # [B or 1, 1, k, K] where the last K distances of a table hold the pair's
     hidden: Tensor  # [B or 1, 1, k, K] whether the token must not see the column
@@ -65,7 +65,7 @@ class Columns:
         if self.at is not None and self.query.size(1) == 1 and self.nearest == 0:
             return None
         alike = slice(0, 1 if self.at is not None else None)
-        # Padding beyond the columns looked at sees the last of them: seeing no column, it would write NaN.
+        # Padding beyond the columns looked at sees the last of them: if it saw no column, it would write NaN.
         query, oldest = self.query[alike].clamp(max=self.end - 1), self.oldest[alike]
         width = self.end - self.first
         column = torch.arange(self.first, self.end, device=query.device)
@@ -77,7 +77,7 @@ class Columns:
         return Pairs(entry.unsqueeze(1), hidden.unsqueeze(1))
 
     def count(self, counts: Tensor) -> None:
-        """Take the counts ``[P, B, C]`` of all columns."""
+        """Select the counts of the new tokens and of the columns looked at from ``counts [P, B, C]`` of all columns."""
         own = self.own.expand(counts.size(0), -1, -1)
         self.counts = counts.gather(2, own), counts[:, :, self.first : self.end]
 
@@ -111,7 +111,7 @@ def cached_attention(
 ) -> Attended:
     """Let every new token attend to the columns from its sequence's oldest slot up to its own.
 
-    A token that sees no column, which one with `Columns.nearest` above 0 may, reads zeros.
+    A token that sees no column reads zeros; this may occur with `Columns.nearest` above 0.
 
     Args:
         q: ``[B, H, k, D]``.
@@ -119,7 +119,7 @@ def cached_attention(
         bias: its table ends with the distances ``K-1 .. 0``.
         need_normalizer: False saves computing it, and the result's is empty.
         rotation: of queries and keys, which are both unrotated; its positions are columns. Slots move when a segment
-            closes, and a key that is rotated where it is read is exact wherever it stands.
+            closes; a key that is rotated when it is read is exact in any column.
         counted: adds the scores of distances that are counted in the text.
     """
     batch, heads, _, size = q.shape

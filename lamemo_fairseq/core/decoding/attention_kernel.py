@@ -107,7 +107,7 @@ def cached_attention_kernel(
         if S > 1:
             tl.debug_barrier()
             results = bh * S + tl.arange(0, S)
-            # What other multiprocessors wrote is in the second cache, not in the first.
+            # Results of other multiprocessors are in the L2 cache, not in the L1 cache.
             tops = tl.load(p_top + results, cache_modifier=".cg")
             sums = tl.load(p_sum + results, cache_modifier=".cg")
             accs = tl.load(p_acc + results[:, None] * BLOCK_D + d[None, :], cache_modifier=".cg")
@@ -178,7 +178,7 @@ def cached_attention(
 ) -> Tensor:
     """Let each sequence's new token attend to its slots, its tokens and itself, and write it into the cache.
 
-    A token that sees no column, which one with *nearest* 1 may, reads zeros.
+    A token that sees no column reads zeros; this may occur with *nearest* 1.
 
     Args:
         qkv: ``[B, 3 H D]``, the token's query, key and value.

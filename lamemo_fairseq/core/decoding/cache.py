@@ -48,9 +48,7 @@ class SequencePosition(NamedTuple):
     tokens: int = 0  # of its segment, less than N
     slots: int = 0  # m
     ready: bool = False  # whether the slots have been refreshed for this segment
-    own: int = (
-        0  # a number that the memory's cache counts besides; sequences that differ in it end their segments apart
-    )
+    own: int = 0  # a further count of the memory's cache; sequences with different counts end their segments separately
 
 
 @dataclass
@@ -83,11 +81,11 @@ class LayerCache:
         return None
 
     def enter(self, attention: SelfAttention, rows: Tensor) -> Tensor:
-        """Return what goes into the layer, of ``rows [B, k, d]`` that come out of the one below."""
+        """Return the layer's input for ``rows [B, k, d]``, the output of the layer below."""
         return rows
 
     def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
-        """Keep the rows ``[B, k, d]`` that go into the layer."""
+        """Store the rows ``[B, k, d]`` that go into the layer."""
 
     def combine(self, attention: SelfAttention, q: Tensor, attended: Attended) -> Tensor:
         """Return the heads that go into the output projection.
@@ -112,7 +110,7 @@ class LayerCache:
 
 @dataclass
 class InputLayerCache(LayerCache):
-    """Besides keys and values, the rows that go into the layer."""
+    """Keys, values and the rows that go into the layer."""
 
     inputs: Tensor  # [B, C, d]
 
@@ -193,7 +191,7 @@ class SegmentCache(Generic[M, L]):
 
         Args:
             sequences: ``[b]`` indices of those that end one, None for all.
-            position: that of all of them, apart from the tokens.
+            position: the position that all of them have, but for the count of tokens.
         """
         mem_len = network.memory.slots
         for dim, buffer in self.column_buffers():
@@ -224,7 +222,7 @@ class SegmentCache(Generic[M, L]):
                 self.positions[b] = position._replace(tokens=position.tokens + count)
         if full or min(counts) < max(counts):
             self.sync()
-        elif not counted:  # the host need not tell the device anything
+        elif not counted:  # no copy to the device is needed
             self.tokens.add_(counts[0])
 
     def sync(self) -> None:
@@ -277,7 +275,7 @@ class AnyMemory(CachedMemory, Protocol):
 
 
 class FrozenCache(SegmentCache[CachedMemory, LayerCache]):
-    """Keys and values alone: those of a frozen slot stay what they were when it was a token."""
+    """Keys and values alone: those of a frozen slot do not change after it was a token."""
 
     @classmethod
     def empty(cls, memory: CachedMemory, batch_size: int, like: Tensor) -> "FrozenCache":

@@ -34,8 +34,8 @@ def draw(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: flo
     Args:
         log_probs: where their probabilities do not add up to 1, words are drawn in proportion.
         temperature: 0 takes the most probable word.
-        top_k: of the k most probable words only (0: of all).
-        top_p: of the fewest words that hold this probability together (1: of all).
+        top_k: draw from the k most probable words only (0: from all).
+        top_p: draw from the fewest words whose probabilities add up to this (1: from all).
     """
     if temperature == 0:
         return log_probs.argmax(-1)
@@ -49,7 +49,7 @@ def draw(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: flo
 
 @dataclass(frozen=True)
 class Draw:
-    """`draw` with its options: a way to choose that on a GPU is part of the step's last kernel."""
+    """`draw` with its options; on a GPU the step's last kernel can do it."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -60,11 +60,11 @@ class Draw:
 
 
 class Adjustment:
-    """A change of log-probabilities ``[B, V]``, made before a word is drawn and its own is noted.
+    """A change of log-probabilities ``[B, V]``, made before a word is drawn and its log-probability is recorded.
 
     Args:
-        temperature: they are divided by it and normalised again.
-        added: ``[V]`` what is added to them then. It may change in place from step to step.
+        temperature: log-probabilities are divided by it and normalised again.
+        added: ``[V]``, added to them afterwards. It may change in place from step to step.
     """
 
     def __init__(self, temperature: float = 1.0, added: Optional[Tensor] = None):
@@ -76,6 +76,6 @@ class Adjustment:
         return log_probs if self.added is None else log_probs + self.added
 
     def copy_(self, other: "Adjustment") -> None:
-        """Add what *other* adds, in the same tensor."""
+        """Copy the numbers that *other* adds, into the same tensor."""
         if self.added is not None and other.added is not None:
             self.added.copy_(other.added)

@@ -86,5 +86,5 @@ def layers_of(decoder: Decoder) -> Sequence[DecoderLayer]:
 
 
 def module_of(decoder: Decoder) -> nn.Module:
-    """Return the decoder as the module that it is."""
+    """Return the decoder as an `nn.Module`."""
     return cast(nn.Module, decoder)

@@ -53,9 +53,9 @@ class Sampler:
     """Continues texts that a model has read.
 
     Args:
-        state: the texts without each one's last token. It is read on in place.
+        state: the texts without each one's last token. The sampler changes it in place.
         choose: log-probabilities ``[B, V]`` to words ``[B]``, in tensor operations only.
-        adjust: what becomes of the model's log-probabilities before.
+        adjust: changes the model's log-probabilities before that.
         graphs: replay steps as CUDA graphs; None does so on a GPU.
         compiled: compile the layers with torch.compile, which takes its time and pays on long texts, unless there
             are kernels for the step.
@@ -87,7 +87,8 @@ class Sampler:
 
     @classmethod
     def take(cls, state: DecodingState, choose: Choose, adjust: Adjustment) -> "Sampler":
-        """Return the sampler that the model's last call gave back, with its graphs, if it serves; else a new one."""
+        """Return the sampler that the model's last call returned, with its graphs, if it fits these texts; else a new
+        one."""
         try:
             spare = _spares(state.decoder).pop()
         except IndexError:  # there is none, or another thread took it
@@ -144,7 +145,7 @@ class Sampler:
         self.words, self.drawn = self.words[sequences], Drawn(*(t[sequences] for t in self.drawn))
 
     def _kernel_drawing(self) -> Optional[KernelDrawing]:
-        """Return the drawing by the step's last kernel, None if it cannot draw so."""
+        """Return how the step's last kernel draws, None if it cannot draw as the options ask."""
         choose, adjust, decoder = self.choose, self.adjust, self.state.decoder
         if self._kernels is None or not isinstance(choose, Draw) or choose.temperature != 1:
             return None
@@ -176,7 +177,7 @@ class Sampler:
     def _columns(self) -> int:
         """Return how many columns of the cache this step has to look at."""
         state = self.state
-        if self._kernels is not None:  # which see to it themselves
+        if self._kernels is not None:  # the kernels choose the columns themselves
             return state.mem_len + state.length
         read = 1 + max(position.tokens for position in state.cache.positions)
         tokens = -(-read // COLUMNS_A_GRAPH) * COLUMNS_A_GRAPH if self.graphs else read
@@ -225,7 +226,7 @@ class Sampler:
         self._recorded[end].replay()
 
     def _record(self, run: Callable[[], None], warm_up: int = WARM_UP) -> Replayable:
-        """Return *run* as a graph. Trying it out writes what it writes anyway, but for what is put back."""
+        """Return *run* as a graph. The warm-up's writes are undone or overwritten."""
         changed = (self.words, self.drawn.position, self.state.cache.tokens)
         with _RECORDING:
             before = [t.clone() for t in changed]
@@ -244,7 +245,7 @@ class Sampler:
 
 
 class _Spares(deque[Sampler]):
-    """The last sampler that was given back, of use to the next call; copied and stored models begin without."""
+    """The last returned sampler, for the next call; copied and stored models begin without one."""
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return (_Spares, ((), 1))

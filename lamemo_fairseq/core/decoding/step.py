@@ -26,7 +26,7 @@ PendingNorm = Tuple[Tensor, Optional[nn.LayerNorm]]  # [B, d], and the norm that
 def kernel_step(state: DecodingState) -> Optional["KernelStep"]:
     """Return the kernels' step where they are installed and do all that positions want, else None.
 
-    Positions that rotate queries and keys, are counted in the text, or are added to embeddings, have plain operations.
+    Positions that rotate queries and keys, are counted in the text, or are added to embeddings, use plain operations.
     ``--attention-backend eager`` asks for plain operations, and the kernels' float32 would be too coarse for float64.
     """
     backend, positions = state.layers[0].self_attn.config.backend, state.decoder.positions
@@ -59,7 +59,7 @@ def _is_plain(layer: DecoderLayer) -> bool:
 
 
 class KernelStep:
-    """As `DecodingState.step` for one token a sequence, by five launches a layer. Sequences may stand anywhere.
+    """As `DecodingState.step` for one token a sequence, by five launches a layer. Sequences may be at any positions.
 
     Touches tensors only, and leaves each sequence's position as it is. A memory whose layers keep or change their
     inputs, or add something to read-outs, has plain operations between the launches.
@@ -79,7 +79,7 @@ class KernelStep:
         return self._normalized(*self._through_layers(words)).unsqueeze(1)
 
     def scores(self, words: Tensor) -> Tensor:
-        """Return what the decoder's output layer makes of words ``[B, 1]``; of a full softmax the scores in float32."""
+        """Return the decoder's output for words ``[B, 1]``; of a full softmax the scores in float32."""
         output = self.state.decoder.output
         rows, norm = self._through_layers(words)
         if output is None or len(output.projections):
@@ -185,7 +185,8 @@ class KernelDrawing:
         return MOST_WORDS
 
     def reseed(self) -> None:
-        """Take other random numbers from here on. With one seed, a position among the drawn words has the same ones."""
+        """Take other random numbers from here on. With one seed, a position among the drawn words always gets the same
+        random numbers."""
         self._seed.random_()
 
     def __call__(self, scores: Tensor, words: Tensor, tokens: Tensor, drawn: Drawn) -> None:

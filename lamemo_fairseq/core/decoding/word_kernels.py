@@ -90,7 +90,7 @@ def draw_kernel(
             preceding = (b_other[None, :] > b_p[:, None]) | (equal & (w[None, :] < v[:, None]))
             b_rank += tl.sum(preceding.to(tl.int32), axis=1)
             b_before += tl.sum(tl.where(preceding, tl.exp(b_other)[None, :], 0.0), axis=1)
-        # Of those within the first k alone, as they are the ones to hold top_p.
+        # The first k words alone remain, since `top_p` counts their probabilities.
         if TOP_K > 0:
             drawable = drawable & (b_rank < TOP_K)
         if TOP_P:
@@ -129,8 +129,8 @@ def draw_next(
         seed: one int64; with the position in *drawn* it gives the random numbers.
         space: ``[B, V]`` float32 to work in.
         added: ``[V]``.
-        top_k: of the k most probable words only (0: of all).
-        top_p: of the fewest words that hold this probability together (1: of all).
+        top_k: draw from the k most probable words only (0: from all).
+        top_p: draw from the fewest words whose probabilities add up to this (1: from all).
     """
     size = scores.size(1)
     draw_kernel[(len(scores),)](

@@ -8,7 +8,8 @@ from torch.autograd.function import FunctionCtx
 
 
 class Context(FunctionCtx):
-    """Notes from a forward to its backward pass. A function that notes more than tensors declares it in a subclass."""
+    """Values that a forward pass saves for its backward pass. A function that saves more than tensors declares it in a
+    subclass."""
 
     saved_tensors: Tuple[Tensor, ...]
     needs_input_grad: Tuple[bool, ...]

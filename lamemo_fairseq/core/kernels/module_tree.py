@@ -1,4 +1,4 @@
-"""The modules and parameters inside a module, walked through once: that takes as long as many launches."""
+"""The modules and parameters inside a module, walked through once: a walk takes as long as many launches."""
 
 from itertools import chain, count
 from operator import is_
@@ -13,7 +13,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 def is_plain(module: object, kind: Type[Kind]) -> TypeGuard[Kind]:
     """Return whether calling *module* does what *kind* does: no subclass, no hook, no `forward` of its own.
 
-    Only then may its parameters be read in place of the call. (Hooks on all modules there are do not count.)
+    Only then may its parameters be read in place of the call. (Global hooks do not count.)
     """
     if type(module) is not kind:
         return False
@@ -60,7 +60,7 @@ class ModuleTree:
 
     @property
     def unchanged(self) -> bool:
-        """Return whether the module still has these and no others."""
+        """Return whether the module still has these modules and parameters, and no others."""
         now = self._now()
         return len(now) == len(self._entries) and all(map(is_, now, self._entries))
 

@@ -44,9 +44,9 @@ def empty_rows(like: Tensor, width: int) -> Tensor:
 
 
 def cut(rows: Tensor, width: int) -> Tensor:
-    """Return the first *width* columns of rows whose others are zeros; if there are others, as `PaddedRows`.
+    """Return the first *width* columns of rows whose other columns are zeros; with other columns, as `PaddedRows`.
 
-    They are no view to autograd, which would refuse changes in place.
+    The result is no view to autograd, which would refuse changes in place.
     """
     if rows.size(-1) == width:
         return rows
@@ -94,7 +94,7 @@ class _Widen(Function):
 def readable(rows: Tensor) -> int:
     """Return how many columns of ``rows [B, R, d]`` can be read at aligned addresses: d' if storage reaches there.
 
-    Anything may stand behind d, NaN included: the reader discards it.
+    Columns behind d may hold anything, NaN included: the reader discards them.
     """
     width = rows.size(-1)
     wide = stored_width(rows, width)

@@ -1,6 +1,6 @@
 """Triton kernel: the linear maps of decoding, one new row a text, with what stands before and after them.
 
-A token passes through so few numbers that launches are what it costs. So a map normalises its input itself, and adds
+A token needs so few operations that launches determine its time. So a map normalises its input itself, and adds
 its bias, activation and residual.
 
 Shapes: R rows, K numbers of each, N of each afterwards.
@@ -43,7 +43,7 @@ def row_map_kernel(
     p_rows = p_x + row[:, None] * s_x
     p_weights = p_w + n[:, None] * s_w
     in_out = in_r[:, None] & in_n[None, :]
-    # Everything is asked for before anything is waited for, the weights first: no kernel before this one made them.
+    # All loads are issued before any is waited for, the weights first: no kernel before this one made them.
     if BLOCK_R == 1:
         b_w = tl.load(p_weights + k[None, :], mask=in_n[:, None] & (k < K)[None, :], other=0)
         in_x = in_r[:, None] & (k < K)[None, :]
@@ -108,7 +108,8 @@ def row_map(
 ) -> Tensor:
     """Return ``act(norm(rows) @ weight.T + bias) + residual_norm(residual)``, ``[R, N]``, by one launch.
 
-    What is None is left out. Sums and what stands between them are in float32, whatever the dtype of the tensors.
+    An argument that is None is left out. Sums and what stands between them are in float32, whatever the dtype of the
+    tensors.
 
     Args:
         rows: ``[R, K]``, its last dimension contiguous.
@@ -148,7 +149,7 @@ def _tile(count: int, size: int, width: int, bytes_each: int) -> dict[str, int]:
     while block > 16 and triton.cdiv(count, ROWS) * triton.cdiv(width, block) < PROGRAMS:
         block //= 2
     keys = min(256 // bytes_each, max(16, triton.next_power_of_2(size)))
-    warps = 4 if max(size, width) <= WIDEST // 2 else 8  # which have the registers for a whole row's moments
+    warps = 4 if max(size, width) <= WIDEST // 2 else 8  # 8 warps have the registers for a whole row's moments
     return {"BLOCK_R": ROWS, "BLOCK_N": block, "BLOCK_K": keys, "num_warps": warps, "num_stages": 4}
 
 
@@ -157,5 +158,5 @@ def _gain_and_shift(norm: Optional[nn.LayerNorm], unused: Tensor) -> tuple[Tenso
 
 
 def normalized(rows: Tensor, norm: Optional[nn.LayerNorm]) -> Tensor:
-    """Return rows after a norm that no map applies: as they are without one."""
+    """Return rows after a norm that no map applies, and rows without a norm as they are."""
     return rows if norm is None else F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

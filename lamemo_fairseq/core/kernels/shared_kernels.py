@@ -46,7 +46,7 @@ def sums(partial: Tensor, d: int, dtype: torch.dtype) -> Tensor:
     """Return ``partial [n, P, >= d]`` in float32, summed over the programs: ``[n, d]``."""
     count, programs, width = partial.shape
     out = partial.new_empty(count, d, dtype=dtype)
-    # Narrow, as what takes its time is the way down the programs.
+    # Tiles are narrow, since the time goes into the loop over programs.
     sum_kernel[(triton.cdiv(d, 16), count)](partial, out, programs, width, d, BLOCK_P=256, BLOCK_D=16, num_warps=8)
     return out
 

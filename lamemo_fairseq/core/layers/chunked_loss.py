@@ -21,9 +21,9 @@ SMALLEST_CHUNK = 1 << 25  # scores, 64 MiB in half precision
 def linear_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
     """Return the sum of the negative log-likelihoods (nats) of *target*, a float32 (or wider) scalar.
 
-    Scores are made for some tokens at a time, and their gradients at once, so that memory does not grow with T V. It is
-    what `torch.nn.functional.linear_cross_entropy` of torch 2.13 does, here for all versions, with larger chunks, and
-    with widths that break alignment padded for the products.
+    Scores are made for some tokens at a time, and their gradients at once, so that memory does not grow with T V. torch
+    2.13's `torch.nn.functional.linear_cross_entropy` does the same. This function serves all versions, with larger
+    chunks, and pads widths that break alignment for the products.
 
     Args:
         features: ``[T, d]``.
@@ -77,7 +77,7 @@ class _LinearCrossEntropy(Function):
                 d_w = _add_product(d_w, d_scores, chunk, exact)
                 if not inside:
                     d_b += d_scores.sum(0, dtype=exact)
-            del scores, d_scores  # before the next are made
+            del scores, d_scores  # before the next chunk's are made
         if d_w is not None:
             d_b = d_w[:, width] if inside else d_b
             ctx.save_for_backward(d_x[:, :width], d_w[: len(weight), :width], d_b[: len(weight)])

@@ -53,7 +53,7 @@ class FeedForward(nn.Module):
 
     def _hidden(self, x: Tensor) -> WideRows:
         dropout = self.activation_dropout
-        known = is_plain(dropout, nn.Dropout)  # another one is given no padding, of which it does not know
+        known = is_plain(dropout, nn.Dropout)  # another kind of dropout does not expect padding
         if known and is_plain(self.fc1, nn.Linear) and self.activation_fn is F.relu and fusable(x):
             hidden = aligned.wide_linear(x, self.fc1.weight)
             return relu_dropout(hidden, dropout.p, dropout.training, self.fc1.bias)
@@ -62,7 +62,7 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """The shell that every memory's attention is put into."""
+    """A decoder layer around the attention of a memory."""
 
     def __init__(self, config: LayerConfig, attention: SelfAttention):
         super().__init__()
@@ -77,7 +77,7 @@ class DecoderLayer(nn.Module):
         """Pass ``rows [B, R, d]`` through the layer.
 
         Returns:
-            The last Q rows ``[B, Q, d]``, Q being what the attention returned, and what it carries on.
+            The last Q rows ``[B, Q, d]``, as many as the attention returned, and the attention's second result.
         """
         if self.config.checkpoint_activations and self.training:
             passed: tuple[Tensor, Any] = checkpoint(self._forward, rows, *attention_args, use_reentrant=False)
@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module):
         return self.self_attn_layer_norm(rows) if self.config.normalize_before else rows
 
     def around(self, rows: Tensor, attend: Callable[[Tensor], tuple[WideRows, Any]]) -> tuple[Tensor, Any]:
-        """Run the layer with another attention: *attend* returns ``[B, Q, d]`` of its input, and what it carries on."""
+        """Run the layer with another attention: *attend* returns ``[B, Q, d]`` of its input, and a second result."""
         before = self.config.normalize_before
         attended, carried = attend(self.attention_input(rows))
         last = rows[:, rows.size(1) - attended.size(1) :]

@@ -62,7 +62,7 @@ class SelfAttention(nn.Module):
         return q, k
 
     def own_bias(self, bias: LayerBias) -> LayerBias:
-        """Return what this attention uses of the positions of its layer, which is all of it for most."""
+        """Return the bias that this attention uses of its layer's positions; most classes use all of it."""
         return bias
 
     def _project(self, rows: Tensor, queries: int, keep_padding: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +75,7 @@ class SelfAttention(nn.Module):
         if matters and keep_padding and self.config.head_dim % 8:
             weight = wide_heads(weight, self.config.head_dim, dim=0)
 
-        def wide() -> Tensor:  # before any cut, as a part of `PaddedRows` is a plain tensor
+        def wide() -> Tensor:  # before any cut, as a slice of `PaddedRows` is a plain tensor
             return widened(rows) if matters else rows
 
         if queries == rows.size(1):
@@ -128,5 +128,5 @@ class CausalSelfAttention(SelfAttention):
     """Causal attention over all rows."""
 
     def forward(self, rows: Tensor, bias: LayerBias, queries: int) -> tuple[WideRows, None]:
-        """Return the rows ``[B, Q, d]`` of `attend`, and nothing that the attention carries on."""
+        """Return the rows ``[B, Q, d]`` of `attend`, and no second result."""
         return self.attend(rows, bias, queries), None

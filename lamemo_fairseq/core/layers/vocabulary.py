@@ -76,7 +76,7 @@ class WordEmbedding(nn.Module):
         x = self._embed(0, tokens.clamp(max=self.bands.ends[0] - 1))
         for i in range(1, len(self.bands)):
             start, end = self.bands.starts[i], self.bands.ends[i]
-            # Every band embeds every token: cheaper on a GPU than asking which tokens it has.
+            # Every band embeds every token: on a GPU this is cheaper than asking for the tokens of each band.
             banded = self._embed(i, (tokens - start).clamp(0, end - start - 1))
             x = torch.where((tokens >= start).unsqueeze(-1), banded, x)
         return x * self.scale
@@ -270,8 +270,8 @@ class AdaptiveSoftmax(_Output):
 class BandPlan:
     """The tokens of each band.
 
-    The counts decide shapes, so the host needs them. It asks before the layers are computed and reads them
-    after, when they have long arrived: the device is never waited for.
+    The counts decide shapes, so the host needs them. It asks for them before the layers are computed and reads them
+    afterwards, so that it never waits for the device.
 
     Args:
         band: ``[T]``, the band of each token's target.

@@ -181,7 +181,7 @@ class Memory(nn.Module, Generic[State, Options]):
         return self.attention
 
     def reset_parameters(self) -> None:
-        """Initialise what is not as in other modules: weights N(0, .02), biases 0."""
+        """Initialise parameters that differ from the default: weights N(0, .02), biases 0."""
 
     def initial_state(self, x: Tensor) -> State:
         """Return the state before the first segment, for streams embedded like ``x [B, N, d]``."""
@@ -256,9 +256,9 @@ def last_rows(rows: Tensor, count: int, dim: int = 1) -> Tensor:
 
 
 def no_contribution(parameters: Iterable[Optional[Tensor]]) -> Tensor:
-    """Return zero, with a gradient of zero for those of *parameters* that are there.
+    """Return zero, with a gradient of zero for those of *parameters* that are not None.
 
-    Data-parallel reducers wait for a gradient of every parameter, in steps too that had no use for one.
+    Data-parallel reducers wait for a gradient of every parameter, even in a step that does not use it.
     """
     used = [p.sum(dtype=torch.float32) for p in parameters if p is not None]
     return 0.0 * torch.stack(used).sum() if used else torch.zeros(())

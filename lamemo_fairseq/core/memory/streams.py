@@ -1,8 +1,8 @@
 """The memories of streams, by position.
 
-A trainer runs forwards in any order. It validates between two updates, feeds a batch twice after an overflow, and a
-dummy batch on a rank that has none. So nothing here depends on the order of calls. Each batch names its streams and its
-position in them, and gets exactly the memory of that position.
+A trainer runs forwards in any order. It validates between two updates, feeds a batch twice after an overflow, and feeds
+a dummy batch on a rank without a batch. So nothing here depends on the order of calls. Each batch names its streams and
+its position in them, and gets exactly the memory of that position.
 """
 
 from typing import Dict, List, Mapping, Optional, Tuple, Type, Union, cast
@@ -13,7 +13,7 @@ from .position import Reading, SegmentPosition
 
 
 class MissingMemoryError(RuntimeError):
-    """A segment was fed whose predecessor was not."""
+    """A segment was fed, but the segment before it was not."""
 
 
 class DivergenceError(FloatingPointError):
@@ -23,13 +23,13 @@ class DivergenceError(FloatingPointError):
 class StreamMemory:
     """The memory of all streams that a model is reading, in training and in evaluation apart.
 
-    For each split it keeps the memory before the segment read last and the one after it. So the
+    For each split two memories are stored: before the segment read last, and after it. So the
     same segment may be fed again and again, and is computed from the same memory each time. Segment 0
     starts from an empty memory, whatever came before it.
 
     Args:
         state: the class of the states, for reading saved ones.
-        options: what a saved memory depends on, by the names of the options.
+        options: the options that a saved memory depends on, by name.
     """
 
     def __init__(self, state: Type[MemoryState], options: Optional[Mapping[str, object]] = None) -> None:
@@ -63,7 +63,7 @@ class StreamMemory:
         return self.before(position, training)
 
     def write(self, position: SegmentPosition, training: bool, state: MemoryState) -> None:
-        """Keep the memory after the segment at *position*, unless its streams end there."""
+        """Store the memory after the segment at *position*, unless its streams end there."""
         if not position.last:
             self._states[position.split, training][position.index + 1] = state
 
@@ -83,7 +83,7 @@ class StreamMemory:
     def before(self, position: SegmentPosition, training: bool = True) -> Optional[MemoryState]:
         """Return the memory before the segment at *position*, None if it is empty or not there.
 
-        Unlike `read` it leaves the segment before to be read again.
+        Unlike `read`, it allows the segment before to be read again.
         """
         states = self._of_reading(position, training)
         if position.index not in states:

@@ -25,7 +25,7 @@ class PositionConfig:
     head_dim: int
     looks_ahead: bool  # whether memory slots attend to their right
     trained_distances: int  # distances met in training, N + M
-    clamp_len: int = 0  # largest distance told apart (0: no limit)
+    clamp_len: int = 0  # largest distance that is distinguished (0: no limit)
     dropout: float = 0.0
     sentence_ends: Sequence[int] = ()  # words that end a sentence
     paragraph_ends: Sequence[int] = ()
@@ -34,7 +34,7 @@ class PositionConfig:
 class LayerBias(NamedTuple):
     """The positions in a layer's attention: a rotation, a bias on scores, both or neither, and counted distances.
 
-    Queries and keys are passed around unrotated. Whoever attends with a bias rotates them first.
+    Queries and keys are passed around unrotated. Every attention with a bias rotates them first.
     """
 
     causal: RelativeBias  # of the causal attention
@@ -53,7 +53,7 @@ class LayerBias(NamedTuple):
 
 
 class Positions(Protocol):
-    """The positions of the rows of one segment, as a memory asks for them: those of `PositionEncoding.forward`."""
+    """The positions of the rows of one segment, as a memory uses them: those of `PositionEncoding.forward`."""
 
     def __call__(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]: ...
 

@@ -1,7 +1,7 @@
 """Segatron's positions: distances in tokens, in sentences and in paragraphs (Bai et al. 2021, arXiv 2004.14996).
 
 Shapes: B streams, R rows, L layers, H heads, D size of a head, U distances, P of sentences and paragraphs (2, or 1 if
-one is left out), d model width, w width of a part.
+one is left out), d model width, w width of a sinusoid.
 """
 
 from functools import reduce
@@ -85,7 +85,7 @@ def part_widths(embed_dim: int, parts: int) -> List[int]:
     """Return the widths w of the sinusoids: all but the last are ``d / parts``, cut and then rounded up to even.
 
     Raises:
-        ValueError: nothing is left for the last.
+        ValueError: no width is left for the last sinusoid.
     """
     width = embed_dim // parts
     width += width % 2

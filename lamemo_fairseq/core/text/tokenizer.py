@@ -143,8 +143,8 @@ def _read_dictionary(path: Path) -> Tuple[List[str], List[int]]:
     """Return the words of a ``dict.txt``, and their counts.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no dictionary.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is not a dictionary.
     """
     try:
         lines = io.StringIO(path.read_bytes().decode("utf-8"), newline=None).readlines()

@@ -194,7 +194,7 @@ def clear_kernel(
     padded = Q
     if CHUNKED:
         padded = (Q + C - 1) // C * C
-    # Of the block's pairs, as if all its queries were of one chunk: the least key and distance, and the greatest.
+    # The least and the greatest key and distance of the block's pairs, as if all its queries were of one chunk.
     shift_0 = tl.minimum(shift - chunk * C, C - 1)
     i1, t1 = tl.minimum(i0 + BLOCK_Q, padded) - 1, tl.minimum(t0 + BLOCK_W, W) - 1
     j0, j1 = t0 + local - shift_0, t1 + (local + i1 - i0) - shift_0

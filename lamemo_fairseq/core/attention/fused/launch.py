@@ -1,4 +1,4 @@
-"""From tensors to kernel launches: one banded attention forward, and its gradients.
+"""Launch kernels on tensors: one banded attention forward, and its gradients.
 
 Shapes: B streams, H heads, Q queries, K keys, D size of a head, U distances, C queries of a chunk,
 W columns of position scores.
@@ -168,7 +168,7 @@ def _clear_unseen(x: Inputs, layout: Layout, scores: Tensor) -> None:
 
 
 class PositionScores(NamedTuple):
-    """Unscaled position scores, and what they were made from; without a table and scores, room for gradients."""
+    """Unscaled position scores, and their inputs; without a table and scores, a buffer for gradients."""
 
     scores: Tensor  # [chunks, H, B, C, W]
     queries: Optional[Tensor] = None  # [chunks, H, B, C, D], None without a table

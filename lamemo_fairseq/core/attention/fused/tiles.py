@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
     query: Tile
 
 
-# By the largest size of a head that they are for.
+# by the largest size of a head
 HALF: Dict[int, Tiles] = {
     48: Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2)),
     64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),

@@ -31,7 +31,8 @@ class WithMatrices(CachedMemory, Protocol):
 
 @dataclass
 class AssociativeLayerCache(LayerCache):
-    """Keys and values, and the layer's matrix: zeros until the first segment is full, of which nothing is read."""
+    """Keys, values, and the layer's matrix, which is zero until the first segment is full: reading zeros adds
+    nothing."""
 
     associations: Associations  # of [B, F, d] and [B, F]
 

@@ -1,9 +1,9 @@
 """Block-Recurrent Transformers (Hutchins et al. 2022, arXiv 2203.07852): states of a layer, updated by windows.
 
 All layers attend within a sliding window: a token sees the M tokens before it, whose keys and values are kept. One
-layer has S states as well. The tokens of a window read the states of before it. Then the states read themselves and all
-tokens of the window and of the M rows before it, without a mask, and a gate makes the next states. A text begins with
-learned states.
+layer has S states as well. The tokens of a window read the states from before the window. Then the states read
+themselves, all tokens of the window and the M rows before it, without a mask. A gate makes the next states. A text
+begins with learned states.
 
 Windows are segments: with ``bptt_segments`` k, the tokens of an update are k windows. Gradient flows through states,
 keys and values from one to the next, and stops at the update's end.
@@ -101,7 +101,8 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
         if not self.training:
             return passage
         self.tell_untrained("--memory block-recurrent writes into its states")
-        # First states are read where a text begins, and what the last window writes not before the next update.
+        # First states are read only where a text begins, and the next update is the first to read the last window's
+        # states.
         return passage._replace(features=passage.features + no_contribution(self.cells.parameters()))
 
     def pass_segment(
@@ -112,7 +113,7 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
         positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
-        """Read a window ``x [B, n, d]`` and the states of before it, and write the states that the next one reads."""
+        """Read a window ``x [B, n, d]`` and the states from before it, and write the states that the next one reads."""
         biases = positions(state.keys[0].size(2) + x.size(1), None, x)
         windows: List[KeyValues] = []
         written: List[Tensor] = []

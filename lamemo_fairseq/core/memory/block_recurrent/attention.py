@@ -41,17 +41,17 @@ class KeyValues(NamedTuple):
     values: Tensor
 
     def followed_by(self, k: Tensor, v: Tensor) -> "KeyValues":
-        """Return these with new ones ``[B, H, N, D or D']`` after them, as wide as those."""
+        """Return these keys and values with new ones ``[B, H, N, D or D']`` after them, as wide as the new ones."""
         pairs = ((self.keys, k), (self.values, v))
         return KeyValues(*(torch.cat([as_wide(new, old.to(new)), new], dim=2) for old, new in pairs))
 
     def last(self, count: int, size: int) -> "KeyValues":
-        """Return the last *count*, with heads of *size* numbers. They may have a gradient."""
+        """Return the last *count* keys and values, with heads of *size* numbers. They may have a gradient."""
         return KeyValues(*(t[:, :, max(0, t.size(2) - count) :, :size] for t in self))
 
 
 class StrictSelfAttention(SelfAttention):
-    """Base of both: every token attends to the M tokens before it."""
+    """Base of both classes of attention: every token attends to the M tokens before it."""
 
     nearest: ClassVar[int] = 1
 
@@ -73,7 +73,7 @@ class StrictSelfAttention(SelfAttention):
         return scaled(q, self.head_scale, self.scale), unit(k).to(k.dtype)
 
     def own_bias(self, bias: LayerBias) -> LayerBias:
-        """Multiply what is added to queries, as these are, and what is added to scores by ``|a_h|``."""
+        """Multiply what is added to queries as the queries are, and what is added to scores by ``|a_h|``."""
         content, position, table, score = bias.causal
         factor = self.head_scale.abs().unsqueeze(1)
         content, position = (None if t is None else t * (factor / self.scale) for t in (content, position))
@@ -115,7 +115,8 @@ class WindowSelfAttention(StrictSelfAttention):
 
 
 class RecurrentSelfAttention(StrictSelfAttention):
-    """Every token attends to the M tokens before it, and with queries of their own to the states of before the window.
+    """Every token attends to the M tokens before it, and with queries of their own to the states from before the
+    window.
 
     The output projection takes both read-outs, those of tokens first.
     """
@@ -153,7 +154,8 @@ def scaled(q: Tensor, head_scale: Tensor, scale: float) -> Tensor:
 
 
 def read(backend: str, q: Tensor, head_scale: Tensor, seen: KeyValues) -> Tensor:
-    """Let queries ``[B, H, Q, D]`` attend to all of *seen*, without positions: ``[B, H, Q, D or D']``, as wide."""
+    """Let queries ``[B, H, Q, D]`` attend to all of *seen*, without positions: ``[B, H, Q, D or D']``, as wide as
+    *seen*."""
     scale = q.size(-1) ** -0.5
     queries = as_wide(seen.keys, scaled(q, head_scale, scale))
     return unmasked_attention(backend, queries, seen.keys.to(q.dtype), seen.values.to(q.dtype), scale).output

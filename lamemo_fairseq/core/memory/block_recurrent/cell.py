@@ -63,7 +63,7 @@ class RecurrentCell(nn.Module):
         return StateHeads(q, token_q, KeyValues(unit(k).to(k.dtype), v))
 
     def update(self, states: Tensor, heads: StateHeads, tokens: KeyValues, backend: str) -> Tensor:
-        """Return the states after a window, which all of its tokens are read for.
+        """Read all tokens of a window, and return the states after it.
 
         Args:
             states: ``[B, S, d]`` before it.

@@ -37,7 +37,7 @@ class Compressing(CachedMemory, Protocol):
 
 
 class CompressiveCache(SegmentCache[Compressing, InputLayerCache]):
-    """The number that a sequence's position counts besides is c: how many of its slots, the oldest, are compressed."""
+    """`SequencePosition.own` is c, the number of a sequence's slots that are compressed: the oldest ones."""
 
     @classmethod
     def empty(cls, memory: Compressing, batch_size: int, like: Tensor) -> "CompressiveCache":

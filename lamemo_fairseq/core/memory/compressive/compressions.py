@@ -57,13 +57,13 @@ class MaxPooling(Compression):
 
 @COMPRESSIONS.register("most-used")
 class MostUsed(Compression):
-    """Of all the rows, the G that received most attention, in the order in which they stood."""
+    """The G rows that received most attention, in the order in which they stood."""
 
     watches: ClassVar[bool] = True
 
     def forward(self, old: Tensor, usage: Optional[Tensor] = None) -> Tensor:
         assert usage is not None
-        # A stable sort, so that rows which received the same, such as none, are always told apart alike.
+        # A stable sort always orders rows alike that received the same attention, such as none.
         order = usage.argsort(dim=1, descending=True, stable=True)
         chosen = order[:, : old.size(1) // self.rate].sort(dim=1).values
         return old.gather(1, chosen.unsqueeze(-1).expand(-1, -1, old.size(2)))
@@ -83,7 +83,7 @@ class Convolution(Compression):
         if not is_plain(self.conv, nn.Conv1d):
             compressed: Tensor = self.conv(old.transpose(1, 2))
             return compressed.transpose(1, 2)
-        groups = _groups(old, self.rate).flatten(2)  # which do not overlap: a product, and a faster one
+        groups = _groups(old, self.rate).flatten(2)  # groups do not overlap: a product is faster
         return aligned.linear(groups, self.conv.weight.transpose(1, 2).flatten(1), self.conv.bias)
 
 

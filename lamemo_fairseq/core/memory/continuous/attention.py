@@ -29,7 +29,7 @@ class LongTerm(NamedTuple):
 
 
 class ContinuousSelfAttention(SelfAttention):
-    """The short-term read-out, and behind its heads as many of the long-term one, each with an output projection."""
+    """The short-term read-outs, and behind their heads as many long-term ones, each with an output projection."""
 
     def __init__(self, config: AttentionConfig):
         super().__init__(config)
@@ -44,7 +44,7 @@ class ContinuousSelfAttention(SelfAttention):
         """Let the last *queries* of ``rows [B, R, d]`` attend to all rows before them, and to a signal.
 
         Args:
-            coefficients: ``[B, J, d]`` of the signal; zeros are one of which nothing is read.
+            coefficients: ``[B, J, d]`` of the signal; zeros stand for a signal of which nothing is read.
 
         Returns:
             ``[B, Q, d]``, and where the queries attended to the signal.

@@ -1,4 +1,4 @@
-"""Gaussian radial basis functions on [0, 1], and what is expected of them under a Gaussian density.
+"""Gaussian radial basis functions on [0, 1], and their expectations under a Gaussian density.
 
 Shapes: J basis functions (N_b of the paper), * any.
 """

@@ -1,4 +1,5 @@
-"""Triton kernels: expected Gaussian basis functions, and their gradients; nothing as large as both is kept between.
+"""Triton kernels: expected Gaussian basis functions, and their gradients; nothing as large as both is stored in
+between.
 
 Shapes: T densities, J basis functions.
 """

@@ -36,7 +36,7 @@ class TakingIn(CachedMemory, Protocol):
 
 @dataclass
 class ContinuousLayerCache(InputLayerCache):
-    """Besides keys and values, the rows that go into the layer, the signal, and what queries read of it."""
+    """Keys, values, the rows that go into the layer, the signal, and the signal's keys and values for queries."""
 
     coefficients: Tensor  # [B, J, d], float32 or wider
     long_term: LongTerm

@@ -35,13 +35,13 @@ def even_points(density: Density, count: int) -> Tensor:
 def sticky_points(density: Density, count: int) -> Tensor:
     """Return ascending samples ``[B, S]``, dense where more queries attended (section 3.3 of the paper).
 
-    The paper draws them from a histogram of the last segment's attention over equal bins, summed over heads
-    and queries. Here they are the quantiles of that histogram at the middles of S equal parts, which is where sorted
-    draws are expected, without their noise.
+    The paper draws them from a histogram of the last segment's attention over equal bins, summed over heads and
+    queries. Here they are the quantiles of that histogram at the middles of S equal parts. Sorted draws are expected
+    there; quantiles are without their noise.
 
     Rounding remains. The signal decides where it is attended to, and attention decides where it is sampled again. So in
-    trained models a difference can grow nearly twofold a segment, in float64 as in float32. In time another batch
-    size moves the samples, and scores with them. Even samples depend on nothing.
+    trained models a difference can grow nearly twofold a segment, in float64 as in float32. After some segments another
+    batch size moves the samples, and scores with them. Even samples depend on no attention.
     """
     mass = by_kernel(density) if takes(density.mean) else plain(density)
     probability = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny) + FLOOR

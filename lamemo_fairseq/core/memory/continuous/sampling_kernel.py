@@ -1,6 +1,7 @@
 """Triton kernel: a histogram of Gaussian densities, summed over queries.
 
-Every program adds up some of the queries, and what they have is added in order, so that runs agree to the last bit.
+Every program adds up some of the queries, and the programs' sums are added in order, so that runs agree to the last
+bit.
 
 Shapes: B streams, T densities of each, P programs.
 """

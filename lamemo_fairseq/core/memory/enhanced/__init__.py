@@ -1,9 +1,10 @@
 """ERNIE-Doc's enhanced recurrence: a layer's memory is its own output (Ding et al. 2021, arXiv 2012.15688).
 
-Transformer-XL's layer n reads what went into it in earlier segments, so that the reach grows with the depth. Here it
-reads what came out of it, which has read its own past already: the reach has no bound, at the same cost.
+Transformer-XL's layer n reads what went into it in earlier segments, so that the reach grows with the depth. Here layer
+n reads what came out of it, which has already read its own past: the reach has no bound, at the same cost.
 
-The paper's retrospective feed is left out: it shows the whole document before it is read again, and so the future.
+The paper's retrospective feed is left out: it shows a whole document before the document is read again, and so the
+future.
 
 Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
@@ -31,7 +32,7 @@ class EnhancedState(MemoryState):
 
 @MEMORIES.register("enhanced")
 class EnhancedMemory(Memory[EnhancedState, MemoryOptions]):
-    """``k, v`` of layer n over ``[SG(h^n of earlier segments) ; h^(n-1)]`` (section 3.3).
+    """Layer n has ``k, v`` over ``[SG(h^n of earlier segments) ; h^(n-1)]`` (section 3.3).
 
     There are no slots before the first segment; the authors' code attends to zero rows there. A layer that normalises
     its input normalises the slots with it.

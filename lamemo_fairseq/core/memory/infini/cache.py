@@ -18,7 +18,7 @@ from .attention import Associations, InfiniSelfAttention
 
 @dataclass
 class InfiniLayerCache(LayerCache):
-    """Besides keys and values ``[B, H, N, D]``, the associations that full segments have written."""
+    """Keys and values ``[B, H, N, D]``, and the associations that full segments have written."""
 
     past: Associations
 

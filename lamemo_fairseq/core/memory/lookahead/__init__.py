@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LookaheadState(MemoryState):
-    """Embeddings of the slots, and per layer but the last what each slot has attended to."""
+    """Embeddings of the slots, and the slots' read-outs and normalisers in each layer but the last."""
 
     embeddings: Tensor  # [B, m, d], after dropout
     outputs: Tuple[Tensor, ...]  # a layer: [B, H, m, D], before the output projection

@@ -41,12 +41,12 @@ class LookaheadSelfAttention(SelfAttention):
         Args:
             rows: ``[B, R, d]``, the slots' rows first.
             window: the keys of the look-ahead, None while there are no slots.
-            stored: what the slots attended to so far; None in the last layer, where the slots' rows end.
+            stored: the slots' read-outs and normalisers so far; None in the last layer, where the slots' rows end.
             current: N.
 
         Returns:
-            Rows ``[B, R, d]`` (``[B, N, d]`` in the last layer), and what the slots of the next segment
-            hold: read-outs ``[B, H, min(R, M), D]`` and normalisers, without gradient (None in the last).
+            Rows ``[B, R, d]`` (``[B, N, d]`` in the last layer), and what the slots of the next segment store:
+            read-outs ``[B, H, min(R, M), D]`` and normalisers, without gradient (None in the last).
         """
         if stored is None:
             return self.attend(rows, bias, current), None

@@ -28,7 +28,7 @@ class LookingAhead(CachedMemory, Protocol):
 
 @dataclass
 class LookaheadLayerCache(LayerCache):
-    """Besides keys and values, what slots and tokens have attended to; None in the last layer."""
+    """Keys, values, and the read-outs and normalisers of slots and tokens; None in the last layer."""
 
     past: Optional[Attended]  # [B, H, C, D] and [B, H, C]
 
@@ -97,7 +97,7 @@ def _refreshed(
     window: LookaheadWindow,
     mem_len: int,
 ) -> Tensor:
-    """Pass slots and first tokens ``x [b, m + 1, d]`` through a layer, and write what becomes of the slots."""
+    """Pass slots and first tokens ``x [b, m + 1, d]`` through a layer, and write the slots' new read-outs."""
     attention, past, slots = cast(LookaheadSelfAttention, layer.self_attn), cached.past, x.size(1) - 1
     assert past is not None
     in_slots = slice(mem_len - slots, mem_len)

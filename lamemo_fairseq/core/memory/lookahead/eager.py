@@ -13,7 +13,7 @@ from ...attention import Attended, RelativeBias
 from ...attention.eager import causal_attention, hide, relative_scores, softmax_and_normalizer
 from .windows import LookaheadWindow
 
-# Keeps the mixing weight finite in the released model; part of what it computes.
+# Keeps the mixing weight finite in the released model; it is a term of the model's formula.
 INTERPOLATION_EPS = 1e-6
 
 
@@ -28,7 +28,7 @@ def lookahead_attention(
     scale: Optional[float] = None,
     added: Optional[Tensor] = None,
 ) -> Attended:
-    """Memory slots attend to what came after them and fold it into what they held.
+    """Let memory slots attend to later positions, and merge the result into their stored read-outs.
 
     ``c`` and ``l`` are the read-out and the normaliser over the window, ``o`` and ``d`` the stored ones:
     ``alpha = e^d / (e^d + e^l + eps)`` and ``o <- alpha o + (1 - alpha) c`` (LaMemo, section 3.2).
@@ -72,14 +72,14 @@ def memory_attention(
     scale: Optional[float] = None,
     added: Tuple[Optional[Tensor], Optional[Tensor]] = (None, None),
 ) -> Attended:
-    """Slots look ahead and current tokens attend to everything before them, in one call.
+    """Let slots look ahead and current tokens attend to everything before them, in one call.
 
     Args:
         q, k, v: ``[B, H, R, D]``, m slots and then the current tokens.
-        biases: that of the causal attention and that of the look-ahead.
+        biases: the biases of the causal attention and of the look-ahead.
         window, stored: as for `lookahead_attention`.
         span, dropout, scale: as for `causal_attention`.
-        added: further scores of the current tokens and of the slots, as for the two.
+        added: further scores of the current tokens and of the slots, as for both functions.
 
     Returns:
         Read-outs ``[B, H, R, D]`` and normalisers ``[B, H, R]``, the slots' ones merged.

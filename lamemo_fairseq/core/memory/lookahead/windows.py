@@ -26,7 +26,7 @@ class LookaheadWindow(NamedTuple):
 
 
 def right_window(slots: int, current: int) -> LookaheadWindow:
-    """Return the keys to the right of a slot, but those it met in earlier segments: the last ``min(m, N)``."""
+    """Return the keys to the right of a slot, without those that it met in earlier segments: the last ``min(m, N)``."""
     return LookaheadWindow(first=slots - min(slots, current) + 1, both_sides=False)
 
 

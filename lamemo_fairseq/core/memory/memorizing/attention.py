@@ -56,7 +56,7 @@ class StoreSelfAttention(SelfAttention):
         self.log_scale = nn.Parameter(torch.zeros(config.heads))  # s
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise queries and keys, and multiply queries by ``a_h / scale``, of which attention undoes the scale."""
+        """Normalise queries and keys, and multiply queries by ``a_h / scale``: attention undoes the scale."""
         normalized = unit(q)
         factor = self.log_scale.to(normalized.dtype).exp() / self.scale
         return (normalized * factor[:, None, None]).to(q.dtype), unit(k).to(k.dtype)

@@ -1,4 +1,4 @@
-"""Exact search for the rows with the largest scores, in blocks that bound the memory that it takes.
+"""Exact search for the rows with the largest scores, in blocks that bound the memory of the search.
 
 Shapes: B streams, H heads, Q queries, m stored rows, D size of a head, k rows.
 """

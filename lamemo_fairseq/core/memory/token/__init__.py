@@ -39,8 +39,8 @@ class TokenState(MemoryState):
 class TokenMemory(Memory[TokenState, TokenOptions]):
     """Memory tokens that every segment reads and writes.
 
-    With ``bptt_segments`` k, the N tokens of an update are k segments. With k = 1 what a segment writes is
-    read in the next update alone, as a constant: writing is then not trained (the paper's BPTT of 0 unrolls).
+    With ``bptt_segments`` k, the N tokens of an update are k segments. With k = 1 only the next update reads what a
+    segment writes, as a constant. Writing is then not trained (the paper's BPTT of 0 unrolls).
     """
 
     architecture: ClassVar[Architecture] = Architecture(

@@ -20,7 +20,7 @@ from ...positions import LayerBias
 
 
 class Blocks(NamedTuple):
-    """Counts of the rows of each kind, and what becomes of them."""
+    """Counts of the rows of each kind, and how a layer treats them."""
 
     cached: int  # m
     tokens: int  # K

@@ -39,7 +39,7 @@ class WithTokens(CachedMemory, Protocol):
 
 @dataclass
 class TokenCache(SegmentCache[WithTokens, LayerCache]):
-    """Besides keys and values, the memory tokens that the current segment reads."""
+    """Keys, values, and the memory tokens that the current segment reads."""
 
     memory_tokens: Tensor  # [B, K, d]
 
