@@ -95,7 +95,7 @@ def install(monkeypatch):
         "current_stream": _Stream,
         "stream": lambda _: contextlib.nullcontext(),
         "synchronize": lambda: None,
-        "device": lambda _: contextlib.nullcontext(),
+        "device": contextlib.nullcontext,  # a type, as `torch.cuda.memory_reserved` asks for
         "manual_seed": torch.default_generator.manual_seed,
         "get_rng_state": lambda _: torch.get_rng_state(),
         "set_rng_state": lambda state, _: torch.set_rng_state(state),

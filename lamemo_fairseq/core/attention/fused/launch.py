@@ -244,8 +244,8 @@ def _position_gradients(x: Inputs, layout: Layout, made: PositionScores) -> Tupl
         d_seen = torch.bmm(flat.transpose(1, 2), position_q[c].flatten(1, 2))
         if several is not None:
             several[:, seen] += d_seen
-    d_table = d_seen if several is None else several
-    return by_position, d_table[:, : x.bias.table.size(1)] * x.scale
+    d_table, count = d_seen if several is None else several, x.bias.table.size(1)
+    return by_position, _followed_by_zeros(d_table[:, :count], count) * x.scale
 
 
 def _score_buffer(x: Inputs, layout: Layout) -> Tensor:
