@@ -1,4 +1,4 @@
-"""All else is in pyproject.toml, which cannot add two packages to those that are found."""
+"""The rest is in pyproject.toml, which cannot add two packages to those that are found."""
 
 from setuptools import find_packages, setup
 

@@ -1,4 +1,4 @@
-"""Checkpoints in other formats.
+"""Convert checkpoints to other formats.
 
     python -m lamemo_fairseq.convert_checkpoint import RELEASED.pt FOLDER    writes checkpoint.pt and dict.txt
     python -m lamemo_fairseq.convert_checkpoint export CHECKPOINT.pt RELEASED.pt --dictionary dict.txt
@@ -6,11 +6,11 @@
     python -m lamemo_fairseq.convert_checkpoint export --format transformers CHECKPOINT FOLDER
     python -m lamemo_fairseq.convert_checkpoint import --format transformers FOLDER FOLDER
 
-The first two are for checkpoints of the authors' code and of the original Transformer-XL. The third writes what
-`lamemo_fairseq.core.LanguageModel.load` reads without fairseq, with dict.txt and how the text became tokens: as the
-data folder records it, or as --tokenizer and --bpe say. The fourth writes what transformers reads, from such a folder
-or from fairseq's checkpoint with --dictionary; the fifth makes it a folder of the third kind again. Folders need no
-fairseq.
+The first two are for checkpoints of the authors' code and of the original Transformer-XL. The third writes a folder
+that `lamemo_fairseq.core.LanguageModel.load` reads without fairseq. It has dict.txt and a record of how the text became
+tokens, from the data folder's record or from --tokenizer and --bpe. The fourth writes what transformers reads, from
+such a folder or from fairseq's checkpoint with --dictionary. The fifth turns it into a folder of the third kind again.
+Folders need no fairseq.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_encoding_options(parser: argparse.ArgumentParser) -> None:
-    """Add options of the names that fairseq has for them."""
+    """Add options under fairseq's names."""
     group = parser.add_argument_group("how the text became tokens, where the dictionary's folder does not record it")
     group.add_argument("--tokenizer", choices=("space", "moses"))
     group.add_argument("--source-lang", help="language for the Moses tokenizer")

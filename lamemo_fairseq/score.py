@@ -1,8 +1,8 @@
-"""The loss of a split per token, per word and per byte, as a line of JSON.
+"""Print the loss of a split per token, per word and per byte, as a line of JSON.
 
     python -m lamemo_fairseq.score data-bin/own checkpoints/lamemo/checkpoint_best.pt --subset test --batch-size 16
 
-The command reads the split once. fairseq-eval-lm reads it in the same way, and logs the same figures.
+The command reads the split once. fairseq-eval-lm reads it in the same way, and logs the same losses.
 """
 
 import argparse
@@ -53,10 +53,10 @@ def main(arguments: Optional[List[str]] = None) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse options that another one is needed for.
+    """Refuse options that need another option.
 
     Raises:
-        ValueError: with the option's name.
+        ValueError: the other option is missing; the message names both.
     """
     of_separators = {"--document-separator": args.document_separator, "--score-separators": args.score_separators}
     for option, given in of_separators.items():

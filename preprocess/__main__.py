@@ -1,11 +1,11 @@
-"""Text to fairseq's binary format, in one command a data set.
+"""Turn text into fairseq's binary format, in one command for each data set.
 
     python -m preprocess wikitext-103 --destdir data-bin/wikitext-103
     python -m preprocess enwik8 --destdir data-bin/enwik8 --source enwik8.zip
     python -m preprocess pg-19 --destdir data-bin/pg-19 --source books
     python -m preprocess own --destdir data-bin/own --source train.txt valid.txt test.txt --bpe bytes
 
-A command that was stopped goes on where it was when it is given again; one that is done does nothing.
+A command that was stopped goes on where it was when it is given again; a complete one does nothing.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def _coding(command: argparse.ArgumentParser, dataset: Dataset) -> None:
     """Add the options of words and pieces, with the defaults of a data set."""
     bpe = dataset.tokenizer.bpe if isinstance(dataset.tokenizer, LineTokenizer) else "none"
     pieces = dataset.training or PieceTraining()
-    # Options without a default here are None unless they are given, so that those without effect can be refused.
+    # Options without a default here are None unless they are given, so that options without effect can be refused.
     command.add_argument("--tokenizer", choices=sorted(WORDS), default="space", help="what makes words of a line")
     command.add_argument(
         "--bpe", choices=sorted({**PIECES, **WHOLE_TEXT}), default=bpe, help=f"what splits words ({bpe})"
@@ -93,7 +93,7 @@ def _common(command: argparse.ArgumentParser, source: str) -> None:
     command.add_argument("--chunk-bytes", type=int, default=CHUNK, help="text that a worker holds at a time")
 
 
-# Options of words and pieces, and what gives them an effect.
+# Options of words and pieces, and the conditions under which they have an effect.
 _NEEDS = {
     "pattern": "--tokenizer words",
     "source_lang": "--tokenizer moses",
@@ -101,7 +101,7 @@ _NEEDS = {
     "vocab_size": "--bpe sentencepiece",
     "character_coverage": "--bpe sentencepiece",
 }
-# Files, and the options of making them.
+# Options that name files, and the options of making these files.
 _MADE_ALREADY = {
     "sentencepiece_model": ("vocab_size", "character_coverage"),
     "srcdict": ("threshold", "nwords", "padding_factor"),
@@ -117,7 +117,7 @@ def _flags(names: Iterable[str]) -> str:
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
-    """Refuse options that would have no effect or cannot be, and files that are not there."""
+    """Refuse options that would have no effect or cannot be, and files that are missing."""
     given = _given(args, _NEEDS)
     if args.bpe in WHOLE_TEXT:
         words = [*["tokenizer"] * (args.tokenizer != "space"), *["paragraphs"] * args.paragraphs]
@@ -138,7 +138,7 @@ def _refuse_idle(args: argparse.Namespace) -> None:
 
 
 def _say_fallback(language: str) -> None:
-    """sacremoses, like fairseq with it, takes any code for a language."""
+    """Warn if the language has no abbreviations: sacremoses, like fairseq with it, takes any code for a language."""
     if language not in (codes := moses_languages()):
         print(
             f"--source-lang {language} is no code of a language whose abbreviations sacremoses knows "
@@ -152,7 +152,7 @@ def _coded(dataset: Dataset, args: argparse.Namespace) -> Dataset:
 
     Raises:
         ValueError: options do not go together.
-        FileNotFoundError: a file that one of them names is not there.
+        FileNotFoundError: a file that an option names is missing.
     """
     _refuse_idle(args)
     if args.source_lang is not None:
@@ -186,7 +186,7 @@ def _described(args: argparse.Namespace) -> Dataset:
     """Return the description of the data set that the command names.
 
     Raises:
-        ValueError, FileNotFoundError: as for `_coded` and for the files of one's own text.
+        ValueError, FileNotFoundError: as for `_coded`, and for the files of one's own text.
     """
     if args.dataset in DATASETS:
         dataset = DATASETS[args.dataset]

@@ -1,7 +1,8 @@
-"""Encoded chunks to a dictionary and to fairseq's binary format.
+"""Turn encoded chunks into a dictionary and fairseq's binary format.
 
-The files are those of fairseq-preprocess, bit by bit, and are made by its own dictionary and index. The command itself
-assigns ids in a Python loop over tokens, and starts on its own part of a text only when its workers have done theirs.
+The files are those of fairseq-preprocess, bit by bit, and are made by its own dictionary and index. That command itself
+assigns ids in a Python loop over tokens. Its main process starts on its own share of a text only when its workers have
+finished.
 """
 
 import os
@@ -29,7 +30,7 @@ class SplitCount(NamedTuple):
 
     tokens: int
     lines: int
-    unknown: int  # tokens that the dictionary does not have, or that the text itself calls unknown
+    unknown: int  # tokens that the dictionary does not have, or that are <unk> in the text itself
 
 
 def count_symbols(chunks: Iterable[Path]) -> Counter[str]:
@@ -41,7 +42,7 @@ def count_symbols(chunks: Iterable[Path]) -> Counter[str]:
 
 
 def make_dictionary(counts: Counter[str], threshold: int, nwords: int, padding_factor: int) -> Dictionary:
-    """The dictionary of fairseq-preprocess with these options of it."""
+    """Return the dictionary that fairseq-preprocess makes with these options."""
     dictionary = Dictionary()
     for symbol, number in sorted(counts.items()):
         dictionary.add_symbol(symbol, number)
@@ -50,10 +51,10 @@ def make_dictionary(counts: Counter[str], threshold: int, nwords: int, padding_f
 
 
 def load_dictionary(path: Path) -> Dictionary:
-    """The dictionary that a file holds, as the task reads it.
+    """Return the dictionary in a file, as the task reads it.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: the file holds no dictionary.
     """
     try:
         return binarized.load_dictionary(str(path))
@@ -64,7 +65,7 @@ def load_dictionary(path: Path) -> Dictionary:
 def save_dictionary(dictionary: Dictionary, path: Path) -> None:
     """Write ``dict.txt`` so that reading it gives the same words at the same ids.
 
-    fairseq does not write the flag of words that stand again, as its own symbols do in RoBERTa's dictionary, and then
+    fairseq does not write the flag of words that occur again, as its own symbols do in RoBERTa's dictionary. It then
     cannot read what it wrote.
     """
     before = set(dictionary.symbols[: dictionary.nspecial])

@@ -1,4 +1,4 @@
-"""Data sets of books, a file each, whose published splits are lists of numbers."""
+"""Data sets of books, one file each, whose published splits are lists of numbers."""
 
 import csv
 import hashlib
@@ -41,11 +41,11 @@ class Books:
         return next((split for split, books in self.listed.items() if book in books), _TRAIN)
 
     def resolve(self, sources: Sequence[Path]) -> list[Source]:
-        """Return a text for each split. Its parts are the split's books below a folder, in the order of their numbers.
+        """Return a text for each split: the split's books below a folder, in the order of their numbers.
 
         Raises:
-            FileNotFoundError: there is no such folder, or no book of a split.
-            ValueError: it is no folder, or has a book more than once.
+            FileNotFoundError: the folder is missing, or a split has no book.
+            ValueError: the path is no folder, or the folder has a book more than once.
         """
         existing(sources)
         if len(sources) != 1 or not sources[0].is_dir():

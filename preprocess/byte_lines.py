@@ -3,8 +3,8 @@
     python -m preprocess.byte_lines < book.txt > book.bytes
     python -m preprocess.byte_lines --decode < book.bytes > book.txt
 
-Every byte becomes one of fairseq's byte symbols, unchanged. The line feed is the end of a line, which
-fairseq makes an end-of-sentence token, so that a file that ends in a line feed has as many tokens as bytes.
+Every byte becomes one of fairseq's byte symbols, unchanged. The line feed is the end of a line, which fairseq turns
+into an end-of-sentence token. So a file that ends in a line feed has as many tokens as bytes.
 """
 
 import argparse
@@ -18,13 +18,13 @@ BYTES = {symbol: byte for byte, symbol in SYMBOLS.items()}
 
 
 def encode(lines: Iterable[bytes]) -> Iterator[str]:
-    """Lines of bytes, with or without their line feed, to lines of symbols between spaces."""
+    """Turn lines of bytes, with or without their line feed, into lines of symbols between spaces."""
     for line in lines:
         yield SPACE.join(line.removesuffix(b"\n").decode("latin-1").translate(SYMBOLS)) + "\n"
 
 
 def decode(lines: Iterable[str]) -> Iterator[bytes]:
-    """Lines of symbols to lines of bytes; words that are no byte, such as <unk>, become question marks."""
+    """Turn lines of symbols into lines of bytes; words that are no byte, such as <unk>, become question marks."""
     for line in lines:
         yield bytes(BYTES.get(symbol, ord("?")) for symbol in line.split()) + b"\n"
 

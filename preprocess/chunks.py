@@ -1,7 +1,7 @@
-"""A text cut into chunks, and these encoded side by side, each to a file of its own.
+"""Cut a text into chunks, and encode them side by side, each to a file of its own.
 
-Chunks depend on the text and the tokenizer only, never on how many workers there are. A chunk's file is there whole or
-not at all, so that a run that was stopped goes on with the chunks that it lacks.
+Chunks depend on the text and the tokenizer only, never on how many workers there are. A chunk's file is whole or
+missing, so that a run that was stopped goes on with the missing chunks.
 """
 
 import multiprocessing
@@ -27,15 +27,15 @@ _LOOK = 1 << 14
 
 
 class Chunk(NamedTuple):
-    """A part of a text, and the file for its tokens."""
+    """A piece of a text, and the file for its tokens."""
 
     text: Span
     encoded: Path
-    more: bool = False  # whether its split goes on behind it
+    more: bool = False  # whether its split continues behind the chunk
 
 
 def cut(text: Span, boundary: Boundary, size: int = CHUNK) -> list[Span]:
-    """Consecutive parts of *size* bytes and a little more, up to the next place where the text may be cut."""
+    """Return consecutive pieces of *size* bytes and a little more: up to where the text may next be cut."""
     spans = []
     with open(text.path, "rb") as file:
         start = text.start
@@ -47,21 +47,21 @@ def cut(text: Span, boundary: Boundary, size: int = CHUNK) -> list[Span]:
 
 
 def _next_boundary(file: IO[bytes], position: int, end: int, boundary: Boundary) -> int:
-    """The first place behind *position* where the text may be cut."""
+    """Return the first position behind *position* where the text may be cut."""
     if boundary.reach == 0 or position >= end:
         return position
     pattern = re.compile(boundary.pattern)
     limit = end if boundary.reach is None else min(position + boundary.reach, end)
     begin = position - 1  # so that a text may be cut at the position itself
     file.seek(begin)
-    seen = b""  # from there on, what may be the beginning of a match
+    seen = b""  # may be the beginning of a match that ends behind the text read so far
     while begin + len(seen) < limit:
         block = file.read(min(_LOOK, limit - begin - len(seen)))
         if not block:
             raise ValueError(f"{file.name} became shorter while it was read")
         seen += block
         match = pattern.search(seen)
-        # A carriage return at the end of what is seen may be the first half of a line's end.
+        # A carriage return at the end of the bytes read may be the first half of a line's end.
         if match and not (match.end() == len(seen) and seen.endswith(b"\r") and begin + len(seen) < end):
             return begin + match.end()
         line = seen.rstrip(b" \t\f\v\r")
@@ -73,10 +73,10 @@ def _next_boundary(file: IO[bytes], position: int, end: int, boundary: Boundary)
 
 
 def encode(chunks: Sequence[Chunk], tokenizer: Tokenizer, workers: int) -> None:
-    """Write the files of chunks that lack them.
+    """Write the missing files of chunks.
 
     Raises:
-        ValueError: a text holds what the tokenizer cannot read; says where.
+        ValueError: a text holds what the tokenizer cannot read; the message says where.
         ChildProcessError: a worker was killed.
     """
     missing = [chunk for chunk in chunks if not chunk.encoded.exists()]
@@ -113,18 +113,18 @@ def _pool(chunks: Sequence[Chunk], tokenizer: Tokenizer, workers: int) -> Iterab
             raise
 
 
-_tokenizer: Tokenizer  # of this worker: what it needs is loaded once
+_tokenizer: Tokenizer  # of this worker: the tokenizer is loaded once
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _tokenizer
     _tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent deals with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles the interrupt
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would otherwise wait for it for ever."""
+    """End this worker with its parent: otherwise it would wait for a killed parent for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -148,7 +148,7 @@ def _encode(chunk: Chunk, tokenizer: Tokenizer) -> Chunk:
 
 
 def load(path: Path) -> Encoded:
-    """The tokens of a chunk's file."""
+    """Return the tokens of a chunk's file."""
     with np.load(path) as stored:
         return Encoded(_symbols(stored), stored["ids"], stored["sizes"])
 
@@ -162,4 +162,4 @@ def load_counts(path: Path) -> dict[str, int]:
 
 def _symbols(stored: Mapping[str, NDArray[Any]]) -> list[str]:
     names = stored["symbols"].tobytes().decode("utf-8")
-    return names.split("\n") if names else []  # of blank lines there may be nothing
+    return names.split("\n") if names else []  # a chunk of blank lines may have no tokens

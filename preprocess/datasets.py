@@ -1,4 +1,4 @@
-"""The data sets: sources, checksums, splits. README.md says where the figures come from."""
+"""The data sets: sources, checksums, splits. README.md has the sources of all numbers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ SPLITS = ("train", "valid", "test")
 
 
 class WrongText(ValueError):
-    """A text is not the one that it is taken for."""
+    """A text differs from the one that was expected."""
 
 
 class Divide(Protocol):
@@ -37,10 +37,10 @@ class FileEach:
 
 @dataclass(frozen=True)
 class FirstBytes:
-    """The beginning of each of these files: so many bytes, and up to the next place where the tokenizer may cut.
+    """The beginning of each of these files: this many bytes, and up to the next position where the tokenizer may cut.
 
     Raises:
-        ValueError: a file has fewer.
+        ValueError: a file has fewer bytes.
     """
 
     bytes: tuple[int, ...]
@@ -56,7 +56,7 @@ class FirstBytes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """One file, cut after so many bytes."""
+    """One file, cut after this many bytes."""
 
     bytes: tuple[int, ...]
 
@@ -72,10 +72,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Shares:
-    """One file, cut in proportion, each time at the next place where the tokenizer may cut.
+    """One file, cut in proportion, each time at the next position where the tokenizer may cut.
 
     Raises:
-        ValueError: there are too few of these places.
+        ValueError: there are too few of these positions.
     """
 
     parts: tuple[float, ...]
@@ -99,10 +99,10 @@ class Shares:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A text and what becomes of it. One's own text has no address, and nothing is expected of it."""
+    """A text, and how it is prepared. One's own text has no address, and is not checked."""
 
     name: str
-    files: tuple[str, ...]  # names of the texts
+    files: tuple[str, ...]  # file names of the texts
     divide: Divide
     tokenizer: Tokenizer
     addresses: tuple[str, ...] = ()  # of an archive that holds them

@@ -1,4 +1,4 @@
-"""Downloads that go on where they stopped, and keep nothing but the right file."""
+"""Download files, go on where a download stopped, and accept nothing but the right file."""
 
 import email.utils
 import http.client
@@ -17,11 +17,11 @@ from tqdm import tqdm
 from .files import Identity, no_room
 
 TIMEOUT = 60  # seconds without a byte
-ATTEMPTS = 5  # in a row that bring nothing, for each address
+ATTEMPTS = 5  # attempts in a row that bring nothing, for each address
 LONGEST_PAUSE = 120  # seconds that a server may ask for
 _AGENT = {"User-Agent": "lamemo-fairseq"}  # some servers turn Python's own name away
 _TROUBLE = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)
-_AGAIN = (408, 429)  # answers that will be others later, besides 5xx
+_AGAIN = (408, 429)  # answers that may differ later, besides 5xx
 
 
 class DownloadError(Exception):
@@ -43,18 +43,19 @@ def download(
 ) -> None:
     """Fetch a file from the first address that has it.
 
-    What has come so far is kept beside *path* with ``.part`` behind its name, also if the process dies; the next call
-    asks for the rest only. The file gets its own name when its checksum is right, and is deleted when it is wrong.
+    The bytes received so far are stored beside *path* with ``.part`` behind its name, also if the process dies. The
+    next call asks for the rest only. The file gets its own name when its checksum is right, and is deleted when it is
+    wrong.
 
     Args:
-        sha256: None if it is not known. Then nothing that another process left is gone on with.
-        size: in bytes, to tell another file before it is fetched, and a cut one. None if it is not known.
-        wait: seconds before the second attempt; each one after it waits twice as long, or as long as the server asks.
-        at_most: bytes that the file has no more than, where *size* is not known.
-        quiet: whether to leave the bar of its progress out.
+        sha256: None if the checksum is not known. Then a download does not go on from bytes that another process left.
+        size: in bytes, to recognise another file before it is fetched, and a cut one. None if the size is not known.
+        wait: seconds before the second attempt; each later one waits twice as long, or as long as the server asks.
+        at_most: largest possible size of the file in bytes, where *size* is not known.
+        quiet: whether to leave out the progress bar.
 
     Raises:
-        DownloadError: saying what each address answered.
+        DownloadError: no address gave the file; the message says what each answered.
         OSError: there is no room on the disk.
     """
     part = path.with_name(path.name + ".part")
@@ -84,11 +85,11 @@ def download(
 def _fetch(
     address: str, part: Path, sha256: str | None, size: int | None, wait: float, at_most: int | None, quiet: bool
 ) -> None:
-    """All of the file into *part*, over as many connections as it takes."""
+    """Fetch all of the file into *part*, over as many connections as needed."""
     failures, mixed, again = 0, False, False
     while True:
         before = _length(part)
-        mixed |= before > 0  # what there is may have come from elsewhere, or of a file that changed meanwhile
+        mixed |= before > 0  # the bytes may have come from elsewhere, or from a file that changed meanwhile
         trouble: Exception = http.client.HTTPException("the connection was cut")
         asked = 0.0
         try:
@@ -121,7 +122,7 @@ def _fetch(
 
 
 def _receive(address: str, part: Path, size: int | None, at_most: int | None, quiet: bool) -> bool:
-    """One connection's worth, behind what there is. Returns whether the file is whole, as far as can be told."""
+    """Append the bytes of one connection to *part*. Return whether the file is whole, as far as can be told."""
     start = _length(part)
     request = urllib.request.Request(address, headers=_AGENT | ({"Range": f"bytes={start}-"} if start else {}))
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
@@ -151,7 +152,7 @@ def _receive(address: str, part: Path, size: int | None, at_most: int | None, qu
 
 
 def _first_byte(answer: Any, asked: int) -> int:
-    """The place in the file of the first byte that is sent: *asked*, or 0 from a server that sends whole files only."""
+    """Return the position of the first byte sent: *asked*, or 0 from a server that sends whole files only."""
     if answer.status != 206:
         return 0
     sent = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
@@ -163,7 +164,7 @@ def _first_byte(answer: Any, asked: int) -> int:
 
 
 def _announced(answer: Any) -> int | None:
-    """Bytes that are to come, None if that is not said."""
+    """Return the number of bytes to come, None if the server does not say."""
     if isinstance(answer, http.client.HTTPResponse):
         return answer.length
     length = answer.headers.get("Content-Length", "")  # of a local file
@@ -171,7 +172,7 @@ def _announced(answer: Any) -> int | None:
 
 
 def _pause_asked_for(header: str | None) -> float:
-    """Seconds that a server asks to be left alone for, within bounds; it may give a number of them, or a date."""
+    """Return the seconds that a server asks to be left alone, within bounds; the server may give seconds or a date."""
     try:
         seconds = float(header or 0)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what they are known by."""
+"""Write files that are whole or missing, and identify files."""
 
 import errno
 import hashlib
@@ -14,15 +14,15 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def no_room(error: BaseException) -> bool:
-    """Return whether a file could not be written for want of room on the disk."""
+    """Return whether a file could not be written for lack of disk space."""
     return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new binary file that takes the place of *path* once it is complete and on disk.
+    """Yield a new binary file that replaces *path* once it is complete and on disk.
 
-    If the process dies, *path* is what it was before; what was written is left under a name that ends in ``.part``.
+    If the process dies, *path* is unchanged; the bytes written are left under a name that ends in ``.part``.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -57,12 +57,12 @@ class Identity(NamedTuple):
             return cls(name or path.name, file.tell(), digest.hexdigest())
 
     def is_at(self, path: Path) -> bool:
-        """Tell whether *path* is this file; the size, which costs nothing, is looked at first."""
+        """Tell whether *path* is this file; the size is compared first, since that costs nothing."""
         return path.is_file() and path.stat().st_size == self.size and self.of(path).sha256 == self.sha256
 
 
 class Span(NamedTuple):
-    """Some bytes of a file."""
+    """A range of bytes of a file."""
 
     path: Path
     start: int
@@ -73,7 +73,7 @@ class Span(NamedTuple):
         return self.stop - self.start
 
     def divided(self, ends: Iterable[int]) -> "list[Span]":
-        """Return the spans that end at these bytes of the file, as far as they are of this one, and what is left."""
+        """Divide this span at those of the *ends*, in bytes of the file, that lie within it."""
         bounds = [self.start, *(end for end in ends if self.start < end < self.stop), self.stop]
         return [Span(self.path, start, stop) for start, stop in pairwise(bounds)]
 

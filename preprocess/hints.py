@@ -1,4 +1,4 @@
-"""Hints that a text was prepared with an option forgotten."""
+"""Give hints that an option was probably forgotten when a text was prepared."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,14 +7,14 @@ from typing import Any
 
 from .tokenization import END, SPACE
 
-# Scripts without spaces between words, and the length of a word that a mean beyond it cannot come from: divided into
-# words, Chinese and Japanese have about two characters a word, Thai and its neighbours five.
+# Scripts without spaces between words, and a length that no mean length of words exceeds. Divided into words, Chinese
+# and Japanese have about two characters a word, Thai and its neighbours five.
 _WITHOUT_SPACES = (
     (re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]"), 4),
     (re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff]"), 12),
     (re.compile(""), 25),
 )
-_SAMPLE = 100_000  # different words that are looked at
+_SAMPLE = 100_000  # number of different words that are examined
 _MOSTLY = 0.25  # of the words of a split
 _MARKED = 0.02  # of the symbols of a text
 
@@ -41,7 +41,7 @@ def without_spaces(counts: Mapping[str, int]) -> str | None:
 
 
 def cut_into_pieces(counts: Mapping[str, int]) -> str | None:
-    """Return how a text is cut into pieces of words already, so that its words cannot be counted.
+    """Return how a text was already cut into pieces of words, so that its words cannot be counted.
 
     Args:
         counts: how often each symbol occurs.

@@ -1,4 +1,4 @@
-"""Counts of a text as it is before tokenization, for figures per word and per byte.
+"""Count a text as it is before tokenization, for losses per word and per byte.
 
     python -m preprocess count data-bin/own valid=valid.txt test=test.txt
 
@@ -66,7 +66,7 @@ def count_text(text: Span, quiet: bool = False) -> TextCounts:
 
 
 def count_split(documents: Sequence[Span], tokens: int) -> dict[str, Any]:
-    """Return the counts of a split's text, of which *tokens* were made, as `OriginalText` has them.
+    """Return the counts of a split's text, as `OriginalText` has them; *tokens* were made of this text.
 
     The split's *documents* follow one another in a file. No word reaches from one document into the next.
     """
@@ -82,12 +82,12 @@ def count_for(folder: Path, texts: Iterable[str], other_lines: bool = False) -> 
     """Count the texts of splits, and write them beside the splits' binarized data.
 
     Args:
-        texts: ``SPLIT=FILE``, packed or not; several for a split are its parts, in order.
+        texts: ``SPLIT=FILE``, compressed or not; several files for a split are joined in order.
         other_lines: whether a split may have other lines than its text.
 
     Raises:
         ValueError: a text is cut into pieces, or has other lines than the split.
-        FileNotFoundError: there is no such split, or no such file.
+        FileNotFoundError: a split or a file is missing.
     """
     files: dict[str, list[Path]] = {}
     for text in texts:
@@ -100,7 +100,7 @@ def count_for(folder: Path, texts: Iterable[str], other_lines: bool = False) -> 
     dictionary = load_dictionary(str(folder / "dict.txt"))
     counted = read_counts(str(folder), COUNTED)
     for split, parts in files.items():
-        binarized = load_lines(str(folder), split, dictionary, None, combine=False)  # whose sizes are a map of its file
+        binarized = load_lines(str(folder), split, dictionary, None, combine=False)  # the sizes are a map of its file
         counts = _count_parts(parts, folder)
         text_lines = counts.lines + (not counts.ended)
         if len(binarized) not in (counts.lines, text_lines) and not other_lines:

@@ -1,4 +1,4 @@
-"""Training of SentencePiece models."""
+"""Train SentencePiece models."""
 
 import io
 import re
@@ -21,13 +21,13 @@ _SHORT_ENOUGH = re.compile(rf"{_SHORT}(?:\s|$)|{_SHORT}")
 
 @dataclass(frozen=True)
 class PieceTraining:
-    """The training of a model.
+    """The options of training a model.
 
     Args:
         vocab_size: pieces.
         character_coverage: share of the characters that get a piece of their own, whatever the rarest are.
         byte_fallback: whether a character without a piece is divided into bytes, each a piece, so that none is unknown.
-        sample_bytes: of longer texts, this much is read, in parts evenly spaced over the text.
+        sample_bytes: of longer texts only this much is read, in pieces evenly spaced over the text.
     """
 
     vocab_size: int = 8000
@@ -36,7 +36,7 @@ class PieceTraining:
     byte_fallback: bool = False
 
     def run(self, text: Span, tokenizer: LineTokenizer, model: Path) -> None:
-        """Train on what the tokenizer's words are before they are split, and write the model.
+        """Train on the tokenizer's words before they are split, and write the model.
 
         The same text and options give the same model.
 
@@ -82,7 +82,7 @@ class PieceTraining:
 
 
 def _sentences(line: str) -> Iterable[str]:
-    """Parts of a line that SentencePiece does not skip for their length, cut at spaces if there are any."""
+    """Yield pieces of a line that SentencePiece does not skip for their length, cut at spaces if there are any."""
     if len(line.encode()) <= _LONGEST:
         return [line]
     return (match[0] for match in _SHORT_ENOUGH.finditer(line))

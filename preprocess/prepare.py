@@ -1,8 +1,8 @@
-"""The way from a data set's description to a folder that fairseq reads.
+"""Turn a data set's description into a folder that fairseq reads.
 
-Everything unfinished lives in ``DEST/unfinished``, in a folder named by what it is made from. What is finished moves to
-DEST, where ``preprocess.json`` says what is made from what, and lists all files that this command puts there. DEST is
-complete when they are there; ``dict.txt`` comes last.
+All unfinished files are in ``DEST/unfinished``, in a folder named after what they are made from. Finished files move to
+DEST, where ``preprocess.json`` records their sources and options, and lists all files that this command puts there.
+DEST is complete when all of these are there; ``dict.txt`` comes last.
 """
 
 import fcntl
@@ -33,14 +33,14 @@ from .tokenization import LineTokenizer, Tokenizer
 RECORD = "preprocess.json"
 COUNTED = "original.json"  # by `python -m preprocess count`, from a text that may be another one now
 UNFINISHED = "unfinished"
-# Of what is made: a change of it makes everything anew. One's own text may begin with a byte order mark.
+# A change of any of these makes everything anew. One's own text may begin with a byte order mark.
 _LAYOUT, _LAYOUT_OF_OWN = 1, 2
 
 
 def prepare(
     dataset: Dataset, destdir: Path, sources: Sequence[Path] = (), workers: int = 1, chunk_bytes: int = CHUNK
 ) -> dict[str, Any]:
-    """Make the binarized data set, or see that it is there already.
+    """Make the binarized data set, or check that it is complete already.
 
     Args:
         sources: local files, or one folder or archive; without them the data set is downloaded.
@@ -52,7 +52,7 @@ def prepare(
 
     Raises:
         WrongText: the text is not the one that was asked for.
-        ValueError: it cannot be read.
+        ValueError: the text cannot be read.
         FileNotFoundError: a source is missing.
         FileExistsError: the folder holds data of another origin.
         DownloadError: the data set cannot be downloaded.
@@ -91,7 +91,7 @@ def prepare(
 
 
 def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> dict[str, Any]:
-    """All that the result depends on, as it reads back from JSON."""
+    """Return everything that the result depends on, as it reads back from JSON."""
     if texts:
         paths = [part for text in texts for part in text.parts]
         known = {path: Identity.of(path) for path in set(paths)}
@@ -101,8 +101,8 @@ def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> d
     else:
         raise ValueError(f"{dataset.name}: name the text with --source")
     settings = asdict(dataset)
-    del settings["at_most"], settings["books"]  # of a download, not of its result; the same for all of this name
-    if not dataset.documents:  # as in records of before there was the option
+    del settings["at_most"], settings["books"]  # of a download, not of its result; the same for every text of this name
+    if not dataset.documents:  # as in records from before the option existed
         del settings["documents"]
     if dataset.training is not None and not dataset.training.byte_fallback:
         del settings["training"]["byte_fallback"]
@@ -142,7 +142,7 @@ def _extracted(text: Source, work: Path, dataset: Dataset) -> Path:
 
 
 def _checked(file: Path, text: Source, dataset: Dataset) -> Path:
-    """The text's file, if it is the one that is known by this name."""
+    """Return the text's file, if its contents are those known by this name."""
     expected = dataset.contents.get(text.name)
     if expected is not None:
         real = Identity.of(file)
@@ -162,7 +162,7 @@ def _make(
     workers: int,
     chunk_bytes: int,
 ) -> dict[str, Any]:
-    """Everything that DEST is to hold, in ``work/made``; returns what to say about it. *ends* are the documents'."""
+    """Write all files of DEST to ``work/made``; return messages about them. *ends* are the documents' ends."""
     from . import binarize  # fairseq takes seconds to import, and workers share what is imported before
 
     dictionary = None if dataset.srcdict is None else binarize.load_dictionary(dataset.srcdict)
@@ -193,7 +193,7 @@ def _make(
     if dictionary is None:
         dictionary = binarize.make_dictionary(counts, dataset.threshold, dataset.nwords, dataset.padding_factor)
     made = work / "made"
-    shutil.rmtree(made, ignore_errors=True)  # what a run that was killed here left in it
+    shutil.rmtree(made, ignore_errors=True)  # files that a killed run left in it
     made.mkdir()
     written = {split: binarize.write_split(made / split, paths, dictionary) for split, paths in encoded.items()}
     if dataset.documents:
@@ -277,7 +277,7 @@ def _check_counts(dataset: Dataset, tokens: Mapping[str, int], types: int) -> No
 
 
 def _publish(destdir: Path, work: Path, record: dict[str, Any], former: dict[str, Any] | None) -> dict[str, Any]:
-    """Move what was made to DEST. At any moment the record there lists all that has to go if this is stopped;
+    """Move the finished files to DEST. At any moment the record there lists all files that must go if this is stopped.
     dict.txt, without which fairseq opens nothing, goes first and comes last."""
     made = sorted((path.name for path in (work / "made").iterdir()), key=lambda name: (name == "dict.txt", name))
     record = {**record, "files": {name: Identity.of(work / "made" / name)._asdict() for name in made}}
@@ -319,7 +319,7 @@ def _is_whole(destdir: Path, record: dict[str, Any]) -> bool:
 
 
 def _work_folder(destdir: Path, made_from: dict[str, Any]) -> Path:
-    """The folder for this input and these options; what others left unfinished is removed."""
+    """Return the folder for this input and these options; unfinished files of other inputs are removed."""
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     work = destdir / UNFINISHED / name
     work.mkdir(parents=True, exist_ok=True)
@@ -331,7 +331,7 @@ def _work_folder(destdir: Path, made_from: dict[str, Any]) -> Path:
 
 @contextmanager
 def _alone(destdir: Path) -> Iterator[None]:
-    """Two runs in one folder would take each other's files."""
+    """Lock the folder in this context: two runs in one folder would take each other's files."""
     with open(destdir / ".lock", "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,9 +23,9 @@ _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, lzma.LZMAError, zlib.
 
 
 class Source(NamedTuple):
-    """A text by its name, and the file that has it: itself, or an archive or compressed file that holds it.
+    """A text by its name, and the file that has it: the text itself, or an archive or compressed file that holds it.
 
-    A text in numbered parts (``train-00.txt``, ``train-01.txt.xz``) is read one part after another, as ``cat`` does.
+    A text in numbered parts (``train-00.txt``, ``train-01.txt.xz``) is read one file after another, as ``cat`` does.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Source(NamedTuple):
         return (self.path, *self.more)
 
     def extracted(self, folder: Path, size: int | None = None) -> Path:
-        """A plain file with the text, made in *folder* if need be.
+        """Return a plain file with the text, made in *folder* if need be.
 
         Args:
-            size: bytes of the text, where known. No more are written.
+            size: bytes of the text, where known. No more bytes are written.
 
         Raises:
-            ValueError: the archive is damaged, cut or encrypted, does not hold the text, or holds a longer one; or what
-                should be the text is an archive.
+            ValueError: the archive is damaged, cut or encrypted, or does not hold the text, or holds a longer one, or
+                the text itself is an archive.
         """
         for part in self.parts:
             _refuse_packed(part)
@@ -81,12 +81,12 @@ class Source(NamedTuple):
                     bar.update(len(block))
         except _DAMAGE as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's trouble, not the file's
+                raise  # an error of the disk, not of the file
             raise ValueError(
                 f"{part} ({part.stat().st_size:,} bytes) is damaged, cut, or not what its name says "
                 f"({type(error).__name__}: {error}): fetch it again"
             ) from error
-        except RuntimeError as error:  # a zip archive, encrypted or packed in a way that Python does not know
+        except RuntimeError as error:  # a zip archive, encrypted or compressed in a way that Python does not know
             raise ValueError(f"{part}: {self.name} in it cannot be read: {error}") from error
 
 
@@ -98,14 +98,15 @@ def resolve(sources: Sequence[Path], names: Sequence[str], folders: bool = False
     """Find the texts called *names*.
 
     Args:
-        folders: whether a text may be a folder of its name, whose files are its parts, in the order of their names.
-        sources: a file for each name, or one folder or archive that holds all of them. In a folder, they may be
-            compressed or in numbered parts, and stand one level deeper if the folder itself does not hold all of them.
+        folders: whether a text may be a folder of its name, whose files are joined in the order of their names.
+        sources: a file for each name, or one folder or archive that holds all of them. In a folder, the files may be
+            compressed or in numbered parts. They may be one level deeper if the folder itself does not hold all of
+            them.
 
     Raises:
-        FileNotFoundError: saying what is missing.
-        ValueError: the number of files is another, several have the same name and could be of different corpora, a part
-            is missing, or one is no regular file.
+        FileNotFoundError: a text is missing; the message says which.
+        ValueError: the number of files is wrong, several have the same name and could be of different corpora, a
+            numbered part is missing, or a path is no regular file.
     """
     existing(sources)
     if folders and len(sources) == 1 and any((sources[0] / PurePath(name).stem).is_dir() for name in names):
@@ -126,7 +127,7 @@ def existing(sources: Sequence[Path]) -> None:
     """Refuse sources that are neither files nor folders.
 
     Raises:
-        FileNotFoundError, ValueError: naming the source.
+        FileNotFoundError, ValueError: a source is missing or of another kind; the message names it.
     """
     for source in sources:
         if not source.exists():
@@ -138,7 +139,7 @@ def existing(sources: Sequence[Path]) -> None:
 
 
 def numbered(folder: Path) -> dict[int, Path]:
-    """Return the files ``NUMBER.txt``, packed or not, in a folder and all folders beneath it, by number.
+    """Return the files ``NUMBER.txt``, compressed or not, in a folder and all folders beneath it, by number.
 
     Raises:
         ValueError: a number occurs more than once.
@@ -196,7 +197,7 @@ def _one_a_folder(folder: Path, name: str) -> list[Source]:
 
 
 def _joined(name: str, parts: dict[int | None, Path]) -> tuple[Path, tuple[Path, ...]]:
-    """The first part of a text and the others in their order; a text that is not divided is its only part."""
+    """Return the text with its numbered parts in their order; a text that is not divided is its only part."""
     whole = parts.pop(None, None)
     numbers = sorted(number for number in parts if number is not None)
     ordered = [parts[number] for number in numbers]
@@ -274,7 +275,7 @@ _COMPRESSED: dict[str, Opener] = {
 }
 
 
-# First bytes of packed files, and the end of their name, None if it is not one of those that are unpacked.
+# First bytes of compressed files, and the end of their name, None if this kind is not decompressed.
 _PACKED = (
     (rb"\x1f\x8b", ".gz"),
     (rb"BZh[1-9]1AY&SY", ".bz2"),
@@ -285,7 +286,7 @@ _PACKED = (
 
 
 def _refuse_packed(path: Path) -> None:
-    """Refuse a packed file whose name says that it is a text."""
+    """Refuse a compressed file whose name says that it is a text."""
     if _opener(path) is not None:
         return
     with open(path, "rb") as file:

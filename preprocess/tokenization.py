@@ -1,7 +1,7 @@
-"""Text to tokens: bytes, the letters of text8, and words or pieces of lines.
+"""Turn text into tokens: bytes, the letters of text8, and words or pieces of lines.
 
-A text is cut into chunks, and every chunk is encoded on its own, in any process: what comes out must not depend on
-the others. So a tokenizer says where a text may be cut.
+A text is cut into chunks, and every chunk is encoded on its own, in any process. So the tokens of a chunk must not
+depend on other chunks. A tokenizer therefore says where a text may be cut.
 """
 
 import io
@@ -27,7 +27,7 @@ MARK = "\ufeff"  # the byte order mark that some editors write before a text
 LONGEST = 1 << 16  # tokens of a line of bytes; longer ones are stored in several pieces
 _END_OF_LINE = rb"(?:\r\n|\r(?!\n)|\n)"  # any that Python knows
 LONG_LINE = 1 << 22  # bytes; a longer line is cut between words, so that memory does not grow with it
-ROW = 1 << 10  # tokens of a line of letters, of which a text has none
+ROW = 1 << 10  # tokens of each line that a text of letters is stored in
 
 
 class Encoded(NamedTuple):
@@ -35,13 +35,13 @@ class Encoded(NamedTuple):
 
     symbols: list[str]
     ids: NDArray[Any]  # [tokens], unsigned
-    sizes: NDArray[np.int32]  # [lines], tokens of each, the end included
+    sizes: NDArray[np.int32]  # [lines], the tokens of each line, its end included
 
 
 class Boundary(NamedTuple):
-    """The places where a text may be cut: behind a match of *pattern*.
+    """The positions where a text may be cut: behind a match of *pattern*.
 
-    If no match begins within *reach* bytes, they are those behind a match of *beyond*, or any place.
+    If no match begins within *reach* bytes, the text may be cut behind a match of *beyond*, or anywhere.
     """
 
     pattern: bytes
@@ -55,13 +55,13 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: bytes, more: bool = False) -> Encoded:
-        """The tokens of a chunk.
+        """Return the tokens of a chunk.
 
         Args:
-            more: whether there is text behind it, of the same line if the chunk does not end in one's end.
+            more: whether text follows the chunk, of the same line if the chunk does not end with a line end.
 
         Raises:
-            EncodingError: it holds what this tokenizer cannot read.
+            EncodingError: the chunk holds what this tokenizer cannot read.
         """
 
     def files(self) -> dict[str, Path]:
@@ -70,7 +70,7 @@ class Tokenizer(ABC):
 
 
 class EncodingError(ValueError):
-    """A text holds something that cannot be read, some bytes from its beginning."""
+    """A text holds bytes that cannot be read, at an offset from its beginning."""
 
     def __init__(self, what: str, offset: int):
         super().__init__(what, offset)
@@ -78,7 +78,7 @@ class EncodingError(ValueError):
         self.offset = offset
 
     def within(self, text: Span) -> ValueError:
-        """The same, said of the file that the text is of."""
+        """Return the same error, with the position in the text's file."""
         return ValueError(
             f"{text.path}: at byte {text.start + self.offset:,} stand {self.what}: save the text as UTF-8 "
             "(iconv -f latin1 -t utf-8, or -f utf-16), or take --bpe bytes, which reads any bytes"
@@ -96,10 +96,10 @@ def refuse_nul(text: bytes) -> None:
 
 
 def decoded(text: bytes) -> str:
-    """The text, in UTF-8.
+    """Return the text, decoded from UTF-8.
 
     Raises:
-        EncodingError: it is something else, or holds NUL bytes, as UTF-16 and binary files do.
+        EncodingError: the text is not UTF-8, or holds NUL bytes, as UTF-16 and binary files do.
     """
     refuse_nul(text)
     try:
@@ -135,7 +135,7 @@ class ByteTokenizer(Tokenizer):
 
 @dataclass(frozen=True)
 class LetterTokenizer(Tokenizer):
-    """A token a character, of text that is nothing but a to z and spaces, like text8. No lines, so no ends of lines."""
+    """A token a character, of text that has only a to z and spaces, like text8, and so no lines."""
 
     name: str = "letters"
     boundary: ClassVar[Boundary] = Boundary(rb"", 0)
@@ -150,10 +150,10 @@ class LetterTokenizer(Tokenizer):
 
 @dataclass(frozen=True)
 class NormalizedLetterTokenizer(LetterTokenizer):
-    """The same of any text, made like text8.
+    """A token a character of any text, made like text8.
 
-    Letters become small, digits are spelt out, and everything else is a space, of which there is never more than one in
-    a row (Mahoney's wikifil.pl, http://mattmahoney.net/dc/textdata.html).
+    Letters become small, digits are spelt out, and everything else is a space, never more than one in a row (Mahoney's
+    wikifil.pl, http://mattmahoney.net/dc/textdata.html).
     """
 
     name: str = "text8"
@@ -165,7 +165,7 @@ class NormalizedLetterTokenizer(LetterTokenizer):
             text = text.replace(digit, name)
         text = text.translate(_SMALL)
         words = text.split()
-        # The chunk before ends in the one space between the two.
+        # The former chunk ends in the one space between the two.
         return super().encode(b" ".join([*words, b""] if words and text.endswith(b" ") else words))
 
 
@@ -174,7 +174,7 @@ class LineTokenizer(Tokenizer):
     """Words or pieces of words of lines in UTF-8, and an end token a line, as fairseq-preprocess counts them.
 
     Args:
-        tokenizer, bpe: names in `words.WORDS` and `words.PIECES`; the latter splits what the former gave.
+        tokenizer, bpe: names in `words.WORDS` and `words.PIECES`; the latter splits the tokens of the former.
         paragraphs: join lines up to an empty one; empty lines then give no tokens.
         pattern: regular expression of a word, for the tokenizer ``words``.
         source_lang: language, for the tokenizer ``moses``.
@@ -195,7 +195,7 @@ class LineTokenizer(Tokenizer):
     def boundary(self) -> Boundary:  # type: ignore[override]
         if self.paragraphs:
             return self._blank
-        # Words at the sides of a space do not depend on each other; what else there is may look further.
+        # Words at the sides of a space do not depend on each other; other encoders may look further.
         apart = self.bpe == "none" and (self.tokenizer == "space" or (self.tokenizer == "words" and not self.pattern))
         return self._lines._replace(reach=LONG_LINE, beyond=rb" ") if apart else self._lines
 
@@ -204,7 +204,7 @@ class LineTokenizer(Tokenizer):
         return [WORDS[self.tokenizer](self), PIECES[self.bpe](self)]
 
     def lines(self, text: bytes) -> Iterator[str]:
-        """Lines or paragraphs, ended by any of the line ends that Python knows, as in fairseq-preprocess.
+        """Return lines or paragraphs, ended by any of the line ends that Python knows, as in fairseq-preprocess.
 
         A byte order mark before a line, where texts that begin with one are joined, is left out.
         """
@@ -246,7 +246,7 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _rows(size: int, row: int) -> NDArray[np.int32]:
-    """*size* tokens as rows of *row*, the last one shorter."""
+    """Divide *size* tokens into lines of *row* tokens, the last one shorter."""
     whole, rest = divmod(int(size), row)
     return np.array([row] * whole + [rest] * (rest > 0), dtype=np.int32)
 

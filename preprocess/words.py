@@ -1,4 +1,4 @@
-"""Lines to words, and words to pieces of words: functions from text to tokens between spaces, by name."""
+"""Encode lines to words, and words to pieces of words: functions from text to tokens between spaces, by name."""
 
 import re
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def _moses(options: Options) -> Encoder:
     from sacremoses import MosesTokenizer
 
     class QuickMosesTokenizer(MosesTokenizer):
-        """The same with its tables of letters made once; sacremoses makes them anew for every full stop."""
+        """sacremoses' tokenizer with its tables of letters made once, not anew for every full stop."""
 
         def __init__(self, lang: str):
             super().__init__(lang)
@@ -61,7 +61,7 @@ def _moses(options: Options) -> Encoder:
 
 
 def moses_languages() -> list[str]:
-    """Codes of the languages of which sacremoses has abbreviations; for any other code it takes the English ones."""
+    """Return the codes of sacremoses' languages with abbreviations; for any other code it takes the English ones."""
     from sacremoses.corpus import NonbreakingPrefixes
 
     return sorted(set(NonbreakingPrefixes().available_langs.values()))

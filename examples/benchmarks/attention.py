@@ -47,7 +47,7 @@ class Shape(NamedTuple):
         return self.tokens * self.slots + self.tokens * (self.tokens + 1) // 2
 
     def ahead_pairs(self) -> int:
-        """Number of pairs of a slot and a key of its window."""
+        """Return the number of pairs of a slot and a key of its window."""
         first = WINDOWS["right"](self.slots, self.tokens).first
         return sum(max(0, self.slots + 1 - max(first, slot + 1)) for slot in range(self.slots))
 
@@ -140,8 +140,7 @@ def by_distance(q: Tensor, bias: RelativeBias) -> Tensor:
 
 
 def flex() -> Callable[[Inputs, Shape], Tensor]:
-    """Return FlexAttention over position scores that it captures: it computes scores pair by pair, and cannot multiply
-    there."""
+    """Return FlexAttention over captured position scores: it works pair by pair, and cannot multiply there."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled, masks = torch.compile(flex_attention), {}

@@ -69,8 +69,7 @@ def breakdown(profile: Any, updates: int) -> dict[str, Any]:
 
 
 def profile(table: Any, row: str) -> dict[str, Any]:
-    """Train a row of a loaded table for a few updates on one GPU, without saving; return milliseconds a step by
-    part."""
+    """Train a row of a loaded table for a few updates on one GPU; return milliseconds a step by part."""
     from fairseq_cli import train as fairseq_train
 
     from examples.tables import commands

@@ -48,8 +48,7 @@ def prepare(streams: int, heads: int, size: int, current: int, slots: int, pad: 
 
 
 def times(attend, backend) -> tuple[float, float]:
-    """Return milliseconds of a forward and of a backward pass, from graphs: launches would take longer than the
-    kernels."""
+    """Return milliseconds of a forward and a backward pass, from graphs: launches would take longer."""
     grad = torch.randn_like(attend(backend).output)
     inputs = [t for t in attend.inputs if t.requires_grad]
 

@@ -56,8 +56,7 @@ def parts(events: list[dict[str, Any]], seconds: float, updates: int) -> dict[st
 
 @contextlib.contextmanager
 def watched(measured: dict[str, Any], at: int, updates: int) -> Iterator[None]:
-    """Time the updates of the fairseq-train that runs in this context, and profile *updates* of them from update *at*
-    on.
+    """Time the updates of the fairseq-train in this context; profile *updates* of them from update *at* on.
 
     ``measured`` gets `parts`, on a GPU, and ``MB reduced``. It also gets the median and largest milliseconds within and
     between the updates before; a batch is loaded between updates.

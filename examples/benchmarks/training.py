@@ -1,5 +1,4 @@
-"""Measure whole training steps through fairseq-train: tokens/s, peak memory, share of peak, time by part; and
-evaluation.
+"""Measure training through fairseq-train: tokens/s, peak memory, share of peak, time by part; and evaluation.
 
     python examples/benchmarks/training.py enwik8            # on a GPU; --device cpu on a CPU
     python examples/benchmarks/training.py wt103-adaptive wt103-full
@@ -205,8 +204,7 @@ def pass_segment(model: Any, tokens: Any, start: int, length: int, state: Any, s
 
 
 def check(size: str, path: str, device: str) -> dict[str, Any]:
-    """Compare loss and gradients of the last segment, with a full memory, in two layers, with eager attention in
-    float32."""
+    """Compare the last segment's loss and gradients, with a full memory, with eager attention in float32."""
     import torch
 
     half = torch.float16 if device == "cuda" else torch.float32

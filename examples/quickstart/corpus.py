@@ -55,8 +55,7 @@ ENDING = (
 
 
 class Teller:
-    """Tells tales. Write tales: all chance comes from `random.random`, whose numbers are the same in every version of
-    Python."""
+    """Tells tales. All chance comes from `random.random`, whose numbers are the same in every version of Python."""
 
     def __init__(self, seed: int):
         self.random = random.Random(seed).random

@@ -86,8 +86,7 @@ def argv(command: str, arguments: Sequence[str]) -> List[str]:
 
 
 def located(arguments: Sequence[str]) -> List[str]:
-    """Return arguments with the ``--user-dir`` of this machine; a run's identity has the table's, the same on every
-    machine."""
+    """Return arguments with this machine's ``--user-dir``; a run's identity has the table's, the same everywhere."""
     before = ["", *arguments]
     return [user_dir(word) if before[i] == "--user-dir" else word for i, word in enumerate(arguments)]
 

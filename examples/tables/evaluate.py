@@ -1,5 +1,4 @@
-"""Run several calls of fairseq-eval-lm at the price of one start, each in a fork of a process that has imported
-everything.
+"""Run several calls of fairseq-eval-lm in forks of one process, which has imported everything.
 
 The runner calls `python -m examples.tables.evaluate JOBS.json [AT_ONCE]`. A job has `arguments` (those of
 fairseq-eval-lm), and the files to write, `log` and `result`. AT_ONCE jobs go side by side.

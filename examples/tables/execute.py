@@ -209,8 +209,7 @@ Outcome = TypeVar("Outcome")
 
 
 def in_slots(work: Callable[[Item, Slot], Outcome], items: Sequence[Item], slots: Sequence[Slot]) -> Iterator[Outcome]:
-    """Call ``work(item, slot)`` for every item, one at a time in each slot; return the results in the order of the
-    items.
+    """Call ``work(item, slot)`` for every item, one at a time in each slot; return results in the items' order.
 
     An interrupt ends the commands that run.
     """

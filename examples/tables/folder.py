@@ -193,8 +193,7 @@ def data_identity(data: str) -> Dict[str, Any]:
 
 
 def environment(devices: Optional[str]) -> Dict[str, Any]:
-    """Return where a run is: device, versions, commit; *devices* are the CUDA devices that it may use, None for a
-    CPU."""
+    """Return where a run is: device, versions, commit; *devices* are CUDA devices to use, None for a CPU."""
     names: List[str] = []
     if devices:
         names = (
@@ -211,8 +210,7 @@ def environment(devices: Optional[str]) -> Dict[str, Any]:
 
 
 def _git(*command: str) -> Optional[str]:
-    """Return git's description of this code, None where the package is installed: the repository around it may be
-    another project's."""
+    """Return git's description of this code; None where the package is installed, maybe in another repository."""
     return _output("git", "-C", str(ROOT), *command) if IN_CHECKOUT else None
 
 

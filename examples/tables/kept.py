@@ -1,5 +1,4 @@
-"""Store results in one file, a line a run, apart from the folders of the runs: for a table that several machines
-run."""
+"""Store results in one file, a line a run, apart from the runs' folders: for a table that several machines run."""
 
 import fcntl
 import json

@@ -157,8 +157,7 @@ def measure(plan: Plan, runs: Sequence[Run], slot: Slot, keep_open: Sequence[int
 
 
 def _shards(plan: Plan, runs: Sequence[Run], tokens: float) -> int:
-    """Return the number of divisions of a split of which the first has about so many *tokens*, with streams that stay
-    long enough."""
+    """Return how many divisions of a split leave about so many *tokens* to the first, with long enough streams."""
     from lamemo_fairseq.data.binarized import load_dictionary, load_lines
 
     subsets: List[str] = list(dict.fromkeys(e.subset for run in runs for e in plan.evaluations(run)))

@@ -1,6 +1,6 @@
-"""From a trained model to numbers: attention over memory by distance, the mixing weight alpha, loss by position.
+"""Measure a trained model: attention over memory by distance, the mixing weight alpha, loss by position.
 
-``python -m lamemo_fairseq.analysis`` is the command. Nothing of this is imported in training.
+``python -m lamemo_fairseq.analysis`` is the command. Training imports none of this package.
 """
 
 from .. import needs_fairseq  # noqa: F401

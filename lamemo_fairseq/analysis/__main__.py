@@ -1,4 +1,4 @@
-"""Figure 1 of the LaMemo paper and its like, from checkpoints: numbers as CSV, pictures as SVG and PNG.
+"""Draw Figure 1 of the LaMemo paper and similar ones from checkpoints: numbers as CSV, pictures as SVG and PNG.
 
 python -m lamemo_fairseq.analysis data-bin/wikitext-103 LaMemo=checkpoints/lamemo/checkpoint_best.pt \\
     Transformer-XL=checkpoints/transformer_xl/checkpoint_best.pt --subset valid --out figures
@@ -74,18 +74,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def named(given: str) -> Tuple[str, str]:
-    """Parse ``NAME=CHECKPOINT``; the default name is the checkpoint's folder, whose path may hold the sign too."""
+    """Parse ``NAME=CHECKPOINT``; the default name is the checkpoint's folder, whose path may have a ``=`` too."""
     name, separator, path = given.partition("=")
     unnamed = not separator or (Path(given).exists() and not Path(path).exists())
     return (Path(given).resolve().parent.name, given) if unnamed else (name, path)
 
 
 def checkpoints(models: List[str]) -> Dict[str, str]:
-    """Paths by name, before any of them takes its time.
+    """Return paths by name, after checking all of them before any is read.
 
     Raises:
-        ValueError: two have one name.
-        FileNotFoundError: one is not there.
+        ValueError: two models have one name.
+        FileNotFoundError: a checkpoint is missing.
     """
     paths: Dict[str, str] = {}
     for name, path in map(named, models):
@@ -115,8 +115,8 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
     """Read the split with a model.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or no such split.
-        ValueError: it is not one of this package, or an option does not suit it.
+        FileNotFoundError: the checkpoint or the split is missing.
+        ValueError: the checkpoint is not of this package, or an option does not suit it.
     """
     opened = opening(path, args, mem_len=args.mem_len)
     model = opened.models[0]
@@ -148,7 +148,8 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
 
 def opening(path: str, args: argparse.Namespace, **overrides: Any) -> Opened:
     lengths = {"tokens_per_sample": args.tokens_per_sample, **overrides}
-    # Otherwise as one text, also for a model that was trained on documents: other rules tell them in it.
+    # By default as one text, even for a model that was trained on documents: other rules tell documents by their
+    # tokens.
     documents = "recorded" if Rule.parse(args.documents).name == "recorded" else "none"
     return open_split(args.data, [path], args.subset, args.batch_size, args.cpu, documents=documents, **lengths)
 
@@ -169,10 +170,10 @@ def starts_of(opened: Opened, args: argparse.Namespace) -> Callable[[int, Tensor
 
 
 def cut_to(length: int, config: ModelConfig) -> Dict[str, Any]:
-    """Return the options with which a model has so many slots of memory."""
+    """Return the options with which a model has this many slots of memory."""
     if length >= MEMORIES[config.memory].smallest_mem_len:
         return {"mem_len": length}
-    ahead = config.position_encoding.startswith("disentangled")  # which nothing looks at without memory
+    ahead = config.position_encoding.startswith("disentangled")  # directions are not used without memory
     return {"memory": "none", **({"position_encoding": "transformer-xl"} if ahead else {})}
 
 
@@ -187,12 +188,12 @@ def _is_wikitext_103(data: str) -> bool:
     try:
         with open(os.path.join(data, RECORD), encoding="utf-8") as file:
             return bool(json.load(file)["made_from"]["settings"]["name"] == "wikitext-103")
-    except (OSError, ValueError, KeyError, TypeError):  # not of `python -m preprocess`
+    except (OSError, ValueError, KeyError, TypeError):  # no record of `python -m preprocess`
         return False
 
 
 def summary(models: Dict[str, Collected]) -> str:
-    """Return a line a model."""
+    """Return a line for each model."""
     lines = []
     for name, collected in models.items():
         clauses = [

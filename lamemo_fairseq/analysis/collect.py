@@ -1,4 +1,4 @@
-"""A trained model reads a split; what its attention, its memory and its loss did on average.
+"""Read a split with a trained model, and average its attention, its memory and its loss.
 
 Shapes: B streams, H heads, N tokens of a segment, K keys, m memory slots, V words.
 """
@@ -21,7 +21,7 @@ from .recording import record
 class Attention:
     """Sums of the weights that current tokens give to each key, over streams, heads and segments.
 
-    Only whole segments with a full memory count: those of the greatest K that is met.
+    Only whole segments with a full memory count: those with the largest K of the split.
     """
 
     def __init__(self) -> None:
@@ -38,27 +38,27 @@ class Attention:
             self.counts[layer] += weights.size(0) * weights.size(1)
 
     def mean(self, layer: int) -> Tensor:
-        """Mean weights ``[N, K]`` of a layer."""
+        """Return mean weights ``[N, K]`` of a layer."""
         return self.sums[layer] / self.counts[layer]
 
     def by_distance(self, layer: int) -> Tensor:
-        """Mean weight at each distance ``0 .. K-1`` from the query, over the queries with a key there: ``[K]``."""
+        """Return the mean weight at distances ``0 .. K-1`` from the query, over queries with a key there: ``[K]``."""
         weights = self.mean(layer)
         queries, keys = weights.shape
-        # Distance of query i, which stands at K - N + i, and key j.
+        # Distance between query i, at position K - N + i, and key j.
         distance = torch.arange(keys - queries, keys).unsqueeze(1) - torch.arange(keys)
         seen = distance >= 0
         sums = torch.zeros(keys, dtype=torch.float64).index_add_(0, distance[seen], weights[seen])
         return sums / torch.bincount(distance[seen], minlength=keys)
 
     def by_slot(self, layer: int) -> Tensor:
-        """Mean weight of each memory slot, oldest first, over all queries of a segment: ``[m]``."""
+        """Return the mean weight of each memory slot, oldest first, over all queries of a segment: ``[m]``."""
         weights = self.mean(layer)
         return weights[:, : weights.size(1) - weights.size(0)].mean(0)
 
 
 class Mixing:
-    """Sums of alpha, the share that a slot keeps of what it held, over streams, heads and segments."""
+    """Sums of alpha, the share that a slot keeps of its former content, over streams, heads and segments."""
 
     def __init__(self) -> None:
         self.sums: Dict[int, Tensor] = {}  # a layer: [m], float64
@@ -74,7 +74,7 @@ class Mixing:
             self.counts[layer] += alpha.size(0) * alpha.size(1)
 
     def by_age(self, layer: int, segment_length: int) -> Tensor:
-        """Mean alpha of the slots written 1, 2, ... segments ago: ``[ceil(m / N)]``."""
+        """Return the mean alpha of the slots written 1, 2, ... segments ago: ``[ceil(m / N)]``."""
         alpha = self.sums[layer] / self.counts[layer]
         age = (torch.arange(alpha.size(0), 0, -1) + segment_length - 1) // segment_length
         sums = torch.zeros(int(age.max()), dtype=torch.float64).index_add_(0, age - 1, alpha)
@@ -97,7 +97,7 @@ class Losses:
         self.counts[: bits.size(0)] += real.sum(0).cpu()
 
     def by_position(self) -> Tensor:
-        """Mean loss ``[N]``."""
+        """Return the mean loss ``[N]``."""
         return self.sums / self.counts
 
     def mean(self) -> float:
@@ -133,7 +133,7 @@ class Collected:
 
 
 class _Listener:
-    """Adds up what the decoder's attention tells, unless the batch is padded or its segment is short."""
+    """Adds up the decoder's attention, unless the batch is padded or its segment is short."""
 
     def __init__(self, collected: Collected):
         self.collected = collected
@@ -155,7 +155,7 @@ def collect(model: Any, batches: Iterable[Dict[str, Any]], device: Optional[torc
     Args:
         model: a language model of this package in evaluation mode.
         batches: of a split, from its beginning.
-        device: where the model is; None for the CPU.
+        device: of the model; None for the CPU.
     """
     decoder = model.decoder
     collected = Collected(decoder.segment_length, len(decoder.layers), Losses(decoder.segment_length))

@@ -18,7 +18,7 @@ class About(NamedTuple):
     """The split that was read, and the rule for its documents."""
 
     split: str
-    documents: str  # the rule by which documents are told apart
+    documents: str  # the rule that separates documents
 
 
 def by_position(models: Models, about: About) -> Lines:
@@ -39,8 +39,8 @@ def by_position(models: Models, about: About) -> Lines:
 def by_memory(models: Models, about: About) -> Lines:
     """Return the mean loss of each class of token with each number of memory slots, if several were tried.
 
-    The difference from the loss with the model's own memory has a smaller error than either loss, as both are over the
-    same tokens.
+    The difference from the loss with the model's own memory has a smaller error than either loss, since both losses are
+    over the same tokens.
     """
     lines: Lines = []
     for name, collected in models.items():
@@ -71,7 +71,7 @@ def by_column(key: str, lines: Lines) -> Dict[Any, Lines]:
 
 
 def draw_by_position(plt: Any, lines: Lines) -> Any:
-    """Draw a panel a class, in it a line for each model and length of its memory."""
+    """Draw a panel for each class, with a line for each model and length of its memory."""
     figure, panels = _panels(plt, lines)
     for axis, of_class in panels:
         for colour, (name, of_model) in enumerate(by_column("model", of_class).items()):
@@ -90,7 +90,7 @@ def draw_by_position(plt: Any, lines: Lines) -> Any:
 
 
 def draw_by_memory(plt: Any, lines: Lines) -> Any:
-    """Draw a panel a class, in it a line a model: the loss minus the one with the model's own memory."""
+    """Draw a panel for each class, with a line for each model: the loss minus the loss with the model's own memory."""
     figure, panels = _panels(plt, lines)
     slots = sorted({line["memory slots"] for line in lines})
     for axis, of_class in panels:
@@ -129,7 +129,7 @@ def _mean(points: Lines) -> float:
 
 
 def _explain(figure: Any, lines: Lines, dotted: str) -> None:
-    """Write below the panels what is drawn in them."""
+    """Write an explanation of the lines and bars below the panels."""
     documents = max(line["documents with some"] for line in lines)
     several = any(line["standard error"] is not None for line in lines)
     bars = "bars: a standard error over documents" if several else "no bars, which need several documents"

@@ -1,7 +1,7 @@
 """The loss over documents: by position in them, by class of token, and with the memory cut.
 
-The computations take the losses of tokens and the beginnings of documents, however these were read. Where a split is
-not read by document, `Rule` tells documents by their tokens.
+The computations take the losses of tokens and the beginnings of documents, however the tokens were read. Where a split
+is not read by document, `Rule` recognises documents by their tokens.
 
 Shapes: T tokens, D documents.
 """
@@ -21,7 +21,7 @@ ALL, FIRST, AGAIN = "all", "first in the document", "seen before in the document
 class Mean(NamedTuple):
     """A mean loss in bits a token.
 
-    Its standard error assumes that documents are independent of each other, but not the tokens of one document.
+    Its standard error assumes independence between documents, but not between the tokens of a document.
     """
 
     loss: float
@@ -70,8 +70,8 @@ class DocumentLosses:
     def means(self, group: Tensor, chosen: Tensor) -> List[Mean]:
         """Return the mean losses of groups 0, 1, ... of tokens, to which ``group [T]`` assigns those *chosen*.
 
-        Document d has n_d tokens of a group, with the sum of losses S_d; D documents have any. The mean is
-        m = sum S_d / sum n_d, and its error sqrt(D / (D - 1) sum (S_d - m n_d)^2) / sum n_d.
+        Document d has n_d tokens of a group, with the sum of losses S_d; D documents have tokens of the group. The mean
+        is m = sum S_d / sum n_d, and its error sqrt(D / (D - 1) sum (S_d - m n_d)^2) / sum n_d.
         """
         cell = (group * len(self.starts) + self.document)[chosen]
         shape = int(group.max()) + 1, len(self.starts)
@@ -102,7 +102,7 @@ class DocumentLosses:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule by which tokens tell where documents begin.
+    """A rule that recognises the beginnings of documents by tokens.
 
     Args:
         name: ``one``, ``recorded``, ``blank-lines``, ``separator`` or ``headings``.
@@ -117,7 +117,7 @@ class Rule:
         """Read ``one``, ``recorded``, ``blank-lines:2``, ``separator:WORD`` or ``headings``.
 
         Raises:
-            ValueError: it is none of these.
+            ValueError: the text is none of these.
         """
         name, sign, value = given.partition(":")
         fine = {
@@ -142,7 +142,7 @@ class Rule:
         }[self.name]
 
     def starts(self, tokens: Tensor, dictionary: Any) -> Tensor:
-        """Return the index of each document's first token in ``tokens [T]``, ascending from 0; not of recorded ones.
+        """Return the index of each document's first token in ``tokens [T]``, ascending from 0; not if recorded.
 
         Raises:
             ValueError: the dictionary does not have the separator.
@@ -185,7 +185,7 @@ class Rule:
 
 
 def of_streams(streams: Sequence[Tuple[Tensor, Tensor]], starts: Callable[[int, Tensor], Tensor]) -> DocumentLosses:
-    """Join the ids and the log-probabilities in nats that the streams of a split have read, ``[t]`` each.
+    """Join the ids and the log-probabilities in nats, ``[t]`` each, that the streams of a split have read.
 
     A stream begins with an empty memory, so that its first token counts as the beginning of a document.
 

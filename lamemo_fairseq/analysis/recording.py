@@ -1,7 +1,7 @@
-"""An attention backend that shows its weights to a listener. Only the analysis registers and selects it.
+"""Record attention weights by an attention backend with a listener. Only the analysis registers and selects it.
 
-Its output is that of `eager`. The weights are what `eager` reads out of one-hot values: no formula stands twice.
-Attention that is not causal, such as that to states, is not shown.
+Its output is that of `eager`. The weights are what `eager` reads out of one-hot values, so that no formula is written
+twice. Attention that is not causal, such as that to states, is not shown.
 
 Shapes: B streams, H heads, Q queries, K keys, m memory slots.
 """
@@ -19,13 +19,13 @@ from ..core.memory.lookahead import eager as lookahead
 
 
 class Listener(Protocol):
-    """A listener that is told of attention, layer by layer and segment by segment."""
+    """A listener that receives attention, layer by layer and segment by segment."""
 
     def causal(self, layer: int, weights: Tensor) -> None:
-        """Current tokens gave ``weights [B, H, Q, K]`` to slots and tokens; those of a query add up to 1."""
+        """Receive ``weights [B, H, Q, K]`` of current tokens to slots and tokens; those of a query add up to 1."""
 
     def lookahead(self, layer: int, weights: Tensor, alpha: Tensor, window: LookaheadWindow) -> None:
-        """Slots gave ``weights [B, H, m, K]`` to the keys of the *window*, and kept a share ``alpha [B, H, m]``."""
+        """Receive weights ``[B, H, m, K]`` of slots to the *window*, and ``alpha [B, H, m]``, the share they keep."""
 
 
 class Recording:
@@ -99,14 +99,14 @@ class Recording:
             return
         nothing = Attended(q.new_zeros(*q.shape[:3], k.size(2)), torch.full_like(stored.normalizer, -torch.inf))
         new = lookahead.lookahead_attention(q, k, _one_hot(k), bias, window, nothing, scale=scale, added=added)
-        # The share of what was held, read out by interpolating one with zero.
+        # The share of the former content, read out by interpolating one with zero.
         one = stored.normalizer.new_ones(*stored.normalizer.shape, 1)
         alpha = lookahead.merge(Attended(one, stored.normalizer), Attended(0 * one, new.normalizer)).output.squeeze(-1)
         self.listener.lookahead(self.layer, new.output, alpha, window)
 
 
 def _one_hot(k: Tensor) -> Tensor:
-    """Values ``[B, H, K, K]`` that tell which key they belong to."""
+    """Return values ``[B, H, K, K]`` that identify the key that they belong to."""
     return torch.eye(k.size(2), dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
 
 
@@ -120,7 +120,7 @@ for _look_ahead in (memory_attention, counted_memory_attention):
 
 @contextmanager
 def record(decoder: Any, listener: Listener) -> Iterator[None]:
-    """Let *listener* hear of the attention of a decoder; afterwards the decoder is as before."""
+    """Give *listener* the attention of a decoder in this context; afterwards the decoder is as before."""
     attentions = [layer.self_attn for layer in decoder.layers]
     configs = [attention.config for attention in attentions]
 

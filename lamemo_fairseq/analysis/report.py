@@ -1,4 +1,4 @@
-"""Attention, mixing weights and losses of models as CSV files and, with matplotlib, as pictures."""
+"""Write attention, mixing weights and losses of models as CSV files and, with matplotlib, as pictures."""
 
 import csv
 import io
@@ -16,8 +16,8 @@ from . import document_report
 from .collect import Collected
 from .document_report import About, Lines, Models, by_column
 
-# Figure 1 of the LaMemo paper, read off the picture to within 3%: mean attention at the given offset into the context,
-# whose points are BIN apart.
+# Figure 1 of the LaMemo paper, read off the picture to within 3%: mean attention at the given offset into the context.
+# Its points are BIN apart.
 BIN = 5
 OFFSETS = (-100, -80, -65, -50, -40, -30, -20, -15, -10, -5)
 PAPER: Dict[str, Sequence[float]] = {
@@ -42,10 +42,10 @@ def tabulate(models: Models, about: About, paper: bool) -> Dict[str, Lines]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder, and write to it what is gone again: a full disk is told before hours of reading, not after them.
+    """Make a folder and try to write to it: a full disk is reported before hours of reading, not after them.
 
     Raises:
-        OSError: it cannot be made, or nothing can be written there.
+        OSError: the folder cannot be made, or nothing can be written there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -56,10 +56,10 @@ def check_writable(folder: Path) -> None:
 
 
 def save(tables: Mapping[str, Lines], folder: Path, about: About) -> List[Path]:
-    """Write CSV files, and pictures where matplotlib is installed, in place of those of former models; returns them.
+    """Write CSV files, and pictures where matplotlib is installed, over those of former models; return the files.
 
     Raises:
-        OSError: one cannot be written; the former ones are then as they were.
+        OSError: a file cannot be written; the former files are then unchanged.
     """
     contents = csv_files(tables)
     try:
@@ -70,7 +70,7 @@ def save(tables: Mapping[str, Lines], folder: Path, about: About) -> List[Path]:
         for name, content in contents.items():
             try:
                 Path(unfinished, name).write_bytes(content)
-            except OSError as error:  # that of a full disk names no file
+            except OSError as error:  # the error of a full disk names no file
                 raise OSError(
                     f"{folder / name} cannot be written: {error.strerror}; {folder} is left as it was"
                 ) from error
@@ -82,7 +82,7 @@ def save(tables: Mapping[str, Lines], folder: Path, about: About) -> List[Path]:
 
 
 def csv_files(tables: Mapping[str, Lines]) -> Dict[str, bytes]:
-    """Tables that have lines as CSV, by the names of the files."""
+    """Return tables that have lines as CSV, by the names of the files."""
     files = {}
     for name, lines in tables.items():
         if lines:
@@ -95,12 +95,12 @@ def csv_files(tables: Mapping[str, Lines]) -> Dict[str, bytes]:
 
 
 def attention_by_distance(models: Models) -> Lines:
-    """Mean weight of a key by its distance behind the query, over layers, heads and queries, and of each layer."""
+    """Return the mean weight of a key by its distance behind the query: over all layers, and of each layer."""
     return _by_layer(models, "distance", 0, lambda collected, layer: collected.attention.by_distance(layer))
 
 
 def attention_by_slot(models: Models) -> Lines:
-    """Mean weight of a memory slot by its offset from the segment, -1 being the youngest."""
+    """Return the mean weight of a memory slot by its offset from the segment, -1 being the youngest."""
     lines = []
     for name, collected in models.items():
         slots = _slots(collected)
@@ -109,11 +109,11 @@ def attention_by_slot(models: Models) -> Lines:
 
 
 def figure1(models: Models, paper: bool) -> Lines:
-    """Mean attention in bins of five, by offset into the memory and by distance from the query.
+    """Return the mean attention in bins of five, by offset into the memory and by distance from the query.
 
     The offset of a bin is that of its farthest key: -5 stands for the offsets -5 .. -1. The weights of a bin are added
-    up: if each point of the paper stood for one key, attention would add up to more than there is. The points of the
-    *paper*, which are of WikiText-103, stand in both columns, as either may be meant.
+    up. If each point of the paper stood for one key, attention would add up to more than there is. The points of the
+    *paper*, which are of WikiText-103, are in both columns, since either may be meant.
     """
     lines = []
     for name, collected in models.items():
@@ -132,7 +132,7 @@ def figure1(models: Models, paper: bool) -> Lines:
 
 
 def alpha(models: Models) -> Lines:
-    """Mean share that a slot keeps of what it held, by layer and by the segments since it was written."""
+    """Return the mean share that a slot keeps of its former content, by layer and segments since it was written."""
     lines = []
     for name, collected in models.items():
         for layer in collected.mixing_layers:
@@ -142,7 +142,7 @@ def alpha(models: Models) -> Lines:
 
 
 def loss_by_position(models: Models) -> Lines:
-    """Mean loss in bits of the tokens at each position in the segment, from 1."""
+    """Return the mean loss in bits of the tokens at each position in the segment, from 1."""
     lines = []
     for name, collected in models.items():
         counts = collected.losses.counts.tolist()
@@ -207,7 +207,7 @@ def draw(tables: Mapping[str, Lines], about: About) -> Dict[str, bytes]:
         if not tables[name]:
             continue
         figure = of(plt, tables[name])
-        figure.suptitle(f"{title}\n{about.split}", fontsize=10)  # apart: paths are long, and some pictures narrow
+        figure.suptitle(f"{title}\n{about.split}", fontsize=10)  # apart, since paths are long, and some pictures narrow
         figure.tight_layout()
         for kind, metadata in (("svg", {"Date": None}), ("png", {})):
             picture = io.BytesIO()
@@ -222,7 +222,8 @@ def _draw_figure1(plt: Any, lines: Lines) -> Any:
     columns = ("into memory", "from the query")
     seen = [line for line in lines if any(line[column] is not None for column in columns)]
     for axis, column in zip(axes, columns, strict=True):
-        # Each model is plotted in both panels, be it without points: its colour is one, and the legend has all names.
+        # Each model is plotted in both panels, even without points: then its colour is the same, and the legend has all
+        # names.
         for name, of_model in by_column("model", seen).items():
             points = [line for line in of_model if line[column] is not None]
             marker = {"LaMemo (paper)": "^", "Transformer-XL (paper)": "v"}.get(name, ".")

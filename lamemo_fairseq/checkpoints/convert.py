@@ -1,6 +1,7 @@
 """Checkpoints of the authors' code, or of the original Transformer-XL, to fairseq's and back.
 
-A file from elsewhere is read as tensors and plain containers. Anything else in it is an error; nothing in it is run.
+A file from elsewhere is read as tensors and plain containers. Anything else in the file is an error; nothing in the
+file is run.
 """
 
 import argparse
@@ -26,20 +27,20 @@ from ..models.decoder import FairseqMemoryDecoder, vocabulary_checksum
 
 # fairseq's own words, which a released vocabulary lacks, are never predicted: their probability underflows to 0.
 NEVER = -1e4
-# What fairseq expects of a checkpoint that was never trained by it.
+# Values that fairseq expects of a checkpoint, for one that fairseq never trained.
 NO_HISTORY: Dict[str, Any] = {
     "criterion_name": "CrossEntropyCriterion",
     "optimizer_name": None,
     "lr_scheduler_state": {},
     "num_updates": 0,
 }
-# Of a released configuration, what has no default here.
+# The entries of a released configuration that have no default here.
 REQUIRED = ("attn_type", "n_layer", "n_head", "d_model", "d_head", "d_inner", "tgt_len", "mem_len")
 EOS, UNK = {"<eos>": "</s>"}, {"<unk>": "<unk>", "<UNK>": "<unk>"}
 
 
 class _Vocabulary:
-    """Takes the place of the released code's vocabulary object: its attributes, none of its code."""
+    """Replaces the released code's vocabulary object: it has the attributes and none of the code."""
 
     idx2sym: List[str]
 
@@ -48,7 +49,7 @@ def load_plain(path: str) -> Dict[str, Any]:
     """Read a file of tensors and plain containers.
 
     Raises:
-        ValueError: it is no such file, or holds something else.
+        ValueError: the file is of another kind, or holds something else.
     """
     # Namespaces and counters are data; a vocabulary is read as the stand-in above.
     known: List[Any] = [argparse.Namespace, collections.Counter, collections.OrderedDict]
@@ -78,7 +79,7 @@ def words_of(vocabulary: Any) -> List[str]:
 
 
 def fairseq_dictionary(words: List[str]) -> Dictionary:
-    """Return fairseq's dictionary for them: its own four symbols, then the others in their order."""
+    """Return fairseq's dictionary of the words: its own four symbols, then the others in their order."""
     dictionary = Dictionary()
     for word in words:
         if word not in EOS and word not in UNK:
@@ -96,7 +97,7 @@ def released_words(dictionary: Dictionary) -> List[str]:
 
 
 def entry_order(words: List[str], dictionary: Dictionary) -> List[Optional[int]]:
-    """Return the index among *words* of each word of the dictionary, None for fairseq's own that these lack."""
+    """Return the index among *words* of each word of the dictionary, None for fairseq's own that *words* lack."""
     index_of = {{**EOS, **UNK}.get(word, word): i for i, word in enumerate(words)}
     return [index_of.get(symbol) for symbol in dictionary.symbols]
 
@@ -161,7 +162,7 @@ def _parts(released: Dict[str, Any]) -> tuple[Dict[str, Any], Dict[str, Tensor]]
     """Return the configuration and the weights of a released checkpoint.
 
     Raises:
-        ValueError: one is missing, or holds something else.
+        ValueError: the configuration or a weight is missing, or the file holds something else.
     """
     for key in ("model_state", "model_config"):
         if key not in released:
@@ -225,7 +226,7 @@ def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dic
 def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
     """Return the released configuration for our options."""
     kind = tuple(str(options[k]) for k in ("memory", "position_encoding", "lookahead_window"))
-    kind = tuple(name.removesuffix("-normal") for name in kind)  # which begins otherwise, and is the same model
+    kind = tuple(name.removesuffix("-normal") for name in kind)  # which only begins otherwise
     types = {names: number for number, names in ATTENTION_TYPES.items()}
     if kind not in types:
         raise ValueError(f"the released code has no model with {' and '.join(kind[:2])}")
@@ -272,7 +273,7 @@ def _moved_cutoffs(cutoffs: List[int], order: List[Optional[int]], added: int) -
 
 
 def _is_first_table(name: str) -> bool:
-    """Return whether a weight has an entry for each word of the first band, among which are fairseq's own symbols."""
+    """Return whether a weight has an entry for each word of the first band, which includes fairseq's own symbols."""
     return name.endswith((".tables.0.weight", ".weights.0", ".biases.0"))
 
 
@@ -307,7 +308,7 @@ def _buffers(config: Dict[str, Any], dtype: torch.dtype) -> Dict[str, Tensor]:
 
 
 def save(data: Any, path: Path) -> None:
-    """Write beside, then rename: an interrupted run leaves no half file."""
+    """Write to a file beside the path, then rename it: an interrupted run leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     torch.save(data, unfinished)

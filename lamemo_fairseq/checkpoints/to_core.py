@@ -1,4 +1,4 @@
-"""A fairseq checkpoint as a model of the core, with its tokenizer."""
+"""Turn a fairseq checkpoint into a model of the core, with its tokenizer."""
 
 import argparse
 import os
@@ -53,7 +53,7 @@ def chosen_encoding(args: argparse.Namespace) -> Optional[TextEncoding]:
 
     Raises:
         ValueError: an option needs another one, or the record is damaged.
-        OSError: a file is not there.
+        OSError: a file is missing.
     """
     files = {"sentencepiece": ("--sentencepiece-model", args.sentencepiece_model)}
     files["subword_nmt"] = ("--bpe-codes", args.bpe_codes)

@@ -125,8 +125,7 @@ class MemoryDecoder(nn.Module):
         return layer
 
     def reset_parameters(self) -> None:
-        """Draw weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions and memories initialise
-        themselves."""
+        """Draw weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions and memories draw their own."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)

@@ -207,8 +207,7 @@ class Reader:
 
 
 class RandomNumbers:
-    """A context with random numbers of its own, drawn from a seed. Without a seed the context uses torch's random
-    numbers.
+    """A context with random numbers of its own, drawn from a seed; without a seed, torch's random numbers.
 
     On leaving, torch's own random numbers go on as if the context had drawn none. Entered again, the context goes on
     where it was left.

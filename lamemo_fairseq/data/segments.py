@@ -56,7 +56,7 @@ class SegmentDataset(FairseqDataset):
         return SegmentDataset(self.tokens, self.split, self.segment_length, self.eos)
 
     def __len__(self) -> int:
-        """Segments of the split read as a single stream."""
+        """Return the number of segments of the split read as a single stream."""
         return self.layout(1).num_segments
 
     def options(self) -> Dict[str, Any]:

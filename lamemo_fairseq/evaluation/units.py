@@ -1,7 +1,7 @@
 """The loss of a split in the units of its original text.
 
 The loss of a text is a sum over its tokens. Only this total, in nats, can be compared between models with different
-tokens. So the loss in every unit is the total divided by a count, and never computed from the loss in another unit.
+tokens. So the loss in every unit is the total divided by a count, and never derived from the loss in another unit.
 """
 
 import math
@@ -22,8 +22,8 @@ class Totals:
 
     Args:
         nll: the loss in nats.
-        tokens: the number of them.
-        words: that the tokens make, joined as ``--post-process`` says, ``</s>`` among them.
+        tokens: their number.
+        words: their number, joined as ``--post-process`` says, ``</s>`` among them.
         line_ends: tokens that are ``</s>``.
         unknown: tokens that are ``<unk>``.
     """
@@ -72,7 +72,7 @@ class Original:
         """Look up the counts of a split's text in its folder.
 
         Raises:
-            ValueError: they are damaged.
+            ValueError: the counts are damaged.
         """
         if split is None:
             return cls(None, "it is not known of which split the tokens are")
@@ -114,7 +114,7 @@ def _read_as(split: SegmentDataset) -> str:
 def report(totals: Totals, original: Original) -> Dict[str, Any]:
     """Return the loss in every unit, by name, with the counts behind it.
 
-    If the counts of the text are not known, the figures by them are None, and ``missing`` says why.
+    If the counts of the text are not known, the losses by them are None, and ``missing`` says why.
     """
     original = original.scored(totals.tokens)
     text = original.text
@@ -140,7 +140,7 @@ def report(totals: Totals, original: Original) -> Dict[str, Any]:
 
 
 def sentence(report: Dict[str, Any]) -> str:
-    """Return a report in one line, each figure with the count that the loss is divided by."""
+    """Return a report in one line, each loss with the count that it is divided by."""
     tokens = (
         f"{report['bits_per_token']:.4f} bits a token ({report['tokens']:,}, {report['line_ends']:,} of them ends of "
         f"lines; {report['unknown_share']:.2%} of the others unknown)"

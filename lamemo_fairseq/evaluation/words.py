@@ -13,7 +13,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Of fairseq's names for --post-process, what stands between words when pieces are written one behind the other.
+# The text between words when pieces are written one behind the other, by fairseq's names for --post-process.
 _BETWEEN_WORDS = {"sentencepiece": "\u2581", "wordpiece": "_", "letter": "|", "_EOW": "_EOW"}
 _GOES_ON = "@@"  # at the end of a piece, whose word goes on
 _GOING_ON = ("subword_nmt", "@@ ", "@@")
@@ -24,7 +24,7 @@ def check_post_process(name: Optional[str]) -> None:
     """Refuse a ``--post-process`` that fairseq does not know.
 
     Raises:
-        ValueError: naming those that it knows.
+        ValueError: the name is not known; the message lists the known names.
     """
     known = (*_GOING_ON, *_BETWEEN_WORDS, "silence", "none")
     if name is not None and name not in known:
@@ -32,7 +32,7 @@ def check_post_process(name: Optional[str]) -> None:
 
 
 def _check_mark(name: Optional[str], pieces: Sequence[str]) -> None:
-    """Refuse a ``--post-process`` for which a whole line would be one word; tell of one that joins nothing."""
+    """Refuse a ``--post-process`` for which a whole line would be one word; warn of one that joins nothing."""
     mark = _BETWEEN_WORDS.get(name or "")
     if mark is not None and not any(mark in piece for piece in pieces):
         raise ValueError(
@@ -60,7 +60,7 @@ class WordUnits:
         """Make the units that ``--post-process`` names; without one, every piece is a word.
 
         Raises:
-            ValueError: the name is not known, or the dictionary has not the mark that it divides words at.
+            ValueError: the name is not known, or no piece has the mark at which it divides words.
         """
         check_post_process(name)
         pieces: List[str] = [dictionary[i] for i in range(len(dictionary))]
@@ -85,7 +85,7 @@ class WordUnits:
         return WordUnits(self.name, self.words.to(device), self.joins.to(device), self.closes.to(device))
 
     def begun(self, pieces: Tensor, before: Tensor) -> Tensor:
-        """Count the words that begin with each of the *pieces*, given the ones *before* them: int64 of their shape."""
+        """Count the words that begin with each of *pieces*, given the pieces *before* them: int64 of their shape."""
         return self.words[pieces] - (self.joins[pieces] & ~self.closes[before]).long()
 
     def first_pieces(self, pieces: Tensor, before: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ def recorded_pieces(record: TextEncoding) -> Optional[Coder]:
     """Build the coder for the pieces of a recorded encoding, None for whole words.
 
     Raises:
-        FileNotFoundError: the SentencePiece model is not there.
-        ValueError: it is another one than the text was encoded with.
+        FileNotFoundError: the SentencePiece model is missing.
+        ValueError: the model is not the one that the text was encoded with.
     """
     if record.pieces == "sentencepiece":
         path = str(record.model)
@@ -46,7 +46,7 @@ def recorded_pieces(record: TextEncoding) -> Optional[Coder]:
 
 
 class PromptCoding:
-    """The coders of prompts: those that the command names, or if it names none, those that the data folder records.
+    """The coders of prompts: the coders that the command names, or without names those that the data folder records.
 
     Args:
         folder: of the data.
@@ -107,7 +107,7 @@ class PromptCoding:
 
 
 class _Coder:
-    """A tokenizer or the pieces of a `PromptCoding`; decodes what stands between ends of lines."""
+    """A tokenizer or the pieces of a `PromptCoding`; decodes the text between ends of lines."""
 
     def __init__(self, coding: PromptCoding, option: str):
         self._coding, self._option = coding, option
@@ -124,5 +124,5 @@ class _Coder:
 
 
 def split_lines(text: str) -> List[str]:
-    """Split a prompt at each ``</s>``, which stands for the end of a line, and a space on either side of it."""
+    """Split a prompt at each ``</s>``, with a space on either side; each ``</s>`` stands for the end of a line."""
     return re.split(f" ?{END} ?", text)

@@ -43,14 +43,14 @@ def read_prompts(model: Any, tokens: Tensor, lengths: Sequence[int]) -> ReadProm
 class Prompts(NamedTuple):
     """The texts read so far, which fairseq's generator carries along as an encoder's output, one text a beam."""
 
-    states: List[DecodingState]  # of each model
+    states: List[DecodingState]  # by model
     words: Optional[Tensor]  # [B K, L], aligned on the right, where repeated n-grams are blocked
 
 
 class PromptedEnsemble(EnsembleModel):
-    """fairseq's ensemble; the generator's tokens are those after the prompts.
+    """fairseq's ensemble, for the tokens after the prompts.
 
-    The models' decoding states take the way of an encoder's output, which fairseq reorders with the beams.
+    The models' decoding states are passed as an encoder's output, which fairseq reorders with the beams.
 
     Args:
         models: the models.
@@ -100,9 +100,9 @@ class PromptedEnsemble(EnsembleModel):
 class PromptGenerator(SequenceGenerator):
     """Continues prompts of any lengths, with end-of-sentence tokens anywhere in them.
 
-    A hypothesis is the prompt and what follows, as fairseq gives it for language models; scores include the
-    prompt's. ``--max-len-a`` times the prompt's length plus ``--max-len-b`` new words are generated at most.
-    Takes the arguments of fairseq's `SequenceGenerator`, whose own loop searches; plain sampling takes a faster one
+    A hypothesis is the prompt and its continuation, as fairseq's language models return it; scores include the
+    prompt's. At most ``--max-len-a`` times the prompt's length plus ``--max-len-b`` new words are generated.
+    The arguments are those of fairseq's `SequenceGenerator`, whose own loop searches; plain sampling takes a faster one
     (`sampling.py`). ``no_repeat_ngram_size`` counts the n-grams of prompt and continuation together. A function of
     allowed words sees the prompt's last word and what follows.
     """
@@ -141,7 +141,7 @@ class PromptGenerator(SequenceGenerator):
         prefix_tokens: Optional[Tensor] = None,
         **kwargs: Any,
     ) -> List[List[Dict[str, Tensor]]]:
-        """Continue the batch's texts, or the first words of them or other ones, *prefix_tokens* ``[B, P]``."""
+        """Continue the batch's texts, or the words *prefix_tokens* ``[B, P]``: their first words, or other ones."""
         tokens = sample["net_input"]["src_tokens"]
         lengths: List[int] = sample["net_input"]["src_lengths"].tolist()
         if prefix_tokens is not None:
@@ -161,7 +161,7 @@ class PromptGenerator(SequenceGenerator):
         return [hypotheses[sequence] for sequence in range(len(lengths))]
 
     def _beginning(self, tokens: List[int], length: int) -> int:
-        """Count the *tokens* that are a text of *length* or a beginning of it, or a text of their own.
+        """Count the *tokens* that are a text of *length*, or the beginning of it, or another text.
 
         Of a text that is shorter than the beginnings asked for, fairseq also takes the end among its targets.
         """
@@ -202,7 +202,6 @@ class PromptGenerator(SequenceGenerator):
         }
         if isinstance(self.search, search.PrefixConstrainedBeamSearch):
             inner["id"] = ids  # for the function of allowed words; diverse beams take ids for indices in the batch
-        # One text a column, whose limit was worked out before.
         factors, self.max_len_a, self.max_len_b = (self.max_len_a, self.max_len_b), 0, limit
         try:
             with counter(limit, "generated") as bar:

@@ -38,12 +38,12 @@ class LanguageModelHub(GeneratorHubInterface):
                 "bpe='fastbpe' needs the package fastBPE: "
                 "pip install cython setuptools wheel && pip install --no-build-isolation fastBPE"
             ) from error
-        # As the data folder records, where the call names none.
+        # As the data folder records it, where the call names none.
         self.tokenizer = task.build_tokenizer(cfg.tokenizer)
         self.bpe = task.build_bpe(cfg.bpe)
 
     def encode(self, sentence: str) -> Tensor:
-        """Word ids of a text; the ends of its lines become end-of-sentence tokens, one at the very end included."""
+        """Return a text's word ids; ends of its lines become end-of-sentence tokens, one at the very end included."""
         (ids,) = encode_prompts(
             [sentence], lambda line: self.apply_bpe(self.tokenize(clean_prompt(line))), self.src_dict, line_end="\n"
         )
@@ -59,11 +59,11 @@ class LanguageModelHub(GeneratorHubInterface):
         return "\n".join(super(LanguageModelHub, self).decode(torch.tensor(line)) for line in lines)
 
     def sample(self, sentences: Union[str, Sequence[str]], beam: int = 1, verbose: bool = False, **kwargs: Any) -> Any:
-        """Continue a text, or several: each with its best continuation.
+        """Continue a text, or several texts, each with its best continuation.
 
         Args:
             sentences: one text, or several.
-            beam: texts that are searched for or drawn, of which the one of the best score is returned.
+            beam: number of texts to search for or draw; the one with the best score is returned.
             verbose: log them all.
             kwargs: as for `generate`.
         """

@@ -25,7 +25,7 @@ def encode_prompts(
         prompts: texts.
         encode: text to tokens between spaces.
         dictionary: the words.
-        line_end: what ends a line within a prompt, ``</s>`` by default.
+        line_end: the end of a line within a prompt, ``</s>`` by default.
     """
     encoded = []
     for prompt in prompts:
@@ -50,7 +50,7 @@ def _tell_unknown(prompt: str, words: List[str], dictionary: Dictionary) -> None
 
 
 def _advice(prompt: str, dictionary: Dictionary) -> str:
-    """Return a remedy: the step that the dictionary's text went through and the prompt did not."""
+    """Return a remedy: the step that the dictionary's text went through but the prompt did not."""
     for what, encode in _ways(dictionary):
         words = encode(prompt).split()
         if words and sum(word not in dictionary for word in words) <= MOSTLY * len(words):

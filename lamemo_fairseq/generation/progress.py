@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def counter(total: int, what: str) -> tqdm:
-    """Counts tokens on the standard error stream once two seconds have passed, rarely where that is a file."""
+    """Count tokens on the standard error stream after two seconds, rarely where the stream is a file."""
     every = 0.2 if sys.stderr.isatty() else 10.0
     shown: Dict[str, Any] = {"desc": what, "unit": " tokens", "leave": False, "file": sys.stderr, **_size()}
     return tqdm(total=total, delay=2, mininterval=every, **shown)

@@ -34,7 +34,7 @@ class PromptDataset(FairseqDataset):
         """Let batches be formed of one of *shards* equal parts of the texts; each keeps its number.
 
         Raises:
-            ValueError: there are fewer texts.
+            ValueError: there are fewer texts than shards.
         """
         if shards > len(self.texts):
             raise ValueError(
@@ -76,7 +76,7 @@ class PromptDataset(FairseqDataset):
         return int(self.sizes[index])
 
     def ordered_indices(self) -> Any:
-        """Similar lengths together, the longest first: what does not fit fails at once."""
+        """Return the texts with similar lengths together, the longest first: a text that does not fit fails at once."""
         return np.argsort(-self.sizes, kind="stable")[self.shard]
 
     def _text(self, index: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Words that would repeat an n-gram of a text.
 
 fairseq's own block compares with the end of its buffer, which is padding, so that it blocks nothing
-(facebookresearch/fairseq#5206). It also knows nothing of prompts.
+(facebookresearch/fairseq#5206). It also ignores prompts.
 
 Shapes: R texts, T words of the longest, V words of the dictionary.
 """
@@ -24,7 +24,7 @@ def aligned_right(texts: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def repeating_words(texts: Tensor, size: int, words: int) -> Tensor:
-    """Return ``[R, V]``, True for words that would end an n-gram which the text has already.
+    """Return ``[R, V]``, True for words that would end an n-gram that the text already has.
 
     Args:
         texts: ``[R, T]``, aligned on the right.

@@ -20,7 +20,7 @@ WORDS_BETWEEN_QUESTIONS = 32
 
 
 def is_plain_sampling(generator: Any) -> bool:
-    """Tell whether fairseq's *generator* is asked to sample from one model, and for nothing besides."""
+    """Tell whether fairseq's *generator* is asked to sample from one model, and for nothing else."""
     return (
         type(generator.search) is search.Sampling
         and len(generator.model.models) == 1

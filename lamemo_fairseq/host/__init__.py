@@ -1,4 +1,4 @@
-"""Mends of fairseq, the host: for models with state, and for today's torch.
+"""Extend and mend fairseq, the host: for models with state, and for today's torch.
 
 `trainer` and `optimizers` train models of this package in fairseq's place. `stand_in` lists the few functions of
 fairseq that are replaced.

@@ -1,4 +1,4 @@
-"""fairseq's Adam by PyTorch's fused kernel, which reads and writes everything once; fairseq's own does so ten times.
+"""Replace fairseq's Adam by PyTorch's fused kernel: one pass over memory in place of ten.
 
 Where apex is installed, fairseq takes apex's in its place.
 """
@@ -17,7 +17,7 @@ class FusedAdam(Adam):
     """Adam, with the parameter groups and the state of fairseq's."""
 
     def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
-        """Update once. fairseq's own takes what the kernel does not: half precision, amsgrad, sparse gradients."""
+        """Update once, by fairseq's own Adam where the kernel cannot: half precision, amsgrad, sparse gradients."""
         if not self.serves():
             return super().step(closure)
         loss = None if closure is None else closure()
@@ -29,13 +29,13 @@ class FusedAdam(Adam):
         return all(_serves(group) for group in self.param_groups)
 
     def begin_step(self, skip: Optional[Tensor] = None) -> Callable[[], None]:
-        """Give the device an update where the kernel serves.
+        """Give the device an update where the kernel can compute it.
 
         Args:
-            skip: float32 scalar beside the parameters: if it is not 0, parameters and moments stay as they are.
+            skip: float32 scalar beside the parameters; if it is not 0, parameters and moments do not change.
 
         Returns:
-            A function that counts the update, to be called if it was not skipped.
+            A function that counts the update, to be called if the update was not skipped.
         """
         counted: List[Tuple[Dict[str, Any], int]] = []
         for group in self.param_groups:

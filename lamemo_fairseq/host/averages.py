@@ -28,7 +28,7 @@ class Averages(EMA):
 def supply_averages(trainer: Any, state: Dict[str, Any], anew: bool) -> None:
     """Put averages into a checkpoint that a run goes on from, if the checkpoint has none.
 
-    fairseq means to begin with the weights then, but no longer has them. If a run begins *anew*, those of
+    fairseq means to begin with the weights then, but no longer has the weights. If a run begins *anew*, the averages of
     ``--ema-seed-model``, which fairseq would forget, replace the checkpoint's.
     """
     options, extra = trainer.cfg.ema, state["extra_state"]
@@ -49,7 +49,7 @@ def supply_averages(trainer: Any, state: Dict[str, Any], anew: bool) -> None:
 
 
 def _other_names(model: nn.Module) -> Dict[str, str]:
-    """Return the first name of every parameter that has several, by its other names."""
+    """Return the first name of every parameter that has several names, by its other names."""
     first: Dict[int, str] = {}
     others: Dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

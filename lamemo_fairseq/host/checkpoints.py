@@ -1,7 +1,7 @@
 """Checkpoints that hold the memory of every rank, replace the former one only when complete, and show damage.
 
 A checkpoint is the zip file that torch writes. Its last bytes, the archive's comment, are a checksum of all before,
-which readers of zip files skip. So every tool of fairseq reads it, and one cut short or with a byte changed is
+which readers of zip files skip. So every tool of fairseq reads it, and a checkpoint that was cut short or changed is
 refused.
 """
 
@@ -35,7 +35,7 @@ _SEAL_LENGTH = len(_PREFIX) + 64
 
 
 class DamagedCheckpointError(ValueError):
-    """A file is not what was once saved."""
+    """A file differs from the one that was saved."""
 
 
 def seal(path: Path) -> None:
@@ -56,12 +56,12 @@ def seal(path: Path) -> None:
 
 
 def is_sealed(path: Path) -> bool:
-    """Return whether a file ends as `seal` left it, whatever is before."""
+    """Return whether a file ends with a seal of `seal`, whatever is before it."""
     return path.is_file() and _ends(path)[1].startswith(_PREFIX)
 
 
 def _ends(path: Path) -> Tuple[bytes, bytes]:
-    """Return the first bytes of a file, and as many of its last as a seal has."""
+    """Return the first bytes of a file, and as many of its last bytes as a seal has."""
     with path.open("rb") as file:
         head = file.read(4)
         file.seek(-min(path.stat().st_size, _SEAL_LENGTH), os.SEEK_END)
@@ -74,7 +74,7 @@ def verify(path: Path) -> None:
     Files of torch's oldest format have none.
 
     Raises:
-        DamagedCheckpointError: naming the file, and another to go on from.
+        DamagedCheckpointError: the file is damaged; the message names it, and another to go on from.
     """
     damage = _damage(path)
     if damage is not None:
@@ -125,7 +125,7 @@ def _advice(path: Path) -> str:
 
 
 def _newest_whole(folder: Path, but: str = "") -> Optional[Path]:
-    """Return the last checkpoint that is whole. They may be large: those that are older are not read."""
+    """Return the last checkpoint that is whole. Checkpoints may be large: those older than this one are not read."""
     checkpoints = sorted(folder.glob("checkpoint*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
     return next((p for p in checkpoints if p.name != but and _damage(p) is None), None)
 
@@ -140,8 +140,9 @@ def load_checkpoint_to_cpu(
     """Load a checkpoint of this package whole, checked, and with the options that it lacks; others as fairseq does.
 
     Raises:
-        DamagedCheckpointError: the file is not what was once saved.
-        CheckpointError: it is no checkpoint, or its configuration is not one of plain values of known options.
+        DamagedCheckpointError: the file differs from the one that was saved.
+        CheckpointError: the file is no checkpoint, or its configuration has other things than plain values of known
+            options.
         ValueError: an option to override is not known, or has a value of another type.
     """
     local = Path(PathManager.get_local_path(path))
@@ -156,7 +157,7 @@ def load_checkpoint_to_cpu(
     if is_ours(state):
         check(state, path)
     check_expected(state, path)
-    if not is_ours(state):  # another's, as a former version of this package sealed them
+    if not is_ours(state):  # a seal of a former version of this package
         return original(path, arg_overrides, load_on_all_ranks)
     if restores():  # a trainer has its own options, and other ranks would refuse objects
         return {**state, "cfg": None}
@@ -174,7 +175,7 @@ def _glance(path: Path) -> Any:
 
 
 def _load_another(original: Callable[..., Any], local: Path, state: Any, path: str, *args: Any) -> Any:
-    """Load what is not of this package. fairseq does not say which file it can make no sense of."""
+    """Load another package's checkpoint, and name the file in an error; fairseq's error does not name it."""
     if names(state) != (None, None):
         return original(path, *args)
     verify(local)
@@ -211,7 +212,7 @@ def write_checkpoint(state: Dict[str, Any], filename: str, cfg: Any) -> None:
     except OSError as error:
         if not crashed:
             raise
-        logger.warning("%s", error)  # what the run has crashed of matters more
+        logger.warning("%s", error)  # the error that ended the run matters more
         return
     logger.info(
         "%s: %.1f MB, of which the memory of the streams %.1f MB; written and sealed in %.1f s",
@@ -228,7 +229,7 @@ def _size_of_memory(state: Dict[str, Any]) -> int:
 
 
 def _tensors(saved: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in containers, and in those within them."""
+    """Yield the tensors in containers, and in the containers within them."""
     if isinstance(saved, torch.Tensor):
         yield saved
     elif isinstance(saved, (dict, list, tuple)):
@@ -250,7 +251,7 @@ def copy_checkpoint(source: str, target: str) -> None:
 class _PathManager(PathManager):
     """Copies sealed checkpoints as `copy_checkpoint` does.
 
-    fairseq copies over one in place; a run killed there would be left without its last checkpoint.
+    fairseq copies over a checkpoint in place; a run killed there would be left without its last one.
     """
 
     @staticmethod
@@ -265,10 +266,10 @@ checkpoint_utils.PathManager = _PathManager
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside *path*, and only when that is complete put it there.
+    """Write a file beside *path*, and move it there only when it is complete.
 
     Raises:
-        OSError: it cannot be written, with the reason and the last whole checkpoint.
+        OSError: the file cannot be written, with the reason and the last whole checkpoint.
     """
     unfinished = path.with_name(path.name + ".tmp")
     try:
@@ -284,7 +285,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _reason(error: BaseException, unfinished: Path) -> Optional[OSError]:
-    """Return why a file could not be written. torch does not say, so that a write is tried once more."""
+    """Return why a file could not be written. torch does not say why, so that a write is tried once more."""
     if isinstance(error, RuntimeError):
         try:
             with unfinished.open("ab") as file:
@@ -304,7 +305,7 @@ def _what_is_left(path: Path) -> str:
 
 
 def keep_due_checkpoint(cfg: Any, saved: str, due: Optional[str]) -> None:
-    """Copy the checkpoint just *saved* to the one that is *due*, if any, and remove those that it makes too many.
+    """Copy the checkpoint just *saved* to the *due* one, and remove those beyond ``--keep-interval-updates``.
 
     Args:
         cfg: fairseq's options of checkpoints.

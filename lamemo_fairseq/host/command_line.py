@@ -1,4 +1,4 @@
-"""A command line before fairseq reads it: which command it is for, what it gives, and names that are not known."""
+"""Check a command line before fairseq reads it: its command, the given options, and names that are not known."""
 
 import contextlib
 import re
@@ -17,7 +17,7 @@ from .configuration import is_our_model
 from .option_rules import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
 from .own import TASK
 
-# An option that a command has and those before it do not.
+# Options that one command has and the commands before it do not.
 _MARKS = {
     INTERACTIVE: "--buffer-size",
     GENERATE: "--beam",
@@ -61,7 +61,7 @@ class CommandLine:
     @classmethod
     @contextlib.contextmanager
     def unchecked(cls) -> Iterator[None]:
-        """Leave lines that are read meanwhile unchecked, as they have been checked before."""
+        """Leave lines that are read in this context unchecked, since they have been checked before."""
         cls._unchecked = True
         try:
             yield
@@ -73,7 +73,7 @@ class CommandLine:
         """Report an unreadable command line in one line, without the usage of 250 options.
 
         Raises:
-            ValueError: naming the option and the remedy.
+            ValueError: the line cannot be read; the message names the option and the remedy.
         """
         if self.command is None or self._unchecked:
             yield

@@ -46,7 +46,7 @@ ENCODERS = {
 
 # Sections of a configuration that fairseq saves as a namespace where it has no dataclass for them.
 _NAMESPACES = ("criterion", "optimizer", "lr_scheduler", "scoring")
-# Other sections that commands and calls read of a checkpoint.
+# Other sections that commands and calls read from a checkpoint.
 _READ: Dict[str, Type[FairseqDataclass]] = {
     "common_eval": CommonEvalConfig,
     "dataset": DatasetConfig,
@@ -106,7 +106,7 @@ def names(state: Any) -> Tuple[Optional[str], Optional[str]]:
     """Return the names of a checkpoint's model and task, None where it has none."""
     state = state if isinstance(state, dict) else {}
     args, cfg = state.get("args"), state.get("cfg")
-    if args is not None:  # fairseq prefers them to a configuration
+    if args is not None:  # fairseq prefers these to a configuration
         chosen = [getattr(args, key, None) for key in ("arch", "task")]
     else:
         sections = [cfg.get(key) if isinstance(cfg, dict) else None for key in ("model", "task")]
@@ -119,7 +119,8 @@ def read_ours(path: str) -> Dict[str, Any]:
     """Read a checkpoint of this package, its tensors mapped, and check it.
 
     Raises:
-        CheckpointError: the file is another one, or its configuration is not one of plain values of known options.
+        CheckpointError: the file is of another kind, or its configuration has other things than plain values of known
+            options.
     """
     state = read_checkpoint(path, mapped=True)
     if not is_ours(state):
@@ -129,7 +130,7 @@ def read_ours(path: str) -> Dict[str, Any]:
 
 
 def describe(state: Any) -> str:
-    """Say in a few words of which model a checkpoint is."""
+    """Describe in a few words which model a checkpoint is of."""
     model, task = names(state)
     if model is None and task is None:
         keys = ", ".join(sorted(map(str, state))[:8]) if isinstance(state, dict) else type(state).__name__
@@ -141,7 +142,7 @@ def check(state: Dict[str, Any], path: str) -> None:
     """Check a checkpoint that names a model or a task of this package.
 
     Raises:
-        CheckpointError: naming what in it is not known, or is of a wrong type.
+        CheckpointError: a name in the checkpoint is not known, or a value has a wrong type; the message names it.
     """
     cfg = state.get("cfg")
     if state.get("args") is not None or not isinstance(cfg, dict):
@@ -171,7 +172,7 @@ def check_options(section: Any, dataclass: Type[FairseqDataclass]) -> None:
     """Check the types of options.
 
     Raises:
-        ValueError: naming an option, its value and its type.
+        ValueError: an option has a wrong type; the message names it, with its value and type.
     """
     if not isinstance(section, Mapping):
         raise ValueError(f"options of {dataclass.__name__} are a {type(section).__name__}, not a dictionary")
@@ -223,7 +224,7 @@ def check_encoders(state: Dict[str, Any], given: Mapping[str, Any], path: str) -
     """Check the tokenizer and the pieces of words that a checkpoint names, unless others are *given*.
 
     Raises:
-        CheckpointError: one is not known to be safe.
+        CheckpointError: the tokenizer or the pieces are not known to be safe.
     """
     for kind, known in ENCODERS.items():
         section = state["cfg"].get(kind)
@@ -276,7 +277,7 @@ def _filled(defaults: Any, section: Any) -> Any:
 
 
 def _check_plain(value: Any, where: str, namespace: bool = False) -> None:
-    """Refuse what is no plain value, and strings that a configuration would replace by something else."""
+    """Refuse values that are not plain, and strings that a configuration would replace by something else."""
     pending: List[Tuple[str, Any]] = [(where, value)]
     while pending:
         where, value = pending.pop()
@@ -296,7 +297,7 @@ def _check_plain(value: Any, where: str, namespace: bool = False) -> None:
 
 
 def _check_contents(state: Dict[str, Any]) -> None:
-    """Check what fairseq takes for granted in a checkpoint."""
+    """Check the parts of a checkpoint that fairseq relies on."""
     weights, history = state.get("model"), state.get("optimizer_history")
     if not (isinstance(weights, dict) and all(isinstance(weight, Tensor) for weight in weights.values())):
         raise ValueError("the weights under 'model' are no tensors by name")
@@ -325,6 +326,6 @@ def _first(error: BaseException) -> str:
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
-    """Return what torch's message says of the file, without its advice to run it."""
+    """Return what torch's message says about the file, without its advice to run the file."""
     told = (line.strip() for line in str(error).split("\n"))
     return next((line for line in told if "nsupported" in line or "GLOBAL" in line), "it holds an object")

@@ -27,7 +27,7 @@ class GradientReducer:
         parameters: all of the model, in the same order on every rank.
         outside: the parameters among them that also get gradients outside recorded segments: the output layer's.
         group: the process group.
-        bucket_bytes: size of a bucket; a larger parameter is one by itself.
+        bucket_bytes: size of a bucket; a larger parameter has a bucket by itself.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class GradientReducer:
         self._single = False  # whether the update has a single batch
         self._replayed = False  # whether a replay has filled the buckets in this update
         self._begun: List[Any] = []  # reductions of the first groups
-        self._sums: List[Sequence[Tensor]] = []  # of these, shaped as the parameters are
+        self._sums: List[Sequence[Tensor]] = []  # views of these, shaped as the parameters are
 
     def _lay_out(self) -> None:
         """Form buckets of the parameters that are trained now, the last layers' first."""
@@ -111,14 +111,14 @@ class GradientReducer:
         self._begun.append(dist.all_reduce(flat, group=self._group, async_op=True))
 
     def begin_rest(self) -> None:
-        """Begin to reduce what has not been reduced yet, after the last backward pass of an update."""
+        """Begin to reduce all buckets that have not been reduced yet, after the last backward pass of an update."""
         for group in self._groups[len(self._begun) :]:
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
             flat = gradients[0].flatten() if len(group) == 1 else torch.cat([g.flatten() for g in gradients])
             self._reduce(flat, views_of(flat, group))
 
     def finish(self) -> None:
-        """Give every parameter its gradient of all ranks. The device waits for it, the host does not.
+        """Give every parameter its gradient of all ranks. The device waits for the reductions, the host does not.
 
         Raises:
             RuntimeError: a parameter got a gradient from a replayed pass, and another one from elsewhere.

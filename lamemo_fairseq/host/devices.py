@@ -8,9 +8,9 @@ import torch
 
 @contextmanager
 def without_gpus(hide: bool) -> Iterator[None]:
-    """If *hide*, let torch report meanwhile that there is no GPU.
+    """Let torch report that there is no GPU in this context, if *hide*.
 
-    fairseq asks torch in places that do not look at ``--cpu``: when it clips gradients, keeps random states and loads
+    fairseq asks torch in places that do not look at ``--cpu``: when it clips gradients, stores random states and loads
     batches ahead.
     """
     former = torch.cuda.is_available, torch.cuda.device_count

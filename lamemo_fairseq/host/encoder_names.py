@@ -1,7 +1,7 @@
 """``--bpe bytes`` and ``--bpe characters`` in fairseq's commands.
 
-fairseq looks up the configuration of each choice. These two have none, so that a command that names them ends with an
-error; an empty one is registered here.
+fairseq looks up the configuration of each choice. These two choices have none, so that a command that names them ends
+with an error. An empty configuration is registered here.
 """
 
 from fairseq.data.encoders import BPE_REGISTRY

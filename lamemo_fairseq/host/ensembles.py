@@ -18,7 +18,7 @@ def load_model_ensemble_and_task(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Load the models of ``--path``, separated by ``:``, which fairseq-eval-lm takes for the name of one file."""
+    """Load the models of ``--path``, separated by ``:``, which fairseq-eval-lm takes for one file name."""
     if not isinstance(task, OwnTask):
         return original(filenames, arg_overrides, task, *args, **kwargs)
     with opening():

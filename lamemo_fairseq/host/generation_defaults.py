@@ -13,7 +13,7 @@ NO_SCORE = "no_score"
 
 @register_scorer(NO_SCORE, dataclass=FairseqDataclass)
 class NoScore(BaseScorer):
-    """Stands in for BLEU, which compares a continuation with the line that it begins with."""
+    """Replaces BLEU, which compares a continuation with the line that it begins with."""
 
     def __init__(self, cfg: Any):
         super().__init__(cfg)
@@ -30,9 +30,9 @@ class NoScore(BaseScorer):
 
 
 def adapt_generation(namespace: Namespace, words: Sequence[str], task: str) -> None:
-    """Change defaults of a command line for *task*, if it is one that generates, where *words* do not name them.
+    """Change the defaults of a command line for *task*, if the task generates and *words* do not name the options.
 
-    There is no BLEU, and there is one process. fairseq takes as many processes as there are GPUs. fairseq-generate
+    There is no BLEU, and there is one process. fairseq starts as many processes as there are GPUs. fairseq-generate
     would then continue one share of the lines alone, and each process of fairseq-interactive would read the same input.
 
     Raises:

@@ -63,7 +63,7 @@ def check_generation(options: Any) -> None:
         options: an object with fairseq's names as attributes.
 
     Raises:
-        ValueError: naming the option and what to pass instead.
+        ValueError: an option cannot do what it says; the message names it and what to pass instead.
     """
 
     def value(name: str) -> Any:
@@ -144,7 +144,7 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
     """Refuse names that are none of the *known* options of *where*.
 
     Raises:
-        ValueError: naming the nearest.
+        ValueError: a name is not known; the message has the nearest known one.
     """
     known = list(known)
     useful = [name for name in known if name not in REFUSED and name not in WITHOUT_EFFECT]

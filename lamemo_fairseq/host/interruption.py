@@ -1,4 +1,4 @@
-"""A command that is interrupted ends in one line, which for a training says what is saved and how to go on."""
+"""End an interrupted command with one line, which for a training says what is saved and how to go on."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ _told = False
 
 
 def end_in_one_line() -> None:
-    """Put `_ended` in the place of the function that prints tracebacks."""
+    """Replace the function that prints tracebacks by `_ended`."""
     if sys.excepthook is not _ended:
         global _otherwise
         _otherwise = sys.excepthook
@@ -73,7 +73,7 @@ def note_saved(updates: int) -> None:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Report an interruption meanwhile, once for all ranks. SIGTERM is one."""
+    """Report an interruption in this context, once for all ranks. SIGTERM is one."""
     former = None
     if threading.current_thread() is threading.main_thread():
         former = signal.signal(signal.SIGTERM, _terminate)

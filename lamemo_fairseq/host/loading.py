@@ -1,9 +1,9 @@
-"""Threads that load batches ahead are ended before the interpreter, and before the next that load from the same split.
+"""End threads that load batches ahead, before the interpreter ends, and before other threads load from the same split.
 
-fairseq leaves them to themselves when a training stops inside an epoch. Python then takes them down wherever they are,
-and one that is inside torch takes the process with it: SIGABRT, after a training that had succeeded. After every
-validation of ``--max-valid-steps`` one more would hold its batches for ever. With workers it would also hold the files
-that its batches are shared through, until no more can be opened.
+fairseq does not end these threads when a training stops inside an epoch. Python then ends the threads wherever they
+are. A thread that is inside torch ends the process with it: SIGABRT, after a training that had succeeded. After every
+validation of ``--max-valid-steps`` one more thread would hold its batches for ever. With workers, a thread would also
+hold the files that its batches are shared through, until no more can be opened.
 """
 
 import atexit
@@ -15,16 +15,16 @@ from weakref import WeakSet
 
 from fairseq.data.iterators import BufferedIterator
 
-PATIENCE = 10.0  # seconds; what loads for longer is left alone
+PATIENCE = 10.0  # seconds; a thread that loads for longer is left alone
 
 _loading: "WeakSet[BufferedIterator]" = WeakSet()
 
 
 def end_at_exit(batches: Any) -> None:
-    """End what loads *batches* when the process ends, if they are loaded ahead.
+    """End the thread that loads *batches* ahead when the process ends, if there is one.
 
-    Call it again when there is a batch: the hook registered last runs first. When torch starts workers, it registers
-    one that waits seconds for each of them in vain (before 2.13).
+    Call this again when there is a batch: the hook registered last runs first. When torch starts workers, it registers
+    a hook that waits seconds for each of them in vain (before 2.13).
     """
     if isinstance(batches, BufferedIterator):
         _loading.add(batches)
@@ -33,7 +33,7 @@ def end_at_exit(batches: Any) -> None:
 
 
 def end(batches: Any) -> None:
-    """End what loads *batches* ahead, if anything does. Reading on is an error; workers are kept."""
+    """End the thread that loads *batches* ahead, if there is one. Reading on is an error; workers stay."""
     if isinstance(batches, BufferedIterator) and batches._consumer is not None:
         _end_thread(batches, time.monotonic() + PATIENCE)
         with contextlib.suppress(queue.Full):

@@ -53,7 +53,7 @@ def of_memories() -> Iterator[Rule]:
 
 
 def _of_slots() -> Iterator[Rule]:
-    """Yield a rule for each memory without slots. Who chooses one that remembers may take --mem-len for its length."""
+    """Yield a rule for each memory without slots. A user who chooses a memory may take --mem-len for its length."""
     for name in MEMORIES.names():
         memory = MEMORIES[name]
         if memory.has_slots:

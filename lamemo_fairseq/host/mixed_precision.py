@@ -1,8 +1,8 @@
-"""``--fp16`` and ``--bf16``: less to do for the host while the device has nothing to do.
+"""Reduce the work of the host with ``--fp16`` and ``--bf16`` while the device has nothing to do.
 
-fairseq copies between the parameters and the float32 ones behind them one by one, when the GPU waits for the next
-update. Here all go at once, gradients are freed once they are copied, and views of flat tensors are kept. And an update
-can begin before the host has waited for the norm of the gradients.
+fairseq copies between the parameters and their float32 copies one by one, when the GPU waits for the next update. Here
+all copies run at once, gradients are freed once they are copied, and views of flat tensors are stored. An update can
+also begin before the host has waited for the norm of the gradients.
 """
 
 from typing import Any, Callable, Dict, List, Optional, Tuple, cast
@@ -17,17 +17,18 @@ from .adam import FusedAdam
 
 
 class FP16Optimizer(fp16_optimizer.FP16Optimizer):
-    """fairseq's optimizer of the same name, which checkpoints name, with the same state and the same numbers.
+    """fairseq's optimizer of the same name (checkpoints name it), with the same state and the same numbers.
 
-    `optimizers.adopt` makes one of fairseq's, so that attributes begin in the class and not in ``__init__``.
+    `optimizers.adopt` turns fairseq's into one, so that attributes are initialised in the class and not in
+    ``__init__``.
     """
 
     _needs_sync: bool
     _count: Optional[Callable[[], None]] = None  # counts an update that the device has been given ahead of the host
-    _views: Optional[Dict[str, Tuple[int, List[Tensor]]]] = None  # by name: a flat tensor's address and its views
+    _views: Optional[Dict[str, Tuple[int, List[Tensor]]]] = None  # by name: the address of a flat tensor, and its views
 
     def _sync_fp16_grads_to_fp32(self) -> None:
-        """Move the gradients to the float32 parameters, unless that has been done already."""
+        """Move the gradients to the float32 parameters, unless they have been moved already."""
         if not self._needs_sync:  # fairseq asks three times an update
             return
         gradients = [p.grad for p in self.fp16_params]
@@ -47,17 +48,17 @@ class FP16Optimizer(fp16_optimizer.FP16Optimizer):
         copy_all([p.data for p in self.fp16_params], masters)
 
     def begin_step(self, norm: Tensor, max_norm: float) -> bool:
-        """Give the device the update that `step` is asked for once the host knows the norm of the gradients.
+        """Give the device the update before the host knows the norm of the gradients and calls `step`.
 
-        Scaled and clipped as fairseq does it, to the last bit; where the norm is not finite, parameters and moments
-        stay.
+        The update is scaled and clipped as by fairseq, to the last bit; where the norm is not finite, parameters and
+        moments stay.
 
         Args:
             norm: of the gradients before they are scaled, a scalar on the device.
-            max_norm: to clip to, 0 for not at all.
+            max_norm: to clip to, 0 for no clipping.
 
         Returns:
-            Whether it was given. It is not where the update is another than that of `FusedAdam`.
+            Whether the update was given. An update that `FusedAdam` cannot do is not given.
         """
         inner, given = self.fp32_optimizer.optimizer, self._multiply_factor
         if type(inner) is not FusedAdam or not inner.serves():
@@ -66,7 +67,7 @@ class FP16Optimizer(fp16_optimizer.FP16Optimizer):
         if any(g.device != norm.device for g in gradients):  # fairseq computes norms on a GPU if there is one
             return False
         dtype = norm.dtype
-        if torch.is_tensor(given):  # of several ranks: they divide by what they have exchanged, in float64
+        if torch.is_tensor(given):  # of several ranks: they divide by numbers that they have exchanged, in float64
             if given.device.type != "cpu":
                 return False
             dtype = torch.promote_types(given.dtype, norm.dtype)
@@ -82,7 +83,7 @@ class FP16Optimizer(fp16_optimizer.FP16Optimizer):
         return True
 
     def step(self, closure: Any = None, groups: Any = None) -> None:
-        """Update the parameters; only the bookkeeping is left of an update that has begun."""
+        """Update the parameters; for an update that has begun, only the bookkeeping is left."""
         count, self._count = self._count, None
         if count is None:
             return super().step(closure, groups)
@@ -95,7 +96,7 @@ class FP16Optimizer(fp16_optimizer.FP16Optimizer):
             self.scaler.update()
 
     def zero_grad(self) -> None:
-        """Clear the gradients. With it an update begins, or one that overflowed ends."""
+        """Clear the gradients. An update begins with this call, or one that overflowed ends."""
         self._count = None
         super().zero_grad()
 

@@ -1,4 +1,4 @@
-"""Checkpoints that a command or a call names, looked at before anything is built from them."""
+"""Check the checkpoints that a command or a call names, before anything is built from them."""
 
 import argparse
 import os
@@ -55,8 +55,8 @@ def check_checkpoints(options: argparse.Namespace) -> None:
     """Check the checkpoints of ``--path`` against ``--task``, and ``--model-overrides`` against them.
 
     Raises:
-        CheckpointError: a checkpoint is not one of this package, and the task is.
-        ValueError: another option does not go with them.
+        CheckpointError: a checkpoint is not of this package, but the task is.
+        ValueError: another option does not fit the checkpoints.
     """
     if not is_our_task(getattr(options, "task", None)):
         _refuse_another_task(options)
@@ -76,7 +76,7 @@ def check_files(folder: str, files: str, data: str, arguments: Dict[str, Any]) -
     """Check the checkpoints and the arguments of `from_pretrained`.
 
     Raises:
-        FileNotFoundError: a folder or a checkpoint is not there.
+        FileNotFoundError: a folder or a checkpoint is missing.
         ValueError: a checkpoint is not one of this package, or an argument is not known.
     """
     for directory in (folder, *([] if data.startswith(".") else utils.split_paths(data))):
@@ -107,6 +107,6 @@ def _refuse_another_task(options: argparse.Namespace) -> None:
 
 
 def _files(paths: Optional[str]) -> Sequence[str]:
-    """Return those of the paths that are files here; the command itself tells of the others."""
+    """Return those of the paths that are files here; the command itself reports the others."""
     local = [] if not paths else [PathManager.get_local_path(path) for path in utils.split_paths(paths)]
     return [path for path in local if os.path.isfile(path)]

@@ -1,7 +1,7 @@
 """fairseq's optimizers, made into this package's: the same state and numbers, with less for the host to wait for.
 
-fairseq builds an optimizer as ever, and `adopt` changes its class. So its state, the names that checkpoints have and
-what else refers to it stay, and an optimizer of another model is not touched.
+fairseq builds an optimizer as ever, and `adopt` changes its class. So its state, the names in checkpoints and other
+references to it stay, and an optimizer of another model is not touched.
 """
 
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ _MEANWHILE: ContextVar[Optional[Callable[[Tensor], None]]] = ContextVar("meanwhi
 
 @contextmanager
 def meanwhile(do: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within it, ``do(norm)`` is called before the host waits for the norm, which is a scalar on the device."""
+    """Call ``do(norm)`` in this context before the host waits for the norm, which is a scalar on the device."""
     token = _MEANWHILE.set(do)
     try:
         yield
@@ -32,14 +32,14 @@ def meanwhile(do: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 class WaitingOnce(FairseqOptimizer):
-    """Before any of fairseq's optimizers: the host waits for the device once an update, at the norm of the gradients.
+    """Base that goes before any of fairseq's optimizers: the host waits for the device once an update, at the norm.
 
-    fairseq leaves figures on the device and asks it about each of them, some after the optimizer has begun. The device
-    then has nothing to do until the host has logged the update and prepared the next batch.
+    fairseq leaves values on the device and asks the device for each of them, some after the optimizer has begun. The
+    device then has nothing to do until the host has logged the update and prepared the next batch.
     """
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
-        """Return the norm on the host. fairseq asks whether it is large, infinite and a number."""
+        """Return the norm on the host. fairseq asks whether the norm is large, infinite and a number."""
         norm = super().clip_grad_norm(max_norm, aggregate_norm_fn)
         wait = copy_to_host(norm)
         do = _MEANWHILE.get()
@@ -54,12 +54,12 @@ class WaitingOnce(FairseqOptimizer):
 
 @cache
 def _waiting_once(kind: Any) -> Type[FairseqOptimizer]:
-    """Return the class of the same name, which checkpoints have, that waits once."""
+    """Return the class with the name of fairseq's, which checkpoints have, that waits once."""
     return type(kind.__name__, (WaitingOnce, kind), {"__module__": __name__, "__doc__": kind.__doc__})
 
 
 def adopt(optimizer: Any) -> None:
-    """Make an optimizer that fairseq has built, and all within it, this package's."""
+    """Turn an optimizer that fairseq has built, and all within it, into this package's."""
     within = [vars(optimizer).get(name) for name in ("fp32_optimizer", "wrapped_optimizer", "_optimizer")]
     within += getattr(optimizer, "optimizers", {}).values()  # of --optimizer composite
     for inner in within:

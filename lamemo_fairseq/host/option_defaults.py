@@ -1,4 +1,4 @@
-"""The first part of the page of options: this package's own, with their defaults.
+"""Render the first half of the page of options: this package's own, with their defaults.
 
 Defaults are read from the classes that fairseq makes command lines of, so that the package has to be imported.
 """
@@ -78,7 +78,7 @@ def _differences(arch: str, model: Any) -> str:
 
 
 def _preset_rows(architectures: List[str]) -> str:
-    """Return a row with LaMemo's values for each preset, and one for each architecture that has others."""
+    """Return a row with LaMemo's values for each preset, and one for each architecture with other values."""
     lamemo = MEMORIES["lookahead"].architecture.name
     own = {f.name for name in MEMORIES.names() for f in fields(MEMORIES[name].options)}
     lines = []

@@ -1,6 +1,6 @@
-"""The page of options: this package's own with their defaults, and those of fairseq that do not apply to streams.
+"""Render the page of options: this package's with their defaults, and fairseq's that do not apply to streams.
 
-``python -m lamemo_fairseq.host.option_page > docs/options.md`` writes it.
+``python -m lamemo_fairseq.host.option_page > docs/options.md`` writes the page.
 """
 
 from typing import Tuple

@@ -1,6 +1,6 @@
 """Options of a checkpoint that a command changes with ``--model-overrides``, and `from_pretrained` with arguments.
 
-fairseq changes the options that it finds by name, and passes over all others without a word.
+fairseq changes the options that it finds by name, and silently ignores all others.
 """
 
 import ast
@@ -23,7 +23,7 @@ from .start import not_known
 
 logger = logging.getLogger(__name__)
 
-# They change a training run and not what a trained model computes.
+# Options that change a training run and not what a trained model computes.
 _TRAINING_ONLY = {
     "activation_dropout", "attention_dropout", "checkpoint_activations", "compression_loss",
     "compression_loss_weight", "dropout", "kl_sigma", "kl_weight",
@@ -57,7 +57,7 @@ def check_overrides(given: Mapping[str, Any], cfg: Mapping[str, Any], with_crite
         with_criterion: whether the command builds the checkpoint's criterion.
 
     Raises:
-        ValueError: naming the option, and the nearest one that there is.
+        ValueError: an option is not known; the message has its name, and the nearest known one.
     """
     known = {"model": _model_options(given, cfg)}
     criterion = cfg.get("criterion") or {}
@@ -76,7 +76,7 @@ def check_arguments(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
     """Check the keyword arguments of `from_pretrained`: options of the model, of its data, and of sampling.
 
     Raises:
-        ValueError: naming the argument, and the nearest one that there is.
+        ValueError: an argument is not known; the message has its name, and the nearest known one.
     """
     known = _model_options(given, cfg) | _names(GenerationConfig) | {"max_tokens", "batch_size", "user_dir"}
     known = (known | {"generation_args"} | set(ENCODERS)) - {"beam"}
@@ -100,7 +100,7 @@ def override(cfg: DictConfig, given: Mapping[str, Any]) -> None:
     """Change the options of a whole configuration.
 
     Raises:
-        ValueError: an option is not there, or cannot have the value.
+        ValueError: an option does not exist, or cannot have the value.
     """
     known = {str(name) for section in cfg.values() if isinstance(section, DictConfig) for name in section}
     known |= {
@@ -114,7 +114,7 @@ def override(cfg: DictConfig, given: Mapping[str, Any]) -> None:
     dataclass = MODEL_DATACLASS_REGISTRY[cfg.model._name]
     inner = given.get("model")
     check_options({**given, **(inner if isinstance(inner, dict) else {})}, dataclass)
-    for kind in REGISTRIES:  # fairseq keeps the checkpoint's where it names one
+    for kind in REGISTRIES:  # without a given one, fairseq uses the checkpoint's
         if isinstance(given.get(kind), str):
             cfg[kind] = None
     overwrite_args_by_name(cfg, given)

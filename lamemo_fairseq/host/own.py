@@ -1,4 +1,4 @@
-"""The task's name, and bases that mark this package's own classes, so that they are told without being imported."""
+"""The task's name, and bases that mark this package's own classes: they are recognised without an import."""
 
 TASK = "segment_language_modeling"
 

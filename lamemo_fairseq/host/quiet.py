@@ -1,6 +1,6 @@
 """Logs of this package's commands, without what fairseq, hydra and torch say at every start.
 
-Log records are judged by what they say, so those of other tasks stay. Warnings are left out in processes that run a
+Log records are judged by their contents, so records of other tasks stay. Warnings are left out in processes that run a
 command or a task of this package.
 """
 
@@ -20,7 +20,7 @@ _COMMANDS = ("train", "validate", "eval_lm", "generate", "interactive", "hydra_v
 # Message and module of deprecations that fairseq meets in hydra and torch, and of pinned memory on a CPU.
 _WARNINGS = (
     ("", r"hydra\."),
-    (r"\s*'\w+' is validated against ConfigStore schema", ""),  # hydra's too, in its caller's name
+    (r"\s*'\w+' is validated against ConfigStore schema", ""),  # hydra's own too, under its caller's name
     (r"`torch\.cuda\.amp\.", r"fairseq\."),
     (r"'pin_memory' argument is set as true but no accelerator is found", ""),
 )
@@ -35,7 +35,7 @@ def shorten_configurations() -> None:
 
 
 def _shorten(record: logging.LogRecord) -> bool:
-    """A filter that lets every record through, that of a configuration as its command line."""
+    """Let every log record through, and replace that of a configuration by the command line."""
     if isinstance(record.msg, Mapping) and _task(record.msg) == TASK:
         record.msg = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return True
@@ -47,7 +47,7 @@ def _task(config: Mapping[str, Any]) -> Any:
 
 
 def leave_out_warnings() -> None:
-    """Leave out what no user of a command can change."""
+    """Leave out messages about things that no user of a command can change."""
     logging.getLogger("hydra").setLevel(logging.INFO)  # fairseq's import of wav2vec turns on everyone's DEBUG
     for message, module in _WARNINGS:
         warnings.filterwarnings("ignore", message, module=module)
@@ -55,7 +55,7 @@ def leave_out_warnings() -> None:
 
 @contextmanager
 def without_records(name: str) -> Iterator[None]:
-    """Leave out what the logger *name* says meanwhile, but for warnings."""
+    """Leave out messages of the logger *name* in this context, except for warnings."""
     logger = logging.getLogger(name)
     former = logger.level
     logger.setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Several ranks: what one of them knows, brought to the others."""
+"""Bring values of one rank to the others."""
 
 import os
 from typing import Any, Callable, List
@@ -45,7 +45,7 @@ def _gather(tensor: Tensor, ranks: int) -> Tensor:
 
 
 def group_between_hosts() -> Any:
-    """Return a group of all ranks that exchanges tensors on their hosts, whatever the devices do meanwhile.
+    """Return a group of all ranks that exchanges tensors on their hosts, whatever the devices do.
 
     Raises:
         RuntimeError: the hosts do not reach each other.
@@ -67,7 +67,7 @@ def sum_over_ranks(*values: float) -> List[float]:
 
 
 def gather_objects(value: Any) -> List[Any]:
-    """Return the values of all ranks, in order, on the first one; on others nothing. Every rank has to call it."""
+    """Return the values of all ranks, in order, on the first rank, and nothing on others. Every rank has to call it."""
     if not several_ranks():
         return [value]
     gathered: List[Any] = [None] * dist.get_world_size()
@@ -93,10 +93,10 @@ def _device() -> torch.device:
 
 
 def prepare_ranks() -> None:
-    """Let what ranks of this package's task gather be of any size, and on CPUs too.
+    """Let ranks of this package's task gather objects of any size, and on CPUs too.
 
     fairseq-validate gathers one record a batch. fairseq's function needs a GPU, and fails where the records outgrow
-    ``--all-gather-list-size``, which those of a long split do.
+    ``--all-gather-list-size``, as those of a long split do.
     """
     if not hasattr(distributed_utils.all_gather_list, "__wrapped__"):  # not yet
         stand_in(distributed_utils, "all_gather_list")(_all_gather_list)

@@ -1,6 +1,6 @@
-"""Differences between a training run that goes on from a checkpoint and the run that wrote it.
+"""Compare a training run that goes on from a checkpoint with the run that wrote the checkpoint.
 
-Options that the weights do not fit are refused by name before anything is loaded; others are told in the log.
+Options that the weights do not fit are refused by name before anything is loaded; other differences are logged.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from .overrides import owners_of_options
 
 logger = logging.getLogger(__name__)
 
-# With the same weights, another value of these makes another model.
+# Options of which another value makes another model with the same weights.
 _FUNCTION = (
     "memory", "position_encoding", "lookahead_window", "activation_fn", "decoder_normalize_before", "sentence_ends",
     "paragraph_ends",
 )  # fmt: skip
-# The weights' names and shapes do not depend on these.
+# Options that the weights' names and shapes do not depend on.
 _WEIGHTLESS = {
     "activation_dropout", "attention_backend", "attention_dropout", "checkpoint_activations", "clamp_len",
     "cuda_graphs", "dropout", "preset_tokens_per_sample", "same_length", "tokens_per_sample",
@@ -68,7 +68,7 @@ _opening: ContextVar[bool] = ContextVar("_opening", default=False)
 
 @contextmanager
 def restoring(trainer: Any, anew: bool) -> Iterator[None]:
-    """Compare the checkpoint that is loaded meanwhile with the options of a run.
+    """Compare the checkpoint that is loaded in this context with the options of a run.
 
     Args:
         trainer: fairseq's.
@@ -87,7 +87,7 @@ def restoring(trainer: Any, anew: bool) -> Iterator[None]:
 
 @contextmanager
 def opening() -> Iterator[None]:
-    """Expect a checkpoint of this package in what is loaded meanwhile, to be evaluated or continued."""
+    """Expect that a checkpoint of this package is loaded in this context, to be evaluated or continued."""
     token = _opening.set(True)
     try:
         yield
@@ -106,10 +106,10 @@ def expects_ours() -> bool:
 
 
 def check_expected(state: Dict[str, Any], path: str) -> None:
-    """Check a checkpoint against what it is loaded for; in `restoring`, log the differences.
+    """Check a checkpoint against the purpose that it is loaded for; in `restoring`, log the differences.
 
     Raises:
-        CheckpointError: it is of another package, or of a model that this run's options do not make.
+        CheckpointError: the checkpoint is of another package, or of a model that this run's options do not make.
     """
     if _opening.get() and not is_ours(state):
         raise CheckpointError(f"{path} is {describe(state)}, which is not one of this package: pass its own task")
@@ -146,10 +146,10 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
 
 
 def check_weights(model: Any, weights: Mapping[str, Any], path: str, differences: List[_Difference]) -> None:
-    """Check that weights fit a model, before it loads them.
+    """Check that weights fit a model, before the model loads them.
 
     Raises:
-        CheckpointError: naming the options that differ, or else a weight.
+        CheckpointError: the weights do not fit; the message names the options that differ, or else a weight.
     """
     weights = dict(weights)
     try:
@@ -202,7 +202,7 @@ def _options(cfg: Mapping[str, Any], name: str) -> Dict[str, Any]:
 
 
 def _seed_averages(trainer: Any) -> None:
-    """Begin the moving averages with those of ``--ema-seed-model`` now, where a wrong file can be told from others."""
+    """Begin the moving averages with those of ``--ema-seed-model`` now, where a wrong file can be recognised."""
     path = trainer.cfg.ema.ema_seed_model
     if not trainer.cfg.ema.store_ema or path is None:
         return

@@ -1,4 +1,7 @@
-"""The state of a learning rate schedule. fairseq saves one or two of its values, and steps it anew at a resume."""
+"""The state of a learning rate schedule.
+
+fairseq saves one or two of its values, and steps the schedule anew at a resume.
+"""
 
 from typing import Any, Dict, List
 from weakref import WeakKeyDictionary
@@ -12,7 +15,7 @@ _RATES: "WeakKeyDictionary[Any, List[float]]" = WeakKeyDictionary()
 
 
 def begin_epoch(trainer: Any) -> None:
-    """Note the rates with which a trainer begins an epoch, or goes on with one."""
+    """Record the rates with which a trainer begins an epoch, or goes on with one."""
     _RATES[trainer] = _rates(trainer)
 
 
@@ -31,7 +34,8 @@ def restore_schedule(trainer: Any, saved: Dict[str, Any], ended: bool, epoch: in
 
     Args:
         trainer: has read the checkpoint.
-        saved: what `schedule_state` gave. If this run has other options, fairseq's schedule stays, which follows them.
+        saved: the result of `schedule_state`. If this run has other options, fairseq's schedule stays, and follows
+            them.
         ended: the checkpoint was saved at the end of an epoch.
         epoch: the epoch in which it was saved.
         loss: of the validation before it was saved, None if there was none.

@@ -1,9 +1,9 @@
-"""Replacement of functions of fairseq.
+"""Replace functions of fairseq.
 
-What has a hook in fairseq is a subclass: `trainer.SegmentTrainer`, and the optimizers that `optimizers.adopt` makes.
-These are replaced, since fairseq calls them by name. For a task, a model or a checkpoint of another package each
-returns the result of fairseq's function with the same arguments. (`all_gather_list` cannot know for whom it gathers:
-it is replaced in processes that set up a task of this package.)
+Functions with a hook in fairseq are replaced by subclasses: `trainer.SegmentTrainer`, and the optimizers that
+`optimizers.adopt` makes. The functions below are replaced, since fairseq calls them by name. For a task, a model or a
+checkpoint of another package each returns the result of fairseq's function with the same arguments. (`all_gather_list`
+cannot tell whose values it gathers: it is replaced in processes that set up a task of this package.)
 
 | replaced | when | in | reason |
 |---|---|---|---|
@@ -24,7 +24,7 @@ from typing import Any, Callable
 
 
 def stand_in(owner: Any, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function takes the place of ``owner.name``, and gets what was there as its first argument.
+    """Return a decorator: the function replaces ``owner.name``, and gets the original as its first argument.
 
     *owner* is a module or a class.
     """

@@ -117,10 +117,10 @@ def check(command: str, settings: Settings, given: Collection[str], changed: Col
 
     Args:
         given: options to warn about if they have no use.
-        changed: those that differ from their defaults, to refuse if they cannot be followed.
+        changed: options that differ from their defaults, to refuse if they cannot be followed.
 
     Raises:
-        ValueError: in one line, with the option's name and the remedy.
+        ValueError: an option is refused, in one line, with its name and the remedy.
     """
     told: List[str] = []
     for option, rules in rules_for(command).items():
@@ -184,7 +184,7 @@ def check_criterion_name(name: str) -> None:
     """Refuse those of fairseq's criterions that are for other tasks.
 
     Raises:
-        ValueError: it is one of them.
+        ValueError: the criterion is for another task.
     """
     if not serves(name):
         raise ValueError(

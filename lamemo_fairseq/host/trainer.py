@@ -1,10 +1,10 @@
 """The trainer of this package's task: fairseq's, extended for models with state.
 
 It also lets the device go ahead of the host. fairseq waits for the norm of the gradients, and only then updates, logs,
-loads a batch and runs the model. The device would have nothing to do meanwhile. Here it is given the update, and if a
-CUDA graph is recorded the next segment's forward pass, before the host waits. The numbers are the same to the last bit.
-With several ranks, hosts exchange their figures beside the backward pass and the next segment, and wait for neither.
-If ranks disagree about the norm, fairseq ends the run as ever; its crash.pt then holds the updated weights.
+loads a batch and runs the model. The device would have nothing to do meanwhile. Here the device is given the update,
+and if a CUDA graph is recorded the next segment's forward pass, before the host waits. The numbers are the same to the
+last bit. With several ranks, hosts exchange their losses beside the backward pass and the next segment, and wait for
+neither. If ranks disagree about the norm, fairseq ends the run as usual; its crash.pt then holds the updated weights.
 """
 
 import logging
@@ -38,7 +38,7 @@ class SegmentTrainer(Trainer):
     """Trains a model of this package.
 
     Raises:
-        FileNotFoundError: the checkpoint named by an option is not there.
+        FileNotFoundError: the checkpoint named by an option is missing.
     """
 
     device: torch.device
@@ -47,7 +47,7 @@ class SegmentTrainer(Trainer):
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None):
         self._reducer: Optional[GradientReducer] = None
         self._group: Any = None  # for collectives, in place of fairseq's
-        with without_records("fairseq.trainer"):  # it takes all absent biases for one that is shared
+        with without_records("fairseq.trainer"):  # fairseq counts all absent biases as one that is shared
             super().__init__(cfg, task, model, criterion, quantizer)
         self._group_of_figures: Any = None
         if self.data_parallel_world_size > 1:
@@ -78,11 +78,11 @@ class SegmentTrainer(Trainer):
 
     @contextmanager
     def _beside_the_gradients(self, after: Optional[torch.cuda.Event] = None, known: bool = False) -> Iterator[None]:
-        """Within it, ranks exchange what is on their hosts: a kernel would wait until the next segment's have ended.
+        """Let ranks exchange values on their hosts: a kernel would wait until the next segment's have ended.
 
         Args:
             after: copies to the host wait for this.
-            known: whether the numbers are on the host, or *after* suffices; if not, copies wait for all before.
+            known: whether the numbers are on the host, or need only *after*; if not, copies wait for all work before.
         """
         if self._group_of_figures is None:
             yield
@@ -111,7 +111,7 @@ class SegmentTrainer(Trainer):
             self._ema = Averages(self._model, self.cfg.ema, self.device)
 
     def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the batches of an epoch. fairseq asks for those to train on as for those to validate on."""
+        """Return the batches of an epoch. fairseq asks for the batches to train on as for those to validate on."""
         with self.task.training_batches():
             self._batches = super().get_train_iterator(*args, **kwargs)
         return self._batches
@@ -187,7 +187,7 @@ class SegmentTrainer(Trainer):
     def _reduce_and_log_stats(self, logging_outputs: Any, sample_size: Any, grad_norm: Optional[Tensor] = None) -> Any:
         """Log what the criterion computed; with a norm, that of an update whose backward pass the host has awaited."""
         if self.device.type == "cuda" and grad_norm is not None:
-            # The optimizer has the current stream, and these figures are older.
+            # The optimizer has the current stream, and these values are older.
             with torch.cuda.stream(_beside(self.device)):
                 logging_outputs, sample_size = _on_the_host((logging_outputs, sample_size))
         return super()._reduce_and_log_stats(logging_outputs, sample_size, grad_norm)
@@ -204,7 +204,7 @@ class SegmentTrainer(Trainer):
         super().consolidate_optimizer()
 
     def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
-        """Save all state of the training; without *extra_state*, what is left of one that has crashed."""
+        """Save all state of the training; without *extra_state*, what is left of a training that has crashed."""
         if not self.should_save_checkpoint_on_current_rank:
             return None
         path = os.path.abspath(filename)
@@ -229,7 +229,7 @@ class SegmentTrainer(Trainer):
         )
 
     def end_epoch(self) -> None:
-        """Report a checkpoint that was due with the end of the epoch, and that nothing could be copied to."""
+        """Report a checkpoint that was due with the end of the epoch, but had nothing to be copied from."""
         due = self._due_path() if self.should_save_checkpoint_on_current_rank else None
         if due is not None and self._written != self._due == self.get_num_updates():
             logger.warning(
@@ -247,11 +247,13 @@ class SegmentTrainer(Trainer):
         optimizer_overrides: Any = None,
         reset_meters: bool = False,
     ) -> Any:
-        """Load a checkpoint if it is there. What fairseq does not restore waits until `lr_step` has been called.
+        """Load a checkpoint if the file exists.
+
+        State that fairseq does not restore waits until `lr_step` has been called.
 
         Raises:
             CheckpointError: the run cannot go on from it.
-            DamagedCheckpointError: it is not what was once saved.
+            DamagedCheckpointError: the checkpoint differs from the one that was saved.
         """
         # The first rank sends it to the others, which since torch 2.6 refuse fairseq's mark for a tensor in it.
         marks = [distributed_utils._TensorPlaceholder]
@@ -260,7 +262,7 @@ class SegmentTrainer(Trainer):
                 filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters
             )
         if reset_optimizer:
-            self._previous_training_time = 0  # --stop-time-hours counts those of this run
+            self._previous_training_time = 0  # --stop-time-hours counts the hours of this run
 
         def finish() -> None:
             interruption.begin(self)
@@ -280,7 +282,7 @@ class SegmentTrainer(Trainer):
         return self.get_lr()
 
     def _restore(self, extra_state: Dict[str, Any], reset_lr_scheduler: bool, reset_meters: bool) -> None:
-        """Restore the state that fairseq does not, from a checkpoint that has it."""
+        """Restore the state that fairseq does not restore, from a checkpoint that has it."""
         state = extra_state.get(type(self.task).__name__)
         if not state:
             return

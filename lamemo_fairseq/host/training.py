@@ -63,7 +63,7 @@ def _check_metric(cfg: Any, trainer: Any) -> None:
     """Look for the metric of ``--best-checkpoint-metric`` in the meters of one batch, long before fairseq does.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: the metric is missing.
     """
     metric = cfg.checkpoint.best_checkpoint_metric
     if cfg.dataset.disable_validation or metric in ("loss", "num_updates"):

@@ -1,6 +1,6 @@
 """The state of fairseq's trainer that fairseq does not save. Without it, a resumed run differs from one never stopped.
 
-- The float32 weights behind those of ``--fp16`` and ``--bf16``. fairseq makes them anew from the rounded ones.
+- The float32 weights behind those of ``--fp16`` and ``--bf16``. fairseq derives them anew from the rounded weights.
 - When the loss scale last changed; with ``--amp`` the scale itself, and how often a batch was tried again.
 - How long ``--patience`` has waited, the state of the schedule, and when the averages of ``--store-ema`` were updated.
 """
@@ -19,12 +19,12 @@ from .schedules import schedule_state
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = ("best", "num_runs")  # attributes that fairseq gives its function
+_PATIENCE = ("best", "num_runs")  # attributes that fairseq adds to its function
 _AVERAGES = ("update_freq_counter", "decay")
 
 
 def training_state(trainer: Any) -> Dict[str, Any]:
-    """Tensors and plain containers, for a checkpoint."""
+    """Return tensors and plain containers, for a checkpoint."""
     state: Dict[str, Any] = {}
     masters = _masters(trainer.optimizer)
     if masters:
@@ -47,7 +47,7 @@ def training_state(trainer: Any) -> Dict[str, Any]:
 
 
 def restore_training_state(trainer: Any, state: Dict[str, Any]) -> None:
-    """Go on from what `training_state` gave, as far as this run has the same."""
+    """Go on from the result of `training_state`, where this run has the same kind of state."""
     if "masters" in state:
         _restore_masters(trainer, state["masters"])
     scaler, saved = getattr(trainer.optimizer, "scaler", None), state.get("scaler", {})
@@ -75,7 +75,7 @@ def _restore_masters(trainer: Any, saved: Tensor) -> None:
         return
     rounded = torch.cat([p.data.flatten() for p in trainer.optimizer.fp16_params])
     saved = saved.to(rounded.device)
-    # Weights may have been changed since, those of an averaged checkpoint for one.
+    # Weights may have been changed since, for example by averaging checkpoints.
     if saved.shape != rounded.shape or not torch.equal(saved.to(rounded.dtype), rounded):
         logger.warning("the float32 weights in the checkpoint are not those of its model: they begin from the model's")
         return
@@ -88,10 +88,10 @@ def _counted(scaler: DynamicLossScaler) -> Set[str]:
 
 
 def check_named_checkpoint(cfg: Any, suffix: str) -> None:
-    """Check that the checkpoint to begin with is there. Without it fairseq trains from the start.
+    """Check that the checkpoint to begin with exists. Without it fairseq trains from the start.
 
     Raises:
-        FileNotFoundError: it is not, with the option that names it.
+        FileNotFoundError: the checkpoint is missing; the message has the option that names it.
     """
     default = "checkpoint_last.pt"
     last = os.path.join(cfg.save_dir, default.replace(".pt", suffix + ".pt"))

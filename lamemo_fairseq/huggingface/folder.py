@@ -12,11 +12,11 @@ from .tokenizer import LamemoTokenizer
 def export_folder(core: LanguageModel, folder: Path) -> None:
     """Write the model and, if there is one, its tokenizer; each file appears whole.
 
-    The configuration of an earlier export goes first, so that its weights and the new ones never make one model.
+    The configuration of an earlier export is removed first, so that its weights and the new ones never make one model.
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: it has a tokenizer, and the model has none.
+        ValueError: the folder has a tokenizer, and the model has none.
     """
     made_for(folder, core.tokenizer)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:

@@ -23,7 +23,6 @@ from .cache import LamemoCache
 from .configuration import CODE, LamemoConfig
 
 IGNORED = -100  # label of a word that is not predicted
-# Keywords that transformers passes around and that are not refused.
 HARMLESS = ("num_items_in_batch", "position_ids", "return_dict", "output_router_logits")
 STUB = '''"""The model of this folder: pip install lamemo-fairseq."""
 
@@ -34,7 +33,7 @@ __all__ = ["LamemoConfig", "LamemoForCausalLM", "LamemoTokenizer"]
 
 
 class Packed(NamedTuple):
-    """The words of a padded input, each sequence's from the left."""
+    """The words of a padded input, those of each sequence from the left."""
 
     tokens: Tensor  # [B, k]
     counts: List[int]  # of each sequence's words
@@ -73,12 +72,12 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LamemoConfig
     base_model_prefix = "model"
     _no_split_modules = ["LanguageModel"]  # on one device: decoding passes layers by their parts
-    _is_stateful = True  # a memory does not go back, so that drafted words cannot be taken back
+    _is_stateful = True  # a memory cannot go back, so that drafted words cannot be taken back
 
     def __init__(self, config: LamemoConfig):
         super().__init__(config)
         self.model = LanguageModel(config.to_core())
-        # Tied weights are one parameter here, and loading would part them again.
+        # Tied weights are one parameter here, and loading would separate them again.
         self._tied_weights_keys = _ties(self)
         config.tie_word_embeddings = bool(self._tied_weights_keys)
         self.post_init()
@@ -135,7 +134,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         """Read ``input_ids [B, L]``.
 
         Args:
-            input_ids: word ids. With a cache, those that follow what it has read.
+            input_ids: word ids. With a cache, the words that follow what the cache has read.
             attention_mask: ``[B, L]`` or, with a cache, of all columns so far; 0 for padding.
             cache: a `LamemoCache`, which is read on in place.
             inputs_embeds: not taken.
@@ -213,7 +212,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
     def _read_segments(self, packed: Packed) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Read whole texts segment by segment: features ``[B, k, d]``, and the memory's losses, means over words.
 
-        In evaluation the last segment is filled up, and so read as if more words followed.
+        In evaluation the last segment is filled up, so that it is read as if more words followed.
         """
         length, total = self.model.segment_length, packed.tokens.size(1)
         if total == 0:

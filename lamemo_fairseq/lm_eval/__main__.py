@@ -23,7 +23,8 @@ def main() -> None:
 
     arguments = sys.argv[1:]
     named = {argument.split("=")[0] for argument in arguments}
-    if arguments and arguments[0] not in ("ls", "validate") and not named & {"--config", "-C"}:  # which names both
+    # A configuration file names model and device.
+    if arguments and arguments[0] not in ("ls", "validate") and not named & {"--config", "-C"}:
         if not named & {"--model", "-M"}:
             sys.argv += ["--model", "lamemo"]
         if "--device" not in named and not torch.cuda.is_available():

@@ -158,8 +158,8 @@ class Answers:
 def split_words(tokenizer: Tokenizer, context: str, continuation: str) -> Tuple[Tensor, Tensor]:
     """Return the words ``[T]`` of a context, after ``</s>``, and of its continuation.
 
-    Both are tokenized together. Spaces between them belong to the continuation; so does a word that reaches from one
-    into the other.
+    Both are tokenized together. Spaces between them belong to the continuation; so does a word that begins in the
+    context and ends in the continuation.
     """
     stripped = context.rstrip(" ")
     continuation = context[len(stripped) :] + continuation

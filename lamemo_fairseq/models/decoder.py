@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # Generation and scoring cut long inputs into segments themselves, so nothing has to be truncated.
 UNLIMITED = 10**9
 
-# What a model returns beside its scores: losses by name, of memories that have some.
+# A model's second result beside its scores: losses by name, of memories that have losses.
 Extra = Optional[Dict[str, Tensor]]
 
 
@@ -56,7 +56,6 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             self.memory.state, {"--memory": self.config.memory, "--mem-len": self.config.slots, **layout}
         )
         self._planned: Tuple[Optional[Tensor], Any] = (None, None)  # targets, and what the loss will have to know
-        # fairseq's moving average leaves alone what has "version" in its name, and fails on other integers.
         self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
         self.for_inference = False  # whether fairseq has prepared the model for it
 
@@ -78,14 +77,14 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             position: the streams that the sequences belong to, and the segment in them. The model then reads and keeps
                 their memory. None takes each sequence as a whole text of any length, read from an empty memory.
             encoder_out: not used; fairseq's generator passes it.
-            incremental_state: what has been read of *src_tokens* before. Only the tokens beyond are read, and scored:
-                N is their number.
-            target: ``[B, N]`` the word after each token. Then the sum of their losses is returned in place of
-                scores, which are never held all at once (`criterions/chunked_cross_entropy.py`).
+            incremental_state: the state of the tokens of *src_tokens* that have been read before. Only the tokens after
+                those are read and scored: N is their number.
+            target: ``[B, N]`` the word after each token. Then the sum of their losses is returned in place of scores,
+                which are never computed all at once (`criterions/chunked_cross_entropy.py`).
             real_only: leave out the padding of streams: with R tokens in all, N is R and B is 1.
 
         Returns:
-            Scores ``[B, N, V]`` (features ``[B, N, d]``), and in training the losses of memories that have some.
+            Scores ``[B, N, V]`` (features ``[B, N, d]``), and in training the losses of memories that have losses.
         """
         real = real_tokens(src_tokens, src_lengths) if real_only and src_lengths is not None else None
         if target is not None:
@@ -112,8 +111,8 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
 
         Raises:
             MissingMemoryError: the segment before *position* has not been read.
-            DivergenceError: in evaluation, a stream's features are not finite. (In training, asking would make the host
-                wait for the device; there the task watches the loss.)
+            DivergenceError: in evaluation, a stream's features are not finite. (In training, this check would make the
+                host wait for the device; there the task watches the loss.)
         """
         if incremental_state is not None:
             texts = self._texts_read(incremental_state) or TextsRead(DecodingState(self, src_tokens.size(0)), 0)
@@ -136,19 +135,19 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
 
         Args:
             tokens, target: ``[B, N]`` word ids, the tensors that `forward` will get.
-            position: where they stand.
+            position: of these tokens.
             seed: of the random numbers that `forward` will draw.
         """
         state = self.streams.before(position)
         if self.graphs is None or position.ragged or isinstance(state, GroupedState):
             return
         if state is not None:
-            # The host waits for what a loss needs to know of its targets: not behind the layers.
+            # The host waits here, before the layers run, for what a loss needs to know of its targets.
             self._planned = target, self.loss_layer.plan(target)
             self.graphs.begin(self, tokens, state, seed)
 
     def _texts_read(self, incremental_state: Dict[str, Any]) -> Optional["TextsRead"]:
-        """Return what this model has read of a batch, None if nothing yet."""
+        """Return this model's state after reading a batch, None if nothing has been read."""
         return FairseqIncrementalDecoder.get_incremental_state(self, incremental_state, "decoding")
 
     def reorder_incremental_state(self, incremental_state: Dict[str, Any], new_order: Tensor) -> None:
@@ -163,7 +162,7 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         """Return (log-)probabilities ``[B, N, V]``, in float32 or wider.
 
         With an adaptive softmax and a *sample*, only the entries of its targets are valid. All words have the target's
-        probability, in the memory of one.
+        probability, stored once.
         """
         logits = net_output[0]
         if self.adaptive_softmax is not None:
@@ -183,9 +182,9 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         return UNLIMITED
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Any], name: str) -> Dict[str, Any]:
-        """Refuse weights that were trained on other words; without memory, leave out those that only a memory uses.
+        """Refuse weights that were trained on other words; without memory, leave out weights that only a memory uses.
 
-        So a model trained with memory can be evaluated without: ``--model-overrides "{'memory': 'none'}"``.
+        So a model trained with memory can be evaluated without it: ``--model-overrides "{'memory': 'none'}"``.
 
         Raises:
             ValueError: the checkpoint's dictionary is not this one.

@@ -32,7 +32,7 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
         """Build the model for a task that feeds consecutive segments.
 
         Raises:
-            ValueError: the task is another one, or the options make no sense.
+            ValueError: the task is of another kind, or the options make no sense.
         """
         feeds_segments = isinstance(task, OwnTask)
         if not feeds_segments:
@@ -54,7 +54,7 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
         """Take a checkpoint's weights.
 
         Raises:
-            ValueError: they are those of a model with other options.
+            ValueError: the weights are those of a model with other options.
         """
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
@@ -76,7 +76,7 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
         return self
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Tell those modules that count updates; to ask their classes takes a tenth of the time of asking them."""
+        """Pass the number of updates to the modules that count them; asking their classes takes a tenth of the time."""
         for module in _within(self):
             if module is not self and hasattr(type(module), "set_num_updates"):
                 cast(Any, module).set_num_updates(num_updates)
@@ -100,12 +100,13 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
         Args:
             model_name_or_path: folder of the checkpoint.
             checkpoint_file: its name; several separated by ``:`` are averaged.
-            data_name_or_path: folder of ``dict.txt``; one that begins with a dot is sought in the checkpoint's folder.
+            data_name_or_path: folder of ``dict.txt``; a folder that begins with a dot is looked up in the checkpoint's
+                folder.
             kwargs: options to override, such as ``mem_len``, and ``tokenizer``, ``bpe`` with their options
                 (``bpe="sentencepiece", sentencepiece_model="FILE"``).
 
         Raises:
-            FileNotFoundError: a folder or a checkpoint is not there.
+            FileNotFoundError: a folder or a checkpoint is missing.
             ValueError: a checkpoint is not one of this package, or an argument is not known.
         """
         check_files(str(model_name_or_path), checkpoint_file, str(data_name_or_path), kwargs)

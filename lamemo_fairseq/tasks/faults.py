@@ -21,7 +21,7 @@ class LossWatch:
     """Finds a loss that is not finite without making the host wait for the device.
 
     `note` begins to copy a loss to the host. `check` reads the copy after the next loss, or before a checkpoint is
-    saved. When the trainer stops at bad gradients, it runs the same batch once more, and that is the next one.
+    saved. When the trainer stops at bad gradients, it runs the same batch once more; that is the next loss.
     """
 
     def __init__(self) -> None:
@@ -29,19 +29,20 @@ class LossWatch:
         self._noted: Optional[Tuple[Callable[[], Tensor], SegmentPosition, int, StreamMemory]] = None
 
     def note(self, loss: Tensor, position: SegmentPosition, update: int, streams: StreamMemory) -> None:
-        """Remember the *loss* of a segment, and during which update it arose (counted from 1)."""
+        """Remember the *loss* of a segment, and the update in which it arose (counted from 1)."""
         self._update = update
         self._noted = (copy_to_host(loss.detach().isfinite().all()), position, update, streams)
 
     def when(self) -> str:
-        """Return the update noted last, to begin a message with; nothing if there was none."""
+        """Return the update noted last, to begin a message with; nothing without an update."""
         return f"after update {self._update}: " if self._update else ""
 
     def check(self) -> None:
-        """Look at the loss noted last.
+        """Check the loss noted last.
 
         Raises:
-            DivergenceError: it is not finite; with the update, the segment, and the streams whose memory is not either.
+            DivergenceError: the loss is not finite; the message has the update, the segment, and the streams whose
+                memory is not finite either.
         """
         if self._noted is None:
             return
@@ -67,15 +68,15 @@ def retry_out_of_memory(
 ) -> StepResult:
     """Run a training step, and run it once more, with the same random numbers, if the device's memory does not suffice.
 
-    fairseq drops the batch instead. The trainer still does if the second try fails as well, or if the first has left
-    gradients that cannot be told from those of earlier batches.
+    fairseq drops the batch instead. The trainer still drops it if the second try fails as well, or if the first has
+    left gradients that cannot be separated from those of earlier batches.
 
     Args:
         train_step: forward and backward, given the criterion.
         criterion: computes the loss of a batch.
-        model: whose parameters take the gradients.
+        model: its parameters receive the gradients.
         advance: reads the segment without gradients, so that the memory moves on although the batch is dropped.
-        alone: whether this is the only rank; others would wait for a second backward's gradients.
+        alone: whether this is the only rank; other ranks would wait for a second backward's gradients.
 
     Returns:
         The result of the step.
@@ -121,5 +122,5 @@ def _attempt(
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        # Its frames would keep what fills the memory.
+        # The error's frames would keep alive what fills the memory.
         return None, error.with_traceback(None), has_loss

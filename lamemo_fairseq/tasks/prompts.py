@@ -1,4 +1,4 @@
-"""The part of the task that continues and scores prompts."""
+"""The task's side of continuing and scoring prompts."""
 
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -25,12 +25,12 @@ class PromptTask(OwnTask, FairseqTask):
     _coding: PromptCoding
 
     def get_interactive_tokens_and_lengths(self, lines: List[str], encode_fn: Callable[[str], str]) -> Any:
-        """Return the word ids of the prompts of fairseq-interactive, and how many each has."""
+        """Return the word ids of the prompts of fairseq-interactive, and the number of ids of each."""
         encoded = encode_prompts([clean_prompt(line) for line in lines], encode_fn, self.dictionary)
         return encoded, [len(ids) for ids in encoded]
 
     def build_tokenizer(self, args: Any) -> Any:
-        """Build the tokenizer that is named, or the data folder's if neither it nor ``--bpe`` is."""
+        """Build the tokenizer that is named, or the data folder's if neither a tokenizer nor ``--bpe`` is named."""
         joins = self._option("post_process")
         check_post_process(joins)
         self._coding = PromptCoding(data_folders(self.cfg.data)[0], joined=joins not in (None, "none"))
@@ -78,7 +78,7 @@ class PromptTask(OwnTask, FairseqTask):
         """Return the number of shards and the index of this one: those of ``--num-shards``, or of several ranks.
 
         Raises:
-            ValueError: there is no such shard, both are asked for, or shards of a training split.
+            ValueError: there is no such shard, both are asked for, or a training split would be divided.
         """
         asked = self._option("num_shards") or 1, self._option("shard_id") or 0
         if asked[0] == 1 or asked == (ranks, rank):
@@ -93,7 +93,7 @@ class PromptTask(OwnTask, FairseqTask):
         return asked
 
     def _option(self, name: str) -> Any:
-        """Return an option that another part of fairseq's configuration has, None outside of a command."""
+        """Return an option of another section of fairseq's configuration, None outside of a command."""
         try:
             value = getattr(self.cfg, name)
         except OmegaConfBaseException:

@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 class SegmentLanguageModelingTask(PromptTask):
     """Feeds B contiguous streams a rank, N tokens a step.
 
-    ``--batch-size`` is B. A split is cut into B times ranks streams; every token of it is predicted
-    once an epoch. Each batch says which streams it belongs to and where it stands in them.
+    ``--batch-size`` is B. A split is cut into B times ranks streams; every token of it is predicted once an epoch. Each
+    batch names its streams, and its position in them.
     """
 
     NAME: ClassVar[str] = TASK
@@ -58,8 +58,8 @@ class SegmentLanguageModelingTask(PromptTask):
         self.scored: Optional[torch.cuda.Event] = None  # when the device has computed the last batch's loss
         self._decoder: Any = None
         self._iterators: Dict[Any, SegmentBatchIterator] = {}
-        self._batches: Optional[SegmentBatchIterator] = None  # that a model is trained on
-        self._trains = False  # whether what is asked for is to be trained on
+        self._batches: Optional[SegmentBatchIterator] = None  # splits that a model is trained on
+        self._trains = False  # whether batches that are asked for are to be trained on
         self._from_checkpoint = bool(kwargs.get("from_checkpoint", False))
 
     @classmethod
@@ -67,9 +67,9 @@ class SegmentLanguageModelingTask(PromptTask):
         """Load the dictionary of the data.
 
         Raises:
-            OSError: a folder, the dictionary or the file of ``--input`` is not there.
-            ValueError: one cannot be read, folders have different dictionaries, or torchrun's processes do not know of
-                each other.
+            OSError: a folder, the dictionary or the file of ``--input`` is missing.
+            ValueError: a file cannot be read, folders have different dictionaries, or torchrun's processes do not know
+                of each other.
         """
         check_task(cfg, kwargs.get("from_checkpoint", False))
         leave_out_warnings()
@@ -116,7 +116,7 @@ class SegmentLanguageModelingTask(PromptTask):
 
         Raises:
             FileNotFoundError: there is no such split.
-            ValueError: it holds no tokens, or is damaged.
+            ValueError: the split holds no tokens, or is damaged.
         """
         paths = utils.split_paths(self.cfg.data)
         folder = paths[(epoch - 1) % len(paths)]
@@ -157,7 +157,7 @@ class SegmentLanguageModelingTask(PromptTask):
 
     @contextlib.contextmanager
     def training_batches(self) -> Iterator[None]:
-        """Batches that are asked for meanwhile are to be trained on; all others, of that split too, to be evaluated."""
+        """Let batches that are asked for in this context be for training; all others are for evaluation."""
         self._trains = True
         try:
             yield
@@ -191,7 +191,7 @@ class SegmentLanguageModelingTask(PromptTask):
 
         ``max_sentences`` is the number of streams a rank. Without it there are as many as ``max_tokens`` holds
         segments, in evaluation no more than leave each stream its context. Options about sizes, shuffling and
-        remainders do not apply to streams. What is to be trained on is asked for in `training_batches`. For
+        remainders do not apply to streams. Batches to train on are asked for in `training_batches`. For
         fairseq-generate, the lines of the split as prompts.
         """
         if isinstance(dataset, SegmentDataset) and (as_streams or not getattr(self._decoder, "for_inference", False)):
@@ -202,9 +202,9 @@ class SegmentLanguageModelingTask(PromptTask):
             prompts = PromptDataset(dataset.tokens.lines, self.dictionary, with_end=True)
             prompts.take_shard(*self._shard(num_shards, shard_id), name=f"the split '{dataset.split}'")
             dataset, num_shards, shard_id = prompts, 1, 0
-        if max_tokens is not None:  # a text is read in parts, so that a long one is a batch of its own
+        if max_tokens is not None:  # a text is read in pieces, so that a long one is a batch of its own
             max_tokens = max([max_tokens, *map(int, dataset.sizes)])
-        kwargs["required_batch_size_multiple"] = 1  # with another, fairseq drops texts at the end
+        kwargs["required_batch_size_multiple"] = 1  # with another value fairseq drops texts at the end
         sizes = {"max_tokens": max_tokens, "max_sentences": max_sentences}
         with without_records("fairseq.tasks.fairseq_task"):  # four lines a prompt of fairseq-interactive
             return super().get_batch_iterator(dataset, **sizes, num_shards=num_shards, shard_id=shard_id, **kwargs)
@@ -222,7 +222,7 @@ class SegmentLanguageModelingTask(PromptTask):
         seed: int = 1,
         **unused: Any,
     ) -> SegmentBatchIterator:
-        """Return the batches of a split's streams; in evaluation, those of before where they were the same."""
+        """Return the batches of a split's streams; in evaluation, the former batches if they would be the same."""
         training = self._trains
         if not training and dataset.roll_seed is not None:
             dataset = dataset.in_order
@@ -242,8 +242,8 @@ class SegmentLanguageModelingTask(PromptTask):
                 epoch=epoch,
                 buffer_size=data_buffer_size,
                 reuse_dataloader=True,
-                # An epoch's own end with it: left to the garbage collector, which takes their queues away first, each
-                # would be waited for in vain for five seconds.
+                # The end of an epoch ends its threads too. The garbage collector would take their queues away first,
+                # and each thread would be waited for in vain for five seconds.
                 persistent_workers=not training,
             )
             if training:
@@ -254,7 +254,7 @@ class SegmentLanguageModelingTask(PromptTask):
         """Log how a split is cut.
 
         Raises:
-            ValueError: its streams would hold too little.
+            ValueError: a stream would hold too little.
         """
         layout = dataset.layout(streams * ranks)
         layout.check(f"the split '{dataset.split}'", self._trains)
@@ -320,7 +320,7 @@ class SegmentLanguageModelingTask(PromptTask):
         """Return the loss of a batch.
 
         Raises:
-            DivergenceError: it is not a finite number.
+            DivergenceError: the loss is not a finite number.
         """
         sample = without_padding(sample)
         try:
@@ -336,7 +336,7 @@ class SegmentLanguageModelingTask(PromptTask):
         return result
 
     def reduce_metrics(self, logging_outputs: List[Dict[str, Any]], criterion: Any) -> None:
-        """Log the criterion's figures and the memory's losses a token, in nats or what their papers have."""
+        """Log the criterion's losses, and the memory's losses per token, in nats or in the units of their papers."""
         super().reduce_metrics(logging_outputs, criterion)
         tokens = sum(logged.get("ntokens", 0) for logged in logging_outputs)
         for name in {name for logged in logging_outputs for name in logged if name.startswith(PREFIX)}:
@@ -344,7 +344,7 @@ class SegmentLanguageModelingTask(PromptTask):
             metrics.log_scalar(name, total / tokens, tokens, round=5)
 
     def post_save(self, path: str, updates: int) -> None:
-        """Note that a checkpoint has been written, with all its copies."""
+        """Record that a checkpoint has been written, with all its copies."""
         note_saved(updates)
 
     def eval_lm_dataloader(
@@ -359,7 +359,7 @@ class SegmentLanguageModelingTask(PromptTask):
         data_buffer_size: int = 10,
         **kwargs: Any,
     ) -> Any:
-        """Batches for fairseq-eval-lm."""
+        """Return batches for fairseq-eval-lm."""
         if context_window > 0:
             raise ValueError(
                 "--context-window does not apply to a model with memory, whose memory is the context: leave it out, "

@@ -6,7 +6,7 @@ from fairseq.tasks.fairseq_task import StatefulContainer
 
 
 class TaskState(StatefulContainer):
-    """fairseq's container, which can be copied and pickled here. A copy of fairseq's reads what it has not got yet."""
+    """fairseq's container, which can be copied and pickled here: a copy of fairseq's reads fields that it lacks."""
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_state", "_factories") or name.startswith("__"):

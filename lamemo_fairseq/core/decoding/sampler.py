@@ -87,8 +87,7 @@ class Sampler:
 
     @classmethod
     def take(cls, state: DecodingState, choose: Choose, adjust: Adjustment) -> "Sampler":
-        """Return the sampler that the model's last call returned, with its graphs, if it fits these texts; else a new
-        one."""
+        """Return the sampler of the model's last call, with its graphs, if it fits these texts; else a new one."""
         try:
             spare = _spares(state.decoder).pop()
         except IndexError:  # there is none, or another thread took it

@@ -185,8 +185,10 @@ class KernelDrawing:
         return MOST_WORDS
 
     def reseed(self) -> None:
-        """Take other random numbers from here on. With one seed, a position among the drawn words always gets the same
-        random numbers."""
+        """Take other random numbers from here on.
+
+        With one seed, a position among the drawn words always gets the same random numbers.
+        """
         self._seed.random_()
 
     def __call__(self, scores: Tensor, words: Tensor, tokens: Tensor, drawn: Drawn) -> None:

@@ -8,8 +8,10 @@ from torch.autograd.function import FunctionCtx
 
 
 class Context(FunctionCtx):
-    """Values that a forward pass saves for its backward pass. A function that saves more than tensors declares it in a
-    subclass."""
+    """Values that a forward pass saves for its backward pass.
+
+    A function that saves more than tensors declares it in a subclass.
+    """
 
     saved_tensors: Tuple[Tensor, ...]
     needs_input_grad: Tuple[bool, ...]

@@ -31,8 +31,7 @@ class WithMatrices(CachedMemory, Protocol):
 
 @dataclass
 class AssociativeLayerCache(LayerCache):
-    """Keys, values, and the layer's matrix, which is zero until the first segment is full: reading zeros adds
-    nothing."""
+    """Keys, values, and the layer's matrix: zeros until the first segment is full, which add nothing."""
 
     associations: Associations  # of [B, F, d] and [B, F]
 

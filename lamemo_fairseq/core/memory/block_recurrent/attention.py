@@ -115,8 +115,7 @@ class WindowSelfAttention(StrictSelfAttention):
 
 
 class RecurrentSelfAttention(StrictSelfAttention):
-    """Every token attends to the M tokens before it, and with queries of their own to the states from before the
-    window.
+    """Every token attends to the M tokens before it and, by other queries, to the states from before the window.
 
     The output projection takes both read-outs, those of tokens first.
     """
@@ -154,8 +153,7 @@ def scaled(q: Tensor, head_scale: Tensor, scale: float) -> Tensor:
 
 
 def read(backend: str, q: Tensor, head_scale: Tensor, seen: KeyValues) -> Tensor:
-    """Let queries ``[B, H, Q, D]`` attend to all of *seen*, without positions: ``[B, H, Q, D or D']``, as wide as
-    *seen*."""
+    """Let queries ``[B, H, Q, D]`` attend to all of *seen*, as wide as it: ``[B, H, Q, D or D']``; no positions."""
     scale = q.size(-1) ** -0.5
     queries = as_wide(seen.keys, scaled(q, head_scale, scale))
     return unmasked_attention(backend, queries, seen.keys.to(q.dtype), seen.values.to(q.dtype), scale).output

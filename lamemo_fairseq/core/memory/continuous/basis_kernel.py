@@ -1,5 +1,4 @@
-"""Triton kernels: expected Gaussian basis functions, and their gradients; nothing as large as both is stored in
-between.
+"""Triton kernels: expected Gaussian basis functions, and their gradients; nothing of their size is stored between.
 
 Shapes: T densities, J basis functions.
 """

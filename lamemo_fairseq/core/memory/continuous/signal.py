@@ -37,8 +37,7 @@ class Signal:
     sampling: str
 
     def growth(self, length: int) -> float:
-        """Return the factor by which the past grows in the long run with every *length* new rows, if it is sampled
-        evenly.
+        """Return the factor by which the past grows in the long run with every *length* new rows, sampled evenly.
 
         It is the spectral radius of the map from coefficients to coefficients, about ``contraction`` for a good fit.
 
