@@ -101,3 +101,24 @@ def test_the_parts_of_a_step(monkeypatch):
     assert {name: round(1e3 * value, 9) for name, value in parts.items()} == {
         "host ms": 40, "reduction ms": 20, "exposed ms": 10, "idle ms": 20,
     }  # fmt: skip
+
+
+def test_a_lead_is_by_seed_and_told_beside_the_last_point(monkeypatch, tmp_path):
+    from examples.books import lead
+
+    perplexities = {"lamemo": {1: 90.0, 2: 95.0}, "transformer_xl": {1: 100.0}, "transformer_xl_longer": {2: 76.0}}
+    stored = {
+        f"{row}-{seed}": {
+            "run": {"row": row, "seed": seed},
+            "training": {"updates": 1000, "tokens_an_update": 2e4},
+            "evaluations": {"test": {"perplexity": perplexity}},
+        }
+        for row, by_seed in perplexities.items()
+        for seed, perplexity in by_seed.items()
+    }
+    monkeypatch.setattr(lead.kept, "read", lambda path: stored)
+    assert lead.leads("books/words", "transformer_xl") == (20, [pytest.approx(10)])
+    monkeypatch.setattr(sys, "argv", ["lead", str(tmp_path / "lead.svg")])
+    lead.main()
+    drawn = (tmp_path / "lead.svg").read_text()
+    assert "at equal tokens: 10.0% ahead" in drawn and "at equal time: 25.0% behind" in drawn
