@@ -77,7 +77,7 @@ def main() -> None:
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.set_xlim(20, 3500)
-    axis.set_ylim(-10, 5)
+    axis.margins(y=0.2)
     axis.set_xlabel("tokens that LaMemo's training read, millions")
     axis.set_ylabel("its test perplexity is lower by, percent")
     axis.set_title("LaMemo's lead over Transformer-XL", loc="left", color=TEXT)
