@@ -44,12 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     to_fairseq = commands.add_parser("import", help="released checkpoint to fairseq's, or transformers' to the core's")
     to_fairseq.add_argument("source", help="released checkpoint, or a folder of transformers")
     to_fairseq.add_argument("folder")
-    to_fairseq.add_argument("--format", choices=FORMATS, default="released", help="of what is read")
+    to_fairseq.add_argument("--format", choices=FORMATS, default="released", help="format of the input")
     to_fairseq.add_argument("--vocabulary", help="a word a line, where the released checkpoint holds none")
     back = commands.add_parser("export", help="fairseq checkpoint to a released one, or a model to transformers'")
     back.add_argument("checkpoint", help="fairseq's, or with --format transformers a folder of the core")
     back.add_argument("target", help="released checkpoint, or a folder for transformers")
-    back.add_argument("--format", choices=FORMATS, default="released", help="of what is written")
+    back.add_argument("--format", choices=FORMATS, default="released", help="format of the output")
     to_core = commands.add_parser("core", help="fairseq checkpoint to a folder for lamemo_fairseq.core")
     to_core.add_argument("checkpoint")
     to_core.add_argument("folder")
@@ -66,7 +66,9 @@ def _add_encoding_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--source-lang", help="language for the Moses tokenizer")
     group.add_argument("--bpe", choices=("sentencepiece", "subword_nmt", "bytes", "characters"))
     group.add_argument("--sentencepiece-model", metavar="FILE")
-    group.add_argument("--bpe-codes", metavar="FILE", help="without it, pieces are joined, and texts have to have them")
+    group.add_argument(
+        "--bpe-codes", metavar="FILE", help="codes of subword_nmt; without them, texts have to be in pieces already"
+    )
 
 
 def _import_released(args: argparse.Namespace) -> None:

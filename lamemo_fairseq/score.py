@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--score-separators", action="store_true", help="as in fairseq-eval-lm")
     parser.add_argument("--at-document", choices=["clear", "keep"], help="as in fairseq-eval-lm")
     parser.add_argument("--post-process", help="join pieces to words for the loss a word of the dictionary")
-    parser.add_argument("--softmax-batch", type=int, default=0, help="score at most so many tokens at once")
+    parser.add_argument("--softmax-batch", type=int, default=0, help="largest number of tokens to score at once")
     parser.add_argument("--fp16", action="store_true", help="compute in half precision")
     parser.add_argument("--cpu", action="store_true")
     return parser

@@ -48,8 +48,10 @@ def parser() -> argparse.ArgumentParser:
             _coding(command, dataset)
     own = commands.add_parser("own", help="a text of one's own")
     _common(own, "training, validation and test text; or one text; or a folder or archive with train.txt and so on")
-    own.add_argument("--shares", type=float, nargs="+", help="of one text for each split (90 5 5)")
-    own.add_argument("--first-bytes", type=int, nargs="+", help="of each split's text, instead of all of it")
+    own.add_argument("--shares", type=float, nargs="+", help="share of each split in one text (90 5 5)")
+    own.add_argument(
+        "--first-bytes", type=int, nargs="+", help="bytes to read of each split's text, instead of all of it"
+    )
     own.add_argument(
         "--documents",
         action="store_true",
@@ -68,11 +70,18 @@ def _coding(command: argparse.ArgumentParser, dataset: Dataset) -> None:
     bpe = dataset.tokenizer.bpe if isinstance(dataset.tokenizer, LineTokenizer) else "none"
     pieces = dataset.training or PieceTraining()
     # Options without a default here are None unless they are given, so that options without effect can be refused.
-    command.add_argument("--tokenizer", choices=sorted(WORDS), default="space", help="what makes words of a line")
     command.add_argument(
-        "--bpe", choices=sorted({**PIECES, **WHOLE_TEXT}), default=bpe, help=f"what splits words ({bpe})"
+        "--tokenizer", choices=sorted(WORDS), default="space", help="way of dividing a line into words"
     )
-    command.add_argument("--paragraphs", action="store_true", help="a paragraph a line: empty lines part them")
+    command.add_argument(
+        "--bpe",
+        choices=sorted({**PIECES, **WHOLE_TEXT}),
+        default=bpe,
+        help=f"way of splitting words into pieces ({bpe})",
+    )
+    command.add_argument(
+        "--paragraphs", action="store_true", help="join the lines of a paragraph; empty lines separate paragraphs"
+    )
     command.add_argument("--pattern", help="regular expression of a word for --tokenizer words")
     command.add_argument("--source-lang", help="language for --tokenizer moses (en)")
     command.add_argument("--sentencepiece-model", type=Path, help="a trained model; without it one is trained")

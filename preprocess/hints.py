@@ -64,7 +64,7 @@ def of_the_result(splits: Mapping[str, Any], files: Mapping[str, Any]) -> Iterat
     for split, count in splits.items():
         words = count["tokens"] - count["lines"]  # ends of lines are never unknown
         if split != "train" and files[f"{split}.bin"]["sha256"] == files["train.bin"]["sha256"]:
-            yield f"{split} is the same text as train: its figures will say nothing about other text"
+            yield f"{split} is the same text as train: its loss will say nothing about other text"
         if count["unknown"] > _MOSTLY * words:
             yield (
                 f"{split}: {count['unknown'] / words:.0%} of the words are unknown to the dictionary; does it belong "

@@ -60,8 +60,14 @@ def test_what_means_nothing_here_is_refused_by_name(name):
         ({"diverse_beam_strength": 2.0}, "pass --diverse-beam-groups with it"),
         ({"diverse_beam_groups": 5, "diverse_beam_strength": -1.0}, "--diverse-beam-strength is -1.0"),
         ({"diversity_rate": -0.5}, "--diversity-rate is -0.5"),
-        ({"score_reference": True, "prefix_size": 3}, "--prefix-size generates and --score-reference scores"),
-        ({"score_reference": True, "sampling": True}, "--sampling generates and --score-reference scores"),
+        (
+            {"score_reference": True, "prefix_size": 3},
+            "--prefix-size generates text and --score-reference scores given text",
+        ),
+        (
+            {"score_reference": True, "sampling": True},
+            "--sampling generates text and --score-reference scores given text",
+        ),
     ],
     ids=str,
 )

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--subset", default="valid")
     parser.add_argument("--out", type=Path, required=True, help="folder for CSV files and pictures")
     parser.add_argument("--batch-size", type=int, default=8, help="streams read side by side")
-    parser.add_argument("--segments", type=positive, help="read so many segments of every stream only")
+    parser.add_argument("--segments", type=positive, help="number of segments to read of every stream (default: all)")
     parser.add_argument("--mem-len", type=int, help="another memory length than in training")
     parser.add_argument("--tokens-per-sample", type=int, help="another segment length than in training")
     parser.add_argument(
@@ -67,7 +67,12 @@ def parser() -> argparse.ArgumentParser:
         help="where documents begin: one, recorded, headings (as WikiText has them), blank-lines:N, separator:WORD",
     )
     parser.add_argument(
-        "--cut-memory", type=not_negative, nargs="+", default=[], metavar="SLOTS", help="read with so many slots too"
+        "--cut-memory",
+        type=not_negative,
+        nargs="+",
+        default=[],
+        metavar="SLOTS",
+        help="read the split again with these numbers of slots",
     )
     parser.add_argument("--cpu", action="store_true")
     return parser
@@ -130,8 +135,8 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
     if collected.slots < memory.slots:
         print(
             f"{name}: the memory of {memory.slots} slots was never full when a whole segment was read; "
-            f"attention is that of {collected.slots}: read more segments, or more of them with a smaller --batch-size, "
-            "unless the lengths never let it fill up (a compressive memory whose rate does not divide them)",
+            f"attention is that of {collected.slots}: read more segments, or longer streams with a smaller "
+            "--batch-size. (A compressive memory never fills up if its rate does not divide the lengths.)",
             file=sys.stderr,
         )
     config = model.decoder.config

@@ -27,15 +27,15 @@ class ModelConfig:
     vocabulary_size: int
     segment_length: int  # N, tokens that are read at a time
 
-    memory: str = option("lookahead", "what is carried from one segment to the next", MEMORIES.names())
-    position_encoding: str = option("disentangled", "how attention knows distances and directions", POSITIONS.names())
+    memory: str = option("lookahead", "memory that is carried from one segment to the next", MEMORIES.names())
+    position_encoding: str = option("disentangled", "how attention encodes distances and directions", POSITIONS.names())
     mem_len: int = option(150, "memory slots M a layer")
     bptt_segments: int = option(
         1,
-        "segments that --tokens-per-sample is read in, gradient flowing between them through a memory that lets it "
-        "(1: none, so that only what reads such a memory is trained, not what writes it)",
+        "segments that --tokens-per-sample is divided into, with gradient between them if the memory "
+        "carries it (1: maps that only write the memory are not trained)",
     )
-    clamp_len: int = option(0, "largest distance told apart (0: no limit)")
+    clamp_len: int = option(0, "largest distance that is distinguished (0: no limit)")
     same_length: bool = option(False, "let every token see the same number of tokens, M")
     attention_backend: str = option("auto", "implementation of the attention", BACKENDS.names())
     cuda_graphs: bool = option(False, "record segments as CUDA graphs: faster where launches take long")
@@ -56,9 +56,9 @@ class ModelConfig:
         None, "comma separated cutoffs of the adaptive softmax (default: full softmax)"
     )
     adaptive_softmax_factor: float = option(
-        1.0, "each band's output is this much narrower than the one before (div_val)"
+        1.0, "factor by which each band's output is narrower than the one before (div_val)"
     )
-    adaptive_input: bool = option(False, "embed the adaptive softmax's bands in the same widths as it does")
+    adaptive_input: bool = option(False, "embed each band of the adaptive softmax in the width of its output")
     untie_output: bool = option(False, "give the output layer weights of its own instead of the embeddings'")
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass to save memory")
 
@@ -146,7 +146,7 @@ class ModelConfig:
                 raise ValueError(f"{option_name(name)} is {rate}, it must be at least 0 and below 1")
         if self.clamp_len < 0:
             raise ValueError(
-                f"--clamp-len is {self.clamp_len}: pass 0 for no limit, or the largest distance to tell apart"
+                f"--clamp-len is {self.clamp_len}: pass 0 for no limit, or the largest distance to distinguish"
             )
         if self.decoder_head_dim is None and self.decoder_embed_dim % self.decoder_attention_heads:
             raise ValueError(
@@ -175,8 +175,8 @@ class ModelConfig:
             )
         if memory.remembers and not POSITIONS[self.position_encoding].reaches_memory:
             raise ValueError(
-                f"--position-encoding {self.position_encoding} numbers the tokens of one segment, so that memory rows "
-                "would share the positions of current ones: take another encoding, or --memory none instead of "
+                f"--position-encoding {self.position_encoding} numbers the tokens of one segment, so memory "
+                "rows would repeat their positions: take another encoding, or --memory none instead of "
                 f"{self.memory}"
             )
         self._check_words(memory.slots_are_tokens)

@@ -308,8 +308,8 @@ class _Replay(Function):
         recording = ctx.recording
         if ctx.number != recording.passes:
             raise RuntimeError(
-                "another segment was read between a segment's forward and backward pass, and a CUDA graph keeps the "
-                "activations of the last one only: leave out --cuda-graphs"
+                "a segment was read between another's forward and backward pass, but a CUDA graph keeps the "
+                "last activations only: leave out --cuda-graphs"
             )
         copy_all(recording.output_grads, grads)
         return (None, *recording.backward())

@@ -106,7 +106,7 @@ def _read_record(path: str) -> List[int]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: it has a number of lines for each document, {error}") from error
     if any(count < 0 for count in lines):
-        raise ValueError(f"{path} is damaged: a document cannot have fewer than no lines")
+        raise ValueError(f"{path} is damaged: a document cannot have a negative number of lines")
     return lines
 
 

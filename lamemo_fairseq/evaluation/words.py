@@ -37,7 +37,7 @@ def _check_mark(name: Optional[str], pieces: Sequence[str]) -> None:
     if mark is not None and not any(mark in piece for piece in pieces):
         raise ValueError(
             f"--post-process {name} divides words at '{mark}', which no piece of the dictionary has: leave it out, or "
-            "pass the one that the text was cut into pieces with"
+            "pass the name of the text's own pieces"
         )
     if name in _GOING_ON and not any(piece.endswith(_GOES_ON) for piece in pieces):
         logger.warning("--post-process %r has no effect: no piece of the dictionary ends with %s", name, _GOES_ON)

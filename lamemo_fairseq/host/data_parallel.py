@@ -128,8 +128,8 @@ class GradientReducer:
             work.wait()
         if self._replayed and any(p.grad is not None for bucket in self.buckets for p in bucket.parameters):
             raise RuntimeError(
-                "a parameter of the layers has a gradient that does not come from them alone, such as from a loss of "
-                "its own, and theirs was reduced over ranks before: leave out --cuda-graphs"
+                "a parameter of the layers got another gradient, such as from a loss of its own, after its "
+                "first was reduced over ranks: leave out --cuda-graphs"
             )
         for group, sums in zip(self._groups, self._sums, strict=True):
             for p, gradient in zip(group, sums, strict=True):

@@ -78,7 +78,7 @@ def check_generation(options: Any) -> None:
         for name in ("prefix_size", "sampling"):
             if value(name):
                 raise ValueError(
-                    f"{option_name(name)} generates and --score-reference scores what is there: pass one of them"
+                    f"{option_name(name)} generates text and --score-reference scores given text: pass one of them"
                 )
 
 

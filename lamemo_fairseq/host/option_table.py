@@ -205,8 +205,8 @@ _RULES = [
         REFUSED,
         "combine_valid_subsets",
         TRAINING,
-        "it joins the parts of one split, valid, valid1 and so on; leave --valid-subset out, or, to validate on each "
-        "split by itself, this option",
+        "it joins valid, valid1 and so on into one split; leave --valid-subset out, or leave this option "
+        "out to validate on each split by itself",
         is_other("valid_subset", "valid"),
     ),
     rule(REFUSED, "gen_subset", (VALIDATE,), "this command evaluates --valid-subset; pass that"),
@@ -284,8 +284,8 @@ _RULES = [
         REFUSED,
         "write_checkpoints_asynchronously",
         TRAINING,
-        "it writes neither checkpoint_last.pt, from which a run resumes, nor checksums; leave it out. What writing "
-        "takes is in the log",
+        "it writes neither checkpoint_last.pt, from which a run resumes, nor checksums; leave it out. The log has "
+        "the time that writing takes",
     ),
     rule(
         REFUSED,

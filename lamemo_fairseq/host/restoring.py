@@ -136,8 +136,8 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
             )
         if "last_optimizer_state" not in state:
             raise CheckpointError(
-                f"{path} was saved with --no-save-optimizer-state, and a run cannot go on from it as if it had not "
-                "ended: pass --finetune-from-model to begin one with its weights"
+                f"{path} was saved with --no-save-optimizer-state, so that no run can go on from it: pass "
+                "--finetune-from-model to begin a run with its weights"
             )
     told = [d for d in differences if d.section == "model" or not run.anew]
     if told:

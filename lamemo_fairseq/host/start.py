@@ -172,7 +172,7 @@ def _check_choices(settings: Settings) -> None:
     check_criterion_name(str(settings.get("criterion")))
     for need in _NEEDS:
         if str(settings.get(need.option)) == need.choice and not need.met(settings):
-            raise ValueError(f"{option_name(need.option)} {need.choice} misses something: {need.remedy}")
+            raise ValueError(f"{option_name(need.option)} {need.choice} is incomplete: {need.remedy}")
     restored = settings.get("restore_file") not in (None, "checkpoint_last.pt")
     if settings.get("finetune_from_model") and restored:
         raise ValueError("--finetune-from-model begins a run and --restore-file goes on with one: pass one of the two")
@@ -206,7 +206,7 @@ def not_known(kind: str, name: str, known: Iterable[str]) -> str:
         kind: what precedes the name.
     """
     names = list(known)
-    otherwise = f"pass one of {', '.join(names)}" if len(names) < 20 else "--help lists what is"
+    otherwise = f"pass one of {', '.join(names)}" if len(names) < 20 else "--help lists the known names"
     return f"{kind}{name} is not known: {did_you_mean(name, names) or otherwise}"
 
 

@@ -73,6 +73,6 @@ def _check_metric(cfg: Any, trainer: Any) -> None:
     names = meters.get_smoothed_values()
     if metric not in names:
         raise ValueError(
-            f"--best-checkpoint-metric {metric} is not a figure of a validation: pass one of "
+            f"--best-checkpoint-metric {metric} is not measured in a validation: pass one of "
             f"{', '.join(name for name in names if not name.startswith('_'))}"
         )

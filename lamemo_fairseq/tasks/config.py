@@ -17,13 +17,13 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     roll: bool = field(
         default=False,
         metadata={
-            "help": "rotate every training stream by a random offset in each epoch; of documents, change the order"
+            "help": "rotate every training stream by a random offset in each epoch; with documents, change their order"
         },
     )
     documents: ChoiceEnum(["none", "recorded", "separator"]) = field(  # type: ignore[valid-type]
         default="none",
         metadata={
-            "help": "read splits as documents, recorded in the data folder or parted by a line (docs/documents.md)"
+            "help": "read splits as documents, recorded in the data folder or separated by a line (docs/documents.md)"
         },
     )
     document_separator: str = field(
@@ -33,7 +33,7 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
         default=False, metadata={"help": "read and score separators as the last line of a document, not leave them out"}
     )
     at_document: ChoiceEnum(["clear", "keep"]) = field(  # type: ignore[valid-type]
-        default="clear", metadata={"help": "what becomes of the memory where a document begins"}
+        default="clear", metadata={"help": "clear or keep the memory where a document begins"}
     )
     seed: int = II("common.seed")
     dataset_impl: Optional[ChoiceEnum(get_available_dataset_impl())] = II(  # type: ignore[valid-type]

@@ -77,9 +77,9 @@ class SegmentLanguageModelingTask(PromptTask):
         prepare_ranks()
         if launched_ranks() > 1 and not several_ranks():
             raise ValueError(
-                f"torchrun has started {launched_ranks()} processes, of which fairseq takes each for a job of its own: "
-                "pass --distributed-world-size with the number of ranks, or on CPUs in a YAML the options "
-                "that docs/several_machines.md has"
+                f"torchrun has started {launched_ranks()} processes, but fairseq takes each for a job of "
+                "its own: pass --distributed-world-size with the number of ranks (docs/several_machines.md "
+                "has the options of a YAML on CPUs)"
             )
         if not cfg.data:
             raise ValueError("no data: pass the folder that fairseq-preprocess wrote")

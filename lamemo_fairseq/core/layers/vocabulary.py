@@ -103,9 +103,9 @@ class _Output(nn.Module):
         super().__init__()
         if tied is not None and tied.bands.tables != bands.tables:
             raise ValueError(
-                "the output layer cannot share the embeddings' weights, which have other shapes "
-                f"({tied.bands.tables}, the output needs {bands.tables}): give both the same width, cutoffs and factor "
-                "(--adaptive-input, --decoder-output-dim), or pass --untie-output"
+                f"the output layer cannot share the embeddings' weights of shapes {tied.bands.tables}, as it needs "
+                f"{bands.tables}: give both the same width, cutoffs and factor (--adaptive-input, "
+                "--decoder-output-dim), or pass --untie-output"
             )
         self.bands = bands
         self.weights = nn.ParameterList(

@@ -11,8 +11,8 @@ class AssociativeSelfAttention(CausalSelfAttention):
     def __init__(self, config: AttentionConfig):
         if config.span is not None:
             raise ValueError(
-                "--same-length lets a token see a fixed number of rows, which would hide tokens of a segment from the "
-                "memory tokens behind it: leave it out, or --memory recurrent instead of associative"
+                "--same-length would hide tokens of a segment from the memory tokens behind it: leave it "
+                "out, or pass --memory recurrent instead of associative"
             )
         super().__init__(config)
         assert isinstance(config.options, AssociativeOptions)

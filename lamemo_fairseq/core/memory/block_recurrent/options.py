@@ -18,7 +18,7 @@ class BlockRecurrentOptions(MemoryOptions):
     )
     state_gate: str = option(
         FIXED,
-        "what weighs a state against its update: a learned number for each channel, or the gates of an LSTM",
+        "gate between a state and its update: a learned number for each channel, or the gates of an LSTM",
         [FIXED, LSTM],
     )
 

@@ -16,9 +16,13 @@ class CompressiveOptions(MemoryOptions):
     compression_rate: int = option(3, "rows r that become one compressed slot")
     compression: str = option("conv", "how rows that leave the memory are compressed", COMPRESSIONS.names())
     compression_loss: str = option(
-        "attention-reconstruction", "what trains a compression that has weights; others have no loss", LOSSES.names()
+        "attention-reconstruction",
+        "loss that trains a compression with weights; other compressions have no loss",
+        LOSSES.names(),
     )
-    compression_loss_weight: float = option(1.0, "factor of that loss, a mean over tokens, components and layers")
+    compression_loss_weight: float = option(
+        1.0, "factor of --compression-loss, a mean over tokens, components and layers"
+    )
 
     def check(self) -> None:
         compression = COMPRESSIONS[str(self.compression)]

@@ -83,7 +83,7 @@ class ContinuousMemory(Memory[ContinuousState, ContinuousOptions]):
         growth = self.signal.growth(config.segment_length)
         if growth >= 1:
             raise ValueError(
-                f"a continuous memory with these options would grow {growth:.3g} times a segment, without end: pass a "
+                f"a continuous memory with these options would grow {growth:.3g} times a segment: pass a "
                 f"--ridge-penalty above {options.ridge_penalty:g}, or other --memory-samples than "
                 f"{options.memory_samples} with --num-basis-functions {options.num_basis_functions}"
             )

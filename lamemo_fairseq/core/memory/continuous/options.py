@@ -15,16 +15,16 @@ _NARROWEST, _WIDEST = 1e-6, 1e6
 
 @dataclass(frozen=True)
 class ContinuousOptions(MemoryOptions):
-    num_basis_functions: int = option(512, "radial basis functions that a continuous memory is made of")
+    num_basis_functions: int = option(512, "radial basis functions of a continuous memory")
     basis_widths: str = option("0.01,0.05", "comma separated standard deviations of the radial basis functions")
     ridge_penalty: float = option(1.0, "penalty of the ridge regression that fits a continuous memory")
-    contraction_factor: float = option(0.75, "part of a continuous memory that its past is squeezed into, tau")
-    memory_samples: int = option(512, "samples of the past that a continuous memory is fitted to again")
+    contraction_factor: float = option(0.75, "share of a continuous memory that its past is squeezed into, tau")
+    memory_samples: int = option(512, "samples of the past to which a continuous memory is fitted again")
     memory_sampling: str = option(
         "sticky", "where a continuous memory is sampled: where attention was, or evenly", list(SAMPLINGS)
     )
     kl_weight: float = option(1e-6, "weight of the KL divergence of a continuous attention from a narrow one")
-    kl_sigma: float = option(0.05, "standard deviation of that narrow attention, sigma_0")
+    kl_sigma: float = option(0.05, "standard deviation of the narrow attention of --kl-weight, sigma_0")
 
     def basis(self) -> RadialBasis:
         """Return the basis that the options name."""

@@ -13,8 +13,8 @@ UPDATE_RULES = ("linear", "delta")
 class InfiniOptions(MemoryOptions):
     memory_update_rule: str = option(
         "linear",
-        "what a segment adds to a matrix of associations: its values, or with delta their differences from the values "
-        "that its keys read there",
+        "values that a segment adds to a matrix of associations: its own, or with delta their differences "
+        "from those that its keys read",
         UPDATE_RULES,
     )
 

@@ -10,7 +10,7 @@ from .windows import WINDOWS
 
 @dataclass(frozen=True)
 class LookaheadOptions(MemoryOptions):
-    lookahead_window: str = option("right", "which side of a memory slot it looks ahead at", list(WINDOWS))
+    lookahead_window: str = option("right", "side of a memory slot that it looks at: its right, or both", list(WINDOWS))
 
     def check(self) -> None:
         if str(self.lookahead_window) not in WINDOWS:

@@ -19,7 +19,7 @@ class MemorizingOptions(MemoryOptions):
     )
     retrieval: str = option(
         TOP_K,
-        "what queries read of the store: the best rows, mixed in by a gate, or all rows, in the segment's softmax",
+        "rows of the store that queries read: the best rows, mixed in by a gate, or all rows, in the segment's softmax",
         [TOP_K, DENSE],
     )
     retrieved_rows: Optional[int] = option(

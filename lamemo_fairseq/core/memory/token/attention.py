@@ -40,8 +40,8 @@ class TokenSelfAttention(SelfAttention):
     def __init__(self, config: AttentionConfig):
         if config.span is not None:
             raise ValueError(
-                "--same-length lets a token see a fixed number of rows, which would hide the memory tokens from the "
-                "last tokens of a segment: leave it out, or --memory recurrent instead of token"
+                "--same-length would hide the memory tokens from the last tokens of a segment: leave it "
+                "out, or pass --memory recurrent instead of token"
             )
         super().__init__(config)
 
