@@ -96,7 +96,7 @@ def write_split(prefix: Path, chunks: Sequence[Path], dictionary: Dictionary) ->
             symbols, ids, lengths = load(path)
             numbers = np.array([dictionary.index(symbol) for symbol in symbols], dtype=dtype)
             tokens = numbers[ids]
-            if dictionary.index(END) != dictionary.eos():  # the word stands again in the dictionary; ends are no words
+            if dictionary.index(END) != dictionary.eos():  # </s> is a word too, and ends of lines are not this word
                 ends = np.cumsum(lengths) - 1
                 tokens[ends[tokens[ends] == dictionary.index(END)]] = dictionary.eos()
             file.write(tokens.tobytes())

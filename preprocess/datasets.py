@@ -119,7 +119,7 @@ class Dataset:
     srcdict: Path | None = None
     training: PieceTraining | None = None  # of a SentencePiece model for the tokenizer
     documents: bool = False  # whether every part of a text is a document
-    books: Books | None = None  # of which the addresses' file is an index
+    books: Books | None = None  # books that the file at the addresses lists
 
     @property
     def archive(self) -> str:
@@ -152,7 +152,7 @@ def _hutter(name: str, tokenizer: Tokenizer, sha256: str, size: int, content: st
         contents={name: Identity(name, 100_000_000, content)},
         tokens={"train": 90_000_000, "valid": 5_000_000, "test": 5_000_000},
         types=types,
-        closed=True,  # published figures have no unknown symbols
+        closed=True,  # published losses count no unknown symbols
     )
 
 

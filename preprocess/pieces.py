@@ -45,7 +45,7 @@ class PieceTraining:
         """
         from sentencepiece import SentencePieceTrainer
 
-        # A list, since SentencePiece would take an error in the middle for its own.
+        # A list: SentencePiece would report an error in the middle as its own.
         sample = list(self._sample(text, replace(tokenizer, bpe="none")))
         if not sample:
             raise ValueError(f"there is no text for train in {text.path}")

@@ -59,7 +59,7 @@ class Source(NamedTuple):
                 for part in self.parts:
                     self._copy(part, file, bar, size)
                     ends.append(file.tell())
-                with replacing(_ends_of(target)) as noted:  # before the text, which says that all is done
+                with replacing(_ends_of(target)) as noted:  # before the text, whose file says that all is done
                     noted.write(json.dumps(ends).encode())
         return target
 
@@ -183,7 +183,7 @@ def _one_a_folder(folder: Path, name: str) -> list[Source]:
     part = re.compile(rf"{re.escape(named.stem)}(?:-(\d+))?{re.escape(named.suffix)}")
     files: dict[Path, dict[int | None, Path]] = {}  # by folder and part
     for pattern in (f"{named.stem}*", f"*/{named.stem}*"):
-        for end in ("", *_COMPRESSED):  # of a plain and a compressed file side by side, the plain one
+        for end in ("", *_COMPRESSED):  # the plain file comes before a compressed one
             for path in sorted(folder.glob(f"{pattern}{named.suffix}{end}")):
                 match = part.fullmatch(path.name.removesuffix(end))
                 if match and path.is_file() and not _added_by_macos(path.relative_to(folder)):

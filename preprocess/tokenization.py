@@ -22,7 +22,7 @@ from .files import Span
 from .words import PIECES, WORDS, Encoder
 
 END = "</s>"  # fairseq's end-of-sentence token
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what fairseq's encoders for bytes and characters write for a space
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # fairseq's encoders for bytes and characters write this for a space
 MARK = "\ufeff"  # the byte order mark that some editors write before a text
 LONGEST = 1 << 16  # tokens of a line of bytes; longer ones are stored in several pieces
 _END_OF_LINE = rb"(?:\r\n|\r(?!\n)|\n)"  # any that Python knows

@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
 
         b, h, d = shape.streams, shape.heads, shape.size
         packed = torch.randn(b, shape.keys, 3, h, d, generator=generator, device=device).to(dtype)
-        q, k, v = (t.transpose(1, 2).detach().requires_grad_() for t in packed.unbind(2))  # as projections lie
+        q, k, v = (t.transpose(1, 2).detach().requires_grad_() for t in packed.unbind(2))  # strided like projections
         distances = len(WINDOWS["right"](shape.slots, shape.tokens).distances(shape.slots))
         causal = RelativeBias(leaf(h, d, scale=0.1), leaf(h, d, scale=0.1), leaf(h, shape.keys, d))
         ahead = RelativeBias(leaf(h, d, scale=0.1), leaf(h, d, scale=0.1), leaf(h, distances, d))

@@ -80,7 +80,7 @@ def write_data(folder: Path, words: int, tokens: int) -> None:
     from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 
     folder.mkdir(parents=True, exist_ok=True)
-    count = words - 4  # fairseq adds its own symbols, and none more at a multiple of 8
+    count = words - 4  # fairseq adds its four symbols, and no padding at a multiple of 8
     (folder / "dict.txt").write_text("".join(f"w{i} {count - i}\n" for i in range(count)))
     ranks = (words - 4) ** np.random.default_rng(0).random(tokens)
     builder = MMapIndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.int32)

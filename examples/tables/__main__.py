@@ -118,7 +118,7 @@ def act(args: argparse.Namespace) -> int:
     runs = table.runs(loaded, args.only, args.seeds)
     if not plan.on_cpu:
         for row in dict.fromkeys(run.row for run in runs):
-            commands.streams_a_device(loaded, row, plan.gpus)  # an error unless they can be shared
+            commands.streams_a_device(loaded, row, plan.gpus)  # raises unless the GPUs can share the streams
     if args.scale is not None and not 0 < args.scale < math.inf:
         raise table.TableError(f"--scale is {args.scale}, it must be a positive number of minutes")
     if args.speed is not None and args.speed < 2:
@@ -131,7 +131,7 @@ def act(args: argparse.Namespace) -> int:
         print("\n".join(jobs(plan, runs, args)))
         return 0
     if ledger:
-        kept.add(ledger, [])  # what cannot be written is told before anything is run
+        kept.add(ledger, [])  # fails here, not after the runs, if the file cannot be written
     if args.speed is not None:
         speed.measure_all(plan, list(dict.fromkeys(run.row for run in runs)), slots(args, plan.on_cpu), args.speed)
     places = [] if args.render or args.speed else slots(args, plan.on_cpu)
@@ -143,7 +143,7 @@ def act(args: argparse.Namespace) -> int:
     everything = [*table.runs(loaded, None, seeds), *(run for run in plan.trained() if run.seed not in seeds)]
     if ledger:
         kept.add(ledger, filter(None, map(plan.result, everything)))
-        plan = replace(plan, kept=kept.read(ledger))  # with what others added
+        plan = replace(plan, kept=kept.read(ledger))  # with the results that other jobs added
     print(render.write(plan, everything))
     try:
         plots.write(plan, everything)
@@ -281,5 +281,5 @@ def _interrupt(*_: Any) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)  # as schedulers end a job
+    signal.signal(signal.SIGTERM, _interrupt)  # schedulers end a job by this signal
     sys.exit(main())

@@ -42,7 +42,7 @@ def main(jobs: Path, at_once: int = 1) -> int:
         job, code = running.pop(pid), os.waitstatus_to_exitcode(status)
         if code:
             print(f"fairseq-eval-lm ended with {code}; its log is {job['log']}", file=sys.stderr)
-            failed = True  # what runs still comes to its end
+            failed = True  # running jobs still finish
         else:
             measured = logs.evaluation(Path(job["log"]))
             result = {"identity": job["identity"], **measured, "host_memory_gib": in_gib(usage.ru_maxrss)}

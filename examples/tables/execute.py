@@ -26,8 +26,8 @@ from .folder import (
 from .kept import Result, run_of
 from .table import Evaluation, Run, Table, evaluations, find, streams
 
-DIVERGED = re.compile(r"DivergenceError|FloatingPointError")  # ends the log of such a command
-SCALE = "scale.json"  # in the folder of a table that was shrunk: how
+DIVERGED = re.compile(r"DivergenceError|FloatingPointError")  # in the last lines of a diverged training's log
+SCALE = "scale.json"  # how the table of a folder was shrunk
 
 
 class RunError(RuntimeError):
@@ -43,7 +43,7 @@ class Plan:
     changes: Dict[str, Any] = field(default_factory=dict)  # options of all rows, given on the command line
     gpus: int = 1  # for each run
     evaluations_at_once: int = 1  # of a run, on one device
-    shards: int = 1  # evaluations read the first of as many parts of a split
+    shards: int = 1  # divisions of a split, of which evaluations read the first
     scale: Optional[Dict[str, Any]] = None  # how the table was shrunk
     results: Optional[Path] = None  # where results are kept and rendered, if not in `out`
     kept: Dict[str, Result] = field(default_factory=dict)  # of runs that have no folder in `out`
@@ -296,7 +296,7 @@ def _evaluate(
     argv = [sys.executable, "-m", f"{__package__}.evaluate", str(jobs), str(plan.evaluations_at_once)]
     ended = process.run(argv, log, slot.environment(1), [lock], watch)
     if ended.code:
-        # Those that were not started have no log, those that went well are not missing.
+        # Evaluations that were not started have no log, and those that succeeded are not missing.
         logs_left = [folder.evaluated(evaluation.name).with_suffix(".log") for evaluation in plan.missing(run)]
         inner = next((path for path in logs_left if path.exists()), log)
         raise RunError(failure("fairseq-eval-lm", ended.code, inner, "Start again to do what is missing"))
@@ -326,7 +326,7 @@ def failure(command: str, code: int, log: Path, again: str) -> str:
 def progress(title: str, total: int, done: int) -> Any:
     """A progress bar of runs, shown again at most once a minute where it goes to a file."""
     every = 0.1 if sys.stderr.isatty() else 60.0
-    # Without a least number of runs from one time to the next: most of what it says changes within a run.
+    # The bar is refreshed by time, not by the number of runs: most of its text changes within a run.
     return tqdm(total=total, initial=done, desc=title, unit="run", leave=True, mininterval=every, miniters=0)
 
 

@@ -99,7 +99,7 @@ class RunFolder:
         """
         self.check(wanted)
         if read_json(self.identity) != wanted:
-            for former in (self.log, self.starts):  # of a run that did not come to a checkpoint
+            for former in (self.log, self.starts):  # files of a run that never reached a checkpoint
                 former.unlink(missing_ok=True)
             write_json(self.identity, wanted)
 

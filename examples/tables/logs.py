@@ -68,7 +68,7 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
         raise LogError(f"{path} does not say how many parameters the model has")
     speeds: List[float] = []
     first: List[float] = []
-    used: List[float] = []  # GiB, less the capacity
+    used: List[float] = []  # GiB minus the device's capacity
     graphs: Dict[str, float] = {}  # one for training and one for evaluation at a time
     recorded: Dict[str, float] = {}
     curve: Dict[int, float] = {}
@@ -86,7 +86,7 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
             batch = float(record["wpb"]) if "wpb" in record else batch
             if "gb_free" in record:
                 used.append(sum(graphs.values()) - float(record["gb_free"]))
-            # From the next interval on: what an update takes before it records is given back by then.
+            # They count from the next interval on: memory used while recording is released by then.
             graphs.update(recorded)
         elif tag == valid_subset:
             # A resumed run repeats what it did after its checkpoint.

@@ -24,8 +24,8 @@ def pyplot() -> Any:
     except ImportError:
         raise TableError("plots need matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "tables"  # the same file from the same figures
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in a title is a $
+    matplotlib.rcParams["svg.hashsalt"] = "tables"  # the same numbers always give the same file
+    matplotlib.rcParams["text.parse_math"] = False  # print a $ in a title as it is
     from matplotlib import pyplot
 
     return pyplot

@@ -12,7 +12,7 @@ from . import commands, render
 from .folder import user_dir
 from .table import Evaluation, Run, Table, TableError, find, streams
 
-# Where an option belongs that several groups have: the first one owns it.
+# An option that several groups have belongs to the first of them.
 GROUPS = ["common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion"]
 GROUPS += ["optimizer", "lr_scheduler"]
 _HERE = "${oc.env:PWD}/"  # hydra changes the working directory
@@ -110,7 +110,7 @@ def config(table: Table, run: Run, name: str, gpus: int, changes: Mapping[str, A
         "seed": run.seed,
         "save-dir": checkpoints(name, run.row),
     }
-    given.pop("data", None)  # "???" below: hydra needs an absolute path
+    given.pop("data", None)  # "???" set below: hydra needs an absolute path
     groups = _groups(given)
     by_group: Dict[str, Any] = {group: {} for group in GROUPS}
     for option, group in NAMED.items():

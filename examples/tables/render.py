@@ -154,7 +154,7 @@ def inert(value: Any) -> Any:
 def escaped(text: str) -> str:
     """Return a text for a line or a cell of Markdown, with the marks of Markdown escaped."""
     text = re.sub(r"([\\`*\[\]<>|~&$#])|(?<!\w)_|_(?!\w)", r"\\\g<0>", without_controls(text).strip())
-    return re.sub(r"^(\d*)(?=[-+=:.)])", r"\1\\", text)  # where it would begin a list or a rule
+    return re.sub(r"^(\d*)(?=[-+=:.)])", r"\1\\", text)  # escaped where it would begin a list or a rule
 
 
 def _put(path: Path, text: str) -> None:

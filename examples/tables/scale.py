@@ -19,7 +19,7 @@ from .kept import SHAPE
 from .table import Run, TableError
 from .validation import fits
 
-# What the minutes go to; the rest is validation during training, and starting processes.
+# Shares of the minutes; the rest goes to validation during training, and to starting processes.
 TRAINING, EVALUATION = 0.65, 0.2
 PROBE_UPDATES = 12
 VALIDATIONS = 5
@@ -166,7 +166,7 @@ def _shards(plan: Plan, runs: Sequence[Run], tokens: float) -> int:
     dictionary = load_dictionary(str(Path(data) / "dict.txt"))
     largest = 0
     for subset in subsets:
-        lines = load_lines(data, subset, dictionary, None, False)  # their sizes are a view of a file that it holds
+        lines = load_lines(data, subset, dictionary, None, False)  # the sizes are a view of its file
         largest = max(largest, int(lines.sizes.sum()))
     streams = int(plan.table.evaluation.options.get("batch-size", 1))
     segment = int(options.get("tokens-per-sample") or 512)

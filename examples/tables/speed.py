@@ -12,7 +12,7 @@ from .folder import BusyError, environment, locked, read_json, write_json
 from .table import Run
 from .validation import is_nothing, is_number, is_text, values
 
-# Options that a few updates have no use for.
+# Options without use in a few updates.
 _OFF = ("validate-interval-updates", "save-interval-updates", "lr-period-updates", "warmup-updates")
 
 FIGURES = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from . import validation
 from .validation import TableError
 
-LARGEST_SEED = 2**32 - 1  # that NumPy takes
+LARGEST_SEED = 2**32 - 1  # the largest that NumPy accepts
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Row:
     options: Dict[str, Any] = field(default_factory=dict)
     streams: Optional[int] = None  # instead of the table's
     paper: Figures = field(default_factory=Figures)
-    sweeps: bool = True  # whether other lengths at test time mean anything for it
+    sweeps: bool = True  # whether the model can be evaluated at other lengths
     without_memory: Optional[Dict[str, Any]] = None  # instead of the table's
 
 
@@ -52,7 +52,7 @@ class Evaluations:
     subsets: List[str] = field(default_factory=lambda: ["valid", "test"])
     memory: Sweep = field(default_factory=Sweep)  # values of mem_len
     segments: Sweep = field(default_factory=Sweep)  # values of --tokens-per-sample
-    # What to override in place of mem_len 0, which no memory can have.
+    # Options to override for the length 0, in place of mem_len.
     without_memory: Dict[str, Any] = field(default_factory=lambda: {"memory": "none"})
 
 

@@ -192,7 +192,7 @@ def draw(tables: Mapping[str, Lines], about: About) -> Dict[str, bytes]:
     import matplotlib
 
     matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "analysis"  # the same file from the same figures
+    matplotlib.rcParams["svg.hashsalt"] = "analysis"  # the same numbers always give the same file
     from matplotlib import pyplot as plt
 
     drawn = {

@@ -20,7 +20,7 @@ from .text.tokenizer import DICTIONARY
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-FORMAT = 1  # of the folder
+FORMAT = 1  # version of the folder's format
 MODEL_TYPE = "lamemo"  # by which transformers knows the model
 
 
@@ -28,7 +28,7 @@ class Saved(NamedTuple):
     """The description of a model in its folder, without the weights."""
 
     config: ModelConfig
-    dtype: torch.dtype  # the widest of the weights
+    dtype: torch.dtype  # the widest dtype of the weights
     for_transformers: bool  # the names of weights begin with ``model.``
 
 

@@ -97,7 +97,7 @@ class _Writing:
     def _write(self) -> None:
         views, gradients = self._bucket.views, self._gradients
         without = [view for n, view in enumerate(views) if n not in gradients]
-        if without:  # a segment that was not replayed may have left something there
+        if without:  # a segment that was not replayed may have left a gradient there
             torch._foreach_zero_(without)
         # One launch copies all gradients that have their view's layout; a gradient cut from a padded one has another.
         alike = [n for n, gradient in gradients.items() if gradient.stride() == views[n].stride()]

@@ -89,7 +89,7 @@ class SegmentGraphs:
         if signature != before:
             return read(tokens, state)
         recorded.signature, recorded.recording = None, None  # frees the old one's memory first
-        with torch.random.fork_rng([tokens.device]):  # a resumed run records at another update, and draws the same
+        with torch.random.fork_rng([tokens.device]):  # a resumed run records later, and draws the same
             if learns:
                 trained = [p for p in tree.parameters if p.requires_grad]
                 recording: _Recording = _TrainingRecording(read, module, trained, tokens, state, self.reducer)
@@ -236,7 +236,7 @@ class _TrainingRecording(_Recording):
         with recorded, written_to(self.buckets, leaf_of) as self.ready:
             grads = torch.autograd.grad(outputs, leaves, self.output_grads)
             self.grads = [g.flatten() for p, g in zip(self.parameters, grads, strict=True) if p not in gathered]
-        # Without the operations that made them, which the graph of the backward pass has.
+        # Detached outputs, since the graph of the backward pass has the operations that made them.
         self.outputs = [output.detach() for output in outputs]
         self.passage = passage._replace(features=self.outputs[0], losses={})
         self.losses = list(passage.losses)
@@ -257,7 +257,7 @@ class _TrainingRecording(_Recording):
         reducer = self.reducer
         reduces = reducer is not None and reducer.begin()
         self.backward_graph.replay()
-        # Copies, as in the forward pass.
+        # These are copies, as in the forward pass.
         given: Dict[nn.Parameter, Tensor] = {}
         if self.grads:
             given.update(zip(self.others, views_of(torch.cat(self.grads), self.others), strict=True))

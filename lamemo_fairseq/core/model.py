@@ -140,7 +140,7 @@ class LanguageModel(MemoryDecoder):
         return reader.stream(count, _draw(temperature, top_k, top_p), seed)
 
     def _continued(self, text: str, new: List[int], stop_at_end: bool) -> str:
-        assert self.tokenizer is not None  # which has encoded the text
+        assert self.tokenizer is not None  # this tokenizer has encoded the text
         if stop_at_end and END in new:
             new = new[: new.index(END)]
         return self.tokenizer.decode([*self.tokenizer.encode(text).tolist(), *new])

@@ -57,7 +57,7 @@ class Reader:
         self._state = DecodingState(decoder, batch_size)
         # The last word of each text, which the state has not read yet; [0] before the first.
         self._last = [self._state.cache.tokens.new_empty(0)] * batch_size
-        self._sampler: Optional[Sampler] = None  # of the last call, for its graphs
+        self._sampler: Optional[Sampler] = None  # sampler of the last call, stored for its graphs
 
     def __len__(self) -> int:
         """Return the number of texts, B."""
@@ -145,7 +145,7 @@ class Reader:
 
     def reorder(self, order: Sequence[int]) -> None:
         """Let text i go on from what text ``order[i]`` has read. Texts may be repeated and left out."""
-        self._sampler = None  # its graphs write into the tensors of before
+        self._sampler = None  # its graphs write into the former tensors
         self._state.reorder(torch.tensor(order, device=self._device))
         self._last = [self._last[source] for source in order]
 

@@ -6,7 +6,7 @@ from typing import Any, Iterable, List, Optional
 import torch
 from fairseq.data import Dictionary, data_utils
 
-# Pads texts shorter than others. fairseq uses a symbol's id for that, and then drops the symbol from texts.
+# Pads texts shorter than others. fairseq uses a symbol's id for padding, and then drops the symbol from texts.
 NO_WORD = -1
 
 

@@ -55,7 +55,7 @@ class Peekable(Iterator):
             try:
                 self._peeked.append(self._next())
                 self._peeked[0] = prepare(self._peeked[0])
-            except Exception as error:  # the end among them
+            except Exception as error:  # StopIteration is one of them
                 self._error = error
         return self._peeked[0] if self._peeked else None
 

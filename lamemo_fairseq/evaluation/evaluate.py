@@ -30,7 +30,7 @@ from .words import WordUnits
 logger = logging.getLogger("fairseq_cli.eval_lm")
 
 
-_split: Optional[SegmentDataset] = None  # which fairseq-eval-lm evaluates
+_split: Optional[SegmentDataset] = None  # the split that fairseq-eval-lm evaluates
 
 
 def use_for_eval_lm(split: Optional[SegmentDataset] = None) -> None:
@@ -39,7 +39,7 @@ def use_for_eval_lm(split: Optional[SegmentDataset] = None) -> None:
     from fairseq_cli import eval_lm
 
     _split = split
-    started = sys.modules["__main__"]  # by python -m, another copy of the module
+    started = sys.modules["__main__"]  # with python -m, this is another copy of the module
     is_copy = getattr(getattr(started, "__spec__", None), "name", None) == eval_lm.__name__
     for module in (eval_lm, started) if is_copy else (eval_lm,):
         if not hasattr(module.eval_lm, "__wrapped__"):  # not yet

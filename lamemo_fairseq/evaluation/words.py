@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # The text between words when pieces are written one behind the other, by fairseq's names for --post-process.
 _BETWEEN_WORDS = {"sentencepiece": "\u2581", "wordpiece": "_", "letter": "|", "_EOW": "_EOW"}
-_GOES_ON = "@@"  # at the end of a piece, whose word goes on
+_GOES_ON = "@@"  # ends a piece whose word goes on
 _GOING_ON = ("subword_nmt", "@@ ", "@@")
 _SILENCE = "<SIL>"
 
@@ -50,7 +50,7 @@ class WordUnits:
     A piece belongs to the word before it if it `joins`, and that word is still open. ``</s>`` is a word.
     """
 
-    name: Optional[str]  # fairseq's, of --post-process
+    name: Optional[str]  # fairseq's name for --post-process
     words: Tensor  # [V] int64, words of which the piece has a part
     joins: Tensor  # [V] bool, whether the piece goes on with a word that is open before it
     closes: Tensor  # [V] bool, whether no word is open behind the piece
@@ -67,7 +67,7 @@ class WordUnits:
         _check_mark(name, pieces)
         words, joins, closes = [1] * len(pieces), [False] * len(pieces), [True] * len(pieces)
         if name in _GOING_ON:
-            name = "subword_nmt"  # by another of its names, fairseq does not join the pieces
+            name = "subword_nmt"  # fairseq joins the pieces under this name only
             joins = [True] * len(pieces)
             closes = [not piece.endswith(_GOES_ON) for piece in pieces]
         elif name in _BETWEEN_WORDS:

@@ -80,7 +80,7 @@ class PromptedEnsemble(EnsembleModel):
         logs = []
         for state in prompts.states:
             log_p = state.decoder.log_probs(state.read(tokens[:, -1:]))[:, 0]
-            # Of log-probabilities rather than scores: an adaptive softmax has no scores of all words.
+            # Computed from log-probabilities rather than scores: an adaptive softmax has no scores of all words.
             logs.append(log_p if temperature == 1.0 else (log_p / temperature).log_softmax(-1))
         if self.bar is not None:
             self.bar.update(1)
@@ -131,7 +131,7 @@ class PromptGenerator(SequenceGenerator):
                 f"{self.vocab_size}: pass a smaller --beam"
             )
         self.search.step = self._guarded(self.search.step)  # type: ignore[method-assign]
-        self.pad = tgt_dict.pad_index  # which is never generated
+        self.pad = tgt_dict.pad_index  # an id that is never generated
 
     @torch.no_grad()
     def generate(
@@ -202,6 +202,7 @@ class PromptGenerator(SequenceGenerator):
         }
         if isinstance(self.search, search.PrefixConstrainedBeamSearch):
             inner["id"] = ids  # for the function of allowed words; diverse beams take ids for indices in the batch
+        # Each column is one text, and its limit has been computed above.
         factors, self.max_len_a, self.max_len_b = (self.max_len_a, self.max_len_b), 0, limit
         try:
             with counter(limit, "generated") as bar:
@@ -218,7 +219,7 @@ class PromptGenerator(SequenceGenerator):
         """
 
         def guarded(at: int, log_probs: Tensor, scores: Tensor, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(self.search, search.Sampling):  # what it draws after an end is left out
+            if isinstance(self.search, search.Sampling):  # words drawn after an end are left out
                 if log_probs.isneginf().all(-1).any():
                     self._raise_stuck(at)
                 return search_step(at, log_probs, scores, tokens, *args, **kwargs)

@@ -13,7 +13,7 @@ from .lines import encode_prompts
 
 _OF_GENERATE = ("skip_invalid_size_inputs", "inference_step_args", "prefix_allowed_tokens_fn")
 
-# Options of commands, with what does the same here.
+# Options of commands, with the arguments that do the same here.
 _OF_COMMANDS = {
     "nbest": "pass beam; generate gives as many texts, and sample the best one",
     "prefix_size": "the text is the prompt: pass its beginning",

@@ -15,7 +15,7 @@ from ..core.decoding.sampler import Continuation, Sampler
 from ..core.decoding.state import DecodingState
 from ..core.memory import DivergenceError
 
-# On a GPU, asking whether all texts have ended makes the host wait; so it asks once in so many words.
+# On a GPU, asking whether all texts have ended makes the host wait; so it asks only once in this many words.
 WORDS_BETWEEN_QUESTIONS = 32
 
 
@@ -89,7 +89,7 @@ def sampled_continuations(
     repeated = torch.arange(len(last), device=last.device).repeat_interleave(beam)
     state.reorder(repeated)
     top_p = generator.search.sampling_topp
-    # fairseq looks at one of them only.
+    # fairseq reads only one of the two options.
     tops = {"top_p": top_p} if top_p > 0 else {"top_k": max(0, generator.search.sampling_topk)}
     exact = torch.promote_types(state.cache.layers[0].keys.dtype, torch.float32)
     sampler = Sampler.take(state, Draw(**tops), FairseqAdjustment(generator, last.new_empty(0, dtype=exact)))

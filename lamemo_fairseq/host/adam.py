@@ -39,7 +39,8 @@ class FusedAdam(Adam):
         """
         counted: List[Tuple[Dict[str, Any], int]] = []
         for group in self.param_groups:
-            # Parameters with the same number of updates go together; one without a gradient for a while has had fewer.
+            # Parameters with the same number of updates go together; a parameter without gradients for a while has
+            # fewer.
             by_step: DefaultDict[int, List[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:

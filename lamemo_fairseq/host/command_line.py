@@ -145,7 +145,7 @@ class CommandLine:
         if not re.fullmatch(r"[\s\[\](),\d+-]+", self.named.update_freq):  # 1.5 would become 1
             raise ValueError(f"--update-freq is {self.named.update_freq}: pass whole numbers such as 4 or 4,2")
         precisions = [word for word in self.words if re.fullmatch("--(memory-efficient-)?(fp16|bf16)", word)]
-        if len({word[-4:] for word in precisions}) > 1:  # an error about TPUs
+        if len({word[-4:] for word in precisions}) > 1:  # fairseq's error would be about TPUs
             raise ValueError(f"{' and '.join(precisions)} exclude each other: pass one")
 
     def _in_words(self, message: str) -> str:

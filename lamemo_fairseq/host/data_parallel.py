@@ -43,7 +43,7 @@ class GradientReducer:
         self._single = False  # whether the update has a single batch
         self._replayed = False  # whether a replay has filled the buckets in this update
         self._begun: List[Any] = []  # reductions of the first groups
-        self._sums: List[Sequence[Tensor]] = []  # views of these, shaped as the parameters are
+        self._sums: List[Sequence[Tensor]] = []  # sums of these groups, shaped as the parameters are
 
     def _lay_out(self) -> None:
         """Form buckets of the parameters that are trained now, the last layers' first."""

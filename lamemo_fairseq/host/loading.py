@@ -58,7 +58,7 @@ def _end_all() -> None:
 
 def _end_thread(batches: BufferedIterator, deadline: float) -> None:
     thread = batches._consumer
-    thread._max_len = 0  # no batch after the one that it is loading
+    thread._max_len = 0  # it loads no further batch
     while thread.is_alive() and time.monotonic() < deadline:
         _drop(batches._queue)
         thread.join(0.05)

@@ -35,7 +35,7 @@ def take_task_from_checkpoint(parser: argparse.ArgumentParser, arguments: Option
         given.add_argument(option)
     try:
         options, _ = given.parse_known_args(arguments)
-    except argparse.ArgumentError:  # the command's own parser tells
+    except argparse.ArgumentError:  # the command's own parser reports it
         return
     if options.task is not None or options.user_dir is None:
         return
@@ -97,7 +97,7 @@ def _refuse_another_task(options: argparse.Namespace) -> None:
     for path in _files(getattr(options, "path", None)):
         try:
             state = read_checkpoint(path, mapped=True)
-        except ValueError:  # of fairseq's own, in whatever format
+        except ValueError:  # a checkpoint for fairseq's own code, in any format
             continue
         if is_ours(state) and hasattr(options, "task"):
             raise CheckpointError(

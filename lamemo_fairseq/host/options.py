@@ -31,7 +31,7 @@ def parse_args_and_arch(
     take_task_from_checkpoint(parser, input_args)
     words = list(sys.argv[1:] if input_args is None else input_args)
     line = CommandLine(parser, words)
-    if kwargs.get("suppress_defaults"):  # of a line that has been read already
+    if kwargs.get("suppress_defaults"):  # the line has been read already
         with line.unchecked():
             return original(parser, input_args, *args, **kwargs)
     with line.plain_errors():
@@ -51,13 +51,13 @@ def parse_args_and_arch(
 
 def _correct(namespace: Namespace, words: Sequence[str]) -> None:
     """Correct what fairseq concludes from a command line and its environment."""
-    # --bf16 it takes for a TPU's, from the days before GPUs had it, and then looks for torch_xla.
+    # fairseq takes --bf16 for a TPU's, from the days before GPUs had it, and then looks for torch_xla.
     if getattr(namespace, "tpu", False) and "--tpu" not in words and importlib.util.find_spec("torch_xla") is None:
         namespace.tpu = False
-    # One process a GPU is for GPUs.
+    # On CPUs there is one process, not one for each GPU.
     if getattr(namespace, "cpu", False) and not any(w.startswith("--distributed-world-size") for w in words):
         namespace.distributed_world_size = 1
-    # Ranks that torchrun starts it finds on GPUs alone; on CPUs each would train for itself.
+    # fairseq recognises torchrun's ranks on GPUs alone; on CPUs each rank would train by itself.
     if on_cpu(vars(namespace)) and launched_ranks() > 1 and getattr(namespace, "distributed_init_method", "") is None:
         namespace.distributed_init_method = "env://"
         namespace.distributed_world_size = launched_ranks()

@@ -48,7 +48,7 @@ def _task(config: Mapping[str, Any]) -> Any:
 
 def leave_out_warnings() -> None:
     """Leave out messages about things that no user of a command can change."""
-    logging.getLogger("hydra").setLevel(logging.INFO)  # fairseq's import of wav2vec turns on everyone's DEBUG
+    logging.getLogger("hydra").setLevel(logging.INFO)  # fairseq's import of wav2vec turns on DEBUG for every logger
     for message, module in _WARNINGS:
         warnings.filterwarnings("ignore", message, module=module)
 

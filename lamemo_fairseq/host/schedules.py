@@ -46,7 +46,7 @@ def restore_schedule(trainer: Any, saved: Dict[str, Any], ended: bool, epoch: in
     if same:
         for name, schedule in schedules.items():
             _restore(schedule, saved["values"][name])
-    if ended:  # fairseq saves before this step of its main loop, and after a resume leaves it out
+    if ended:  # fairseq saves before this step of its main loop, and skips the step after a resume
         trainer.lr_step(epoch, loss)
         return
     trainer.lr_step_update()

@@ -215,7 +215,7 @@ def _first(value: Any) -> float:
     return float(values[0] or 0)
 
 
-_line_checked = False  # whether the next task to be set up is that of a command line that has been checked
+_line_checked = False  # whether the command line of the next task has been checked
 
 
 def check_line(command: str, settings: Settings, given: Collection[str], changed: Collection[str]) -> None:

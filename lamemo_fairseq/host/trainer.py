@@ -172,7 +172,7 @@ class SegmentTrainer(Trainer):
         """Return sums over all ranks, on the host. fairseq divides gradients by one of them, if it is not zero."""
         if self._updating and self._reducer is not None:
             self._reducer.begin_rest()  # before the host waits for other ranks, which may wait for these gradients
-        # Of an update, figures are there before its backward pass.
+        # The losses of an update are known before its backward pass.
         scored = self.task.scored if self._updating else None
         known = scored is not None and not any(torch.is_tensor(stat) for stat in extra_stats_to_sum)
         with self._beside_the_gradients(scored, known):
@@ -255,7 +255,8 @@ class SegmentTrainer(Trainer):
             CheckpointError: the run cannot go on from it.
             DamagedCheckpointError: the checkpoint differs from the one that was saved.
         """
-        # The first rank sends it to the others, which since torch 2.6 refuse fairseq's mark for a tensor in it.
+        # The first rank sends the checkpoint to the others, which since torch 2.6 refuse fairseq's mark for a tensor in
+        # it.
         marks = [distributed_utils._TensorPlaceholder]
         with restoring(self, anew=reset_optimizer), torch.serialization.safe_globals(marks):
             extra_state = super().load_checkpoint(

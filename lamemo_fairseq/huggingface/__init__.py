@@ -6,7 +6,7 @@ The package needs transformers 5.24 and no host. The file `modeling_lamemo.py` o
 
 import importlib.metadata
 
-NEEDED = (5, 24)  # where `past_key_values` has become `cache`
+NEEDED = (5, 24)  # since `past_key_values` is called `cache`
 
 
 def _check_version() -> None:

@@ -23,6 +23,7 @@ from .cache import LamemoCache
 from .configuration import CODE, LamemoConfig
 
 IGNORED = -100  # label of a word that is not predicted
+# Keywords that transformers passes around and that are not refused.
 HARMLESS = ("num_items_in_batch", "position_ids", "return_dict", "output_router_logits")
 STUB = '''"""The model of this folder: pip install lamemo-fairseq."""
 
@@ -71,7 +72,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = LamemoConfig
     base_model_prefix = "model"
-    _no_split_modules = ["LanguageModel"]  # on one device: decoding passes layers by their parts
+    _no_split_modules = ["LanguageModel"]  # decoding calls the modules of a layer one by one
     _is_stateful = True  # a memory cannot go back, so that drafted words cannot be taken back
 
     def __init__(self, config: LamemoConfig):
@@ -98,7 +99,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a weight is missing, is one too many, or has another shape.
         """
-        kwargs["ignore_mismatched_sizes"] = True  # they are refused here
+        kwargs["ignore_mismatched_sizes"] = True  # mismatched sizes are refused below
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = {
             "mismatched_keys": "has another shape of the weight",

@@ -13,7 +13,7 @@ from ..core.positions import POSITIONS
 
 Config = TypeVar("Config", bound=FairseqDataclass)
 
-USUAL_ENDS = (".", "?", "!")  # of a sentence
+USUAL_ENDS = (".", "?", "!")  # usual ends of a sentence
 
 
 def with_defaults(config: Type[Config], name: str, **defaults: Any) -> Type[Config]:

@@ -56,6 +56,7 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             self.memory.state, {"--memory": self.config.memory, "--mem-len": self.config.slots, **layout}
         )
         self._planned: Tuple[Optional[Tensor], Any] = (None, None)  # targets, and what the loss will have to know
+        # fairseq's moving average skips names with "version" in them, and fails on other integers.
         self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
         self.for_inference = False  # whether fairseq has prepared the model for it
 

@@ -41,7 +41,8 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
                 f"pass --task {TASK}"
             )
         if task.cfg.tokens_per_sample is not None:
-            # In evaluation it may differ from the trained one; prompts and texts are cut as the streams are.
+            # In evaluation the segment length may differ from the trained one; prompts and texts are cut as the streams
+            # are.
             cfg.tokens_per_sample = task.cfg.tokens_per_sample
         return cls(FairseqMemoryDecoder(cfg, task.target_dictionary))
 

@@ -67,7 +67,7 @@ class PromptTask(OwnTask, FairseqTask):
         """Continue or score the texts of a batch."""
         if constraints is not None:
             raise NotImplementedError(refusal("constraints"))
-        if "target" not in sample:  # fairseq-interactive's, to be scored
+        if "target" not in sample:  # from fairseq-interactive, to be scored
             source = sample["net_input"]["src_tokens"]
             end = source.new_full((len(source), 1), self.dictionary.pad())
             sample = {**sample, "target": torch.cat([source[:, 1:], end], dim=1)}

@@ -55,10 +55,10 @@ class SegmentLanguageModelingTask(PromptTask):
         self.dictionary = dictionary
         self.segment_length: Optional[int] = cfg.tokens_per_sample
         self.losses = LossWatch()
-        self.scored: Optional[torch.cuda.Event] = None  # when the device has computed the last batch's loss
+        self.scored: Optional[torch.cuda.Event] = None  # event: the device has computed the last batch's loss
         self._decoder: Any = None
         self._iterators: Dict[Any, SegmentBatchIterator] = {}
-        self._batches: Optional[SegmentBatchIterator] = None  # splits that a model is trained on
+        self._batches: Optional[SegmentBatchIterator] = None  # batches that a model is trained on
         self._trains = False  # whether batches that are asked for are to be trained on
         self._from_checkpoint = bool(kwargs.get("from_checkpoint", False))
 
@@ -206,7 +206,7 @@ class SegmentLanguageModelingTask(PromptTask):
             max_tokens = max([max_tokens, *map(int, dataset.sizes)])
         kwargs["required_batch_size_multiple"] = 1  # with another value fairseq drops texts at the end
         sizes = {"max_tokens": max_tokens, "max_sentences": max_sentences}
-        with without_records("fairseq.tasks.fairseq_task"):  # four lines a prompt of fairseq-interactive
+        with without_records("fairseq.tasks.fairseq_task"):  # four lines a prompt in fairseq-interactive
             return super().get_batch_iterator(dataset, **sizes, num_shards=num_shards, shard_id=shard_id, **kwargs)
 
     def _stream_batches(

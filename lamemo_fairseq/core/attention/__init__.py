@@ -19,7 +19,7 @@ def _fused() -> ModuleType:
 
 
 causal_attention = Operation("causal attention", eager.causal_attention, _fused)
-# With further scores for each pair.
+# This variant adds further scores for each pair.
 counted_attention = Operation("attention by distances counted in the text", eager.causal_attention)
 
 __all__ = [

@@ -28,7 +28,7 @@ def relative_shift(by_distance: Tensor, offset: int, keys: int) -> Tensor:
         and have to be masked.
     """
     queries, distances = by_distance.shape[-2:]
-    if offset + keys >= queries + distances:  # the last query would read on behind the end
+    if offset + keys >= queries + distances:  # the last query would read beyond the end
         by_distance = F.pad(by_distance, (0, 1))
     shifted: Tensor = _RelativeShift.apply(by_distance.contiguous(), offset, keys)
     return shifted

@@ -21,7 +21,7 @@ from ..attention.types import Attended, RelativeBias
 
 BLOCK = 64  # columns at a time, at most
 TILE_BYTES = 8192  # of keys, of values and of the table at a time
-STAGES = 2  # blocks under way, so that one is read while another is computed with
+STAGES = 2  # blocks in flight: one is loaded while another is computed
 PROGRAMS = 256  # enough of them to fill a large GPU
 NEVER = tl.constexpr(-1e30)  # below every score, and unlike -inf safe to subtract
 
@@ -101,7 +101,7 @@ def cached_attention_kernel(
         tl.store(p_acc + result * BLOCK_D + d, b_out)
         tl.store(p_top + result, top)
         tl.store(p_sum + result, total)
-        tl.debug_barrier()  # all of it is written before the program counts as arrived
+        tl.debug_barrier()  # all results are written before the program counts as arrived
         last = tl.atomic_add(p_arrived + bh, 1, sem="acq_rel") == S - 1
     if last:
         if S > 1:
@@ -197,7 +197,7 @@ def cached_attention(
     batch, heads, columns, size = keys.shape
     content, position = (None if t is None else t.contiguous() for t in (bias.content, bias.position))
     table, score = bias.table, bias.score
-    # Only the interpreter meets the layout that plain attention has on a CPU.
+    # Only under the interpreter does the table have the layout of plain attention on a CPU.
     if table is not None and table.stride(2) != 1:
         table = table.contiguous()
     if score is not None and score.stride(1) != 1:

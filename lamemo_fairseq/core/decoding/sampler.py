@@ -19,7 +19,7 @@ from .interfaces import Decoder, module_of
 from .state import DecodingState
 from .step import KernelDrawing, kernel_step
 
-# Plain attention reads the cache up to a multiple of this many tokens of the segment: a graph each.
+# Plain attention reads the cache up to a multiple of this many tokens of the segment; each multiple has a graph.
 COLUMNS_A_GRAPH = 256
 
 # Words that steps leave on the device before they are collected.
@@ -27,7 +27,7 @@ BUFFERED_WORDS = 256
 
 WARM_UP = 2  # steps before recording, in which kernels are compiled and workspaces allocated
 
-SPARE_MEMORY = 1 / 8  # of the device, that a cache may take between two calls
+SPARE_MEMORY = 1 / 8  # share of the device's memory that a cache may occupy between two calls
 
 # Threads that sample at the same time share the random number generator, which can belong to one recording only.
 _RECORDING = threading.Lock()
@@ -74,7 +74,7 @@ class Sampler:
         tokens, tree = state.cache.tokens, tree_of(module_of(state.decoder))
         self.words = tokens.new_zeros(len(tokens), 1)
         self.drawn = _empty_buffer(state)
-        # A replay would call no hooks.
+        # A replay would not call hooks.
         self.graphs = (tokens.is_cuda if graphs is None else graphs) and not tree.hooked
         self._kernels = kernel_step(state) if self.graphs else None
         self._drawing = self._kernel_drawing()

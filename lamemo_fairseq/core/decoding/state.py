@@ -46,14 +46,14 @@ class DecodingState:
         self.cache: AnyCache = memory.cache.empty(memory, batch_size, like)
         if decoder.positions.reads_words:
             self.cache.words = self.cache.tokens.new_zeros(batch_size, self.mem_len + self.length)
-        # The same in every step: sinusoids and their projections are computed once a text, not once a token.
+        # Biases are the same in every step: sinusoids and their projections are computed once a text, not once a token.
         biases = decoder.positions(self.mem_len + self.length, None, like)
         self.biases: List[LayerBias] = [
             layer.self_attn.own_bias(bias._replace(causal=_laid_out(bias.causal)))
             for layer, bias in zip(self.layers, biases, strict=True)
         ]
         self.layer_step: LayerStep = layer_step
-        # The same in all layers, as columns are.
+        # Both are the same in all layers, as columns are.
         self.span, self.nearest = self.layers[0].self_attn.span, self.layers[0].self_attn.nearest
 
     def read(self, tokens: Tensor, counts: Optional[Sequence[int]] = None) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .drawn import Drawn
 
-MOST_WORDS = 512  # as every pair of words is compared, which for more takes longer than sorting them
-PAIRS = 32  # words at a time that all others are compared with
+MOST_WORDS = 512  # comparing all pairs of more words takes longer than sorting them
+PAIRS = 32  # words that are compared with all others at a time
 WARPS = 8
 
 
@@ -58,7 +58,7 @@ def embed(
 def clock(seed, offset):
     """Draw from the exponential distribution, float32 and above 0."""
     u = tl.maximum(tl.rand(seed, offset), 1e-10)
-    # Near 0, where the clocks are that ring first, 1 - u has no digits left.
+    # Near u = 0, where the first clocks ring, 1 - u has no digits left.
     return tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1 - u))
 
 
@@ -97,7 +97,7 @@ def draw_kernel(
             drawable = drawable & ((b_before < top_p) | (b_rank == 0))
     position = tl.load(p_position + b)
     at = (position.to(tl.int32) * tl.num_programs(0) + b) * V + v
-    # The word whose exponential clock rings first. Of a sequence whose scores hold NaN, the first word.
+    # The word whose exponential clock rings first. If a sequence's scores hold NaN, the first word is drawn.
     b_rings = tl.where(drawable & (b_p == b_p), b_p - tl.log(clock(tl.load(p_seed), at)), -float("inf"))
     word = tl.minimum(tl.argmax(b_rings, axis=0), V - 1)
     log_prob = tl.sum(tl.where(v == word, b_p, 0.0), axis=0)

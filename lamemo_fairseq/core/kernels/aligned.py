@@ -30,7 +30,7 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Wid
     width = weight.size(1)
     fits = x.size(-1) in (width, width + -width % 8)
     if not fits or not any(size % 8 for size in (x.size(-1), *weight.shape)) or not matters(x):
-        return WideRows(F.linear(x, weight, bias))  # which says what does not fit
+        return WideRows(F.linear(x, weight, bias))  # `F.linear` reports shapes that do not fit
     return WideRows(F.linear(widened(x), with_zeros(weight, 2), None if bias is None else with_zeros(bias)))
 
 

@@ -34,7 +34,7 @@ _NUMBERS = count()
 class Signature(NamedTuple):
     """All that a recorded call of a module depends on."""
 
-    number: int  # of the walk
+    number: int  # number of the walk
     parameters: List[Tuple[int, bool]]  # address, and whether it is trained
     training: List[bool]
     dropouts: List[float]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.autograd import Context, Function
 
-SMALLEST_SQUARE = 1e-6  # of a length, as in the code of the models that have such heads
+SMALLEST_SQUARE = 1e-6  # smallest squared length, as in the code of the models with such heads
 
 
 def split_heads(rows: Tensor, projections: int, heads: int) -> Tuple[Tensor, ...]:

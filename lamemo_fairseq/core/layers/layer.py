@@ -100,7 +100,7 @@ class DecoderLayer(nn.Module):
             x, normed = residual_sum_and_norm(attended, last, self.final_layer_norm, self.dropout)
             return x + self.dropout(self.feed_forward(normed)), carried
         x = residual_norm(attended, last, self.self_attn_layer_norm, self.dropout)
-        # A kernel adds the bias on its way, and sums its gradient; a hook sees the whole output.
+        # The kernel adds the bias and sums its gradient; a hook has to see the whole output.
         whole = is_plain(self.feed_forward, FeedForward) and is_plain(self.feed_forward.fc2, nn.Linear)
         apart = whole and fusable(x)
         y = self.feed_forward.without_bias(x) if apart else self.feed_forward(x)

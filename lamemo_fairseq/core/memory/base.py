@@ -117,7 +117,7 @@ class Architecture:
     class_name: str  # in models/language_models.py
     summary: str
     defaults: Mapping[str, object] = field(default_factory=dict)  # options whose default differs
-    presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # likewise, in a released setting
+    presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # likewise, by released setting
 
 
 @dataclass(frozen=True)

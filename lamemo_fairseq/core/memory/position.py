@@ -31,9 +31,9 @@ class SegmentPosition:
     epoch: int
     num_streams: int  # streams that the split was cut into, over all ranks
     segment_length: int
-    streams: Tuple[int, ...]  # of each entry of the batch
+    streams: Tuple[int, ...]  # the stream of each entry of the batch
     index: int  # number of the segment in its stream, from 0
-    last: bool = False  # the streams end with it
+    last: bool = False  # the streams end with this segment
     ragged: bool = False  # some streams are padded on the right
     cleared: Tuple[int, ...] = ()  # entries of the batch whose memory is cleared before the segment
     ended: Tuple[int, ...] = ()  # entries that have no tokens from this segment on

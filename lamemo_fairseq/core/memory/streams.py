@@ -89,7 +89,7 @@ class StreamMemory:
         if position.index not in states:
             return None
         state = advance(states[position.index], len(position.streams), position.cleared, position.ended)
-        if state is not None:  # the same tensors for whoever asks again
+        if state is not None:  # the same tensors for every later call
             states[position.index] = state
         return state
 

@@ -59,7 +59,7 @@ class Positions(Protocol):
 
 
 Request = Tuple[int, Optional[range], torch.dtype, torch.device]  # the arguments of `biases`
-KNOWN = 2  # shapes whose biases are kept
+KNOWN = 2  # number of shapes whose biases are stored
 
 
 class PositionEncoding(nn.Module):
@@ -71,7 +71,7 @@ class PositionEncoding(nn.Module):
     def __init__(self, config: PositionConfig):
         super().__init__()
         self.config = config
-        self._known: Optional[Dict[Request, List[LayerBias]]] = None  # while parameters stay as they are
+        self._known: Optional[Dict[Request, List[LayerBias]]] = None  # while parameters do not change
 
     def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         """Return `biases`; in evaluation within `unchanged`, those that were computed before.

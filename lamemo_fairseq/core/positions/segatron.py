@@ -34,7 +34,7 @@ class SegatronPositions(TransformerXLPositions):
     def __init__(self, config: PositionConfig):
         super().__init__(config)
         sentences, paragraphs = tuple(config.sentence_ends), tuple(config.paragraph_ends)
-        # In the order of the parts. What ends a paragraph ends a sentence too.
+        # Sentences come before paragraphs, as in the sinusoids. The end of a paragraph ends a sentence too.
         self.ends = [ends for ends in (sentences and sentences + paragraphs, paragraphs) if ends]
         if not self.ends:
             raise ValueError(

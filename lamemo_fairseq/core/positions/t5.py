@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..attention import RelativeBias
 from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding
 
-BUCKETS, FARTHEST = 32, 128  # biases a head, and the distance from which on there is one
+BUCKETS, FARTHEST = 32, 128  # biases per head; all distances from FARTHEST on share one
 EXACT = BUCKETS // 2  # distances with a bias of their own
 
 

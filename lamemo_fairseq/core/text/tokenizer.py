@@ -46,7 +46,7 @@ class Tokenizer:
         self.symbols: List[str] = [*SPECIAL, *words]
         self._counts = [1] * len(words) if counts is None else list(counts)
         self._ids: Dict[str, int] = {}
-        for number, symbol in enumerate(self.symbols):  # a word that is spelt like a special one takes its place
+        for number, symbol in enumerate(self.symbols):  # a word that is spelt like a special symbol replaces it
             if number >= len(SPECIAL) and self._ids.get(symbol, 0) >= len(SPECIAL):
                 raise ValueError(f"{DICTIONARY}: the dictionary holds {symbol!r} twice")
             self._ids[symbol] = number

@@ -28,7 +28,7 @@ class BandedAttention:
     band: Band
     bias: RelativeBias
     first: Optional[Tensor] = None
-    stored: Optional[Attended] = None  # merged with what is read
+    stored: Optional[Attended] = None  # merged with the new read-out
     eps: float = 0.0  # of the merge
 
 
@@ -113,7 +113,7 @@ class _Attend(Function):
         normalizer = in_order[0] if len(attentions) == 1 else torch.cat(in_order, dim=2)
         ctx.attentions, ctx.scale = [_without_tensors(p) for p in attentions], scale
         ctx.dropout, ctx.seed = dropout, seed
-        # Tensors that take no gradient, beside those that do: all of them must not change before the backward pass.
+        # Tensors without gradient are saved too: none of them may change before the backward pass.
         constants = [(p.first, *(p.stored or (None, None))) for p in attentions]
         ctx.save_for_backward(q, k, v, output, *biases, *saved, *(t for three in constants for t in three))
         ctx.mark_non_differentiable(normalizer)

@@ -261,7 +261,7 @@ def _geometry(x: Inputs, layout: Layout) -> Dict[str, int]:
 
 
 def _block_sizes(x: Inputs, tile: Tile) -> Dict[str, Union[int, str]]:
-    precision = "ieee" if x.q.dtype == torch.float32 else "tf32"  # no other dtype has a choice
+    precision = "ieee" if x.q.dtype == torch.float32 else "tf32"  # other dtypes ignore it
     size = x.q.size(-1)
     return {"D": size, "BLOCK_D": _block(size), "BLOCK_Q": tile[0], "BLOCK_K": tile[1], "PRECISION": precision}
 

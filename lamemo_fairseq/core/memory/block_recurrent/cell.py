@@ -15,7 +15,7 @@ from ..base import MemoryConfig
 from .attention import KeyValues, read
 from .options import FIXED, LSTM, BlockRecurrentOptions
 
-EPS = 1e-6  # of the mean square
+EPS = 1e-6  # added to the mean square
 
 
 class StateHeads(NamedTuple):

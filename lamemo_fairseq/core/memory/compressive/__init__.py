@@ -110,7 +110,7 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
         recent = state.hidden[0].size(1) + current
         leaving = self.leaving(recent)
         watched = slice(compressed, compressed + leaving) if leaving and self.watches else None
-        # How much a shorter last segment compresses depends on which streams share its batch.
+        # The compression of a shorter last segment depends on which streams share its batch.
         learns = self.training and leaving > 0 and current == self.config.segment_length
         hidden, squeezed, lost = [], [], []
         biases = positions(compressed + recent, None, x)

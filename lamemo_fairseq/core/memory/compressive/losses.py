@@ -54,7 +54,7 @@ class AttentionReconstruction(CompressionLoss):
     """
 
     def forward(self, layer: DecoderLayer, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        # Other tensors stand in for the weights. Detaching these themselves would freeze them for good.
+        # Other tensors stand in for the weights. Detaching the weights themselves would freeze them for good.
         constant = {f"layer.{name}": p.detach() for name, p in layer.named_parameters()}
         seen, approximated = torch.func.functional_call(_ContentAttention(layer), constant, (rows, old, new))
         return _square_distance(seen, approximated)
@@ -80,7 +80,7 @@ class _ContentAttention(nn.Module):
         self.layer = layer
 
     def forward(self, rows: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():  # or the backward pass would go through all of it for nothing
+        with torch.no_grad():  # otherwise the backward pass would go through the attention for nothing
             q, k, v = self._project(torch.cat([old, rows], dim=1), rows.size(1))
             seen = F.scaled_dot_product_attention(q, k[:, :, : old.size(1)], v[:, :, : old.size(1)])
         _, k, v = self._project(new.to(rows), 0)

@@ -46,8 +46,8 @@ class RadialBasis:
         return _grid(self, like.device, like.dtype)
 
 
-# Caches by value: models share them, and no checkpoint has them. Made on the host in float64, whatever the default
-# device, and never as inference tensors, which later training could not use.
+# The cache is by value: models share its tensors, and no checkpoint has them. Made on the host in float64, whatever the
+# default device, and never as inference tensors, which later training could not use.
 @lru_cache(maxsize=64)
 def _grid(basis: RadialBasis, device: torch.device, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
     with torch.inference_mode(False):

@@ -50,6 +50,7 @@ class EnhancedCache(SegmentCache[CachedMemory, InputLayerCache]):
     ) -> None:
         """Project the outputs of the tokens that become slots, and move the columns on."""
         new = slice(max(network.memory.slots, network.memory.period), None)  # the last min(M, N) columns
+        # The input of a layer is the output of the layer below.
         outputs = [*(cached.inputs for cached in self.layers[1:]), self.features]
         for layer, cached, output in zip(network.layers, self.layers, outputs, strict=True):
             rows = select_sequences(output, sequences)[:, new]

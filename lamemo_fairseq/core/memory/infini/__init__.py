@@ -27,7 +27,8 @@ from .attention import Associations, InfiniSelfAttention
 from .cache import InfiniCache, empty_associations
 from .options import InfiniOptions
 
-# Two segments an update, as long as Transformer-XL's, so that writing is trained. The paper's are 16 of 2,048 tokens.
+# Two segments an update, as long as Transformer-XL's, so that writing is trained. The paper's updates have 16 segments
+# of 2,048 tokens.
 _CHARACTERS = {"mem_len": 0, "bptt_segments": 2, "preset_tokens_per_sample": 1024}
 
 

@@ -98,7 +98,7 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
                 outputs.append(carried.output)
                 normalizers.append(carried.normalizer)
         if self.training and (window is None or len(layers) == 1):
-            # Before the first slot, nothing has used the biases of a look-ahead.
+            # Without slots nothing uses the biases of the look-ahead.
             ahead = biases[0].ahead
             assert ahead is not None
             rows = rows + no_contribution(ahead[:2])

@@ -26,7 +26,7 @@ def _fused() -> ModuleType:
 
 lookahead_attention = Operation("look-ahead attention", eager.lookahead_attention, _fused)
 memory_attention = Operation("attention with look-ahead", eager.memory_attention, _fused)
-# With further scores for each pair.
+# This variant adds further scores for each pair.
 counted_memory_attention = Operation("look-ahead by distances counted in the text", eager.memory_attention)
 
 

@@ -135,7 +135,7 @@ class TopKSelfAttention(StoreSelfAttention):
 class DenseSelfAttention(StoreSelfAttention):
     """One softmax over all stored rows and the segment's."""
 
-    reads_slots: ClassVar[bool] = False  # they are stored
+    reads_slots: ClassVar[bool] = False  # the slots' rows are in the store
 
     def __init__(self, config: AttentionConfig):
         if config.span is not None:

@@ -88,7 +88,7 @@ class MemorizingCache(SegmentCache[WithStore, LayerCache]):
         after = self.next_position(position, network)
         row = torch.arange(size, device=cached.hidden.device)
         hidden = row < size - after.own
-        if not memory.reads_slots:  # these rows are read where they stand as slots
+        if not memory.reads_slots:  # these rows are read as slots
             hidden |= row >= size - after.slots
         write_sequences(cached.hidden, sequences, hidden.expand(len(select_sequences(cached.hidden, sequences)), -1))
         super().end_segment(sequences, position, network)

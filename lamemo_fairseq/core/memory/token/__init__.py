@@ -23,7 +23,7 @@ from .attention import Blocks, TokenSelfAttention
 from .cache import TokenCache
 from .options import TokenOptions
 
-# Rows attended to besides the segment: K + M as many as Transformer-XL's M, where the paper does not say.
+# K + M rows are as many as Transformer-XL's M, where the paper does not say.
 _CHARACTERS = {"mem_len": 502, "bptt_segments": 2, "preset_tokens_per_sample": 1024}
 
 
@@ -49,7 +49,7 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
         summary="Recurrent Memory Transformer: memory tokens read and written (Bulatov et al. 2022).",
         defaults={"position_encoding": "transformer-xl", "mem_len": 0},
         presets={
-            # Transformer-XL's cache of 150 and 10 memory tokens are the paper's.
+            # A cache of 150 rows and 10 memory tokens are the paper's.
             "wt103": {"mem_len": 150, "bptt_segments": 2, "preset_tokens_per_sample": 300},
             "enwik8": _CHARACTERS,
             "text8": _CHARACTERS,
