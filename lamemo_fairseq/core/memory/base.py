@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..decoding.cache import AnyCache, FrozenCache
 from ..layers import CausalSelfAttention, DecoderLayer, SelfAttention
-from ..positions import Positions
+from ..positions import LayerBias, Positions
 from ..registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 State = TypeVar("State", bound="MemoryState")
 Options = TypeVar("Options", bound="MemoryOptions")
 SavedField = Union[Tensor, Sequence[Tensor]]
+LayerState = Tuple[Tensor, ...]  # one layer's part of a state
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class MemoryState:
             for name, value in self._values().items()
         }
         return type(self)(**mapped)
+
+    def own(self) -> Dict[str, Any]:
+        """Return the fields by name, without the words."""
+        return {name: value for name, value in self._values().items() if name != "words"}
 
     def _values(self) -> Dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -144,8 +149,28 @@ class Passage(NamedTuple):
     losses: Dict[str, Tensor] = {}
 
 
+class Segment(NamedTuple):
+    """What all layers know of the segment that they read."""
+
+    tokens: int  # n
+    biases: List[LayerBias]  # of each layer
+    lengths: Optional[Tensor] = None  # [B], tokens that are not padding; None if none is
+
+
+class LayerPassage(NamedTuple):
+    """The results of one layer's pass over a segment."""
+
+    rows: Tensor  # that come out of the layer
+    state: LayerState  # for the layer's next segment
+    aside: Tuple[Tensor, ...] = ()  # for the memory's losses
+
+
 class Memory(nn.Module, Generic[State, Options]):
-    """Base of all memories; a decoder has one."""
+    """Base of all memories; a decoder has one.
+
+    If layer l reads segment s with the output of layer l - 1 and with what layer l made of segment s - 1 alone, a
+    subclass defines `pass_layer`. Any other defines `pass_segment`.
+    """
 
     architecture: ClassVar[Architecture]
     options: ClassVar[Type[MemoryOptions]] = MemoryOptions
@@ -197,7 +222,7 @@ class Memory(nn.Module, Generic[State, Options]):
     ) -> Passage:
         """Pass the embeddings ``x [B, N, d]`` of an update through the layers.
 
-        A memory that carries gradient overrides `pass_segment` instead, which is called for each segment in turn.
+        A memory that carries gradient reads its ``bptt_segments`` segments in turn, any other reads *x* as one.
 
         Args:
             lengths: ``[B]`` tokens that are not padding, which is on the right; None if none is.
@@ -205,6 +230,8 @@ class Memory(nn.Module, Generic[State, Options]):
         Returns:
             The features ``[B, N, d]``, the state after them without gradient, and the means of the segments' losses.
         """
+        if not self.carries_gradient:
+            return self.pass_segment(x, state, layers, positions, lengths)
         passages: List[Passage] = []
         for start in range(0, x.size(1), self.period):
             segment = x[:, start : start + self.period]
@@ -224,7 +251,58 @@ class Memory(nn.Module, Generic[State, Options]):
         lengths: Optional[Tensor] = None,
     ) -> Passage:
         """Pass one segment ``x [B, n, d]`` through the layers; its state may have a gradient."""
+        segment = self.segment(x, state, positions, lengths)
+        after: List[LayerState] = []
+        asides: List[Tuple[Tensor, ...]] = []
+        for n, (layer, before) in enumerate(zip(layers, self.layer_states(state), strict=True)):
+            x, of_layer, aside = self.pass_layer(n, layer, x, before, segment)
+            after.append(of_layer)
+            asides.append(aside)
+        losses = self.losses_of(asides, state, lengths) if self.training else {}
+        return Passage(x, self.joined(after, state), losses)
+
+    def segment(self, x: Tensor, state: State, positions: Positions, lengths: Optional[Tensor] = None) -> Segment:
+        """Return what all layers know of the segment ``x [B, n, d]``; it depends on shapes, positions and *lengths*."""
+        rows, ahead = self.reach(state, x.size(1))
+        return Segment(x.size(1), positions(rows, ahead, x), lengths)
+
+    def reach(self, state: State, current: int) -> Tuple[int, Optional[range]]:
+        """Return arguments of `Positions`: the number of rows, *current* ones included, and the distances ahead."""
+        return current, None
+
+    def pass_layer(
+        self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
+    ) -> LayerPassage:
+        """Pass a segment through layer *n*, counted from 0.
+
+        Args:
+            rows: the segment's embeddings ``[B, n, d]`` in layer 0, else what came out of the layer below.
+            before: the layer's part of the state, as `layer_states` returns it.
+        """
         raise NotImplementedError
+
+    def layer_states(self, state: State) -> List[LayerState]:
+        """Return each layer's part of a state: its entry of every tuple, and the tensors that all layers share."""
+        parts: List[List[Tensor]] = [[] for _ in range(self.config.layers)]
+        for value in state.own().values():
+            for part, tensor in zip(parts, value if isinstance(value, tuple) else [value] * len(parts), strict=True):
+                part.append(tensor)
+        return [tuple(part) for part in parts]
+
+    def joined(self, parts: Sequence[LayerState], like: State) -> State:
+        """Return the state whose `layer_states` are *parts*; of a tensor that all layers share, the last layer's.
+
+        *like* is another state, which tells such tensors from tuples.
+        """
+        columns = zip(like.own().items(), zip(*parts, strict=True), strict=True)
+        values: Dict[str, Any] = {k: of if isinstance(value, tuple) else of[-1] for (k, value), of in columns}
+        return type(like)(**values)
+
+    def losses_of(
+        self, asides: Sequence[Tuple[Tensor, ...]], before: State, lengths: Optional[Tensor]
+    ) -> Dict[str, Tensor]:
+        """Return the losses of a segment in training, of what `pass_layer` put aside in each layer."""
+        return {}
 
     def tell_untrained(self, untrained: str) -> None:
         """Warn once, with ``--bptt-segments 1``, that *untrained* is not trained."""

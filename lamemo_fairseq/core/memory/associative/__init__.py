@@ -11,7 +11,7 @@ d model width, F features of a key.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Iterator, List, Optional, Sequence, Tuple, Type, cast
+from typing import ClassVar, Optional, Sequence, Tuple, Type, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,19 @@ from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import Positions
-from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
+from ..base import (
+    MEMORIES,
+    Architecture,
+    LayerPassage,
+    LayerState,
+    Memory,
+    MemoryConfig,
+    MemoryState,
+    Passage,
+    Segment,
+    last_rows,
+    no_contribution,
+)
 from .association import Association, Associations
 from .attention import AssociativeSelfAttention
 from .cache import AssociativeCache
@@ -36,12 +48,6 @@ class AssociativeState(MemoryState):
     matrices: Tuple[Tensor, ...]  # a layer: [B, F or 0, d], float32 or wider
     normalizers: Tuple[Tensor, ...]  # a layer: [B, F or 0], float32 or wider
     hidden: Tuple[Tensor, ...]  # a layer: [B, s, d]
-
-    @property
-    def associations(self) -> List[Optional[Associations]]:
-        """A layer's matrix and normaliser, None before the first segment."""
-        pairs = zip(self.matrices, self.normalizers, strict=True)
-        return [Associations(*pair) if pair[0].size(1) > 0 else None for pair in pairs]
 
 
 @MEMORIES.register("associative")
@@ -107,34 +113,30 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
         if not self.training or x.size(1) > self.period:
             return passage
         self.tell_untrained("--memory associative writes, and a new model's matrices stay zero")
-        unread = [self.tokens, *(p for association in _associations(layers) for p in association.parameters())]
+        unread = [self.tokens, *(p for layer in layers for p in _association(layer).parameters())]
         return passage._replace(features=passage.features + no_contribution(unread))
 
-    def pass_segment(
-        self,
-        x: Tensor,
-        state: AssociativeState,
-        layers: Sequence[DecoderLayer],
-        positions: Positions,
-        lengths: Optional[Tensor] = None,
-    ) -> Passage:
-        """Read a segment ``x [B, n, d]`` and the matrices, and write the matrices that the next one reads."""
-        current, size, cached = x.size(1), self.tokens.size(0), state.hidden[0].size(1)
-        biases = positions(cached + current + size, None, x)
-        rows = torch.cat([x, self.dropout(self.first_tokens(x))], dim=1)
-        hidden: List[Tensor] = []
-        written: List[Associations] = []
-        each = zip(layers, _associations(layers), biases, state.associations, state.hidden, strict=True)
-        for layer, association, bias, past, slots in each:
-            if past is not None:
-                rows = association.read(rows, past)
-            slots = slots.to(x)
-            hidden.append(last_rows(torch.cat([slots, rows[:, :current]], dim=1), self.config.mem_len))
-            rows, _ = layer(join(slots, rows), bias, current + size)
-            written.append(association.write(rows[:, current:], past))
-        matrices, normalizers = zip(*written, strict=True)
-        return Passage(rows[:, :current], AssociativeState(matrices, normalizers, tuple(hidden)))
+    def reach(self, state: AssociativeState, current: int) -> Tuple[int, Optional[range]]:
+        return state.hidden[0].size(1) + current + self.tokens.size(0), None
+
+    def pass_layer(
+        self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
+    ) -> LayerPassage:
+        """Read a segment and the layer's matrix, and write the matrix that the next segment reads."""
+        matrix, normalizer, slots = before
+        past = Associations(matrix, normalizer) if matrix.size(1) > 0 else None
+        current, association = segment.tokens, _association(layer)
+        if n == 0:
+            rows = torch.cat([rows, self.dropout(self.first_tokens(rows))], dim=1)
+        if past is not None:
+            rows = association.read(rows, past)
+        slots = slots.to(rows)
+        hidden = last_rows(torch.cat([slots, rows[:, :current]], dim=1), self.config.mem_len)
+        rows, _ = layer(join(slots, rows), segment.biases[n], rows.size(1))
+        written = association.write(rows[:, current:], past)
+        last = n == self.config.layers - 1
+        return LayerPassage(rows[:, :current] if last else rows, (*written, hidden))
 
 
-def _associations(layers: Sequence[DecoderLayer]) -> Iterator[Association]:
-    return (cast(AssociativeSelfAttention, layer.self_attn).association for layer in layers)
+def _association(layer: DecoderLayer) -> Association:
+    return cast(AssociativeSelfAttention, layer.self_attn).association

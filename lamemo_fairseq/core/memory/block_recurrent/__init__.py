@@ -23,7 +23,18 @@ from torch import Tensor, nn
 from ...decoding.cache import AnyCache
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import Positions
-from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, no_contribution
+from ..base import (
+    MEMORIES,
+    Architecture,
+    LayerPassage,
+    LayerState,
+    Memory,
+    MemoryConfig,
+    MemoryState,
+    Passage,
+    Segment,
+    no_contribution,
+)
 from .attention import KeyValues, RecurrentSelfAttention, WindowSelfAttention
 from .cache import BlockRecurrentCache
 from .cell import RecurrentCell
@@ -105,27 +116,29 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
         # states.
         return passage._replace(features=passage.features + no_contribution(self.cells.parameters()))
 
-    def pass_segment(
-        self,
-        x: Tensor,
-        state: BlockRecurrentState,
-        layers: Sequence[DecoderLayer],
-        positions: Positions,
-        lengths: Optional[Tensor] = None,
-    ) -> Passage:
-        """Read a window ``x [B, n, d]`` and the states from before it, and write the states that the next one reads."""
-        biases = positions(state.keys[0].size(2) + x.size(1), None, x)
-        windows: List[KeyValues] = []
-        written: List[Tensor] = []
-        for n, (layer, bias, keys, values) in enumerate(zip(layers, biases, state.keys, state.values, strict=True)):
-            cell, past = self.cell(n), KeyValues(keys, values)
-            if cell is None:
-                x, seen = layer(x, bias, past)
-            else:
-                before = cell.begin(state.states[len(written)])
-                heads = cell.project(before, x)
-                x, seen = layer(x, bias, past, heads.key_values)
-                written.append(cell.update(before, heads, seen, layer.self_attn.config.backend))
-            windows.append(seen.last(self.config.mem_len, self.config.head_dim))
-        last_keys, last_values = zip(*windows, strict=True)
-        return Passage(x, BlockRecurrentState(last_keys, last_values, tuple(written)))
+    def layer_states(self, state: BlockRecurrentState) -> List[LayerState]:
+        of_layer = dict(zip(self.recurrent, state.states, strict=True))
+        windows = zip(state.keys, state.values, strict=True)
+        return [(*window, of_layer[n]) if n in of_layer else window for n, window in enumerate(windows)]
+
+    def joined(self, parts: Sequence[LayerState], like: BlockRecurrentState) -> BlockRecurrentState:
+        keys, values = zip(*(part[:2] for part in parts), strict=True)
+        return BlockRecurrentState(keys, values, tuple(part[2] for part in parts if len(part) > 2))
+
+    def reach(self, state: BlockRecurrentState, current: int) -> Tuple[int, Optional[range]]:
+        return state.keys[0].size(2) + current, None
+
+    def pass_layer(
+        self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
+    ) -> LayerPassage:
+        """Read a window ``rows [B, n, d]`` and the states from before it, and write those that the next one reads."""
+        past, cell = KeyValues(*before[:2]), self.cell(n)
+        written: LayerState = ()
+        if cell is None:
+            out, seen = layer(rows, segment.biases[n], past)
+        else:
+            states = cell.begin(before[2])
+            heads = cell.project(states, rows)
+            out, seen = layer(rows, segment.biases[n], past, heads.key_values)
+            written = (cell.update(states, heads, seen, layer.self_attn.config.backend),)
+        return LayerPassage(out, (*seen.last(self.config.mem_len, self.config.head_dim), *written))

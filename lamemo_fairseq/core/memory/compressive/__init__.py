@@ -9,7 +9,7 @@ Shapes: B streams, N current tokens, m <= M memory slots, c <= C compressed slot
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, List, Optional, Sequence, Tuple, Type
+from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,18 @@ from torch import Tensor, nn
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
-from ...positions import Positions
-from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
+from ..base import (
+    MEMORIES,
+    Architecture,
+    LayerPassage,
+    LayerState,
+    Memory,
+    MemoryConfig,
+    MemoryState,
+    Segment,
+    last_rows,
+    no_contribution,
+)
 from .attention import CompressiveSelfAttention
 from .cache import CompressiveCache
 from .compressions import COMPRESSIONS
@@ -98,38 +108,33 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
         options = self.config.options
         return min(options.compressed_len, compressed + leaving // options.compression_rate)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: CompressiveState,
-        layers: Sequence[DecoderLayer],
-        positions: Positions,
-        lengths: Optional[Tensor] = None,
-    ) -> Passage:
-        current, compressed = x.size(1), state.compressed[0].size(1)
-        recent = state.hidden[0].size(1) + current
+    def reach(self, state: CompressiveState, current: int) -> Tuple[int, Optional[range]]:
+        return state.compressed[0].size(1) + state.hidden[0].size(1) + current, None
+
+    def pass_layer(
+        self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
+    ) -> LayerPassage:
+        older, current = before[1].to(rows), segment.tokens
+        compressed, recent = older.size(1), before[0].size(1) + current
         leaving = self.leaving(recent)
         watched = slice(compressed, compressed + leaving) if leaving and self.watches else None
-        # The compression of a shorter last segment depends on which streams share its batch.
-        learns = self.training and leaving > 0 and current == self.config.segment_length
-        hidden, squeezed, lost = [], [], []
-        biases = positions(compressed + recent, None, x)
-        for i, (layer, bias) in enumerate(zip(layers, biases, strict=True)):
-            older = state.compressed[i].to(x)
-            every = join(torch.cat([older, state.hidden[i].to(x)], dim=1), x)
-            out, used = layer(every, bias, current, watched)
-            rows = every[:, compressed:].detach()
-            if leaving:
-                old = rows[:, :leaving]
-                new = self.compressions[i](old, used)
-                if learns and len(self.losses):
-                    lost.append(self.losses[i](layer, x.detach(), old, new))
-                older = torch.cat([older, new.to(older)], dim=1)
-            hidden.append(last_rows(rows, recent - leaving))
-            squeezed.append(last_rows(older, self.config.options.compressed_len))
-            x = out
-        losses = {"compression": self._loss(lost, lengths)} if self.training and len(self.losses) else {}
-        return Passage(x, CompressiveState(tuple(hidden), tuple(squeezed)), losses)
+        every = join(torch.cat([older, before[0].to(rows)], dim=1), rows)
+        out, used = layer(every, segment.biases[n], current, watched)
+        kept, lost = every[:, compressed:].detach(), None
+        if leaving:
+            old = kept[:, :leaving]
+            new = self.compressions[n](old, used)
+            # The compression of a shorter last segment depends on which streams share its batch.
+            if self.training and len(self.losses) and current == self.config.segment_length:
+                lost = self.losses[n](layer, rows.detach(), old, new)
+            older = torch.cat([older, new.to(older)], dim=1)
+        after = last_rows(kept, recent - leaving), last_rows(older, self.config.options.compressed_len)
+        return LayerPassage(out, after, () if lost is None else (lost,))
+
+    def losses_of(
+        self, asides: Sequence[Tuple[Tensor, ...]], before: CompressiveState, lengths: Optional[Tensor]
+    ) -> Dict[str, Tensor]:
+        return {"compression": self._loss([loss for lost in asides for loss in lost], lengths)} if self.losses else {}
 
     def _loss(self, lost: List[Tensor], lengths: Optional[Tensor]) -> Tensor:
         """Return the loss of a token: the mean over layers, streams and tokens of the layers' losses *lost* ``[B]``.

@@ -20,7 +20,7 @@ Shapes: B streams, N current tokens, m <= M memory slots, J basis functions, d m
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, List, Optional, Sequence, Tuple, Type
+from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor
@@ -28,8 +28,17 @@ from torch import Tensor
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
-from ...positions import Positions
-from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows
+from ..base import (
+    MEMORIES,
+    Architecture,
+    LayerPassage,
+    LayerState,
+    Memory,
+    MemoryConfig,
+    MemoryState,
+    Segment,
+    last_rows,
+)
 from .attention import ContinuousSelfAttention, divergence
 from .cache import ContinuousCache
 from .options import ContinuousOptions
@@ -101,27 +110,24 @@ class ContinuousMemory(Memory[ContinuousState, ContinuousOptions]):
         """Return how many of *slots* and *current* rows leave the short-term memory when the segment ends."""
         return max(0, slots + current - self.slots)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: ContinuousState,
-        layers: Sequence[DecoderLayer],
-        positions: Positions,
-        lengths: Optional[Tensor] = None,
-    ) -> Passage:
-        current, slots = x.size(1), state.hidden[0].size(1)
-        leaving = self.leaving(slots, current)
-        hidden, coefficients, densities = [], [], []
-        biases = positions(slots + current, None, x)
-        for layer, bias, past, signal in zip(layers, biases, state.hidden, state.coefficients, strict=True):
-            rows = join(past.to(x), x)
-            hidden.append(last_rows(rows, self.config.mem_len))
-            x, density = layer(rows, bias, current, signal)
-            coefficients.append(self.signal.extend(signal, state.taken_in, rows[:, :leaving], density))
-            densities.append(density)
-        losses = {"kl": self._kl(densities, state.taken_in, lengths)} if self.training else {}
-        after = ContinuousState(tuple(hidden), tuple(coefficients), state.taken_in + leaving)
-        return Passage(x, after, losses)
+    def reach(self, state: ContinuousState, current: int) -> Tuple[int, Optional[range]]:
+        return state.hidden[0].size(1) + current, None
+
+    def pass_layer(
+        self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
+    ) -> LayerPassage:
+        past, signal, taken_in = before
+        joined = join(past.to(rows), rows)
+        leaving = self.leaving(past.size(1), segment.tokens)
+        hidden = last_rows(joined, self.config.mem_len)
+        out, density = layer(joined, segment.biases[n], segment.tokens, signal)
+        coefficients = self.signal.extend(signal, taken_in, joined[:, :leaving], density)
+        return LayerPassage(out, (hidden, coefficients, taken_in + leaving), density)
+
+    def losses_of(
+        self, asides: Sequence[Tuple[Tensor, ...]], before: ContinuousState, lengths: Optional[Tensor]
+    ) -> Dict[str, Tensor]:
+        return {"kl": self._kl([Density(*aside) for aside in asides], before.taken_in, lengths)}
 
     def _kl(self, densities: List[Density], taken_in: Tensor, lengths: Optional[Tensor]) -> Tensor:
         """Return the weighted mean divergence of all layers, heads and tokens, those without a signal counting 0."""

@@ -4,13 +4,12 @@ Shapes: B streams, N tokens of a segment, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional, Sequence, Type
+from typing import ClassVar, Type
 
 from torch import Tensor
 
 from ...layers import DecoderLayer
-from ...positions import Positions
-from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage
+from ..base import MEMORIES, Architecture, LayerPassage, LayerState, Memory, MemoryOptions, MemoryState, Segment
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,8 @@ class EmptyMemory(Memory[EmptyState, MemoryOptions]):
     def initial_state(self, x: Tensor) -> EmptyState:
         return EmptyState()
 
-    def forward(
-        self,
-        x: Tensor,
-        state: EmptyState,
-        layers: Sequence[DecoderLayer],
-        positions: Positions,
-        lengths: Optional[Tensor] = None,
-    ) -> Passage:
-        for layer, bias in zip(layers, positions(x.size(1), None, x), strict=True):
-            x, _ = layer(x, bias, x.size(1))
-        return Passage(x, state)
+    def pass_layer(
+        self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
+    ) -> LayerPassage:
+        out, _ = layer(rows, segment.biases[n], segment.tokens)
+        return LayerPassage(out, ())

@@ -10,7 +10,7 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional, Sequence, Tuple, Type
+from typing import ClassVar, Optional, Tuple, Type
 
 import torch
 from torch import Tensor
@@ -18,8 +18,17 @@ from torch import Tensor
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer
-from ...positions import Positions
-from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage, last_rows
+from ..base import (
+    MEMORIES,
+    Architecture,
+    LayerPassage,
+    LayerState,
+    Memory,
+    MemoryOptions,
+    MemoryState,
+    Segment,
+    last_rows,
+)
 from .cache import EnhancedCache
 
 
@@ -51,22 +60,15 @@ class EnhancedMemory(Memory[EnhancedState, MemoryOptions]):
     def initial_state(self, x: Tensor) -> EnhancedState:
         return EnhancedState((x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: EnhancedState,
-        layers: Sequence[DecoderLayer],
-        positions: Positions,
-        lengths: Optional[Tensor] = None,
-    ) -> Passage:
-        current, slots = x.size(1), state.outputs[0].size(1)
-        biases = positions(slots + current, None, x)
-        outputs = []
-        for layer, bias, past in zip(layers, biases, state.outputs, strict=True):
-            past = past.to(x)
-            x, _ = layer(join(past, x), bias, current)
-            outputs.append(self._slots(past, x))
-        return Passage(x, EnhancedState(tuple(outputs)))
+    def reach(self, state: EnhancedState, current: int) -> Tuple[int, Optional[range]]:
+        return state.outputs[0].size(1) + current, None
+
+    def pass_layer(
+        self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
+    ) -> LayerPassage:
+        past = before[0].to(rows)
+        out, _ = layer(join(past, rows), segment.biases[n], segment.tokens)
+        return LayerPassage(out, (self._slots(past, out),))
 
     def _slots(self, past: Tensor, new: Tensor) -> Tensor:
         """Return the last M of the rows ``past [B, m, d]`` and ``new [B, N, d]``."""

@@ -15,14 +15,13 @@ Shapes: B streams, n current tokens, H heads, D size of a head, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, List, Optional, Sequence, Tuple, Type
+from typing import ClassVar, Tuple, Type
 
 from torch import Tensor
 
 from ...decoding.cache import AnyCache
 from ...layers import DecoderLayer, SelfAttention
-from ...positions import Positions
-from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage
+from ..base import MEMORIES, Architecture, LayerPassage, LayerState, Memory, MemoryState, Segment
 from .attention import Associations, InfiniSelfAttention
 from .cache import InfiniCache, empty_associations
 from .options import InfiniOptions
@@ -72,19 +71,9 @@ class InfiniMemory(Memory[InfiniState, InfiniOptions]):
         layers = self.config.layers
         return InfiniState((empty.matrix,) * layers, (empty.normalizer,) * layers, empty.written)
 
-    def pass_segment(
-        self,
-        x: Tensor,
-        state: InfiniState,
-        layers: Sequence[DecoderLayer],
-        positions: Positions,
-        lengths: Optional[Tensor] = None,
-    ) -> Passage:
-        """Read a segment ``x [B, n, d]``, then write it, with its padding, which no later segment reads."""
-        written: List[Associations] = []
-        biases = positions(x.size(1), None, x)
-        for layer, bias, matrix, normalizer in zip(layers, biases, state.matrices, state.normalizers, strict=True):
-            x, after = layer(x, bias, Associations(matrix, normalizer, state.written))
-            written.append(after)
-        matrices, normalizers, flags = zip(*written, strict=True)
-        return Passage(x, InfiniState(matrices, normalizers, flags[-1]))
+    def pass_layer(
+        self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
+    ) -> LayerPassage:
+        """Read a segment ``rows [B, n, d]``, then write it, with its padding, which no later segment reads."""
+        out, after = layer(rows, segment.biases[n], Associations(*before))
+        return LayerPassage(out, after)

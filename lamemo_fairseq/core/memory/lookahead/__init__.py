@@ -7,7 +7,7 @@ Shapes: B streams, N current tokens, m <= M memory slots, H heads, D size of a h
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional, Sequence, Tuple, Type
+from typing import ClassVar, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor
@@ -16,8 +16,17 @@ from ...attention import Attended
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
-from ...positions import Positions
-from ..base import MEMORIES, Architecture, Memory, MemoryState, Passage, last_rows, no_contribution
+from ..base import (
+    MEMORIES,
+    Architecture,
+    LayerPassage,
+    LayerState,
+    Memory,
+    MemoryState,
+    Segment,
+    last_rows,
+    no_contribution,
+)
 from .attention import LookaheadSelfAttention, counted_memory_attention, lookahead_attention, memory_attention
 from .cache import LookaheadCache
 from .options import LookaheadOptions
@@ -74,32 +83,33 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
         """Return the keys that *slots* slots look ahead at in a segment of *current* tokens."""
         return WINDOWS[str(self.config.options.lookahead_window)](slots, current)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: LookaheadState,
-        layers: Sequence[DecoderLayer],
-        positions: Positions,
-        lengths: Optional[Tensor] = None,
-    ) -> Passage:
-        current, slots = x.size(1), state.embeddings.size(1)
-        window = None
-        if slots > 0:
-            window = self.window(slots, current)._replace(lengths=lengths)
-        biases = positions(slots + current, range(0) if window is None else window.distances(slots), x)
+    def layer_states(self, state: LookaheadState) -> List[LayerState]:
+        """Return read-outs and normalisers of each layer but the last, after the embeddings in the first."""
+        first, *others = [*zip(state.outputs, state.normalizers, strict=True), ()]
+        return [(state.embeddings, *first), *others]
 
-        rows = join(state.embeddings.to(x), x)
-        embeddings = last_rows(rows, self.config.mem_len)
-        outputs, normalizers = [], []
-        past = [Attended(*pair) for pair in zip(state.outputs, state.normalizers, strict=True)]
-        for layer, bias, stored in zip(layers, biases, [*past, None], strict=True):
-            rows, carried = layer(rows, bias, window, stored, current)
-            if carried is not None:
-                outputs.append(carried.output)
-                normalizers.append(carried.normalizer)
-        if self.training and (window is None or len(layers) == 1):
+    def joined(self, parts: Sequence[LayerState], like: LookaheadState) -> LookaheadState:
+        (embeddings, *first), *others = parts
+        attended = [tuple(first), *others][:-1]
+        return LookaheadState(embeddings, tuple(a[0] for a in attended), tuple(a[1] for a in attended))
+
+    def reach(self, state: LookaheadState, current: int) -> Tuple[int, Optional[range]]:
+        slots = state.embeddings.size(1)
+        return slots + current, self.window(slots, current).distances(slots) if slots > 0 else range(0)
+
+    def pass_layer(
+        self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
+    ) -> LayerPassage:
+        embeddings, stored = (before[:1], before[1:]) if n == 0 else ((), before)
+        if n == 0:
+            rows = join(embeddings[0].to(rows), rows)
+            embeddings = (last_rows(rows, self.config.mem_len),)
+        slots, bias = rows.size(1) - segment.tokens, segment.biases[n]
+        window = self.window(slots, segment.tokens)._replace(lengths=segment.lengths) if slots > 0 else None
+        out, carried = layer(rows, bias, window, Attended(*stored) if stored else None, segment.tokens)
+        if self.training and n == self.config.layers - 1 and (slots == 0 or n == 0):
             # Without slots nothing uses the biases of the look-ahead.
-            ahead = biases[0].ahead
+            ahead = segment.biases[0].ahead
             assert ahead is not None
-            rows = rows + no_contribution(ahead[:2])
-        return Passage(rows, LookaheadState(embeddings, tuple(outputs), tuple(normalizers)))
+            out = out + no_contribution(ahead[:2])
+        return LayerPassage(out, (*embeddings, *(carried or ())))

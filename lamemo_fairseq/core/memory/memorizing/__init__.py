@@ -17,15 +17,25 @@ Shapes: B streams, N current tokens, m <= M memory slots, n <= S stored rows, H 
 import logging
 from dataclasses import dataclass
 from functools import cache as remembered
-from typing import ClassVar, Optional, Sequence, Tuple, Type
+from typing import ClassVar, List, Optional, Sequence, Tuple, Type
 
 from torch import Tensor
 
 from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import CausalSelfAttention, DecoderLayer, SelfAttention
-from ...positions import Positions
-from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
+from ..base import (
+    MEMORIES,
+    Architecture,
+    LayerPassage,
+    LayerState,
+    Memory,
+    MemoryConfig,
+    MemoryState,
+    Segment,
+    last_rows,
+    no_contribution,
+)
 from .attention import RETRIEVALS, Store, appended
 from .cache import MemorizingCache
 from .options import DENSE, TOP_K, MemorizingOptions
@@ -80,31 +90,33 @@ class MemorizingMemory(Memory[MemorizingState, MemorizingOptions]):
         _tell(batch, config.options.store_len, numbers * x.element_size())
         return MemorizingState((x.new_empty(batch, 0, x.size(2)),) * config.layers, store, store)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: MemorizingState,
-        layers: Sequence[DecoderLayer],
-        positions: Positions,
-        lengths: Optional[Tensor] = None,
-    ) -> Passage:
-        current, slots = x.size(1), max(rows.size(1) for rows in state.hidden)
-        store = Store(state.keys.to(x), state.values.to(x))
-        biases = positions(slots + current, None, x)
-        hidden = []
-        for n, (layer, bias, past) in enumerate(zip(layers, biases, state.hidden, strict=True)):
-            rows = join(past.to(x), x)
-            if n != self.store_layer:
-                hidden.append(last_rows(rows, self.config.mem_len))
-                x, _ = layer(rows, bias, current)
-                continue
-            hidden.append(last_rows(rows, self.config.mem_len if self.reads_slots else 0))
-            x, new = layer(rows, current, store)
-            if self.training:
-                x = x + no_contribution(bias.causal)  # with a single layer, nothing has used positions
-        size = self.config.options.store_len
-        keys, values = appended(store.keys, new.keys, size), appended(store.values, new.values, size)
-        return Passage(x, MemorizingState(tuple(hidden), keys, values))
+    def layer_states(self, state: MemorizingState) -> List[LayerState]:
+        store = (state.keys, state.values)
+        return [(rows, *store) if n == self.store_layer else (rows,) for n, rows in enumerate(state.hidden)]
+
+    def joined(self, parts: Sequence[LayerState], like: MemorizingState) -> MemorizingState:
+        return MemorizingState(tuple(part[0] for part in parts), *parts[self.store_layer][1:])
+
+    def reach(self, state: MemorizingState, current: int) -> Tuple[int, Optional[range]]:
+        return max(rows.size(1) for rows in state.hidden) + current, None
+
+    def pass_layer(
+        self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
+    ) -> LayerPassage:
+        bias, mem_len = segment.biases[n], self.config.mem_len
+        joined = join(before[0].to(rows), rows)
+        if n != self.store_layer:
+            hidden = last_rows(joined, mem_len)
+            out, _ = layer(joined, bias, segment.tokens)
+            return LayerPassage(out, (hidden,))
+        hidden = last_rows(joined, mem_len if self.reads_slots else 0)
+        store, size = Store(before[1].to(rows), before[2].to(rows)), self.config.options.store_len
+        out, new = layer(joined, segment.tokens, store)
+        if self.training:
+            out = out + no_contribution(bias.causal)  # with a single layer, nothing has used positions
+        return LayerPassage(
+            out, (hidden, appended(store.keys, new.keys, size), appended(store.values, new.values, size))
+        )
 
 
 @remembered

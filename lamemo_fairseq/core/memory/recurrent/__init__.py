@@ -4,14 +4,23 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional, Sequence, Tuple, Type
+from typing import ClassVar, Optional, Tuple, Type
 
 from torch import Tensor
 
 from ...kernels.padded import join
 from ...layers import DecoderLayer
-from ...positions import Positions
-from ..base import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState, Passage, last_rows
+from ..base import (
+    MEMORIES,
+    Architecture,
+    LayerPassage,
+    LayerState,
+    Memory,
+    MemoryOptions,
+    MemoryState,
+    Segment,
+    last_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -37,19 +46,14 @@ class RecurrentMemory(Memory[RecurrentState, MemoryOptions]):
     def initial_state(self, x: Tensor) -> RecurrentState:
         return RecurrentState((x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: RecurrentState,
-        layers: Sequence[DecoderLayer],
-        positions: Positions,
-        lengths: Optional[Tensor] = None,
-    ) -> Passage:
-        current, slots = x.size(1), state.hidden[0].size(1)
-        hidden = []
-        biases = positions(slots + current, None, x)
-        for layer, bias, past in zip(layers, biases, state.hidden, strict=True):
-            rows = join(past.to(x), x)
-            hidden.append(last_rows(rows, self.config.mem_len))
-            x, _ = layer(rows, bias, current)
-        return Passage(x, RecurrentState(tuple(hidden)))
+    def reach(self, state: RecurrentState, current: int) -> Tuple[int, Optional[range]]:
+        return state.hidden[0].size(1) + current, None
+
+    def pass_layer(
+        self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
+    ) -> LayerPassage:
+        (past,) = before
+        joined = join(past.to(rows), rows)
+        hidden = last_rows(joined, self.config.mem_len)
+        out, _ = layer(joined, segment.biases[n], segment.tokens)
+        return LayerPassage(out, (hidden,))
