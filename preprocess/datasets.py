@@ -87,8 +87,8 @@ class Shares:
             if rest.start > 0 and rest.size == 0:
                 shares = " ".join(f"{part:g}" for part in self.parts)
                 raise ValueError(
-                    f"there is no text for {split} in {file}: one text is cut at {tokenizer.boundary.where} only, and "
-                    f"has too few of them for --shares {shares}: give other shares, or a file for each split"
+                    f"there is no text for {split} in {file}: one text is cut at {tokenizer.boundary.where} "
+                    f"only, too few for --shares {shares}: give other shares, or a file for each split"
                 )
             wanted = max(1, round(rest.size * self.parts[i] / sum(self.parts[i:])))
             first = next(iter(cut(rest, tokenizer.boundary, wanted)), rest)

@@ -43,8 +43,8 @@ class Source(NamedTuple):
             size: bytes of the text, where known. No more bytes are written.
 
         Raises:
-            ValueError: the archive is damaged, cut or encrypted, or does not hold the text, or holds a longer one, or
-                the text itself is an archive.
+            ValueError: the archive is damaged or encrypted, or does not hold the text, or holds a longer one, or the
+                text is itself an archive.
         """
         for part in self.parts:
             _refuse_packed(part)
@@ -105,8 +105,8 @@ def resolve(sources: Sequence[Path], names: Sequence[str], folders: bool = False
 
     Raises:
         FileNotFoundError: a text is missing; the message says which.
-        ValueError: the number of files is wrong, several have the same name and could be of different corpora, a
-            numbered part is missing, or a path is no regular file.
+        ValueError: the number of files is wrong, or several have the same name, or a numbered part is missing, or a
+            path is no regular file.
     """
     existing(sources)
     if folders and len(sources) == 1 and any((sources[0] / PurePath(name).stem).is_dir() for name in names):

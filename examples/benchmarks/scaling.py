@@ -3,7 +3,7 @@
     python examples/benchmarks/scaling.py enwik8 wt103-adaptive --worlds 1 2 --result scaling.json
     python examples/benchmarks/scaling.py quickstart --paths lamemo-eager --device cpu --steps 10   # ranks on a CPU
 
-Efficiency is the rate divided by the number of GPUs times the rate of one GPU in the same run; without one GPU there is
+Efficiency is the rate divided by the number of GPUs times one GPU's rate in the same run; without one GPU there is
 none. fairseq's `legacy_ddp` reduces gradients after the backward pass, `pytorch_ddp` in buckets while it runs; with
 `--cuda-graphs` either does so while the graph runs. After the timed updates a few are profiled on the first rank, which
 makes them a little longer (`timeline.py`). The profile tells for how much of a step the host does not wait for the

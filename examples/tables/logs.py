@@ -45,10 +45,10 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
     """Read a log of training.
 
     Returns:
-        ``parameters``; ``tokens_per_second``, the median over log intervals, the first after each start left out where
-        there are others; ``tokens_an_update``; ``device_memory_gib``, the largest peak that was logged, with what CUDA
-        graphs kept to themselves by then (None on a CPU); ``updates``; and ``curve``, one ``[update, base-2 loss]`` a
-        validation.
+        The values are ``parameters``, ``tokens_per_second``, ``tokens_an_update``, ``device_memory_gib``, ``updates``
+        and ``curve``. The rate is the median over log intervals, without the first after each start where there are
+        others. The memory is the largest peak that was logged, with what CUDA graphs reserved by then (None on a CPU).
+        The curve has one ``[update, base-2 loss]`` a validation.
 
     Raises:
         LogError: the log has no parameters, or records without their values.

@@ -97,8 +97,8 @@ def shortened(text: str) -> str:
 def fits(value: Any, shape: Any) -> bool:
     """Return whether a value read from JSON has a *shape*.
 
-    A shape is a dictionary with the shapes of required keys, a list of one shape for all entries, a tuple of
-    alternative shapes, or a function.
+    A shape is a dictionary with the shapes of required keys, or a list of one shape for all entries. It may also be a
+    tuple of alternative shapes, or a function.
     """
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(fits(value.get(key), part) for key, part in shape.items())

@@ -209,8 +209,8 @@ class ModelConfig:
             )
         if length % segments:
             raise ValueError(
-                f"--tokens-per-sample {length} does not divide into --bptt-segments {segments} of one length: pass a "
-                "multiple; in evaluation there is no gradient, and --model-overrides \"{'bptt_segments': 1}\" will do"
+                f"--tokens-per-sample {length} does not divide into --bptt-segments {segments} of one "
+                "length: pass a multiple; in evaluation, --model-overrides \"{'bptt_segments': 1}\" will do"
             )
 
 

@@ -44,8 +44,8 @@ def load_lines(folder: str, split: str, dictionary: Dictionary, impl: Optional[s
 
     Raises:
         FileNotFoundError: there is no such split.
-        ValueError: the split is empty or damaged, its format is not read or is not *impl*, or it holds ids of words
-            that the dictionary does not have.
+        ValueError: the split is empty or damaged, or its format is not read or not *impl*, or an id is not in the
+            dictionary.
     """
     lines = [open_lines(path, len(dictionary), impl) for path in paths_of(folder, split, combine)]
     return lines[0] if len(lines) == 1 else ConcatDataset(lines)

@@ -62,8 +62,8 @@ def open_lines(path: str, words: int, impl: Optional[str]) -> Any:
         impl: ``--dataset-impl``, if it was given.
 
     Raises:
-        ValueError: the files are damaged or empty, or their format is not *impl* or is not read, or they hold ids of
-            words that the dictionary does not have.
+        ValueError: the files are damaged or empty, or their format is not read or not *impl*, or an id is not in the
+            dictionary.
     """
     index, form = _checked(path, impl)
     stored = np.memmap(path + ".bin", dtype=index.dtype, mode="r")

@@ -98,7 +98,7 @@ class PromptCoding:
             told = " ".join(f"--{option} {name}" for option, name in self._named.items() if name)
             logger.warning(
                 "the text in %s was made with --tokenizer %s --bpe %s, but prompts are read with %s alone: leave out "
-                "--tokenizer and --bpe to read them like the text",
+                "--tokenizer and --bpe to read them alike",
                 self.folder,
                 self.record.tokenizer,
                 self.record.pieces,

@@ -59,7 +59,7 @@ def _advice(prompt: str, dictionary: Dictionary) -> str:
         return "it holds pieces of words: pass --bpe sentencepiece --sentencepiece-model FILE"
     if any(symbol.endswith("@@") for symbol in dictionary.symbols):
         return "it holds pieces of words: pass --bpe subword_nmt or fastbpe with --bpe-codes FILE"
-    return "write the prompt as the text of the data was written (dict.txt lists the words)"
+    return "write the prompt like the data's text (dict.txt lists the words)"
 
 
 def _ways(dictionary: Dictionary) -> Iterator[Tuple[str, Callable[[str], Any]]]:

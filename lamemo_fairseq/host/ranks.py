@@ -19,7 +19,7 @@ def gather_streams(tensors: List[Tensor], ranks: int) -> List[Tensor]:
     to call it, with tensors of the same shapes and dtypes.
 
     Returns:
-        For each tensor ``[B, ...]`` one of ``[ranks * B, ...]``; on other ranks than the first, their own tensors.
+        A tensor ``[ranks * B, ...]`` for each tensor ``[B, ...]``; on other ranks than the first, their own tensors.
 
     Raises:
         RuntimeError: the shapes differ.

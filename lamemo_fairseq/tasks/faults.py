@@ -68,8 +68,8 @@ def retry_out_of_memory(
 ) -> StepResult:
     """Run a training step, and run it once more, with the same random numbers, if the device's memory does not suffice.
 
-    fairseq drops the batch instead. The trainer still drops it if the second try fails as well, or if the first has
-    left gradients that cannot be separated from those of earlier batches.
+    fairseq drops the batch instead. The trainer still drops the batch if the second try fails as well. It also does if
+    the first has left gradients that cannot be separated from those of earlier batches.
 
     Args:
         train_step: forward and backward, given the criterion.

@@ -78,8 +78,8 @@ class SegmentLanguageModelingTask(PromptTask):
         if launched_ranks() > 1 and not several_ranks():
             raise ValueError(
                 f"torchrun has started {launched_ranks()} processes, but fairseq takes each for a job of "
-                "its own: pass --distributed-world-size with the number of ranks (docs/several_machines.md "
-                "has the options of a YAML on CPUs)"
+                "its own: pass --distributed-world-size with the number of ranks (for a YAML on CPUs see "
+                "docs/several_machines.md)"
             )
         if not cfg.data:
             raise ValueError("no data: pass the folder that fairseq-preprocess wrote")

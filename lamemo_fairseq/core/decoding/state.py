@@ -26,8 +26,8 @@ LayerStep = Callable[[DecoderLayer, Tensor, LayerCache, Columns, LayerBias], Ten
 class DecodingState:
     """The texts that a batch has read with one model.
 
-    Reading is exact: every token's features are those of the pass over whole segments. The rest of the last segment
-    is not known yet: it counts as having the full length N, which the look-ahead and absolute positions depend on.
+    Reading is exact: every token's features are those of the pass over whole segments. The rest of the last segment is
+    not known yet. It counts as having the full length N, which the look-ahead and absolute positions depend on.
 
     Args:
         decoder: a model in evaluation mode.

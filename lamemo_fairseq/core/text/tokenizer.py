@@ -133,8 +133,8 @@ class Tokenizer:
         if len(unknown) > MOSTLY * len(tokens):
             shown = ", ".join(map(repr, unknown[:3]))
             logger.warning(
-                "%d of the %d words of the text %r are unknown to the dictionary, such as %s: write it as the text of "
-                "the data was written (dict.txt lists the words)",
+                "%d of the %d words of the text %r are unknown to the dictionary, such as %s: write it like "
+                "the data's text (dict.txt lists the words)",
                 *(len(unknown), len(tokens), text if len(text) <= 60 else text[:60] + "...", shown),
             )
 

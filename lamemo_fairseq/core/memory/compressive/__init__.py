@@ -74,8 +74,8 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
         options, rate = config.options, config.options.compression_rate
         if config.mem_len < rate - 1:
             raise ValueError(
-                f"--mem-len {config.mem_len} is too short for --compression-rate {rate}: the rows of the memory wait "
-                f"there until {rate} can be compressed together; pass --mem-len {rate - 1} or more"
+                f"--mem-len {config.mem_len} is too short for --compression-rate {rate}: rows wait there "
+                f"until {rate} can be compressed together; pass --mem-len {rate - 1} or more"
             )
         compression, loss = COMPRESSIONS[str(options.compression)], LOSSES[str(options.compression_loss)]
         self.watches = compression.watches

@@ -45,8 +45,8 @@ class LookaheadSelfAttention(SelfAttention):
             current: N.
 
         Returns:
-            Rows ``[B, R, d]`` (``[B, N, d]`` in the last layer), and what the slots of the next segment store:
-            read-outs ``[B, H, min(R, M), D]`` and normalisers, without gradient (None in the last).
+            Rows ``[B, R, d]`` (``[B, N, d]`` in the last layer), and the next segment's stored values. These are
+            read-outs ``[B, H, min(R, M), D]`` and normalisers, without gradient (None in the last layer).
         """
         if stored is None:
             return self.attend(rows, bias, current), None
