@@ -33,7 +33,7 @@ def trainer_at(update, folder, **checkpoint):
 @pytest.fixture
 def training(monkeypatch):
     """Begins a training, whose traces in this process end with the test."""
-    for name in ("_training", "_told", "_otherwise"):
+    for name in ("_training", "_told"):
         monkeypatch.setattr(interruption, name, getattr(interruption, name))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     return interruption.begin
@@ -99,6 +99,16 @@ def test_other_errors_are_shown_as_ever(training, capsys):
     interruption.end_in_one_line()
     sys.excepthook(ValueError, ValueError("another"), None)
     assert "ValueError: another" in capsys.readouterr().err
+
+
+def test_errors_of_ranks_are_shown_as_ever(training, tmp_path, capsys):
+    """torch's process groups call the hook that they find, before a training begins."""
+    interruption.end_in_one_line()
+    former = sys.excepthook
+    sys.excepthook = lambda *error: former(*error)
+    training(trainer_at(9, tmp_path))
+    sys.excepthook(ValueError, ValueError("another"), None)
+    assert capsys.readouterr().err == "ValueError: another\n"
 
 
 INTERRUPTED = """

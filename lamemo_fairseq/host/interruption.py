@@ -1,12 +1,13 @@
 """End an interrupted command with one line, which for a training says what is saved and how to go on."""
 
+import functools
 import os
 import signal
 import sys
 import threading
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Iterator, Optional, Type
+from typing import Any, Callable, Iterator, Optional, Type
 
 import torch.distributed as dist
 
@@ -51,11 +52,9 @@ _told = False
 
 
 def end_in_one_line() -> None:
-    """Replace the function that prints tracebacks by `_ended`."""
-    if sys.excepthook is not _ended:
-        global _otherwise
-        _otherwise = sys.excepthook
-        sys.excepthook = _ended
+    """Put `_ended` before the function that prints tracebacks; process groups put theirs before it."""
+    if getattr(sys.excepthook, "func", None) is not _ended:
+        sys.excepthook = functools.partial(_ended, sys.excepthook)
 
 
 def begin(trainer: Any) -> None:
@@ -100,14 +99,17 @@ def _tell(error: BaseException) -> None:
     _told = True
 
 
-def _ended(kind: Type[BaseException], error: BaseException, traceback: Optional[TracebackType]) -> None:
+def _ended(
+    otherwise: Callable[..., Any],
+    kind: Type[BaseException],
+    error: BaseException,
+    traceback: Optional[TracebackType],
+) -> None:
     if not issubclass(kind, KeyboardInterrupt):
-        return _otherwise(kind, error, traceback)
+        otherwise(kind, error, traceback)
+        return
     _tell(error)
     raise SystemExit(128 + (signal.SIGTERM if issubclass(kind, Terminated) else signal.SIGINT))
-
-
-_otherwise = sys.excepthook
 
 
 def _rank() -> int:
