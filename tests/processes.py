@@ -3,6 +3,7 @@
 A process is forked from one that has imported everything, so that it starts in a moment.
 """
 
+import ctypes
 import functools
 import importlib
 import multiprocessing
@@ -26,7 +27,12 @@ Record = Dict[Tuple[int, str], Set[str]]
 
 
 def train_in_processes(
-    arguments: Sequence[object], folder: Path, ranks: int = 1, fault: Optional[Fault] = None, dtype: str = "float32"
+    arguments: Sequence[object],
+    folder: Path,
+    ranks: int = 1,
+    fault: Optional[Fault] = None,
+    dtype: str = "float32",
+    patience: float = 0.2,
 ) -> List[int]:
     """Run ``fairseq-train`` with *arguments*; checkpoints, output and what it computes go to *folder*.
 
@@ -40,6 +46,7 @@ def train_in_processes(
         ranks,
         fault,
         dtype,
+        patience,
     )
 
 
@@ -50,12 +57,14 @@ def run_in_processes(
     ranks: int = 1,
     fault: Optional[Fault] = None,
     dtype: str = "float32",
+    patience: float = 0.2,
 ) -> List[int]:
     """Run a command of fairseq in one process a rank.
 
     Args:
         command: its name among the modules of ``fairseq_cli``.
         fault: called in every process before the command, to arrange that something goes wrong.
+        patience: seconds in which ranks may end by themselves after another one has failed.
 
     Returns:
         The exit code of every rank. When one ends otherwise than by 0, the others are killed, as launchers do.
@@ -72,8 +81,9 @@ def run_in_processes(
         worker.start()
     deadline = time.monotonic() + 240
     while any(w.is_alive() for w in workers):
-        if any(w.exitcode not in (None, 0) for w in workers) or time.monotonic() > deadline:
-            time.sleep(0.2)  # the others may be about to fail by themselves
+        if any(w.exitcode not in (None, 0) for w in workers):
+            deadline = min(deadline, time.monotonic() + patience)
+        if time.monotonic() > deadline:
             for worker in workers:
                 worker.kill()
         time.sleep(0.02)
@@ -300,6 +310,38 @@ def killed_while_copying(times: int) -> None:
         return target
 
     shutil.copyfile = dying
+
+
+@fault
+def killed_while_another_waits(update: int, grace: float) -> None:
+    """The second rank is killed, and survived by a process of its own; the first one waits in C, as for its device."""
+    import torch.distributed as dist
+    from fairseq.trainer import Trainer
+
+    from lamemo_fairseq.host import lost_ranks
+
+    lost_ranks.GRACE = grace
+    step = Trainer.train_step
+
+    def dying(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        if self.get_num_updates() == update:
+            if dist.get_rank() == 0:
+                wait_forever()
+            if os.fork() == 0:
+                time.sleep(20)
+                os._exit(0)
+            die()
+        return result
+
+    Trainer.train_step = dying
+
+
+def wait_forever() -> None:
+    """Wait in C, where no signal is handled, until the process ends."""
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
 
 
 @fault

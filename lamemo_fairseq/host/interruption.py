@@ -32,6 +32,8 @@ class _Training:
         last = os.path.join(checkpoint.save_dir, f"checkpoint_last{self.trainer.checkpoint_suffix}.pt")
         if checkpoint.no_save:
             return ", of which --no-save keeps nothing"
+        if _rank() > 0:  # the first rank saves
+            return f": what is saved is in {checkpoint.save_dir}"
         if self.saved is None:
             again = f"goes on from update {self.restored} again" if self.restored else "begins again"
             return f": nothing has been saved since the start, the same command {again}"
@@ -90,13 +92,18 @@ def _terminate(number: int, frame: Any) -> None:
     raise Terminated
 
 
-def _tell(error: BaseException) -> None:
+def report(what: str) -> None:
+    """Print what ends this process, and what is saved; nothing if an end was reported before."""
     global _told
-    if not _told and _rank() == 0:
-        what = "Terminated" if isinstance(error, Terminated) else "Interrupted"
+    if not _told:
         summary = f" {_training.summary()}" if _training is not None else ""
         print(f"{what}{summary}", file=sys.stderr, flush=True)
     _told = True
+
+
+def _tell(error: BaseException) -> None:
+    if _rank() == 0:
+        report("Terminated" if isinstance(error, Terminated) else "Interrupted")
 
 
 def _ended(

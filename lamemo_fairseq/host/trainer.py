@@ -24,6 +24,7 @@ from . import interruption, schedules
 from .averages import Averages
 from .checkpoints import keep_due_checkpoint, write_checkpoint
 from .data_parallel import GradientReducer, reducer_for, wrapped
+from .lost_ranks import watch_ranks
 from .mixed_precision import FP16Optimizer
 from .optimizers import adopt, meanwhile
 from .quiet import without_records
@@ -52,6 +53,7 @@ class SegmentTrainer(Trainer):
         self._group_of_figures: Any = None
         if self.data_parallel_world_size > 1:
             self._group_of_figures = group_between_hosts()
+            watch_ranks(self._group_of_figures, self.cfg.distributed_training.distributed_init_method)
             if self._grad_norm_buf is not None:
                 self._grad_norm_buf = self._grad_norm_buf.cpu()
         self.begun = False
