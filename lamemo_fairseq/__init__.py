@@ -1,7 +1,7 @@
 """LaMemo, the language model with look-ahead memory, as a fairseq plugin over a core that needs torch alone.
 
-``--user-dir`` imports this package; importing it registers its task, models and criterions. Without fairseq,
-`lamemo_fairseq.core` is what it offers.
+``--user-dir`` imports this package; importing it registers its task, models and criterions. Without fairseq the package
+offers `lamemo_fairseq.core` alone.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Imported before anything else by the packages that need fairseq: the error says what is missing, and what is not."""
+"""Imported first by the packages that need fairseq: the error says what is missing, and what works without."""
 
 import importlib.util
 import sys

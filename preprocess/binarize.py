@@ -65,8 +65,8 @@ def load_dictionary(path: Path) -> Dictionary:
 def save_dictionary(dictionary: Dictionary, path: Path) -> None:
     """Write ``dict.txt`` so that reading it gives the same words at the same ids.
 
-    fairseq does not write the flag of words that occur again, as its own symbols do in RoBERTa's dictionary. It then
-    cannot read what it wrote.
+    fairseq does not write the flag of words that occur again, as its own symbols do in RoBERTa's dictionary. fairseq
+    then cannot read its own file.
     """
     before = set(dictionary.symbols[: dictionary.nspecial])
     with replacing(path) as file:

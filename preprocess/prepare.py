@@ -231,7 +231,7 @@ def _chunks(
 
 
 def _original(dataset: Dataset, split: str, documents: Sequence[Span], tokens: int) -> dict[str, Any]:
-    """Return the counts of a split's text; of books, say which of the published ones it has."""
+    """Return the counts of a split's text; for books, say which of the published books the split has."""
     from . import original
 
     counts = original.count_split(documents, tokens)
@@ -243,12 +243,12 @@ def _original(dataset: Dataset, split: str, documents: Sequence[Span], tokens: i
 
 
 def _cut_already(tokenizer: Tokenizer, counts: Mapping[str, int]) -> bool:
-    """Say what kind of text the symbols of words hint at; return whether they are pieces of words instead."""
+    """Print a hint on the kind of text that its symbols suggest; return whether they are pieces of words."""
     if not isinstance(tokenizer, LineTokenizer) or tokenizer.bpe != "none":
         return False
     if tokenizer.tokenizer == "space" and (cut := hints.cut_into_pieces(counts)):
         _say(
-            f"hint: the text {cut}. For figures per word and per byte, count it as it was before: "
+            f"hint: the text {cut}. For losses per word and per byte, count the text as it was before: "
             f"python -m {__package__} count DESTDIR test=TEXT"
         )
         return True

@@ -234,7 +234,7 @@ def milliseconds(run: Callable[[], object], device: str) -> float:
 
 
 def measure(implementation: Implementation, x: Inputs, shape: Shape, device: str) -> Dict[str, float]:
-    """Return the error, and milliseconds and useful TFLOP/s of a forward pass, and of one with its backward pass."""
+    """Return the error, and milliseconds and useful TFLOP/s of a forward pass, without and with its backward pass."""
     figures: Dict[str, float] = {}
     if implementation.exact is not None:
         figures["error"] = error(implementation.attend, implementation.exact, x, shape)

@@ -64,7 +64,7 @@ def filled(model: MemoryLanguageModel, tokens: torch.Tensor) -> DecodingState:
 
 
 def disagreement(model: MemoryLanguageModel, tokens: torch.Tensor) -> float:
-    """Return the largest difference of features over the next segment: of decoding, and of one pass over it."""
+    """Return the largest difference of features over the next segment between decoding and one pass."""
     length = model.decoder.segment_length
     state, memory = filled(model, tokens[:, : 2 * length]), None
     for segment in tokens.split(length, dim=1):

@@ -7,8 +7,8 @@ Efficiency is the rate divided by the number of GPUs times one GPU's rate in the
 none. fairseq's `legacy_ddp` reduces gradients after the backward pass, `pytorch_ddp` in buckets while it runs; with
 `--cuda-graphs` either does so while the graph runs. After the timed updates a few are profiled on the first rank, which
 makes them a little longer (`timeline.py`). The profile tells for how much of a step the host does not wait for the
-device, and for how long collectives run. It also tells for how much of that nothing else runs, and for how long the
-device is idle.
+device, and for how long collectives run. It also tells for how long nothing runs beside collectives, and for how long
+the device is idle.
 """
 
 import argparse

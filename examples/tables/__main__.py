@@ -158,7 +158,7 @@ def printed(loaded: table.Table, args: argparse.Namespace) -> List[str]:
     """Return a row in the form that is asked for, once a seed.
 
     Raises:
-        TableError: the form has room for one seed, and there are more.
+        TableError: the form has room for one seed, but there are several.
     """
     runs = table.runs(loaded, [args.print], args.seeds or loaded.seeds[:1])
     form = args.form or recipes.FORMS[0]

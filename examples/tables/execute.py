@@ -66,7 +66,7 @@ class Plan:
         return RunFolder(self.out / run.row / f"seed-{run.seed}")
 
     def identity(self, run: Run, data_elsewhere: bool = False) -> Dict[str, Any]:
-        """Return everything that a run's results depend on, as JSON. The number of GPUs is no part of it.
+        """Return everything that a run's results depend on, as JSON. The number of GPUs does not matter.
 
         *data_elsewhere*: leave out data that this machine does not have.
 
@@ -175,7 +175,7 @@ def check(plan: Plan, runs: Sequence[Run], data_elsewhere: bool = False) -> List
             changed = "; ".join(differences(kept, wanted))
             raise ChangedError(
                 f"{plan.results} keeps the results of another {run.name}: {changed}. "
-                "Ask for the same, or keep these in another folder with --results"
+                "Ask for the same options, or keep these in another folder with --results"
             )
     return [run for run in runs if not plan.complete(run)]
 
@@ -303,7 +303,7 @@ def _evaluate(
 
 
 def diverged(plan: Plan, run: Run) -> Optional[str]:
-    """Return the advice on a training that diverged, as its log says; None if it did not."""
+    """Return the advice on a training that diverged, as its log says; None if it did not diverge."""
     folder = plan.folder(run)
     if not any(map(DIVERGED.search, logs.tail(folder.log))):
         return None

@@ -88,7 +88,7 @@ class RunFolder:
         if saved and stored is not None and stored != wanted:
             raise ChangedError(
                 f"{self.path} holds another run: {'; '.join(differences(stored, wanted))}. "
-                "Ask for the same, take another folder with --out, or move this one away"
+                "Ask for the same options, take another folder with --out, or move this one away"
             )
 
     def claim(self, wanted: Dict[str, Any]) -> None:

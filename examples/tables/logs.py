@@ -109,12 +109,12 @@ def evaluation(path: Path) -> Dict[str, Any]:
     On a GPU there is also ``device_memory_gib``, the peak in a line that begins with `DEVICE_MEMORY` (None on a CPU).
 
     Raises:
-        LogError: the command did not come to its end.
+        LogError: the command did not finish.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     evaluated, loss = _EVALUATED.findall(text), _LOSS.findall(text)
     if not (evaluated and loss):
-        raise LogError(f"{path} has no figures: the evaluation did not come to its end")
+        raise LogError(f"{path} has no results: the evaluation did not finish")
     tokens, seconds, speed = evaluated[-1]
     peak = re.findall(rf"^{DEVICE_MEMORY}([\d.]+) GiB$", text, re.MULTILINE)
     return {

@@ -110,7 +110,7 @@ def config(table: Table, run: Run, name: str, gpus: int, changes: Mapping[str, A
         "seed": run.seed,
         "save-dir": checkpoints(name, run.row),
     }
-    given.pop("data", None)  # "???" set below: hydra needs an absolute path
+    given.pop("data", None)  # "???" below: hydra needs an absolute path
     groups = _groups(given)
     by_group: Dict[str, Any] = {group: {} for group in GROUPS}
     for option, group in NAMED.items():

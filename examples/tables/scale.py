@@ -1,8 +1,7 @@
 """Shrink all rows of a table alike to a budget in minutes.
 
-Sizes, data and streams stay as they are. For every row two things shrink to the same number. One is the updates, with
-the schedules counted in them. The other is how much of a split an evaluation reads: the first of so many equal
-divisions.
+Sizes, data and streams stay as they are. Updates shrink to the same number for every row, with the schedules counted in
+them. Evaluations read the first of equal divisions of a split.
 """
 
 import math

@@ -55,7 +55,7 @@ def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates:
     """Measure rows, one at a time in each slot, and record each in `Plan.speed` at once.
 
     Raises:
-        RunError: rows could not be trained; the others are measured.
+        RunError: some rows could not be trained; the others are measured.
     """
     writing = threading.Lock()
 
@@ -92,7 +92,7 @@ def read(plan: Plan) -> Dict[str, Any]:
     """Return the measured rates by row.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file does not hold rates.
     """
     rates: Dict[str, Any] = read_json(plan.speed) or {}
     if not values(RATE)(rates):

@@ -29,7 +29,10 @@ BLOCKS = 32  # points that the losses by position are averaged to in the picture
 
 
 def tabulate(models: Models, about: About, paper: bool) -> Dict[str, Lines]:
-    """Return the lines of every CSV file, by the names of the files. *paper*: with the points of its Figure 1."""
+    """Return the lines of every CSV file, by the names of the files.
+
+    *paper*: add the points of the paper's Figure 1.
+    """
     return {
         "attention_by_distance": attention_by_distance(models),
         "attention_by_slot": attention_by_slot(models),
@@ -113,7 +116,7 @@ def figure1(models: Models, paper: bool) -> Lines:
 
     The offset of a bin is that of its farthest key: -5 stands for the offsets -5 .. -1. The weights of a bin are added
     up. If each point of the paper stood for one key, attention would add up to more than there is. The points of the
-    *paper*, which are of WikiText-103, are in both columns, since either may be meant.
+    *paper*, which are of WikiText-103, are in both columns, since the paper may mean either.
     """
     lines = []
     for name, collected in models.items():

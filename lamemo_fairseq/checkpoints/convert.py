@@ -92,7 +92,7 @@ def fairseq_dictionary(words: List[str]) -> Dictionary:
 
 
 def released_words(dictionary: Dictionary) -> List[str]:
-    """Return all words of fairseq's dictionary, its own among them, by the released code's names."""
+    """Return all words of fairseq's dictionary, including fairseq's own, by the released code's names."""
     return ["<eos>" if symbol == "</s>" else symbol for symbol in dictionary.symbols]
 
 

@@ -20,7 +20,7 @@ def core_model(checkpoint: Dict[str, Any], dictionary: Dictionary) -> LanguageMo
 
     Args:
         checkpoint: as `read_ours` reads it.
-        dictionary: of the data that it was trained on.
+        dictionary: of the data that the model was trained on.
 
     Raises:
         ValueError: the dictionary is another one, or weights are missing.
@@ -52,7 +52,7 @@ def chosen_encoding(args: argparse.Namespace) -> Optional[TextEncoding]:
     """Return how the text became tokens, as the options say, or else as the dictionary's folder records it.
 
     Raises:
-        ValueError: an option needs another one, or the record is damaged.
+        ValueError: an option needs another option, or the record is damaged.
         OSError: a file is missing.
     """
     files = {"sentencepiece": ("--sentencepiece-model", args.sentencepiece_model)}

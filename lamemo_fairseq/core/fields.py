@@ -13,7 +13,7 @@ def option(default: T, help: str, choices: Optional[Iterable[str]] = None) -> T:
     Args:
         default: the value if nothing is passed.
         help: one line for users.
-        choices: the names that the value is one of; None if it is no name.
+        choices: the possible names; None if the value is not a name.
     """
     metadata = {"help": help} if choices is None else {"help": help, "choices": tuple(choices)}
     return dataclasses.field(default=default, metadata=metadata)

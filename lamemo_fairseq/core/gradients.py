@@ -49,7 +49,7 @@ class Reducer(Protocol):
         """
 
     def reduce(self, bucket: Bucket, ready: Optional[torch.cuda.Event]) -> None:
-        """Begin to reduce a bucket in place. Called for each of the buckets, in their order.
+        """Begin to reduce a bucket in place. This is called for each of the buckets, in their order.
 
         Args:
             ready: an event of the replay, once the bucket is complete; None if it is complete when the replay ends.
@@ -66,7 +66,8 @@ def written_to(
         leaves: the tensors that stand for the parameters in the pass.
 
     Yields:
-        For each bucket an event that happens in every replay as soon as it is complete; None where torch has none.
+        An event for each bucket, which happens in every replay as soon as the bucket is complete; None where torch has
+        no such events.
     """
     writings = [_Writing(bucket, leaves) for bucket in buckets]
     try:

@@ -174,7 +174,7 @@ class _Recording:
         self.passes += 1
 
     def _after(self) -> MemoryState:
-        """Return the state after the segment: copies, as the next replay writes over what this one made."""
+        """Return copies of the state after the segment, as the next replay overwrites it."""
         after = self.passage.state.map(torch.empty_like)
         copy_all(after.tensors(), self.passage.state.tensors())
         return after
@@ -316,7 +316,7 @@ class _Replay(Function):
 
 
 def _recorded_to(graph: torch.cuda.CUDAGraph, shared: Optional[torch.cuda.CUDAGraph] = None) -> ContextManager[None]:
-    """Record to a graph, in the memory of a *shared* one. Other threads, such as loaders of data, may use the GPU."""
+    """Record to a graph, in the memory of a *shared* graph. Other threads, such as loaders of data, may use the GPU."""
     pool = None if shared is None else shared.pool()
     recorded: ContextManager[None] = torch.cuda.graph(graph, capture_error_mode="thread_local", pool=pool)
     return recorded

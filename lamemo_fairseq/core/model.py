@@ -81,7 +81,7 @@ class LanguageModel(MemoryDecoder):
             temperature: 0 takes the most probable word.
             top_k: draw from the k most probable words only (0: from all).
             top_p: draw from the fewest words whose probabilities add up to this (1: from all).
-            seed: of random numbers of this call's own; None takes torch's.
+            seed: of this call's own random numbers; None uses torch's.
 
         Returns:
             The new words ``[B, n]`` and their log-probabilities ``[B, n]``.
@@ -150,7 +150,7 @@ class LanguageModel(MemoryDecoder):
         """Score documents of any lengths, each from an empty memory, many side by side.
 
         Args:
-            documents: word ids ``[T + 1]`` each. The first one, such as ``</s>``, is not scored.
+            documents: word ids ``[T + 1]`` each. The first word, such as ``</s>``, is not scored.
             num_streams: documents read side by side. The scores do not depend on it.
 
         Returns:

@@ -18,7 +18,7 @@ def did_you_mean(
         name: the unknown name.
         known: the names to choose from.
         cutoff: the least similarity, from 0 to 1.
-        shown: puts a known name into the question.
+        shown: formats a known name for the question.
     """
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
     return f"did you mean {' or '.join(map(shown, near))}?" if near else None

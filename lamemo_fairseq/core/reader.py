@@ -109,7 +109,7 @@ class Reader:
         Args:
             count: n.
             draw: the choice of a word, by default a draw from all.
-            seed: of random numbers of this call's own; None takes torch's.
+            seed: of this call's own random numbers; None uses torch's.
 
         Raises:
             ValueError: a text has no word yet, or n is negative.
@@ -150,7 +150,7 @@ class Reader:
         self._last = [self._last[source] for source in order]
 
     def copy(self) -> "Reader":
-        """Return a reader that has read the same, and goes on apart from this one."""
+        """Return a reader that has read the same texts, and goes on apart from this one."""
         twin = Reader(self.decoder, self.tokenizer, len(self))
         twin._state.copy_(self._state)
         twin._last = list(self._last)
@@ -202,7 +202,7 @@ class Reader:
         return text.to(self._device, torch.int64)
 
     def _padded(self, pieces: Sequence[Tensor]) -> Tuple[Tensor, List[int]]:
-        """Return the pieces in one tensor, and of each the number of words that another word follows."""
+        """Return the pieces in one tensor, and the number of each piece's words that another word follows."""
         return nn.utils.rnn.pad_sequence(list(pieces), batch_first=True), [max(len(piece) - 1, 0) for piece in pieces]
 
 

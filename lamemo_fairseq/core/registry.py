@@ -13,7 +13,7 @@ class Registry(Generic[T]):
         self._entries: Dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that enters what it decorates under *name*.
+        """Return a decorator that registers its object under *name*.
 
         Raises:
             ValueError: the name is taken.

@@ -1,6 +1,6 @@
 """The authors' names for weights and variants, and ours.
 
-Their ``r_net`` of all layers is one tensor here, their queries, keys and values one matrix a layer.
+Here the authors' ``r_net`` of all layers is one tensor, and their queries, keys and values are one matrix a layer.
 """
 
 from typing import Any, Dict, List, Tuple
@@ -43,7 +43,7 @@ _LAYER = {
 }
 
 
-# Theirs -> ours, with a place for the number of the band; {output} is the softmax's name here.
+# Theirs -> ours: {} is the number of the band, and {output} is the name of the softmax here.
 _BANDS = {
     "word_emb.emb_layers.{}.weight": "embed_tokens.tables.{}.weight",
     "word_emb.emb_projs.{}": "embed_tokens.projections.{}",
@@ -73,7 +73,7 @@ def from_released(released: Dict[str, Tensor], layers: int) -> Dict[str, Tensor]
 def to_released(ours: Dict[str, Tensor], layers: int, joined_qkv: bool) -> Dict[str, Tensor]:
     """Return weights under the released names, from those under our decoder's.
 
-    *joined_qkv* says whether they keep queries, keys and values in one matrix, as they do without look-ahead.
+    *joined_qkv* says whether the released weights have queries, keys and values in one matrix, as without look-ahead.
     """
     released = {theirs: ours[f"positions.{name}"] for theirs, name in _BIASES.items() if f"positions.{name}" in ours}
     for i in range(layers):
@@ -94,7 +94,7 @@ def to_released(ours: Dict[str, Tensor], layers: int, joined_qkv: bool) -> Dict[
 
 
 def _numbered(adaptive: bool, there: Dict[str, Tensor], ours_first: bool = False) -> List[Tuple[str, str]]:
-    """Return pairs (theirs, ours) of the weights of bands, or the other way round, whose first is in *there*."""
+    """Return pairs (theirs, ours) of the weights of bands, or the reverse, of which the first is in *there*."""
     output = "adaptive_softmax" if adaptive else "output"
     pairs = []
     for theirs, ours in _BANDS.items():

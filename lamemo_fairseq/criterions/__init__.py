@@ -4,6 +4,6 @@ from .. import needs_fairseq  # noqa: F401
 from . import chunked_cross_entropy
 
 FAIRSEQ_CRITERIONS = ("adaptive_loss", "cross_entropy", "label_smoothed_cross_entropy")
-"""Those of fairseq's criterions that score every token of a segment by itself."""
+"""fairseq's criterions that score every token of a segment by itself."""
 
 __all__ = ["FAIRSEQ_CRITERIONS", "chunked_cross_entropy"]

@@ -58,7 +58,7 @@ def check_split(folder: str, split: str, impl: Optional[str]) -> None:
 
 
 def paths_of(folder: str, split: str, combine: bool) -> List[str]:
-    """Return the paths of a split without their ends: its own, and to *combine* them those of ``split1`` and so on.
+    """Return the paths of a split without suffixes; to *combine*, also the paths of ``split1`` and so on.
 
     Raises:
         FileNotFoundError: there is no such split.

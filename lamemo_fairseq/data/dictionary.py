@@ -1,4 +1,4 @@
-"""fairseq's dictionary, each symbol of which a text may hold."""
+"""fairseq's dictionary, for texts that may hold each of its symbols."""
 
 import copy
 from typing import Any, Iterable, List, Optional

@@ -158,8 +158,8 @@ class DocumentDataset(SegmentDataset):
     the split, or with *roll_seed* in another order each epoch.
 
     Args:
-        documents: where they begin and end.
-        options: how they were told apart, and whether the memory is cleared.
+        documents: their beginnings and ends.
+        options: the way in which documents were separated, and whether the memory is cleared.
         tokens, split, segment_length, eos, roll_seed: as for `SegmentDataset`.
     """
 

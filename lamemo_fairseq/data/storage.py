@@ -17,7 +17,7 @@ _AGAIN = "binarize the text again with fairseq-preprocess"
 
 
 class Index(NamedTuple):
-    """The lines of a split according to its index. They lie one behind the other."""
+    """The lines of a split according to its index. The lines lie one behind the other in the file."""
 
     dtype: Any
     sizes: NDArray[Any]  # [lines]

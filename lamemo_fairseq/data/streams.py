@@ -23,7 +23,7 @@ class TokenSequence:
     Args:
         lines: any indexed dataset of 1-d integer tensors with ``sizes``.
         num_words: size of the dictionary; ids beyond it are an error when they are read.
-        name: what to call the data in an error.
+        name: of the data, for errors.
     """
 
     def __init__(self, lines, num_words: int, name: str):

@@ -52,7 +52,7 @@ def check_input(cfg: Any) -> None:
     Undecodable bytes of the standard input are kept until `clean_prompt` names the prompt that has them.
 
     Args:
-        cfg: options of the task, with the option as ``input``. Outside of a command there is none.
+        cfg: options of the task, with the option as ``input``. Outside of a command there is no such option.
 
     Raises:
         ValueError, OSError: the prompts cannot be read.

@@ -1,7 +1,7 @@
 """Evaluate streams rather than sentences in fairseq-eval-lm.
 
 fairseq's own evaluation scores each sequence of a batch by itself. That counts a word that a segment's end cuts as two,
-and leaves out words with the id of padding. With several ranks it reports the first one's share.
+and leaves out words with the id of padding. With several ranks it reports the first rank's share.
 
 Shapes: B streams, N tokens of a segment, R of them in all that are not padding, V words.
 """
@@ -77,7 +77,7 @@ def evaluate(
         output_word_probs, output_word_stats: log the words, once everything has been read.
         softmax_batch: score at most so many tokens at once; 0 for a whole batch.
         device: where the models are.
-        split: what the batches are of. Its folder has the counts of the original text, for the report.
+        split: the split that the batches belong to. Its folder has the counts of the original text, for the report.
 
     Returns:
         The ``loss`` in bits, the ``perplexity``, which is 2 to its power, and the `report`.

@@ -93,7 +93,7 @@ class Original:
         return cls(text, note=note, read=read)
 
     def scored(self, tokens: int) -> "Original":
-        """Return the same, without counts if the scored *tokens* are only a part of the split."""
+        """Return this text, without counts if the scored *tokens* are not all of the split."""
         if self.text is None or tokens == self.text.tokens:
             return self
         return replace(

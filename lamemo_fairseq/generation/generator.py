@@ -101,10 +101,10 @@ class PromptGenerator(SequenceGenerator):
     """Continues prompts of any lengths, with end-of-sentence tokens anywhere in them.
 
     A hypothesis is the prompt and its continuation, as fairseq's language models return it; scores include the
-    prompt's. At most ``--max-len-a`` times the prompt's length plus ``--max-len-b`` new words are generated.
-    The arguments are those of fairseq's `SequenceGenerator`, whose own loop searches; plain sampling takes a faster one
+    prompt's. At most ``--max-len-a`` times the prompt's length plus ``--max-len-b`` new words are generated. The
+    arguments are those of fairseq's `SequenceGenerator`, whose own loop searches; plain sampling takes a faster one
     (`sampling.py`). ``no_repeat_ngram_size`` counts the n-grams of prompt and continuation together. A function of
-    allowed words sees the prompt's last word and what follows.
+    allowed words sees the prompt's last word and the continuation.
     """
 
     max_len_a: float
@@ -161,7 +161,7 @@ class PromptGenerator(SequenceGenerator):
         return [hypotheses[sequence] for sequence in range(len(lengths))]
 
     def _beginning(self, tokens: List[int], length: int) -> int:
-        """Count the *tokens* that are a text of *length*, or the beginning of it, or another text.
+        """Count the *tokens* of a prefix, which is a text of *length*, its beginning, or another text.
 
         Of a text that is shorter than the beginnings asked for, fairseq also takes the end among its targets.
         """

@@ -90,8 +90,8 @@ class LanguageModelHub(GeneratorHubInterface):
             verbose: log them.
             skip_invalid_size_inputs: without effect, no text is too long.
             inference_step_args: of fairseq's ``task.inference_step``.
-            prefix_allowed_tokens_fn: number of the text and its last word with what follows, to the words that may
-                come next.
+            prefix_allowed_tokens_fn: returns the words that may come next, given the text's number, and its last word
+                with the continuation.
             kwargs: options of fairseq-generate, such as ``sampling``, ``max_len_b``, ``no_repeat_ngram_size``.
 
         Returns:

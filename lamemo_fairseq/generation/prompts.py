@@ -13,8 +13,8 @@ from ..data.dictionary import NO_WORD
 class PromptDataset(FairseqDataset):
     """Each text after an end-of-sentence token, on its own.
 
-    Texts have any length, and end-of-sentence tokens anywhere in them. One at the very end is left out: fairseq's
-    dictionaries add it to a line.
+    Texts have any length, and end-of-sentence tokens anywhere in them. An end-of-sentence token at the very end is left
+    out: fairseq's dictionaries add it to a line.
 
     Args:
         texts: word ids, one tensor a text.

@@ -17,7 +17,9 @@ from .progress import counter
 def stream_log_probs(
     model: Any, state: DecodingState, tokens: Tensor, target: Tensor, lengths: Sequence[int]
 ) -> Iterator[Tensor]:
-    """Read ``tokens [B, L]`` into *state*, of each sequence as many as *lengths* says. What follows may be no words.
+    """Read ``tokens [B, L]`` into *state*, of each sequence as many as *lengths* says.
+
+    Columns beyond *lengths* need not hold words.
 
     Yields:
         Log-probabilities ``[B, k]`` of *target*, in float32 or wider; those beyond a sequence's length mean nothing.

@@ -266,7 +266,7 @@ def complete(cfg: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def defaults_of(dataclass: Type[FairseqDataclass]) -> Dict[str, Any]:
-    """Return the default of each option, one that refers to another option as ``${section.option}``."""
+    """Return the default of each option; ``${section.option}`` refers to another option's default."""
     return OmegaConf.to_container(OmegaConf.structured(dataclass()), resolve=False, enum_to_str=True)  # type: ignore
 
 

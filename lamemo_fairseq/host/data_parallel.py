@@ -71,7 +71,7 @@ class GradientReducer:
         return groups
 
     def begin_update(self, batches: int) -> None:
-        """Begin an update of so many batches a rank."""
+        """Begin an update with this number of batches a rank."""
         if self._trained != [p.requires_grad for p in self._parameters]:
             self._lay_out()
         self._single, self._replayed = batches == 1, False

@@ -41,7 +41,7 @@ class FP16Optimizer(fp16_optimizer.FP16Optimizer):
             p.grad = None
 
     def _sync_fp32_params_to_fp16(self) -> None:
-        """Copy the float32 parameters to those of the model, rounded."""
+        """Copy the float32 parameters to the model's parameters, rounded."""
         masters = self._one_by_one("data")
         if masters is None:
             return super()._sync_fp32_params_to_fp16()

@@ -15,7 +15,7 @@ from .stand_in import stand_in
 def gather_streams(tensors: List[Tensor], ranks: int) -> List[Tensor]:
     """Gather the streams of every rank's *tensors*, in order of rank, on the host.
 
-    One tensor at a time, so that the first rank's device holds the others' copies of one alone. Every rank has
+    Tensors are gathered one at a time, so that the first rank's device holds copies of only one. Every rank has
     to call it, with tensors of the same shapes and dtypes.
 
     Returns:

@@ -30,7 +30,7 @@ def schedule_state(trainer: Any) -> Dict[str, Any]:
 
 
 def restore_schedule(trainer: Any, saved: Dict[str, Any], ended: bool, epoch: int, loss: Any, again: bool) -> None:
-    """Go on as a schedule that was never stopped.
+    """Continue a schedule as if it had never stopped.
 
     Args:
         trainer: has read the checkpoint.

@@ -203,7 +203,7 @@ def not_known(kind: str, name: str, known: Iterable[str]) -> str:
     """Return a message on a name that is not *known*, with the nearest known ones.
 
     Args:
-        kind: what precedes the name.
+        kind: the text before the name.
     """
     names = list(known)
     otherwise = f"pass one of {', '.join(names)}" if len(names) < 20 else "--help lists the known names"
@@ -280,6 +280,6 @@ def _defaults(values: Any) -> Dict[str, Dict[str, Any]]:
 
 
 def _referred(default: Any, values: Any) -> Any:
-    """Return a default, that of ``${section.option}`` from the other option's value."""
+    """Return a default; ``${section.option}`` stands for the other option's value."""
     match = re.fullmatch(r"\$\{(\w+)\.(\w+)\}", default) if isinstance(default, str) else None
     return values[match[1]][match[2]] if match else default

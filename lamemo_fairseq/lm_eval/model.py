@@ -72,7 +72,7 @@ class LamemoLM(LM):  # type: ignore[misc]  # the harness may be absent
     def create_from_arg_obj(
         cls, arg_dict: Dict[str, Any], additional_config: Optional[Dict[str, Any]] = None
     ) -> "LamemoLM":
-        """Build a model. What ``--model_args`` names goes before the harness's own options.
+        """Build a model. ``--model_args`` take precedence over the harness's own options.
 
         Raises:
             ValueError: a name is not known, or there is no ``pretrained``.
@@ -88,7 +88,7 @@ class LamemoLM(LM):  # type: ignore[misc]  # the harness may be absent
 
     @property
     def tokenizer_name(self) -> str:
-        """The folder, by which the harness names what it stores."""
+        """The folder, after which the harness names its stored results."""
         return self._folder
 
     def loglikelihood(self, requests: List[Instance], disable_tqdm: bool = False) -> List[Tuple[float, bool]]:

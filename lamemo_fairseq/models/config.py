@@ -108,7 +108,7 @@ def model_config(cfg: Any, dictionary: Dictionary) -> ModelConfig:
 
 
 def _sentence_ends(tokens: Optional[str], dictionary: Dictionary) -> List[int]:
-    """Return the ids of tokens that end a sentence; None stands for those of `USUAL_ENDS` that there are."""
+    """Return the ids of tokens that end a sentence; None stands for those of `USUAL_ENDS` that the dictionary has."""
     if tokens is not None:
         return _ids("--sentence-ends", tokens.split(), dictionary)
     known = [token for token in USUAL_ENDS if token in dictionary]

@@ -189,8 +189,8 @@ class SegmentLanguageModelingTask(PromptTask):
     ) -> Any:
         """Return fairseq's iterator; for a split of streams, batches of consecutive segments.
 
-        ``max_sentences`` is the number of streams a rank. Without it there are as many as ``max_tokens`` holds
-        segments, in evaluation no more than leave each stream its context. Options about sizes, shuffling and
+        ``max_sentences`` is the number of streams a rank. Without it there are as many streams as ``max_tokens`` holds
+        segments. In evaluation there are no more than leave each stream its context. Options about sizes, shuffling and
         remainders do not apply to streams. Batches to train on are asked for in `training_batches`. For
         fairseq-generate, the lines of the split as prompts.
         """

@@ -1,4 +1,4 @@
-"""Scores by distances that are counted in a text, such as in sentences: in each stream, rows lie otherwise apart.
+"""Scores by distances that are counted in a text, such as in sentences: the distances of rows differ between streams.
 
 Shapes: B streams, H heads, Q queries, K keys, R rows, P kinds of counts, U distances, m memory slots, D size of a head,
 D' its padded size.
@@ -25,7 +25,7 @@ class Counted(NamedTuple):
     def of_current(self, q: Tensor, scale: float) -> Tensor:
         """Return scores ``[B, H, Q, R]`` of the last Q rows ``q [B, H, Q, D or D']`` for all rows, times *scale*.
 
-        Those of a pair whose key comes after the query have to be masked.
+        Scores of a pair whose key comes after the query have to be masked.
         """
         assert self.counts is not None
         queries = self.counts[:, :, self.counts.size(2) - q.size(2) :]
@@ -51,7 +51,7 @@ def counted_scores(q: Tensor, tables: Tensor, queries: Tensor, keys: Tensor) -> 
 
     Args:
         q: ``[B, H, Q, D]``.
-        tables: ``[P, H, U, D]``; a pair whose difference lies outside takes the nearest entry, and no gradient.
+        tables: ``[P, H, U, D]``; a pair whose difference lies outside a table uses the nearest entry, without gradient.
         queries, keys: counts ``[P, B, Q]`` and ``[P, B, K]``, those of the keys growing.
     """
     batch, heads, length, _ = q.shape

@@ -125,8 +125,8 @@ def causal_attention(
         bias: its table holds the distances ``K-1 .. 0``, in this order.
         span: how many keys a query sees at most (None: all).
         dropout: probability of dropping an attention weight.
-        scale: of the scores; None is ``1 / sqrt(D)``, and heads that are wider by zeros keep that of their own D.
-        need_normalizer: False saves computing it, and the result's is empty.
+        scale: of the scores; None is ``1 / sqrt(D)``, and heads padded with zeros keep the scale of their own D.
+        need_normalizer: False skips the normaliser; the result's is empty.
         nearest: the smallest distance of a key that a query sees; 1 hides a query's own. Each query must see a key.
         added: further scores ``[B, H, Q, K]``, scaled already.
 
@@ -141,7 +141,7 @@ def causal_attention(
 
 
 def hide(scores: Tensor, hidden: Tensor) -> Tensor:
-    """Set the *hidden* ones of the scores to minus infinity, in place."""
+    """Set the *hidden* scores to minus infinity, in place."""
     return scores.masked_fill_(hidden, -math.inf)
 
 
@@ -152,7 +152,7 @@ def softmax_and_normalizer(scores: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 class _Softmax(Function):
-    """One exponential a score for both, and nothing but the weights kept for the backward pass."""
+    """Softmax and logsumexp from one exponential a score; only the weights are stored for the backward pass."""
 
     @staticmethod
     def forward(ctx: Context, scores: Tensor) -> Tuple[Tensor, Tensor]:

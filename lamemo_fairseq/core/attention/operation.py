@@ -15,9 +15,9 @@ P = ParamSpec("P")
 
 
 class Operation(Generic[P]):
-    """A function of attention: of queries ``[B, H, Q, D]``, and of whatever else it takes.
+    """A function of attention: of queries ``[B, H, Q, D]`` and other arguments.
 
-    Its implementations compute the same. The backend that a call names chooses between them, by the queries.
+    Its implementations compute the same. The backend that a call names chooses an implementation, by the queries.
 
     Args:
         name: stands in errors.

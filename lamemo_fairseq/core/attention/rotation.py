@@ -35,7 +35,7 @@ class Rotation(NamedTuple):
             first: position of the first row; 0 with chosen positions.
 
         Returns:
-            As *heads*, in the same dtype.
+            The rotated heads, in the shape and dtype of *heads*.
         """
         length, pairs = heads.size(-2), self.cos.size(-1)
         cos, sin = self.cos.narrow(-2, first, length), self.sin.narrow(-2, first, length)

@@ -26,12 +26,12 @@ class Columns:
 
     Args:
         first, end: the columns looked at are ``first .. end-1``.
-        query: ``[B, k]`` the new tokens' own columns. Those of padding may lie beyond the cache.
+        query: ``[B, k]`` the new tokens' own columns. Columns of padding may lie beyond the cache.
         oldest: ``[B]`` each sequence's first column.
         last: the cache's last column, C - 1.
         span: how many keys a token sees at most (None: all).
-        at: the first token's column, where the host knows it to be the same in every sequence, and *first* to be
-            the oldest.
+        at: the first token's column, if the host knows that all sequences share it and that *first* is the oldest
+            column.
         nearest: the smallest distance of a key that a token sees; 1 hides a token from itself.
     """
 
@@ -117,7 +117,7 @@ def cached_attention(
         q: ``[B, H, k, D]``.
         keys, values: ``[B, H, C, D]``; what lies outside a sequence's own columns is ignored.
         bias: its table ends with the distances ``K-1 .. 0``.
-        need_normalizer: False saves computing it, and the result's is empty.
+        need_normalizer: False skips the normaliser; the result's is empty.
         rotation: of queries and keys, which are both unrotated; its positions are columns. Slots move when a segment
             closes; a key that is rotated when it is read is exact in any column.
         counted: adds the scores of distances that are counted in the text.

@@ -1,8 +1,8 @@
 """Attention of one new token a sequence over cached keys and values, as one Triton kernel.
 
-Where there are few sequences and heads, programs share the columns of each. The last program to finish joins their
-softmaxes, adds the token itself and writes it into the cache. Positions cost no gather: entries of the
-table are as far apart as columns. Only columns that a sequence sees are read.
+Where there are few sequences and heads, several programs share the columns of a head. The last program to finish joins
+their softmaxes, adds the token itself and writes it into the cache. Positions cost no gather: entries of the table are
+as far apart as columns. Only columns that a sequence sees are read.
 
 Shapes: B sequences, H heads, D size of a head, C columns of the cache, of them M for slots, S splits.
 """

@@ -53,7 +53,7 @@ class SequencePosition(NamedTuple):
 
 @dataclass
 class LayerCache:
-    """The buffers of one layer. A memory that keeps more of a layer's tokens extends it."""
+    """The buffers of one layer. A memory that stores more for a layer's tokens extends this class."""
 
     keys: Tensor  # [B, H, C, D]
     values: Tensor  # [B, H, C, D]
@@ -132,8 +132,8 @@ L = TypeVar("L", bound=LayerCache)
 class SegmentCache(Generic[M, L]):
     """Base of all caches.
 
-    A memory that refreshes its slots overrides `refresh`, and `embeddings_buffer` or its `LayerCache` for what the
-    refresh needs of the tokens.
+    A memory that refreshes its slots overrides `refresh`. It also overrides `embeddings_buffer` or its `LayerCache`, to
+    store what the refresh needs.
     """
 
     layers: List[L]
@@ -155,17 +155,17 @@ class SegmentCache(Generic[M, L]):
         """Make the slots ready for a new segment.
 
         Args:
-            sequences: ``[b]`` indices of those that begin one, None for all.
+            sequences: ``[b]`` indices of the sequences that begin a segment, None for all.
             slots: m, at least 1, the same for all of them.
             first: ``[b, 1, d]`` the segments' first embeddings.
         """
 
     def embeddings_buffer(self) -> Optional[Tensor]:
-        """Return ``[B, C, d]``, where tokens' embeddings are kept for the next refresh; None if it needs none."""
+        """Return the buffer ``[B, C, d]`` of tokens' embeddings for the next refresh; None if it needs none."""
         return None
 
     def store_embeddings(self, embeddings: Tensor, columns: Columns) -> None:
-        """Keep new embeddings ``[B, k, d]`` if the next refresh needs them."""
+        """Store new embeddings ``[B, k, d]`` if the next refresh needs them."""
         buffer = self.embeddings_buffer()
         if buffer is not None:
             columns.write(buffer, embeddings, 1)
@@ -190,7 +190,7 @@ class SegmentCache(Generic[M, L]):
         """Turn the last columns of full segments into the slots of the next.
 
         Args:
-            sequences: ``[b]`` indices of those that end one, None for all.
+            sequences: ``[b]`` indices of the sequences that end a segment, None for all.
             position: the position that all of them have, but for the count of tokens.
         """
         mem_len = network.memory.slots
@@ -244,7 +244,7 @@ class SegmentCache(Generic[M, L]):
         self.positions = [self.positions[source] for source in sources]
 
     def copy_(self, other: "SegmentCache[M, L]") -> None:
-        """Take over what *other*, of the same sizes, has read."""
+        """Take over the state of *other*, which has the same sizes."""
         copy_all(self.tensors(), other.tensors())
         self.positions = list(other.positions)
 
@@ -289,7 +289,7 @@ def counts(batch_size: int, like: Tensor) -> Tensor:
 
 
 def select_sequences(buffer: Tensor, sequences: Optional[Tensor]) -> Tensor:
-    """Return *sequences* ``[b]`` of a buffer ``[B, ..]``; all of them, without a copy, if it is None."""
+    """Return *sequences* ``[b]`` of a buffer ``[B, ..]``; the whole buffer, without a copy, for None."""
     return buffer if sequences is None else buffer[sequences]
 
 

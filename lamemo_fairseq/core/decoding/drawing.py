@@ -15,7 +15,7 @@ def truncated(log_probs: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tuple[Te
     """Keep the top words' ``log_probs [B, V]``, as `draw` does.
 
     Returns:
-        ``[B, n]``, -inf where a word is left out, and which words they are; None for words 0 to V-1.
+        Log-probabilities ``[B, n]``, -inf for words that are left out, and the words' ids; None for ids 0 to V-1.
     """
     words = None
     if top_k > 0:

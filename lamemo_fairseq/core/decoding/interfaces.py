@@ -1,4 +1,4 @@
-"""The attributes that decoding uses of a model, whatever class it has.
+"""The attributes of a model that decoding uses, whatever its class.
 
 Shapes: B sequences, N tokens, V words, d model width.
 """
@@ -29,7 +29,7 @@ class MemorySizes(Protocol):
 
 
 class CachedMemory(Protocol):
-    """A memory as its cache sees it. A cache that asks for more of its memory extends this protocol."""
+    """A memory as its cache sees it. A cache that needs more of its memory extends this protocol."""
 
     @property
     def config(self) -> MemorySizes: ...

@@ -57,8 +57,8 @@ class Sampler:
         choose: log-probabilities ``[B, V]`` to words ``[B]``, in tensor operations only.
         adjust: changes the model's log-probabilities before that.
         graphs: replay steps as CUDA graphs; None does so on a GPU.
-        compiled: compile the layers with torch.compile, which takes its time and pays on long texts, unless there
-            are kernels for the step.
+        compiled: compile the layers with torch.compile, if there are no kernels for the step. This takes time and pays
+            on long texts.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Sampler:
         return Continuation(*(torch.cat(tensors, dim=1) for tensors in zip(*continuations, strict=True)))
 
     def keep(self, sequences: Tensor) -> None:
-        """Go on with *sequences* ``[b]`` alone; not with graphs."""
+        """Go on with *sequences* ``[b]`` alone; not possible with graphs."""
         self.state.reorder(sequences)
         self.words, self.drawn = self.words[sequences], Drawn(*(t[sequences] for t in self.drawn))
 

@@ -115,7 +115,7 @@ class DecodingState:
                 cache.positions[sequence] = cache.positions[sequence]._replace(ready=True)
 
     def common_column(self) -> Optional[int]:
-        """Return the column of the next token, None unless it is every sequence's, with as many slots before it."""
+        """Return the next token's column, None unless all sequences share it and have equally many slots."""
         first, *others = self.cache.positions
         same = all(p.tokens == first.tokens and p.slots == first.slots for p in others)
         return self.mem_len + first.tokens if same else None
@@ -123,8 +123,8 @@ class DecodingState:
     def step(self, x: Tensor, first: int, end: int, at: Optional[int] = None) -> Tensor:
         """Pass new embeddings ``x [B, k, d]`` through the layers, over the cache's columns ``first .. end-1``.
 
-        Touches tensors only, and leaves each sequence's position as it is. *at* is the `common_column`; the same step
-        may serve other positions if it is left out.
+        Touches tensors only, and leaves each sequence's position as it is. *at* is the `common_column`; a step without
+        it serves any positions.
         """
         cache = self.cache
         columns = self.columns(x.size(1), first, end, at)
@@ -149,7 +149,7 @@ class DecodingState:
         self.cache.reorder(order)
 
     def copy_(self, other: "DecodingState") -> None:
-        """Go on from what *other* has read, in the same tensors: graphs of steps hold on to them.
+        """Go on from what *other* has read, in the same tensors: graphs of steps refer to them.
 
         *other* is of the same decoder and sizes; the decoder's weights may have changed in place meanwhile.
         """
@@ -166,7 +166,7 @@ def _tables(bias: LayerBias) -> List[Tensor]:
 
 
 def _laid_out(bias: RelativeBias) -> RelativeBias:
-    """Lay out a table with distances contiguous on a CPU, where the product with one query is a third faster so."""
+    """Lay out a table with distances contiguous on a CPU: the product with one query is then a third faster."""
     if bias.table is None or bias.table.is_cuda:
         return bias
     return bias._replace(table=bias.table.transpose(1, 2).contiguous().transpose(1, 2))

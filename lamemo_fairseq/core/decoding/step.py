@@ -24,7 +24,7 @@ PendingNorm = Tuple[Tensor, Optional[nn.LayerNorm]]  # [B, d], and the norm that
 
 
 def kernel_step(state: DecodingState) -> Optional["KernelStep"]:
-    """Return the kernels' step where they are installed and do all that positions want, else None.
+    """Return the kernels' step where they are installed and support the positions, else None.
 
     Positions that rotate queries and keys, are counted in the text, or are added to embeddings, use plain operations.
     ``--attention-backend eager`` asks for plain operations, and the kernels' float32 would be too coarse for float64.
@@ -59,10 +59,10 @@ def _is_plain(layer: DecoderLayer) -> bool:
 
 
 class KernelStep:
-    """As `DecodingState.step` for one token a sequence, by five launches a layer. Sequences may be at any positions.
+    """Computes `DecodingState.step` for one token a sequence, by five launches a layer; positions may differ.
 
     Touches tensors only, and leaves each sequence's position as it is. A memory whose layers keep or change their
-    inputs, or add something to read-outs, has plain operations between the launches.
+    inputs, or add something to read-outs, uses plain operations between the launches.
     """
 
     def __init__(self, state: DecodingState):
@@ -98,7 +98,7 @@ class KernelStep:
         return pending
 
     def _embedded(self, words: Tensor, columns: Columns) -> Tensor:
-        """Return the words' embeddings ``[B, d]``, and keep them if the memory wants them."""
+        """Return the words' embeddings ``[B, d]``, and store them if the memory needs them."""
         state, embedding = self.state, self.state.decoder.embed_tokens
         if len(embedding.bands.tables) == 1 and not len(embedding.projections):
             buffer = state.cache.embeddings_buffer()

@@ -1,4 +1,4 @@
-"""Triton kernels: bias, ReLU and dropout in one pass, and their gradients in one.
+"""Triton kernels: bias, ReLU and dropout in one pass, and their gradients in another.
 
 The output says which elements went through both: where it is zero, so is the gradient.
 

@@ -37,7 +37,7 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Wid
 def through(layer: nn.Module, x: Tensor, width: int) -> WideRows:
     """Pass ``x [.., d]``, which may be `WideRows`, through a layer that takes d = *width*: as `wide_linear`.
 
-    Any other layer than an `nn.Linear`, a low-rank adapter for one, and one with hooks is called.
+    Any other layer, such as a low-rank adapter, and a layer with hooks are called.
     """
     if is_plain(layer, nn.Linear):
         return wide_linear(x, layer.weight, layer.bias)

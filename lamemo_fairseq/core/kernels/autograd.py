@@ -19,7 +19,7 @@ class Context(FunctionCtx):
     if TYPE_CHECKING:
 
         def save_for_backward(self, *tensors: Optional[Tensor]) -> None:
-            """Save tensors; PyTorch takes None among them."""
+            """Save tensors; PyTorch allows None among them."""
 
 
 class Function(torch.autograd.Function):

@@ -66,7 +66,7 @@ class ModuleTree:
 
     @property
     def hooked(self) -> bool:
-        """Return whether a call would call a hook of any of them."""
+        """Return whether a call would call a hook of any module."""
         return any(self._hooks)
 
     def signature(self) -> "Signature":

@@ -28,7 +28,7 @@ def residual_norm(
     Args:
         x: ``[.., d]``, or wider by zeros.
         residual: ``[.., d]``, with any strides.
-        norm, dropout: an `nn.LayerNorm` and an `nn.Dropout`, or anything in place of them, which is then called.
+        norm, dropout: an `nn.LayerNorm` and an `nn.Dropout`, or modules in place of them, which are then called.
         bias: ``[d]`` or None.
 
     Returns:
@@ -87,7 +87,7 @@ def plain(x: Tensor, residual: Tensor, norm: Map, dropout: Map, bias: Optional[T
 def by_kernel(
     x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, bias: Optional[Tensor] = None, keep: bool = True
 ) -> Tuple[Optional[Tensor], Tensor]:
-    """Compute sum and norm by one kernel, their gradients by another. Without *keep*, no sum and no gradients."""
+    """Compute sum and norm by one kernel, their gradients by another; without *keep*, no sum and no gradients."""
     d = residual.size(-1)
     if x.size(-1) not in (d, stored_width(residual, d)):
         x = x[..., :d]

@@ -1,4 +1,4 @@
-"""Triton kernel: the linear maps of decoding, one new row a text, with what stands before and after them.
+"""Triton kernel: the linear maps of decoding, one new row a text, with the operations before and after them.
 
 A token needs so few operations that launches determine its time. So a map normalises its input itself, and adds
 its bias, activation and residual.
@@ -108,7 +108,7 @@ def row_map(
 ) -> Tensor:
     """Return ``act(norm(rows) @ weight.T + bias) + residual_norm(residual)``, ``[R, N]``, by one launch.
 
-    An argument that is None is left out. Sums and what stands between them are in float32, whatever the dtype of the
+    An argument that is None is left out. Sums and intermediate results are in float32, whatever the dtype of the
     tensors.
 
     Args:

@@ -1,4 +1,4 @@
-"""Rows as the layers' kernels take them: which ones, how they lie in memory, how dropout is seeded.
+"""Rows for the layers' kernels: which rows they take, the layout in memory, the seed of dropout.
 
 Shapes: B streams, R rows of each, d width.
 """

@@ -22,7 +22,7 @@ WORDS = tl.constexpr(1 << 31)
 def dropout_mask(p_seed, row, groups, first, DROPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Return the elements of a tile that dropout keeps. Four columns, a group, share one call of the generator.
 
-    There are *groups* groups a row, and *first* is the number of the tile's first one. An element is dropped if its
+    There are *groups* groups a row, and *first* is the number of the tile's first group. An element is dropped if its
     31-bit random word is below DROPPED.
     """
     number = row[:, None] * groups + first + tl.arange(0, BLOCK // 4)[None, :]

@@ -1,7 +1,7 @@
 """Projections as heads, and heads whose size breaks alignment.
 
-Heads of such a size, 41 for one, are padded with zeros to D' numbers, by padding the weights that make them. The scale
-of the scores stays that of D.
+Heads of such a size, for example 41, are padded with zeros to D' numbers, by padding the weights that make them. The
+scale of the scores stays that of D.
 
 Shapes: B streams, R rows, Q queries, H heads, D size of a head, n projections.
 """
@@ -49,7 +49,7 @@ class _SplitHeads(Function):
 
 
 def _side_by_side(gradients: List[Tensor]) -> bool:
-    """Tell whether ``[B, R, H, D]`` each are slices of one tensor ``[B, R, n, H, D]``, all of them and in order."""
+    """Tell whether tensors ``[B, R, H, D]`` are all the slices of one tensor ``[B, R, n, H, D]``, in order."""
     first = gradients[0]
     _, length, heads, size = first.shape
     width = len(gradients) * heads * size

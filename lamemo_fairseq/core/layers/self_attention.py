@@ -34,7 +34,7 @@ class AttentionConfig:
 
 
 class SelfAttention(nn.Module):
-    """Base of a layer's attention: projections around a backend. A subclass defines `forward`, whatever it takes."""
+    """Base of a layer's attention: projections around a backend. A subclass defines `forward`, with any arguments."""
 
     nearest: ClassVar[int] = 0  # the smallest distance of a key that a query sees; 1 hides a token from itself
 
@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
         return (*self.prepare(q, k), v)
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return projected queries and keys ``[B, H, Q or R, D or D']`` as attention takes them: mostly as they are."""
+        """Return projected queries and keys ``[B, H, Q or R, D or D']``, which most classes do not change."""
         return q, k
 
     def own_bias(self, bias: LayerBias) -> LayerBias:

@@ -21,7 +21,7 @@ from .chunked_loss import linear_cross_entropy, tokens_at_once
 class Bands:
     """The split of a dictionary: band i holds the words ``starts[i] .. ends[i]-1``, embedded in ``dims[i]`` numbers.
 
-    Bands of one width share a table; others have one each.
+    Bands of one width share a table; a band of another width has its own.
 
     Raises:
         ValueError: the cutoffs do not increase within the dictionary, or a band would have no width.
@@ -194,8 +194,8 @@ class AdaptiveSoftmax(_Output):
             target: ``[T]`` word ids.
 
         Returns:
-            For the first band scores ``[T, F]``; for each other band those of its own tokens, and None if no target is
-            in it.
+            For the first band scores ``[T, F]``; for each other band scores of its own tokens, None if no target is in
+            it.
         """
         flat = features.reshape(-1, features.size(-1))
         first = self.bands.ends[0]
@@ -275,7 +275,7 @@ class BandPlan:
 
     Args:
         band: ``[T]``, the band of each token's target.
-        bands: how many there are.
+        bands: number of bands.
     """
 
     def __init__(self, band: Tensor, bands: int):

@@ -104,7 +104,7 @@ class MemoryState:
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """Base of a memory's own options. A host offers those of all memories, under the fields' names."""
+    """Base of a memory's own options. A host offers the options of all memories, under the fields' names."""
 
     def check(self) -> None:
         """Refuse values that make no sense.
@@ -150,7 +150,7 @@ class Passage(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What all layers know of the segment that they read."""
+    """The values that all layers use of the segment that they read."""
 
     tokens: int  # n
     biases: List[LayerBias]  # of each layer
@@ -168,8 +168,8 @@ class LayerPassage(NamedTuple):
 class Memory(nn.Module, Generic[State, Options]):
     """Base of all memories; a decoder has one.
 
-    If layer l reads segment s with the output of layer l - 1 and with what layer l made of segment s - 1 alone, a
-    subclass defines `pass_layer`. Any other defines `pass_segment`.
+    A subclass defines `pass_layer` if layer l needs only the output of layer l - 1 and its own state after the last
+    segment. Any other defines `pass_segment`.
     """
 
     architecture: ClassVar[Architecture]
@@ -202,7 +202,7 @@ class Memory(nn.Module, Generic[State, Options]):
         return self.config.segment_length // self.config.bptt_segments
 
     def attention_of(self, layer: int) -> Type[SelfAttention]:
-        """Return the class of the attention of a layer, counted from 0: of all of them the same, unless overridden."""
+        """Return the class of the attention of a layer, counted from 0; all layers have the same, unless overridden."""
         return self.attention
 
     def reset_parameters(self) -> None:
@@ -262,7 +262,7 @@ class Memory(nn.Module, Generic[State, Options]):
         return Passage(x, self.joined(after, state), losses)
 
     def segment(self, x: Tensor, state: State, positions: Positions, lengths: Optional[Tensor] = None) -> Segment:
-        """Return what all layers know of the segment ``x [B, n, d]``; it depends on shapes, positions and *lengths*."""
+        """Return the values that all layers use of ``x [B, n, d]``; they depend on shapes, positions and *lengths*."""
         rows, ahead = self.reach(state, x.size(1))
         return Segment(x.size(1), positions(rows, ahead, x), lengths)
 
@@ -276,7 +276,7 @@ class Memory(nn.Module, Generic[State, Options]):
         """Pass a segment through layer *n*, counted from 0.
 
         Args:
-            rows: the segment's embeddings ``[B, n, d]`` in layer 0, else what came out of the layer below.
+            rows: the segment's embeddings ``[B, n, d]`` in layer 0, else the output of the layer below.
             before: the layer's part of the state, as `layer_states` returns it.
         """
         raise NotImplementedError
@@ -290,7 +290,7 @@ class Memory(nn.Module, Generic[State, Options]):
         return [tuple(part) for part in parts]
 
     def joined(self, parts: Sequence[LayerState], like: State) -> State:
-        """Return the state whose `layer_states` are *parts*; of a tensor that all layers share, the last layer's.
+        """Return the state with `layer_states` *parts*; a tensor that all layers share is taken from the last.
 
         *like* is another state, which tells such tensors from tuples.
         """

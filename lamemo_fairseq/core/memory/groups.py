@@ -188,7 +188,7 @@ def _groups(state: Optional[MemoryState], num_streams: int) -> Tuple[Group, ...]
 
 
 def _chosen(group: Group, chosen: Sequence[bool]) -> Group:
-    """Return the *chosen* ones of a group's streams."""
+    """Return a group with its *chosen* streams only."""
     if all(chosen):
         return group
     rows = [row for row, is_chosen in enumerate(chosen) if is_chosen]

@@ -81,7 +81,7 @@ class StreamMemory:
         return self._of_reading(position, training=True).get(position.index + 1)
 
     def before(self, position: SegmentPosition, training: bool = True) -> Optional[MemoryState]:
-        """Return the memory before the segment at *position*, None if it is empty or not there.
+        """Return the memory before the segment at *position*, None if it is empty or missing.
 
         Unlike `read`, it allows the segment before to be read again.
         """

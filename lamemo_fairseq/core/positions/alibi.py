@@ -17,8 +17,8 @@ from .base import POSITIONS, LayerBias, PositionEncoding
 class AlibiPositions(PositionEncoding):
     """``softmax(q . k / sqrt(D) - slope_h |i - j|)``, without parameters (section 3).
 
-    The paper is causal. To the right of a memory slot, this encoding penalises the absolute distance likewise, so that
-    it tells distances apart and not directions. Distances beyond ``clamp_len`` have its penalty.
+    The paper is causal. To the right of a memory slot, this encoding penalises the absolute distance likewise. So it
+    distinguishes distances, not directions. Distances beyond ``clamp_len`` have the penalty of ``clamp_len``.
     """
 
     def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:

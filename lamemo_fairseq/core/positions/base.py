@@ -34,7 +34,7 @@ class PositionConfig:
 class LayerBias(NamedTuple):
     """The positions in a layer's attention: a rotation, a bias on scores, both or neither, and counted distances.
 
-    Queries and keys are passed around unrotated. Every attention with a bias rotates them first.
+    Queries and keys are passed around unrotated. Every attention with a bias rotates queries and keys first.
     """
 
     causal: RelativeBias  # of the causal attention
@@ -76,7 +76,7 @@ class PositionEncoding(nn.Module):
     def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         """Return `biases`; in evaluation within `unchanged`, those that were computed before.
 
-        A CUDA graph computes them in every replay, as it may outlive the block.
+        A CUDA graph computes them in every replay, as the graph may outlive the context.
         """
         known = self._known
         recorded = like.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -112,8 +112,8 @@ class PositionEncoding(nn.Module):
     def counts(self, words: Tensor) -> Tensor:
         """Return the counts ``[P, B, R]`` of rows that stand for ``words [B, R]``, int64 and growing from row to row.
 
-        Differences alone matter, and that of two rows depends on the words between them alone, theirs included. An
-        encoding that `reads_words` defines it, and gives each `LayerBias` the tables for the differences.
+        Only differences matter. The difference of two rows depends on the words between the rows alone, their own words
+        included. An encoding that `reads_words` defines it, and gives each `LayerBias` the tables for the differences.
         """
         raise NotImplementedError
 

@@ -21,11 +21,11 @@ class SegatronPositions(TransformerXLPositions):
     """``(q_i + u) . k_j + (q_i + v) . W_r [sin(t_i - t_j) ; sin(s_i - s_j) ; sin(p_i - p_j)]`` with sinusoids.
 
     t, s and p are the numbers of a row's token, sentence and paragraph. A sentence ends after a run of words that end
-    one, and so does a paragraph, whose end also ends its sentence. So an end of a line behind a full stop belongs to
-    the sentence before it, and empty lines to the paragraph before them. The number of a row depends on the words up
-    to the row alone, not on those that follow.
+    sentences, and a paragraph likewise. The end of a paragraph also ends its sentence. So an end of a line behind a
+    full stop belongs to the sentence before it, and empty lines to the paragraph before them. The number of a row
+    depends on the words up to the row alone, not on those that follow.
 
-    W_r is applied to each of the three parts, so that distances are looked up in tables of as many entries as there
+    W_r is applied to each of the three sinusoids, so that distances are looked up in tables of as many entries as there
     are rows. To the right of a slot distances are negative, as with transformer-xl.
     """
 
@@ -71,7 +71,7 @@ class SegatronPositions(TransformerXLPositions):
         ]
 
     def _tables(self, part: int, distances: range, like: Tensor) -> Tensor:
-        """Return the tables ``[L, H, U, D]`` of a part's distances."""
+        """Return the tables ``[L, H, U, D]`` of one sinusoid's distances."""
         first = sum(self.widths[:part])
         columns = slice(first, first + self.widths[part])
         return self._project(self._sinusoids(distances, like, self.widths[part]), columns)

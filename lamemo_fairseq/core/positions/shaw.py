@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 class ShawPositions(PositionEncoding):
     """``(q + u_l) . k + q . E_l[i - j] + b_l[i - j]``, all learned for each layer l.
 
-    Distances beyond the trained ``N + M``, or beyond ``clamp_len``, use the farthest one below. There is none
-    to the right, so that memory which attends there is refused.
+    Distances beyond the trained ``N + M``, or beyond ``clamp_len``, use the farthest one below. There are no distances
+    to the right, so that a memory that attends there is refused.
     """
 
     def __init__(self, config: PositionConfig):

@@ -14,7 +14,7 @@ _PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 BYTE_SYMBOLS: Dict[int, str] = {b: chr(b) if b in _PRINTABLE else chr(256 + b) for b in range(256)} | {ord(" "): SPACE}
 _BYTES = {symbol: byte for byte, symbol in BYTE_SYMBOLS.items()}
 _INVALID = 0xFF  # occurs in no UTF-8
-_BYTE_PIECES = re.compile(r"(?<!\S)<0x[0-9A-F]{2}>(?: <0x[0-9A-F]{2}>)*(?!\S)")  # of SentencePiece, with byte fallback
+_BYTE_PIECES = re.compile(r"(?<!\S)<0x[0-9A-F]{2}>(?: <0x[0-9A-F]{2}>)*(?!\S)")  # runs of SentencePiece's byte pieces
 
 
 class Coder(Protocol):
@@ -144,7 +144,7 @@ def word_coder(encoding: TextEncoding) -> Optional[Coder]:
     """Build the coder for words, None for words that are separated by spaces.
 
     Raises:
-        ModuleNotFoundError: its package is not installed.
+        ModuleNotFoundError: the coder's package is not installed.
     """
     if encoding.tokenizer == "moses":
         return Moses(encoding.source_lang or "en")

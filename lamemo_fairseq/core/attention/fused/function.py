@@ -159,7 +159,7 @@ def _widened(attention: BandedAttention, q: Tensor) -> BandedAttention:
 
 
 def _heads_like(t: Tensor, count: int) -> Sequence[Tensor]:
-    """Return empty tensors ``[B, H, R, D]`` that are adjacent views of one buffer, as those of projections are."""
+    """Return empty tensors ``[B, H, R, D]`` that are adjacent views of one buffer, like projections."""
     batch, heads, length, size = t.shape
     return [tensor.transpose(1, 2) for tensor in t.new_empty(batch, length, count, heads, size).unbind(2)]
 

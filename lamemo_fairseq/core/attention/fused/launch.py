@@ -34,7 +34,7 @@ class Band(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """The tensors that a backward pass needs of a forward one besides its inputs."""
+    """The tensors of a forward pass that its backward pass needs besides the inputs."""
 
     output: Tensor  # [B, H, Q, D], merged
     new: Tensor  # [B, H, Q], normaliser of the keys alone
@@ -105,7 +105,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
         dk, dv: written, or with *add* added to.
 
     Returns:
-        The gradients of the bias, None where it has none, in float32 but for the table.
+        The gradients of the bias, None for its fields that are None; in float32 but for the table.
     """
     x, layout = _contiguous(x), Layout.of(x)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()

@@ -73,7 +73,7 @@ class StrictSelfAttention(SelfAttention):
         return scaled(q, self.head_scale, self.scale), unit(k).to(k.dtype)
 
     def own_bias(self, bias: LayerBias) -> LayerBias:
-        """Multiply what is added to queries as the queries are, and what is added to scores by ``|a_h|``."""
+        """Multiply biases of queries as the queries are, and biases of scores by ``|a_h|``."""
         content, position, table, score = bias.causal
         factor = self.head_scale.abs().unsqueeze(1)
         content, position = (None if t is None else t * (factor / self.scale) for t in (content, position))
@@ -133,7 +133,7 @@ class RecurrentSelfAttention(StrictSelfAttention):
         return self.merge_heads(self.join(read_out, rows, states)), seen
 
     def join(self, read_out: Tensor, rows: Tensor, states: KeyValues) -> Tensor:
-        """Return what goes into the output projection: ``[B, 2 H, N, D or D']``.
+        """Return the input of the output projection: ``[B, 2 H, N, D or D']``.
 
         Args:
             read_out: ``[B, H, N, D or D']``, of the window.

@@ -25,7 +25,7 @@ class WithCells(CachedMemory, Protocol):
 
 @dataclass
 class RecurrentLayerCache(LayerCache):
-    """Besides keys and values of tokens, the states, and theirs."""
+    """Keys and values of tokens and of states, and the states."""
 
     states: Tensor  # [B, S, d], float32 or wider
     key_values: KeyValues  # [B, H, S, D], of the states

@@ -51,7 +51,7 @@ class RecurrentCell(nn.Module):
         self.gate.reset_parameters()
 
     def begin(self, states: Tensor) -> Tensor:
-        """Return ``states [B, S, d]`` as they are, and the learned first ones for ``[B, 0, d]``."""
+        """Return ``states [B, S, d]`` as they are, and the learned first states for ``[B, 0, d]``."""
         return states if states.size(1) > 0 else self.first_states.to(states.dtype).expand(states.size(0), -1, -1)
 
     def project(self, states: Tensor, like: Tensor) -> StateHeads:
@@ -66,7 +66,7 @@ class RecurrentCell(nn.Module):
         """Read all tokens of a window, and return the states after it.
 
         Args:
-            states: ``[B, S, d]`` before it.
+            states: ``[B, S, d]`` before the window.
             heads: of these states.
             tokens: ``[B, H, K, D or D']`` of the window and of the rows before it.
             backend: of the attention.
@@ -79,7 +79,7 @@ class RecurrentCell(nn.Module):
 
 
 class Gate(nn.Module):
-    """Base of both gates; ``h [B, S, 2 H D]`` is what states attended to."""
+    """Base of both gates; ``h [B, S, 2 H D]`` are the states' read-outs."""
 
     def __init__(self, width: int, embed_dim: int):
         super().__init__()

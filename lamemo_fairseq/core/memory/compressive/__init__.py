@@ -1,6 +1,6 @@
 """The Compressive Transformer's memory: Transformer-XL's, and behind it a compressed one (Rae et al. 2020).
 
-Each layer attends to ``[c; m; x]``, at contiguous distances. A segment's rows join m, whose oldest then leave it in
+Each layer attends to ``[c; m; x]``, at contiguous distances. A segment's rows join m. The oldest rows then leave m in
 groups of r: as few groups as leave at most M rows. Each group is compressed to one row, which joins c, and c forgets
 its oldest. If r divides both N and M, a full m holds exactly M rows, and otherwise between M - r + 1 and M. No
 remainder is padded or dropped.
@@ -40,7 +40,7 @@ __all__ = ["COMPRESSIONS", "LOSSES", "CompressiveMemory", "CompressiveState"]
 
 @dataclass(frozen=True)
 class CompressiveState(MemoryState):
-    """Per layer the rows that went into it, and what older ones were compressed to."""
+    """The last inputs of each layer, and the compressed rows of older inputs."""
 
     hidden: Tuple[Tensor, ...]  # a layer: [B, m, d]
     compressed: Tuple[Tensor, ...]  # a layer: [B, c, d]
@@ -48,7 +48,7 @@ class CompressiveState(MemoryState):
 
 @MEMORIES.register("compressive")
 class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
-    """Compresses what segment-level recurrence would forget."""
+    """Compresses rows that segment-level recurrence would forget."""
 
     # Together as many slots as Transformer-XL has, and sizes that the rate divides.
     architecture: ClassVar[Architecture] = Architecture(

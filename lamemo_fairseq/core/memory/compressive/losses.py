@@ -1,6 +1,6 @@
 """Losses that train the compression, by name (Rae et al. 2020, section 3.2.1 and algorithm 2).
 
-Gradients reach the compression alone: whatever else a loss is computed from is held constant.
+Gradients reach the compression alone: all other inputs of a loss are constant.
 
 Shapes: B streams, N current tokens, G compressed rows, r compression rate, H heads, D size of a head, d model width.
 """
@@ -30,7 +30,7 @@ class CompressionLoss(nn.Module):
             layer: the `DecoderLayer` that the rows go into.
             rows: ``[B, N, d]`` the current rows going into it, constant.
             old: ``[B, G r, d]`` rows that leave the memory, constant.
-            new: ``[B, G, d]`` what they are compressed to.
+            new: ``[B, G, d]`` the compressed rows.
         """
         raise NotImplementedError
 

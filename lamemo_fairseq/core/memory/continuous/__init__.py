@@ -6,8 +6,8 @@ left the slots, as one continuous signal of fixed size (`signal.py`). Queries at
 differs:
 
 - The rows that leave the slots enter the long-term memory before the layer's norm, as in the authors' Transformer-XL
-  (``sorting/``). With ``--mem-len 0`` every segment's rows enter it when the segment ends, as in their GPT-2. A signal
-  holds no gradient; the first rows fill [0, 1].
+  (``sorting/``). With ``--mem-len 0`` every segment's rows enter the long-term memory when the segment ends, as in
+  their GPT-2. A signal holds no gradient; the first rows fill [0, 1].
 - Queries are the short-term attention's, without its biases. W_k, W_v, w_mu, w_sigma and an output projection are a
 layer's own; w_mu and w_sigma are shared by its heads and have no bias. Both of the authors' configurations do so. -
 Rows and samples stand in the middles of equal parts of their interval, as in the authors' first fit. The paper's t = i
@@ -48,7 +48,7 @@ from .signal import Signal
 
 @dataclass(frozen=True)
 class ContinuousState(MemoryState):
-    """Per layer the rows that went into it last, and the signal of all before them."""
+    """The last inputs of each layer, and the signal of all earlier inputs."""
 
     hidden: Tuple[Tensor, ...]  # a layer: [B, m, d]
     coefficients: Tuple[Tensor, ...]  # a layer: [B, J, d], float32 or wider; zeros before there is a signal
@@ -57,7 +57,7 @@ class ContinuousState(MemoryState):
 
 @MEMORIES.register("continuous")
 class ContinuousMemory(Memory[ContinuousState, ContinuousOptions]):
-    """Segment-level recurrence, and a signal for what it lets go."""
+    """Segment-level recurrence, and a signal for the rows that it drops."""
 
     architecture: ClassVar[Architecture] = Architecture(
         name="infinity_former_lm",

@@ -47,7 +47,7 @@ class ContinuousSelfAttention(SelfAttention):
             coefficients: ``[B, J, d]`` of the signal; zeros stand for a signal of which nothing is read.
 
         Returns:
-            ``[B, Q, d]``, and where the queries attended to the signal.
+            ``[B, Q, d]``, and the densities of the queries' attention to the signal.
         """
         q, k, v = self.project(rows, queries, keep_padding=True)
         short_term = self.causal(q, k, v, bias, need_normalizer=False).output
@@ -58,8 +58,8 @@ class ContinuousSelfAttention(SelfAttention):
         """Read the signal with queries ``[B, H, Q, D or D']``.
 
         Returns:
-            ``[B, 2 H, Q, D or D']``, the short-term read-outs and then the long-term ones, and where the queries
-            attended to the signal.
+            ``[B, 2 H, Q, D or D']``, the short-term read-outs and then the long-term ones, and the densities of the
+            queries' attention.
         """
         density = self.locate(q[..., : self.config.head_dim], long_term)
         read_out = self.read(density, long_term._replace(values=as_wide(q, long_term.values)))

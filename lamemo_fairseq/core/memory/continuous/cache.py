@@ -47,7 +47,7 @@ class ContinuousLayerCache(InputLayerCache):
 
 @dataclass
 class ContinuousCache(SegmentCache[TakingIn, ContinuousLayerCache]):
-    """Signals, and how many rows they are made of."""
+    """Signals, and the numbers of their rows."""
 
     taken_in: Tensor  # [B, 1] int64
 

@@ -37,7 +37,7 @@ def sticky_points(density: Density, count: int) -> Tensor:
 
     The paper draws them from a histogram of the last segment's attention over equal bins, summed over heads and
     queries. Here they are the quantiles of that histogram at the middles of S equal parts. Sorted draws are expected
-    there; quantiles are without their noise.
+    there; quantiles have no noise.
 
     Rounding remains. The signal decides where it is attended to, and attention decides where it is sampled again. So in
     trained models a difference can grow nearly twofold a segment, in float64 as in float32. After some segments another

@@ -34,7 +34,7 @@ from .cache import EnhancedCache
 
 @dataclass(frozen=True)
 class EnhancedState(MemoryState):
-    """Per layer the rows that came out of it."""
+    """The last outputs of each layer."""
 
     outputs: Tuple[Tensor, ...]  # a layer: [B, m, d]
 

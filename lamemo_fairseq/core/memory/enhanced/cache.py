@@ -1,6 +1,6 @@
 """The decoding cache of enhanced recurrence.
 
-A token attends to tokens of its segment by what went into a layer, and to slots by what came out of it. So the keys and
+A token attends to tokens of its segment by a layer's inputs, and to slots by the layer's outputs. So the keys and
 values of tokens are projected anew when a segment ends.
 
 Shapes: B sequences, b of them, N tokens of a segment, M memory slots, C = M + N columns, d model width, k new tokens.

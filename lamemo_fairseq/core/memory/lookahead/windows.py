@@ -13,7 +13,7 @@ class LookaheadWindow(NamedTuple):
 
     Slots stand at positions 0 .. m-1 and the first current token at m. The keys are the positions ``first .. m``;
     ``both_sides`` lets a slot see those on its left as well. There are as many keys as current tokens, at most
-    m. A stream that ends before the others in its batch looks ahead at fewer.
+    m. A stream that ends before the others in its batch looks ahead at fewer keys.
     """
 
     first: int

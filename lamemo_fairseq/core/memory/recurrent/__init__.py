@@ -25,7 +25,7 @@ from ..base import (
 
 @dataclass(frozen=True)
 class RecurrentState(MemoryState):
-    """Per layer the rows that went into it."""
+    """The last inputs of each layer."""
 
     hidden: Tuple[Tensor, ...]  # a layer: [B, m, d]
 

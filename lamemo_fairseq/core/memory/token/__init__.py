@@ -1,8 +1,8 @@
 """Memory tokens (Recurrent Memory Transformer, Bulatov et al. 2022), alone or with Transformer-XL's cache.
 
 A segment of n tokens is read as ``[cache; read; x; write]``. The K memory tokens stand before the tokens, which read
-them, and once more behind them. There the last layer's rows are what the segment has written. Gradient flows
-through them from segment to segment of one update; the cache is frozen, as in Transformer-XL.
+them, and once more behind them. The last layer's rows of the second block are the memory tokens that the segment
+writes. Gradient flows through them from segment to segment of one update; the cache is frozen, as in Transformer-XL.
 
 Shapes: B streams, N tokens of an update of k segments, n <= N / k current tokens, K memory tokens, m <= M cached rows,
 d model width.
@@ -29,7 +29,7 @@ _CHARACTERS = {"mem_len": 502, "bptt_segments": 2, "preset_tokens_per_sample": 1
 
 @dataclass(frozen=True)
 class TokenState(MemoryState):
-    """Memory tokens as the last segment wrote them, and per layer the tokens' rows that went into it."""
+    """Memory tokens as the last segment wrote them, and each layer's last inputs of tokens."""
 
     tokens: Tensor  # [B, K, d]; [B, 0, d] before the first segment, which reads the learned ones
     hidden: Tuple[Tensor, ...]  # a layer: [B, m, d]
