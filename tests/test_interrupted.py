@@ -86,6 +86,9 @@ def test_another_rank_says_nothing(training, tmp_path, capsys, monkeypatch):
     training(trainer_at(9, tmp_path))
     assert ended_by(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == ""
+    interruption.report("Rank 0 ended, which ends the run")  # that one had saved
+    line = f"Rank 0 ended, which ends the run after update 9: what is saved is in {tmp_path}\n"
+    assert capsys.readouterr().err == line
 
 
 def test_commands_that_do_not_train_say_so_too(training, capsys):
