@@ -82,7 +82,7 @@ def check_ids(ids: NDArray[Any], name: str, words: int) -> None:
     """Refuse ids of words that the dictionary does not have.
 
     Raises:
-        ValueError: an id is too large; the message names it.
+        ValueError: an id is not in the dictionary; the message names it.
     """
     if len(ids) == 0:
         return

@@ -298,7 +298,7 @@ _RULES = [
         IGNORED,
         "scoring",
         (*TRAINING, EVAL_LM, VALIDATE, INTERACTIVE),
-        "no text is compared with another here",
+        "these commands compare no texts",
     ),
     rule(IGNORED, "pad eos unk", COMMANDS, "the dictionary has them"),
     # Evaluation

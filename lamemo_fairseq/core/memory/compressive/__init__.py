@@ -139,7 +139,7 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
     def _loss(self, lost: List[Tensor], lengths: Optional[Tensor]) -> Tensor:
         """Return the loss of a token: the mean over layers, streams and tokens of the layers' losses *lost* ``[B]``.
 
-        Streams that end within the segment add none. Before anything is compressed the loss is zero.
+        Streams that end within the segment add no loss. Before anything is compressed the loss is zero.
         """
         if not lost:
             return no_contribution(self.parameters())
