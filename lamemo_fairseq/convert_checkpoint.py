@@ -8,9 +8,9 @@
 
 The first two are for checkpoints of the authors' code and of the original Transformer-XL. The third writes a folder
 that `lamemo_fairseq.core.LanguageModel.load` reads without fairseq. It has dict.txt and a record of how the text became
-tokens, from the data folder's record or from --tokenizer and --bpe. The fourth writes what transformers reads, from
-such a folder or from fairseq's checkpoint with --dictionary. The fifth turns it into a folder of the third kind again.
-Folders need no fairseq.
+tokens, from the data folder's record or from --tokenizer and --bpe. The fourth writes a folder that transformers reads,
+from such a folder or from fairseq's checkpoint with --dictionary. The fifth turns it into a folder of the third kind
+again. Folders need no fairseq.
 """
 
 import argparse

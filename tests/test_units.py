@@ -105,7 +105,7 @@ def test_unknown_words_are_shares_of_words(folders):
     assert (result["unknown_tokens"], result["tokens"] - result["line_ends"]) == (unknown, len(words))
     assert result["unknown_share"] == unknown / len(words) > 0.01
     assert f"{unknown / len(words):.2%} of the others unknown" in sentence(result)
-    assert sentence(result).endswith("; both take all unknown words for one, an easy one")
+    assert sentence(result).endswith("; both count all unknown words as one, which is easy to predict")
     of_bytes = scored(folders / "bytes")[0]
     assert of_bytes["unknown_tokens"] == 0 and sentence(of_bytes).endswith(" of it)")
 

@@ -58,7 +58,7 @@ def read_json(path: Path) -> Optional[Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): put back what it was, or remove it") from None
+        raise ValueError(f"{path} is damaged ({error}): restore it, or remove it") from None
 
 
 class RunFolder:

@@ -37,7 +37,7 @@ def decided(plan: Plan) -> Optional[Dict[str, Any]]:
     path = plan.out / SCALE
     decision = read_json(path)
     if not fits(decision, SHAPE["scale"]):
-        raise ValueError(f"{path} does not say how the table was shrunk: put back what it was, or remove {plan.out}")
+        raise ValueError(f"{path} does not say how the table was shrunk: restore it, or remove {plan.out}")
     return decision  # type: ignore[no-any-return]
 
 

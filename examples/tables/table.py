@@ -123,7 +123,7 @@ def load(path: Path) -> Table:
     except yaml.YAMLError as error:
         raise TableError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
-        raise TableError(f"{path} holds something that holds itself: write it out without & and *") from None
+        raise TableError(f"{path} has a value that contains itself: write it out without & and *") from None
     try:
         _check(table)
     except TableError as error:

@@ -1,4 +1,4 @@
-"""Draw Figure 1 of the LaMemo paper and similar ones from checkpoints: numbers as CSV, pictures as SVG and PNG.
+"""Draw Figure 1 of the LaMemo paper and similar figures from checkpoints: numbers as CSV, pictures as SVG and PNG.
 
 python -m lamemo_fairseq.analysis data-bin/wikitext-103 LaMemo=checkpoints/lamemo/checkpoint_best.pt \\
     Transformer-XL=checkpoints/transformer_xl/checkpoint_best.pt --subset valid --out figures

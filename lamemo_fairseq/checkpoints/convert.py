@@ -79,7 +79,7 @@ def words_of(vocabulary: Any) -> List[str]:
 
 
 def fairseq_dictionary(words: List[str]) -> Dictionary:
-    """Return fairseq's dictionary of the words: its own four symbols, then the others in their order."""
+    """Return fairseq's dictionary of the words: fairseq's four symbols, then the others in their order."""
     dictionary = Dictionary()
     for word in words:
         if word not in EOS and word not in UNK:
@@ -181,7 +181,7 @@ def _parts(released: Dict[str, Any]) -> tuple[Dict[str, Any], Dict[str, Tensor]]
 
 
 def _check_shapes(weights: Dict[str, Tensor], options: Dict[str, Any], dictionary: Dictionary) -> None:
-    with torch.device("meta"):  # shapes alone, of no size
+    with torch.device("meta"):  # shapes without storage
         decoder = FairseqMemoryDecoder(MemoryLanguageModelConfig(**options), dictionary)
     wanted = {f"decoder.{name}": tuple(weight.shape) for name, weight in decoder.state_dict().items()}
     there = {name: tuple(weight.shape) for name, weight in weights.items()}

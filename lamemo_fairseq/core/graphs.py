@@ -53,7 +53,7 @@ class _Recorded:
 
 
 class SegmentGraphs:
-    """Reads a decoder's segments, from a graph where it can.
+    """Reads a decoder's segments, from a graph where possible.
 
     A graph is recorded when two consecutive segments have the same shapes, once for training and once for evaluation.
     Shapes stay the same once the memory is full. Everything else runs without a graph: ragged segments, autocast, and

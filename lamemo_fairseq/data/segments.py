@@ -78,7 +78,7 @@ class SegmentDataset(FairseqDataset):
     def collater(self, samples: List[Segment]) -> Dict[str, Any]:
         """Collate segments with the same number to a batch.
 
-        They are padded on the right with any word, here ``</s>``: ``src_lengths`` alone tells their tokens.
+        They are padded on the right with any word, here ``</s>``: ``src_lengths`` alone says which words are tokens.
         """
         if not samples:
             return {}

@@ -158,7 +158,7 @@ def sentence(report: Dict[str, Any]) -> str:
         f"{tokens}; perplexity {'without bound' if perplexity is None else f'{perplexity:.2f}'} a word "
         f"({report['words']:,} {report['words_counted']}, {report['text']}{note}); "
         f"{report['bits_per_byte']:.4f} bits per byte ({report['bytes']:,} of it)"
-        + ("; both take all unknown words for one, an easy one" if report["unknown_tokens"] else "")
+        + ("; both count all unknown words as one, which is easy to predict" if report["unknown_tokens"] else "")
     )
 
 

@@ -1,4 +1,4 @@
-"""Prompts as they are typed, to word ids. A prompt with hardly any known word gets a warning."""
+"""Encode prompts as they are typed into word ids. A prompt with hardly any known word gets a warning."""
 
 import logging
 import re

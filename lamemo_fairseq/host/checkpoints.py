@@ -157,9 +157,9 @@ def load_checkpoint_to_cpu(
     if is_ours(state):
         check(state, path)
     check_expected(state, path)
-    if not is_ours(state):  # a seal of a former version of this package
+    if not is_ours(state):  # sealed by a former version of this package
         return original(path, arg_overrides, load_on_all_ranks)
-    if restores():  # a trainer has its own options, and other ranks would refuse objects
+    if restores():  # a trainer has its options already, and other ranks would refuse this object
         return {**state, "cfg": None}
     state["cfg"] = OmegaConf.create(complete(state["cfg"]), flags={"allow_objects": True})
     override(state["cfg"], arg_overrides or {})

@@ -1,7 +1,7 @@
 """Attention of new tokens over cached keys and values.
 
 Shapes: B sequences, k new tokens, N tokens of a segment, M memory slots, H heads, D size of a head; C columns of a
-cache: slots up to M, then tokens. K of them are looked at. P kinds of counts in a text.
+cache: slots up to M, then tokens. A step looks at K of them. P kinds of counts in a text.
 """
 
 import math

@@ -253,7 +253,7 @@ class SegmentCache(Generic[M, L]):
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def tensors(self) -> List[Tensor]:
-        """Return all buffers, in one order."""
+        """Return all buffers, in a fixed order."""
         return [t for _, _, value in self._fields() for t in _tensors(value)]
 
     def _fields(self) -> Iterator[Tuple[object, str, Buffers]]:
@@ -275,7 +275,7 @@ class AnyMemory(CachedMemory, Protocol):
 
 
 class FrozenCache(SegmentCache[CachedMemory, LayerCache]):
-    """Keys and values alone: those of a frozen slot do not change after it was a token."""
+    """Keys and values alone: those of a frozen slot do not change after the slot was a token."""
 
     @classmethod
     def empty(cls, memory: CachedMemory, batch_size: int, like: Tensor) -> "FrozenCache":

@@ -122,7 +122,7 @@ class Sampler:
 
     @torch.no_grad()
     def go_on(self, last: Tensor, count: int) -> Continuation:
-        """Generate words as a call does, with their log-probabilities."""
+        """Generate words as `__call__` does, with their log-probabilities."""
         self.words.copy_(last.unsqueeze(1))
         ones = [1] * len(last)
         continuations: List[Continuation] = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 WIDEST = 1024  # rows up to here are normalised within a map
 LONGEST = 8192  # and up to here one row is a single tile
-ROWS = 16  # of a tile for tensor cores
+ROWS = 16  # rows of a tile for tensor cores
 FEW_ROWS = 4  # fewer rows are multiplied one by one: only reading the weights takes time then
 PROGRAMS = 96  # most of a large GPU
 

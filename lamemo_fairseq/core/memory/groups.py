@@ -75,7 +75,7 @@ def advance(
     """Return the memory before the next segment of a batch. Applied to the result again, it changes nothing.
 
     Args:
-        state: the memory after the segment before, left as it is; None for an empty one.
+        state: the memory after the former segment, not changed; None for an empty memory.
         num_streams: B.
         cleared: streams that begin anew, from an empty memory.
         ended: streams without further tokens. They are not read, unless they are cleared later.

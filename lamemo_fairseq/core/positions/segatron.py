@@ -99,5 +99,5 @@ def part_widths(embed_dim: int, parts: int) -> List[int]:
 
 
 def _any(words: Tensor, chosen: Sequence[int]) -> Tensor:
-    """Return booleans like *words*, True for the *chosen* ones."""
+    """Return booleans like *words*, True for the *chosen* words."""
     return reduce(torch.logical_or, (words == word for word in chosen))

@@ -104,7 +104,7 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
         return -(-max(0, recent - self.config.mem_len) // rate) * rate
 
     def compressed_after(self, compressed: int, leaving: int) -> int:
-        """Return how many slots of c there are when *leaving* rows have joined *compressed* ones."""
+        """Return the number of slots of c after *leaving* rows have joined *compressed* ones."""
         options = self.config.options
         return min(options.compressed_len, compressed + leaving // options.compression_rate)
 

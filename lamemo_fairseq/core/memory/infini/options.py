@@ -13,8 +13,8 @@ UPDATE_RULES = ("linear", "delta")
 class InfiniOptions(MemoryOptions):
     memory_update_rule: str = option(
         "linear",
-        "values that a segment adds to a matrix of associations: its own, or with delta their differences "
-        "from those that its keys read",
+        "linear adds a segment's values to a matrix of associations, delta adds the values' differences "
+        "from the stored values of the same keys",
         UPDATE_RULES,
     )
 
