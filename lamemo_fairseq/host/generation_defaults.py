@@ -32,7 +32,7 @@ class NoScore(BaseScorer):
 def adapt_generation(namespace: Namespace, words: Sequence[str], task: str) -> None:
     """Change the defaults of a command line for *task*, if the task generates and *words* do not name the options.
 
-    There is no BLEU, and there is one process. fairseq starts as many processes as there are GPUs. fairseq-generate
+    No BLEU is computed, and one process runs. fairseq starts as many processes as there are GPUs. fairseq-generate
     would then continue one share of the lines alone, and each process of fairseq-interactive would read the same input.
 
     Raises:
