@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import inspect
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any, Dict, List, Tuple
 
 _Composed = Tuple[List[str], Any]  # overrides, and the configuration that hydra makes of them
@@ -48,6 +50,36 @@ def quicken() -> None:
             return configuration
 
         ConfigStore.store, utils.compose = store_anew, functools.wraps(compose)(compose_changes)
+
+        # To find the file that calls, hydra reads the source of every function on the stack.
+        from hydra._internal import utils as internal
+
+        internal.inspect = SimpleNamespace(**vars(inspect))
+        internal.inspect.stack = functools.partial(inspect.stack, 0)
+
+        # A copy of a value is made as a new value, which is checked, and of its metadata every attribute is copied.
+        from omegaconf import nodes
+        from omegaconf.base import Metadata
+
+        Metadata.__deepcopy__ = _copy_of_metadata
+        for node in (nodes.AnyNode, nodes.StringNode, nodes.IntegerNode, nodes.FloatNode, nodes.BooleanNode):
+            node.__deepcopy__ = _copy_of_value
+
+
+def _copy_of_metadata(metadata: Any, memo: Dict[int, Any]) -> Any:
+    copied = object.__new__(type(metadata))
+    copied.__dict__.update(metadata.__dict__)
+    copied.flags = copy.copy(metadata.flags)
+    copied.resolver_cache = copy.deepcopy(metadata.resolver_cache, memo)
+    return copied
+
+
+def _copy_of_value(node: Any, memo: Dict[int, Any]) -> Any:
+    copied = object.__new__(type(node))
+    copied.__dict__.update(node.__dict__)  # the value too, and the parent, which are not copied
+    copied.__dict__["_metadata"] = copy.deepcopy(node.__dict__["_metadata"], memo)
+    copied.__dict__["_flags_cache"] = None
+    return copied
 
 
 def _names(override: str) -> str:

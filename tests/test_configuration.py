@@ -1,8 +1,11 @@
 """What the tests spare hydra makes no difference to a command's configuration."""
 
+import copy
+
 import pytest
 from fairseq import options
 from fairseq.dataclass import utils
+from fairseq.dataclass.configs import CommonConfig
 from omegaconf import OmegaConf
 
 from .helpers import TASK
@@ -32,3 +35,17 @@ def test_a_configuration_does_not_depend_on_those_before(monkeypatch):
         assert repr(one) == repr(other)  # 1.0 is no 1
         assert one["common"]["seed"] == (3 if mine is made[1] else 1)
         assert OmegaConf.is_struct(mine) == OmegaConf.is_struct(hydras)
+
+
+def test_a_copy_has_the_same_types_and_flags_of_its_own():
+    options = OmegaConf.structured(CommonConfig(seed=3))
+    OmegaConf.set_readonly(options._get_node("seed"), True)
+    copied = copy.deepcopy(options)
+    assert copied == options and copied.seed == 3
+    for name in options:
+        node, other = options._get_node(name), copied._get_node(name)
+        assert type(node) is type(other) and node._metadata == other._metadata
+        assert other._get_parent() is copied
+    OmegaConf.set_readonly(copied._get_node("seed"), False)
+    copied.seed = 4
+    assert OmegaConf.is_readonly(options._get_node("seed")) and options.seed == 3

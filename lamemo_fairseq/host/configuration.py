@@ -5,6 +5,8 @@ So a checkpoint of this package is plain values of known options; one that names
 """
 
 import argparse
+import copy
+import functools
 import logging
 import pickle
 import reprlib
@@ -179,7 +181,7 @@ def check_options(section: Any, dataclass: Type[FairseqDataclass]) -> None:
     known = {f.name for f in fields(dataclass)}
     given = {name: value for name, value in section.items() if name in known}
     try:
-        OmegaConf.merge(OmegaConf.structured(dataclass()), given)
+        OmegaConf.merge(_structured(dataclass), given)  # into a copy
     except OmegaConfBaseException as error:
         name = str(error.full_key or error.key)
         value = given.get(name.split("[")[0].split(".")[0])
@@ -267,7 +269,17 @@ def complete(cfg: Dict[str, Any]) -> Dict[str, Any]:
 
 def defaults_of(dataclass: Type[FairseqDataclass]) -> Dict[str, Any]:
     """Return the default of each option; ``${section.option}`` refers to another option's default."""
-    return OmegaConf.to_container(OmegaConf.structured(dataclass()), resolve=False, enum_to_str=True)  # type: ignore
+    return copy.deepcopy(_plain_defaults(dataclass))
+
+
+@functools.cache  # a resume asks a dozen times for defaults that take a tenth of a second
+def _plain_defaults(dataclass: Type[FairseqDataclass]) -> Dict[str, Any]:
+    return OmegaConf.to_container(_structured(dataclass), resolve=False, enum_to_str=True)  # type: ignore
+
+
+@functools.cache
+def _structured(dataclass: Type[FairseqDataclass]) -> Any:
+    return OmegaConf.structured(dataclass())
 
 
 def _filled(defaults: Any, section: Any) -> Any:
