@@ -142,7 +142,7 @@ class Rule:
         }[self.name]
 
     def starts(self, tokens: Tensor, dictionary: Any) -> Tensor:
-        """Return the index of each document's first token in ``tokens [T]``, ascending from 0; not if recorded.
+        """Return the index of each document's first token in ``tokens [T]``, ascending from 0; not for ``recorded``.
 
         Raises:
             ValueError: the dictionary does not have the separator.

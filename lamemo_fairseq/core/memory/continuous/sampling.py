@@ -41,7 +41,7 @@ def sticky_points(density: Density, count: int) -> Tensor:
 
     Rounding remains. The signal decides where it is attended to, and attention decides where it is sampled again. So in
     trained models a difference can grow nearly twofold a segment, in float64 as in float32. After some segments another
-    batch size moves the samples, and scores with them. Even samples depend on no attention.
+    batch size moves the samples, and scores with them. Evenly spaced samples do not depend on attention.
     """
     mass = by_kernel(density) if takes(density.mean) else plain(density)
     probability = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny) + FLOOR
