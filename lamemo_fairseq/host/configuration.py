@@ -6,7 +6,6 @@ So a checkpoint of this package is plain values of known options; one that names
 
 import argparse
 import copy
-import functools
 import logging
 import pickle
 import reprlib
@@ -269,17 +268,20 @@ def complete(cfg: Dict[str, Any]) -> Dict[str, Any]:
 
 def defaults_of(dataclass: Type[FairseqDataclass]) -> Dict[str, Any]:
     """Return the default of each option; ``${section.option}`` refers to another option's default."""
-    return copy.deepcopy(_plain_defaults(dataclass))
+    if dataclass not in _defaults:
+        _defaults[dataclass] = OmegaConf.to_container(_structured(dataclass), resolve=False, enum_to_str=True)
+    return copy.deepcopy(_defaults[dataclass])
 
 
-@functools.cache  # a resume asks a dozen times for defaults that take a tenth of a second
-def _plain_defaults(dataclass: Type[FairseqDataclass]) -> Dict[str, Any]:
-    return OmegaConf.to_container(_structured(dataclass), resolve=False, enum_to_str=True)  # type: ignore
+# A resume asks a dozen times for what takes a tenth of a second to make.
+_defaults: Dict[Type[FairseqDataclass], Any] = {}
+_options: Dict[Type[FairseqDataclass], Any] = {}
 
 
-@functools.cache
 def _structured(dataclass: Type[FairseqDataclass]) -> Any:
-    return OmegaConf.structured(dataclass())
+    if dataclass not in _options:
+        _options[dataclass] = OmegaConf.structured(dataclass())
+    return _options[dataclass]
 
 
 def _filled(defaults: Any, section: Any) -> Any:
