@@ -32,8 +32,9 @@ def busy(intervals: Iterable[Interval]) -> float:
 def parts(events: list[dict[str, Any]], seconds: float, updates: int) -> dict[str, float]:
     """Return milliseconds a step by part, from a trace's events and the time that its updates took.
 
-    ``host ms``: the host does not wait for the device. ``reduction ms``: collectives run, and wait for other ranks;
-    ``exposed ms``: nothing else runs meanwhile. ``idle ms``: the device has nothing to do.
+    ``host ms``: the time in which the host does not wait for the device. ``reduction ms``: the time of collectives,
+    waits for other ranks included; ``exposed ms``: the part of that time in which nothing else runs. ``idle ms``: the
+    time in which the device has nothing to do.
     """
     device: dict[bool, list[Interval]] = {True: [], False: []}  # by whether it is a collective
     waits: list[Interval] = []

@@ -117,7 +117,7 @@ def _options(arguments: Sequence[str]) -> List[str]:
 def slurm(
     job: str, arguments: Sequence[str], gpus: int, log: Path, extra: Optional[str], environment: Optional[Path]
 ) -> str:
-    """Return a line for SLURM that runs some of a table, and runs it once more if the node is lost.
+    """Return a line for SLURM that runs a part of a table, and runs that part once more if the node is lost.
 
     The job activates the *environment* first. Without one it starts this Python by its full path.
     """

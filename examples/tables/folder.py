@@ -125,7 +125,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def locked(path: Path, reason: str) -> Iterator[int]:
-    """Lock a folder meanwhile, and as long as a process has the lock's descriptor open.
+    """Lock a folder in this context, and as long as a process has the lock's descriptor open.
 
     Raises:
         BusyError: another process has the lock, with the *reason*.

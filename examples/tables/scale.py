@@ -156,7 +156,7 @@ def measure(plan: Plan, runs: Sequence[Run], slot: Slot, keep_open: Sequence[int
 
 
 def _shards(plan: Plan, runs: Sequence[Run], tokens: float) -> int:
-    """Return how many divisions of a split leave about so many *tokens* to the first, with long enough streams."""
+    """Return the number of parts of a split, the first of which has about *tokens* tokens in streams long enough."""
     from lamemo_fairseq.data.binarized import load_dictionary, load_lines
 
     subsets: List[str] = list(dict.fromkeys(e.subset for run in runs for e in plan.evaluations(run)))

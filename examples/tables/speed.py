@@ -22,7 +22,7 @@ RATE = {**dict.fromkeys(FIGURES, (is_number, is_nothing)), "device": is_text, "v
 def measure(
     plan: Plan, row: str, slot: Slot, updates: int, interval: int, folder: Path, keep_open: Sequence[int]
 ) -> Dict[str, Any]:
-    """Train a row for so many updates in *slot*, logging every *interval*; nothing is saved but the log.
+    """Train a row for *updates* updates in *slot*, logging every *interval*; only the log is saved.
 
     *keep_open* are descriptors that the training inherits.
 

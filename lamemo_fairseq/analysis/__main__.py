@@ -160,7 +160,7 @@ def opening(path: str, args: argparse.Namespace, **overrides: Any) -> Opened:
 
 
 def starts_of(opened: Opened, args: argparse.Namespace) -> Callable[[int, Tensor], Tensor]:
-    """Return the function that returns the beginnings of documents in a stream's tokens."""
+    """Return the function that finds the beginnings of documents in a stream's tokens."""
     split, rule = opened.split, Rule.parse(args.documents)
     if not isinstance(split, DocumentDataset):
         return lambda stream, tokens: rule.starts(tokens, opened.dictionary)

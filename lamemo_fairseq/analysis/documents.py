@@ -185,7 +185,7 @@ class Rule:
 
 
 def of_streams(streams: Sequence[Tuple[Tensor, Tensor]], starts: Callable[[int, Tensor], Tensor]) -> DocumentLosses:
-    """Join the ids and the log-probabilities in nats, ``[t]`` each, that the streams of a split have read.
+    """Join the streams of a split, of ids and of log-probabilities in nats: ``[t]`` each.
 
     A stream begins with an empty memory, so that its first token counts as the beginning of a document.
 

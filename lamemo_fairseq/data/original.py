@@ -1,7 +1,7 @@
 """Counts of the text that a split was made from: its words, bytes and lines before tokenization.
 
 ``python -m preprocess`` writes these counts into ``preprocess.json``. ``python -m preprocess count`` writes them into
-``original.json``, for data of fairseq-preprocess; `read_original` prefers the latter.
+``original.json``, for data of fairseq-preprocess; `read_original` prefers ``original.json``.
 """
 
 import json

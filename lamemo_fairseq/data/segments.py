@@ -13,7 +13,7 @@ from .streams import ENOUGH_SEGMENTS, Layout, StreamLayout, TokenSequence
 
 
 class SegmentKey(NamedTuple):
-    """Names one segment of one stream. A key says everything, so that the dataset has no state."""
+    """Names one segment of one stream. A key names epoch and cut too, so that the dataset has no state."""
 
     epoch: int
     num_streams: int
@@ -78,7 +78,8 @@ class SegmentDataset(FairseqDataset):
     def collater(self, samples: List[Segment]) -> Dict[str, Any]:
         """Collate segments with the same number to a batch.
 
-        They are padded on the right with any word, here ``</s>``: ``src_lengths`` alone says which words are tokens.
+        Short segments are padded on the right with any word, here ``</s>``. ``src_lengths`` alone says which words are
+        tokens.
         """
         if not samples:
             return {}

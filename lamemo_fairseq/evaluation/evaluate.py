@@ -1,7 +1,7 @@
 """Evaluate streams rather than sentences in fairseq-eval-lm.
 
-fairseq's own evaluation scores each sequence of a batch by itself. That counts a word that a segment's end cuts as two,
-and leaves out words with the id of padding. With several ranks it reports the first rank's share.
+fairseq's own evaluation scores each sequence of a batch by itself. Where a segment's end cuts a word, that evaluation
+counts two words. It leaves out words with the id of padding. With several ranks it reports the first rank's share.
 
 Shapes: B streams, N tokens of a segment, R of them in all that are not padding, V words.
 """
@@ -66,7 +66,7 @@ def evaluate(
     split: Optional[SegmentDataset] = None,
     **unused: Any,
 ) -> Dict[str, Any]:
-    """Return the mean loss of a split, a token or a word, over all streams of all ranks, and its `report`.
+    """Return the mean loss per token or per word of a split, over all streams of all ranks, and its `report`.
 
     Args:
         models: one, or several whose probabilities are averaged.

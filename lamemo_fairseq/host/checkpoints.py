@@ -186,7 +186,9 @@ def _load_another(original: Callable[..., Any], local: Path, state: Any, path: s
 
 
 def write_checkpoint(state: Dict[str, Any], filename: str, cfg: Any) -> None:
-    """Write a checkpoint with a checksum. fairseq's has none, and on a full disk a second try is appended to the first.
+    """Write a checkpoint with a checksum.
+
+    fairseq's checkpoint has no checksum, and on a full disk fairseq appends a second try to the first.
 
     Args:
         cfg: fairseq's options of checkpoints.

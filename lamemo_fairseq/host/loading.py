@@ -1,7 +1,7 @@
 """End threads that load batches ahead, before the interpreter ends, and before other threads load from the same split.
 
 fairseq does not end these threads when a training stops inside an epoch. Python then ends the threads wherever they
-are. A thread that is inside torch ends the process with it: SIGABRT, after a training that had succeeded. After every
+are. A thread that is inside torch then aborts the process (SIGABRT), after a training that had succeeded. After every
 validation of ``--max-valid-steps`` one more thread would hold its batches for ever. With workers, a thread would also
 hold the files that its batches are shared through, until no more can be opened.
 """
@@ -33,7 +33,7 @@ def end_at_exit(batches: Any) -> None:
 
 
 def end(batches: Any) -> None:
-    """End the thread that loads *batches* ahead, if there is one. Reading on is an error; workers stay."""
+    """End the thread that loads *batches* ahead, if there is one. To read on is then an error; workers stay."""
     if isinstance(batches, BufferedIterator) and batches._consumer is not None:
         _end_thread(batches, time.monotonic() + PATIENCE)
         with contextlib.suppress(queue.Full):

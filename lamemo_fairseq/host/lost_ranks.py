@@ -4,8 +4,8 @@ If a rank is killed, NCCL's kernels on other devices wait for it, and hosts wait
 handles no signal, and only SIGKILL or a timeout ends the process. Settings of torch do not help. Its watchdog has a
 timeout, which long validations must not exceed. `TORCH_NCCL_PROPAGATE_ERROR` propagates what a living rank notices.
 
-Here each rank has a TCP connection with the first one, and a thread that waits for its end. Nothing is sent on it
-meanwhile. A rank that is busy, however long, keeps its connection.
+Here each rank has a TCP connection with the first one, and a thread that waits for its end. Nothing is sent
+over the connection until then. A rank that is busy, however long, keeps its connection.
 """
 
 import atexit
@@ -93,7 +93,7 @@ def _lasting(peer: socket.socket) -> Connection:
 class Watch(threading.Thread):
     """A thread that waits for the end of other ranks: the first rank for any, the others for the first.
 
-    A rank that ends sends a number: `_ALL_WELL`, or its own if an error ends it. One that is killed sends none. The
+    A rank that ends sends a number: `_ALL_WELL`, or its own if an error ends it. A rank that is killed sends none. The
     first rank passes on which rank has ended.
 
     Args:
@@ -134,7 +134,7 @@ class Watch(threading.Thread):
                 peer.send_bytes(str(number).encode())
 
     def leave(self) -> None:
-        """Send the others that this rank ends. A spawned one does not learn here of its errors, and sends nothing."""
+        """Send the others that this rank ends. A spawned process sends nothing: it cannot know its errors here."""
         self._leaving.set()
         if multiprocessing.parent_process() is None:
             self._send(self._rank if hasattr(sys, "last_value") else _ALL_WELL)

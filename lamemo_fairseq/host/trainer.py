@@ -134,7 +134,7 @@ class SegmentTrainer(Trainer):
             self._updating = False
 
     def _seed_after(self, updates: int) -> int:
-        """Return the seed of the update that comes after this many."""
+        """Return the seed of the update that comes after this many updates."""
         return self.cfg.common.seed + updates
 
     def _set_seed(self) -> None:

@@ -171,7 +171,7 @@ class SegmentCache(Generic[M, L]):
             columns.write(buffer, embeddings, 1)
 
     def store_features(self, features: Tensor, columns: Columns) -> None:
-        """Keep the rows ``[B, k, d]`` that come out of the last layer."""
+        """Store the rows ``[B, k, d]`` that come out of the last layer."""
 
     def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
         """Yield the buffers with one column a slot or token, each after the dimension of its columns."""

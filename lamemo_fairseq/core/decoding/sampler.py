@@ -57,8 +57,8 @@ class Sampler:
         choose: log-probabilities ``[B, V]`` to words ``[B]``, in tensor operations only.
         adjust: changes the model's log-probabilities before that.
         graphs: replay steps as CUDA graphs; None does so on a GPU.
-        compiled: compile the layers with torch.compile, if there are no kernels for the step. This takes time and pays
-            on long texts.
+        compiled: compile the layers with torch.compile, if there are no kernels for the step. Compilation takes
+            time, and pays on long texts.
     """
 
     def __init__(

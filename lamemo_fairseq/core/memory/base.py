@@ -301,7 +301,7 @@ class Memory(nn.Module, Generic[State, Options]):
     def losses_of(
         self, asides: Sequence[Tuple[Tensor, ...]], before: State, lengths: Optional[Tensor]
     ) -> Dict[str, Tensor]:
-        """Return the losses of a segment in training, of what `pass_layer` put aside in each layer."""
+        """Return the losses of a segment in training, from the tensors that `pass_layer` put aside in each layer."""
         return {}
 
     def tell_untrained(self, untrained: str) -> None:

@@ -41,7 +41,7 @@ def causal_attention(
     need_normalizer: bool = True,
     nearest: int = 0,
 ) -> Attended:
-    """Attend as `eager.causal_attention`; without any bias, PyTorch's kernel serves."""
+    """Attend as `eager.causal_attention`; without any bias, by PyTorch's kernel."""
     plain = all(given is None for given in bias) and q.size(2) == k.size(2) and span is None and nearest == 0
     if plain and not need_normalizer:
         output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)

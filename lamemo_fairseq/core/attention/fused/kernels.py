@@ -77,7 +77,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Compute an online softmax over the keys of a block of queries, then the merge with the stored read-outs.
 
-    Writes the (merged) read-out, the (merged) normaliser, and with STORED also the normaliser of the keys alone.
+    Writes read-out and normaliser. With STORED both are merged, and the normaliser of the keys alone is written too.
     """
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H

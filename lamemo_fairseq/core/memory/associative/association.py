@@ -69,8 +69,8 @@ class Association(nn.Module):
 def dpfp(keys: Tensor) -> Tensor:
     """Return the features of ``keys [.., e]``: ``[.., 6 e]``, not negative, in float32 or wider.
 
-    Deterministic parameter-free projection (Schlag et al. 2021, equation 37) with three rolls: products of
-    ``x = [relu(u) ; relu(-u)]`` and ``x`` rolled by 1, 2 and 3.
+    This is the deterministic parameter-free projection (Schlag et al. 2021, equation 37) with three rolls. The features
+    are products of ``x = [relu(u) ; relu(-u)]`` and ``x`` rolled by 1, 2 and 3.
     """
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     x = torch.cat([keys.relu(), (-keys).relu()], dim=-1)

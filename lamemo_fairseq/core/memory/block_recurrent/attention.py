@@ -153,7 +153,7 @@ def scaled(q: Tensor, head_scale: Tensor, scale: float) -> Tensor:
 
 
 def read(backend: str, q: Tensor, head_scale: Tensor, seen: KeyValues) -> Tensor:
-    """Let queries ``[B, H, Q, D]`` attend to all of *seen*, as wide as it: ``[B, H, Q, D or D']``; no positions."""
+    """Let queries ``[B, H, Q, D]`` attend to all of *seen*: ``[B, H, Q, D or D']``, as wide as *seen*; no positions."""
     scale = q.size(-1) ** -0.5
     queries = as_wide(seen.keys, scaled(q, head_scale, scale))
     return unmasked_attention(backend, queries, seen.keys.to(q.dtype), seen.values.to(q.dtype), scale).output

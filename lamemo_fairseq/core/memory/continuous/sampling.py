@@ -36,8 +36,8 @@ def sticky_points(density: Density, count: int) -> Tensor:
     """Return ascending samples ``[B, S]``, dense where more queries attended (section 3.3 of the paper).
 
     The paper draws them from a histogram of the last segment's attention over equal bins, summed over heads and
-    queries. Here they are the quantiles of that histogram at the middles of S equal parts. Sorted draws are expected
-    there; quantiles have no noise.
+    queries. Here they are the quantiles of that histogram at the middles of S equal parts. The expectations of sorted
+    draws are about these quantiles, which have no noise.
 
     Rounding remains. The signal decides where it is attended to, and attention decides where it is sampled again. So in
     trained models a difference can grow nearly twofold a segment, in float64 as in float32. After some segments another
