@@ -1,4 +1,4 @@
-"""Imported first by the packages that need fairseq: the error says what is missing, and what works without."""
+"""Imported first by the packages that need fairseq: the error says how to install it, and which part works without."""
 
 import importlib.util
 import sys

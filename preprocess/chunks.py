@@ -76,7 +76,7 @@ def encode(chunks: Sequence[Chunk], tokenizer: Tokenizer, workers: int) -> None:
     """Write the missing files of chunks.
 
     Raises:
-        ValueError: a text holds what the tokenizer cannot read; the message says where.
+        ValueError: a text has bytes that the tokenizer cannot read; the message says where.
         ChildProcessError: a worker was killed.
     """
     missing = [chunk for chunk in chunks if not chunk.encoded.exists()]

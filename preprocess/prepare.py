@@ -1,6 +1,6 @@
 """Turn a data set's description into a folder that fairseq reads.
 
-All unfinished files are in ``DEST/unfinished``, in a folder named after what they are made from. Finished files move to
+All unfinished files are in ``DEST/unfinished``, in a folder named after the sources and options. Finished files move to
 DEST, where ``preprocess.json`` records their sources and options, and lists all files that this command puts there.
 DEST is complete when all of these are there; ``dict.txt`` comes last.
 """
@@ -48,7 +48,7 @@ def prepare(
         chunk_bytes: text that a worker holds at a time.
 
     Returns:
-        The record of what was made.
+        The record of the data that was made.
 
     Raises:
         WrongText: the text is not the one that was asked for.

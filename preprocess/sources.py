@@ -248,7 +248,7 @@ def _in_tar(path: Path, name: str) -> Iterator[IO[bytes]]:
     with tarfile.open(path) as archive:
         members = [member.name for member in archive.getmembers() if not member.isdir()]
         text = None
-        with suppress(KeyError):  # a link to what the archive does not hold
+        with suppress(KeyError):  # a link to a file that the archive does not hold
             text = archive.extractfile(_member(path, members, name))
         if text is None:
             raise ValueError(f"{path}: {name} in it is not a file")

@@ -1,4 +1,4 @@
-"""Train and evaluate what a table still lacks, then render the table.
+"""Train and evaluate the runs that a table still lacks, then render the table.
 
 python -m examples.tables examples/enwik8/table.yaml                      every row, on the GPUs that there are
 python -m examples.tables examples/enwik8/table.yaml --print lamemo       the commands of one row

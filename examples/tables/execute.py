@@ -1,4 +1,4 @@
-"""Train and evaluate what a table still lacks, and write results.json where a run is complete."""
+"""Train and evaluate the runs that a table still lacks, and write results.json where a run is complete."""
 
 import re
 import sys
@@ -181,7 +181,7 @@ def check(plan: Plan, runs: Sequence[Run], data_elsewhere: bool = False) -> List
 
 
 def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]:
-    """Run what is missing, one run at a time in each slot.
+    """Run all that is missing, one run at a time in each slot.
 
     Returns:
         A message for each run that failed; the others are complete.

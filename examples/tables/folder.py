@@ -1,4 +1,4 @@
-"""The folder of one run: what it is, where it was run, and its results once it is complete."""
+"""The folder of one run: its description, its device and versions, and its results once it is complete."""
 
 import contextlib
 import datetime

@@ -17,7 +17,7 @@ _LOSS = re.compile(r"Loss \(base 2\): ([\d.]+|inf|nan), Perplexity: ([\d.]+|inf|
 
 
 class LogError(ValueError):
-    """A log lacks what a finished run writes to it."""
+    """A log lacks values that a finished run writes to it."""
 
 
 def records(path: Path) -> Iterator[Tuple[str, Dict[str, Any]]]:
@@ -68,7 +68,7 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
         raise LogError(f"{path} does not say how many parameters the model has")
     speeds: List[float] = []
     first: List[float] = []
-    used: List[float] = []  # GiB minus the device's capacity
+    used: List[float] = []  # GiB, as if the device had a capacity of 0
     graphs: Dict[str, float] = {}  # one for training and one for evaluation at a time
     recorded: Dict[str, float] = {}
     curve: Dict[int, float] = {}
@@ -89,7 +89,7 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
             # They count from the next interval on: memory used while recording is released by then.
             graphs.update(recorded)
         elif tag == valid_subset:
-            # A resumed run repeats what it did after its checkpoint.
+            # A resumed run repeats the updates after its checkpoint.
             curve[int(record[f"{tag}_num_updates"])] = float(record[f"{tag}_loss"])
     capacity = _CAPACITY.findall(text)
     peak = float(capacity[-1]) + max(used) if capacity and used else None

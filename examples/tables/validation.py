@@ -1,4 +1,4 @@
-"""Check what a table file, or a file of results, names and says, before anything is made of it."""
+"""Check the names and values of a table file, or of a file of results, before anything is made of it."""
 
 import re
 import unicodedata

@@ -1,6 +1,6 @@
 """Record attention weights by an attention backend with a listener. Only the analysis registers and selects it.
 
-Its output is that of `eager`. The weights are what `eager` reads out of one-hot values, so that no formula is written
+Its output is that of `eager`. The weights are the result of `eager` with one-hot values, so that no formula is written
 twice. Attention that is not causal, such as that to states, is not shown.
 
 Shapes: B streams, H heads, Q queries, K keys, m memory slots.

@@ -144,7 +144,7 @@ class Reader:
             yield Token(word, str(word) if self.tokenizer is None else self.tokenizer.symbols[word], float(log_probs))
 
     def reorder(self, order: Sequence[int]) -> None:
-        """Let text i go on from what text ``order[i]`` has read. Texts may be repeated and left out."""
+        """Let text i go on from the words that text ``order[i]`` has read. Texts may be repeated and left out."""
         self._sampler = None  # its graphs write into the former tensors
         self._state.reorder(torch.tensor(order, device=self._device))
         self._last = [self._last[source] for source in order]
@@ -175,7 +175,7 @@ class Reader:
         """Return the word ids ``[1 + T]`` of pieces after the last words of their texts; ``[T]`` if a text is empty."""
         given = [texts] if isinstance(texts, (str, Tensor)) else list(texts)
         if len(given) != len(self):
-            raise ValueError(f"the reader reads {len(self)} texts, and got {len(given)}: pass a piece of each")
+            raise ValueError(f"the reader reads {len(self)} texts, and pieces of {len(given)} were given: pass a piece of each")
         pieces = [
             torch.cat([last, self._ids(text, len(last) == 0)]) for text, last in zip(given, self._last, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""The losses that a memory is trained by, added to whatever criterion trains the rest."""
+"""The losses that a memory is trained by, added to the loss of any criterion."""
 
 from typing import Any, Dict, Tuple
 

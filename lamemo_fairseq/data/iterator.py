@@ -160,7 +160,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         self._gathered = (position, saved) if self.shard_id == 0 else None
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return what a checkpoint needs: the position in the epoch, the cut of the data, the memory of all streams.
+        """Return the state for a checkpoint: the position in the epoch, the cut of the data, the memory of all streams.
 
         With several ranks, `gather_memory` has to be called before.
         """

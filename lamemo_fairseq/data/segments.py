@@ -60,7 +60,7 @@ class SegmentDataset(FairseqDataset):
         return self.layout(1).num_segments
 
     def options(self) -> Dict[str, Any]:
-        """Return what the order of the tokens depends on, besides the cut into streams, by the names of the options."""
+        """Return the values that fix the order of tokens, besides the cut into streams, by the names of options."""
         return {"--roll with its --seed": self.roll_seed, "--documents": "none"}
 
     def layout(self, num_streams: int) -> Layout:

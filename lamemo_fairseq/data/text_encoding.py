@@ -17,7 +17,7 @@ _WHOLE_TEXT = {"bytes": "bytes", "text8": "characters", "letters": "characters"}
 
 
 def read_text_encoding(folder: str) -> Optional[TextEncoding]:
-    """Return what a folder records, None if it has no record, as with data of fairseq-preprocess.
+    """Return the record of a folder, None if it has no record, as with data of fairseq-preprocess.
 
     Raises:
         ValueError: the record is damaged.

@@ -98,7 +98,7 @@ class LanguageModelHub(GeneratorHubInterface):
             Hypotheses of each text, the best first: dictionaries with ``tokens``, ``score``, ``positional_scores``.
 
         Raises:
-            ValueError: an option is not known or cannot do what it says, or the dictionary lacks a word id.
+            ValueError: an option is not known or cannot have its effect, or the dictionary lacks a word id.
         """
         self._check("generate", kwargs)
         return self._generate(

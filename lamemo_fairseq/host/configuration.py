@@ -273,7 +273,7 @@ def defaults_of(dataclass: Type[FairseqDataclass]) -> Dict[str, Any]:
     return copy.deepcopy(_defaults[dataclass])
 
 
-# A resume asks a dozen times for what takes a tenth of a second to make.
+# A resume asks a dozen times for these defaults, which take a tenth of a second to make.
 _defaults: Dict[Type[FairseqDataclass], Any] = {}
 _options: Dict[Type[FairseqDataclass], Any] = {}
 
@@ -340,6 +340,6 @@ def _first(error: BaseException) -> str:
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
-    """Return what torch's message says about the file, without its advice to run the file."""
+    """Return the part of torch's message about the file, without the advice to run the file."""
     told = (line.strip() for line in str(error).split("\n"))
     return next((line for line in told if "nsupported" in line or "GLOBAL" in line), "it holds an object")

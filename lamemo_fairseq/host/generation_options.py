@@ -57,13 +57,13 @@ def refusal(name: str) -> str:
 
 
 def check_generation(options: Any) -> None:
-    """Refuse options that cannot do what they say.
+    """Refuse options that cannot have their effect.
 
     Args:
         options: an object with fairseq's names as attributes.
 
     Raises:
-        ValueError: an option cannot do what it says; the message names it and what to pass instead.
+        ValueError: an option cannot have its effect; the message names it and the option to pass instead.
     """
 
     def value(name: str) -> Any:

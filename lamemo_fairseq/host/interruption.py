@@ -93,7 +93,7 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def report(what: str) -> None:
-    """Print what ends this process, and what is saved; nothing if an end was reported before."""
+    """Print the reason why this process ends, and the saved update; nothing if an end was reported before."""
     global _told
     if not _told:
         summary = f" {_training.summary()}" if _training is not None else ""

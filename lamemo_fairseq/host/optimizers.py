@@ -32,7 +32,7 @@ def meanwhile(do: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 class WaitingOnce(FairseqOptimizer):
-    """Base that goes before any of fairseq's optimizers: the host waits for the device once an update, at the norm.
+    """The first base of each of fairseq's optimizers: the host waits for the device once an update, at the norm.
 
     fairseq leaves values on the device and asks the device for each of them, some after the optimizer has begun. The
     device then has nothing to do until the host has logged the update and prepared the next batch.

@@ -23,7 +23,7 @@ from .start import not_known
 
 logger = logging.getLogger(__name__)
 
-# Options that change a training run and not what a trained model computes.
+# Options that change a training run, and not the results of a trained model.
 _TRAINING_ONLY = {
     "activation_dropout", "attention_dropout", "checkpoint_activations", "compression_loss",
     "compression_loss_weight", "dropout", "kl_sigma", "kl_weight",
@@ -121,7 +121,7 @@ def override(cfg: DictConfig, given: Mapping[str, Any]) -> None:
 
 
 def _model_options(given: Mapping[str, Any], cfg: Mapping[str, Any]) -> Set[str]:
-    """Return the options that change what the model computes; those of other memories and positions do not."""
+    """Return the options that change the model's results; options of other memories and positions do not."""
     model = cfg["model"]
     known = _names(MODEL_DATACLASS_REGISTRY[model["_name"]]) - {"preset_tokens_per_sample"}
     memory = given.get("memory", model.get("memory"))

@@ -86,7 +86,7 @@ def _options(schedule: FairseqLRScheduler) -> Dict[str, Any]:
     if OmegaConf.is_config(getattr(schedule, "cfg", None)):
         options: Any = OmegaConf.to_container(schedule.cfg, resolve=True, enum_to_str=True)
         return options
-    # A schedule without a dataclass holds the whole command line, and what it has read from --update2lr and the like.
+    # A schedule without a dataclass holds the whole command line, and the values of --update2lr and the like.
     return {name: str(value) for name, value in vars(schedule).items() if isinstance(value, dict)}
 
 

@@ -16,7 +16,7 @@ cannot tell whose values it gathers: it is replaced in processes that set up a t
 | `distributed.utils.all_gather_list` | our task is set up | `ranks` | needs a GPU, and fails with long splits |
 | `fairseq_cli.eval_lm.eval_lm` | our split is evaluated | `evaluation` | scores sentences, not streams |
 
-``tests/test_replaced.py`` compares this list with what importing the package changes.
+``tests/test_replaced.py`` compares this list with the changes that an import of the package makes.
 """
 
 import functools

@@ -187,9 +187,9 @@ class SegmentTrainer(Trainer):
             super()._check_grad_norms(grad_norm)
 
     def _reduce_and_log_stats(self, logging_outputs: Any, sample_size: Any, grad_norm: Optional[Tensor] = None) -> Any:
-        """Log what the criterion computed; with a norm, that of an update whose backward pass the host has awaited."""
+        """Log the criterion's results; with a norm, those of an update whose backward pass the host has awaited."""
         if self.device.type == "cuda" and grad_norm is not None:
-            # The optimizer has the current stream, and these values are older.
+            # The optimizer runs on the current stream. These values are older, so another stream copies them.
             with torch.cuda.stream(_beside(self.device)):
                 logging_outputs, sample_size = _on_the_host((logging_outputs, sample_size))
         return super()._reduce_and_log_stats(logging_outputs, sample_size, grad_norm)
@@ -206,7 +206,7 @@ class SegmentTrainer(Trainer):
         super().consolidate_optimizer()
 
     def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
-        """Save all state of the training; without *extra_state*, what is left of a training that has crashed."""
+        """Save all state of the training; without *extra_state*, the rest of a training that has crashed."""
         if not self.should_save_checkpoint_on_current_rank:
             return None
         path = os.path.abspath(filename)
@@ -231,7 +231,7 @@ class SegmentTrainer(Trainer):
         )
 
     def end_epoch(self) -> None:
-        """Report a checkpoint that was due with the end of the epoch, but had nothing to be copied from."""
+        """Report a checkpoint that was due at the end of the epoch, but had no file to be copied from."""
         due = self._due_path() if self.should_save_checkpoint_on_current_rank else None
         if due is not None and self._written != self._due == self.get_num_updates():
             logger.warning(

@@ -135,7 +135,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         """Read ``input_ids [B, L]``.
 
         Args:
-            input_ids: word ids. With a cache, the words that follow what the cache has read.
+            input_ids: word ids. With a cache, the words after those that the cache has read.
             attention_mask: ``[B, L]`` or, with a cache, of all columns so far; 0 for padding.
             cache: a `LamemoCache`, which is read on in place.
             inputs_embeds: not taken.

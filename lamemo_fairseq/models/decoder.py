@@ -55,7 +55,7 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         self.streams = StreamMemory(
             self.memory.state, {"--memory": self.config.memory, "--mem-len": self.config.slots, **layout}
         )
-        self._planned: Tuple[Optional[Tensor], Any] = (None, None)  # targets, and what the loss will have to know
+        self._planned: Tuple[Optional[Tensor], Any] = (None, None)  # targets, and the plan of their loss
         # fairseq's moving average skips names with "version" in them, and fails on other integers.
         self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
         self.for_inference = False  # whether fairseq has prepared the model for it
@@ -143,7 +143,7 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         if self.graphs is None or position.ragged or isinstance(state, GroupedState):
             return
         if state is not None:
-            # The host waits here, before the layers run, for what a loss needs to know of its targets.
+            # The host waits here, before the layers run, for the counts of targets that the loss needs.
             self._planned = target, self.loss_layer.plan(target)
             self.graphs.begin(self, tokens, state, seed)
 
@@ -152,7 +152,7 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         return FairseqIncrementalDecoder.get_incremental_state(self, incremental_state, "decoding")
 
     def reorder_incremental_state(self, incremental_state: Dict[str, Any], new_order: Tensor) -> None:
-        """Let sequence i go on from what sequence ``new_order[i]`` has read."""
+        """Let sequence i go on from the tokens that sequence ``new_order[i]`` has read."""
         texts = self._texts_read(incremental_state)
         if texts is not None:
             texts.state.reorder(new_order)

@@ -178,7 +178,7 @@ def test_samples_are_texts(model):
         (lambda m: m.generate(["w1"], 1, top_p=0.0), "top_p is 0.0: pass above 0, and 1 at most"),
         (lambda m: m.generate(["w1"], 1, top_k=-2), "top_k is -2: pass 0 for all words, or how many"),
         (lambda m: m.reader(0), "batch_size is 0, it must be positive"),
-        (lambda m: m.reader(2).read("w1"), "reads 2 texts, and got 1: pass a piece of each"),
+        (lambda m: m.reader(2).read("w1"), "reads 2 texts, and pieces of 1 were given: pass a piece of each"),
         (lambda m: next(m.reader(2).stream()), "continues one text, and this reader has 2: call generate"),
         (lambda m: next(m.reader().stream()), "at least one word"),
         (lambda m: Reader(m).read("w1"), r"has no tokenizer: pass word ids, or set model.tokenizer = Tokenizer.load"),

@@ -133,7 +133,7 @@ class SegmentCache(Generic[M, L]):
     """Base of all caches.
 
     A memory that refreshes its slots overrides `refresh`. It also overrides `embeddings_buffer` or its `LayerCache`, to
-    store what the refresh needs.
+    store the inputs of the refresh.
     """
 
     layers: List[L]

@@ -45,7 +45,7 @@ def kernel_step(state: DecodingState) -> Optional["KernelStep"]:
 
 
 def _is_plain(layer: DecoderLayer) -> bool:
-    """Return whether a layer's parameters alone determine what it computes."""
+    """Return whether a layer's parameters alone determine its results."""
     if not is_plain(layer.feed_forward, FeedForward):
         return False
     attention, feed_forward = layer.self_attn, layer.feed_forward

@@ -70,7 +70,7 @@ class ModuleTree:
         return any(self._hooks)
 
     def signature(self) -> "Signature":
-        """Return what a recorded call depends on. A parameter that moved would be read at its old address."""
+        """Return the state that a recorded call depends on. A parameter that moved would be read at its old address."""
         return Signature(
             self.number,
             [(p.data_ptr(), p.requires_grad) for p in self.parameters],

@@ -24,7 +24,7 @@ LEAST_VARIANCE = 1e-6  # as in the authors' code: far below the narrowest basis 
 class LongTerm(NamedTuple):
     """Keys and values of a signal, for queries."""
 
-    keys: Tensor  # [B, H, 2, D], what a query's mean and variance depend on, in float32 or wider
+    keys: Tensor  # [B, H, 2, D], which give a query's mean and variance, in float32 or wider
     values: Tensor  # [B, H, J, D]
 
 
