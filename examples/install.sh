@@ -39,23 +39,26 @@ mkdir -p "$venv"
 : >"$mark"
 "$python" -m venv "$venv"
 # Most of torch's modules are never imported: those that are get compiled then.
-pip() {
-    "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c "$root/constraints.txt" \
-        ${index[@]+"${index[@]}"} "$@"
-}
+pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c "$root/constraints.txt" ${index[@]+"${index[@]}"})
+tools=(numpy safetensors sentencepiece sacremoses pyyaml tqdm tensorboardX pytest pytest-xdist hypothesis ruff mypy matplotlib)
 torch=torch==2.13.0
-pip --no-deps "$torch" # alone, with a progress bar: it is the largest; what comes after is then content with it
-pip -q "$torch"
+"${pip[@]}" -q --no-warn-conflicts "${tools[@]}" & # beside torch, which none of them needs and which lacks the rest by then
+beside=$!
+trap 'kill "$beside" 2>/dev/null || true' EXIT
+"${pip[@]}" --no-deps "$torch" # alone, with a progress bar: it is the largest; what comes after is then content with it
+wait "$beside"
+"${pip[@]}" -q "$torch"
+# torch's GPU builds bring the Triton that they need; with others the tests interpret its kernels on the CPU.
+beside=
+"$venv/bin/python" -c 'import triton' 2>/dev/null || { "${pip[@]}" -q "triton<=3.9.0" & beside=$!; }
 case $("$venv/bin/python" -c 'import sys; print(sys.version_info.minor)') in
-    11 | 12) pip -q ve-fairseq ;;
+    11 | 12) "${pip[@]}" -q ve-fairseq ;;
     *) # compiles for some minutes; in isolation pip would fetch another torch, of gigabytes, to compile with
-        pip -q cython setuptools wheel numpy
-        pip -q --no-build-isolation fairseq-fixed
+        "${pip[@]}" -q cython setuptools wheel numpy
+        "${pip[@]}" -q --no-build-isolation fairseq-fixed
         ;;
 esac
-pip -q numpy safetensors sentencepiece sacremoses pyyaml tqdm tensorboardX pytest pytest-xdist hypothesis ruff mypy matplotlib
-# torch's GPU builds bring the Triton that they need; with others the tests interpret its kernels on the CPU.
-"$venv/bin/python" -c 'import triton' 2>/dev/null || pip -q "triton<=3.9.0"
+[ -z "$beside" ] || wait "$beside"
 # Compiles what a command imports, without Python's remarks on fairseq's syntax.
 env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c 'import fairseq_cli.train'
 echo "$stamp" >"$mark"

@@ -6,16 +6,16 @@ unset PYTHONDONTWRITEBYTECODE # a hundred processes would each compile fairseq a
 export OMP_NUM_THREADS=1      # two processes share the cores, and numpy's threads spin while they wait
 bash examples/install.sh .venv
 bin=$PWD/.venv/bin
+types=$(mktemp)
+"$bin/mypy" >"$types" 2>&1 & # beside the rest, which leaves a core idle now and then
+checker=$!
+trap 'kill "$checker" 2>/dev/null || true; rm -f "$types"' EXIT
 # For the tests of an extra that examples do without; it needs Python 3.11.
 "$bin/python" -c 'import transformers' 2>/dev/null ||
     "$bin/python" -m pip install --disable-pip-version-check --no-compile -q -c constraints.txt "transformers; python_version >= '3.11'"
 echo "== format, lint"
 "$bin/ruff" format --check .
 "$bin/ruff" check .
-types=$(mktemp)
-"$bin/mypy" >"$types" 2>&1 & # beside the tests, which leave a core idle now and then
-checker=$!
-trap 'kill "$checker" 2>/dev/null || true; rm -f "$types"' EXIT
 
 options=() core=() others=()
 for argument in "$@"; do

@@ -42,25 +42,46 @@ case "$*" in
     *urlopen*) exit $UNREACHABLE ;;
     "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
     *version_info.minor*) echo 11 ;;
+    *" $FAILING") exit 1 ;;
+    *"import triton") exit $NO_TRITON ;;
     "-m pip "*) echo "$*" >>"$NOTES" ;;
     *"import fairseq_cli.train") [ -z "$PYTHONDONTWRITEBYTECODE" ] ;; # which would keep nothing of what it compiles
 esac
 """
 
 
+def install(folder, **environment):
+    """Run install.sh with the stand-in, in a fresh folder or one of a former call."""
+    (folder / "python3").write_text(PYTHON)
+    (folder / "python3").chmod(0o755)
+    given = {"PATH": f"{folder}:{os.environ['PATH']}", "NOTES": str(folder / "notes"), "PYTHONDONTWRITEBYTECODE": "1"}
+    given |= {"UNREACHABLE": "0", "NO_TRITON": "0", "FAILING": "-", **environment}
+    command = ["bash", ROOT / "examples" / "install.sh", folder / "venv"]
+    return subprocess.run(command, env=given, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("failing", ["matplotlib", "torch==2.13.0", "ve-fairseq", "triton<=3.9.0"])
+def test_an_installation_of_which_a_part_fails_is_not_complete(failing, tmp_path):
+    assert install(tmp_path, FAILING=failing, NO_TRITON="1").returncode != 0
+    assert not (tmp_path / "venv/made-by-install.sh").read_text()
+    assert install(tmp_path, NO_TRITON="1").returncode == 0
+    assert (tmp_path / "venv/made-by-install.sh").read_text()
+    assert (tmp_path / "notes").read_text().splitlines()[-1].split()[-1] in {"ve-fairseq", "triton<=3.9.0"}
+
+
 @pytest.mark.parametrize(
     ("gpu", "reachable", "cpu_builds"), [(False, True, True), (False, False, False), (True, True, False)]
 )
 def test_torch_is_a_build_for_cpus_where_there_is_no_gpu(gpu, reachable, cpu_builds, tmp_path):
-    for name, text in {"python3": PYTHON, "nvidia-smi": f"#!/bin/sh\n{'echo GPU 0' if gpu else 'exit 9'}\n"}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(tmp_path / "notes")}
-    environment |= {"UNREACHABLE": str(int(not reachable)), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = ["bash", ROOT / "examples" / "install.sh", tmp_path / "venv"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{'echo GPU 0' if gpu else 'exit 9'}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    done = install(tmp_path, UNREACHABLE=str(int(not reachable)))
+    assert done.returncode == 0, done.stderr
     assert ("torch for CPUs" in done.stdout, "CUDA" in done.stdout) == (cpu_builds, not cpu_builds)
     installs = (tmp_path / "notes").read_text().splitlines()
-    assert installs[0].split()[-1].startswith("torch") and any(line.endswith(" ve-fairseq") for line in installs)
+    packages = [line.split(" ")[-1] for line in installs]
+    assert packages.count("torch==2.13.0") == 2 and packages.index("torch==2.13.0") < packages.index("ve-fairseq")
+    assert {*packages} == {"matplotlib", "torch==2.13.0", "ve-fairseq"}
     assert {"--extra-index-url https://download.pytorch.org/whl/cpu" in line for line in installs} == {cpu_builds}
-    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == ""
+    again = install(tmp_path)
+    assert (again.returncode, again.stdout) == (0, "")
