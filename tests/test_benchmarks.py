@@ -81,25 +81,33 @@ def test_rates_are_read_as_fairseq_writes_them(rate):
 
 
 def test_the_parts_of_a_step(monkeypatch):
-    """Two steps of 50 us each: kernels side by side, a collective half of which runs alone, and a wait of the host."""
+    """Two steps of 50 us each: kernels side by side, a collective half of which runs alone, and a wait of the host.
+
+    What lies before the first mark does not count, nor what lies behind the last.
+    """
     monkeypatch.syspath_prepend(str(FOLDER))
     import timeline
 
-    def event(cat, name, ts, dur):
-        return {"cat": cat, "name": name, "ts": ts, "dur": dur}
+    def event(cat, name, ts, dur, correlation=0):
+        return {"cat": cat, "name": name, "ts": ts, "dur": dur, "args": {"correlation": correlation}}
 
     trace = [
-        event("kernel", "gemm", 0, 30),
+        event("kernel", "gemm", -100, 20),
+        event("cuda_runtime", "cudaEventSynchronize", -70, 60),
+        event("cuda_runtime", "cudaLaunchKernel", -20, 5, correlation=1),
+        event("kernel", "at::cuda::spin_kernel(long)", 0, 1, correlation=1),
+        event("kernel", "gemm", -10, 40),
         event("kernel", "softmax", 10, 10),
         event("gpu_memcpy", "Memcpy HtoD", 30, 10),
         event("kernel", "ncclDevKernel_AllReduce", 20, 40),
-        event("cuda_runtime", "cudaLaunchKernel", 0, 5),
         event("cuda_runtime", "cudaEventSynchronize", 10, 20),
+        event("cuda_runtime", "cudaLaunchKernel", 80, 5, correlation=2),
+        event("kernel", "at::cuda::spin_kernel(long)", 100, 1, correlation=2),
+        event("kernel", "gemm", 101, 20),
         {"name": "no event of the device", "ts": 0},
     ]
-    parts = timeline.parts(trace, seconds=100e-6, updates=2)
-    assert {name: round(1e3 * value, 9) for name, value in parts.items()} == {
-        "host ms": 40, "reduction ms": 20, "exposed ms": 10, "idle ms": 20,
+    assert {name: round(1e3 * value, 9) for name, value in timeline.parts(trace, updates=2).items()} == {
+        "host ms": 35, "reduction ms": 20, "exposed ms": 10, "idle ms": 20,
     }  # fmt: skip
 
 

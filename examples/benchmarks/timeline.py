@@ -1,6 +1,8 @@
 """Time the steps of one rank of a training run, by part: run by `scaling.py`.
 
 python examples/benchmarks/timeline.py RESULT AT UPDATES ARGUMENTS   # of fairseq-train; profiled from update AT on
+
+The first of the profiled updates does not count: to begin a profile lets the device run dry.
 """
 
 import contextlib
@@ -16,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 WAITS = ("cudaEventSynchronize", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy")
+RUNTIME = ("cuda_runtime", "cuda_driver")
 ON_THE_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+MARK = "spin_kernel"  # of `torch.cuda._sleep`, launched between updates
 Interval = tuple[float, float]
 
 
@@ -29,35 +33,50 @@ def busy(intervals: Iterable[Interval]) -> float:
     return total
 
 
-def parts(events: list[dict[str, Any]], seconds: float, updates: int) -> dict[str, float]:
-    """Return milliseconds a step by part, from a trace's events and the time that its updates took.
+def parts(events: list[dict[str, Any]], updates: int) -> dict[str, float]:
+    """Return milliseconds a step, of a trace's events between two marks that are so many updates apart.
 
     ``host ms``: the time in which the host does not wait for the device. ``reduction ms``: the time of collectives,
     waits for other ranks included; ``exposed ms``: the part of that time in which nothing else runs. ``idle ms``: the
     time in which the device has nothing to do.
     """
+    marks = [event for event in events if event.get("cat") == "kernel" and MARK in event["name"]]
+    launches = {mark["args"]["correlation"] for mark in marks}
+    launched = [
+        event for event in events if event.get("cat") in RUNTIME and event["args"].get("correlation") in launches
+    ]
+    on_device, on_host = _between(marks), _between(launched)
     device: dict[bool, list[Interval]] = {True: [], False: []}  # by whether it is a collective
     waits: list[Interval] = []
     for event in events:
-        span = (float(event.get("ts", 0)), float(event.get("ts", 0)) + float(event.get("dur", 0)))
-        if event.get("cat") in ON_THE_DEVICE:
-            device["nccl" in event["name"]].append(span)
-        elif event.get("cat") in ("cuda_runtime", "cuda_driver") and event["name"] in WAITS:
-            waits.append(span)
-    step, work = seconds * 1e3, busy(device[False]) / 1e3
-    together = busy([*device[True], *device[False]]) / 1e3
+        if event.get("cat") in ON_THE_DEVICE and event not in marks:
+            device["nccl" in event["name"]].append(_within(event, on_device))
+        elif event.get("cat") in RUNTIME and event["name"] in WAITS:
+            waits.append(_within(event, on_host))
+    work, together = busy(device[False]), busy([*device[True], *device[False]])
     measured = {
-        "host ms": step - busy(waits) / 1e3,
-        "reduction ms": busy(device[True]) / 1e3,
+        "host ms": busy([on_host]) - busy(waits),
+        "reduction ms": busy(device[True]),
         "exposed ms": together - work,
-        "idle ms": step - together,
+        "idle ms": busy([on_device]) - together,
     }
-    return {name: milliseconds / updates for name, milliseconds in measured.items()}
+    return {name: microseconds / 1e3 / updates for name, microseconds in measured.items()}
+
+
+def _between(events: list[dict[str, Any]]) -> Interval:
+    begins = sorted(float(event["ts"]) for event in events)
+    return begins[0], begins[-1]
+
+
+def _within(event: dict[str, Any], window: Interval) -> Interval:
+    begin, end = float(event["ts"]), float(event["ts"]) + float(event.get("dur", 0))
+    begin = min(max(begin, window[0]), window[1])
+    return begin, max(begin, min(end, window[1]))
 
 
 @contextlib.contextmanager
 def watched(measured: dict[str, Any], at: int, updates: int) -> Iterator[None]:
-    """Time the updates of the fairseq-train in this context; profile *updates* of them from update *at* on.
+    """Time the updates of the fairseq-train in this context; profile *updates*, two or more, from update *at* on.
 
     ``measured`` gets `parts`, on a GPU, and ``MB reduced``. It also gets the median and largest milliseconds within and
     between the updates before; a batch is loaded between updates.
@@ -72,20 +91,19 @@ def watched(measured: dict[str, Any], at: int, updates: int) -> Iterator[None]:
     def train_step(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         done = trainer.get_num_updates()
         if done == at and not profile and torch.cuda.is_available():
-            torch.cuda.synchronize()
             profile.append(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]))
             profile[0].start()
-            profile.append(time.perf_counter())
         began = time.perf_counter()
         result = original(trainer, *args, **kwargs)
         if done < at:
             marks.append((began, time.perf_counter()))
-        if trainer.get_num_updates() == at + updates and len(profile) == 2:
+        done = trainer.get_num_updates()
+        if profile and done in (at + 1, at + updates):
+            torch.cuda._sleep(1)
+        if profile and done == at + updates:
             torch.cuda.synchronize()
-            seconds = time.perf_counter() - profile[1]
             profile[0].stop()
-            profile.append(None)
-            measured.update(parts(_events(profile[0]), seconds, updates))
+            measured.update(parts(_events(profile.pop()), updates - 1))
         trained = [p for p in trainer.get_model().parameters() if p.requires_grad]
         measured["MB reduced"] = sum(p.numel() * p.element_size() for p in trained) / 2**20
         return result
