@@ -158,6 +158,8 @@ def test_nothing_is_written_of_a_crash_with_no_save(data, tmp_path, monkeypatch)
         with pytest.raises(ArithmeticError):
             train(data, tmp_path / str(len(written)), "--max-update", 2, "--disable-validation", *options)
         assert [path.name for path in (tmp_path / str(len(written))).iterdir()] == written
+    saved = torch.load(tmp_path / "1" / "crash.pt", weights_only=False)
+    assert saved["cfg"]["optimization"]["max_update"] == 2  # as in every checkpoint
 
 
 def test_a_checkpoint_due_at_the_end_of_an_epoch_is_kept(data, tmp_path):

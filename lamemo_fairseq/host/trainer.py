@@ -11,6 +11,7 @@ import logging
 import os
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
@@ -18,6 +19,7 @@ from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from . import interruption, schedules
@@ -42,6 +44,7 @@ class SegmentTrainer(Trainer):
         FileNotFoundError: the checkpoint named by an option is missing.
     """
 
+    cfg: Any
     device: torch.device
     _grad_norm_buf: Optional[Tensor]  # the norms of all ranks
 
@@ -56,6 +59,7 @@ class SegmentTrainer(Trainer):
             watch_ranks(self._group_of_figures, self.cfg.distributed_training.distributed_init_method)
             if self._grad_norm_buf is not None:
                 self._grad_norm_buf = self._grad_norm_buf.cpu()
+        self._configuration = self._options = self.cfg
         self.begun = False
         self._batches: Any = None  # of the epoch
         self._updating = False
@@ -121,17 +125,18 @@ class SegmentTrainer(Trainer):
     def begin_epoch(self, epoch: int) -> None:
         """Begin an epoch, or go on with one."""
         schedules.begin_epoch(self)
+        self._options = attributes(OmegaConf.to_container(self.cfg, resolve=True))
         super().begin_epoch(epoch)
 
     def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
         """Compute an update."""
-        self._updating = True
+        self._updating, self.cfg = True, self._options  # fairseq reads options fifty times, which OmegaConf looks up
         if self._reducer is not None:
             self._reducer.begin_update(len(samples))
         try:
             return super().train_step(samples, raise_oom)
         finally:
-            self._updating = False
+            self._updating, self.cfg = False, self._configuration
 
     def _seed_after(self, updates: int) -> int:
         """Return the seed of the update that comes after this many updates."""
@@ -204,6 +209,15 @@ class SegmentTrainer(Trainer):
             self.task.losses.check()
             self._batches.gather_memory()
         super().consolidate_optimizer()
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return what a checkpoint holds, the configuration among it, also during an update that has failed."""
+        options, self.cfg = self.cfg, self._configuration
+        try:
+            state: Dict[str, Any] = super().state_dict()
+        finally:
+            self.cfg = options
+        return state
 
     def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
         """Save all state of the training; without *extra_state*, the rest of a training that has crashed."""
@@ -303,6 +317,13 @@ class SegmentTrainer(Trainer):
                 loss=extra_state.get("val_loss"),
                 again=self.cfg.checkpoint.reset_dataloader,
             )
+
+
+def attributes(section: Any) -> Any:
+    """Return a dictionary, and those within it, as objects with its entries as attributes; all else as it is."""
+    if not isinstance(section, dict):
+        return section
+    return SimpleNamespace(**{str(name): attributes(entry) for name, entry in section.items()})
 
 
 @cache

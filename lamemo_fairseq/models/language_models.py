@@ -1,12 +1,13 @@
 """The models that fairseq knows by name."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Type, cast
+from typing import Any, Dict, NamedTuple, Optional, Type, cast
 
 from fairseq import hub_utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import FairseqLanguageModel, register_model
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..core.kernels.module_tree import tree_of
 from ..core.memory import MEMORIES
 from ..core.memory.position import real_tokens
 from ..generation import LanguageModelHub
@@ -14,14 +15,6 @@ from ..host.named_checkpoints import check_files
 from ..host.own import TASK, OwnModel, OwnTask
 from .config import MemoryLanguageModelConfig, with_defaults
 from .decoder import FairseqMemoryDecoder
-
-
-def _within(module: nn.Module) -> List[nn.Module]:
-    """List ``module.modules()`` in a fifth of the time; a module with several parents comes several times."""
-    modules = [module]
-    for module in modules:
-        modules.extend(child for child in module._modules.values() if child is not None)
-    return modules
 
 
 class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
@@ -72,14 +65,14 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
 
     def train(self, mode: bool = True) -> "MemoryLanguageModel":
         """Set the mode if a module has another: fairseq asks twice an update, and looking takes a tenth of the time."""
-        if any(module.training is not mode for module in _within(self)):
+        if self.training is not mode or any(module.training is not mode for module in tree_of(self).inner):
             super().train(mode)
         return self
 
     def set_num_updates(self, num_updates: int) -> None:
         """Pass the number of updates to the modules that count them; asking their classes takes a tenth of the time."""
-        for module in _within(self):
-            if module is not self and hasattr(type(module), "set_num_updates"):
+        for module in tree_of(self).inner:
+            if hasattr(type(module), "set_num_updates"):
                 cast(Any, module).set_num_updates(num_updates)
 
     def prepare_for_inference_(self, cfg: Any) -> None:
