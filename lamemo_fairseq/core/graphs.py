@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .gradients import Bucket, Reducer, views_of, written_to
+from .gradients import Bucket, Reducer, copies_of, views_of, written_to
 from .kernels.autograd import Context, Function
 from .kernels.copies import copy_all
 from .kernels.module_tree import ModuleTree, Signature, tree_of
@@ -235,7 +235,8 @@ class _TrainingRecording(_Recording):
         recorded = _recorded_to(self.backward_graph, shared=self.forward_graph)
         with recorded, written_to(self.buckets, leaf_of) as self.ready:
             grads = torch.autograd.grad(outputs, leaves, self.output_grads)
-            self.grads = [g.flatten() for p, g in zip(self.parameters, grads, strict=True) if p not in gathered]
+            given = zip(self.parameters, grads, strict=True)
+            self.grads = [g.flatten().view_as(g) for p, g in given if p not in gathered]
         # Detached outputs, since the graph of the backward pass has the operations that made them.
         self.outputs = [output.detach() for output in outputs]
         self.passage = passage._replace(features=self.outputs[0], losses={})
@@ -260,7 +261,7 @@ class _TrainingRecording(_Recording):
         # These are copies, as in the forward pass.
         given: Dict[nn.Parameter, Tensor] = {}
         if self.grads:
-            given.update(zip(self.others, views_of(torch.cat(self.grads), self.others), strict=True))
+            given.update(zip(self.others, copies_of(self.grads), strict=True))
         for bucket, ready in zip(self.buckets, self.ready, strict=True):
             if reducer is not None and reduces:
                 reducer.reduce(bucket, ready)

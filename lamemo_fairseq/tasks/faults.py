@@ -31,7 +31,7 @@ class LossWatch:
     def note(self, loss: Tensor, position: SegmentPosition, update: int, streams: StreamMemory) -> None:
         """Remember the *loss* of a segment, and the update in which it arose (counted from 1)."""
         self._update = update
-        self._noted = (copy_to_host(loss.detach().isfinite().all()), position, update, streams)
+        self._noted = (copy_to_host(loss.detach()), position, update, streams)
 
     def when(self) -> str:
         """Return the update noted last, to begin a message with; nothing without an update."""
@@ -46,9 +46,9 @@ class LossWatch:
         """
         if self._noted is None:
             return
-        finite, position, update, streams = self._noted
+        loss, position, update, streams = self._noted
         self._noted = None
-        if not finite():
+        if not loss().isfinite().all():
             broken = streams.diverged_streams(position, training=True)
             where = position.named_streams(broken or None)
             memory = ", nor is their memory" if broken else ""
