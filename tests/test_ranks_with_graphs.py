@@ -89,8 +89,9 @@ def graphs_on_cpus(rank=None, after=0, every=0):
         return begins
 
     def telling_segment(self, *args):
-        begin_segment(self, *args)
+        begun = begin_segment(self, *args)
         print("a segment ahead", flush=True)
+        return begun
 
     FP16Optimizer.begin_step, graphs._TrainingRecording.begin = telling_step, telling_segment
     FairseqMemoryDecoder.__init__, graphs._recordable = with_graphs, recordable

@@ -8,7 +8,7 @@ Shapes: B streams, N tokens of a segment, d model width.
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, ContextManager, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
+from typing import Callable, ContextManager, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ class SegmentGraphs:
     def __init__(self) -> None:
         self.reducer: Optional[Reducer] = None
         self._recorded = {True: _Recorded(), False: _Recorded()}  # by whether gradients are computed
+        self._begun: Optional[_Begun] = None
 
     def __reduce__(self) -> Tuple[object, ...]:
         return (SegmentGraphs, ())  # a copied or stored model records anew
@@ -76,7 +77,9 @@ class SegmentGraphs:
 
     def __call__(self, read: ReadSegment, module: nn.Module, tokens: Tensor, state: Optional[MemoryState]) -> Passage:
         """Return ``read(tokens, state)``."""
-        learns = torch.is_grad_enabled()
+        learns, begun = torch.is_grad_enabled(), None
+        if learns:
+            begun, self._begun = self._begun, None
         if state is None or module.training != learns or not _recordable(tokens):
             return read(tokens, state)
         tree = tree_of(module)
@@ -85,10 +88,12 @@ class SegmentGraphs:
         recorded, signature = self._recorded[learns], self._signature(tree, tokens, state)
         before, recorded.last = recorded.last, signature
         if recorded.recording is not None and signature == recorded.signature:
+            if begun is not None and begun.serves(recorded.recording, tokens, state):
+                return begun.passage()
             return recorded.recording(tokens, state)
         if signature != before:
             return read(tokens, state)
-        recorded.signature, recorded.recording = None, None  # frees the old one's memory first
+        recorded.signature, recorded.recording, begun = None, None, None  # frees the old one's memory first
         with torch.random.fork_rng([tokens.device]):  # a resumed run records later, and draws the same
             if learns:
                 trained = [p for p in tree.parameters if p.requires_grad]
@@ -104,18 +109,23 @@ class SegmentGraphs:
         )
         return recording(tokens, state)
 
-    def begin(self, module: nn.Module, tokens: Tensor, state: MemoryState, seed: int) -> None:
+    def begin(self, module: nn.Module, tokens: Tensor, state: MemoryState, seed: int) -> Optional[Tensor]:
         """Run the forward pass of a recorded segment before it is asked for, with the random numbers of *seed*.
 
         The next call uses the result if it is for these very tensors and the device's generator begins at *seed*. It
         discards the result if a parameter has changed, or a module was replaced. The generator is left as it was.
+
+        Returns:
+            The features ``[B, N, d]`` that this call would return; None if nothing was begun.
         """
-        recording = self._recorded[True].recording
+        self._begun, recording = None, self._recorded[True].recording
         if not isinstance(recording, _TrainingRecording) or not module.training:
-            return
+            return None
         tree = tree_of(module)
-        if not tree.hooked and self._signature(tree, tokens, state) == self._recorded[True].signature:
-            recording.begin(tokens, state, seed)
+        if tree.hooked or self._signature(tree, tokens, state) != self._recorded[True].signature:
+            return None
+        self._begun = recording.begin(tokens, state, seed)
+        return self._begun.features
 
     def _signature(self, tree: ModuleTree, tokens: Tensor, state: MemoryState) -> SegmentSignature:
         buckets = [] if self.reducer is None else list(self.reducer.buckets)
@@ -125,16 +135,6 @@ class SegmentGraphs:
 def _recordable(tokens: Tensor) -> bool:
     autocast = torch.is_autocast_enabled(tokens.device.type)
     return tokens.is_cuda and not autocast and not torch.is_inference_mode_enabled()
-
-
-class _Begun(NamedTuple):
-    """A forward pass that was begun before it was asked for."""
-
-    tokens: Tensor
-    state: MemoryState
-    versions: List[int]  # of the parameters: how often they have been changed in place
-    random_before: Tensor  # state of the device's generator
-    random_after: Tensor
 
 
 class _Recording:
@@ -208,7 +208,6 @@ class _TrainingRecording(_Recording):
         state: MemoryState,
         reducer: Optional[Reducer] = None,
     ):
-        self.begun: Optional[_Begun] = None
         self.parameters = list(parameters)
         self.reducer = reducer
         self.buckets = [] if reducer is None else list(reducer.buckets)
@@ -243,15 +242,18 @@ class _TrainingRecording(_Recording):
         self.losses = list(passage.losses)
 
     def __call__(self, tokens: Tensor, state: MemoryState) -> Passage:
-        begun, self.begun = self.begun, None
-        if begun is not None and self._is(begun, tokens, state):
-            torch.cuda.set_rng_state(begun.random_after, tokens.device)
-        else:
-            self._run(tokens, state)
-        # The device works meanwhile: connecting every parameter to the result takes the host a while.
-        after, features, *losses = _Replay.apply(self, *self.parameters)
+        self._run(tokens, state)
+        return self.passed(*self._connected())
+
+    def _connected(self) -> Tuple[Tensor, ...]:
+        """Return the outputs of the last replay, connected to every parameter; that takes the host a while."""
+        outputs: Tuple[Tensor, ...] = _Replay.apply(self, *self.parameters)
+        return outputs
+
+    def passed(self, features: Tensor, *losses: Tensor) -> Passage:
+        """Return the passage of the last replay, with these outputs of it."""
         by_name: Dict[str, Tensor] = dict(zip(self.losses, losses, strict=True))
-        return self.passage._replace(features=features, state=after, losses=by_name)
+        return self.passage._replace(features=features, state=self._after(), losses=by_name)
 
     def backward(self) -> List[Optional[Tensor]]:
         """Replay the backward pass: the gradients of the parameters, but for those that the reducer takes."""
@@ -269,25 +271,53 @@ class _TrainingRecording(_Recording):
                 given.update(zip(bucket.parameters, views_of(bucket.flat.clone(), bucket.parameters), strict=True))
         return [given.get(p) for p in self.parameters]
 
-    def begin(self, tokens: Tensor, state: MemoryState, seed: int) -> None:
+    def begin(self, tokens: Tensor, state: MemoryState, seed: int) -> "_Begun":
+        """Replay the forward pass with the random numbers of *seed*; the device's generator stays as it is."""
         device = tokens.device
-        with torch.random.fork_rng([device]), torch.cuda.device(device):
+        with torch.random.fork_rng([device]), torch.cuda.device(device), torch.enable_grad():
             torch.cuda.manual_seed(seed)
             before = torch.cuda.get_rng_state(device)
             self._run(tokens, state)
             after = torch.cuda.get_rng_state(device)
-        self.begun = _Begun(tokens, state, self._versions(), before, after)
+            return _Begun(self, tokens, state, before, after, *self._connected())
 
-    def _is(self, begun: _Begun, tokens: Tensor, state: MemoryState) -> bool:
+    def versions(self) -> List[int]:
+        """Return how often each parameter has been changed in place."""
+        return [p._version for p in self.parameters]
+
+
+class _Begun:
+    """A forward pass of training that was begun before it was asked for."""
+
+    def __init__(
+        self,
+        recording: _TrainingRecording,
+        tokens: Tensor,
+        state: MemoryState,
+        random_before: Tensor,  # state of the device's generator
+        random_after: Tensor,
+        *outputs: Tensor,
+    ):
+        self._recording, self._tokens, self._state = recording, tokens, state
+        self._random_before, self._random_after = random_before, random_after
+        self._versions = recording.versions()
+        self._outputs = outputs
+        self.features = outputs[0]
+
+    def serves(self, recording: _Recording, tokens: Tensor, state: MemoryState) -> bool:
+        """Return whether the recording would compute the same for these."""
         return (
-            begun.tokens is tokens
-            and begun.state is state
-            and begun.versions == self._versions()
-            and torch.equal(begun.random_before, torch.cuda.get_rng_state(tokens.device))
+            self._recording is recording
+            and self._tokens is tokens
+            and self._state is state
+            and self._versions == self._recording.versions()
+            and torch.equal(self._random_before, torch.cuda.get_rng_state(tokens.device))
         )
 
-    def _versions(self) -> List[int]:
-        return [p._version for p in self.parameters]
+    def passage(self) -> Passage:
+        """Return what was computed, and leave the device's generator as a call would."""
+        torch.cuda.set_rng_state(self._random_after, self._tokens.device)
+        return self._recording.passed(*self._outputs)
 
 
 class _ReplayContext(Context):
@@ -297,15 +327,13 @@ class _ReplayContext(Context):
 
 class _Replay(Function):
     @staticmethod
-    def forward(
-        ctx: _ReplayContext, recording: _TrainingRecording, *parameters: Tensor
-    ) -> Tuple[Union[MemoryState, Tensor], ...]:
+    def forward(ctx: _ReplayContext, recording: _TrainingRecording, *parameters: Tensor) -> Tuple[Tensor, ...]:
         ctx.recording, ctx.number = recording, recording.passes
-        return (recording._after(), *(output.clone() for output in recording.outputs))
+        return tuple(output.clone() for output in recording.outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _ReplayContext, _: object, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: _ReplayContext, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
         recording = ctx.recording
         if ctx.number != recording.passes:
             raise RuntimeError(

@@ -5,7 +5,8 @@ Shapes: B streams, N tokens of a segment, V words, d model width.
 
 import logging
 import zlib
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq.data import Dictionary
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..core.decoder import MemoryDecoder
 from ..core.decoding.state import DecodingState
+from ..core.layers.vocabulary import FullSoftmax
 from ..core.memory import DivergenceError, StreamMemory
 from ..core.memory.groups import GroupedState
 from ..core.memory.position import SegmentPosition, real_tokens
@@ -36,6 +38,20 @@ class TextsRead(NamedTuple):
     tokens: int  # how many tokens of each sequence have been read
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """The next segment's targets and the plan of their loss; with features the loss itself."""
+
+    target: Tensor
+    plan: Any
+    features: Optional[Tensor] = None
+    loss: Optional[Tensor] = None
+    versions: Sequence[int] = ()  # of the loss layer's weights: how often they have been changed in place
+
+    def __reduce__(self) -> Tuple[object, ...]:
+        return (type(None), ())  # a copied or stored model has nothing ahead
+
+
 class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
     """The core's decoder, as fairseq builds and calls it.
 
@@ -55,7 +71,8 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         self.streams = StreamMemory(
             self.memory.state, {"--memory": self.config.memory, "--mem-len": self.config.slots, **layout}
         )
-        self._planned: Tuple[Optional[Tensor], Any] = (None, None)  # targets, and the plan of their loss
+        self._ahead: Optional[_Ahead] = None
+        self._scores = False  # whether the last training segment was asked for its loss
         # fairseq's moving average skips names with "version" in them, and fails on other integers.
         self.register_buffer("dictionary_version", vocabulary_checksum(dictionary))
         self.for_inference = False  # whether fairseq has prepared the model for it
@@ -88,13 +105,15 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             Scores ``[B, N, V]`` (features ``[B, N, d]``), and in training the losses of memories that have losses.
         """
         real = real_tokens(src_tokens, src_lengths) if real_only and src_lengths is not None else None
+        if self.training:
+            self._scores = target is not None
         if target is not None:
-            planned, plan = self._planned
+            ahead, self._ahead = self._ahead, None
             target = target if real is None else target[real].unsqueeze(0)
-            if planned is not target:
-                plan = self.loss_layer.plan(target)
-            self._planned = None, None
+            plan: Any = ahead.plan if ahead is not None and ahead.target is target else self.loss_layer.plan(target)
             features, extra = self.extract_features(src_tokens, src_lengths, position)
+            if ahead is not None and ahead.loss is not None and self._same(ahead, features, target):
+                return ahead.loss, extra
             features = features if real is None else features[real].unsqueeze(0)
             return self.loss_layer.loss(features, target, plan), extra
         features, extra = self.extract_features(src_tokens, src_lengths, position, incremental_state)
@@ -132,20 +151,37 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         return self.read_text(src_tokens, src_lengths), None
 
     def begin_segment(self, tokens: Tensor, target: Tensor, position: SegmentPosition, seed: int) -> None:
-        """Run the layers on the next training segment, if a CUDA graph can, before `forward` is asked for it.
+        """Run the next training segment, if a CUDA graph can, before `forward` is asked for it.
+
+        The loss is computed too if `forward` is asked for losses. That of an adaptive softmax would make the host wait.
 
         Args:
             tokens, target: ``[B, N]`` word ids, the tensors that `forward` will get.
             position: of these tokens.
             seed: of the random numbers that `forward` will draw.
         """
-        state = self.streams.before(position)
-        if self.graphs is None or position.ragged or isinstance(state, GroupedState):
+        state, self._ahead = self.streams.before(position), None
+        if self.graphs is None or state is None or position.ragged or isinstance(state, GroupedState):
             return
-        if state is not None:
-            # The host waits here, before the layers run, for the counts of targets that the loss needs.
-            self._planned = target, self.loss_layer.plan(target)
-            self.graphs.begin(self, tokens, state, seed)
+        # Before the layers run, as the host waits for the counts of targets that an adaptive softmax needs.
+        layer, plan = self.loss_layer, self.loss_layer.plan(target)
+        features = self.graphs.begin(self, tokens, state, seed)
+        self._ahead = _Ahead(target, plan)
+        if features is None or not self._scores or not isinstance(layer, FullSoftmax):
+            return
+        try:
+            with torch.enable_grad():
+                loss = layer.loss(features, target)
+        except torch.cuda.OutOfMemoryError:  # in `forward` it can be dealt with
+            return
+        self._ahead = _Ahead(target, plan, features, loss, self._loss_versions())
+
+    def _same(self, ahead: _Ahead, features: Tensor, target: Tensor) -> bool:
+        """Return whether the loss of these is the one that was computed ahead."""
+        return ahead.features is features and ahead.target is target and ahead.versions == self._loss_versions()
+
+    def _loss_versions(self) -> List[int]:
+        return [p._version for p in self.loss_layer.parameters()]
 
     def _texts_read(self, incremental_state: Dict[str, Any]) -> Optional["TextsRead"]:
         """Return this model's state after reading a batch, None if nothing has been read."""
