@@ -1,6 +1,7 @@
 """The benchmarks run; what they measure is not looked at."""
 
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -22,8 +23,6 @@ FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
             "--options '--batch-size 2 --num-workers 0'",
             " |  |  |",
         ),
-        ("attention.py --shape 2,2,8,16,16 --device cpu", "| PyTorch's, bias written out | "),
-        ("decoding.py --length 8 --segments 1 --memory lookahead", "batch 1: cached"),
     ],
 )
 def test_a_benchmark_prints_its_figures(command, row):
@@ -35,6 +34,21 @@ def test_a_benchmark_prints_its_figures(command, row):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert row in done.stdout, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("command", "row"),
+    [
+        ("attention.py --shape 2,2,8,16,16 --device cpu", "| PyTorch's, bias written out | "),
+        ("decoding.py --length 8 --segments 1 --memory lookahead", "batch 1: cached"),
+    ],
+)
+def test_a_benchmark_without_processes_of_its_own_prints_its_figures(command, row, monkeypatch, capsys):
+    script, *options = command.split()
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runpy.run_path(str(FOLDER / script), run_name="__main__")
+    assert row in capsys.readouterr().out
 
 
 def test_efficiency_is_the_rate_over_that_of_one_rank_times_the_ranks(monkeypatch, capsys):
