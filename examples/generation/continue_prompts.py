@@ -34,7 +34,7 @@ def ngrams(words: list[str], n: int) -> Counter:
 
 
 def repetition(texts: list[str]) -> dict[str, float]:
-    """Return per cent: different n-grams of all texts, and 4-grams that a text repeats."""
+    """Return percentages: of different n-grams in all texts, and of 4-grams that a text repeats."""
     split = [re.findall(r"\w+|[^\w\s]", text) for text in texts]
     percentages = {}
     for n in (1, 2, 3):

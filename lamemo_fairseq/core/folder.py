@@ -134,8 +134,8 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Optional[Tokenizer]:
     tokenizer = Tokenizer.load(folder)
     if len(tokenizer) != config.vocabulary_size:
         raise ValueError(
-            f"{folder / DICTIONARY} makes {len(tokenizer)} words, and the model has {config.vocabulary_size}: put the "
-            "dictionary of its data there"
+            f"{folder / DICTIONARY} gives {len(tokenizer)} words, and the model has {config.vocabulary_size}: put the "
+            "dictionary of the model's data there"
         )
     return tokenizer
 

@@ -175,7 +175,9 @@ class Reader:
         """Return the word ids ``[1 + T]`` of pieces after the last words of their texts; ``[T]`` if a text is empty."""
         given = [texts] if isinstance(texts, (str, Tensor)) else list(texts)
         if len(given) != len(self):
-            raise ValueError(f"the reader reads {len(self)} texts, and pieces of {len(given)} were given: pass a piece of each")
+            raise ValueError(
+                f"the reader reads {len(self)} texts, and pieces of {len(given)} were given: pass a piece of each"
+            )
         pieces = [
             torch.cat([last, self._ids(text, len(last) == 0)]) for text, last in zip(given, self._last, strict=True)
         ]

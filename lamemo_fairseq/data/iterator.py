@@ -81,7 +81,7 @@ class SegmentBatchIterator(EpochBatchIterator):
     Args:
         dataset: the split.
         batch_size: streams a rank.
-        num_shards, shard_id: number of ranks, and this one.
+        num_shards, shard_id: the number of ranks, and the index of this rank.
         memory: the memory of the model that trains on it, None for evaluation.
         update_freq: segments an update.
         kwargs: as for fairseq's iterator.

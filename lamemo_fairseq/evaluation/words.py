@@ -45,7 +45,7 @@ def _check_mark(name: Optional[str], pieces: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class WordUnits:
-    """The number of words that begin with a piece, which depends on the piece before it.
+    """The rules by which pieces are counted as words: a piece begins a word, or goes on with the word before.
 
     A piece belongs to the word before it if it `joins`, and that word is still open. ``</s>`` is a word.
     """

@@ -66,7 +66,7 @@ class PromptCoding:
 
         Args:
             given: the option's value, or the configuration of the choice.
-            build: builds fairseq's coder of it.
+            build: builds fairseq's coder from *given*.
 
         Raises:
             ValueError: the choice needs another option.

@@ -39,7 +39,7 @@ class WaitingOnce(FairseqOptimizer):
     """
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
-        """Return the norm on the host. fairseq asks whether the norm is large, infinite and a number."""
+        """Return the norm on the host. fairseq reads the norm several times: for the log, and to find infinity and NaN."""
         norm = super().clip_grad_norm(max_norm, aggregate_norm_fn)
         wait = copy_to_host(norm)
         do = _MEANWHILE.get()

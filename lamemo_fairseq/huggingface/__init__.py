@@ -1,4 +1,4 @@
-"""Models for transformers: importing this package lets its Auto classes read the folders that are exported for it.
+"""Models for transformers, whose Auto classes read exported folders once this package is imported.
 
 The package needs transformers 5.24 and no host. The file `modeling_lamemo.py` of a folder imports the package too
 (trust_remote_code).

@@ -65,7 +65,7 @@ class LamemoTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory: str, filename_prefix: Optional[str] = None) -> Tuple[str, ...]:
         if filename_prefix:
-            raise ValueError("the files of a tokenizer go by their own names: leave filename_prefix out")
+            raise ValueError("the files of a tokenizer have fixed names: leave filename_prefix out")
         self.core.save(save_directory)
         names = (os.path.join(save_directory, name) for name in self.vocab_files_names.values())
         return tuple(filter(os.path.isfile, names))

@@ -85,7 +85,7 @@ class Answers:
 
     def __init__(self, model: LanguageModel, batch_size: int = 1, done: Callable[[int], None] = lambda number: None):
         if model.tokenizer is None:
-            raise ValueError("the model has no tokenizer: its folder needs the dict.txt of its data")
+            raise ValueError("the model has no tokenizer: its folder needs dict.txt of the model's data")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: pass a positive number")
         self._model, self._tokenizer, self._batch_size, self._done = model, model.tokenizer, batch_size, done

@@ -123,7 +123,7 @@ def test_a_model_takes_its_tokenizer_along(tmp_path):
     (tmp_path / "text.json").unlink()  # as in folders of before
     assert LanguageModel.load(tmp_path).tokenizer.encoding == TextEncoding()
     (tmp_path / "dict.txt").write_text("a 1\n")
-    with pytest.raises(ValueError, match=r"dict.txt makes 5 words, and the model has 17: put the dictionary of its "):
+    with pytest.raises(ValueError, match=r"dict.txt gives 5 words, and the model has 17: put the dictionary of the "):
         LanguageModel.load(tmp_path)
 
 

@@ -61,7 +61,7 @@ class Columns:
 
     @cached_property
     def pairs(self) -> Optional[Pairs]:
-        """The pairs; None if every token sees every column, in the order of the table."""
+        """The distances and hidden pairs; None if every token sees every column, in the order of the table."""
         if self.at is not None and self.query.size(1) == 1 and self.nearest == 0:
             return None
         alike = slice(0, 1 if self.at is not None else None)

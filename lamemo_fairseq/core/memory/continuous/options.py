@@ -21,7 +21,7 @@ class ContinuousOptions(MemoryOptions):
     contraction_factor: float = option(0.75, "share of a continuous memory that its past is squeezed into, tau")
     memory_samples: int = option(512, "samples of the past to which a continuous memory is fitted again")
     memory_sampling: str = option(
-        "sticky", "where a continuous memory is sampled: where attention was, or evenly", list(SAMPLINGS)
+        "sticky", "samples of a continuous memory: dense where tokens attended, or evenly spaced", list(SAMPLINGS)
     )
     kl_weight: float = option(1e-6, "weight of the KL divergence of a continuous attention from a narrow one")
     kl_sigma: float = option(0.05, "standard deviation of the narrow attention of --kl-weight, sigma_0")
