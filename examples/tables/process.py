@@ -62,7 +62,7 @@ def run(
     process.returncode = os.waitstatus_to_exitcode(status)
     with _LOCK:
         del _ALIVE[process.pid]
-    # The kernel's sum includes what this process used when the command was started.
+    # The kernel's peak includes the memory that this process used when it started the command.
     largest = in_gib(usage.ru_maxrss)
     return Ended(process.returncode, round(min(peak or largest, largest), 3))
 

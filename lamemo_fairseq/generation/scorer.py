@@ -17,7 +17,7 @@ from .progress import counter
 def stream_log_probs(
     model: Any, state: DecodingState, tokens: Tensor, target: Tensor, lengths: Sequence[int]
 ) -> Iterator[Tensor]:
-    """Read ``tokens [B, L]`` into *state*, of each sequence as many as *lengths* says.
+    """Read the first ``lengths[b]`` of ``tokens [B, L]`` of each sequence b into *state*.
 
     Columns beyond *lengths* need not hold words.
 

@@ -39,7 +39,7 @@ class WaitingOnce(FairseqOptimizer):
     """
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
-        """Return the norm on the host. fairseq reads the norm several times: for the log, and to find infinity and NaN."""
+        """Return the norm on the host. fairseq reads it several times: for the log, and to find infinity and NaN."""
         norm = super().clip_grad_norm(max_norm, aggregate_norm_fn)
         wait = copy_to_host(norm)
         do = _MEANWHILE.get()
@@ -54,7 +54,7 @@ class WaitingOnce(FairseqOptimizer):
 
 @cache
 def _waiting_once(kind: Any) -> Type[FairseqOptimizer]:
-    """Return the class with the name of fairseq's, which checkpoints have, that waits once."""
+    """Return the class that waits once. It has the name of fairseq's class, since checkpoints hold that name."""
     return type(kind.__name__, (WaitingOnce, kind), {"__module__": __name__, "__doc__": kind.__doc__})
 
 
