@@ -34,7 +34,7 @@ def busy(intervals: Iterable[Interval]) -> float:
 
 
 def parts(events: list[dict[str, Any]], updates: int) -> dict[str, float]:
-    """Return milliseconds a step, of a trace's events between two marks that are so many updates apart.
+    """Return milliseconds a step, of a trace's events between two marks that are *updates* updates apart.
 
     ``host ms``: the time in which the host does not wait for the device. ``reduction ms``: the time of collectives,
     waits for other ranks included; ``exposed ms``: the part of that time in which nothing else runs. ``idle ms``: the

@@ -14,7 +14,7 @@ from examples.tables import kept
 from examples.tables.plots import pyplot
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-# Tables of each text by the length of a training, with the place of their label: horizontal alignment, points aside.
+# Tables of each text: the length of the training, and the label's horizontal alignment and offset in points.
 TEXTS = {
     "97 novels": {
         "novels/words-2-epochs": ("2 epochs", "center", 0),

@@ -75,7 +75,7 @@ def evaluate(
         post_process: fairseq's name of the way to join pieces to words (`words.py`). The loss is then a word's: the sum
             over all tokens divided by the number of words, wherever segments and streams begin. ``</s>`` is a word.
         output_word_probs, output_word_stats: log the words, once everything has been read.
-        softmax_batch: score at most so many tokens at once; 0 for a whole batch.
+        softmax_batch: score at most this many tokens at once; 0 for a whole batch.
         device: where the models are.
         split: the split that the batches belong to. Its folder has the counts of the original text, for the report.
 

@@ -67,7 +67,7 @@ def begin(trainer: Any) -> None:
 
 
 def note_saved(updates: int) -> None:
-    """Note that a checkpoint was saved after so many *updates*."""
+    """Note that a checkpoint was saved after *updates* updates."""
     if _training is not None:
         _training.saved = updates
 

@@ -141,7 +141,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds: not taken.
             labels: ``[B, L]`` the same ids, with -100 for those that are not to be predicted; shifted here.
             use_cache: return the cache; by default if there are no gradients.
-            logits_to_keep: score only the last so many columns (0: all), or the columns of these indices.
+            logits_to_keep: score only this many last columns (0: all), or the columns of these indices.
             return_dict: False returns a tuple.
             kwargs: ``num_items_in_batch``, by which the loss is divided, and others that change nothing.
 

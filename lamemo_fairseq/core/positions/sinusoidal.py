@@ -46,7 +46,7 @@ class TransformerXLPositions(PositionEncoding):
         return self.content_bias, self.position_bias
 
     def _project(self, sinusoids: Tensor, columns: slice = slice(None)) -> Tensor:
-        """Project sinusoids into heads by some *columns* of W_r, which are as many: ``[U, d] -> [L, H, U, D]``."""
+        """Project sinusoids of width w into heads, by w *columns* of W_r: ``[U, w] -> [L, H, U, D]``."""
         projected: Tensor = sinusoids @ self.projection[..., columns].transpose(1, 2)
         return projected.view(*projected.shape[:-1], self.config.heads, self.config.head_dim).transpose(1, 2)
 
