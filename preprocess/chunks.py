@@ -106,7 +106,7 @@ def _pool(chunks: Sequence[Chunk], tokenizer: Tokenizer, workers: int) -> Iterab
                 yield done.result()
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "a worker died, perhaps for want of memory: give the same command with fewer --workers or --chunk-bytes"
+                "a worker died, perhaps for lack of memory: give the same command with fewer --workers or --chunk-bytes"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

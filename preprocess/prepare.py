@@ -163,7 +163,7 @@ def _make(
     chunk_bytes: int,
 ) -> dict[str, Any]:
     """Write all files of DEST to ``work/made``; return messages about them. *ends* are the documents' ends."""
-    from . import binarize  # fairseq takes seconds to import, and workers share what is imported before
+    from . import binarize  # fairseq takes seconds to import, and workers share the modules that are imported before
 
     dictionary = None if dataset.srcdict is None else binarize.load_dictionary(dataset.srcdict)
     tokenizer = dataset.tokenizer

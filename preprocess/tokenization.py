@@ -61,7 +61,7 @@ class Tokenizer(ABC):
             more: whether text follows the chunk, of the same line if the chunk does not end with a line end.
 
         Raises:
-            EncodingError: the chunk holds what this tokenizer cannot read.
+            EncodingError: the chunk has bytes that this tokenizer cannot read.
         """
 
     def files(self) -> dict[str, Path]:

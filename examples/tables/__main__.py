@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def act(args: argparse.Namespace) -> int:
-    """Do what the command line asks for."""
+    """Run the command line."""
     loaded = table.load(args.table)
     name = table_name(args.table)
     if args.print:

@@ -315,7 +315,7 @@ class _Begun:
         )
 
     def passage(self) -> Passage:
-        """Return what was computed, and leave the device's generator as a call would."""
+        """Return the results, and leave the device's generator as a call would."""
         torch.cuda.set_rng_state(self._random_after, self._tokens.device)
         return self._recording.passed(*self._outputs)
 

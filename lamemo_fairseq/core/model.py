@@ -109,7 +109,7 @@ class LanguageModel(MemoryDecoder):
 
         Args:
             prompts: one string, or a list of them.
-            stop_at_end: leave out what follows the first new ``</s>``, the end of a line.
+            stop_at_end: leave out all words after the first new ``</s>``, the end of a line.
 
         The other arguments, and the errors, are those of `generate`.
         """

@@ -20,7 +20,7 @@ class WithMemoryLosses:
     def __call__(self, model: nn.Module, sample: Dict[str, Any], **kwargs: Any) -> Tuple[Tensor, Any, Dict[str, Any]]:
         """Return as the criterion does: the summed loss, the number to divide it by, and the values to log."""
         outputs = []
-        # A hook sees what any data-parallel wrapper returns, and any criterion's call.
+        # A hook sees the output of any data-parallel wrapper, in the call of any criterion.
         handle = model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
         try:
             loss, sample_size, logged = self.criterion(model, sample, **kwargs)

@@ -1,4 +1,4 @@
-"""Open what fairseq-preprocess wrote, and check it before a run of weeks depends on it."""
+"""Open the files of fairseq-preprocess, and check them before a run of weeks depends on them."""
 
 import io
 import os
@@ -52,7 +52,7 @@ def load_lines(folder: str, split: str, dictionary: Dictionary, impl: Optional[s
 
 
 def check_split(folder: str, split: str, impl: Optional[str]) -> None:
-    """Check what `load_lines` checks, without reading the ids."""
+    """Make the checks of `load_lines` that do not read the ids."""
     for path in paths_of(folder, split, combine=False):
         check_files(path, impl)
 

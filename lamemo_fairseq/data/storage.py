@@ -74,7 +74,7 @@ def open_lines(path: str, words: int, impl: Optional[str]) -> Any:
 
 
 def check_files(path: str, impl: Optional[str]) -> None:
-    """Check what `open_lines` checks, without reading the ids."""
+    """Make the checks of `open_lines` that do not read the ids."""
     _checked(path, impl)
 
 

@@ -49,7 +49,7 @@ def _end_all() -> None:
         workers = getattr(batches._iterable, "_iterator", None)
         if workers is not None and not batches._consumer.is_alive():
             with contextlib.suppress(RuntimeError):
-                workers._shutdown_workers()  # with the thread that pins what they load
+                workers._shutdown_workers()  # with the thread that pins their batches
             # Python 3.12 starts no thread at exit, as torch does to wake that one.
             pins = getattr(workers, "_pin_memory_thread", None)
             if pins is not None and pins.is_alive():

@@ -1,4 +1,4 @@
-"""Rules on options of fairseq's commands: what happens to an option that is given, and under which condition."""
+"""Rules on options of fairseq's commands: the verdict on an option that is given, and its condition."""
 
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Optional, Sequence, Tuple

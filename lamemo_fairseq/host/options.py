@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def parse_args_and_arch(
     original: Callable[..., Any], parser: Any, input_args: Optional[Sequence[str]] = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Check the command line of our models, and correct what fairseq concludes from it; read others as fairseq does."""
+    """Check the command line of our models, and correct fairseq's conclusions from it; read others as fairseq does."""
     take_task_from_checkpoint(parser, input_args)
     words = list(sys.argv[1:] if input_args is None else input_args)
     line = CommandLine(parser, words)
@@ -50,7 +50,7 @@ def parse_args_and_arch(
 
 
 def _correct(namespace: Namespace, words: Sequence[str]) -> None:
-    """Correct what fairseq concludes from a command line and its environment."""
+    """Correct fairseq's conclusions from a command line and its environment."""
     # fairseq takes --bf16 for a TPU's, from the days before GPUs had it, and then looks for torch_xla.
     if getattr(namespace, "tpu", False) and "--tpu" not in words and importlib.util.find_spec("torch_xla") is None:
         namespace.tpu = False

@@ -1,4 +1,4 @@
-"""Logs of this package's commands, without what fairseq, hydra and torch say at every start.
+"""Logs of this package's commands, without the messages of fairseq, hydra and torch at every start.
 
 Log records are judged by their contents, so records of other tasks stay. Warnings are left out in processes that run a
 command or a task of this package.

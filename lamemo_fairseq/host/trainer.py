@@ -211,7 +211,7 @@ class SegmentTrainer(Trainer):
         super().consolidate_optimizer()
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return what a checkpoint holds, the configuration among it, also during an update that has failed."""
+        """Return the contents of a checkpoint, with the configuration, also during an update that has failed."""
         options, self.cfg = self.cfg, self._configuration
         try:
             state: Dict[str, Any] = super().state_dict()

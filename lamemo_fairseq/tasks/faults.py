@@ -122,5 +122,5 @@ def _attempt(
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        # The error's frames would keep alive what fills the memory.
+        # The error's frames would keep the tensors alive that fill the memory.
         return None, error.with_traceback(None), has_loss

@@ -211,7 +211,7 @@ def test_documents_are_scored_as_without_graphs(device):
 
 
 def test_after_a_recording_that_failed(device, monkeypatch):
-    """Such as for want of memory: the one before it is gone, and is made again."""
+    """Such as for lack of memory: the one before it is gone, and is made again."""
     decoder = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device).eval()
     segments, state = random_tokens(2, 6 * SEGMENT).to(device).split(SEGMENT, dim=1), None
     with torch.no_grad():

@@ -56,7 +56,7 @@ class Columns:
 
     @cached_property
     def own(self) -> Tensor:
-        """The columns ``[B, k]`` that the new tokens are written to; what padding writes is never read."""
+        """The columns ``[B, k]`` that the new tokens are written to; columns that padding writes are never read."""
         return self.query.clamp(max=self.last)
 
     @cached_property
@@ -115,7 +115,7 @@ def cached_attention(
 
     Args:
         q: ``[B, H, k, D]``.
-        keys, values: ``[B, H, C, D]``; what lies outside a sequence's own columns is ignored.
+        keys, values: ``[B, H, C, D]``; other columns than a sequence's own are ignored.
         bias: its table ends with the distances ``K-1 .. 0``.
         need_normalizer: False skips the normaliser; the result's is empty.
         rotation: of queries and keys, which are both unrotated; its positions are columns. Slots move when a segment

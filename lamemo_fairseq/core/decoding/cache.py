@@ -235,7 +235,7 @@ class SegmentCache(Generic[M, L]):
         return None if len(sequences) == len(self.positions) else torch.tensor(sequences, device=self.tokens.device)
 
     def reorder(self, order: Tensor) -> None:
-        """Let sequence i go on from what ``order[i]`` has read; sequences may be repeated and left out."""
+        """Let sequence i go on from the tokens of sequence ``order[i]``; sequences may be repeated and left out."""
         sources = order.tolist()
         if sources == list(range(len(self.positions))):
             return

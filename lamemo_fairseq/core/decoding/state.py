@@ -149,7 +149,7 @@ class DecodingState:
         self.cache.reorder(order)
 
     def copy_(self, other: "DecodingState") -> None:
-        """Go on from what *other* has read, in the same tensors: graphs of steps refer to them.
+        """Go on from the tokens that *other* has read, in the same tensors: graphs of steps refer to them.
 
         *other* is of the same decoder and sizes; the decoder's weights may have changed in place meanwhile.
         """

@@ -29,4 +29,4 @@ class Function(torch.autograd.Function):
 
         @classmethod
         def apply(cls, *inputs: object) -> Any:
-            """Return what `forward` returns; the caller annotates it."""
+            """Return the result of `forward`; the caller annotates it."""

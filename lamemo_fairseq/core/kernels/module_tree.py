@@ -11,7 +11,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 def is_plain(module: object, kind: Type[Kind]) -> TypeGuard[Kind]:
-    """Return whether calling *module* does what *kind* does: no subclass, no hook, no `forward` of its own.
+    """Return whether a call of *module* runs only the code of *kind*: no subclass, no hook, no `forward` of its own.
 
     Only then may its parameters be read in place of the call. (Global hooks do not count.)
     """

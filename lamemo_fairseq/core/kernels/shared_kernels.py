@@ -57,7 +57,7 @@ def dropped(dropout: float) -> int:
 
 
 def programs(device: torch.device, tiles: int, columns: int = 1) -> int:
-    """Return the number of programs, at least 1, that share the *tiles* of rows, with *columns* others beside each."""
+    """Return the number of programs, at least 1, for the *tiles* of rows; the grid has *columns* programs for each."""
     return max(1, min(tiles, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device) // columns))
 
 

@@ -57,8 +57,8 @@ class BlockRecurrentState(MemoryState):
 class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
     """A sliding window in all layers, and states in some.
 
-    With ``bptt_segments`` 1, only later updates read what a window has written, as a constant. Writing is then not
-    trained.
+    With ``bptt_segments`` 1, only later updates read the values that a window has written, as constants.
+    Writing is then not trained.
     """
 
     architecture: ClassVar[Architecture] = Architecture(

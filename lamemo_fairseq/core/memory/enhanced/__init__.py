@@ -1,7 +1,7 @@
 """ERNIE-Doc's enhanced recurrence: a layer's memory is its own output (Ding et al. 2021, arXiv 2012.15688).
 
-Transformer-XL's layer n reads what went into it in earlier segments, so that the reach grows with the depth. Here layer
-n reads what came out of it, which has already read its own past: the reach has no bound, at the same cost.
+Transformer-XL's layer n reads its inputs of earlier segments, so that the reach grows with the depth. Here layer n
+reads its outputs, which have already read their own past: the reach has no bound, at the same cost.
 
 The paper's retrospective feed is left out: it shows a whole document before the document is read again, and so the
 future.

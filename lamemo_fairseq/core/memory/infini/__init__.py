@@ -44,8 +44,8 @@ class InfiniState(MemoryState):
 class InfiniMemory(Memory[InfiniState, InfiniOptions]):
     """A matrix of associations for every head.
 
-    With ``bptt_segments`` 1, only later updates read what a segment has written, as a constant. Writing is then not
-    trained.
+    With ``bptt_segments`` 1, only later updates read the values that a segment has written, as constants.
+    Writing is then not trained.
     """
 
     architecture: ClassVar[Architecture] = Architecture(
