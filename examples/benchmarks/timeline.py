@@ -2,7 +2,7 @@
 
 python examples/benchmarks/timeline.py RESULT AT UPDATES ARGUMENTS   # of fairseq-train; profiled from update AT on
 
-The first of the profiled updates does not count: to begin a profile lets the device run dry.
+The first of the profiled updates does not count: when a profile begins, the device runs out of work.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ import yaml
 
 from . import commands, render
 from .folder import user_dir
-from .table import Evaluation, Run, Table, TableError, find, streams
+from .table import MEASURES, Evaluation, Run, Table, TableError, find, streams
 
 # An option that several groups have belongs to the first of them.
 GROUPS = ["common", "distributed_training", "dataset", "optimization", "checkpoint", "task", "model", "criterion"]
@@ -88,7 +88,8 @@ def title(table: Table, row: str) -> str:
     described = find(table, row)
     splits = table.evaluation.subsets
     paper = render.reported(described, splits)
-    return f"{table.title}, {described.title}" + (f" (reported {' / '.join(splits)}: {paper})" if paper else "")
+    reported = f" (reported {MEASURES[table.measure][1]}, {' / '.join(splits)}: {paper})" if paper else ""
+    return f"{table.title}, {described.title}{reported}"
 
 
 def hydra(table: Table, run: Run, name: str, gpus: int, changes: Mapping[str, Any], source: str) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# WikiText-103, LaMemo (reported valid / test: 22.98 / 23.77).
+# WikiText-103, LaMemo (reported perplexity, valid / test: 22.98 / 23.77).
 # Printed by `python -m examples.tables examples/wikitext-103/table.yaml --print lamemo --as shell`.
 set -euo pipefail
 [ -d lamemo_fairseq ] || { echo "there is no folder lamemo_fairseq: start from the root of the checkout" >&2; exit 1; }

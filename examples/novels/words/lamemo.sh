@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Novels, words, LaMemo (reported valid / test: 84.16 / 102.55).
+# Novels, words, LaMemo (reported perplexity, valid / test: 84.16 / 102.55).
 # Printed by `python -m examples.tables examples/novels/words/table.yaml --print lamemo --as shell`.
 set -euo pipefail
 [ -d lamemo_fairseq ] || { echo "there is no folder lamemo_fairseq: start from the root of the checkout" >&2; exit 1; }
