@@ -1,5 +1,6 @@
 """What kernels need of a Hopper GPU, from compilation alone: for sm_90, in a process without Triton's interpreter."""
 
+import importlib
 import json
 import os
 import re
@@ -57,21 +58,30 @@ def cuobjdump() -> str:
     return str(carried) if carried.exists() else shutil.which("cuobjdump") or ""
 
 
-def printed_by(module: str, *arguments: object) -> Dict[str, Usage]:
-    """What a test's module prints as a program: usages by kernel, none of them beyond what the GPU has."""
+def usages(module: str, *cases: Sequence[object]) -> List[Dict[str, Usage]]:
+    """Usages by kernel, none of them beyond what the GPU has, as `compile_all` of a test's module tells of each case.
+
+    All cases are compiled in one process without Triton's interpreter.
+    """
     pytest.importorskip("triton", minversion="3.3")  # before, kernels were described to the compiler otherwise
     if not cuobjdump() or not os.access(cuobjdump(), os.X_OK):
         pytest.skip("no cuobjdump: Triton for this platform does not carry NVIDIA's tools")
     root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    command: List[str] = [sys.executable, "-m", "tests.core.hosts", module, *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.core.hosts", "tests.core.resources", module, json.dumps(cases)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: Dict[str, Usage] = json.loads(done.stdout.splitlines()[-1])
-    assert found
-    for kernel, usage in found.items():
-        assert usage["REG"] <= REGISTERS, (kernel, usage)
-        assert usage["LOCAL"] == 0 and usage["STACK"] == 0, (kernel, usage)
-        assert usage["SHARED"] <= SHARED_BYTES, (kernel, usage)
+    found: List[Dict[str, Usage]] = json.loads(done.stdout.splitlines()[-1])
+    for case, kernels in zip(cases, found, strict=True):
+        assert kernels
+        for kernel, usage in kernels.items():
+            assert usage["REG"] <= REGISTERS, (case, kernel, usage)
+            assert usage["LOCAL"] == 0 and usage["STACK"] == 0, (case, kernel, usage)
+            assert usage["SHARED"] <= SHARED_BYTES, (case, kernel, usage)
     return found
+
+
+if __name__ == "__main__":
+    compile_all = importlib.import_module(sys.argv[1]).compile_all
+    print(json.dumps([compile_all(*case) for case in json.loads(sys.argv[2])]))

@@ -3,9 +3,6 @@
 Without a GPU they run in Triton's interpreter, in float32 and float16 (its bfloat16 is wrong).
 """
 
-import json
-import sys
-
 import pytest
 import torch
 
@@ -15,7 +12,7 @@ from lamemo_fairseq.core.memory.continuous.sampling import BINS, Density
 
 from ..gpus import DEVICE
 from .helpers import random_tokens, tiny_decoder
-from .resources import printed_by, used
+from .resources import usages, used
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 from lamemo_fairseq.core.kernels import shared_kernels
@@ -124,10 +121,5 @@ def compile_all(dtype: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_no_spills(dtype):
-    assert len(printed_by("tests.core.test_continuous_kernels", dtype)) == 5
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1])))
+def test_no_spills():
+    assert [len(found) for found in usages(__name__, ["bf16"], ["fp32"])] == [5, 5]

@@ -1,10 +1,8 @@
 """What the kernels of decoding need of a Hopper GPU, from compilation alone."""
 
-import json
 import re
-import sys
 
-from .resources import printed_by, used
+from .resources import usages, used
 
 HEAD, WIDTH, INNER, WORDS, COLUMNS = 64, 512, 2048, 208, 1024  # the released enwik8 sizes
 INTEGERS = {"p_tokens": "i64", "p_slots": "i64", "p_words": "i64", "p_position": "i64", "p_found": "i64"}
@@ -77,11 +75,7 @@ def compile_all(dtype: str) -> dict:
 
 
 def test_no_spills_and_wide_loads():
-    printed_by("tests.core.test_decoding_resources", "fp32")
-    for launch, usage in printed_by("tests.core.test_decoding_resources", "bf16").items():
+    _, halves = usages(__name__, ["fp32"], ["bf16"])
+    for launch, usage in halves.items():
         if "rows" in launch or "attention" in launch:  # what reads weights or the cache
             assert usage["LOAD"] == 16, (launch, usage)
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1])))

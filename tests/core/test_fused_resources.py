@@ -1,11 +1,6 @@
 """What the kernels cost on a Hopper GPU: registers, spills and shared memory, from compilation alone."""
 
-import json
-import sys
-
-import pytest
-
-from .resources import printed_by, used
+from .resources import usages, used
 
 KERNELS = ("position_query_kernel", "forward_kernel", "delta_kernel", "clear_kernel", "key_kernel", "query_kernel")
 
@@ -46,10 +41,6 @@ def compile_all(head: int, dtype: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize(("head", "dtype"), [(48, "bf16"), (64, "bf16"), (128, "bf16"), (64, "fp32")])
-def test_no_spills(head, dtype):
-    assert printed_by("tests.core.test_fused_resources", head, dtype).keys() == set(KERNELS)
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1]), sys.argv[2])))
+def test_no_spills():
+    cases = [(48, "bf16"), (64, "bf16"), (128, "bf16"), (64, "fp32")]
+    assert all(found.keys() == set(KERNELS) for found in usages(__name__, *cases))

@@ -1,12 +1,8 @@
 """What the layers' kernels cost on a Hopper GPU: registers, spills and shared memory, from compilation alone."""
 
-import json
 import re
-import sys
 
-import pytest
-
-from .resources import printed_by, used
+from .resources import usages, used
 
 
 def compile_all(width: int, dtype: str) -> dict:
@@ -36,11 +32,7 @@ def compile_all(width: int, dtype: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(410, "bf16"), (4096, "fp32")])
-def test_no_spills_and_wide_loads(width, dtype):
-    for kernel, usage in printed_by("tests.core.test_rows_resources", width, dtype).items():
-        assert usage["16 bytes"] or kernel == "sum_kernel", (kernel, usage)
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1]), sys.argv[2])))
+def test_no_spills_and_wide_loads():
+    for found in usages(__name__, (410, "bf16"), (4096, "fp32")):
+        for kernel, usage in found.items():
+            assert usage["16 bytes"] or kernel == "sum_kernel", (kernel, usage)
