@@ -65,7 +65,8 @@ echo
 python examples/quickstart/summary.py "LaMemo=$work/lamemo_lm" "Transformer-XL=$work/transformer_xl_lm"
 if [ "$updates" -ge 1000 ]; then
     echo "Lower is better. Both models live on their memory: without it they need more than twice the bits. Neither model is"
-    echo "better by this table: in other tries either was ahead by a few hundredths. Longer runs: examples/novels/README.md"
+    echo "better by this table: in other tries either was ahead by a few hundredths of a bit. Longer runs:"
+    echo "examples/novels/README.md"
 else
     echo "In $updates updates the models learn next to nothing: this run shows only that everything works."
 fi

@@ -140,7 +140,7 @@ def by_distance(q: Tensor, bias: RelativeBias) -> Tensor:
 
 
 def flex() -> Callable[[Inputs, Shape], Tensor]:
-    """Return FlexAttention over captured position scores: it works pair by pair, and cannot multiply there."""
+    """Return FlexAttention over captured position scores: its function of a single pair cannot multiply matrices."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled, masks = torch.compile(flex_attention), {}

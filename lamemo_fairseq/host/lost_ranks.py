@@ -74,7 +74,7 @@ def _accept(server: socket.socket, secret: str, count: int, peers: Dict[Connecti
         server.settimeout(TIMEOUT)
         while len(peers) < count:
             peer = _lasting(server.accept()[0])
-            with contextlib.suppress(EOFError, OSError, ValueError):  # of one that is no rank
+            with contextlib.suppress(EOFError, OSError, ValueError):  # the peer may be no rank
                 told, _, rank = peer.recv_bytes(99).decode().partition(" ") if peer.poll(TIMEOUT) else ("", "", "")
                 if told == secret:
                     peers[peer] = int(rank)
