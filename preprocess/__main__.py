@@ -126,7 +126,7 @@ def _flags(names: Iterable[str]) -> str:
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
-    """Refuse options that would have no effect or cannot be, and files that are missing."""
+    """Refuse options that would have no effect or have impossible values, and files that are missing."""
     given = _given(args, _NEEDS)
     if args.bpe in WHOLE_TEXT:
         words = [*["tokenizer"] * (args.tokenizer != "space"), *["paragraphs"] * args.paragraphs]

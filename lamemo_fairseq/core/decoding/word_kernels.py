@@ -58,7 +58,7 @@ def embed(
 def clock(seed, offset):
     """Draw from the exponential distribution, float32 and above 0."""
     u = tl.maximum(tl.rand(seed, offset), 1e-10)
-    # Near u = 0, where the first clocks ring, 1 - u has no digits left.
+    # Near u = 0, where the smallest draws lie, 1 - u has no digits left.
     return tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1 - u))
 
 
