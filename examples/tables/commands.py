@@ -12,7 +12,7 @@ from .table import Evaluation, Run, Table, TableError, find, streams
 
 # Options of training that evaluation shares.
 SHARED = ("user-dir", "task", "cpu", "num-workers", "log-format")
-# What a shell recipe leaves to the shell: the streams of a device.
+# The value that a shell recipe leaves to the shell: the streams of a device.
 _COMPUTED = re.compile(r"\$\(\(\d+ / GPUS\)\)")
 MODULES = {"fairseq-train": "fairseq_cli.train", "fairseq-eval-lm": "fairseq_cli.eval_lm"}
 

@@ -1,4 +1,4 @@
-"""Train rows alone for a few updates: their tokens/s and memory can be compared, whatever ran beside their runs."""
+"""Train rows alone for a few updates: their tokens/s and memory can be compared, whichever runs shared a machine."""
 
 import threading
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The configuration that a checkpoint brings along, checked before anything is built from it.
 
-fairseq builds whatever model, task and criterion a checkpoint names, and some of those run strings of their options.
+fairseq builds any model, task and criterion that a checkpoint names, and some of those run strings of their options.
 So a checkpoint of this package is plain values of known options; one that names anything else is refused.
 """
 

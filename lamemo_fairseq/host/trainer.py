@@ -236,7 +236,7 @@ class SegmentTrainer(Trainer):
         return path
 
     def _due_path(self) -> Optional[str]:
-        """Return the name of ``--save-interval-updates`` that fairseq leaves out where an epoch ends with it."""
+        """Return the path for ``--save-interval-updates`` that fairseq leaves out at the end of an epoch."""
         updates, every = self.get_num_updates(), self.cfg.checkpoint.save_interval_updates
         if not (self._batches.end_of_epoch() and every > 0 and updates % every == 0):
             return None

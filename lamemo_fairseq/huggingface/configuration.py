@@ -59,4 +59,4 @@ class LamemoConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoConfig") -> None:
-        """Do nothing: the code in a saved folder imports this package, whatever was loaded from where."""
+        """Do nothing: the code in a saved folder imports this package, wherever the object comes from."""

@@ -187,7 +187,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoModel") -> None:
-        """Do nothing: the code in a saved folder imports this package, whatever was loaded from where."""
+        """Do nothing: the code in a saved folder imports this package, wherever the object comes from."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -72,7 +72,7 @@ class LamemoTokenizer(PreTrainedTokenizer):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: object = "AutoTokenizer") -> None:
-        """Do nothing: the code in a saved folder imports this package, whatever was loaded from where."""
+        """Do nothing: the code in a saved folder imports this package, wherever the object comes from."""
 
     def _tokenize(self, text: str, **kwargs: Any) -> List[str]:
         return [self.core.symbols[number] for number in self.core.encode(text).tolist()]
