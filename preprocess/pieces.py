@@ -25,7 +25,7 @@ class PieceTraining:
 
     Args:
         vocab_size: pieces.
-        character_coverage: share of the text's characters that get a piece of their own; the rarest characters get none.
+        character_coverage: share of the text's characters that get a piece of their own; the rarest get none.
         byte_fallback: whether a character without a piece is divided into bytes, each a piece, so that none is unknown.
         sample_bytes: of longer texts only this much is read, in pieces evenly spaced over the text.
     """

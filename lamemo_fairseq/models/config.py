@@ -131,6 +131,6 @@ def _ids(option: str, tokens: List[str], dictionary: Dictionary) -> List[int]:
 
 
 def _chosen(cfg: Any, config: Any) -> Any:
-    """Return the values of a core configuration's options. A choice is a name here, also where hydra has made an object of it."""
+    """Return the values of a core configuration's options. A choice is a name, also where hydra has made an object."""
     names = {f.name: "choices" in f.metadata for f in fields(config) if "help" in f.metadata}
     return {name: str(getattr(cfg, name)) if chosen else getattr(cfg, name) for name, chosen in names.items()}

@@ -1,8 +1,8 @@
 """Memory tokens (Recurrent Memory Transformer, Bulatov et al. 2022), alone or with Transformer-XL's cache.
 
-A segment of n tokens is read as ``[cache; read; x; write]``. The K memory tokens stand before the tokens, which read
-them, and once more behind them. The last layer's rows of the second block are the memory tokens that the segment
-writes. Gradient flows through them from segment to segment of one update; the cache is frozen, as in Transformer-XL.
+A segment of n tokens is read as ``[cache; read; x; write]``. The K memory tokens stand before ``x``, whose tokens read
+them, and once more behind ``x``. The last layer's rows of the second block are the memory tokens that the segment
+writes. Gradient flows through memory tokens from segment to segment of one update; the cache is frozen, as in Transformer-XL.
 
 Shapes: B streams, N tokens of an update of k segments, n <= N / k current tokens, K memory tokens, m <= M cached rows,
 d model width.
