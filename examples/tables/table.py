@@ -70,7 +70,7 @@ class Table:
     rows: Dict[str, Row] = field(default_factory=dict)
 
 
-# Measures by name: the key of an evaluation's value, what to call it, and digits behind the point.
+# Measures by name: the key of an evaluation's value, its name in tables, and digits behind the point.
 MEASURES: Dict[str, Tuple[str, str, int]] = {
     "perplexity": ("perplexity", "perplexity", 2),
     "bits-per-character": ("loss", "bits per character", 3),

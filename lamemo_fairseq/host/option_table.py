@@ -300,7 +300,7 @@ _RULES = [
         (*TRAINING, EVAL_LM, VALIDATE, INTERACTIVE),
         "these commands compare no texts",
     ),
-    rule(IGNORED, "pad eos unk", COMMANDS, "the dictionary has them"),
+    rule(IGNORED, "pad eos unk", COMMANDS, "the dictionary of the data has these symbols"),
     # Evaluation
     rule(
         IGNORED,

@@ -2,7 +2,8 @@
 
 A segment of n tokens is read as ``[cache; read; x; write]``. The K memory tokens stand before ``x``, whose tokens read
 them, and once more behind ``x``. The last layer's rows of the second block are the memory tokens that the segment
-writes. Gradient flows through memory tokens from segment to segment of one update; the cache is frozen, as in Transformer-XL.
+writes. Gradient flows through memory tokens from segment to segment of one update; the cache is frozen, as in
+Transformer-XL.
 
 Shapes: B streams, N tokens of an update of k segments, n <= N / k current tokens, K memory tokens, m <= M cached rows,
 d model width.
