@@ -59,6 +59,6 @@ case $("$venv/bin/python" -c 'import sys; print(sys.version_info.minor)') in
         ;;
 esac
 [ -z "$beside" ] || wait "$beside"
-# Compiles what a command imports, without Python's remarks on fairseq's syntax.
+# Compiles the modules that a command imports, without Python's remarks on fairseq's syntax.
 env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c 'import fairseq_cli.train'
 echo "$stamp" >"$mark"

@@ -167,6 +167,6 @@ def backward(
 
 
 def tiles(d: int, elements: int) -> Tuple[int, int, int]:
-    """Return the rows and columns of a tile of about as many *elements*, and its warps."""
+    """Return the rows, the columns and the warps of a tile of about *elements* elements."""
     block = max(16, triton.next_power_of_2(d))
     return max(1, min(16, elements // block)), block, max(4, 4 * block // elements)

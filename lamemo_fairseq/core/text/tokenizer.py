@@ -165,7 +165,7 @@ def _read_encoding(folder: Path) -> TextEncoding:
         written = values.pop("format")
         encoding = TextEncoding.from_dict(values)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; copy it, or convert the checkpoint, again") from error
+        raise ValueError(f"{path} is damaged: {error}; copy it again, or convert the checkpoint again") from error
     if written != FORMAT:
         raise ValueError(f"{path} has format {written}, this version reads {FORMAT}: install a newer one")
     model = None if encoding.file_name is None else folder / encoding.file_name

@@ -35,7 +35,7 @@ unmasked_attention = Operation("attention to states", eager.unmasked_attention, 
 
 
 class KeyValues(NamedTuple):
-    """Keys of length 1 and values."""
+    """Keys, of length 1, and values."""
 
     keys: Tensor  # [B, H, m, D or D']
     values: Tensor
