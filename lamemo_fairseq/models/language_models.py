@@ -59,8 +59,8 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
             first = next((line for line in told if line.startswith("size mismatch")), told[0])
             raise ValueError(
                 "the checkpoint's weights are those of a model with another --arch or other options: take those that "
-                "it was trained with. --model-overrides can change what has no weights, and {'memory': 'none'} leaves "
-                f"out weights of a memory, but not those that it brought into the layers. {first[:200]}"
+                "it was trained with. --model-overrides can change options without weights, and {'memory': 'none'} "
+                f"leaves out weights of a memory, but not the weights that a memory adds to layers. {first[:200]}"
             ) from error
 
     def train(self, mode: bool = True) -> "MemoryLanguageModel":
