@@ -269,7 +269,7 @@ def test_half_precision_is_as_near_as_its_rounding(dtype):
         (PLAIN, {"memory_tokens": 0}, r"--memory-tokens is 0, it must be at least 1"),
         (PLAIN, {"bptt_segments": 0}, r"--bptt-segments is 0, it must be at least 1"),
         (PLAIN, {"bptt_segments": 2}, r"--tokens-per-sample 3 .* --bptt-segments 2 .* pass a multiple"),
-        (PLAIN, {"same_length": True}, r"--same-length .* leave it out, or --memory recurrent"),
+        (PLAIN, {"same_length": True}, r"--same-length .* leave it out, or pass --memory recurrent"),
         (("token", "shaw", "right"), {}, r"shaw has no distances to the right.*memory tokens"),
         (("token", "absolute", "right"), {}, r"--position-encoding absolute .* instead of token"),
     ],
