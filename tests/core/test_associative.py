@@ -360,7 +360,7 @@ def test_one_segment_an_update_is_told(caplog):
         (PLAIN, {"associative_tokens": 0}, r"--associative-tokens is 0, it must be at least 1"),
         (PLAIN, {"associative_dim": 0}, r"--associative-dim is 0, it must be at least 1"),
         (PLAIN, {"bptt_segments": 2}, r"--tokens-per-sample 3 .* --bptt-segments 2 .* pass a multiple"),
-        (PLAIN, {"same_length": True}, r"--same-length .* leave it out, or --memory recurrent"),
+        (PLAIN, {"same_length": True}, r"--same-length .* leave it out, or pass --memory recurrent"),
         (("associative", "disentangled", "right"), {}, r"without look-ahead memory nothing attends to its right"),
         (("associative", "absolute", "right"), {}, r"--position-encoding absolute .* instead of associative"),
     ],
