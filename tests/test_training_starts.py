@@ -86,7 +86,7 @@ def test_a_run_does_not_go_on_without_the_state_of_its_optimizer(data, tmp_path)
 
 
 def test_a_metric_that_no_validation_has_is_refused(data, tmp_path):
-    with pytest.raises(ValueError, match=r"--best-checkpoint-metric blue is not a figure.* loss, .*ppl"):
+    with pytest.raises(ValueError, match=r"--best-checkpoint-metric blue is not measured in a validation.* loss, .*ppl"):
         train(data, tmp_path, "--best-checkpoint-metric", "blue", "--max-update", 2)
     assert list(tmp_path.iterdir()) == []
 
@@ -112,7 +112,7 @@ def test_the_folder_is_looked_at_before_training(data, tmp_path):
 def ended(monkeypatch, num_runs=0, updates=3, hours=1.5, **options):
     settings = {"max_update": 0, "stop_time_hours": 0, "patience": -1, **options}
     command = SimpleNamespace(should_stop_early=SimpleNamespace(num_runs=num_runs))
-    monkeypatch.setattr(training, "training_commands", lambda: [command])
+    monkeypatch.setattr(training, "names_of", lambda name: [command])
     cfg = SimpleNamespace(optimization=SimpleNamespace(**settings), checkpoint=SimpleNamespace(**settings))
     trainer = SimpleNamespace(get_num_updates=lambda: updates, _previous_training_time=hours * 3600)
     return training._ended(cfg, trainer)

@@ -6,10 +6,10 @@ counts two words. It leaves out words with the id of padding. With several ranks
 Shapes: B streams, N tokens of a segment, R of them in all that are not padding, V words.
 """
 
+import importlib
 import json
 import logging
 import math
-import sys
 from contextlib import ExitStack
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..core.memory import DivergenceError
 from ..core.memory.position import SegmentPosition, real_tokens
 from ..data.segments import SegmentDataset
+from ..host.commands import names_of
 from ..host.ranks import is_first_rank
 from ..host.stand_in import stand_in
 from .output import TokenLog, print_words, words_of
@@ -36,14 +37,11 @@ _split: Optional[SegmentDataset] = None  # the split that fairseq-eval-lm evalua
 def use_for_eval_lm(split: Optional[SegmentDataset] = None) -> None:
     """Let fairseq-eval-lm evaluate models of this package on *split* with `evaluate`, and others as it does."""
     global _split
-    from fairseq_cli import eval_lm
-
+    importlib.import_module("fairseq_cli.eval_lm")  # it may have been run as a script only
     _split = split
-    started = sys.modules["__main__"]  # with python -m, this is another copy of the module
-    is_copy = getattr(getattr(started, "__spec__", None), "name", None) == eval_lm.__name__
-    for module in (eval_lm, started) if is_copy else (eval_lm,):
-        if not hasattr(module.eval_lm, "__wrapped__"):  # not yet
-            stand_in(module, "eval_lm")(_eval_lm)
+    for names in names_of("eval_lm"):
+        if not hasattr(names.eval_lm, "__wrapped__"):  # not yet
+            stand_in(names, "eval_lm")(_eval_lm)
 
 
 def _eval_lm(

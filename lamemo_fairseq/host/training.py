@@ -6,7 +6,7 @@ from typing import Any, Callable, Optional
 from fairseq.logging import metrics
 
 from . import interruption
-from .commands import training_commands
+from .commands import names_of
 from .devices import without_gpus
 from .own import OwnTask
 from .stand_in import stand_in
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 def prepare_training() -> None:
     """Let fairseq-train, where it is imported or run, train models of this package with `SegmentTrainer`."""
-    for module in training_commands():
-        if not hasattr(module.Trainer, "__wrapped__"):  # not yet
-            stand_in(module, "Trainer")(_trainer)
-            stand_in(module, "train")(_train)
+    for names in names_of("train"):
+        if not hasattr(names.Trainer, "__wrapped__"):  # not yet
+            stand_in(names, "Trainer")(_trainer)
+            stand_in(names, "train")(_train)
 
 
 def _trainer(original: Callable[..., Any], cfg: Any, task: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +50,7 @@ def _ended(cfg: Any, trainer: Any) -> Optional[str]:
     if limit and updates >= limit:
         return f"the checkpoint has {updates} updates, and --max-update is {limit}"
     patience = cfg.checkpoint.patience
-    waited = max((getattr(command.should_stop_early, "num_runs", 0) for command in training_commands()), default=0)
+    waited = max((getattr(names.should_stop_early, "num_runs", 0) for names in names_of("train")), default=0)
     if 0 < patience <= waited:
         return f"the last {waited} validations were no better, and --patience is {patience}"
     hours, trained = cfg.optimization.stop_time_hours, trainer._previous_training_time / 3600

@@ -14,7 +14,7 @@ from fairseq.file_io import PathManager
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from torch import Tensor
 
-from .commands import training_commands
+from .commands import names_of
 from .schedules import schedule_state
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ def training_state(trainer: Any) -> Dict[str, Any]:
         state["scaler"] = {name: vars(scaler)[name] for name in _counted(scaler)}
     elif scaler is not None:
         state["scaler"] = scaler.state_dict()
-    for command in training_commands():
-        function = command.should_stop_early
+    for names in names_of("train"):
+        function = names.should_stop_early
         state["patience"] = {name: getattr(function, name) for name in _PATIENCE if hasattr(function, name)}
     if trainer.cfg.ema.store_ema:
         state["averages"] = {name: getattr(trainer.ema, name) for name in _AVERAGES}
@@ -55,8 +55,8 @@ def restore_training_state(trainer: Any, state: Dict[str, Any]) -> None:
         vars(scaler).update(saved)
     elif scaler is not None and saved and saved.keys() == scaler.state_dict().keys():
         scaler.load_state_dict(saved)
-    for command in training_commands():
-        vars(command.should_stop_early).update(state.get("patience", {}))
+    for names in names_of("train"):
+        vars(names.should_stop_early).update(state.get("patience", {}))
     if trainer.cfg.ema.store_ema:
         vars(trainer.ema).update(state.get("averages", {}))
     if hasattr(trainer, "_amp_retries"):
