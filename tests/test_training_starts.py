@@ -86,7 +86,7 @@ def test_a_run_does_not_go_on_without_the_state_of_its_optimizer(data, tmp_path)
 
 
 def test_a_metric_that_no_validation_has_is_refused(data, tmp_path):
-    with pytest.raises(ValueError, match=r"--best-checkpoint-metric blue is not measured in a validation.* loss, .*ppl"):
+    with pytest.raises(ValueError, match=r"--best-checkpoint-metric blue is not measured.* loss, .*ppl"):
         train(data, tmp_path, "--best-checkpoint-metric", "blue", "--max-update", 2)
     assert list(tmp_path.iterdir()) == []
 
