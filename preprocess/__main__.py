@@ -26,7 +26,7 @@ from .pieces import PieceTraining
 from .prepare import prepare
 from .sources import holds_several
 from .tokenization import ByteTokenizer, LineTokenizer, NormalizedLetterTokenizer, Tokenizer
-from .words import PIECES, WORDS, moses_languages
+from .words import PIECES, WORDS, moses_languages, versions
 
 WHOLE_TEXT: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "text8": NormalizedLetterTokenizer}
 _OWN = Dataset(name="own", files=(), divide=FileEach(), tokenizer=LineTokenizer())
@@ -160,10 +160,11 @@ def _coded(dataset: Dataset, args: argparse.Namespace) -> Dataset:
     """Return the data set with the words and pieces that the options name.
 
     Raises:
-        ValueError: options do not go together.
+        ValueError: options do not go together, or a package is not installed.
         FileNotFoundError: a file that an option names is missing.
     """
     _refuse_idle(args)
+    versions(args.tokenizer, args.bpe)  # before any text is read
     if args.source_lang is not None:
         _say_fallback(args.source_lang)
     training = None
@@ -220,6 +221,11 @@ def _own_files(
             raise ValueError("--shares takes up to three numbers above 0")
         return ("text",), Shares(tuple(shares))
     if shares is not None:
+        if len(sources) == 1:
+            raise ValueError(
+                f"--shares divides one text, and --source {sources[0]} is a folder or archive, which needs train.txt, "
+                "valid.txt and test.txt: name the text itself, or leave --shares out"
+            )
         raise ValueError("--shares divides one text, and --source has a file for each split: leave --shares out")
     count = len(SPLITS) if len(sources) == 1 else len(sources)
     files = tuple(f"{split}.txt" for split in SPLITS[:count])

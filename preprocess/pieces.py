@@ -63,9 +63,17 @@ class PieceTraining:
                 **options,
             )
         except RuntimeError as error:
-            raise ValueError(f"SentencePiece cannot train with --vocab-size {self.vocab_size}: {error}") from error
+            raise ValueError(f"--vocab-size {self.vocab_size} {self._remedy(str(error))}") from error
         with replacing(model) as file:
             file.write(written.getvalue())
+
+    def _remedy(self, error: str) -> str:
+        """Return the reason of an error of SentencePiece, with the remedy, as the end of a sentence."""
+        if match := re.search(r"set it to a value <= (\d+)", error):
+            return f"is too large for this text: pass {match[1]} or less"
+        if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+            return f"is too small for the characters of this text: pass {match[1]} or more, or --character-coverage .98"
+        return f"does not suit SentencePiece: {error}"
 
     def _sample(self, text: Span, tokenizer: LineTokenizer) -> Iterator[str]:
         every = max(1, -(-text.size // self.sample_bytes))

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,21 @@ from tqdm import tqdm
 
 from . import hints
 from .chunks import CHUNK, Chunk, cut, encode
-from .datasets import Dataset, WrongText
+from .datasets import SPLITS, Dataset, WrongText
 from .download import download
 from .files import Identity, Span, replacing
 from .sources import Source, resolve
 from .tokenization import LineTokenizer, Tokenizer
+from .words import versions
 
 RECORD = "preprocess.json"
 COUNTED = "original.json"  # by `python -m preprocess count`, from a text that may be another one now
 UNFINISHED = "unfinished"
 # A change of any of these makes everything anew. One's own text may begin with a byte order mark.
 _LAYOUT, _LAYOUT_OF_OWN = 1, 2
+_OF_DATA = re.compile(
+    rf"dict\.txt$|.*\.idx$|({'|'.join(SPLITS)})\.(bin|documents)$|sentencepiece\.bpe\.model$|{re.escape(COUNTED)}$"
+)
 
 
 def prepare(
@@ -68,9 +71,10 @@ def prepare(
             shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
             _say(f"{destdir} is complete already: nothing to do")
             return record
-        if record is None and ((destdir / "dict.txt").exists() or any(destdir.glob("*.idx"))):
+        if record is None and (other := sorted(path.name for path in destdir.iterdir() if _OF_DATA.match(path.name))):
             raise FileExistsError(
-                f"{destdir} holds data that this command did not make: remove it, or choose another --destdir"
+                f"{destdir} holds data that this command did not make ({other[0]}): remove it, or choose another "
+                "--destdir"
             )
         if record is not None and (former := record["made_from"]["settings"]["name"]) != dataset.name:
             raise FileExistsError(
@@ -112,9 +116,7 @@ def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> d
     if isinstance(tokenizer, LineTokenizer):
         if tokenizer.model is not None:
             settings["tokenizer"]["model"] = Identity.of(tokenizer.model)
-        used = {"moses": "sacremoses", "sentencepiece": "sentencepiece"}
-        names = [used[name] for name in (tokenizer.tokenizer, tokenizer.bpe) if name in used]
-        settings["versions"] = {name: version(name) for name in names}
+        settings["versions"] = versions(tokenizer.tokenizer, tokenizer.bpe)
     layout = _LAYOUT if dataset.addresses else _LAYOUT_OF_OWN
     made_from = {"layout": layout, "inputs": inputs, "settings": settings, "chunk_bytes": chunk_bytes}
     return json.loads(json.dumps(made_from))
@@ -281,6 +283,9 @@ def _publish(destdir: Path, work: Path, record: dict[str, Any], former: dict[str
     dict.txt, without which fairseq opens nothing, goes first and comes last."""
     made = sorted((path.name for path in (work / "made").iterdir()), key=lambda name: (name == "dict.txt", name))
     record = {**record, "files": {name: Identity.of(work / "made" / name)._asdict() for name in made}}
+    dictionary = (former or {"files": {}})["files"].get("dict.txt")
+    if dictionary not in (None, record["files"]["dict.txt"]):
+        _say(f"{destdir / 'dict.txt'} changes: models trained on the former data do not fit the new one")
     for name in ("dict.txt", COUNTED, *(former or {"files": {}})["files"]):
         (destdir / name).unlink(missing_ok=True)
     with replacing(work / RECORD) as file:

@@ -171,7 +171,11 @@ def _in_folder(folder: Path, names: Sequence[str]) -> list[Source]:
     all_in_itself = all(sources and sources[0].path.parent == folder for sources in by_name.values())
     for name, sources in by_name.items():
         if not sources:
-            raise FileNotFoundError(f"--source {folder}: {name} is not there, nor one level deeper")
+            inside = [path.name for path in sorted(folder.iterdir()) if not _added_by_macos(PurePath(path.name))]
+            raise FileNotFoundError(
+                f"--source {folder}: {name} is not there, nor one level deeper; the folder holds "
+                f"{_first(inside) or 'nothing'}"
+            )
         if len(sources) > 1 and not all_in_itself:
             raise _several(folder, name, [str(source.path) for source in sources], "name one folder, or the files")
     return [sources[0] for sources in by_name.values()]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -76,6 +77,26 @@ def _sentencepiece(options: Options) -> Encoder:
     except (RuntimeError, OSError) as error:
         raise ValueError(f"--sentencepiece-model {options.model} is not a SentencePiece model: {error}") from error
     return lambda line: " ".join(encode(line, out_type=str))
+
+
+# Packages that a choice needs. ve-fairseq does not bring them.
+_PACKAGES = {"moses": "sacremoses", "sentencepiece": "sentencepiece"}
+
+
+def versions(tokenizer: str, bpe: str) -> dict[str, str]:
+    """Return the versions of the packages that encode lines with these choices.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    known = {}
+    for option, choice in (("--tokenizer", tokenizer), ("--bpe", bpe)):
+        if (package := _PACKAGES.get(choice)) is not None:
+            try:
+                known[package] = version(package)
+            except PackageNotFoundError:
+                raise ValueError(f"{option} {choice} needs a package: pip install {package}") from None
+    return known
 
 
 WORDS: dict[str, MakeEncoder] = {"space": lambda options: _as_it_is, "words": _words, "moses": _moses}

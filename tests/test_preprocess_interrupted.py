@@ -13,7 +13,7 @@ import pytest
 from preprocess.__main__ import main
 from preprocess.prepare import RECORD
 
-from .preprocessing import TEXTS, contents, own, write, write_texts
+from .preprocessing import SPLITS, TEXTS, contents, own, write, write_texts
 
 
 @pytest.fixture
@@ -31,17 +31,21 @@ def test_a_second_time_nothing_is_done(texts, tmp_path, capsys):
     assert after == before
 
 
-def test_other_options_other_text_or_damage_make_it_anew(texts, tmp_path):
+def test_other_options_other_text_or_damage_make_it_anew(texts, tmp_path, capsys):
     first = own(texts, tmp_path / "data")
+    told = f"{tmp_path / 'data' / 'dict.txt'} changes: models trained on the former data do not fit the new one"
+    assert told not in capsys.readouterr().err
     other = own(texts, tmp_path / "data", "--threshold", "5")
-    assert other["dict.txt"] != first["dict.txt"]
+    assert other["dict.txt"] != first["dict.txt"] and told in capsys.readouterr().err
     assert own(texts, tmp_path / "data") == first
+    capsys.readouterr()
     write(tmp_path / "data" / "valid.bin", first["valid.bin"][:-2] + b"xx")
     assert own(texts, tmp_path / "data") == first
     (tmp_path / "data" / "dict.txt").unlink()
     assert own(texts, tmp_path / "data") == first
     write(texts / "test.txt", TEXTS["valid"])
     assert own(texts, tmp_path / "data")["test.bin"] == first["valid.bin"]
+    assert told not in capsys.readouterr().err
 
 
 def test_a_file_in_two_places_is_other_text_in_other_places(texts, tmp_path):
@@ -55,8 +59,10 @@ def test_a_file_in_two_places_is_other_text_in_other_places(texts, tmp_path):
     assert second["valid.bin"] == second["train.bin"] == first["train.bin"]
 
 
-@pytest.mark.parametrize("after_a_failure", [False, True])
-def test_data_of_another_origin_is_left_alone(texts, tmp_path, after_a_failure):
+@pytest.mark.parametrize(
+    "name, after_a_failure", [("dict.txt", False), ("dict.txt", True), ("train.bin", False), ("original.json", False)]
+)
+def test_data_of_another_origin_is_left_alone(texts, tmp_path, name, after_a_failure):
     folder = tmp_path / "data"
     folder.mkdir()
     if after_a_failure:
@@ -64,10 +70,15 @@ def test_data_of_another_origin_is_left_alone(texts, tmp_path, after_a_failure):
         with pytest.raises(SystemExit, match="not UTF-8"):
             own(bad, folder, "--shares", "1")
         assert (folder / "unfinished").exists()
-    write(folder / "dict.txt", b"word 1\n")
-    with pytest.raises(SystemExit, match="did not make"):
+    write(folder / name, b"word 1\n")
+    with pytest.raises(SystemExit, match=rf"did not make \({name}\)"):
         own(texts, folder)
-    assert (folder / "dict.txt").read_bytes() == b"word 1\n"
+    assert (folder / name).read_bytes() == b"word 1\n"
+
+
+def test_other_files_in_the_folder_stay(texts, tmp_path):
+    other = own(texts, texts)
+    assert {split: other[f"{split}.txt"] for split in SPLITS} == TEXTS and "dict.txt" in other
 
 
 def test_a_damaged_record_is_named(texts, tmp_path):

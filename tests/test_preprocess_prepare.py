@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import re
 import zipfile
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from fairseq.data import Dictionary, data_utils
@@ -14,7 +16,7 @@ from sacremoses import MosesTokenizer
 from lamemo_fairseq.data.binarized import load_lines
 from lamemo_fairseq.data.documents import DocumentOptions
 from lamemo_fairseq.data.streams import TokenSequence
-from preprocess import datasets
+from preprocess import datasets, words
 from preprocess.__main__ import main
 from preprocess.byte_lines import decode, encode
 from preprocess.datasets import DATASETS, Sizes
@@ -352,7 +354,15 @@ def test_bad_input_names_the_option(texts, tmp_path):
         assert f"{option} {value}" in refused("own", *data, *source, "--bpe", "sentencepiece", option, value)
     assert "--workers" in refused("own", *data, *source, "--workers", 0)
     assert "Not a directory" in refused("own", "--destdir", texts / "train.txt" / "data", *source)
-    assert "--vocab-size 9999" in refused("own", *data, *source, "--bpe", "sentencepiece", "--vocab-size", 9999)
+    for size, reason in (
+        (9999, r"is too large for this text: pass \d+ or less"),
+        (
+            9,
+            r"is too small for the characters of this text: pass \d+ or more, or --character-coverage \.98",
+        ),
+    ):
+        message = refused("own", *data, *source, "--bpe", "sentencepiece", "--vocab-size", size)
+        assert re.fullmatch(f"preprocess: --vocab-size {size} {reason}", message)
     assert "wiki.train.tokens is not there" in refused("wikitext-2", *data, *source)
     write(texts / "valid.txt", b"fine\n" * 1000 + b"\xff\n")
     for workers in (1, 2):
@@ -364,6 +374,19 @@ def test_bad_input_names_the_option(texts, tmp_path):
     assert "SentencePiece" not in message
     write(texts / "valid.txt", b"")
     assert "no text for valid" in refused("own", *data, *source)
+
+
+@pytest.mark.parametrize(
+    "options, package",
+    [("--bpe sentencepiece", "sentencepiece"), ("--tokenizer moses --source-lang en", "sacremoses")],
+)
+def test_a_package_that_is_missing_is_named(texts, tmp_path, options, package, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(words, "version", missing)
+    message = refused("own", "--destdir", tmp_path / "data", "--source", texts, *options.split())
+    assert message == f"preprocess: {options.split(' --source')[0]} needs a package: pip install {package}"
 
 
 @pytest.mark.parametrize(
@@ -382,7 +405,10 @@ def test_bad_input_names_the_option(texts, tmp_path):
             "--srcdict is made already: leave --threshold, --nwords, --padding-factor out",
         ),
         ("--srcdict nowhere --bpe bytes", "--srcdict nowhere: there is no such file"),
-        ("--shares 90 5 5", "--shares divides one text"),
+        (
+            "--shares 90 5 5",
+            "/texts is a folder or archive, which needs train.txt, valid.txt and test.txt: name the text",
+        ),
         ("--shares 90 5 5 --source {file} {file}", "--shares divides one text"),
         ("--first-bytes 9 --source {file}", "--first-bytes needs a file for each split"),
     ],

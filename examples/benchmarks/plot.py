@@ -8,9 +8,13 @@ Files are those of `training.py --result`; sizes and paths that are not listed b
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-import matplotlib
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    sys.exit("pictures need matplotlib: pip install matplotlib")
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt

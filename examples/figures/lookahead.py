@@ -2,7 +2,10 @@
 
 import sys
 
-import matplotlib
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    sys.exit("pictures need matplotlib: pip install matplotlib")
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
