@@ -255,7 +255,7 @@ def test_resuming_in_an_epoch_finds_its_place_and_its_memory():
         (3, 5, 60, None, "--batch-size times ranks is 3, there it was 2"),
         (2, 4, 60, None, "--tokens-per-sample is 4, there it was 5"),
         (2, 5, 61, None, "the number of tokens of the split is 61, there it was 60"),
-        (2, 5, 60, 1, "--roll with its --seed is 1, there it was None"),
+        (2, 5, 60, 1, "--roll is on with --seed 1, there it was off"),
     ],
 )
 def test_resuming_with_another_cut_is_refused(batch_size, length, tokens, seed, message):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import subprocess
+from unittest import mock
 
 import pytest
 from fairseq_cli import eval_lm, train
@@ -244,7 +245,9 @@ def test_both_commands_report_the_same(folders, tmp_path, capsys):
     lines = text.splitlines()
     [logged] = [json.loads(line) for line in lines if line.startswith("{") and "bits_per_byte" in line]
     capsys.readouterr()
-    score.main([str(data), str(path), "--batch-size", "2", "--cpu"])
+    with mock.patch("lamemo_fairseq.evaluation.evaluate.logger.info") as told:
+        score.main([str(data), str(path), "--batch-size", "2", "--cpu"])
+    assert [call.args[0].split(" ")[0] for call in told.call_args_list] == ["Evaluated", "Units:"]  # no JSON
     reported = json.loads(capsys.readouterr().out)
     assert {k: v for k, v in reported.items() if k in logged and k != "tokens_per_second"} == {
         k: v for k, v in logged.items() if k != "tokens_per_second"

@@ -12,7 +12,7 @@ from ..core.memory.streams import StreamMemory
 from ..host.loading import end, end_at_exit
 from ..host.ranks import gather_objects, gather_streams
 from .documents import DocumentDataset
-from .segments import SegmentDataset, SegmentKey
+from .segments import ROLL, SegmentDataset, SegmentKey
 
 
 class SegmentBatches(Sequence):
@@ -210,7 +210,8 @@ class SegmentBatchIterator(EpochBatchIterator):
         current = self._layout_options()
         saved = {"--documents": "none", **saved} if saved else {}  # as it was before the option existed
         other = [
-            f"{name} is {value}, there it was {saved.get(name, 'not recorded')}"
+            f"{name.partition(' with its')[0]} is {_shown(name, value)}, there it was "
+            f"{_shown(name, saved.get(name, 'not recorded'))}"
             for name, value in current.items()
             if name not in saved or saved[name] != value
         ]
@@ -236,3 +237,10 @@ class SegmentBatchIterator(EpochBatchIterator):
             streams=tuple(self.streams),
             index=index,
         )
+
+
+def _shown(name: str, value: Any) -> str:
+    """Return an option's value for a message. A rotation of the streams is recorded as its seed, or None."""
+    if name == ROLL and isinstance(value, int):
+        return f"on with --seed {value}"
+    return "off" if value is None else str(value)

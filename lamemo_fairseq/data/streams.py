@@ -81,8 +81,12 @@ class Layout:
         """Return a few words for the log."""
         raise NotImplementedError
 
-    def warn_of_empty_memories(self, split: str, enough: int, ranks: int) -> None:
-        """Warn that streams of less than *enough* segments hardly use the memory, and how many streams would."""
+    def warn_of_empty_memories(self, split: str, enough: int, ranks: int, option: str = "--batch-size") -> None:
+        """Warn that streams of less than *enough* segments hardly use the memory, and how many streams would.
+
+        Args:
+            option: sets the number of streams of a rank.
+        """
 
     def check(self, name: str, training: bool) -> None:
         """Refuse streams that hold too little.
@@ -111,7 +115,7 @@ class StreamLayout(Layout):
         start = stream * short + min(stream, longer)
         return start, start + short + (stream < longer)
 
-    def warn_of_empty_memories(self, split: str, enough: int, ranks: int) -> None:
+    def warn_of_empty_memories(self, split: str, enough: int, ranks: int, option: str = "--batch-size") -> None:
         if self.num_streams == 1 or self.num_segments >= enough:
             return
         fitting = max(1, self.num_tokens // (enough * self.segment_length * ranks))
@@ -120,9 +124,10 @@ class StreamLayout(Layout):
         else:
             use = f"and has only {self.num_segments} segments"
         logger.warning(
-            "%s: each stream starts from an empty memory, %s; --batch-size %d gives more tokens their full context",
+            "%s: each stream starts from an empty memory, %s; %s %d gives more tokens their full context",
             split,
             use,
+            option,
             fitting,
         )
 

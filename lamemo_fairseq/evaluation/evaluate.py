@@ -49,7 +49,10 @@ def _eval_lm(
 ) -> Dict[str, float]:
     if not all(hasattr(getattr(model, "decoder", None), "streams") for model in models):
         return original(models, source_dictionary, batch_iterator, **options)
-    return evaluate(models, source_dictionary, batch_iterator, split=_split, **options)
+    result = evaluate(models, source_dictionary, batch_iterator, split=_split, **options)
+    if is_first_rank():
+        logger.info("%s", json.dumps({k: v for k, v in result.items() if k not in ("loss", "perplexity")}))
+    return result
 
 
 def evaluate(
@@ -106,7 +109,6 @@ def evaluate(
     reported = {**report(totals, original), "tokens_per_second": speed}
     if is_first_rank():
         logger.info("Units: %s", sentence(reported))
-        logger.info("%s", json.dumps(reported))
     return {"loss": totals.bits(totals.words), "perplexity": totals.perplexity(totals.words), **reported}
 
 

@@ -59,9 +59,9 @@ _TAIL = """### Out of reach
 
 - Without `--user-dir`, or with a folder that is not there, none of this code is loaded. fairseq then lists the tasks
   that it knows (`invalid choice: 'segment_language_modeling'`), or names the folder.
-- hydra reads its overrides before it loads the package. An option that a YAML does not hold needs a `+`, as in
-  `+model.mem_len=300`; hydra's message ends with that advice. hydra does not know `task=NAME` and
-  `model=NAME`: write `task._name=NAME`.
+- hydra reads its overrides before it loads the package. An option of the model or the task that a YAML does not hold
+  needs a `+`, as in `+model.mem_len=300`; hydra's message ends with that advice. fairseq's own options, such as
+  `common.cpu=true`, never do. hydra does not know `task=NAME` and `model=NAME`: write `task._name=NAME`.
 """
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from .option_rules import on_cpu
 from .own import TASK
 from .quiet import leave_out_warnings
 from .ranks import launched_ranks
+from .refusals import print_in_one_line
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def parse_args_and_arch(
     original: Callable[..., Any], parser: Any, input_args: Optional[Sequence[str]] = None, *args: Any, **kwargs: Any
 ) -> Any:
     """Check the command line of our models, and correct fairseq's conclusions from it; read others as fairseq does."""
+    print_in_one_line()
     take_task_from_checkpoint(parser, input_args)
     words = list(sys.argv[1:] if input_args is None else input_args)
     line = CommandLine(parser, words)

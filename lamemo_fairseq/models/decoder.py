@@ -20,6 +20,7 @@ from ..core.memory import DivergenceError, StreamMemory
 from ..core.memory.groups import GroupedState
 from ..core.memory.position import SegmentPosition, real_tokens
 from ..core.names import option_name
+from ..data.text_encoding import PREPROCESS
 from .config import model_config
 
 logger = logging.getLogger(__name__)
@@ -230,8 +231,9 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         if saved is not None and int(saved) != int(self.dictionary_version):
             raise ValueError(
                 "the checkpoint was trained with another dictionary than this data's dict.txt of "
-                f"{len(self.dictionary):,} words. Evaluate on data binarized with the checkpoint's dictionary: "
-                "fairseq-preprocess --srcdict DICT_OF_THE_TRAINING_DATA"
+                f"{len(self.dictionary):,} words. Binarize the text with the checkpoint's dictionary "
+                f"({PREPROCESS} own --srcdict DICT, or fairseq-preprocess --srcdict DICT); to train a new model, take "
+                "another --save-dir"
             )
         if not self.memory.remembers:
             unused = [k for k in state_dict if k.startswith((f"{name}.memory.", f"{name}.positions.ahead_"))]

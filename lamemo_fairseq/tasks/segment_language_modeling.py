@@ -260,7 +260,8 @@ class SegmentLanguageModelingTask(PromptTask):
         layout.check(f"the split '{dataset.split}'", self._trains)
         logger.info("%s: %s", dataset.split, layout.summary())
         if not self._trains and self._decoder is not None and self._decoder.memory.remembers:
-            layout.warn_of_empty_memories(dataset.split, ENOUGH_SEGMENTS // 4, ranks)
+            option = "--batch-size" if self._batches is None else "--batch-size-valid"  # in training
+            layout.warn_of_empty_memories(dataset.split, ENOUGH_SEGMENTS // 4, ranks, option)
 
     def train_step(
         self,

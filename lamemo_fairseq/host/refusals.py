@@ -1,0 +1,46 @@
+"""Print a refusal of this package in one line, without the calls that led to it.
+
+A refusal is an error of input that a ``raise`` of this package raises: its message has the remedy. Errors that other
+code or a call within the package raises may be bugs, and are printed with their traceback. Python's development mode
+(``PYTHONDEVMODE=1``) prints it for all.
+"""
+
+import dis
+import functools
+import sys
+import traceback
+from types import TracebackType
+from typing import Any, Callable, Optional, Type
+
+_OF_INPUT = (ValueError, OSError, FloatingPointError)
+_RAISE = dis.opmap["RAISE_VARARGS"]
+_PACKAGE = __name__.partition(".")[0]
+
+
+def print_in_one_line() -> None:
+    """From now on, print refusals that end this process in one line."""
+    if getattr(sys.excepthook, "func", None) is not _print:
+        sys.excepthook = functools.partial(_print, sys.excepthook)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether a statement of this package has raised an error of input."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not isinstance(error, _OF_INPUT):
+        return False
+    code, module = last.tb_frame.f_code.co_code, str(last.tb_frame.f_globals.get("__name__"))
+    return module.partition(".")[0] == _PACKAGE and code[last.tb_lasti] == _RAISE
+
+
+def _print(
+    otherwise: Callable[..., Any],
+    kind: Type[BaseException],
+    error: BaseException,
+    raised: Optional[TracebackType],
+) -> None:
+    if is_refusal(error) and not sys.flags.dev_mode:
+        print("".join(traceback.format_exception_only(kind, error)), end="", file=sys.stderr, flush=True)
+    else:
+        otherwise(kind, error, raised)

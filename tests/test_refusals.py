@@ -1,0 +1,59 @@
+"""Refusals of this package end a command in one line; any other error keeps its traceback."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from fairseq import options
+
+from lamemo_fairseq.host import refusals
+from lamemo_fairseq.host.options import check_save_dir
+from lamemo_fairseq.host.start import _first
+
+
+def error_of(function, *arguments):
+    with pytest.raises(Exception) as caught:
+        function(*arguments)
+    return caught.value
+
+
+def elsewhere():
+    raise ValueError("of another package")
+
+
+@pytest.mark.parametrize(
+    "function, arguments, refused",
+    [
+        (check_save_dir, ("/dev/null/x",), True),
+        (_first, ("half",), False),  # float() raises it
+        (_first, ([],), False),
+        (elsewhere, (), False),
+        (check_save_dir, (None,), False),
+    ],
+)
+def test_what_is_printed(function, arguments, refused, monkeypatch, capsys):
+    error = error_of(function, *arguments)
+    others = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: others.append(error))
+    refusals.print_in_one_line()
+    refusals.print_in_one_line()  # once is enough
+    sys.excepthook(type(error), error, error.__traceback__)
+    assert capsys.readouterr().err == (f"ValueError: {error}\n" if refused else "")
+    assert others == ([] if refused else [(type(error), error, error.__traceback__)])
+
+
+def test_development_mode_shows_the_traceback(monkeypatch, capsys):
+    error = error_of(check_save_dir, "/dev/null/x")
+    others = []
+    monkeypatch.setattr(refusals, "sys", SimpleNamespace(flags=SimpleNamespace(dev_mode=True), stderr=sys.stderr))
+    refusals._print(lambda *error: others.append(error), type(error), error, error.__traceback__)
+    assert len(others) == 1 and not capsys.readouterr().err
+
+
+def test_a_command_line_that_is_refused_is_printed_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    command = ["data", "--task", "segment_language_modeling", "--arch", "lamemo_ln"]
+    error = error_of(options.parse_args_and_arch, options.get_training_parser(), command)
+    sys.excepthook(type(error), error, error.__traceback__)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("ValueError: --arch lamemo_ln is not known: did you mean lamemo_lm")
