@@ -2,16 +2,19 @@
 
 import functools
 import inspect
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Dict, List
 
+VERSION = "3.9.0"  # whose inner functions are replaced here; another one's interpreter is left as slow as it is
+
 
 def quicken() -> None:
-    """Leave out what the interpreter computes for nothing; another version's is only as slow as it is."""
-    operands = _spare_shapes, _spare_comparisons, _spare_broadcasts, _spare_types
-    for spare in (_spare_assertions, _spare_patches, _spare_tables, *operands):
-        with suppress(ImportError, AttributeError):
+    """Leave out what the interpreter computes for nothing."""
+    import triton
+
+    if triton.__version__ == VERSION:
+        operands = _spare_shapes, _spare_comparisons, _spare_broadcasts, _spare_types
+        for spare in (_spare_assertions, _spare_patches, _spare_tables, *operands):
             spare()
 
 
