@@ -11,11 +11,12 @@ from unittest import mock
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq_cli import train
+from fairseq_cli import eval_lm, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamemo_fairseq.host.checkpoints import DamagedCheckpointError, seal, verify
+from lamemo_fairseq.host.configuration import read_ours
 
 from .helpers import TASK, run_command, write_data
 
@@ -167,6 +168,43 @@ def test_what_to_do_where_nothing_can_be_copied(run, tmp_path):
         DamagedCheckpointError, match=r"The newest whole one .* is checkpoint_last.pt: name that instead$"
     ):
         verify(best)
+
+
+def test_the_newest_checkpoint_is_that_of_the_latest_update(run, tmp_path):
+    """Copies have the times of copying, and a name need not say the update."""
+    for seconds, (name, source) in enumerate({"checkpoint7.pt": "1_6", "checkpoint_1_3.pt": "1_3"}.items()):
+        shutil.copy(run / f"checkpoint_{source}.pt", tmp_path / name)
+        os.utime(tmp_path / name, (seconds, seconds))
+    (tmp_path / "checkpoint9.pt").write_bytes(b"no checkpoint")
+    last = tmp_path / "checkpoint_last.pt"
+    shutil.copy(run / "checkpoint_last.pt", last)
+    cut_short(last)
+    with pytest.raises(DamagedCheckpointError, match=r"copy checkpoint7\.pt over checkpoint_last\.pt$"):
+        verify(last)
+
+
+def test_a_cut_file_that_is_mapped_is_refused_in_one_line(run, tmp_path):
+    path = tmp_path / "copy.pt"
+    shutil.copy(run / "checkpoint_last.pt", path)
+    cut_short(path)
+    with pytest.raises(
+        ValueError, match=r"copy\.pt is no checkpoint of fairseq, or a damaged one \(.*\): pass another"
+    ) as refusal:
+        read_ours(str(path))
+    assert refusal.value.__suppress_context__
+
+
+def test_documents_of_training_are_named_if_eval_lm_reads_one_text(data, run, tmp_path, caplog):
+    for documents in ("none", "recorded"):
+        state = torch.load(run / "checkpoint_last.pt", weights_only=False)
+        state["cfg"]["task"]["documents"] = documents
+        torch.save(state, tmp_path / "model.pt")
+        caplog.clear()
+        run_command(
+            eval_lm.cli_main,
+            *[data, *TASK, "--path", tmp_path / "model.pt", "--gen-subset", "valid", "--num-workers", 0],
+        )
+        assert ("trained with --documents recorded, but without" in caplog.text) == (documents == "recorded")
 
 
 def test_a_full_disk_leaves_the_former_checkpoint(data, run, tmp_path):

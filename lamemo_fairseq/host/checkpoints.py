@@ -125,9 +125,20 @@ def _advice(path: Path) -> str:
 
 
 def _newest_whole(folder: Path, but: str = "") -> Optional[Path]:
-    """Return the last checkpoint that is whole. Checkpoints may be large: those older than this one are not read."""
-    checkpoints = sorted(folder.glob("checkpoint*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    """Return the whole checkpoint of the latest update. Times of files do not tell: copies have those of copying.
+
+    Checkpoints may be large: of those before this one only the number of updates is read.
+    """
+    checkpoints = sorted(folder.glob("checkpoint*.pt"), key=lambda p: (_updates(p), p.stat().st_mtime), reverse=True)
     return next((p for p in checkpoints if p.name != but and _damage(p) is None), None)
+
+
+def _updates(path: Path) -> int:
+    """Return after how many updates a checkpoint was saved, -1 if the file does not say."""
+    try:
+        return int(_glance(path)["optimizer_history"][-1]["num_updates"])
+    except (OSError, TypeError, ValueError, LookupError):
+        return -1
 
 
 @stand_in(checkpoint_utils, "load_checkpoint_to_cpu")

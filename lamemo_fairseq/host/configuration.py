@@ -77,14 +77,17 @@ def read_checkpoint(path: str, mapped: bool = False) -> Any:
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=True if mapped and zipfile.is_zipfile(path) else None
             )
-    except OSError:
-        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is no checkpoint of tensors and plain values; nothing in it was run ({_reason(error)})"
         ) from None
     except Exception as error:
-        raise CheckpointError(f"{path} is no checkpoint of fairseq: {type(error).__name__}: {_first(error)}") from error
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file cannot be opened; torch has an error without a name for one that ends too early
+        raise CheckpointError(
+            f"{path} is no checkpoint of fairseq, or a damaged one ({type(error).__name__}: {_first(error)}): "
+            "pass another, or copy it again"
+        ) from None
 
 
 def is_our_model(name: Any) -> bool:

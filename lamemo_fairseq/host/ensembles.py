@@ -23,4 +23,6 @@ def load_model_ensemble_and_task(
         return original(filenames, arg_overrides, task, *args, **kwargs)
     with opening():
         paths = [path for name in filenames for path in utils.split_paths(name)]
-        return original(paths, arg_overrides, task, *args, **kwargs)
+        models, cfg, task = original(paths, arg_overrides, task, *args, **kwargs)
+    task.trained_documents = str(cfg.task.documents)
+    return models, cfg, task

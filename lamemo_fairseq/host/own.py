@@ -6,6 +6,9 @@ TASK = "segment_language_modeling"
 class OwnTask:
     """Base of the tasks that feed consecutive segments."""
 
+    trained_documents = "none"
+    """The option ``--documents`` that the checkpoint of fairseq-eval-lm was trained with."""
+
 
 class OwnModel:
     """Base of the models that read consecutive segments."""

@@ -366,6 +366,12 @@ class SegmentLanguageModelingTask(PromptTask):
                 "--context-window does not apply to a model with memory, whose memory is the context: leave it out, "
                 "and choose the memory length with --model-overrides \"{'mem_len': M}\""
             )
+        trained, documents = self.trained_documents, str(self.cfg.documents)
+        if trained != "none" and documents == "none":
+            logger.warning(
+                "the checkpoint was trained with --documents %s, but without that option the split is read as one text",
+                trained,
+            )
         use_for_eval_lm(dataset)
         return self.get_batch_iterator(
             dataset,
