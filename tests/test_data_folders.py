@@ -83,6 +83,10 @@ def test_folders_that_are_not_there(data, tmp_path):
         opened(data, nowhere)
     with pytest.raises(NotADirectoryError, match=r"dict.txt is a file: pass the folder that it lies in"):
         data_folders(str(data / "dict.txt"))
+    text = tmp_path / "book.txt"
+    text.touch()
+    with pytest.raises(NotADirectoryError, match=rf"is a file: pass the --destdir of .* own --source {text}$"):
+        data_folders(str(text))
     for listed in (f"{data}:", f":{data}", f"{data}::{data}"):
         with pytest.raises(ValueError, match=rf"'{listed}' has an empty entry"):
             data_folders(listed)

@@ -191,7 +191,7 @@ WRONG = {
     "averages that grow": (["--store-ema", "--ema-decay", 2], "--ema-decay is 2.0, it must be between 0 and 1"),
     "two beginnings": (["--finetune-from-model", "a.pt", "--restore-file", "b.pt"], "pass one of the two"),
     "two precisions": (["--fp16", "--memory-efficient-bf16"], "--fp16 and --memory-efficient-bf16 exclude each other"),
-    "fp16 on a CPU": (["--fp16"], "--fp16 is refused: .*on a CPU leave it out, or pass --bf16"),
+    "fp16 on a CPU": (["--fp16"], "--fp16 is refused: .*on a CPU leave it out, or pass --bf16 .*common.fp16=false"),
     "amp on a CPU": (["--amp"], "--amp is refused: .*on a CPU leave it out"),
     "graphs on a CPU": (["--cuda-graphs"], "--cuda-graphs is refused: .*on a CPU leave it out"),
     "a profile on a CPU": (["--profile"], "--profile is refused: .*on a CPU leave it out"),
@@ -387,6 +387,14 @@ def test_a_yaml_is_checked_as_a_command_line_is(data, caplog):
     ):
         with pytest.raises(ValueError, match=message):
             tasks.setup_task(configuration(data, **changes).task)
+
+
+def test_a_warm_up_as_long_as_the_run_is_told(data, caplog):
+    for updates, told in ((4, False), (3, True)):
+        caplog.clear()
+        changes = {"lr_scheduler__warmup_updates": 3, "optimization__max_update": updates}
+        tasks.setup_task(configuration(data, **changes).task)
+        assert ("pass fewer --warmup-updates" in caplog.text) == told
 
 
 def test_the_options_of_a_checkpoint_are_not_checked_again(data):

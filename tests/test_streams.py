@@ -202,7 +202,7 @@ def test_a_part_of_a_line_is_read_without_the_line(text, dtype, data, tmp_path_f
 def test_a_word_id_beyond_the_dictionary_is_named():
     sequence = split_of([[4, 5, 99]], 3, words=17, name="data-bin/train").tokens
     assert isinstance(sequence, TokenSequence)
-    with pytest.raises(ValueError, match=r"data-bin/train holds the word id 99.*17 words.*--srcdict"):
+    with pytest.raises(ValueError, match=r"data-bin/train holds the word id 99.*17 words.* own --srcdict"):
         sequence.read(0, 3)
 
 

@@ -32,7 +32,9 @@ def data_folders(data: str) -> List[str]:
                 f"{PREPROCESS} wrote"
             )
         if not os.path.isdir(folder):
-            raise NotADirectoryError(f"the data argument {folder}{among} is a file: pass the folder that it lies in")
+            binarized = os.path.exists(os.path.join(os.path.dirname(folder), "dict.txt"))
+            right = "folder that it lies in" if binarized else f"--destdir of {PREPROCESS} own --source {folder}"
+            raise NotADirectoryError(f"the data argument {folder}{among} is a file: pass the {right}")
         os.scandir(folder).close()  # raises PermissionError, which names the folder
     return folders
 

@@ -12,6 +12,8 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .text_encoding import PREPROCESS
+
 _CHUNK = 1 << 24
 _AGAIN = "binarize the text again with fairseq-preprocess"
 
@@ -90,7 +92,8 @@ def check_ids(ids: NDArray[Any], name: str, words: int) -> None:
     if low < 0 or high >= words:
         raise ValueError(
             f"{name} holds the word id {low if low < 0 else high}, but dict.txt has {words} words: "
-            "binarize the text again with this dictionary (fairseq-preprocess --srcdict)"
+            f"binarize the text again with this dictionary ({PREPROCESS} own --srcdict DICT, or fairseq-preprocess "
+            "--srcdict DICT)"
         )
 
 

@@ -54,7 +54,8 @@ _RULES = [
         REFUSED,
         "fp16",
         TRAINING,
-        "fairseq trains in fp16 on GPUs alone; on a CPU leave it out, or pass --bf16",
+        "fairseq trains in fp16 on GPUs alone; on a CPU leave it out, or pass --bf16 (to fairseq-hydra-train "
+        "common.fp16=false)",
         lambda s: on_cpu(s) and not s.get("memory_efficient_fp16"),
     ),
     rule(

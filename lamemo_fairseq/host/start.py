@@ -178,6 +178,14 @@ def _check_choices(settings: Settings) -> None:
         raise ValueError("--finetune-from-model begins a run and --restore-file goes on with one: pass one of the two")
     if not any(settings.get(name) for name in ("max_update", "max_epoch", "stop_time_hours")):
         logger.warning("neither --max-update nor --max-epoch is given: the run goes on until it is stopped")
+    warmup, updates = settings.get("warmup_updates") or 0, settings.get("max_update") or 0
+    if 0 < updates <= warmup:
+        logger.warning(
+            "--warmup-updates is %d and --max-update %d: the learning rate still rises towards --lr when the run ends; "
+            "pass fewer --warmup-updates",
+            warmup,
+            updates,
+        )
 
 
 def check_criterion_name(name: str) -> None:
