@@ -5,6 +5,7 @@ F = 6 e its features.
 """
 
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -38,6 +39,8 @@ SEGMENTED = {"segment_length": 6, "bptt_segments": 3}
 class AssociativePaper(Paper):
     """The model in numpy."""
 
+    limited = 0  # keys that overlap more with those of their segment than with z
+
     def map(self, layer, name):
         return self.w[f"layers.{layer}.self_attn.association.{name}"]
 
@@ -57,18 +60,22 @@ class AssociativePaper(Paper):
     def write(self, layer, rows, memory, gammas):
         """Memory after the rows of the memory tokens; *gammas* are taken from there, or noted if there are none."""
         A, z = memory or (np.zeros((rows.shape[1], 12 * len(self.map(layer, "key.weight")) // 2)), 0.0)
-        A_new, z_new, noted = A.copy(), z, []
-        for i, m in enumerate(rows):
-            f, v = self.phi(self.map(layer, "key.weight") @ m), self.map(layer, "value") @ m
-            beta = 1 / (1 + np.exp(-(self.map(layer, "gate.weight") @ m + self.map(layer, "gate.bias"))[0]))
-            old, gamma = 0.0, 1.0
-            if memory:
-                n = z @ f + 1e-5
-                old, gamma = A @ f / n, min(max(1 - n / (f @ f + 1e-5), 0.0), 1.0)
-            gamma = gammas[i] if gammas else gamma
-            A_new, z_new = A_new + beta * np.outer(v - old, f), z_new + gamma * f
-            noted.append(gamma)
-        return (A_new, z_new), noted
+        keys = [self.phi(self.map(layer, "key.weight") @ m) for m in rows]
+        values = [self.map(layer, "value") @ m for m in rows]
+        gates = [self.map(layer, "gate.weight") @ m + self.map(layer, "gate.bias") for m in rows]
+        betas = [1 / (1 + np.exp(-gate[0])) for gate in gates]
+        sizes = [z @ f + 1e-5 if memory else math.inf for f in keys]
+        if not gammas:
+            known = [n / (f @ f + 1e-5) if memory else 0.0 for f, n in zip(keys, sizes, strict=True)]
+            gammas = [min(max(1 - share, 0.0), 1.0) for share in known]
+        A_new, z_new = A.copy(), z + sum(gamma * f for gamma, f in zip(gammas, keys, strict=True))
+        for f, v, beta, n in zip(keys, values, betas, sizes, strict=True):
+            own = sum(beta * (f @ other) for beta, other in zip(betas, keys, strict=True))
+            self.limited += own > n
+            if own > n:  # not in the paper
+                v, n = min(1, (z_new @ f + 1e-5) / own) * v, own
+            A_new += beta * np.outer(v - A @ f / n, f)
+        return (A_new, z_new), gammas
 
     def segment(self, x, tokens, memory, cache, gammas=None):
         """Features ``[n, d]``, and every layer's memory, rows ``[s + n, d]`` and gammas behind it."""
@@ -96,18 +103,18 @@ class AssociativePaper(Paper):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "limited"),
     [
-        {},
-        {"associative_tokens": 1, "associative_dim": 1},  # so few features that gamma is anything from 0 to 1
-        {"mem_len": 7},
-        {"mem_len": 3, "segment_length": 8, "bptt_segments": 2, "decoder_layers": 3},
-        {"mem_len": 3, "decoder_normalize_before": True, "clamp_len": 2},
+        ({}, False),
+        ({"associative_tokens": 1, "associative_dim": 1}, True),  # so few features that gamma is anything from 0 to 1
+        ({"mem_len": 7}, False),
+        ({"mem_len": 3, "segment_length": 8, "bptt_segments": 2, "decoder_layers": 3}, True),
+        ({"mem_len": 3, "decoder_normalize_before": True, "clamp_len": 2}, True),
     ],
     ids=str,
 )
 @torch.no_grad()
-def test_segments_equal_the_papers_computation(options):
+def test_segments_equal_the_papers_computation(options, limited):
     """Four segments, the last one shorter."""
     options = {**ODD, **options}
     decoder = tiny_decoder(PLAIN, **options)
@@ -123,6 +130,7 @@ def test_segments_equal_the_papers_computation(options):
             np.testing.assert_allclose(state.matrices[layer][stream].numpy(), A.T, rtol=1e-9, atol=1e-9)
             np.testing.assert_allclose(state.normalizers[layer][stream].numpy(), z, rtol=1e-9, atol=1e-9)
             np.testing.assert_allclose(state.hidden[layer][stream].numpy(), cache[layer], rtol=0, atol=1e-9)
+    assert (paper.limited > 0) == limited
 
 
 def test_gradient_flows_through_the_matrices_to_an_earlier_segment():
@@ -340,6 +348,42 @@ def test_nothing_grows_over_two_thousand_segments():
     assert max(sizes[-200:]) <= 1.5 * max(sizes[:200])
     assert normalizers[-1] <= 1.1 * normalizers[200]
     assert max(matrices[-200:]) <= 3 * max(matrices[:200])
+
+
+@torch.no_grad()
+def test_keys_that_have_grown_do_not_overshoot():
+    """As in training: the keys of a stream's first segment are small, so z is, and all later keys are larger.
+
+    Sixteen keys are alike. In the paper's formula A then changes its sign and grows in every segment, out of float16.
+    """
+    sizes = {"associative_tokens": 16, "segment_length": 2, "mem_len": 0, "decoder_layers": 1}
+    decoder = tiny_decoder(PLAIN, dtype=torch.float16, **sizes)
+    decoder.memory.tokens.copy_(decoder.memory.tokens[:1].expand(16, -1))
+    association, state, matrices = decoder.layers[0].self_attn.association, None, []
+    association.gate.bias.fill_(8)
+    for segment in random_tokens(2, 400).split(2, dim=1):
+        features, state, _ = decoder.read_segment(segment, state)
+        if not matrices:
+            association.key.weight.mul_(2)
+        assert features.isfinite().all()
+        matrices.append(state.matrices[0].abs().max())
+    assert max(matrices[-50:]) < 2 * max(matrices[1:50])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("met", [0.0, 0.3, 5.0])  # what z has of the keys
+def test_no_write_enlarges_what_the_matrix_has(met):
+    """For values of zero, the change of A has eigenvalues from -1 to 0, however alike the keys."""
+    torch.manual_seed(0)
+    association = Association(6, 4).double()
+    association.gate.bias.fill_(3)
+    rows = torch.randn(1, 6) + torch.randn(2, 9, 6).double() / 4
+    normalizer = met * dpfp(association.key(rows))[:, 0]
+    unit = torch.eye(24, dtype=torch.float64).expand(2, -1, -1)  # A of width 24
+    association.value = torch.nn.Parameter(torch.zeros(24, 6).double())
+    after = association.write(rows, Associations(unit, normalizer)).matrix
+    eigenvalues = torch.linalg.eigvalsh(after)
+    assert eigenvalues.min() > -1e-9 and eigenvalues.max() < 1 + 1e-9
 
 
 def test_one_segment_an_update_is_told(caplog):

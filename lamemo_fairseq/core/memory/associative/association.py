@@ -45,8 +45,13 @@ class Association(nn.Module):
     def write(self, rows: Tensor, past: Optional[Associations]) -> Associations:
         """Write the ``rows [B, m, d]`` of all memory tokens together: each one reads the memory as it was before.
 
-        ``A += sum_i beta_i (v_i - A phi(k_i) / n_i) phi(k_i)^T`` and ``z += sum_i gamma_i phi(k_i)``, where
-        ``n_i = z . phi(k_i) + 1e-5``, and ``gamma_i``, without gradient, is the share of the key that z does not have.
+        ``A += sum_i beta_i (c_i v_i - A phi(k_i) / b_i) phi(k_i)^T`` and ``z += sum_i gamma_i phi(k_i)``. The share
+        gamma_i of the key that z does not have is without gradient.
+
+        In the paper ``c_i = 1`` and ``b_i = n_i = z . phi(k_i) + 1e-5``. If keys overlap with one another more than
+        with z, they then subtract more than A has. A changes its sign and grows in every segment. Here
+        ``b_i = max(n_i, sum_j beta_j phi(k_j) . phi(k_i))``, with which no write enlarges what A has. The share c_i
+        of a value is what z has of its bound after the write, at most 1. So a known key reads v_i in the end.
 
         Args:
             past: None before the first segment, whose keys are all new.
@@ -57,10 +62,12 @@ class Association(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             if past is None:
                 return Associations(features.transpose(1, 2) @ (strength * values), features.sum(1))
-            overlap = _overlap(features, past)
-            change = strength * (values - _recalled(features, past) / overlap)
+            overlap, alike = _overlap(features, past), features @ features.transpose(1, 2)
             size = features.detach().square().sum(-1, keepdim=True) + EPSILON
             unmet = (1 - overlap.detach() / size).clamp(0, 1)
+            bound = torch.maximum(overlap, alike @ strength)
+            written = ((overlap + alike @ unmet) / bound).clamp(max=1)
+            change = strength * (written * values - _recalled(features, past) / bound)
             return Associations(
                 past.matrix + features.transpose(1, 2) @ change, past.normalizer + (unmet * features).sum(1)
             )
