@@ -11,7 +11,7 @@ import pytest
 from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 
-from lamemo_fairseq.host.quiet import leave_out_warnings, without_records
+from lamemo_fairseq.host.quiet import leave_out_warnings, log_in_fairseqs_format, without_records
 
 
 @pytest.mark.parametrize("command", ["train", "validate", "eval_lm", "generate", "interactive"])
@@ -39,6 +39,19 @@ def test_warnings_that_mean_something_stay():
         warnings.warn_explicit("`torch.cuda.amp.autocast(args...)` is deprecated", FutureWarning, "x", 1, module="mine")
         warnings.warn_explicit("'config' has no lr", UserWarning, "x", 1, module="hydraulics")
     assert len(told) == 2
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_handler_of_nobody_is_replaced_by_fairseqs(own, monkeypatch, capsys):
+    root = logging.Logger("root")
+    monkeypatch.setattr(logging, "getLogger", lambda name=None: root)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("mine %(message)s" if own else logging.BASIC_FORMAT))
+    root.addHandler(handler)
+    log_in_fairseqs_format()
+    root.info("news")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "mine news\n") if own else out.endswith(" | INFO | root | news\n")
 
 
 def test_a_logger_is_quiet_for_a_while(caplog):

@@ -14,9 +14,9 @@ from .configuration import is_our_model, is_our_task
 from .generation_defaults import adapt_generation
 from .interruption import end_in_one_line
 from .named_checkpoints import check_checkpoints, take_task_from_checkpoint
-from .option_rules import on_cpu
+from .option_rules import EVAL_LM, on_cpu
 from .own import TASK
-from .quiet import leave_out_warnings
+from .quiet import leave_out_warnings, log_in_fairseqs_format
 from .ranks import launched_ranks
 from .refusals import print_in_one_line
 from .stand_in import stand_in
@@ -47,6 +47,8 @@ def parse_args_and_arch(
             check_save_dir(namespace.save_dir)
         end_in_one_line()
         leave_out_warnings()
+        if line.command == EVAL_LM:
+            log_in_fairseqs_format()
     check_checkpoints(namespace)
     return parsed
 

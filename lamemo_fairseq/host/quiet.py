@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
+from fairseq.utils import reset_logging
+
 from .own import TASK
 
 _COMMANDS = ("train", "validate", "eval_lm", "generate", "interactive", "hydra_validate")
@@ -51,6 +53,14 @@ def leave_out_warnings() -> None:
     logging.getLogger("hydra").setLevel(logging.INFO)  # fairseq's import of wav2vec turns on DEBUG for every logger
     for message, module in _WARNINGS:
         warnings.filterwarnings("ignore", message, module=module)
+
+
+def log_in_fairseqs_format() -> None:
+    """Log as fairseq-eval-lm means to: its import of wav2vec sets up logging first, in Python's format on stderr."""
+    handlers = logging.getLogger().handlers
+    formats = [getattr(h.formatter, "_fmt", None) for h in handlers if type(h) is logging.StreamHandler]
+    if len(handlers) == 1 and formats == [logging.BASIC_FORMAT]:
+        reset_logging()
 
 
 @contextmanager
