@@ -1,5 +1,6 @@
 """The table runner: what it runs, resumes and refuses, what it renders."""
 
+import contextlib
 import csv
 import io
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +108,23 @@ class FakeBar:
 
     def update(self, n=1):
         pass
+
+
+def test_the_bar_counts_complete_runs_alone(monkeypatch):
+    counted = []
+    bar = SimpleNamespace(update=counted.append)
+    runs = [table.Run("a", 1), table.Run("b", 1)]
+
+    def complete(plan, run, slot, board):
+        if run.row == "b":
+            raise execute.RunError("stopped")
+
+    monkeypatch.setattr(execute, "check", lambda plan, runs: runs)
+    monkeypatch.setattr(execute, "progress", lambda *_: contextlib.nullcontext(bar))
+    monkeypatch.setattr(execute, "complete", complete)
+    plan = SimpleNamespace(table=SimpleNamespace(title="a table"))
+    assert execute.execute(plan, runs, [execute.Slot()]) == ["b/seed-1: stopped"]
+    assert counted == [1, 0]
 
 
 @pytest.mark.parametrize(("terminal", "shown"), [(True, ["1", "1", "2", "3"]), (False, ["1", "3"])])

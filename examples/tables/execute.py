@@ -191,15 +191,16 @@ def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]
         board = Board(bar)
 
         def work(run: Run, slot: Slot) -> Optional[str]:
+            message = None
             try:
                 if process.STOPPED.is_set():
-                    return f"{run.name}: not started"
-                complete(plan, run, slot, board)
-                return None
+                    message = f"{run.name}: not started"
+                else:
+                    complete(plan, run, slot, board)
             except (RunError, BusyError, OSError, ValueError) as error:
-                return f"{run.name}: {error}"
-            finally:
-                board.done(run)
+                message = f"{run.name}: {error}"
+            board.end(run, complete=message is None)
+            return message
 
         return [message for message in in_slots(work, todo, slots) if message is not None]
 
@@ -345,7 +346,8 @@ class Board:
             self._bar.set_postfix_str(line, refresh=False)
             self._bar.update(0)
 
-    def done(self, run: Run) -> None:
+    def end(self, run: Run, complete: bool) -> None:
+        """Show no more of a run, and count it if it is complete."""
         with self._lock:
             self._lines.pop(run.name, None)
-            self._bar.update()
+            self._bar.update(int(complete))
