@@ -256,7 +256,7 @@ def test_a_refused_option_may_have_its_default_value():
         ),
         "streams counted twice": (
             ["--max-tokens", 64],
-            "--max-tokens is ignored: --batch-size is the number of streams",
+            "--max-tokens is ignored: --batch-size is given, the number of streams",
         ),
         "averages that are not kept": (["--ema-decay", 0.9], "--ema-decay is ignored: without --store-ema"),
         "a scale of nothing": (["--fp16-init-scale", 4], "--fp16-init-scale is ignored: without --fp16 or --amp"),

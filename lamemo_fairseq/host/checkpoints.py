@@ -228,7 +228,7 @@ def write_checkpoint(state: Dict[str, Any], filename: str, cfg: Any) -> None:
         logger.warning("%s", error)  # the error that ended the run matters more
         return
     logger.info(
-        "%s: %.1f MB, of which the memory of the streams %.1f MB; written and sealed in %.1f s",
+        "%s: %.1f MB, of which the memory of the streams %.1f MB; written with a checksum in %.1f s",
         filename,
         os.path.getsize(filename) / 1e6,
         _size_of_memory(state) / 1e6,

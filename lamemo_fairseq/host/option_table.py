@@ -178,7 +178,7 @@ _RULES = [
         IGNORED,
         "max_tokens",
         (*TRAINING, EVAL_LM, VALIDATE),
-        "--batch-size is the number of streams; pass one of the two",
+        "--batch-size is given, the number of streams; pass one of the two",
         with_all("batch_size"),
     ),
     rule(
