@@ -397,5 +397,14 @@ def test_a_warm_up_as_long_as_the_run_is_told(data, caplog):
         assert ("pass fewer --warmup-updates" in caplog.text) == told
 
 
+def test_only_eval_lm_has_its_log_set_up(monkeypatch):
+    set_up = []
+    monkeypatch.setattr("lamemo_fairseq.host.options.log_in_fairseqs_format", lambda: set_up.append(1))
+    for command in PARSERS:
+        read(command)
+        assert bool(set_up) == (command == EVAL_LM), command
+        set_up.clear()
+
+
 def test_the_options_of_a_checkpoint_are_not_checked_again(data):
     tasks.setup_task(configuration(data, common__fp16=True).task, from_checkpoint=True)
