@@ -31,6 +31,8 @@ CORE = [
     "decoding",
     "memory",
     "graphs config",
+    "diagonal",
+    "segments",
     "decoder",
     "folder reader",
     "model",

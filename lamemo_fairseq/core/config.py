@@ -12,6 +12,7 @@ from .memory import MEMORIES, MemoryOptions
 from .names import did_you_mean, option_name
 from .positions import POSITIONS
 
+ORDERS = ("auto", "plain", "diagonal")  # of segments and layers, in evaluation
 _POSITIVE = ("decoder_layers", "decoder_embed_dim", "decoder_attention_heads", "decoder_ffn_embed_dim")
 _POSITIVE_OR_NONE = ("decoder_head_dim", "decoder_input_dim", "decoder_output_dim")
 
@@ -39,6 +40,13 @@ class ModelConfig:
     same_length: bool = option(False, "let every token see the same number of tokens, M")
     attention_backend: str = option("auto", "implementation of the attention", BACKENDS.names())
     cuda_graphs: bool = option(False, "record segments as CUDA graphs: faster where launches take long")
+    reading_order: str = option(
+        "auto",
+        "the order of segments and layers in evaluation: plain; or diagonal, which needs --cuda-graphs and runs all "
+        "layers at the same time, each on another segment, with the same result (auto: diagonal for one stream, where "
+        "it can)",
+        ORDERS,
+    )
 
     decoder_layers: int = option(6, "number of layers")
     decoder_embed_dim: int = option(512, "width of the model")
@@ -153,6 +161,12 @@ class ModelConfig:
                 f"--decoder-embed-dim {self.decoder_embed_dim} does not divide into {self.decoder_attention_heads} "
                 "heads: pass --decoder-head-dim, or another --decoder-attention-heads"
             )
+        if self.reading_order not in ORDERS:
+            raise ValueError(f"unknown --reading-order '{self.reading_order}'; the known ones are {', '.join(ORDERS)}")
+        if self.reading_order == "diagonal" and not self.cuda_graphs:
+            raise ValueError(
+                "--reading-order diagonal runs layers side by side in a CUDA graph: pass --cuda-graphs too"
+            )
         if self.cuda_graphs and self.checkpoint_activations:
             raise ValueError("--cuda-graphs cannot record --checkpoint-activations: pass one of the two")
 
@@ -179,12 +193,26 @@ class ModelConfig:
                 "rows would repeat their positions: take another encoding, or --memory none instead of "
                 f"{self.memory}"
             )
+        if self.reading_order == "diagonal":
+            self._check_order(memory.is_layered())
         self._check_words(memory.slots_are_tokens)
         self._check_gradient(memory.carries_gradient)
         self.own_options.check()
         if self.same_length and self.slots == 0:
             raise ValueError(
                 f"--same-length lets every token see --mem-len tokens, but --memory {self.memory} has none"
+            )
+
+    def _check_order(self, layered: bool) -> None:
+        if not layered:
+            raise ValueError(
+                "--reading-order diagonal runs all layers at the same time, and with --memory "
+                f"{self.memory} the first layer waits for the last: leave it out"
+            )
+        if POSITIONS[self.position_encoding].reads_words:
+            raise ValueError(
+                f"--reading-order diagonal needs positions that are the same in every segment, and "
+                f"--position-encoding {self.position_encoding} counts words: leave it out"
             )
 
     def _check_words(self, slots_are_tokens: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .diagonal import Diagonals
 from .graphs import SegmentGraphs
 from .layers import AttentionConfig, DecoderLayer, LayerConfig
 from .layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
@@ -17,6 +18,7 @@ from .memory import MEMORIES, Memory, MemoryConfig, MemoryOptions, MemoryState, 
 from .memory.base import last_rows
 from .memory.groups import GroupedState, read_groups
 from .positions import POSITIONS, PositionConfig, PositionEncoding
+from .segments import SegmentReader
 
 
 class MemoryDecoder(nn.Module):
@@ -27,6 +29,7 @@ class MemoryDecoder(nn.Module):
         self.config = config
         self.segment_length = config.segment_length
         self.graphs = SegmentGraphs() if config.cuda_graphs else None
+        self.diagonals = Diagonals(config.reading_order)
         # The order of the modules is the order in which they draw random numbers.
         self.embed_tokens = _embedding(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -62,7 +65,7 @@ class MemoryDecoder(nn.Module):
         self, tokens: Tensor, state: Optional[MemoryState] = None, lengths: Optional[Tensor] = None
     ) -> Passage:
         """Read one segment as `read` does, without a CUDA graph."""
-        x = self.dropout(self.positions.embed(self.embed_tokens(tokens), lengths))
+        x = self.embed(tokens, lengths)
         # The memory of a resumed run is still on the host.
         before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
         if not self.positions.reads_words:
@@ -72,6 +75,15 @@ class MemoryDecoder(nn.Module):
         passage = self.memory(x, before, self.layers, self.positions.of(words), lengths)
         after = replace(passage.state, words=last_rows(words, self.memory.slots) if self.memory.slots else None)
         return passage._replace(features=self.dropout(passage.features), state=after)
+
+    def embed(self, tokens: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
+        """Return what goes into the first layer, ``[B, N, d]``, for the ``tokens [B, N]`` of a segment."""
+        embedded: Tensor = self.dropout(self.positions.embed(self.embed_tokens(tokens), lengths))
+        return embedded
+
+    def segments(self, state: Optional[MemoryState] = None) -> SegmentReader:
+        """Return a reader of consecutive segments, which reads on the anti-diagonal where ``reading_order`` lets it."""
+        return SegmentReader(self, state)
 
     def _words_of_rows(self, tokens: Tensor, state: Optional[MemoryState]) -> Tensor:
         """Return the words ``[B, m + N]`` of the slots and of ``tokens [B, N]``."""

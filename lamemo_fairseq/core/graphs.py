@@ -80,11 +80,9 @@ class SegmentGraphs:
         learns, begun = torch.is_grad_enabled(), None
         if learns:
             begun, self._begun = self._begun, None
-        if state is None or module.training != learns or not _recordable(tokens):
+        if state is None or module.training != learns or not self.takes(module, tokens):
             return read(tokens, state)
         tree = tree_of(module)
-        if tree.hooked:
-            return read(tokens, state)
         recorded, signature = self._recorded[learns], self._signature(tree, tokens, state)
         before, recorded.last = recorded.last, signature
         if recorded.recording is not None and signature == recorded.signature:
@@ -108,6 +106,10 @@ class SegmentGraphs:
             recording.memory / 2**30,
         )
         return recording(tokens, state)
+
+    def takes(self, module: nn.Module, tokens: Tensor) -> bool:
+        """Tell whether segments like ``tokens [B, N]`` can be recorded: on a GPU, outside autocast, without hooks."""
+        return _recordable(tokens) and not tree_of(module).hooked
 
     def begin(self, module: nn.Module, tokens: Tensor, state: MemoryState, seed: int) -> Optional[Tensor]:
         """Run the forward pass of a recorded segment before it is asked for, with the random numbers of *seed*.
@@ -141,26 +143,13 @@ class _Recording:
     """A segment's forward pass, and tensors that it reads and writes."""
 
     passage: Passage  # the one recorded
+    memory: int  # bytes that it keeps to itself
 
     def __init__(self, tokens: Tensor, state: MemoryState):
         self.tokens = tokens.clone()
         self.state = state.map(lambda t: t.to(tokens.device, copy=True))
         self.passes = 0
         self.forward_graph = torch.cuda.CUDAGraph()
-
-    def _capture(self, warm_up: Callable[[], object], record: Callable[[], None]) -> None:
-        """Record after warming up. The callables are not stored: they hold the module, which holds this recording."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                warm_up()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        before = _unallocated()
-        record()
-        self.memory = max(0, _unallocated() - before)  # bytes that PyTorch does not count as allocated
 
     def __call__(self, tokens: Tensor, state: MemoryState) -> Passage:
         """Replay the graph on other tokens and another state."""
@@ -185,10 +174,10 @@ class _EvaluationRecording(_Recording):
 
     def __init__(self, read: ReadSegment, tokens: Tensor, state: MemoryState):
         super().__init__(tokens, state)
-        self._capture(lambda: read(self.tokens, self.state), lambda: self._record(read))
+        self.memory = warmed_up(lambda: read(self.tokens, self.state), lambda: self._record(read))
 
     def _record(self, read: ReadSegment) -> None:
-        with _recorded_to(self.forward_graph):
+        with recorded_to(self.forward_graph):
             self.passage = read(self.tokens, self.state)
 
     def __call__(self, tokens: Tensor, state: MemoryState) -> Passage:
@@ -213,7 +202,7 @@ class _TrainingRecording(_Recording):
         self.buckets = [] if reducer is None else list(reducer.buckets)
         super().__init__(tokens, state)
         run: OnLeaves = partial(run_on_aliases, read, module)
-        self._capture(lambda: self._warm_up(run), lambda: self._record(run))
+        self.memory = warmed_up(lambda: self._warm_up(run), lambda: self._record(run))
 
     def _warm_up(self, run: OnLeaves) -> None:
         leaves, passage = run(self.parameters, self.tokens, self.state)
@@ -223,7 +212,7 @@ class _TrainingRecording(_Recording):
         self.parameters = [p for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
 
     def _record(self, run: OnLeaves) -> None:
-        with _recorded_to(self.forward_graph):
+        with recorded_to(self.forward_graph):
             leaves, passage = run(self.parameters, self.tokens, self.state)
         outputs = _outputs(passage)
         self.output_grads = [torch.empty_like(output) for output in outputs]
@@ -231,7 +220,7 @@ class _TrainingRecording(_Recording):
         gathered = {p for bucket in self.buckets for p in bucket.parameters}
         self.others = [p for p in self.parameters if p not in gathered]
         leaf_of = dict(zip(self.parameters, leaves, strict=True))
-        recorded = _recorded_to(self.backward_graph, shared=self.forward_graph)
+        recorded = recorded_to(self.backward_graph, shared=self.forward_graph)
         with recorded, written_to(self.buckets, leaf_of) as self.ready:
             grads = torch.autograd.grad(outputs, leaves, self.output_grads)
             given = zip(self.parameters, grads, strict=True)
@@ -344,7 +333,25 @@ class _Replay(Function):
         return (None, *recording.backward())
 
 
-def _recorded_to(graph: torch.cuda.CUDAGraph, shared: Optional[torch.cuda.CUDAGraph] = None) -> ContextManager[None]:
+def warmed_up(warm_up: Callable[[], object], record: Callable[[], None]) -> int:
+    """Record after warming up; return the bytes that the recording keeps, which PyTorch does not count as allocated.
+
+    The callables are not stored: they hold the module, which holds the recording.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            warm_up()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = _unallocated()
+    record()
+    return max(0, _unallocated() - before)
+
+
+def recorded_to(graph: torch.cuda.CUDAGraph, shared: Optional[torch.cuda.CUDAGraph] = None) -> ContextManager[None]:
     """Record to a graph, in the memory of a *shared* graph. Other threads, such as loaders of data, may use the GPU."""
     pool = None if shared is None else shared.pool()
     recorded: ContextManager[None] = torch.cuda.graph(graph, capture_error_mode="thread_local", pool=pool)

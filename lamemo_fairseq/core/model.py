@@ -3,8 +3,9 @@
 Shapes: B texts, T words of one, n new words.
 """
 
+from collections import deque
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, TypeVar, Union, overload
+from typing import Deque, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from .decoding.drawing import Draw
 from .decoding.sampler import Continuation
 from .folder import load_tokenizer, load_weights, read_saved, write_folder
 from .memory import MemoryState, Passage
-from .memory.documents import DocumentStreams
-from .memory.groups import advance
+from .memory.documents import DocumentStreams, Extract
 from .reader import Reader, Score, Text, Token
+from .segments import Piece
 from .text import END, Tokenizer
 
 Strings = TypeVar("Strings", str, List[str])
@@ -167,8 +168,9 @@ class LanguageModel(MemoryDecoder):
         deal = DocumentStreams([len(d) - 1 for d in documents], num_streams, self.segment_length, clear=True)
         streams = [deal.stream(dealt) for dealt in deal.dealt]
         scored: List[List[Tensor]] = [[] for _ in documents]
-        state: Optional[MemoryState] = None
-        with self.positions.unchanged():
+        waiting: Deque[Tuple[List[List[Extract]], Tensor]] = deque()  # of segments, what each one's features are for
+
+        def pieces() -> Iterator[Piece]:
             for index in range(deal.num_segments):
                 extracts = [stream.segment(index) for stream in streams]  # one a stream, none after its end
                 words = [
@@ -179,10 +181,14 @@ class LanguageModel(MemoryDecoder):
                 lengths = torch.tensor([len(w) - 1 for w in words], device=device)
                 cleared = [row for row, own in enumerate(extracts) if own and own[0].start == 0]
                 ended = [row for row, own in enumerate(extracts) if not own]
-                state = advance(state, num_streams, cleared, ended)
                 ragged = min(map(len, words)) < padded.size(1)
-                features, state, _ = self.read(padded[:, :-1], state, lengths if ragged else None)
-                log_probs = self.target_log_probs(features, padded[:, 1:])
+                waiting.append((extracts, padded[:, 1:]))
+                yield Piece(padded[:, :-1], lengths if ragged else None, cleared, ended)
+
+        with self.positions.unchanged():
+            for features in self.segments().features(pieces()):
+                extracts, target = waiting.popleft()
+                log_probs = self.target_log_probs(features, target)
                 for own, row in zip(extracts, log_probs, strict=True):
                     for extract in own:
                         scored[extract.document].append(row[: extract.stop - extract.start])

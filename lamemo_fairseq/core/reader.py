@@ -12,6 +12,7 @@ from .decoder import MemoryDecoder
 from .decoding.drawing import Adjustment, Draw
 from .decoding.sampler import Continuation, Sampler
 from .decoding.state import TOKENS_AT_ONCE, DecodingState
+from .segments import read_into
 from .text import END, Tokenizer
 
 Text = Union[str, Tensor]  # a string, or word ids [T]
@@ -72,7 +73,8 @@ class Reader:
         """
         tokens, counts = self._padded(self._pieces(texts))
         if max(counts) > 0:
-            self._state.read(tokens[:, :-1], counts)
+            for _ in read_into(self._state, self.decoder, tokens[:, :-1], counts):
+                pass
 
     @torch.no_grad()
     def score(self, texts: Union[Text, Sequence[Text]], greedy: bool = False) -> List[Score]:
@@ -88,10 +90,8 @@ class Reader:
         tokens, counts = self._padded(pieces)
         log_probs = [tokens.new_empty(len(self), 0, dtype=torch.float32)]
         best = [tokens.new_empty(len(self), 0)]
-        for start in range(0, max(counts), TOKENS_AT_ONCE):
-            end = min(start + TOKENS_AT_ONCE, max(counts))
-            features = self._state.read(tokens[:, start:end], [min(max(n - start, 0), end - start) for n in counts])
-            log_probs.append(self.decoder.target_log_probs(features, tokens[:, start + 1 : end + 1]))
+        for read, features in read_into(self._state, self.decoder, tokens, counts, TOKENS_AT_ONCE):
+            log_probs.append(self.decoder.target_log_probs(features, tokens[:, read.start + 1 : read.stop + 1]))
             if greedy:  # a word at a time, as the scores of all words are many
                 best += [self.decoder.log_probs(word).argmax(-1) for word in features.split(1, dim=1)]
         scored, likeliest = torch.cat(log_probs, dim=1), torch.cat(best, dim=1)

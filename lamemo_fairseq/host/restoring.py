@@ -29,7 +29,7 @@ _FUNCTION = (
 # Options that the weights' names and shapes do not depend on.
 _WEIGHTLESS = {
     "activation_dropout", "attention_backend", "attention_dropout", "checkpoint_activations", "clamp_len",
-    "cuda_graphs", "dropout", "preset_tokens_per_sample", "same_length", "tokens_per_sample",
+    "cuda_graphs", "dropout", "preset_tokens_per_sample", "reading_order", "same_length", "tokens_per_sample",
 }  # fmt: skip
 # Sections, and those of their options that change how a run goes on; None for all of them.
 _TOLD: Dict[str, Any] = {

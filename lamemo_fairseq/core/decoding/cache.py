@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..attention import Attended
 from ..kernels.copies import copy_all
-from ..layers import SelfAttention
+from ..layers import DecoderLayer, SelfAttention
 from ..positions import Positions
 from .attention import Columns
 from .interfaces import CachedMemory, Network
@@ -272,6 +272,9 @@ class AnyMemory(CachedMemory, Protocol):
 
     @property
     def cache(self) -> Type[AnyCache]: ...
+    def fill_cache(
+        self, cache: AnyCache, parts: Sequence[Tuple[Tensor, ...]], layers: Sequence[DecoderLayer]
+    ) -> None: ...
 
 
 class FrozenCache(SegmentCache[CachedMemory, LayerCache]):
@@ -281,6 +284,13 @@ class FrozenCache(SegmentCache[CachedMemory, LayerCache]):
     def empty(cls, memory: CachedMemory, batch_size: int, like: Tensor) -> "FrozenCache":
         layers = [LayerCache(*LayerCache.zeros(memory, batch_size, like)) for _ in range(memory.config.layers)]
         return cls(layers, counts(batch_size, like), counts(batch_size, like), [SequencePosition()] * batch_size)
+
+
+def fill_slots(layer: DecoderLayer, cached: LayerCache, slots: int, rows: Tensor) -> None:
+    """Write the keys and values of ``rows [B, M, d]``, as they go into the layer, into the M = *slots* columns."""
+    _, k, v = layer.self_attn.project(layer.attention_input(rows), 0)
+    cached.keys[:, :, :slots].copy_(k)
+    cached.values[:, :, :slots].copy_(v)
 
 
 def counts(batch_size: int, like: Tensor) -> Tensor:

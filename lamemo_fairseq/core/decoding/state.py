@@ -14,7 +14,7 @@ from ..kernels.padded import WideRows
 from ..layers import DecoderLayer
 from ..positions import LayerBias
 from .attention import Columns, cached_attention
-from .cache import AnyCache, AnyMemory, LayerCache
+from .cache import AnyCache, AnyMemory, LayerCache, SequencePosition
 from .interfaces import Decoder, Network, layers_of
 
 # Longer prompts are read in chunks of this size, which bounds the scores held at a time.
@@ -77,6 +77,17 @@ class DecodingState:
             left = [n - m for n, m in zip(left, now, strict=True)]
             start += size
         return torch.cat(features, dim=1)
+
+    @property
+    def has_read(self) -> bool:
+        """Return whether a sequence has read something."""
+        return any(position != SequencePosition() for position in self.cache.positions)
+
+    def begin_after(self, parts: Sequence[Tuple[Tensor, ...]]) -> None:
+        """Begin after whole segments that have filled the memory; *parts* are those of its layers."""
+        cast(AnyMemory, self.decoder.memory).fill_cache(self.cache, parts, self.layers)
+        self.cache.positions = [SequencePosition(slots=self.mem_len)] * len(self.cache.positions)
+        self.cache.sync()
 
     def _read_chunk(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Read tokens as `read` does, where no sequence crosses the end of its segment."""

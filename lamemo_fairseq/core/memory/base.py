@@ -184,6 +184,7 @@ class Memory(nn.Module, Generic[State, Options]):
     smallest_mem_len: ClassVar[int] = 1  # the smallest --mem-len that makes sense
     has_losses: ClassVar[bool] = False  # passages have losses
     carries_gradient: ClassVar[bool] = False  # gradient may flow from segment to segment of an update
+    fills_caches: ClassVar[bool] = False  # `fill_cache` is there, so that long prompts are read in whole segments
     layout: ClassVar[Tuple[str, ...]] = ()  # own options that a saved state depends on
 
     def __init__(self, config: MemoryConfig[Options]):
@@ -204,6 +205,11 @@ class Memory(nn.Module, Generic[State, Options]):
     def attention_of(self, layer: int) -> Type[SelfAttention]:
         """Return the class of the attention of a layer, counted from 0; all layers have the same, unless overridden."""
         return self.attention
+
+    @classmethod
+    def is_layered(cls) -> bool:
+        """Tell whether `pass_layer` is all there is to a segment."""
+        return cls.pass_layer is not Memory.pass_layer and cls.pass_segment is Memory.pass_segment
 
     def reset_parameters(self) -> None:
         """Initialise parameters that differ from the default: weights N(0, .02), biases 0."""
@@ -297,6 +303,10 @@ class Memory(nn.Module, Generic[State, Options]):
         columns = zip(like.own().items(), zip(*parts, strict=True), strict=True)
         values: Dict[str, Any] = {k: of if isinstance(value, tuple) else of[-1] for (k, value), of in columns}
         return type(like)(**values)
+
+    def fill_cache(self, cache: AnyCache, parts: Sequence[LayerState], layers: Sequence[DecoderLayer]) -> None:
+        """Fill a new cache's slots from a full memory, whose `layer_states` are *parts*; with `fills_caches`."""
+        raise NotImplementedError
 
     def losses_of(
         self, asides: Sequence[Tuple[Tensor, ...]], before: State, lengths: Optional[Tensor]

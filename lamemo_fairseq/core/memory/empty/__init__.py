@@ -4,10 +4,11 @@ Shapes: B streams, N tokens of a segment, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Type
+from typing import ClassVar, Sequence, Type
 
 from torch import Tensor
 
+from ...decoding.cache import AnyCache
 from ...layers import DecoderLayer
 from ..base import MEMORIES, Architecture, LayerPassage, LayerState, Memory, MemoryOptions, MemoryState, Segment
 
@@ -31,6 +32,7 @@ class EmptyMemory(Memory[EmptyState, MemoryOptions]):
     remembers: ClassVar[bool] = False
     has_slots: ClassVar[bool] = False
     slots_are_tokens: ClassVar[bool] = True
+    fills_caches: ClassVar[bool] = True
 
     def initial_state(self, x: Tensor) -> EmptyState:
         return EmptyState()
@@ -40,3 +42,6 @@ class EmptyMemory(Memory[EmptyState, MemoryOptions]):
     ) -> LayerPassage:
         out, _ = layer(rows, segment.biases[n], segment.tokens)
         return LayerPassage(out, ())
+
+    def fill_cache(self, cache: AnyCache, parts: Sequence[LayerState], layers: Sequence[DecoderLayer]) -> None:
+        """Fill nothing, as there are no slots."""

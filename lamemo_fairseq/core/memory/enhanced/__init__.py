@@ -10,12 +10,12 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional, Tuple, Type
+from typing import ClassVar, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor
 
-from ...decoding.cache import AnyCache
+from ...decoding.cache import AnyCache, fill_slots
 from ...kernels.padded import join
 from ...layers import DecoderLayer
 from ..base import (
@@ -56,6 +56,7 @@ class EnhancedMemory(Memory[EnhancedState, MemoryOptions]):
     state: ClassVar[Type[MemoryState]] = EnhancedState
     cache: ClassVar[Type[AnyCache]] = EnhancedCache
     slots_are_tokens: ClassVar[bool] = True
+    fills_caches: ClassVar[bool] = True
 
     def initial_state(self, x: Tensor) -> EnhancedState:
         return EnhancedState((x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers)
@@ -75,3 +76,7 @@ class EnhancedMemory(Memory[EnhancedState, MemoryOptions]):
         if new.size(1) >= self.config.mem_len:
             return last_rows(new, self.config.mem_len)
         return last_rows(torch.cat([past, new.detach()], dim=1), self.config.mem_len)
+
+    def fill_cache(self, cache: AnyCache, parts: Sequence[LayerState], layers: Sequence[DecoderLayer]) -> None:
+        for layer, cached, (rows,) in zip(layers, cache.layers, parts, strict=True):
+            fill_slots(layer, cached, self.slots, rows)

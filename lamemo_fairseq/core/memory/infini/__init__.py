@@ -15,11 +15,12 @@ Shapes: B streams, n current tokens, H heads, D size of a head, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Tuple, Type
+from typing import ClassVar, Sequence, Tuple, Type
 
 from torch import Tensor
 
 from ...decoding.cache import AnyCache
+from ...kernels.copies import copy_all
 from ...layers import DecoderLayer, SelfAttention
 from ..base import MEMORIES, Architecture, LayerPassage, LayerState, Memory, MemoryState, Segment
 from .attention import Associations, InfiniSelfAttention
@@ -65,6 +66,7 @@ class InfiniMemory(Memory[InfiniState, InfiniOptions]):
     cache: ClassVar[Type[AnyCache]] = InfiniCache
     has_slots: ClassVar[bool] = False
     carries_gradient: ClassVar[bool] = True
+    fills_caches: ClassVar[bool] = True
 
     def initial_state(self, x: Tensor) -> InfiniState:
         empty = empty_associations(x.size(0), self.config.heads, self.config.head_dim, x)
@@ -77,3 +79,7 @@ class InfiniMemory(Memory[InfiniState, InfiniOptions]):
         """Read a segment ``rows [B, n, d]``, then write it, with its padding, which no later segment reads."""
         out, after = layer(rows, segment.biases[n], Associations(*before))
         return LayerPassage(out, after)
+
+    def fill_cache(self, cache: AnyCache, parts: Sequence[LayerState], layers: Sequence[DecoderLayer]) -> None:
+        for cached, part in zip(cache.layers, parts, strict=True):
+            copy_all(cached.past, part)

@@ -7,7 +7,7 @@ Shapes: B streams, N current tokens, m <= M memory slots, H heads, D size of a h
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, List, Optional, Sequence, Tuple, Type
+from typing import ClassVar, List, Optional, Sequence, Tuple, Type, cast
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
     cache: ClassVar[Type[AnyCache]] = LookaheadCache
     looks_ahead: ClassVar[bool] = True
     slots_are_tokens: ClassVar[bool] = True
+    fills_caches: ClassVar[bool] = True
 
     def initial_state(self, x: Tensor) -> LookaheadState:
         batch, heads, size = x.size(0), self.config.heads, self.config.head_dim
@@ -113,3 +114,12 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
             assert ahead is not None
             out = out + no_contribution(ahead[:2])
         return LayerPassage(out, (*embeddings, *(carried or ())))
+
+    def fill_cache(self, cache: AnyCache, parts: Sequence[LayerState], layers: Sequence[DecoderLayer]) -> None:
+        """Fill in all that the refresh needs, which makes keys and values of the slots."""
+        (embeddings, *first), *others = parts
+        in_slots = slice(0, self.slots)
+        cast(LookaheadCache, cache).embeddings[:, in_slots].copy_(embeddings)
+        for cached, part in zip(cache.layers, [first, *others], strict=True):
+            for buffer, stored in zip(cached.past or (), part, strict=True):
+                buffer[:, :, in_slots].copy_(stored)

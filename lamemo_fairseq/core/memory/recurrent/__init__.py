@@ -4,10 +4,11 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional, Tuple, Type
+from typing import ClassVar, Optional, Sequence, Tuple, Type
 
 from torch import Tensor
 
+from ...decoding.cache import AnyCache, fill_slots
 from ...kernels.padded import join
 from ...layers import DecoderLayer
 from ..base import (
@@ -42,6 +43,7 @@ class RecurrentMemory(Memory[RecurrentState, MemoryOptions]):
     )
     state: ClassVar[Type[MemoryState]] = RecurrentState
     slots_are_tokens: ClassVar[bool] = True
+    fills_caches: ClassVar[bool] = True
 
     def initial_state(self, x: Tensor) -> RecurrentState:
         return RecurrentState((x.new_empty(x.size(0), 0, x.size(2)),) * self.config.layers)
@@ -57,3 +59,7 @@ class RecurrentMemory(Memory[RecurrentState, MemoryOptions]):
         hidden = last_rows(joined, self.config.mem_len)
         out, _ = layer(joined, segment.biases[n], segment.tokens)
         return LayerPassage(out, (hidden,))
+
+    def fill_cache(self, cache: AnyCache, parts: Sequence[LayerState], layers: Sequence[DecoderLayer]) -> None:
+        for layer, cached, (rows,) in zip(layers, cache.layers, parts, strict=True):
+            fill_slots(layer, cached, self.slots, rows)
