@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.core.memory import MEMORIES as MEMORY_CLASSES
 from lamemo_fairseq.core.memory import MissingMemoryError
 from lamemo_fairseq.core.memory.position import real_tokens
 
@@ -118,3 +119,25 @@ def test_probabilities_are_computed_in_float32_or_wider():
     assert scores[0].dtype == torch.bfloat16
     for log_probs in (True, False):
         assert decoder.get_normalized_probs(scores, log_probs).dtype == torch.float32
+
+
+@memories
+def test_layers_that_read_other_segments_give_the_same_features(variant):
+    """Two readings in one go, the first of them left before its end; memory is there for a segment fed after them."""
+    options = {"tokens_per_sample": 4, "compressed_len": 2, "decoder_layers": 3, "cuda_graphs": True}
+    order = "diagonal" if MEMORY_CLASSES[variant[0]].is_layered() else "auto"
+    plain, diagonal = (tiny_decoder(variant, **options, reading_order=o).eval() for o in ("plain", order))
+    tokens = random_tokens(1, 58)
+    segments = list(segments_of(plain, tokens))
+    batches = [
+        {"src_tokens": segment, "src_lengths": torch.tensor([segment.size(1)]), "position": position}
+        for position, segment in [*segments[:-2], *segments[:-1]]
+    ]
+    with torch.no_grad():
+        expected = [plain.extract_features(**batch)[0] for batch in batches]
+        found = list(diagonal.read_streams(batches))
+        position, segment = segments[-1]
+        for decoder, features in ((plain, expected), (diagonal, found)):
+            features.append(decoder.extract_features(segment, position=position)[0])
+    assert len(found) == len(expected)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -11,7 +11,8 @@ import json
 import logging
 import math
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional
+from itertools import tee
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from fairseq import utils
@@ -144,16 +145,17 @@ def score_segments(
         for model in models:
             model.eval()
             unchanged.enter_context(model.decoder.positions.unchanged())
-        for batch in _on_device(batches, device):
+        timer.start()
+        for batch, features in _read(models, _on_device(batches, device)):
             inputs = batch["net_input"]
-            timer.start()
             real = real_tokens(batch["target"], inputs["src_lengths"])
             target = batch["target"][real]
-            log_probs = target_log_probs(models, inputs, target, softmax_batch)
+            log_probs = target_log_probs(models, [rows[real] for rows in features], target, softmax_batch)
             nll = -_sum(log_probs, inputs["position"])
             timer.stop(len(target))
             source = inputs["src_tokens"][real]
             yield ScoredSegment(inputs["position"], inputs["src_lengths"].tolist(), source, target, log_probs, nll)
+            timer.start()
 
 
 def _on_device(batches: Iterable[Dict[str, Any]], device: torch.device) -> Iterator[Dict[str, Any]]:
@@ -163,20 +165,24 @@ def _on_device(batches: Iterable[Dict[str, Any]], device: torch.device) -> Itera
             yield utils.move_to_cuda(batch, device=device) if device.type == "cuda" else batch
 
 
-def target_log_probs(models: List[Any], inputs: Dict[str, Any], target: Tensor, at_once: int = 0) -> Tensor:
-    """Return natural log-probabilities ``[R]`` of the words ``target [R]`` of a batch, in float32 or wider.
+def _read(models: List[Any], batches: Iterable[Dict[str, Any]]) -> Iterator[Tuple[Dict[str, Any], Tuple[Tensor, ...]]]:
+    """Yield batches and the features ``[B, N, d]`` of every model, which may read some batches in advance."""
+    ours, *theirs = tee(batches, 1 + len(models))
+    inputs = ((batch["net_input"] for batch in copy) for copy in theirs)
+    read = [model.decoder.read_streams(copy) for model, copy in zip(models, inputs, strict=True)]
+    # The features first: a model that reads in advance asks for batches that `tee` then keeps.
+    return ((batch, features) for features, batch in zip(zip(*read, strict=True), ours, strict=True))
 
-    Several models give the logarithm of their mean probability.
+
+def target_log_probs(models: List[Any], features: List[Tensor], target: Tensor, at_once: int = 0) -> Tensor:
+    """Return natural log-probabilities ``[R]`` of the words ``target [R]``, in float32 or wider.
+
+    Several models, whose *features* ``[R, d]`` are given, yield the logarithm of their mean probability.
     """
     logs = []
-    for model in models:
-        if 0 < at_once < len(target):
-            features, _ = model.decoder.extract_features(**inputs)
-            real = features[real_tokens(inputs["src_tokens"], inputs["src_lengths"])]
-            blocks = zip(real.split(at_once), target.split(at_once), strict=True)
-            logs.append(torch.cat([_log_probs(model, model.decoder.output_layer(r[None]), t) for r, t in blocks]))
-        else:
-            logs.append(_log_probs(model, model(**inputs, real_only=True)[0], target))
+    for model, rows in zip(models, features, strict=True):
+        blocks = zip(rows.split(at_once or max(1, len(rows))), target.split(at_once or max(1, len(rows))), strict=True)
+        logs.append(torch.cat([_log_probs(model, model.decoder.output_layer(r[None]), t) for r, t in blocks]))
     return logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
 
 

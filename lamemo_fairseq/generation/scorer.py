@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.decoding.state import TOKENS_AT_ONCE, DecodingState
+from ..core.segments import read_into
 from ..data.dictionary import NO_WORD
 from .progress import counter
 
@@ -24,10 +25,7 @@ def stream_log_probs(
     Yields:
         Log-probabilities ``[B, k]`` of *target*, in float32 or wider; those beyond a sequence's length mean nothing.
     """
-    for start in range(0, max(lengths), TOKENS_AT_ONCE):
-        chunk = slice(start, min(start + TOKENS_AT_ONCE, max(lengths)))
-        left = [min(max(n - start, 0), chunk.stop - start) for n in lengths]
-        features = state.read(tokens[:, chunk].clamp(min=0), left)
+    for chunk, features in read_into(state, model.decoder, tokens.clamp(min=0), lengths, TOKENS_AT_ONCE):
         words = target[:, chunk].clamp(min=0)
         probs = model.get_normalized_probs((state.decoder.output_layer(features), None), True, {"target": words})
         yield probs.gather(-1, words.unsqueeze(-1)).squeeze(-1)

@@ -5,8 +5,11 @@ Shapes: B streams, N tokens of a segment, V words, d model width.
 
 import logging
 import zlib
+from collections import deque
 from dataclasses import dataclass
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from itertools import chain, groupby
+from operator import itemgetter
+from typing import Any, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq.data import Dictionary
@@ -20,6 +23,7 @@ from ..core.memory import DivergenceError, StreamMemory
 from ..core.memory.groups import GroupedState
 from ..core.memory.position import SegmentPosition, real_tokens
 from ..core.names import option_name
+from ..core.segments import Piece
 from ..data.text_encoding import PREPROCESS
 from .config import model_config
 
@@ -151,6 +155,28 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             return passage.features, passage.losses if self.memory.has_losses else None
         return self.read_text(src_tokens, src_lengths), None
 
+    def read_streams(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:
+        """Yield the features ``[B, N, d]`` of batches, in order, as `extract_features` returns them in evaluation.
+
+        Args:
+            batches: its arguments *src_tokens*, *src_lengths* and *position*. If segments are read on the
+                anti-diagonal, as many batches as there are layers are asked for in advance.
+
+        Raises:
+            MissingMemoryError, DivergenceError: as for `extract_features`.
+        """
+        for _, run in groupby(_numbered(batches), key=itemgetter(0)):
+            inputs = (batch for _, batch in run)
+            first = next(inputs)
+            reader = self.segments(self.streams.read(first["position"], self.training))
+            waiting: Deque[SegmentPosition] = deque()
+            for features in reader.features(_pieces(chain([first], inputs), waiting)):
+                position = waiting.popleft()
+                _check_finite(features, position)
+                yield features
+            assert reader.state is not None
+            self.streams.write(position, self.training, reader.state)
+
     def begin_segment(self, tokens: Tensor, target: Tensor, position: SegmentPosition, seed: int) -> None:
         """Run the next training segment, if a CUDA graph can, before `forward` is asked for it.
 
@@ -242,6 +268,26 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             if unused:
                 logger.info("--memory none leaves out weights of the checkpoint: %s", ", ".join(unused))
         return state_dict
+
+
+def _numbered(batches: Iterable[Mapping[str, Any]]) -> Iterator[Tuple[int, Mapping[str, Any]]]:
+    """Number runs of batches that follow one another in the same streams."""
+    number, last = 0, None
+    for batch in batches:
+        position: SegmentPosition = batch["position"]
+        if last is None or position.reading != last.reading or position.index != last.index + 1:
+            number += 1
+        last = position
+        yield number, batch
+
+
+def _pieces(batches: Iterable[Mapping[str, Any]], waiting: Deque[SegmentPosition]) -> Iterator[Piece]:
+    """Yield batches as the core reads them, and note their positions."""
+    for batch in batches:
+        position = batch["position"]
+        waiting.append(position)
+        lengths = batch["src_lengths"] if position.ragged else None
+        yield Piece(batch["src_tokens"], lengths, position.cleared, position.ended)
 
 
 def _check_finite(features: Tensor, position: SegmentPosition) -> None:
