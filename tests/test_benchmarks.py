@@ -41,6 +41,10 @@ def test_a_benchmark_prints_its_figures(command, row):
     [
         ("attention.py --shape 2,2,8,16,16 --device cpu", "| PyTorch's, bias written out | "),
         ("decoding.py --length 8 --segments 1 --memory lookahead", "batch 1: cached"),
+        (
+            "reading.py tiny --device cpu --dtype float32 --length 8 --segments 8 --repeats 1 --memory lookahead",
+            "1 x 8 (eager): bits are the same",
+        ),
     ],
 )
 def test_a_benchmark_without_processes_of_its_own_prints_its_figures(command, row, monkeypatch, capsys):
