@@ -75,7 +75,9 @@ def build(args: argparse.Namespace, size: str, memory: str) -> dict[str, Languag
             memory_options=args.options.get(memory),
             **options,
         )
-        models[order] = LanguageModel(config).to(args.device, getattr(torch, args.dtype)).eval()
+        with torch.device(args.device):  # weights of many words take seconds to draw on a host
+            models[order] = LanguageModel(config)
+        models[order] = models[order].to(args.device, getattr(torch, args.dtype)).eval()
     return models
 
 
