@@ -104,7 +104,7 @@ def read_in_chunks(model: LanguageModel, tokens: Tensor) -> None:
 
 
 def disagreement(models: dict[str, LanguageModel], tokens: Tensor) -> str:
-    """What differs between the orders: nothing, or how many tensors and by how much."""
+    """Return how many tensors differ between the orders, and by how much; an empty string if none does."""
     made = []
     for order in ORDERS:
         reader = models[order].segments()

@@ -141,14 +141,14 @@ class DiagonalGraph:
         memory, layers = model.memory, _layers(model)
         self.states = [tuple(t.clone() for t in part) for part in parts]
         self.rows = [x.clone()]
-        known = segment(x)
+        self.segment = segment(x)
         for n, layer in enumerate(layers):
-            self.rows.append(_like(memory.pass_layer(n, layer, self.rows[n], self.states[n], known).rows))
+            self.rows.append(_like(memory.pass_layer(n, layer, self.rows[n], self.states[n], self.segment).rows))
         self.streams = [_stream_of(n, x.device) for n in range(len(layers))]
         self.in_use = False
-        self.graph = torch.cuda.CUDAGraph()
+        self.positions, self.graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.memory = warmed_up(
-            lambda: self._run(memory, layers, segment), lambda: self._record(memory, layers, segment)
+            lambda: self._run(memory, layers, segment(x)), lambda: self._record(memory, layers, segment)
         )
 
     def _record(
@@ -157,14 +157,14 @@ class DiagonalGraph:
         layers: Sequence[DecoderLayer],
         segment: Callable[[Tensor], Segment],
     ) -> None:
-        with recorded_to(self.graph):
-            self._run(memory, layers, segment)
+        with recorded_to(self.positions):
+            self.rows[0].zero_()  # absolute positions compute nothing, and PyTorch warns of a graph without operations
+            self.segment = segment(self.rows[0])  # its tensors are those that every step reads
+        with recorded_to(self.graph, shared=self.positions):
+            self._run(memory, layers, self.segment)
 
     def _run(
-        self,
-        memory: Memory[MemoryState, MemoryOptions],
-        layers: Sequence[DecoderLayer],
-        segment: Callable[[Tensor], Segment],
+        self, memory: Memory[MemoryState, MemoryOptions], layers: Sequence[DecoderLayer], segment: Segment
     ) -> None:
         """Run all layers side by side, then hand each one's rows to the next.
 
@@ -172,17 +172,20 @@ class DiagonalGraph:
         another tensor too early.
         """
         main = torch.cuda.current_stream()
-        known = segment(self.rows[0])  # in every replay: parameters may change in place
         made: List[Tensor] = []
         for n, (layer, stream) in enumerate(zip(layers, self.streams, strict=True)):
             stream.wait_stream(main)
             with torch.cuda.stream(stream):
-                out, after, _ = memory.pass_layer(n, layer, self.rows[n], self.states[n], known)
+                out, after, _ = memory.pass_layer(n, layer, self.rows[n], self.states[n], segment)
                 copy_all(self.states[n], after)
             made.append(out)
         for stream in self.streams:
             main.wait_stream(stream)
         copy_all([_stored(rows) for rows in self.rows[1:]], [_stored(rows) for rows in made])
+
+    def begin(self) -> None:
+        """Compute the positions of a reading: parameters may have changed in place since the last one."""
+        self.positions.replay()
 
     def enter(self, n: int, state: LayerState) -> None:
         copy_all(self.states[n], state)
@@ -218,7 +221,7 @@ def _like(rows: Tensor) -> Tensor:
 
 
 class Diagonals:
-    """Which segments a model reads on the anti-diagonal, and the graph of a step.
+    """The choice of segments that a model reads on the anti-diagonal, and the recorded step.
 
     Args:
         order: ``plain``; ``diagonal``; or ``auto``, which takes the anti-diagonal for one stream where it is recorded.
@@ -248,7 +251,10 @@ class Diagonals:
         return model.graphs is not None and model.graphs.takes(_module(model), tokens)
 
     def step(self, model: Network, tokens: Tensor, x: Tensor, state: MemoryState) -> Step:
-        """Return a step for segments like ``tokens [B, N]``, embedded ``x [B, n, d]``, and memories like *state*."""
+        """Return a step that begins to read segments like ``tokens [B, N]``, with memories like *state*.
+
+        Parameters must not change before it has read them all. Its rows are like ``x [B, n, d]``.
+        """
 
         def segment(like: Tensor) -> Segment:
             return model.memory.segment(like, state, model.positions)
@@ -270,6 +276,7 @@ class Diagonals:
                 len(model.layers),
                 self.graph.memory / 2**30,
             )
+        self.graph.begin()
         return self.graph
 
 

@@ -42,7 +42,7 @@ class SegmentReader:
 
     def __init__(self, model: Network, state: Optional[MemoryState] = None):
         self.model = model
-        self.state = state  # after the segments that have been read; of use between two calls of `features`
+        self.state = state  # after all segments, once `features` has yielded the last one
 
     def features(self, segments: Iterable[Piece]) -> Iterator[Tensor]:
         """Yield the features ``[B, N, d]`` of each segment, in order; up to L segments are asked for in advance."""
@@ -131,7 +131,7 @@ def _whole_segments(state: DecodingState, model: Network, tokens: Tensor, count:
     filling = -(-memory.slots // length) + 1
     if whole < filling + len(model.layers) or state.has_read or not memory.fills_caches:
         return
-    if not model.diagonals.serves(model, tokens):
+    if not model.diagonals.serves(model, tokens[:, :length]):
         return
     reader = SegmentReader(model)
     yield from reader.features(Piece(segment) for segment in tokens[:, : whole * length].split(length, dim=1))
