@@ -355,10 +355,10 @@ def waiting_for_the_host() -> None:
 @fault
 def telling_what_went_ahead() -> None:
     """Each update, and each segment, that the device was given early and that was then asked for."""
-    from lamemo_fairseq.core.graphs import _TrainingRecording
+    from lamemo_fairseq.core.graphs import _Begun
     from lamemo_fairseq.host.mixed_precision import FP16Optimizer
 
-    finish, take = FP16Optimizer._finish, _TrainingRecording._is
+    finish, take = FP16Optimizer._finish, _Begun.serves
 
     def telling_updates(*args):
         print("an update went ahead", flush=True)
@@ -369,4 +369,4 @@ def telling_what_went_ahead() -> None:
         print("a segment went ahead" if taken else "a segment went in vain", flush=True)
         return taken
 
-    FP16Optimizer._finish, _TrainingRecording._is = telling_updates, telling_segments
+    FP16Optimizer._finish, _Begun.serves = telling_updates, telling_segments

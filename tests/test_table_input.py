@@ -186,7 +186,7 @@ def test_marks_and_line_ends(data, tmp_path):
         (WRITTEN.encode("utf-16"), "is not UTF-8 in line 1"),
         (f"{WRITTEN}title: other\n".encode(), "duplicate key title"),
         (WRITTEN.replace("  a:", "  a: {title: B}\n  a:").encode(), "duplicate key a"),
-        (b"a: &a [*a]", "holds itself"),
+        (b"a: &a [*a]", "contains itself"),
         (b"3", "Invalid loaded object"),
         (b"", "missing mandatory value"),
         (WRITTEN.encode() + b"\x00", "is no YAML"),
