@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from fairseq import options
 
-from lamemo_fairseq.host import refusals
+from lamemo_fairseq.host import interruption, refusals
 from lamemo_fairseq.host.options import check_save_dir
 from lamemo_fairseq.host.start import _first
 
@@ -57,3 +57,13 @@ def test_a_command_line_that_is_refused_is_printed_so(monkeypatch, capsys):
     sys.excepthook(type(error), error, error.__traceback__)
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("ValueError: --arch lamemo_ln is not known: did you mean lamemo_lm")
+
+
+def test_many_commands_of_one_process_add_no_hooks(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", lambda *error: None)
+    hooks = []
+    for _ in range(3):
+        refusals.print_in_one_line()
+        interruption.end_in_one_line()
+        hooks.append(sys.excepthook)
+    assert hooks[1] is hooks[0] and hooks[2] is hooks[0]

@@ -1,6 +1,5 @@
 """End an interrupted command with one line, which for a training says what is saved and how to go on."""
 
-import functools
 import os
 import signal
 import sys
@@ -10,6 +9,8 @@ from types import TracebackType
 from typing import Any, Callable, Iterator, Optional, Type
 
 import torch.distributed as dist
+
+from .refusals import hook_once
 
 
 class Terminated(KeyboardInterrupt):
@@ -55,8 +56,7 @@ _told = False
 
 def end_in_one_line() -> None:
     """Put `_ended` before the function that prints tracebacks; process groups put theirs before it."""
-    if getattr(sys.excepthook, "func", None) is not _ended:
-        sys.excepthook = functools.partial(_ended, sys.excepthook)
+    hook_once(_ended)
 
 
 def begin(trainer: Any) -> None:

@@ -17,10 +17,22 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 _PACKAGE = __name__.partition(".")[0]
 
 
+def hook_once(hook: Callable[..., Any]) -> None:
+    """Let *hook* see errors that end this process, with the former hook as its first argument.
+
+    A hook that is there already stays where it is, also below others: a process may run many commands.
+    """
+    former: Any = sys.excepthook
+    while isinstance(former, functools.partial) and former.args:
+        if former.func is hook:
+            return
+        former = former.args[0]
+    sys.excepthook = functools.partial(hook, sys.excepthook)
+
+
 def print_in_one_line() -> None:
     """From now on, print refusals that end this process in one line."""
-    if getattr(sys.excepthook, "func", None) is not _print:
-        sys.excepthook = functools.partial(_print, sys.excepthook)
+    hook_once(_print)
 
 
 def is_refusal(error: BaseException) -> bool:
