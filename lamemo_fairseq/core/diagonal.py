@@ -12,6 +12,7 @@ Shapes: B streams, N tokens of a segment, n <= N of one pass through the layers,
 """
 
 import logging
+from contextlib import contextmanager
 from functools import cache
 from typing import (
     Callable,
@@ -250,17 +251,25 @@ class Diagonals:
         """Tell whether a step is recorded as a graph: as for `SegmentGraphs`."""
         return model.graphs is not None and model.graphs.takes(_module(model), tokens)
 
-    def step(self, model: Network, tokens: Tensor, x: Tensor, state: MemoryState) -> Step:
-        """Return a step that begins to read segments like ``tokens [B, N]``, with memories like *state*.
+    @contextmanager
+    def step(self, model: Network, tokens: Tensor, x: Tensor, state: MemoryState) -> Iterator[Step]:
+        """Give a step that begins to read segments like ``tokens [B, N]``, with memories like *state*.
 
-        Parameters must not change before it has read them all. Its rows are like ``x [B, n, d]``.
+        Parameters must not change in this context. The step's rows are like ``x [B, n, d]``.
         """
-
-        def segment(like: Tensor) -> Segment:
-            return model.memory.segment(like, state, model.positions)
-
         if not self.records(model, tokens) or (self.graph is not None and self.graph.in_use):
-            return EagerStep(model, segment(x))
+            yield EagerStep(model, model.memory.segment(x, state, model.positions))
+            return
+        graph = self._recorded(model, tokens, x, state)
+        graph.in_use = True
+        try:
+            graph.begin()
+            yield graph
+        finally:
+            graph.in_use = False
+
+    def _recorded(self, model: Network, tokens: Tensor, x: Tensor, state: MemoryState) -> DiagonalGraph:
+        """Return the graph of a step, recorded anew if the last one is of other segments or another model."""
         signature = SegmentSignature(
             x.shape, [t.shape for t in state.tensors()], tree_of(_module(model)).signature(), []
         )
@@ -276,7 +285,6 @@ class Diagonals:
                 len(model.layers),
                 self.graph.memory / 2**30,
             )
-        self.graph.begin()
         return self.graph
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .decoding.state import DecodingState
-from .diagonal import DiagonalGraph, Network, read_diagonally
+from .diagonal import Network, read_diagonally
 from .memory import MemoryState
 from .memory.groups import GroupedState, advance
 
@@ -79,12 +79,9 @@ class SegmentReader:
                 yield from model.embed(ahead.popleft().tokens).split(period, dim=1)
 
         x = model.embed(first.tokens)[:, :period]
-        step = model.diagonals.step(model, first.tokens, x, state)
-        recorded = step if isinstance(step, DiagonalGraph) else None
-        if recorded is not None:
-            recorded.in_use = True
-        try:
-            reading, passes = read_diagonally(step, model.memory.layer_states(state), embedded()), []
+        passes: List[Tensor] = []
+        with model.diagonals.step(model, first.tokens, x, state) as step:
+            reading = read_diagonally(step, model.memory.layer_states(state), embedded())
             while True:
                 try:
                     passes.append(next(reading))
@@ -94,9 +91,6 @@ class SegmentReader:
                 if sum(rows.size(1) for rows in passes) == length:
                     yield passes[0] if len(passes) == 1 else torch.cat(passes, dim=1)
                     passes = []
-        finally:
-            if recorded is not None:
-                recorded.in_use = False
 
 
 def read_into(
