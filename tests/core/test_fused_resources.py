@@ -17,7 +17,7 @@ def compile_all(head: int, dtype: str) -> dict:
     tile_of = {"forward_kernel": chosen.forward, "key_kernel": chosen.key, "query_kernel": chosen.query}
     flags = dict.fromkeys(("CONTENT", "POSITION", "STORED"), True)
     flags |= dict.fromkeys(("FIRST", "DROPOUT", "CHUNKED", "ADD"), False)
-    single = {"p_stored_lse", "p_merged", "p_new", "p_delta", "p_lse", "p_du"}
+    single = {"p_stored_lse", "p_merged", "p_new", "p_rows", "p_du"}
     found = {}
     for name in KERNELS:
         kernel = getattr(kernels, name)
@@ -34,8 +34,9 @@ def compile_all(head: int, dtype: str) -> dict:
         kinds = {n: f"*{dtype}" for n in kernel.arg_names if n.startswith("p_")}
         kinds |= dict.fromkeys(single, "*fp32") | {"p_first": "*i32", "p_seed": "*i32"}
         kinds |= dict.fromkeys(("scale", "dropout", "eps"), "fp32")
-        # Pointers and strides are multiples of 16, but for the rows of position scores, which are of 8.
-        divisible = [n for n in kernel.arg_names if n.startswith(("p_", "s_")) and n != "s_pi"]
+        # Pointers and strides are multiples of 16, but for those of position scores, which count vectors of 8 elements.
+        scores = {"s_pc", "s_ph", "s_pr", "s_pb", "s_pi"}
+        divisible = [n for n in kernel.arg_names if n.startswith(("p_", "s_")) and n not in scores]
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         found[name], _ = used(kernel, constants, kinds, divisible, options)
     return found

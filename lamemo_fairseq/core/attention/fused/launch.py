@@ -4,7 +4,7 @@ Shapes: B streams, H heads, Q queries, K keys, D size of a head, U distances, C 
 W columns of position scores.
 """
 
-from typing import Dict, NamedTuple, Optional, Tuple, Union
+from typing import Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -57,22 +57,34 @@ class Inputs(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The layout of position scores: queries in chunks, so that a query has entries only for distances of its chunk."""
+    """The layout of position scores: queries in chunks, so that a query has entries only for distances of its chunk.
 
-    chunk: int  # C
+    A chunk's queries are in 8 classes, the last one's of 8 neighbours first. Class n's scores are n - 7 columns further
+    left than distances alone would have them, so that the score of key 0 is in a column that is a multiple of 8.
+    """
+
+    chunk: int  # C, a multiple of 8
     chunks: int
     width: int  # W, a multiple of 8
+    shift: int  # column of key 0 for query 0, without chunks
 
     @classmethod
     def of(cls, x: Inputs) -> "Layout":
         queries, keys = x.q.size(2), x.k.size(2)
-        chunk = min(_round_up(keys, 64), queries) if queries >= 2 * keys else queries
-        distances = x.band.shift + min(keys, x.band.high + 1) if chunk == queries else keys + chunk - 1
-        return cls(chunk, -(-queries // chunk), _round_up(distances, 8))
+        chunked = queries >= 2 * keys
+        chunk = min(_round_up(keys, 64), _round_up(queries, 8)) if chunked else _round_up(queries, 8)
+        shift = _round_up(x.band.shift, 8)
+        chunks = -(-queries // chunk)
+        if chunks > 1:
+            return cls(chunk, chunks, chunk + _round_up(keys, 8), shift)
+        shift = min(shift, chunk)
+        return cls(chunk, 1, shift + _round_up(min(keys, x.band.high + 8), 8), shift)
 
     def starts(self, shift: int) -> Tuple[int, ...]:
-        """Return the table's entry in column 0 of each chunk."""
-        return tuple(max(0, shift - (c + 1) * self.chunk + 1) for c in range(self.chunks))
+        """Return the table's entry in column 0 of the first class of each chunk; it may be negative."""
+        firsts = (shift - c * self.chunk for c in range(self.chunks))
+        columns = (min(self.shift - c * self.chunk, self.chunk) for c in range(self.chunks))
+        return tuple(first - column - 7 for first, column in zip(firsts, columns, strict=True))
 
 
 def forward(x: Inputs, out: Tensor) -> Tuple[Tensor, Saved]:
@@ -112,10 +124,10 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     batch, heads, queries, size = x.q.shape
     keys, table = x.k.size(2), x.bias.table
     all_tiles = tiles_for(size, x.q.dtype)
-    delta, lse = torch.empty_like(saved.new), torch.empty_like(saved.new)
+    rows = saved.new.new_empty(*saved.new.shape, 2)
     stored_output, stored_normalizer = (None, None) if x.stored is None else x.stored
     kernels.delta_kernel[(triton.cdiv(queries, 32), batch * heads)](
-        saved.output, grad, stored_output, stored_normalizer, saved.new, delta, lse,
+        saved.output, grad, stored_output, stored_normalizer, saved.new, rows,
         *_strides(saved.output), *_strides(grad), *_strides(stored_output),
         heads, queries, x.eps,
         D=size, BLOCK_D=_block(size), BLOCK_Q=32, STORED=x.stored is not None,
@@ -127,12 +139,13 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     geometry = _geometry(x, layout)
     _clear_unseen(x, layout, scores)
     tile = all_tiles.key
+    with_content = x.q if x.bias.content is None else (x.q + x.bias.content.unsqueeze(1)).to(x.q.dtype)
     kernels.key_kernel[(triton.cdiv(keys, tile.keys), batch * heads)](
-        x.q, x.k, x.v, x.bias.content, scores, x.first, x.seed, grad, delta, lse, dk, dv,
-        *_strides(x.q), *_strides(x.k), *_strides(x.v), *_score_strides(scores), *_strides(grad),
+        with_content, x.k, x.v, scores, x.first, x.seed, grad, rows, dk, dv,
+        *_strides(with_content), *_strides(x.k), *_strides(x.v), *_score_strides(scores), *_strides(grad),
         *_strides(dk), *_strides(dv),
         **geometry, scale=x.scale, dropout=x.dropout, **_block_sizes(x, tile),
-        CONTENT=x.bias.content is not None, POSITION=_has_positions(x.bias), FIRST=x.first is not None, ADD=add,
+        POSITION=_has_positions(x.bias), FIRST=x.first is not None, ADD=add,
         DROPOUT=x.dropout > 0, CHUNKED=layout.chunks > 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -144,7 +157,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     sums = x.q.new_empty(batch, heads, blocks, 2, size, dtype=torch.float32)
     kernels.query_kernel[(blocks, batch * heads)](
         x.k, scores, x.first, by_position, dq, sums,
-        *_strides(x.k), *_score_strides(scores), *_score_strides(by_position), *_strides(dq),
+        *_strides(x.k), *_score_strides(scores), *_class_strides(by_position), *_strides(dq),
         **geometry, scale=x.scale, blocks=blocks, **_block_sizes(x, tile),
         POSITION=table is not None, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -156,13 +169,13 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
 
 
 def _clear_unseen(x: Inputs, layout: Layout, scores: Tensor) -> None:
-    """Set the entries ``[chunks, H, B, C, W]`` that no visible pair owns to 0."""
+    """Set the entries ``[chunks, H, 8, B, C / 8, W]`` that no visible pair owns to 0."""
     batch, heads, queries, _ = x.q.shape
     low, high = x.band.limits
     padded = layout.chunks * layout.chunk
     kernels.clear_kernel[(triton.cdiv(padded, 64), triton.cdiv(layout.width, 64), batch * heads)](
         scores, x.first, *_score_strides(scores),
-        heads, queries, x.k.size(2), layout.width, low, high, layout.chunk, _geometry(x, layout)["shift"],
+        heads, queries, x.k.size(2), low, high, layout.chunk, padded, layout.shift // 8,
         BLOCK_Q=64, BLOCK_W=64, FIRST=x.first is not None, CHUNKED=layout.chunks > 1,
     )  # fmt: skip
 
@@ -170,9 +183,9 @@ def _clear_unseen(x: Inputs, layout: Layout, scores: Tensor) -> None:
 class PositionScores(NamedTuple):
     """Unscaled position scores, and their inputs; without a table and scores, a buffer for gradients."""
 
-    scores: Tensor  # [chunks, H, B, C, W]
-    queries: Optional[Tensor] = None  # [chunks, H, B, C, D], None without a table
-    table: Optional[Tensor] = None  # [H, at least U, D], followed by zeros as far as a chunk's columns reach
+    scores: Tensor  # [chunks, H, 8, B, C / 8, W]
+    queries: Optional[Tensor] = None  # [chunks, H, 8, B, C / 8, D], None without a table
+    tables: Sequence[Tensor] = ()  # of each chunk [H * 8, W, D]
 
 
 def _has_positions(bias: RelativeBias) -> bool:
@@ -180,36 +193,56 @@ def _has_positions(bias: RelativeBias) -> bool:
 
 
 def _position_scores(x: Inputs, layout: Layout) -> PositionScores:
-    scores, starts = _score_buffer(x, layout), layout.starts(x.band.shift)
-    columns, learned = max(starts) + layout.width, x.bias.score
+    scores, learned = _score_buffer(x, layout), x.bias.score
     if learned is not None:
-        learned = _followed_by_zeros(learned.to(x.q.dtype).unsqueeze(-1), columns).transpose(1, 2)
+        learned_by_chunk = [t.unsqueeze(1) for t in _by_class(learned.to(x.q.dtype), layout, x.band.shift)]
     if x.bias.table is None:
         if learned is not None:
-            for c, start in enumerate(starts):
-                scores[c].flatten(1, 2).copy_(learned[:, :, start : start + layout.width])
+            for c, by_distance in enumerate(learned_by_chunk):
+                _by_batch(scores[c]).copy_(by_distance)
         return PositionScores(scores)
-    position_q, table = _position_queries(x, layout), _followed_by_zeros(x.bias.table.to(x.q.dtype), columns)
-    for c, start in enumerate(starts):
-        seen = slice(start, start + layout.width)
-        by_distance, flat_q, flat = table[:, seen].transpose(1, 2), position_q[c].flatten(1, 2), scores[c].flatten(1, 2)
+    position_q, tables = _position_queries(x, layout), _by_class(x.bias.table.to(x.q.dtype), layout, x.band.shift)
+    for c, table in enumerate(tables):
+        by_distance, flat_q, flat = table.transpose(1, 2), _by_batch(position_q[c]), _by_batch(scores[c])
         if learned is None:
             torch.bmm(flat_q, by_distance, out=flat)
         else:
-            torch.baddbmm(learned[:, :, seen], flat_q, by_distance, out=flat)
-    return PositionScores(scores, position_q, table)
+            torch.baddbmm(learned_by_chunk[c], flat_q, by_distance, out=flat)
+    return PositionScores(scores, position_q, tables)
 
 
-def _followed_by_zeros(by_distance: Tensor, columns: int) -> Tensor:
-    """Pad ``[H, U, ..] -> [H, at least columns, ..]``."""
-    missing = columns - by_distance.size(1)
-    return F.pad(by_distance, (0, 0, 0, missing)) if missing > 0 else by_distance  # F.pad copies in any case
+def _by_batch(by_class: Tensor) -> Tensor:
+    """View ``[H, 8, B, C / 8, ..]`` as ``[H * 8, B * C / 8, ..]``."""
+    return by_class.flatten(2, 3).flatten(0, 1)
+
+
+def _by_class(by_distance: Tensor, layout: Layout, shift: int) -> Sequence[Tensor]:
+    """Copy ``[H, U, ..]`` for the columns of each class: for each chunk ``[H * 8, W, ..]``, with zeros beyond U."""
+    starts = layout.starts(shift)
+    front = max(0, -min(starts))
+    behind = max(0, max(starts) + 7 + layout.width - by_distance.size(1))
+    padded = F.pad(by_distance, (*(0, 0) * (by_distance.dim() - 2), front, behind))
+    windows = padded.unfold(1, layout.width, 1).movedim(-1, 2)  # [H, .., W, ..]
+    return [windows[:, front + start :][:, :8].flatten(0, 1) for start in starts]
+
+
+def _sum_classes(by_class: Tensor, layout: Layout, shift: int, count: int) -> Tensor:
+    """Return the gradient in float32 ``[H, U, ..]`` of what `_by_class` copied, from ``[chunks, H, 8, W, ..]``."""
+    starts, (_, heads, _, width, *rest) = layout.starts(shift), by_class.shape
+    # With 8 columns more a row, and rows that begin one earlier, class n moves n columns to the right.
+    wide = F.pad(by_class, (*(0, 0) * len(rest), 0, 8)).flatten(2, 3)[:, :, : 8 * (width + 7)]
+    moved = wide.unflatten(2, (8, width + 7)).sum(2, dtype=torch.float32)  # [chunks, H, W + 7, ..]
+    front = max(0, -min(starts))
+    total = moved.new_zeros(heads, front + max(count, max(starts) + width + 7), *rest)
+    for start, of_chunk in zip(starts, moved, strict=True):
+        total[:, front + start : front + start + width + 7] += of_chunk
+    return total[:, front : front + count]
 
 
 def _position_queries(x: Inputs, layout: Layout) -> Tensor:
-    """Return ``[chunks, H, B, C, D]``, so that one product serves all streams of a head; padding queries are 0."""
+    """Return ``[chunks, H, 8, B, C / 8, D]``: one product serves a class's streams; padding queries are 0."""
     batch, heads, queries, size = x.q.shape
-    made = x.q.new_empty(layout.chunks, heads, batch, layout.chunk, size)
+    made = x.q.new_empty(layout.chunks, heads, 8, batch, layout.chunk // 8, size)
     padded = layout.chunks * layout.chunk
     kernels.position_query_kernel[(triton.cdiv(padded, 64), batch * heads)](
         x.q, x.bias.position, made, *_strides(x.q),
@@ -220,44 +253,36 @@ def _position_queries(x: Inputs, layout: Layout) -> Tensor:
 
 
 def _learned_gradients(x: Inputs, layout: Layout, scores: Tensor) -> Tensor:
-    """Return the gradients of learned scores ``[H, U]``, float32, from score gradients ``[chunks, H, B, C, W]``."""
+    """Return the gradients of learned scores ``[H, U]``, float32, from score gradients ``[chunks, H, 8, B, C / 8, W]``."""
     assert x.bias.score is not None
-    starts, count = layout.starts(x.band.shift), x.bias.score.size(1)
-    by_chunk = scores.sum((2, 3), dtype=torch.float32)  # [chunks, H, W]
-    by_distance = by_chunk.new_zeros(by_chunk.size(1), max(count, max(starts) + layout.width))
-    for c, start in enumerate(starts):
-        by_distance[:, start : start + layout.width] += by_chunk[c]
-    return by_distance[:, :count] * x.scale
+    by_class = scores.sum((3, 4), dtype=torch.float32)
+    return _sum_classes(by_class, layout, x.band.shift, x.bias.score.size(1)) * x.scale
 
 
 def _position_gradients(x: Inputs, layout: Layout, made: PositionScores) -> Tuple[Tensor, Tensor]:
-    """Return the queries' unscaled gradients, and the table's, from score gradients ``[chunks, H, B, C, W]``."""
-    scores, position_q, padded = made
-    assert position_q is not None and padded is not None and x.bias.table is not None
-    starts = layout.starts(x.band.shift)
+    """Return the queries' unscaled gradients, and the table's, from score gradients ``[chunks, H, 8, B, C / 8, W]``."""
+    scores, position_q, tables = made
+    assert position_q is not None and x.bias.table is not None
+    batch, heads, _, size = x.q.shape
     by_position = torch.empty_like(position_q)
-    several = torch.zeros_like(padded, dtype=torch.float32) if layout.chunks > 1 else None
-    for c, start in enumerate(starts):
-        flat = scores[c].flatten(1, 2)
-        seen = slice(start, start + layout.width)
-        torch.bmm(flat, padded[:, seen], out=by_position[c].flatten(1, 2))
-        d_seen = torch.bmm(flat.transpose(1, 2), position_q[c].flatten(1, 2))
-        if several is not None:
-            several[:, seen] += d_seen
-    d_table, count = d_seen if several is None else several, x.bias.table.size(1)
-    return by_position, _followed_by_zeros(d_table[:, :count], count) * x.scale
+    by_class = x.q.new_empty(layout.chunks, heads * 8, layout.width, size)
+    for c, table in enumerate(tables):
+        flat = _by_batch(scores[c])
+        torch.bmm(flat, table, out=_by_batch(by_position[c]))
+        torch.bmm(flat.transpose(1, 2), _by_batch(position_q[c]), out=by_class[c])
+    by_class = by_class.unflatten(1, (heads, 8))
+    return by_position, _sum_classes(by_class, layout, x.band.shift, x.bias.table.size(1)) * x.scale
 
 
 def _score_buffer(x: Inputs, layout: Layout) -> Tensor:
     batch, heads = x.q.shape[:2]
-    return x.q.new_empty(layout.chunks, heads, batch, layout.chunk, layout.width)
+    return x.q.new_empty(layout.chunks, heads, 8, batch, layout.chunk // 8, layout.width)
 
 
 def _geometry(x: Inputs, layout: Layout) -> Dict[str, int]:
     low, high = x.band.limits
-    shift = x.band.shift if layout.chunks > 1 else min(x.band.shift, layout.chunk - 1)
     sizes = {"H": x.q.size(1), "Q": x.q.size(2), "K": x.k.size(2)}
-    return {**sizes, "low": low, "high": high, "C": layout.chunk, "shift": shift}
+    return {**sizes, "low": low, "high": high, "C": layout.chunk, "shift": layout.shift // 8}
 
 
 def _block_sizes(x: Inputs, tile: Tile) -> Dict[str, Union[int, str]]:
@@ -291,4 +316,9 @@ def _strides(t: Optional[Tensor]) -> Tuple[int, ...]:
 
 
 def _score_strides(t: Optional[Tensor]) -> Tuple[int, ...]:
-    return (0, 0, 0, 0) if t is None else t.stride()[:4]
+    """Return the strides of position scores in vectors of 8 elements."""
+    return tuple(stride // 8 for stride in _class_strides(t))
+
+
+def _class_strides(t: Optional[Tensor]) -> Tuple[int, ...]:
+    return (0, 0, 0, 0, 0) if t is None else t.stride()[:5]

@@ -24,8 +24,8 @@ class Tiles(NamedTuple):
 
 # by the largest size of a head
 HALF: Dict[int, Tiles] = {
-    48: Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2)),
-    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    48: Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 3)),
+    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3)),
     128: Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
 # float32 multiplies without tensor cores, to stay exact.
