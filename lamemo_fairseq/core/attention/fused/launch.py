@@ -253,7 +253,7 @@ def _position_queries(x: Inputs, layout: Layout) -> Tensor:
 
 
 def _learned_gradients(x: Inputs, layout: Layout, scores: Tensor) -> Tensor:
-    """Return the gradients of learned scores ``[H, U]``, float32, from score gradients ``[chunks, H, 8, B, C / 8, W]``."""
+    """Return the gradients of learned scores ``[H, U]``, float32, from those of scores ``[chunks, H, 8, B, C / 8, W]``."""
     assert x.bias.score is not None
     by_class = scores.sum((3, 4), dtype=torch.float32)
     return _sum_classes(by_class, layout, x.band.shift, x.bias.score.size(1)) * x.scale
@@ -263,7 +263,7 @@ def _position_gradients(x: Inputs, layout: Layout, made: PositionScores) -> Tupl
     """Return the queries' unscaled gradients, and the table's, from score gradients ``[chunks, H, 8, B, C / 8, W]``."""
     scores, position_q, tables = made
     assert position_q is not None and x.bias.table is not None
-    batch, heads, _, size = x.q.shape
+    _, heads, _, size = x.q.shape
     by_position = torch.empty_like(position_q)
     by_class = x.q.new_empty(layout.chunks, heads * 8, layout.width, size)
     for c, table in enumerate(tables):
