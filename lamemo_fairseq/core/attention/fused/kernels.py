@@ -109,8 +109,13 @@ def _forward_block(
         at = column[:, None] + j[None, :]
         if MASKED:
             m_at = (i < Q)[:, None] & _in_row(at, s_pi)
-        b_s += tl.load(p_row[:, None] + at, m_at).to(tl.float32)
-    b_s *= scale * LOG2E
+        b_p = tl.load(p_row[:, None] + at, m_at).to(tl.float32)
+        if MASKED:
+            b_s = (b_s + b_p) * (scale * LOG2E)
+        else:  # Triton makes a plain sum the product's start, and does not load that ahead.
+            b_s = b_s * (scale * LOG2E) + b_p * (scale * LOG2E)
+    else:
+        b_s *= scale * LOG2E
     if MASKED:
         b_s = tl.where(_visible(i[:, None], j[None, :], Q, K, low, high, first), b_s, -float("inf"))
     top = tl.maximum(b_top, tl.max(b_s, 1))
@@ -297,8 +302,14 @@ def _key_block(
     # [BLOCK_K, BLOCK_Q]
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
     if POSITION:
-        b_s += tl.trans(tl.load(at, m_at)).to(tl.float32)
-    b_w = tl.exp2(b_s * (scale * LOG2E) - lse[None, :])
+        b_p = tl.trans(tl.load(at, m_at)).to(tl.float32)
+        if MASKED:
+            b_s = (b_s + b_p) * (scale * LOG2E) - lse[None, :]
+        else:  # Triton makes a plain sum the product's start, and does not load that ahead.
+            b_s = b_s * (scale * LOG2E) + (b_p * (scale * LOG2E) - lse[None, :])
+    else:
+        b_s = b_s * (scale * LOG2E) - lse[None, :]
+    b_w = tl.exp2(b_s)
     if MASKED:
         b_w = tl.where(_visible(i[None, :], j[:, None], Q, K, low, high, first), b_w, 0.0)
     b_dw = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)

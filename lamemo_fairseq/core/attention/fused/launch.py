@@ -253,7 +253,7 @@ def _position_queries(x: Inputs, layout: Layout) -> Tensor:
 
 
 def _learned_gradients(x: Inputs, layout: Layout, scores: Tensor) -> Tensor:
-    """Return the gradients of learned scores ``[H, U]``, float32, from those of scores ``[chunks, H, 8, B, C / 8, W]``."""
+    """Return gradients of learned scores ``[H, U]``, float32, from score gradients ``[chunks, H, 8, B, C / 8, W]``."""
     assert x.bias.score is not None
     by_class = scores.sum((3, 4), dtype=torch.float32)
     return _sum_classes(by_class, layout, x.band.shift, x.bias.score.size(1)) * x.scale
