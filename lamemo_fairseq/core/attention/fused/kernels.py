@@ -110,10 +110,8 @@ def _forward_block(
         if MASKED:
             m_at = (i < Q)[:, None] & _in_row(at, s_pi)
         b_p = tl.load(p_row[:, None] + at, m_at).to(tl.float32)
-        if MASKED:
-            b_s = (b_s + b_p) * (scale * LOG2E)
-        else:  # Triton makes a plain sum the product's start, and does not load that ahead.
-            b_s = b_s * (scale * LOG2E) + b_p * (scale * LOG2E)
+        # Triton makes a plain sum the product's start, with fewer registers, but does not load that ahead.
+        b_s = (b_s + b_p) * (scale * LOG2E) if MASKED else b_s * (scale * LOG2E) + b_p * (scale * LOG2E)
     else:
         b_s *= scale * LOG2E
     if MASKED:
@@ -258,7 +256,7 @@ def clear_kernel(
     i, t = i0 + tl.arange(0, BLOCK_Q), t0 + tl.arange(0, BLOCK_W)
     p_row, column = _score_rows(p_scores, i, s_pc, s_pr, s_pi, C, shift, CHUNKED)
     # The least and the greatest key and distance of the block's pairs, as if all its queries were of one chunk.
-    key_0 = tl.max(column)
+    _, key_0 = _score_rows(p_scores, i0, s_pc, s_pr, s_pi, C, shift, CHUNKED)
     i1, t1 = tl.minimum(i0 + BLOCK_Q, padded) - 1, tl.minimum(t0 + BLOCK_W, s_pi * 8) - 1
     one_chunk = i0 // C == i1 // C
     j0, j1 = t0 - key_0, t1 - key_0 + i1 // 8 * 8 - i0 // 8 * 8
@@ -268,10 +266,12 @@ def clear_kernel(
         m_t = (i < padded)[:, None] & (t < s_pi * 8)[None, :]
         zero = tl.zeros([BLOCK_Q, BLOCK_W], p_scores.dtype.element_ty)
         none_seen = one_chunk & ((i0 >= Q) | (j1 < first) | (j0 >= K) | (r1 < low) | (r0 > high))
-        if none_seen == 0:
+        at = p_row[:, None] + t[None, :]
+        if none_seen:
+            tl.store(at, zero, m_t)
+        else:
             j = t[None, :] - column[:, None]
-            m_t &= _visible(i[:, None], j, Q, K, low, high, first) == 0
-        tl.store(p_row[:, None] + t[None, :], zero, m_t)
+            tl.store(at, zero, m_t & (_visible(i[:, None], j, Q, K, low, high, first) == 0))
 
 
 @triton.jit

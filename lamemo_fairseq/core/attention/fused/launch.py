@@ -231,9 +231,9 @@ def _sum_classes(by_class: Tensor, layout: Layout, shift: int, count: int) -> Te
     starts, (_, heads, _, width, *rest) = layout.starts(shift), by_class.shape
     # With 8 columns more a row, and rows that begin one earlier, class n moves n columns to the right.
     wide = F.pad(by_class, (*(0, 0) * len(rest), 0, 8)).flatten(2, 3)[:, :, : 8 * (width + 7)]
-    moved = wide.unflatten(2, (8, width + 7)).sum(2, dtype=torch.float32)  # [chunks, H, W + 7, ..]
+    moved: Tensor = wide.unflatten(2, (8, width + 7)).sum(2, dtype=torch.float32)  # [chunks, H, W + 7, ..]
     front = max(0, -min(starts))
-    total = moved.new_zeros(heads, front + max(count, max(starts) + width + 7), *rest)
+    total: Tensor = moved.new_zeros(heads, front + max(count, max(starts) + width + 7), *rest)
     for start, of_chunk in zip(starts, moved, strict=True):
         total[:, front + start : front + start + width + 7] += of_chunk
     return total[:, front : front + count]
