@@ -25,7 +25,7 @@ def _score_rows(p_scores, i, s_chunk, s_class, s_row, C, shift, CHUNKED: tl.cons
         p_scores += chunk.to(tl.int64) * s_chunk * 8
         shift = tl.minimum(shift - chunk * (C // 8), C // 8)
     eighth = i // 8
-    return p_scores + ((7 - i % 8) * s_class + eighth * s_row) * 8, (shift - eighth) * 8
+    return p_scores + ((7 - i % 8).to(tl.int64) * s_class + eighth * s_row) * 8, (shift - eighth) * 8
 
 
 @triton.jit

@@ -228,15 +228,15 @@ def _by_class(by_distance: Tensor, layout: Layout, shift: int) -> Sequence[Tenso
 
 def _sum_classes(by_class: Tensor, layout: Layout, shift: int, count: int) -> Tensor:
     """Return the gradient in float32 ``[H, U, ..]`` of what `_by_class` copied, from ``[chunks, H, 8, W, ..]``."""
-    starts, (_, heads, _, width, *rest) = layout.starts(shift), by_class.shape
-    # With 8 columns more a row, and rows that begin one earlier, class n moves n columns to the right.
-    wide = F.pad(by_class, (*(0, 0) * len(rest), 0, 8)).flatten(2, 3)[:, :, : 8 * (width + 7)]
-    moved: Tensor = wide.unflatten(2, (8, width + 7)).sum(2, dtype=torch.float32)  # [chunks, H, W + 7, ..]
-    front = max(0, -min(starts))
-    total: Tensor = moved.new_zeros(heads, front + max(count, max(starts) + width + 7), *rest)
-    for start, of_chunk in zip(starts, moved, strict=True):
-        total[:, front + start : front + start + width + 7] += of_chunk
-    return total[:, front : front + count]
+    width, rest = layout.width + 7, (0, 0) * (by_class.dim() - 4)
+    # Class n moves n columns to the right: rows are 8 columns longer, then start one column earlier each.
+    wide = F.pad(by_class, (*rest, 0, 8)).flatten(2, 3)[:, :, : 8 * width]
+    moved = wide.unflatten(2, (8, width)).sum(2, dtype=torch.float32)  # [chunks, H, W + 7, ..]
+    starts = layout.starts(shift)
+    first, *others = (F.pad(m, (*rest, s, count - width - s)) for m, s in zip(moved, starts, strict=True))
+    for other in others:
+        first += other
+    return first
 
 
 def _position_queries(x: Inputs, layout: Layout) -> Tensor:
