@@ -27,7 +27,7 @@ NAMES = ("output", "normalizer", "q", "k", "v", "content", "position", "table", 
 def small_tiles(monkeypatch):
     """Small enough that the sizes below need several; on a GPU the tiles are the real ones."""
     if not GPU:
-        few = tiles.Tiles(*[tiles.Tile(16, 32, 4, 1)] * 3)
+        few = tiles.Tiles(*[tiles.Tile(16, 32, 4, 1)] * 5)
         for table in (tiles.SINGLE, tiles.HALF):
             for block in table:
                 monkeypatch.setitem(table, block, few)

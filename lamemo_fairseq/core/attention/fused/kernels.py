@@ -1,96 +1,33 @@
 """Triton kernels of banded attention with position scores, forward and backward.
 
-Shapes: B streams, H heads, Q queries, K keys, D size of a head, W columns of position scores.
+Shapes: B streams, H heads, Q queries, K keys, D size of a head, W vectors of 8 columns of position scores.
 Names: p_ pointer, s_ stride (in elements), b_ tile, m_ mask. The last dimension of every tensor is contiguous.
 
-Query i sees key j if ``low <= j - i <= high`` and ``j >= first[b]``. Position scores are stored UNSHIFTED, by chunks
-of C queries, and by 8 classes of queries: those with the same remainder by 8. In the row of query ``i`` of a chunk, the
-score of key j is in column ``j - i // 8 * 8`` plus a multiple of 8. So the skew costs nothing but pointer arithmetic,
-and 8 neighbouring keys' scores are one aligned vector. Strides of position scores are in vectors. See README.md.
+`pairs.py` says which pairs of a query and a key see each other, and which entry of the position scores is theirs.
 """
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _score_rows(p_scores, i, s_chunk, s_class, s_row, C, shift, CHUNKED: tl.constexpr):
-    """Return pointers to the queries' rows of position scores, and key 0's columns in them, multiples of 8."""
-    if CHUNKED:
-        chunk = i // C
-        i = i - chunk * C
-        p_scores += chunk.to(tl.int64) * s_chunk * 8
-        shift = tl.minimum(shift - chunk * (C // 8), C // 8)
-    eighth = i // 8
-    return p_scores + ((7 - i % 8).to(tl.int64) * s_class + eighth * s_row) * 8, (shift - eighth) * 8
-
-
-@triton.jit
-def _in_row(column, s_row):
-    """Return which columns a row has; the same for all columns of a vector."""
-    return (column >= 0) & (column < s_row * 8)
-
-
-@triton.jit
-def _visible(i, j, Q, K, low, high, first):
-    return (i < Q) & (j < K) & (j - i >= low) & (j - i <= high) & (j >= first)
-
-
-@triton.jit
-def _split(first, last, whole, whole_last):
-    """Split blocks *first* to *last* by those that need no mask, *whole* to *whole_last* at most.
-
-    Returns how many before these need one, the bounds of these, and how many need one in all.
-    """
-    begin = tl.minimum(tl.maximum(first, whole), tl.maximum(first, last))
-    end = tl.maximum(begin, tl.minimum(last, whole_last))
-    before = begin - first
-    return before, begin, end, before + tl.maximum(last - end, 0)
-
-
-@triton.jit
-def _dropout_mask(seed, i, j, K, dropout):
-    """Return the weights that dropout keeps, the same in every kernel: by a pair's number and a head's seed."""
-    return tl.rand(seed, i * K + j) >= dropout
-
-
-@triton.jit
-def _stream_and_head(H):
-    """Return this program's stream and head: the last head first, whose position scores the cache may still hold."""
-    n = tl.program_id(1)
-    streams = tl.num_programs(1) // H
-    return (n % streams).to(tl.int64), (H - 1 - n // streams).to(tl.int64)
-
-
-@triton.jit
-def position_query_kernel(
-    p_q, p_position, p_out, s_qb, s_qh, s_qi,
-    H, B, Q, C, padded,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, POSITION: tl.constexpr,
-):  # fmt: skip
-    """Write queries plus the position bias as ``[chunks, H, 8, B, C / 8, D]``; padding behind the last query is 0."""
-    bh = tl.program_id(1)
-    b, h = bh // H, bh % H
-    i, d = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    m_d = d < D
-    p_q += b.to(tl.int64) * s_qb + h * s_qh
-    b_q = tl.load(p_q + i[:, None] * s_qi + d[None, :], (i < Q)[:, None] & m_d[None, :], other=0.0)
-    if POSITION:
-        b_v = tl.load(p_position + h * D + d, m_d, other=0.0).to(tl.float32)
-        b_q = tl.where((i < Q)[:, None], b_q.to(tl.float32) + b_v[None, :], 0.0)
-    chunk = i // C
-    eighth = (i - chunk * C) // 8
-    at = p_out + ((((chunk * H + h).to(tl.int64) * 8 + 7 - i % 8) * B + b) * (C // 8) + eighth) * D
-    tl.store(at[:, None] + d[None, :], b_q.to(p_out.dtype.element_ty), (i < padded)[:, None] & m_d[None, :])
+from .pairs import (
+    LN2,
+    LOG2E,
+    chunk_shift,
+    columns_of,
+    dropout_mask,
+    in_row,
+    score_rows,
+    split,
+    stream_and_head,
+    visible,
+    written,
+)
 
 
 @triton.jit
 def _forward_block(
-    b_out, b_sum, b_top, b_q, i, j0, p_row, column, p_k, p_v, s_kj, s_vj, s_pi,
-    Q, K, low, high, first, scale, seed, dropout,
+    b_out, b_sum, b_top, b_q, i, j0, p_row, column, p_k, p_v, s_kj, s_vj,
+    Q, K, W, low, high, first, scale, seed, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     POSITION: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -108,14 +45,14 @@ def _forward_block(
     if POSITION:
         at = column[:, None] + j[None, :]
         if MASKED:
-            m_at = (i < Q)[:, None] & _in_row(at, s_pi)
+            m_at = (i < Q)[:, None] & in_row(at, W)
         b_p = tl.load(p_row[:, None] + at, m_at).to(tl.float32)
         # Triton makes a plain sum the product's start, with fewer registers, but does not load that ahead.
         b_s = (b_s + b_p) * (scale * LOG2E) if MASKED else b_s * (scale * LOG2E) + b_p * (scale * LOG2E)
     else:
         b_s *= scale * LOG2E
     if MASKED:
-        b_s = tl.where(_visible(i[:, None], j[None, :], Q, K, low, high, first), b_s, -float("inf"))
+        b_s = tl.where(visible(i[:, None], j[None, :], Q, K, low, high, first), b_s, -float("inf"))
     top = tl.maximum(b_top, tl.max(b_s, 1))
     finite = top
     if MASKED:
@@ -125,7 +62,7 @@ def _forward_block(
     shrink = tl.exp2(b_top - finite)
     b_sum = b_sum * shrink + tl.sum(b_w, 1)
     if DROPOUT:
-        b_w = tl.where(_dropout_mask(seed, i[:, None], j[None, :], K, dropout), b_w / (1 - dropout), 0.0)
+        b_w = tl.where(dropout_mask(seed, i[:, None], j[None, :], K, dropout), b_w / (1 - dropout), 0.0)
     # [BLOCK_K, BLOCK_D]
     b_v = tl.load(p_v + j[:, None] * s_vj + d[None, :], m_v)
     b_out = b_out * shrink[:, None] + tl.dot(b_w.to(b_v.dtype), b_v, input_precision=PRECISION)
@@ -135,9 +72,9 @@ def _forward_block(
 @triton.jit
 def forward_kernel(
     p_q, p_k, p_v, p_content, p_scores, p_first, p_seed, p_stored, p_stored_lse, p_out, p_merged, p_new,
-    s_qb, s_qh, s_qi, s_kb, s_kh, s_kj, s_vb, s_vh, s_vj, s_pc, s_ph, s_pr, s_pb, s_pi,
+    s_qb, s_qh, s_qi, s_kb, s_kh, s_kj, s_vb, s_vh, s_vj, s_pc, s_ph, s_pr, s_pi, s_pb,
     s_sb, s_sh, s_si, s_ob, s_oh, s_oi,
-    H, Q, K, low, high, C, shift, scale, dropout, eps,
+    H, Q, K, W, low, high, C, shift, scale, dropout, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     CONTENT: tl.constexpr, POSITION: tl.constexpr, FIRST: tl.constexpr, STORED: tl.constexpr,
     DROPOUT: tl.constexpr, CHUNKED: tl.constexpr,
@@ -147,7 +84,7 @@ def forward_kernel(
     Writes read-out and normaliser. With STORED both are merged, and the normaliser of the keys alone is written too.
     """
     block = tl.program_id(0)
-    b, h = _stream_and_head(H)
+    b, h = stream_and_head(H)
     bh = b * H + h
     i0 = block * BLOCK_Q
     i, d = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
@@ -161,7 +98,7 @@ def forward_kernel(
     p_v += b * s_vb + h * s_vh
     p_row, column = i, i
     if POSITION:
-        p_row, column = _score_rows(p_scores + (h * s_ph + b * s_pb) * 8, i, s_pc, s_pr, s_pi, C, shift, CHUNKED)
+        p_row, column = score_rows(p_scores + (h * s_ph + b * s_pb) * 8, i, s_pc, s_pr, s_pi, C, shift, CHUNKED)
     first = tl.load(p_first + b) if FIRST else 0
     seed = tl.load(p_seed) + bh if DROPOUT else 0
     b_top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
@@ -174,19 +111,19 @@ def forward_kernel(
     whole_stop = tl.maximum(tl.minimum(K, i0 + 1 + high), 0)
     if i0 + BLOCK_Q > Q:
         whole_stop = 0
-    before, begin, end, edges = _split(start, stop, tl.cdiv(whole, BLOCK_K), whole_stop // BLOCK_K)
+    before, begin, end, edges = split(start, stop, tl.cdiv(whole, BLOCK_K), whole_stop // BLOCK_K)
     for n in range(begin, end):
         j0 = n * BLOCK_K
         b_out, b_sum, b_top = _forward_block(
-            b_out, b_sum, b_top, b_q, i, j0, p_row, column, p_k, p_v, s_kj, s_vj, s_pi,
-            Q, K, low, high, first, scale, seed, dropout,
+            b_out, b_sum, b_top, b_q, i, j0, p_row, column, p_k, p_v, s_kj, s_vj,
+            Q, K, W, low, high, first, scale, seed, dropout,
             D, BLOCK_D, BLOCK_K, PRECISION, POSITION, DROPOUT, False,
         )  # fmt: skip
     for n in tl.range(0, edges, num_stages=1):
         j0 = tl.where(n < before, start + n, end + n - before) * BLOCK_K
         b_out, b_sum, b_top = _forward_block(
-            b_out, b_sum, b_top, b_q, i, j0, p_row, column, p_k, p_v, s_kj, s_vj, s_pi,
-            Q, K, low, high, first, scale, seed, dropout,
+            b_out, b_sum, b_top, b_q, i, j0, p_row, column, p_k, p_v, s_kj, s_vj,
+            Q, K, W, low, high, first, scale, seed, dropout,
             D, BLOCK_D, BLOCK_K, PRECISION, POSITION, DROPOUT, True,
         )  # fmt: skip
 
@@ -210,18 +147,24 @@ def forward_kernel(
 
 
 @triton.jit
-def delta_kernel(
-    p_out, p_grad, p_stored, p_stored_lse, p_new, p_rows,
-    s_ob, s_oh, s_oi, s_gb, s_gh, s_gi, s_sb, s_sh, s_si,
-    H, Q, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, STORED: tl.constexpr,
+def row_kernel(
+    p_out, p_grad, p_stored, p_stored_lse, p_new, p_q, p_content, p_position, p_rows, p_by_content, p_by_class,
+    s_ob, s_oh, s_oi, s_gb, s_gh, s_gi, s_sb, s_sh, s_si, s_qb, s_qh, s_qi, s_cb, s_ch, s_ci,
+    s_pc, s_ph, s_pr, s_pi, s_pb,
+    H, Q, C, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    STORED: tl.constexpr, CONTENT: tl.constexpr, TABLE: tl.constexpr, POSITION: tl.constexpr,
 ):  # fmt: skip
-    """Write two numbers a query, with which ``dS = exp(S - lse) (dO . V - delta)`` (README.md has the derivation)."""
+    """Write what the backward pass needs of a query.
+
+    It is two numbers, with which ``dS = exp(S - lse) (dO . V - delta)`` (README.md has the derivation). With CONTENT
+    it is also the query plus this bias, and with TABLE the position query, by class (plus its bias with POSITION).
+    """
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     i, d = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    m_i = i < Q
-    m_o = m_i[:, None] & (d < D)[None, :]
+    m_i, m_d = i < Q, d < D
+    m_o = m_i[:, None] & m_d[None, :]
     # [BLOCK_Q, BLOCK_D]
     b_g = tl.load(p_grad + b * s_gb + h * s_gh + i[:, None] * s_gi + d[None, :], m_o, other=0.0).to(tl.float32)
     b_o = tl.load(p_out + b * s_ob + h * s_oh + i[:, None] * s_oi + d[None, :], m_o, other=0.0).to(tl.float32)
@@ -239,51 +182,31 @@ def delta_kernel(
         lse += tl.log(total) - tl.log(rest)
     tl.store(p_rows + 2 * row, lse * LOG2E, m_i)
     tl.store(p_rows + 2 * row + 1, delta, m_i)
-
-
-@triton.jit
-def clear_kernel(
-    p_scores, p_first, s_pc, s_ph, s_pr, s_pb, s_pi,
-    H, Q, K, low, high, C, padded, shift,
-    BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, FIRST: tl.constexpr, CHUNKED: tl.constexpr,
-):  # fmt: skip
-    """Write 0 wherever the buffer of position scores holds no visible pair, padding of the last chunk included."""
-    block_i, block_t, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    b, h = bh // H, bh % H
-    i0, t0 = block_i * BLOCK_Q, block_t * BLOCK_W
-    first = tl.maximum(tl.load(p_first + b), 0) if FIRST else 0
-    p_scores += (h * s_ph + b * s_pb) * 8
-    i, t = i0 + tl.arange(0, BLOCK_Q), t0 + tl.arange(0, BLOCK_W)
-    p_row, column = _score_rows(p_scores, i, s_pc, s_pr, s_pi, C, shift, CHUNKED)
-    # The least and the greatest key and distance of the block's pairs, as if all its queries were of one chunk.
-    _, key_0 = _score_rows(p_scores, i0, s_pc, s_pr, s_pi, C, shift, CHUNKED)
-    i1, t1 = tl.minimum(i0 + BLOCK_Q, padded) - 1, tl.minimum(t0 + BLOCK_W, s_pi * 8) - 1
-    one_chunk = i0 // C == i1 // C
-    j0, j1 = t0 - key_0, t1 - key_0 + i1 // 8 * 8 - i0 // 8 * 8
-    r0, r1 = j0 - i0 // 8 * 8 - 7, j1 - i1 // 8 * 8
-    all_seen = one_chunk & (i1 < Q) & (j0 >= first) & (j1 < K) & (r0 >= low) & (r1 <= high)
-    if all_seen == 0:
-        m_t = (i < padded)[:, None] & (t < s_pi * 8)[None, :]
-        zero = tl.zeros([BLOCK_Q, BLOCK_W], p_scores.dtype.element_ty)
-        none_seen = one_chunk & ((i0 >= Q) | (j1 < first) | (j0 >= K) | (r1 < low) | (r0 > high))
-        at = p_row[:, None] + t[None, :]
-        if none_seen:
-            tl.store(at, zero, m_t)
-        else:
-            j = t[None, :] - column[:, None]
-            tl.store(at, zero, m_t & (_visible(i[:, None], j, Q, K, low, high, first) == 0))
+    if CONTENT or TABLE:
+        b_q = tl.load(p_q + b * s_qb + h * s_qh + i[:, None] * s_qi + d[None, :], m_o, other=0.0).to(tl.float32)
+        if CONTENT:
+            b_u = b_q + tl.load(p_content + h * D + d, m_d, other=0.0).to(tl.float32)[None, :]
+            at = p_by_content + b * s_cb + h * s_ch + i[:, None] * s_ci + d[None, :]
+            tl.store(at, b_u.to(p_by_content.dtype.element_ty), m_o)
+        if TABLE:
+            if POSITION:
+                b_q += tl.load(p_position + h * D + d, m_d, other=0.0).to(tl.float32)[None, :]
+            chunk = i // C
+            at = p_by_class + h * s_ph + b * s_pb + chunk.to(tl.int64) * s_pc
+            at += (7 - i % 8).to(tl.int64) * s_pr + (i - chunk * C) // 8 * s_pi
+            tl.store(at[:, None] + d[None, :], b_q.to(p_by_class.dtype.element_ty), m_o)
 
 
 @triton.jit
 def _key_block(
     b_dk, b_dv, b_k, b_v, i0, j, p_q, p_scores, p_grad, p_rows, s_qi, s_gi, s_pc, s_pr, s_pi,
-    Q, K, low, high, first, C, shift, scale, seed, dropout,
+    Q, K, W, low, high, first, C, shift, scale, seed, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
     POSITION: tl.constexpr, DROPOUT: tl.constexpr, CHUNKED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients by a block of queries; MASKED if a query is behind the last one or does not see a key."""
     i, d = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    p_row, column = _score_rows(p_scores, i, s_pc, s_pr, s_pi, C, shift, CHUNKED)
+    p_row, column = score_rows(p_scores, i, s_pc, s_pr, s_pi, C, shift, CHUNKED)
     # [BLOCK_Q, BLOCK_K]
     at = column[:, None] + j[None, :]
     two = (2 * i)[:, None] + tl.arange(0, 2)[None, :]
@@ -293,7 +216,7 @@ def _key_block(
     if MASKED:
         m_i = (i < Q)[:, None]
         m_d = m_i & (d < D)[None, :]
-        m_at = m_i & _in_row(at, s_pi)
+        m_at = m_i & in_row(at, W)
     at = p_row[:, None] + at
     # [BLOCK_Q, BLOCK_D]
     b_q = tl.load(p_q + i[:, None] * s_qi + d[None, :], m_d)
@@ -311,11 +234,11 @@ def _key_block(
         b_s = b_s * (scale * LOG2E) - lse[None, :]
     b_w = tl.exp2(b_s)
     if MASKED:
-        b_w = tl.where(_visible(i[None, :], j[:, None], Q, K, low, high, first), b_w, 0.0)
+        b_w = tl.where(visible(i[None, :], j[:, None], Q, K, low, high, first), b_w, 0.0)
     b_dw = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)
     b_dropped = b_w
     if DROPOUT:
-        mask = _dropout_mask(seed, i[None, :], j[:, None], K, dropout)
+        mask = dropout_mask(seed, i[None, :], j[:, None], K, dropout)
         b_dw = tl.where(mask, b_dw / (1 - dropout), 0.0)
         b_dropped = tl.where(mask, b_w / (1 - dropout), 0.0)
     b_dv += tl.dot(b_dropped.to(b_g.dtype), b_g, input_precision=PRECISION)
@@ -328,9 +251,9 @@ def _key_block(
 @triton.jit
 def key_kernel(
     p_q, p_k, p_v, p_scores, p_first, p_seed, p_grad, p_rows, p_dk, p_dv,
-    s_qb, s_qh, s_qi, s_kb, s_kh, s_kj, s_vb, s_vh, s_vj, s_pc, s_ph, s_pr, s_pb, s_pi,
+    s_qb, s_qh, s_qi, s_kb, s_kh, s_kj, s_vb, s_vh, s_vj, s_pc, s_ph, s_pr, s_pi, s_pb,
     s_gb, s_gh, s_gi, s_dkb, s_dkh, s_dkj, s_dvb, s_dvh, s_dvj,
-    H, Q, K, low, high, C, shift, scale, dropout,
+    H, Q, K, W, low, high, C, shift, scale, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     POSITION: tl.constexpr, FIRST: tl.constexpr, ADD: tl.constexpr,
     DROPOUT: tl.constexpr, CHUNKED: tl.constexpr,
@@ -340,7 +263,7 @@ def key_kernel(
     The queries have the content bias. ADD adds to the values of ``dk`` and ``dv``.
     """
     block = tl.program_id(0)
-    b, h = _stream_and_head(H)
+    b, h = stream_and_head(H)
     bh = b * H + h
     j0 = block * BLOCK_K
     j, d = j0 + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
@@ -365,19 +288,19 @@ def key_kernel(
     whole, whole_stop = tl.maximum(j0 + BLOCK_K - 1 - high, 0), tl.maximum(tl.minimum(Q, j0 + 1 - low), 0)
     if (j0 < first) | (j0 + BLOCK_K > K):
         whole_stop = 0
-    before, begin, end, edges = _split(start, stop, tl.cdiv(whole, BLOCK_Q), whole_stop // BLOCK_Q)
+    before, begin, end, edges = split(start, stop, tl.cdiv(whole, BLOCK_Q), whole_stop // BLOCK_Q)
     for n in tl.range(0, edges, num_stages=1):
         i0 = tl.where(n < before, start + n, end + n - before) * BLOCK_Q
         b_dk, b_dv = _key_block(
             b_dk, b_dv, b_k, b_v, i0, j, p_q, p_scores, p_grad, p_rows, s_qi, s_gi, s_pc, s_pr, s_pi,
-            Q, K, low, high, first, C, shift, scale, seed, dropout,
+            Q, K, W, low, high, first, C, shift, scale, seed, dropout,
             D, BLOCK_D, BLOCK_Q, PRECISION, POSITION, DROPOUT, CHUNKED, True,
         )  # fmt: skip
     for n in range(begin, end):
         i0 = n * BLOCK_Q
         b_dk, b_dv = _key_block(
             b_dk, b_dv, b_k, b_v, i0, j, p_q, p_scores, p_grad, p_rows, s_qi, s_gi, s_pc, s_pr, s_pi,
-            Q, K, low, high, first, C, shift, scale, seed, dropout,
+            Q, K, W, low, high, first, C, shift, scale, seed, dropout,
             D, BLOCK_D, BLOCK_Q, PRECISION, POSITION, DROPOUT, CHUNKED, False,
         )  # fmt: skip
 
@@ -393,43 +316,66 @@ def key_kernel(
 
 @triton.jit
 def query_kernel(
-    p_k, p_scores, p_first, p_by_position, p_dq, p_du,
-    s_kb, s_kh, s_kj, s_pc, s_ph, s_pr, s_pb, s_pi, s_rc, s_rh, s_rr, s_rb, s_ri, s_dqb, s_dqh, s_dqi,
-    H, Q, K, low, high, C, shift, scale, blocks,
+    p_k, p_table, p_scores, p_first, p_dq, p_du,
+    s_kb, s_kh, s_kj, s_th, s_tu, s_pc, s_ph, s_pr, s_pi, s_pb, s_dqb, s_dqh, s_dqi,
+    H, Q, K, U, W, low, high, C, shift, entry, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    POSITION: tl.constexpr, FIRST: tl.constexpr, CHUNKED: tl.constexpr,
+    TABLE: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of a block of queries from the score gradients, and their sums for the two biases."""
-    block = tl.program_id(0)
-    b, h = _stream_and_head(H)
-    bh = b * H + h
-    i0 = block * BLOCK_Q
-    i, d = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    m_q = (i < Q)[:, None] & (d < D)[None, :]
+    """Compute the gradients of a block of queries of one class, and their sums for the two biases.
+
+    It reads their score gradients by keys, for the products with keys, and by columns, for those with the table.
+    """
+    n, block = tl.program_id(0) % 8, tl.program_id(0) // 8
+    b, h = stream_and_head(H)
+    blocks = tl.cdiv(C // 8, BLOCK_Q)
+    chunk = block // blocks
+    e0 = (block - chunk * blocks) * BLOCK_Q
+    e1 = tl.minimum(e0 + BLOCK_Q, C // 8) - 1
+    e, d = e0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    i8 = chunk * C + e * 8
+    i = i8 + 7 - n
+    m_i, m_d = (e <= e1) & (i < Q), d < D
+    shift = chunk_shift(chunk, C, shift)
+    column = (shift - e) * 8
     p_k += b * s_kb + h * s_kh
-    p_row, column = _score_rows(p_scores + (h * s_ph + b * s_pb) * 8, i, s_pc, s_pr, s_pi, C, shift, CHUNKED)
+    p_row = p_scores + (chunk.to(tl.int64) * s_pc + h * s_ph + n.to(tl.int64) * s_pr + b * s_pb + e * s_pi) * 8
     first = tl.load(p_first + b) if FIRST else 0
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    b_dp = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+
+    i0, i1 = chunk * C + e0 * 8 + 7 - n, tl.minimum(chunk * C + e1 * 8 + 7 - n, Q - 1)
     start = tl.maximum(tl.maximum(i0 + low, first), 0) // BLOCK_K * BLOCK_K
-    stop = tl.minimum(K, i0 + BLOCK_Q + high)
-    for j0 in range(start, stop, BLOCK_K):
-        j = j0 + tl.arange(0, BLOCK_K)
-        at = column[:, None] + j[None, :]
-        # Entries of hidden pairs are 0.
-        b_ds = tl.load(p_row[:, None] + at, (i < Q)[:, None] & _in_row(at, s_pi), other=0.0)
+    count = tl.minimum(K, i1 + high + 1) - start
+    if TABLE:
+        t_start, t_stop = columns_of(n, e0, e1, C, chunk, shift, K, W, low, high)
+        t_start = t_start // BLOCK_K * BLOCK_K
+        count = tl.maximum(count, t_stop - t_start)
+        t_entry = entry - chunk * C - shift * 8 - 7 + n  # the table's entry in column 0
+        p_table += h * s_th
+    for past in range(0, count, BLOCK_K):
+        j = start + past + tl.arange(0, BLOCK_K)
+        m_at = m_i[:, None] & written(i8[:, None], (j // 8 * 8)[None, :], K, low, high, first)
+        b_ds = tl.load(p_row[:, None] + (column[:, None] + j[None, :]), m_at, other=0.0)
         # [BLOCK_K, BLOCK_D]
-        b_k = tl.load(p_k + j[:, None] * s_kj + d[None, :], (j < K)[:, None] & (d < D)[None, :], other=0.0)
+        b_k = tl.load(p_k + j[:, None] * s_kj + d[None, :], (j < K)[:, None] & m_d[None, :], other=0.0)
         b_dq += tl.dot(b_ds, b_k, input_precision=PRECISION)
+        if TABLE:
+            t = t_start + past + tl.arange(0, BLOCK_K)
+            j8 = (t // 8 * 8)[None, :] - column[:, None]
+            m_at = m_i[:, None] & in_row(t, W)[None, :] & written(i8[:, None], j8, K, low, high, first)
+            b_ds = tl.load(p_row[:, None] + t[None, :], m_at, other=0.0)
+            u = t_entry + t
+            m_u = (u >= 0) & (u < U)
+            b_r = tl.load(p_table + u[:, None] * s_tu + d[None, :], m_u[:, None] & m_d[None, :], other=0.0)
+            b_dp += tl.dot(b_ds, b_r, input_precision=PRECISION)
     b_dq *= scale
     # [B, H, blocks, 2, D]
-    p_du += (bh * blocks + block) * 2 * D
-    tl.store(p_du + d, tl.sum(b_dq, 0), d < D)
-    if POSITION:
-        chunk = i // C
-        at = p_by_position + h * s_rh + b * s_rb + chunk.to(tl.int64) * s_rc
-        at += (7 - i % 8) * s_rr + (i - chunk * C) // 8 * s_ri
-        b_r = tl.load(at[:, None] + d[None, :], m_q, other=0.0).to(tl.float32) * scale
-        tl.store(p_du + D + d, tl.sum(b_r, 0), d < D)
-        b_dq += b_r
+    p_du += ((b * H + h) * tl.num_programs(0) + tl.program_id(0)) * 2 * D
+    tl.store(p_du + d, tl.sum(b_dq, 0), m_d)
+    if TABLE:
+        b_dp *= scale
+        tl.store(p_du + D + d, tl.sum(b_dp, 0), m_d)
+        b_dq += b_dp
     at = p_dq + b * s_dqb + h * s_dqh + i[:, None] * s_dqi + d[None, :]
-    tl.store(at, b_dq.to(p_dq.dtype.element_ty), m_q)
+    tl.store(at, b_dq.to(p_dq.dtype.element_ty), m_i[:, None] & m_d[None, :])

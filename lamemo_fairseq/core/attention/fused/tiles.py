@@ -6,7 +6,7 @@ import torch
 
 
 class Tile(NamedTuple):
-    """A kernel's block of queries, block of keys, warps and pipeline stages."""
+    """A kernel's block of queries, block of keys (or of columns), warps and pipeline stages."""
 
     queries: int
     keys: int
@@ -20,18 +20,22 @@ class Tiles(NamedTuple):
     forward: Tile
     key: Tile
     query: Tile
+    position: Tile
+    table: Tile
 
 
 # by the largest size of a head
+POSITION, TABLE = Tile(128, 128, 8, 2), Tile(64, 128, 4, 3)
 HALF: Dict[int, Tiles] = {
-    48: Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 3)),
-    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3)),
-    128: Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
+    48: Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), POSITION, TABLE),
+    64: Tiles(Tile(64, 32, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), POSITION, TABLE),
+    128: Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),
 }
 # float32 multiplies without tensor cores, to stay exact.
+SMALL = Tile(32, 32, 4, 1)
 SINGLE: Dict[int, Tiles] = {
-    64: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1)),
-    128: Tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
+    64: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), SMALL, SMALL, SMALL),
+    128: Tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
 }
 
 
