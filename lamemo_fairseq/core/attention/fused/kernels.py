@@ -198,26 +198,34 @@ def row_kernel(
 
 
 @triton.jit
+def _score_block(p_scores, i, j, s_pc, s_pr, s_pi, Q, W, C, shift, CHUNKED: tl.constexpr):
+    """Return pointers ``[BLOCK_Q, BLOCK_K]`` to the pairs' scores, and which of them exist."""
+    p_row, column = score_rows(p_scores, i, s_pc, s_pr, s_pi, C, shift, CHUNKED)
+    at = column[:, None] + j[None, :]
+    return p_row[:, None] + at, (i < Q)[:, None] & in_row(at, W)
+
+
+@triton.jit
 def _key_block(
-    b_dk, b_dv, b_k, b_v, i0, j, p_q, p_scores, p_grad, p_rows, s_qi, s_gi, s_pc, s_pr, s_pi,
+    b_dk, b_dv, b_k, b_v, b_p, i0, i_stop, j, p_q, p_scores, p_grad, p_rows, s_qi, s_gi, s_pc, s_pr, s_pi,
     Q, K, W, low, high, first, C, shift, scale, seed, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
     POSITION: tl.constexpr, DROPOUT: tl.constexpr, CHUNKED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the gradients by a block of queries; MASKED if a query is behind the last one or does not see a key."""
+    """Add the gradients by a block of queries; MASKED if a query is behind the last one or does not see a key.
+
+    Takes the position scores ``b_p [BLOCK_Q, BLOCK_K]``. If not MASKED, returns those of the next block too, if it is
+    before query *i_stop*.
+    """
     i, d = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    p_row, column = score_rows(p_scores, i, s_pc, s_pr, s_pi, C, shift, CHUNKED)
-    # [BLOCK_Q, BLOCK_K]
-    at = column[:, None] + j[None, :]
+    at, m_at = _score_block(p_scores, i, j, s_pc, s_pr, s_pi, Q, W, C, shift, CHUNKED)
     two = (2 * i)[:, None] + tl.arange(0, 2)[None, :]
-    m_d, m_i, m_at = None, None, None
+    m_d, m_i = None, None
     if D < BLOCK_D:
         m_d = (d < D)[None, :]
     if MASKED:
         m_i = (i < Q)[:, None]
         m_d = m_i & (d < D)[None, :]
-        m_at = m_i & in_row(at, W)
-    at = p_row[:, None] + at
     # [BLOCK_Q, BLOCK_D]
     b_q = tl.load(p_q + i[:, None] * s_qi + d[None, :], m_d)
     b_g = tl.load(p_grad + i[:, None] * s_gi + d[None, :], m_d)
@@ -225,11 +233,10 @@ def _key_block(
     # [BLOCK_K, BLOCK_Q]
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
     if POSITION:
-        b_p = tl.trans(tl.load(at, m_at)).to(tl.float32)
-        if MASKED:
-            b_s = (b_s + b_p) * (scale * LOG2E) - lse[None, :]
-        else:  # Triton makes a plain sum the product's start, and does not load that ahead.
-            b_s = b_s * (scale * LOG2E) + (b_p * (scale * LOG2E) - lse[None, :])
+        b_s = b_s * (scale * LOG2E) + (tl.trans(b_p).to(tl.float32) * (scale * LOG2E) - lse[None, :])
+        if not MASKED:
+            ahead, _ = _score_block(p_scores, i + BLOCK_Q, j, s_pc, s_pr, s_pi, Q, W, C, shift, CHUNKED)
+            b_p = tl.load(ahead, (i + BLOCK_Q < i_stop)[:, None], other=0.0)
     else:
         b_s = b_s * (scale * LOG2E) - lse[None, :]
     b_w = tl.exp2(b_s)
@@ -243,9 +250,9 @@ def _key_block(
         b_dropped = tl.where(mask, b_w / (1 - dropout), 0.0)
     b_dv += tl.dot(b_dropped.to(b_g.dtype), b_g, input_precision=PRECISION)
     b_ds = (b_w * (b_dw - delta[None, :])).to(b_q.dtype)
-    tl.store(at, tl.trans(b_ds), m_at)
+    tl.store(at, tl.trans(b_ds), m_at if MASKED else None)
     b_dk += tl.dot(b_ds, b_q, input_precision=PRECISION)
-    return b_dk, b_dv
+    return b_dk, b_dv, b_p
 
 
 @triton.jit
@@ -289,18 +296,27 @@ def key_kernel(
     if (j0 < first) | (j0 + BLOCK_K > K):
         whole_stop = 0
     before, begin, end, edges = split(start, stop, tl.cdiv(whole, BLOCK_Q), whole_stop // BLOCK_Q)
+    q = tl.arange(0, BLOCK_Q)
+    b_p = tl.zeros([BLOCK_Q, BLOCK_K], p_scores.dtype.element_ty)
     for n in tl.range(0, edges, num_stages=1):
         i0 = tl.where(n < before, start + n, end + n - before) * BLOCK_Q
-        b_dk, b_dv = _key_block(
-            b_dk, b_dv, b_k, b_v, i0, j, p_q, p_scores, p_grad, p_rows, s_qi, s_gi, s_pc, s_pr, s_pi,
+        if POSITION:
+            at, m_at = _score_block(p_scores, i0 + q, j, s_pc, s_pr, s_pi, Q, W, C, shift, CHUNKED)
+            b_p = tl.load(at, m_at, other=0.0)
+        b_dk, b_dv, _ = _key_block(
+            b_dk, b_dv, b_k, b_v, b_p, i0, 0, j, p_q, p_scores, p_grad, p_rows, s_qi, s_gi, s_pc, s_pr, s_pi,
             Q, K, W, low, high, first, C, shift, scale, seed, dropout,
             D, BLOCK_D, BLOCK_Q, PRECISION, POSITION, DROPOUT, CHUNKED, True,
         )  # fmt: skip
+    # Position scores are loaded one block ahead: Triton itself does this for operands of products alone.
+    if POSITION:
+        at, _ = _score_block(p_scores, begin * BLOCK_Q + q, j, s_pc, s_pr, s_pi, Q, W, C, shift, CHUNKED)
+        b_p = tl.load(at, (begin * BLOCK_Q + q < end * BLOCK_Q)[:, None], other=0.0)
     for n in range(begin, end):
         i0 = n * BLOCK_Q
-        b_dk, b_dv = _key_block(
-            b_dk, b_dv, b_k, b_v, i0, j, p_q, p_scores, p_grad, p_rows, s_qi, s_gi, s_pc, s_pr, s_pi,
-            Q, K, W, low, high, first, C, shift, scale, seed, dropout,
+        b_dk, b_dv, b_p = _key_block(
+            b_dk, b_dv, b_k, b_v, b_p, i0, end * BLOCK_Q, j, p_q, p_scores, p_grad, p_rows,
+            s_qi, s_gi, s_pc, s_pr, s_pi, Q, K, W, low, high, first, C, shift, scale, seed, dropout,
             D, BLOCK_D, BLOCK_Q, PRECISION, POSITION, DROPOUT, CHUNKED, False,
         )  # fmt: skip
 
