@@ -25,7 +25,7 @@ class Tiles(NamedTuple):
 
 
 # by the largest size of a head
-POSITION, TABLE = Tile(128, 128, 8, 2), Tile(64, 128, 4, 3)
+POSITION, TABLE = Tile(64, 128, 4, 2), Tile(64, 128, 4, 3)
 HALF: Dict[int, Tiles] = {
     48: Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), POSITION, TABLE),
     64: Tiles(Tile(64, 32, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), POSITION, TABLE),
