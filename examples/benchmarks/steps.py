@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 BEFORE, PROFILED = 40, 8  # updates: the memory is full and graphs are recorded by then
 
 PARTS = {
-    "attention": r"^forward_kernel|key_kernel|query_kernel|delta_kernel|clear_kernel|flash|fmha",
+    "attention": r"^(forward|key|query|row|position|table|class_sum)_kernel|flash|fmha",
     "products": r"gemm|cutlass|nvjet|cublas|splitK",
     "loss": r"softmax|nll",
     "norms, dropout": r"norm|dropout|^sum_kernel|GammaBeta|masked_scale|RowwiseMoments",

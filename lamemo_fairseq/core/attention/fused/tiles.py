@@ -25,16 +25,14 @@ class Tiles(NamedTuple):
 
 
 # by the largest size of a head
-POSITION, TABLE = Tile(64, 128, 4, 2), Tile(64, 128, 4, 3)
 HALF: Dict[int, Tiles] = {
-    48: Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), POSITION, TABLE),
-    64: Tiles(Tile(64, 32, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), POSITION, TABLE),
+    64: Tiles(Tile(64, 32, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 128, 4, 2), Tile(64, 128, 4, 3)),
     128: Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),
 }
 # float32 multiplies without tensor cores, to stay exact.
 SMALL = Tile(32, 32, 4, 1)
 SINGLE: Dict[int, Tiles] = {
-    64: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), SMALL, SMALL, SMALL),
+    64: Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), SMALL, SMALL, SMALL),
     128: Tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
 }
 
