@@ -83,7 +83,7 @@ def forward_kernel(
 
     Writes read-out and normaliser. With STORED both are merged, and the normaliser of the keys alone is written too.
     """
-    block = tl.program_id(0)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     b, h = stream_and_head(H)
     bh = b * H + h
     i0 = block * BLOCK_Q

@@ -22,7 +22,7 @@ def position_kernel(
 
     They are products of position queries with the table (TABLE), plus the learned scores by distance (LEARNED).
     """
-    r0, n = tl.program_id(0) * BLOCK_Q, tl.program_id(1)
+    r0, n = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q, tl.program_id(1)  # the longest first
     chunk, h = tl.program_id(2) // H, tl.program_id(2) % H
     shift = chunk_shift(chunk, C, shift)
     r, d = r0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
@@ -113,10 +113,10 @@ def table_kernel(
     behind = tl.minimum(C // 8, tl.cdiv(tl.maximum(Q - chunk * C - 7 + n, 0), 8))
     start, stop = tl.maximum(shift - v1, 0), tl.minimum(behind, shift + tl.cdiv(K, 8) - v0)
     whole, whole_stop = tl.maximum(shift - v0, 0), tl.minimum(behind, shift + tl.cdiv(K, 8) - v1)
-    nearest, farthest = v0 * 8 - chunk * C - shift * 8, v1 * 8 - chunk * C - shift * 8
-    if (nearest - 7 > high) | (farthest + 7 < low):
+    least, most = v0 * 8 - chunk * C - shift * 8, v1 * 8 - chunk * C - shift * 8  # keys' starts less queries'
+    if (least - 7 > high) | (most + 7 < low):
         stop = start
-    if FIRST | (nearest + 7 < low) | (farthest - 7 > high) | (v1 >= W):
+    if FIRST | (least + 7 < low) | (most - 7 > high) | (v1 >= W):
         whole_stop = 0
     start, stop = start * B // BLOCK_Q, tl.cdiv(tl.maximum(stop, start) * B, BLOCK_Q)
     before, begin, end, edges = split(
