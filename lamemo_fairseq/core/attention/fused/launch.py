@@ -218,18 +218,22 @@ def _table_gradients(
         return None, None
     batch, heads, _, size = x.q.shape
     tile = tiles_for(size, x.q.dtype).table
-    copies = scores.new_empty(
-        layout.chunks * heads * 8, layout.width, size if table is not None else 0, dtype=torch.float32
-    )
-    sums = scores.new_empty(layout.chunks * heads * 8, layout.width, 1, dtype=torch.float32)
+    shape, copies, sums = (layout.chunks * heads * 8, layout.width), None, None
+    if table is not None:
+        copies = scores.new_empty(*shape, size, dtype=torch.float32)
+    if learned is not None:
+        sums = scores.new_empty(*shape, 1, dtype=torch.float32)
     position_kernels.table_kernel[(triton.cdiv(layout.width, tile.keys), 8, layout.chunks * heads)](
         scores, by_class, x.first, copies, sums, *_score_strides(scores)[:3],
         B=batch, **_geometry(x, layout), **_block_sizes(x, tile),
         TABLE=table is not None, LEARNED=learned is not None, FIRST=x.first is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    d_table = None if table is None else _class_sum(x, layout, copies, torch.empty_like(table))
-    d_score = None if learned is None else _class_sum(x, layout, sums, learned.new_empty(*learned.shape, 1)).squeeze(2)
+    d_table = d_score = None
+    if table is not None and copies is not None:
+        d_table = _class_sum(x, layout, copies, torch.empty_like(table))
+    if learned is not None and sums is not None:
+        d_score = _class_sum(x, layout, sums, sums.new_empty(*learned.shape, 1)).squeeze(2)
     return d_table, d_score
 
 
