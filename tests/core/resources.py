@@ -23,7 +23,7 @@ def used(
     constants: Dict[str, Any],
     kinds: Dict[str, str],
     divisible: Sequence[str],
-    options: Optional[Dict[str, int]] = None,
+    options: Optional[Dict[str, Optional[int]]] = None,
 ) -> Tuple[Usage, str]:
     """Compile a kernel: registers, stack, spills and shared memory, and the PTX.
 

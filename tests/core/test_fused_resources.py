@@ -38,7 +38,7 @@ def compile_all(head: int, dtype: str) -> dict:
         # Pointers and strides are multiples of 16, but for those of position scores, which count vectors of 8 elements.
         scores = {"s_pc", "s_ph", "s_pr", "s_pi", "s_pb"}
         divisible = [n for n in kernel.arg_names if n.startswith(("p_", "s_")) and n not in scores]
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        options = tile.options()
         found[name], _ = used(kernel, constants, kinds, divisible, options)
     return found
 

@@ -90,6 +90,8 @@ def forward(x: Inputs, out: Tensor) -> Tuple[Tensor, Saved]:
     new = merged if x.stored is None else torch.empty_like(merged)
     stored_output, stored_normalizer = (None, None) if x.stored is None else x.stored
     tile = tiles_for(size, x.q.dtype).forward
+    if x.dropout:  # its random numbers would not fit
+        tile = tile._replace(registers=None)
     kernels.forward_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
         x.q, x.k, x.v, x.bias.content, scores, x.first, x.seed, stored_output, stored_normalizer, out, merged, new,
         *_strides(x.q), *_strides(x.k), *_strides(x.v), *_score_strides(scores),
@@ -97,7 +99,7 @@ def forward(x: Inputs, out: Tensor) -> Tuple[Tensor, Saved]:
         **_geometry(x, layout), scale=x.scale, dropout=x.dropout, eps=x.eps, **_block_sizes(x, tile),
         CONTENT=x.bias.content is not None, POSITION=scores is not None, FIRST=x.first is not None,
         STORED=x.stored is not None, DROPOUT=x.dropout > 0, CHUNKED=layout.chunks > 1,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **tile.options(),
     )  # fmt: skip
     return merged, Saved(out, new)
 
@@ -129,7 +131,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
         *_strides(dk), *_strides(dv),
         **geometry, scale=x.scale, dropout=x.dropout, **_block_sizes(x, tile),
         POSITION=_has_positions(x.bias), FIRST=x.first is not None, ADD=add,
-        DROPOUT=x.dropout > 0, CHUNKED=layout.chunks > 1, num_warps=tile.warps, num_stages=tile.stages,
+        DROPOUT=x.dropout > 0, CHUNKED=layout.chunks > 1, **tile.options(),
     )  # fmt: skip
 
     d_table, d_score = _table_gradients(x, layout, scores, rows.by_class)
@@ -141,7 +143,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
         x.k, _table(x), scores, x.first, dq, sums,
         *_strides(x.k), *_table_strides(x), *_score_strides(scores), *_strides(dq),
         **geometry, U=_distances(x.bias), entry=x.band.shift, scale=x.scale, **_block_sizes(x, tile),
-        TABLE=table is not None, FIRST=x.first is not None, num_warps=tile.warps, num_stages=tile.stages,
+        TABLE=table is not None, FIRST=x.first is not None, **tile.options(),
     )  # fmt: skip
     d_content, d_position = sums.sum((0, 2)).unbind(1)
     return RelativeBias(d_content, None if table is None else d_position, d_table, d_score)
@@ -198,7 +200,7 @@ def _position_scores(x: Inputs, layout: Layout) -> Tensor:
         *_strides(x.q), *_table_strides(x), *_score_strides(scores)[:3],
         B=batch, U=_distances(x.bias), entry=x.band.shift, **_geometry(x, layout), **_block_sizes(x, tile),
         TABLE=table is not None, POSITION=x.bias.position is not None, LEARNED=learned is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **tile.options(),
     )  # fmt: skip
     return scores
 
@@ -227,7 +229,7 @@ def _table_gradients(
         scores, by_class, x.first, copies, sums, *_score_strides(scores)[:3],
         B=batch, **_geometry(x, layout), **_block_sizes(x, tile),
         TABLE=table is not None, LEARNED=learned is not None, FIRST=x.first is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **tile.options(),
     )  # fmt: skip
     d_table = d_score = None
     if table is not None and copies is not None:
