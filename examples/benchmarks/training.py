@@ -169,8 +169,8 @@ def build(size: str, path: str, dtype: Any, device: str, layers: int | None = No
 
     _, words, streams, _ = SIZES[size]
     parser = options.get_training_parser("segment_language_modeling")
-    arguments = ["none", "--task", "segment_language_modeling", *model_options(size, path)]
-    args = options.parse_args_and_arch(parser, [*arguments, "--dropout", "0"])
+    arguments = ["none", *TRAINING.split(), *model_options(size, path), "--dropout", "0"]
+    args = options.parse_args_and_arch(parser, arguments)
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     cfg = convert_namespace_to_omegaconf(args).model
@@ -294,6 +294,7 @@ def main() -> None:
     print(f"{device}, {versions}")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     results: dict[str, Any] = {"device": device, "versions": versions, "command": sys.argv[1:]}
+    unmeasured = 0
     for size in args.sizes:
         _, words, streams, _ = SIZES[size]
         with tempfile.TemporaryDirectory() as folder:
@@ -306,12 +307,14 @@ def main() -> None:
                 if process.exitcode:
                     log = (Path(folder) / "log").read_text()
                     print(f"| {size} | {path} | failed |\n{log[-1500:]}", flush=True)
+                    unmeasured += 1
                     continue
                 measured = json.loads((Path(folder) / "measured").read_text())
                 results[f"{size} {path}"] = measured
                 off = f"{measured['check']['error']:.1e} ({measured['check']['allowed']:.1e})"
                 if not measured["check"]["ok"]:
                     print(f"| {size} | {path} | off | | | | {off} |", flush=True)
+                    unmeasured += 1
                     continue
                 share = measured["tok/s"] * measured["work"] / args.peak / 1e12
                 peak = f"{measured['peak GiB']:.1f}" if "peak GiB" in measured else ""
@@ -322,6 +325,8 @@ def main() -> None:
                     print(f"    {name}: {value if isinstance(value, list) else round(value, 2)}", flush=True)
     if args.result:
         args.result.write_text(json.dumps(results, indent=1) + "\n")
+    if unmeasured:
+        sys.exit(f"{unmeasured} of {len(args.sizes) * len(args.paths)} not measured")
 
 
 def one(args: argparse.Namespace, size: str, path: str, folder: str) -> None:
