@@ -7,6 +7,10 @@ import torch
 
 from lamemo_fairseq.core import MemoryState, ModelConfig, Passage
 from lamemo_fairseq.core.memory import Memory, MemoryConfig, MemoryOptions
+from lamemo_fairseq.core.memory.block_recurrent import BlockRecurrentMemory
+from lamemo_fairseq.core.memory.infini import InfiniMemory
+
+from .helpers import random_tokens, tiny_decoder
 
 
 def test_any_memory_may_let_gradient_through():
@@ -47,3 +51,37 @@ def test_any_memory_may_let_gradient_through():
 def test_gradient_between_segments_is_refused_where_there_is_none():
     with pytest.raises(ValueError, match=r"--bptt-segments is 3, but --memory recurrent lets no gradient through"):
         ModelConfig(17, 3, memory="recurrent", position_encoding="transformer-xl", bptt_segments=3)
+
+
+@pytest.mark.parametrize("tokens", [9, 11])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ("infini", "transformer-xl", "linear"),
+        ("infini", "rotary", "delta"),
+        ("block-recurrent", "t5", "fixed"),
+        ("block-recurrent", "transformer-xl", "lstm"),
+    ],
+    ids="-".join,
+)
+def test_segments_that_layers_read_at_once_equal_those_read_in_turn(variant, tokens, monkeypatch):
+    """Features, memory and every gradient, of an update after another; the last segment may be a part of one."""
+
+    def results():
+        decoder = tiny_decoder(variant, segment_length=12, bptt_segments=4, decoder_layers=3, mem_len=4).train()
+        state, words, gradients = None, random_tokens(2, 12 + tokens), {}
+        for update in words.split(12, dim=1):
+            features, state, _ = decoder.read_segment(update, state)
+            gradients = torch.autograd.grad(features.logsumexp(-1).sum(), [*decoder.parameters()], allow_unused=True)
+        return [features, *state.tensors(), *gradients]
+
+    calls: list = []
+    plain = Memory.pass_segment
+    monkeypatch.setattr(Memory, "pass_segment", lambda *args: calls.append(args[1].shape) or plain(*args))
+    at_once, passes = results(), len(calls)
+    monkeypatch.delattr(InfiniMemory, "forward")
+    monkeypatch.setattr(BlockRecurrentMemory, "segments_at_once", 1)
+    in_turn = results()
+    assert passes < len(calls) - passes == 4 + -(-tokens // 3)
+    for found, expected in zip(at_once, in_turn, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)

@@ -184,6 +184,7 @@ class Memory(nn.Module, Generic[State, Options]):
     smallest_mem_len: ClassVar[int] = 1  # the smallest --mem-len that makes sense
     has_losses: ClassVar[bool] = False  # passages have losses
     carries_gradient: ClassVar[bool] = False  # gradient may flow from segment to segment of an update
+    segments_at_once: ClassVar[int] = 1  # whole ones of those that `pass_segment` takes, if gradient is recorded
     fills_caches: ClassVar[bool] = False  # `fill_cache` is there, so that long prompts are read in whole segments
     layout: ClassVar[Tuple[str, ...]] = ()  # own options that a saved state depends on
 
@@ -228,7 +229,8 @@ class Memory(nn.Module, Generic[State, Options]):
     ) -> Passage:
         """Pass the embeddings ``x [B, N, d]`` of an update through the layers.
 
-        A memory that carries gradient reads its ``bptt_segments`` segments in turn, any other reads *x* as one.
+        A memory that carries gradient reads its ``bptt_segments`` segments in turn, or `segments_at_once`. Any other
+        reads *x* as one.
 
         Args:
             lengths: ``[B]`` tokens that are not padding, which is on the right; None if none is.
@@ -239,13 +241,15 @@ class Memory(nn.Module, Generic[State, Options]):
         if not self.carries_gradient:
             return self.pass_segment(x, state, layers, positions, lengths)
         passages: List[Passage] = []
-        for start in range(0, x.size(1), self.period):
-            segment = x[:, start : start + self.period]
+        limit = self.segments_at_once if torch.is_grad_enabled() else 1
+        at_once = self.period * max(1, min(limit, x.size(1) // self.period))
+        for start in range(0, x.size(1), at_once):
+            segment = x[:, start : start + at_once]
             left = None if lengths is None else (lengths - start).clamp(0, segment.size(1))
             passages.append(self.pass_segment(segment, state, layers, positions, left))
             state = cast(State, passages[-1].state)
         return Passage(
-            torch.cat([passage.features for passage in passages], dim=1), state.map(_constant), _means(passages)
+            torch.cat([passage.features for passage in passages], dim=1), state.map(constant), _means(passages)
         )
 
     def pass_segment(
@@ -256,7 +260,7 @@ class Memory(nn.Module, Generic[State, Options]):
         positions: Positions,
         lengths: Optional[Tensor] = None,
     ) -> Passage:
-        """Pass one segment ``x [B, n, d]`` through the layers; its state may have a gradient."""
+        """Pass a segment ``x [B, n, d]``, or `segments_at_once`, through the layers; its state may have a gradient."""
         segment = self.segment(x, state, positions, lengths)
         after: List[LayerState] = []
         asides: List[Tuple[Tensor, ...]] = []
@@ -321,7 +325,7 @@ class Memory(nn.Module, Generic[State, Options]):
             self._told = True
 
 
-def _constant(tensor: Tensor) -> Tensor:
+def constant(tensor: Tensor) -> Tensor:
     """Return *tensor* without gradient. A view is copied, as it would keep all of its storage alive."""
     return tensor.detach().clone() if tensor._is_view() else tensor.detach()
 

@@ -15,6 +15,7 @@ H heads, D size of a head, d model width.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, List, Optional, Sequence, Tuple, Type, cast
 
 import torch
@@ -77,6 +78,8 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
     cache: ClassVar[Type[AnyCache]] = BlockRecurrentCache
     layout: ClassVar[Tuple[str, ...]] = ("recurrent_states", "recurrent_layers")
     carries_gradient: ClassVar[bool] = True
+    # Half the launches. More windows would widen the tables of position scores, of which a band is visible.
+    segments_at_once: ClassVar[int] = 2
 
     def __init__(self, config: MemoryConfig[BlockRecurrentOptions]):
         super().__init__(config)
@@ -131,14 +134,15 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
     def pass_layer(
         self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
     ) -> LayerPassage:
-        """Read a window ``rows [B, n, d]`` and the states from before it, and write those that the next one reads."""
+        """Read a window ``rows [B, n, d]`` and the states from before it, and write those that the next one reads.
+
+        Of several windows ``[B, N, d]``, each reads the states that the window before it has written.
+        """
         past, cell = KeyValues(*before[:2]), self.cell(n)
         written: LayerState = ()
         if cell is None:
             out, seen = layer(rows, segment.biases[n], past)
         else:
-            states = cell.begin(before[2])
-            heads = cell.project(states, rows)
-            out, seen = layer(rows, segment.biases[n], past, heads.key_values)
-            written = (cell.update(states, heads, seen, layer.self_attn.config.backend),)
+            pass_windows = partial(cell.pass_windows, cell.begin(before[2]), rows, self.period, layer.self_attn.config)
+            out, (seen, *written) = layer(rows, segment.biases[n], past, pass_windows)
         return LayerPassage(out, (*seen.last(self.config.mem_len, self.config.head_dim), *written))

@@ -8,7 +8,7 @@ d model width.
 """
 
 from types import ModuleType
-from typing import ClassVar, NamedTuple, Tuple
+from typing import Callable, ClassVar, List, NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,10 @@ class KeyValues(NamedTuple):
     def last(self, count: int, size: int) -> "KeyValues":
         """Return the last *count* keys and values, with heads of *size* numbers. They may have a gradient."""
         return KeyValues(*(t[:, :, max(0, t.size(2) - count) :, :size] for t in self))
+
+
+# From the keys and values of all tokens to those of the states before each window, and the states after the last one.
+PassWindows = Callable[[KeyValues], Tuple[List[Tuple[slice, KeyValues]], Tensor]]
 
 
 class StrictSelfAttention(SelfAttention):
@@ -127,10 +131,19 @@ class RecurrentSelfAttention(StrictSelfAttention):
         self.state_scale = nn.Parameter(torch.ones(config.heads))
         self.out_proj = nn.Linear(2 * width, config.embed_dim, bias=False)
 
-    def forward(self, rows: Tensor, bias: LayerBias, past: KeyValues, states: KeyValues) -> Tuple[WideRows, KeyValues]:
-        """Attend as `read_window` does, and to *states* ``[B, H, S, D]``: ``[B, N, d]``, and all keys and values."""
+    def forward(
+        self, rows: Tensor, bias: LayerBias, past: KeyValues, pass_windows: PassWindows
+    ) -> Tuple[WideRows, Tuple[KeyValues, Tensor]]:
+        """Attend as `read_window` does, and to the states from before each window.
+
+        Returns:
+            ``[B, N, d]``; all keys and values, and the states after the last window.
+        """
         read_out, seen = self.read_window(rows, bias, past)
-        return self.merge_heads(self.join(read_out, rows, states)), seen
+        windows, states = pass_windows(seen)
+        q = self._state_queries(rows)
+        cross = torch.cat([self._cross(q[:, :, window], before) for window, before in windows], dim=2)
+        return self.merge_heads(torch.cat([read_out, as_wide(read_out, cross)], dim=1)), (seen, states)
 
     def join(self, read_out: Tensor, rows: Tensor, states: KeyValues) -> Tensor:
         """Return the input of the output projection: ``[B, 2 H, N, D or D']``.
@@ -140,9 +153,14 @@ class RecurrentSelfAttention(StrictSelfAttention):
             rows: ``[B, N, d]``.
             states: ``[B, H, S, D]``.
         """
-        (q,) = split_heads(aligned.mapped(self.state_query, rows), 1, self.config.heads)
-        cross = read(self.config.backend, q, self.state_scale, states)
+        cross = self._cross(self._state_queries(rows), states)
         return torch.cat([read_out, as_wide(read_out, cross)], dim=1)
+
+    def _state_queries(self, rows: Tensor) -> Tensor:
+        return split_heads(aligned.mapped(self.state_query, rows), 1, self.config.heads)[0]
+
+    def _cross(self, q: Tensor, states: KeyValues) -> Tensor:
+        return read(self.config.backend, q, self.state_scale, states)
 
 
 def scaled(q: Tensor, head_scale: Tensor, scale: float) -> Tensor:

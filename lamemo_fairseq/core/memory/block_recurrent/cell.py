@@ -4,12 +4,13 @@ Shapes: B streams, S states, K tokens of a window and before it, H heads, D size
 d model width.
 """
 
-from typing import Dict, NamedTuple, Type
+from typing import Dict, List, NamedTuple, Tuple, Type
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels import aligned
+from ...layers import AttentionConfig
 from ...layers.heads import split_heads, unit
 from ..base import MemoryConfig
 from .attention import KeyValues, read
@@ -61,6 +62,27 @@ class RecurrentCell(nn.Module):
             rows = states * (mean_square + EPS).rsqrt() * self.norm_gain.to(states) + self.identities.to(states)
         q, token_q, k, v = split_heads(aligned.mapped(self.proj, rows.to(like.dtype)), 4, self.heads)
         return StateHeads(q, token_q, KeyValues(unit(k).to(k.dtype), v))
+
+    def pass_windows(
+        self, states: Tensor, like: Tensor, period: int, config: AttentionConfig, seen: KeyValues
+    ) -> Tuple[List[Tuple[slice, KeyValues]], Tensor]:
+        """Update ``states [B, S, d]`` by the windows of *period* tokens, in turn.
+
+        Args:
+            like: the rows ``[B, N, d]`` of all windows' tokens.
+            config: of the layer's attention.
+            seen: ``[B, H, m + N, D or D']``, keys and values of these tokens and of those before them.
+
+        Returns:
+            Each window, with the keys and values of the states before it, and the states after the last window.
+        """
+        windows, before = [], seen.keys.size(2) - like.size(1)
+        for start in range(0, like.size(1), period):
+            heads, stop = self.project(states, like), min(start + period, like.size(1))
+            windows.append((slice(start, stop), heads.key_values))
+            reached = slice(max(0, before + start - config.mem_len), before + stop)
+            states = self.update(states, heads, KeyValues(*(t[:, :, reached] for t in seen)), config.backend)
+        return windows, states
 
     def update(self, states: Tensor, heads: StateHeads, tokens: KeyValues, backend: str) -> Tensor:
         """Read all tokens of a window, and return the states after it.

@@ -15,14 +15,16 @@ Shapes: B streams, n current tokens, H heads, D size of a head, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Sequence, Tuple, Type
+from typing import ClassVar, Optional, Sequence, Tuple, Type
 
+import torch
 from torch import Tensor
 
 from ...decoding.cache import AnyCache
 from ...kernels.copies import copy_all
 from ...layers import DecoderLayer, SelfAttention
-from ..base import MEMORIES, Architecture, LayerPassage, LayerState, Memory, MemoryState, Segment
+from ...positions import Positions
+from ..base import MEMORIES, Architecture, LayerPassage, LayerState, Memory, MemoryState, Passage, Segment, constant
 from .attention import Associations, InfiniSelfAttention
 from .cache import InfiniCache, empty_associations
 from .options import InfiniOptions
@@ -73,10 +75,30 @@ class InfiniMemory(Memory[InfiniState, InfiniOptions]):
         layers = self.config.layers
         return InfiniState((empty.matrix,) * layers, (empty.normalizer,) * layers, empty.written)
 
+    def forward(
+        self,
+        x: Tensor,
+        state: InfiniState,
+        layers: Sequence[DecoderLayer],
+        positions: Positions,
+        lengths: Optional[Tensor] = None,
+    ) -> Passage:
+        """Pass an update as the base does; if gradient is recorded, every layer reads whole segments as one batch.
+
+        Only associations go from one segment to the next.
+        """
+        if not torch.is_grad_enabled() or x.size(1) % self.period:
+            return super().forward(x, state, layers, positions, lengths)
+        passage = self.pass_segment(x.reshape(-1, self.period, x.size(2)), state, layers, positions)
+        return Passage(passage.features.reshape(x.shape), passage.state.map(constant))
+
     def pass_layer(
         self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
     ) -> LayerPassage:
-        """Read a segment ``rows [B, n, d]``, then write it, with its padding, which no later segment reads."""
+        """Read a segment ``rows [B, n, d]``, then write it, with its padding, which no later segment reads.
+
+        Of k segments ``[B k, n, d]``, each reads the values that those before it have written.
+        """
         out, after = layer(rows, segment.biases[n], Associations(*before))
         return LayerPassage(out, after)
 

@@ -1,9 +1,9 @@
 """Self-attention within a segment, and beside it a matrix of associations that earlier segments have written.
 
-Shapes: B streams, N current tokens, H heads, D size of a head, D' its padded size, d model width.
+Shapes: B streams, k segments, N tokens of a segment, H heads, D size of a head, D' its padded size, d model width.
 """
 
-from typing import NamedTuple
+from typing import List, NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +39,17 @@ class InfiniSelfAttention(SelfAttention):
         self.memory_gate = nn.Parameter(torch.zeros(config.heads))  # beta
 
     def forward(self, rows: Tensor, bias: LayerBias, past: Associations) -> tuple[WideRows, Associations]:
-        """Attend within ``rows [B, N, d]``, read *past*, and only then write the segment.
+        """Attend within each segment of ``rows [B k, N, d]``, read *past*, and only then write the segment.
+
+        *past* is of B streams. Every segment reads the associations after the segment before it.
 
         Returns:
-            ``[B, N, d]``, and the associations after the segment.
+            ``[B k, N, d]``, and the associations after the last segments.
         """
         q, k, v = self.project(rows, rows.size(1), keep_padding=True)
         local = self.causal(q, k, v, bias, need_normalizer=False).output
-        return self.merge_heads(self.combine(q, local, past)), self.write(past, k, v)
+        before, after = self._histories(past, k, v)
+        return self.merge_heads(self.combine(q, local, before)), after
 
     def combine(self, q: Tensor, local: Tensor, past: Associations) -> Tensor:
         """Mix read-outs: ``sigmoid(beta) A_mem + (1 - sigmoid(beta)) A_dot`` (equation 10).
@@ -74,16 +77,42 @@ class InfiniSelfAttention(SelfAttention):
         the values that the keys read from M are first subtracted from V, for all rows at once (equation 9). An empty M
         reads as zeros.
         """
+        return self._histories(past, k, v)[1]
+
+    def _histories(self, past: Associations, k: Tensor, v: Tensor) -> Tuple[Associations, Associations]:
+        """Write the segments ``[B k, H, N, D or D']`` of k and v in turn, after *past* of B streams.
+
+        Returns:
+            The associations before each segment, of B k entries, and those after the last ones.
+        """
         with torch.autocast(k.device.type, enabled=False):
             keys, values = self._features(k, past), v[..., : self.config.head_dim].to(past.matrix.dtype)
+            by_segment = len(past.written), -1
+            written = [past]
             if self.delta:
-                values = values - _read(keys, past)
-            matrix = past.matrix + keys.transpose(-1, -2) @ values
-            return Associations(matrix, past.normalizer + keys.sum(-2), torch.ones_like(past.written))
+                for key, value in zip(*(t.unflatten(0, by_segment).unbind(1) for t in (keys, values)), strict=True):
+                    new = value - _read(key, written[-1])
+                    written.append(_added(written[-1], key.transpose(-1, -2) @ new, key.sum(-2)))
+            else:
+                matrices, sums = (keys.transpose(-1, -2) @ values).unflatten(0, by_segment), keys.sum(-2)
+                for added in zip(matrices.unbind(1), sums.unflatten(0, by_segment).unbind(1), strict=True):
+                    written.append(_added(written[-1], *added))
+            return _interleaved(written[:-1]), written[-1]
 
     def _features(self, heads: Tensor, past: Associations) -> Tensor:
         """Return ``sigma(x) = ELU(x) + 1`` of heads ``[B, H, N, D or D']``: ``[B, H, N, D]`` in the dtype of *past*."""
         return F.elu(heads[..., : self.config.head_dim].to(past.matrix.dtype)) + 1
+
+
+def _added(past: Associations, matrix: Tensor, normalizer: Tensor) -> Associations:
+    return Associations(past.matrix + matrix, past.normalizer + normalizer, torch.ones_like(past.written))
+
+
+def _interleaved(segments: List[Associations]) -> Associations:
+    """Return the associations of k segments as one batch ``[B k, ..]``, the segments of a stream one after another."""
+    if len(segments) == 1:
+        return segments[0]
+    return Associations(*(torch.stack(tensors, dim=1).flatten(0, 1) for tensors in zip(*segments, strict=True)))
 
 
 def _read(features: Tensor, past: Associations) -> Tensor:
