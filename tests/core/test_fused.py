@@ -11,6 +11,8 @@ import torch
 
 from lamemo_fairseq.core.attention import Attended, RelativeBias, causal_attention
 from lamemo_fairseq.core.memory.lookahead import LookaheadWindow, eager, lookahead_attention, memory_attention
+from lamemo_fairseq.core.memory.token.attention import blocks_attention
+from lamemo_fairseq.core.memory.token.eager import Blocks
 
 pytest.importorskip("triton", reason="the fused backend needs Triton")
 from lamemo_fairseq.core.attention.fused import api, function, launch, tiles
@@ -203,6 +205,42 @@ def test_memory_attention(slots, current, ragged, kind):
         attended = memory_attention(backend, *inputs[:3], biases, window, stored, 30)
         attended.output.backward(drawn[9].to(dtype))
         return [*attended, *(t.grad for t in inputs)]
+
+    for found, exact in zip(attend("fused", torch.float32), attend("eager", torch.float64), strict=True):
+        assert error(found, exact) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("blocks", "parts"),
+    [
+        (Blocks(20, 3, 17, False, False), "content position table"),
+        (Blocks(7, 5, 12, True, False), "score"),
+        (Blocks(7, 5, 12, True, False), ""),
+        (Blocks(9, 40, 6, False, True), "content position table"),
+    ],
+    ids=str,
+)
+def test_attention_of_memory_tokens(blocks, parts):
+    """Current rows and both blocks in one call. In the last case, blocks of keys are seen by the write block alone."""
+    generator = torch.Generator().manual_seed(0)
+    rows = blocks.end + blocks.tokens
+    queries = rows - (blocks.begin if blocks.last else blocks.cached)
+    shapes = {"q": (2, 2, queries, 6), "k": (2, 2, rows, 6), "v": (2, 2, rows, 6)}
+    if parts:
+        of_distances = {"content": (2, 6), "position": (2, 6), "table": (2, rows, 6), "score": (2, rows)}
+        shapes |= {name: of_distances[name] for name in parts.split()}
+        shapes |= {"ahead": (2, blocks.tokens, 6) if "table" in parts else (2, blocks.tokens)}
+    drawn = {n: torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE) for n, s in shapes.items()}
+    grad = torch.randn(shapes["q"], generator=generator, dtype=torch.float64).to(DEVICE)
+
+    def attend(backend, dtype):
+        inputs = {name: t.detach().to(dtype).requires_grad_() for name, t in drawn.items()}
+        causal = RelativeBias(**{name: t for name, t in inputs.items() if name in RelativeBias._fields})
+        ahead = causal
+        if parts:
+            ahead = causal._replace(**{"table" if "table" in parts else "score": inputs["ahead"]})
+        attended = blocks_attention(backend, *(inputs[name] for name in "qkv"), causal, ahead, blocks).output
+        return [attended, *torch.autograd.grad(attended, [*inputs.values()], grad.to(dtype))]
 
     for found, exact in zip(attend("fused", torch.float32), attend("eager", torch.float64), strict=True):
         assert error(found, exact) < 5e-6

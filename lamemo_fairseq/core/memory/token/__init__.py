@@ -20,8 +20,9 @@ from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import Positions
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
-from .attention import Blocks, TokenSelfAttention
+from .attention import TokenSelfAttention
 from .cache import TokenCache
+from .eager import Blocks
 from .options import TokenOptions
 
 # K + M rows are as many as Transformer-XL's M, where the paper does not say.
@@ -103,7 +104,9 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
         rows = torch.cat([self.dropout(tokens), x, self.dropout(tokens)], dim=1)
         for i, (layer, bias, past) in enumerate(zip(layers, biases, state.hidden, strict=True)):
             past = past.to(x)
-            hidden.append(last_rows(torch.cat([past, rows[:, size : size + current]], dim=1), self.config.mem_len))
+            own = rows[:, size : size + current]
+            newest = own if current >= self.config.mem_len else torch.cat([past, own], dim=1)
+            hidden.append(last_rows(newest, self.config.mem_len))
             rows = join(past, rows)
             rows, _ = layer(rows, bias, blocks._replace(last=i == len(layers) - 1))
         features, written = rows[:, :current], self.dropout(rows[:, current:])
