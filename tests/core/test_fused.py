@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lamemo_fairseq.core.attention import Attended, RelativeBias, causal_attention
+from lamemo_fairseq.core.memory.block_recurrent.attention import unmasked_attention
 from lamemo_fairseq.core.memory.lookahead import LookaheadWindow, eager, lookahead_attention, memory_attention
 from lamemo_fairseq.core.memory.token.attention import blocks_attention
 from lamemo_fairseq.core.memory.token.eager import Blocks
@@ -241,6 +242,21 @@ def test_attention_of_memory_tokens(blocks, parts):
             ahead = causal._replace(**{"table" if "table" in parts else "score": inputs["ahead"]})
         attended = blocks_attention(backend, *(inputs[name] for name in "qkv"), causal, ahead, blocks).output
         return [attended, *torch.autograd.grad(attended, [*inputs.values()], grad.to(dtype))]
+
+    for found, exact in zip(attend("fused", torch.float32), attend("eager", torch.float64), strict=True):
+        assert error(found, exact) < 5e-6
+
+
+def test_attention_without_a_mask():
+    """More queries than a vector has, and more keys than queries."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 2, rows, 6) for rows in (20, 45, 45, 20)]
+    *drawn, grad = (torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE) for s in shapes)
+
+    def attend(backend, dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in drawn]
+        output = unmasked_attention(backend, *inputs, 1.0).output
+        return [output, *torch.autograd.grad(output, inputs, grad.to(dtype))]
 
     for found, exact in zip(attend("fused", torch.float32), attend("eager", torch.float64), strict=True):
         assert error(found, exact) < 5e-6

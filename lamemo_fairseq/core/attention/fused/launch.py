@@ -20,7 +20,8 @@ UNBOUNDED = 1 << 30
 class Band(NamedTuple):
     """The pairs that see each other, and the entries of the table that hold their distance.
 
-    Query i sees key j if ``low <= j - i <= high``; the pair's entry of the table is ``shift + j - i``.
+    Query i sees key j if ``low <= j - i <= high``; the pair's entry of the table is ``shift + j - i``. It is at least 0
+    for all pairs that see each other, also without a table: columns of score gradients are counted from it.
     """
 
     low: int
