@@ -12,6 +12,7 @@ import torch
 from lamemo_fairseq.core.attention import Attended, RelativeBias, causal_attention
 from lamemo_fairseq.core.memory.block_recurrent.attention import unmasked_attention
 from lamemo_fairseq.core.memory.lookahead import LookaheadWindow, eager, lookahead_attention, memory_attention
+from lamemo_fairseq.core.memory.memorizing.attention import store_attention
 from lamemo_fairseq.core.memory.token.attention import blocks_attention
 from lamemo_fairseq.core.memory.token.eager import Blocks
 
@@ -260,6 +261,40 @@ def test_attention_without_a_mask():
 
     for found, exact in zip(attend("fused", torch.float32), attend("eager", torch.float64), strict=True):
         assert error(found, exact) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "dtype"),
+    [(45, 6, torch.float32), (64, 8, torch.float32), (33, 5, torch.float16), (0, 6, torch.float32)],
+)
+def test_attention_to_a_store(stored, size, dtype):
+    """One softmax over stored rows, which get no gradient, and the segment's."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 2, 19, size)] * 4 + [(2, 2, stored, size)] * 2
+    *drawn, grad, keys, values = (torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE) for s in shapes)
+
+    def attend(backend, dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in drawn]
+        output = store_attention(backend, *inputs, keys.to(dtype), values.to(dtype), scale=2.0).output
+        return [output, *torch.autograd.grad(output, inputs, grad.to(dtype))]
+
+    for found, exact in zip(attend("fused", dtype), attend("eager", torch.float64), strict=True):
+        assert error(found, exact) < 20 * torch.finfo(dtype).eps
+
+
+def test_dropout_of_attention_to_a_store():
+    """A weight is dropped in both passes or in none: by the directional derivative along the queries."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, keys, values, along = torch.randn(6, 1, 2, 17, 8, generator=generator, dtype=torch.float64).to(DEVICE)
+
+    def read(q):
+        torch.manual_seed(3)
+        return store_attention("fused", q, k.float(), v.float(), keys.float(), values.float(), 0.4).output.double()
+
+    inputs = q.float().requires_grad_()
+    (gradient,) = torch.autograd.grad(read(inputs).square().sum(), inputs)
+    ahead, behind = (read((q + sign * 1e-2 * along).float()).square().sum() for sign in (1, -1))
+    assert float((gradient * along).sum()) == pytest.approx(float(ahead - behind) / 2e-2, rel=1e-3)
 
 
 @pytest.mark.parametrize("case", [Case(17, 24, 24), Case(24, 20, 24, "right")], ids=str)

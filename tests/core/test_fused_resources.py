@@ -4,6 +4,7 @@ from .resources import usages, used
 
 KERNELS = ("forward_kernel", "row_kernel", "key_kernel", "query_kernel")
 POSITION_KERNELS = ("position_kernel", "table_kernel", "class_sum_kernel")
+OTHERS = ("store_kernel",)
 
 
 def compile_all(head: int, dtype: str) -> dict:
@@ -12,16 +13,21 @@ def compile_all(head: int, dtype: str) -> dict:
     import triton
 
     from lamemo_fairseq.core.attention.fused import kernels, position_kernels, tiles
+    from lamemo_fairseq.core.memory.memorizing import kernel as memorizing
 
     block = max(16, triton.next_power_of_2(head))
     chosen = tiles.tiles_for(head, {"fp32": torch.float32}.get(dtype, torch.bfloat16))
-    tile_of = {f"{name}_kernel": tile for name, tile in chosen._asdict().items()}
+    tile_of = {f"{name}_kernel": tile for name, tile in chosen._asdict().items()} | {
+        "store_kernel": chosen.key if dtype == "fp32" else chosen.query
+    }
     flags = dict.fromkeys(("CONTENT", "POSITION", "STORED", "TABLE"), True)
-    flags |= dict.fromkeys(("FIRST", "DROPOUT", "CHUNKED", "ADD", "LEARNED"), False)
-    single = {"p_stored_lse", "p_merged", "p_new", "p_rows", "p_du", "p_dtable", "p_dlearned", "p_copies"}
+    flags |= dict.fromkeys(("FIRST", "DROPOUT", "CHUNKED", "ADD", "LEARNED", "MASKED"), False)
+    owner_of = dict.fromkeys(KERNELS, kernels) | dict.fromkeys(POSITION_KERNELS, position_kernels)
+    owner_of |= dict.fromkeys(OTHERS, memorizing)
+    single = {"p_lse", "p_stored_lse", "p_merged", "p_new", "p_rows", "p_du", "p_dtable", "p_dlearned", "p_copies"}
     found = {}
-    for name in KERNELS + POSITION_KERNELS:
-        kernel = getattr(kernels if name in KERNELS else position_kernels, name)
+    for name, owner in owner_of.items():
+        kernel = getattr(owner, name)
         tile = tile_of.get(name, tiles.Tile(32, 32, 4, 2))
         constants = {
             "D": head,
@@ -45,4 +51,4 @@ def compile_all(head: int, dtype: str) -> dict:
 
 def test_no_spills():
     cases = [(48, "bf16"), (64, "bf16"), (128, "bf16"), (64, "fp32")]
-    assert all(found.keys() == {*KERNELS, *POSITION_KERNELS} for found in usages(__name__, *cases))
+    assert all(found.keys() == {*KERNELS, *POSITION_KERNELS, *OTHERS} for found in usages(__name__, *cases))

@@ -6,12 +6,13 @@ Shapes: B streams, R rows, N current tokens, Q queries, H heads, D size of a hea
 rows, k retrieved rows.
 """
 
+from types import ModuleType
 from typing import ClassVar, Dict, NamedTuple, Optional, Type
 
 import torch
 from torch import Tensor, nn
 
-from ...attention import Attended, RelativeBias
+from ...attention import Attended, Operation, RelativeBias
 from ...attention.eager import softmax_and_normalizer
 from ...attention.padding import as_wide
 from ...kernels.padded import WideRows
@@ -19,10 +20,20 @@ from ...layers import AttentionConfig, SelfAttention
 from ...layers.heads import unit
 from ...positions import LayerBias
 from ..base import no_contribution
+from . import eager
 from .options import DENSE, TOP_K, MemorizingOptions
 from .search import in_blocks, nearest
 
 NO_POSITIONS = LayerBias(RelativeBias(), None)
+
+
+def _fused() -> ModuleType:
+    from . import fused
+
+    return fused
+
+
+store_attention = Operation("attention to a store", eager.store_attention, _fused)
 
 
 class Store(NamedTuple):
@@ -146,8 +157,8 @@ class DenseSelfAttention(StoreSelfAttention):
         super().__init__(config)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, store: Store) -> Tensor:
-        k, v = (torch.cat([as_wide(q, old).to(q), new], dim=2) for old, new in ((store.keys, k), (store.values, v)))
-        return self.causal(q, k, v, NO_POSITIONS, need_normalizer=False).output
+        stored = store.keys, store.values
+        return store_attention(self.config.backend, q, k, v, *stored, self._dropout, self.scale).output
 
     def retrieve(self, q: Tensor, store: Store) -> Attended:
         hidden = None if store.hidden is None else store.hidden[:, None, None]

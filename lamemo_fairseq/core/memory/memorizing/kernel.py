@@ -1,0 +1,58 @@
+"""Triton kernel of the gradient of queries that attend to constant keys and values.
+
+Shapes: B streams, H heads, Q queries, K keys, D size of a head.
+Names: p_ pointer, s_ stride (in elements), b_ tile, m_ mask. The last dimension of every tensor is contiguous.
+"""
+
+import triton
+import triton.language as tl
+
+from ...attention.fused.pairs import LOG2E, dropout_mask, stream_and_head
+
+
+@triton.jit
+def store_kernel(
+    p_q, p_k, p_v, p_out, p_lse, p_grad, p_seed, p_dq,
+    s_qb, s_qh, s_qi, s_kb, s_kh, s_kj, s_vb, s_vh, s_vj, s_ob, s_oh, s_oi, s_gb, s_gh, s_gi, s_dqb, s_dqh, s_dqi,
+    H, Q, K, scale, dropout,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add to ``dq`` the gradient by all keys, of which none is hidden. MASKED if the last block of keys has fewer.
+
+    *p_lse* are normalisers and *p_out* read-outs of a softmax that may have other keys too.
+    """
+    b, h = stream_and_head(H)
+    i, d = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    m_i, m_d = i < Q, (d < D)[None, :]
+    m_q = m_i[:, None] & m_d
+    # [BLOCK_Q, BLOCK_D]
+    b_q = tl.load(p_q + b * s_qb + h * s_qh + i[:, None] * s_qi + d[None, :], m_q, other=0.0)
+    b_g = tl.load(p_grad + b * s_gb + h * s_gh + i[:, None] * s_gi + d[None, :], m_q, other=0.0)
+    b_o = tl.load(p_out + b * s_ob + h * s_oh + i[:, None] * s_oi + d[None, :], m_q, other=0.0)
+    delta = tl.sum(b_g.to(tl.float32) * b_o.to(tl.float32), 1)
+    lse = tl.load(p_lse + (b * H + h) * Q + i, m_i, other=0.0) * LOG2E
+    seed = tl.load(p_seed) + b * H + h if DROPOUT else 0
+    p_k += b * s_kb + h * s_kh
+    p_v += b * s_vb + h * s_vh
+    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for j0 in range(0, K, BLOCK_K):
+        j = j0 + tl.arange(0, BLOCK_K)
+        m_k = m_d
+        if MASKED:
+            m_k = (j < K)[:, None] & m_d
+        # [BLOCK_K, BLOCK_D]
+        b_k = tl.load(p_k + j[:, None] * s_kj + d[None, :], m_k, other=0.0)
+        b_v = tl.load(p_v + j[:, None] * s_vj + d[None, :], m_k, other=0.0)
+        # [BLOCK_Q, BLOCK_K]
+        b_w = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E) - lse[:, None])
+        if MASKED:
+            b_w = tl.where((j < K)[None, :], b_w, 0.0)
+        b_dw = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
+        if DROPOUT:
+            b_dw = tl.where(dropout_mask(seed, i[:, None], j[None, :], K, dropout), b_dw / (1 - dropout), 0.0)
+        b_ds = (b_w * (b_dw - delta[:, None])).to(b_k.dtype)
+        b_dq += tl.dot(b_ds, b_k, input_precision=PRECISION)
+    at = p_dq + b * s_dqb + h * s_dqh + i[:, None] * s_dqi + d[None, :]
+    b_dq = b_dq * scale + tl.load(at, m_q, other=0.0).to(tl.float32)
+    tl.store(at, b_dq.to(p_dq.dtype.element_ty), m_q)
