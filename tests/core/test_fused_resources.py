@@ -4,7 +4,7 @@ from .resources import usages, used
 
 KERNELS = ("forward_kernel", "row_kernel", "key_kernel", "query_kernel")
 POSITION_KERNELS = ("position_kernel", "table_kernel", "class_sum_kernel")
-OTHERS = ("store_kernel",)
+OTHERS = ("store_kernel", "group_kernel", "candidate_kernel", "retrieval_kernel")
 
 
 def compile_all(head: int, dtype: str) -> dict:
@@ -21,10 +21,21 @@ def compile_all(head: int, dtype: str) -> dict:
         "store_kernel": chosen.key if dtype == "fp32" else chosen.query
     }
     flags = dict.fromkeys(("CONTENT", "POSITION", "STORED", "TABLE"), True)
-    flags |= dict.fromkeys(("FIRST", "DROPOUT", "CHUNKED", "ADD", "LEARNED", "MASKED"), False)
+    flags |= dict.fromkeys(("FIRST", "DROPOUT", "CHUNKED", "ADD", "LEARNED", "MASKED", "BACKWARD"), False)
     owner_of = dict.fromkeys(KERNELS, kernels) | dict.fromkeys(POSITION_KERNELS, position_kernels)
     owner_of |= dict.fromkeys(OTHERS, memorizing)
-    single = {"p_lse", "p_stored_lse", "p_merged", "p_new", "p_rows", "p_du", "p_dtable", "p_dlearned", "p_copies"}
+    single = {
+        "p_lse",
+        "p_best",
+        "p_stored_lse",
+        "p_merged",
+        "p_new",
+        "p_rows",
+        "p_du",
+        "p_dtable",
+        "p_dlearned",
+        "p_copies",
+    }
     found = {}
     for name, owner in owner_of.items():
         kernel = getattr(owner, name)
@@ -35,11 +46,16 @@ def compile_all(head: int, dtype: str) -> dict:
             "BLOCK_Q": tile.queries,
             "BLOCK_K": tile.keys,
             "BLOCK_U": 16,
+            "COUNT": 32,
+            "BLOCK_C": 32,
+            "SIZE": 16,
             **flags,
         }
         constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
         kinds = {n: f"*{dtype}" for n in kernel.arg_names if n.startswith("p_")}
-        kinds |= dict.fromkeys(single, "*fp32") | {"p_first": "*i32", "p_seed": "*i32"}
+        kinds |= dict.fromkeys(single, "*fp32") | {"p_first": "*i32", "p_seed": "*i32", "p_groups": "*i64"}
+        if name == "retrieval_kernel":
+            kinds["p_rows"] = "*i64"
         kinds |= dict.fromkeys(("scale", "dropout", "eps"), "fp32")
         # Pointers and strides are multiples of 16, but for those of position scores, which count vectors of 8 elements.
         scores = {"s_pc", "s_ph", "s_pr", "s_pi", "s_pb"}

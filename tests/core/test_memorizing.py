@@ -5,6 +5,7 @@ Shapes: one stream; n tokens of a segment, S rows of the store, k retrieved rows
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.decoding.step import kernel_step
 from lamemo_fairseq.core.kernels import aligned
 from lamemo_fairseq.core.memory import memorizing
-from lamemo_fairseq.core.memory.memorizing import search
+from lamemo_fairseq.core.memory.memorizing import eager, search
 from lamemo_fairseq.core.memory.memorizing.options import MemorizingOptions
 
 from ..gpus import DEVICE
@@ -202,6 +203,41 @@ def test_products_are_compared_in_single_precision():
     keys = torch.tensor([[1.0, 0.0], [1.0, 0.125], [1.0, 0.25]]).half().view(1, 1, 3, 2)
     assert ((q @ keys.transpose(2, 3)) == 1).all()
     assert search.nearest(q, keys, None, 3).flatten().tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(6, torch.float32), (5, torch.float16)])
+@pytest.mark.parametrize(("rows", "count"), [(200, 5), (93, 3), (40, 33)])
+def test_retrieval_by_kernels(rows, count, size, dtype):
+    """The same rows, ties included, the same read-outs and gradients; few groups of keys are left to `search`."""
+    retrieval = pytest.importorskip("lamemo_fairseq.core.memory.memorizing.retrieval", reason="the kernels need Triton")
+    generator = torch.Generator().manual_seed(0)
+    q, grad, keys, values = (
+        torch.randn(2, 2, n, size, generator=generator).to(DEVICE, dtype) for n in (7, 7, rows, rows)
+    )
+    keys[:, :, rows // 2 :] = keys[:, :, : -(-rows // 2)][:, :, : rows - rows // 2]  # every key twice
+    expected = search.nearest(q, keys, None, count)
+    if rows > 2 * count:
+        assert torch.equal(retrieval.nearest(q, keys, count), expected)
+    results = []
+    for owner, exact in ((retrieval, dtype), (eager, torch.float64)):
+        inputs = q.to(exact).requires_grad_()
+        found = owner.retrieved_attention(inputs, keys.to(exact), values.to(exact), None, count, 0.7)
+        results.append([*found, *torch.autograd.grad(found.output, inputs, grad.to(exact))])
+    for found, exact in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=60 * torch.finfo(dtype).eps)
+
+
+def test_a_store_may_be_wider_than_its_heads():
+    """As half precision stores it on a GPU, by zeros: a model on another device goes on with it, and the other way."""
+    for variant in (TOP_K, DENSE):
+        decoder, (first, second) = model(variant, store_len=8, decoder_layers=1), random_tokens(2, 8).split(4, dim=1)
+        state = decoder.read_segment(first, None).state
+        wide = replace(
+            state, **{name: torch.nn.functional.pad(getattr(state, name), (0, 3)) for name in ("keys", "values")}
+        )
+        one, other = (decoder.read_segment(second, before) for before in (state, wide))
+        torch.testing.assert_close(one.features, other.features, rtol=0, atol=1e-12)
+        assert torch.equal(one.state.keys, other.state.keys)
 
 
 @pytest.mark.parametrize("rows", [10, 65_536])

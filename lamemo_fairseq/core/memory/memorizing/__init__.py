@@ -11,7 +11,8 @@ appended. There are two retrievals (`attention.py`):
 
 examples/memorizing_transformer_lm/README.md says where this differs from the paper and from public code.
 
-Shapes: B streams, N current tokens, m <= M memory slots, n <= S stored rows, H heads, D size of a head, d model width.
+Shapes: B streams, N current tokens, m <= M memory slots, n <= S stored rows, H heads, D size of a head,
+D' its padded size, d model width.
 """
 
 import logging
@@ -22,7 +23,8 @@ from typing import ClassVar, List, Optional, Sequence, Tuple, Type
 from torch import Tensor
 
 from ...decoding.cache import AnyCache
-from ...kernels.padded import join
+from ...kernels import aligned
+from ...kernels.padded import join, stored_width
 from ...layers import CausalSelfAttention, DecoderLayer, SelfAttention
 from ..base import (
     MEMORIES,
@@ -48,8 +50,8 @@ class MemorizingState(MemoryState):
     """The rows that went into each layer, and the store of one layer."""
 
     hidden: Tuple[Tensor, ...]  # a layer: [B, m, d]; [B, 0, d] in a layer that does not read them
-    keys: Tensor  # [B, H, n, D], of length 1
-    values: Tensor  # [B, H, n, D]
+    keys: Tensor  # [B, H, n, D or D'], of length 1
+    values: Tensor  # [B, H, n, D or D']
 
 
 @MEMORIES.register("memorizing")
@@ -86,7 +88,8 @@ class MemorizingMemory(Memory[MemorizingState, MemorizingOptions]):
     def initial_state(self, x: Tensor) -> MemorizingState:
         config, batch = self.config, x.size(0)
         store = x.new_empty(batch, config.heads, 0, config.head_dim)
-        numbers = 2 * batch * config.heads * config.options.store_len * config.head_dim
+        width = stored_width(x, config.head_dim) if aligned.matters(x) else config.head_dim
+        numbers = 2 * batch * config.heads * config.options.store_len * width
         _tell(batch, config.options.store_len, numbers * x.element_size())
         return MemorizingState((x.new_empty(batch, 0, x.size(2)),) * config.layers, store, store)
 

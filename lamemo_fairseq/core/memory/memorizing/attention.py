@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import Attended, Operation, RelativeBias
-from ...attention.eager import softmax_and_normalizer
 from ...attention.padding import as_wide
 from ...kernels.padded import WideRows
 from ...layers import AttentionConfig, SelfAttention
@@ -22,7 +21,7 @@ from ...positions import LayerBias
 from ..base import no_contribution
 from . import eager
 from .options import DENSE, TOP_K, MemorizingOptions
-from .search import in_blocks, nearest
+from .search import in_blocks
 
 NO_POSITIONS = LayerBias(RelativeBias(), None)
 
@@ -33,14 +32,21 @@ def _fused() -> ModuleType:
     return fused
 
 
+def _retrieval() -> ModuleType:
+    from . import retrieval
+
+    return retrieval
+
+
 store_attention = Operation("attention to a store", eager.store_attention, _fused)
+retrieved_attention = Operation("attention to retrieved rows", eager.retrieved_attention, _retrieval)
 
 
 class Store(NamedTuple):
     """Keys and values of earlier segments, the oldest first."""
 
-    keys: Tensor  # [B, H, m, D]
-    values: Tensor  # [B, H, m, D]
+    keys: Tensor  # [B, H, m, D or D']
+    values: Tensor  # [B, H, m, D or D']
     hidden: Optional[Tensor] = None  # [B, m], True for rows that must not be read; None if all may be
 
     def of(self, streams: slice) -> "Store":
@@ -49,9 +55,9 @@ class Store(NamedTuple):
 
 
 def appended(stored: Tensor, new: Tensor, size: int) -> Tensor:
-    """Return the last *size* rows of stored rows ``[B, H, m, D]`` with new rows ``[B, H, N, D]`` after them."""
+    """Return the last *size* of stored rows ``[B, H, m, D or D']`` and new rows after them, as wide as the new ones."""
     left = min(stored.size(2), max(0, size - new.size(2)))
-    rows = (stored[:, :, stored.size(2) - left :], new[:, :, max(0, new.size(2) - size) :])
+    rows = (as_wide(new, stored[:, :, stored.size(2) - left :]), new[:, :, max(0, new.size(2) - size) :])
     return torch.cat(rows, dim=2)
 
 
@@ -82,7 +88,7 @@ class StoreSelfAttention(SelfAttention):
             ``[B, N, d]``, and the current keys and values for the store, without gradient.
         """
         q, k, v = self.project(rows, current, keep_padding=True)
-        new = Store(*(t[:, :, -current:, : self.config.head_dim].detach() for t in (k, v)))
+        new = Store(*(t[:, :, -current:].detach() for t in (k, v)))
         return self.merge_heads(self.read(q, k, v, store)), new
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, store: Store) -> Tensor:
@@ -91,8 +97,10 @@ class StoreSelfAttention(SelfAttention):
 
     def combine(self, q: Tensor, attended: Attended, store: Store) -> Tensor:
         """Mix the read-outs of queries ``[B, H, Q, D or D']`` from their segment with those from the store."""
-        real = q[..., : self.config.head_dim]
-        read = in_blocks(real, store.keys.size(2), lambda some, streams: self.retrieve(some, store.of(streams)))
+        width = min(q.size(-1), store.keys.size(-1))  # zeros behind the heads of one alone have no use
+        store = store._replace(keys=store.keys[..., :width], values=store.values[..., :width])
+        rows = store.keys.size(2)
+        read = in_blocks(q[..., :width], rows, lambda some, streams: self.retrieve(some, store.of(streams)))
         share = self.share(attended, read, store).to(q.dtype)
         return torch.lerp(attended.output, as_wide(q, read.output), share)
 
@@ -103,13 +111,6 @@ class StoreSelfAttention(SelfAttention):
     def share(self, attended: Attended, read: Attended, store: Store) -> Tensor:
         """Return the weight of the store's read-out, 0 for streams whose store is empty: ``[.., H, Q or 1, 1]``."""
         raise NotImplementedError
-
-    def _softmax(self, scores: Tensor, hidden: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return weights and normalisers of scores ``[B, H, Q, K]``; hidden rows weigh 0 if any row is not hidden."""
-        exact = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
-        if hidden is not None:
-            exact = exact.masked_fill(hidden, torch.finfo(exact.dtype).min)
-        return softmax_and_normalizer(exact)
 
 
 class TopKSelfAttention(StoreSelfAttention):
@@ -129,14 +130,7 @@ class TopKSelfAttention(StoreSelfAttention):
 
     def retrieve(self, q: Tensor, store: Store) -> Attended:
         count = min(self.options.top, store.keys.size(2))
-        rows = nearest(q, store.keys, store.hidden, count)
-        keys, values = (_taken(stored, rows) for stored in (store.keys, store.values))
-        scores = (keys @ q.unsqueeze(-1)).squeeze(-1)
-        hidden = store.hidden
-        if hidden is not None:
-            hidden = hidden[:, None, None].expand(*rows.shape[:3], -1).gather(-1, rows)
-        weights, normalizer = self._softmax(scores, hidden)
-        return Attended((weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2), normalizer)
+        return retrieved_attention(self.config.backend, q, *store, count, self.scale)
 
     def share(self, attended: Attended, read: Attended, store: Store) -> Tensor:
         gate = self.gate.to(read.normalizer.dtype).sigmoid()[:, None, None]
@@ -162,18 +156,11 @@ class DenseSelfAttention(StoreSelfAttention):
 
     def retrieve(self, q: Tensor, store: Store) -> Attended:
         hidden = None if store.hidden is None else store.hidden[:, None, None]
-        weights, normalizer = self._softmax(q @ store.keys.transpose(-1, -2), hidden)
+        weights, normalizer = eager.weights_of(q @ store.keys.transpose(-1, -2), hidden, self.scale)
         return Attended(weights.to(store.values.dtype) @ store.values, normalizer)
 
     def share(self, attended: Attended, read: Attended, store: Store) -> Tensor:
         return (read.normalizer - attended.normalizer).sigmoid().unsqueeze(-1)
-
-
-def _taken(stored: Tensor, rows: Tensor) -> Tensor:
-    """Return the *rows* ``[B, H, Q, k]`` of ``stored [B, H, m, D]``: ``[B, H, Q, k, D]``."""
-    index = rows.flatten(2).unsqueeze(-1).expand(-1, -1, -1, stored.size(-1))
-    taken: Tensor = stored.gather(2, index).unflatten(2, rows.shape[2:])
-    return taken
 
 
 RETRIEVALS: Dict[str, Type[StoreSelfAttention]] = {TOP_K: TopKSelfAttention, DENSE: DenseSelfAttention}

@@ -1,4 +1,4 @@
-"""Triton kernel of the gradient of queries that attend to constant keys and values.
+"""Triton kernels of queries that attend to constant keys and values: all of them, or the rows with the largest scores.
 
 Shapes: B streams, H heads, Q queries, K keys, D size of a head.
 Names: p_ pointer, s_ stride (in elements), b_ tile, m_ mask. The last dimension of every tensor is contiguous.
@@ -56,3 +56,94 @@ def store_kernel(
     at = p_dq + b * s_dqb + h * s_dqh + i[:, None] * s_dqi + d[None, :]
     b_dq = b_dq * scale + tl.load(at, m_q, other=0.0).to(tl.float32)
     tl.store(at, b_dq.to(p_dq.dtype.element_ty), m_q)
+
+
+@triton.jit
+def group_kernel(
+    p_q, p_k, p_best,
+    s_qb, s_qh, s_qi, s_kb, s_kh, s_kj,
+    H, Q, K, G,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """Write the largest product of each query with the keys of each of G groups, of SIZE neighbours."""
+    b, h = stream_and_head(H)
+    i, d = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    m_i, m_d = i < Q, d < D
+    # [BLOCK_Q, BLOCK_D]
+    b_q = tl.load(p_q + b * s_qb + h * s_qh + i[:, None] * s_qi + d[None, :], m_i[:, None] & m_d[None, :], other=0.0)
+    p_k += b * s_kb + h * s_kh
+    p_best += ((b * H + h) * Q + i) * G
+    for j0 in range(0, K, BLOCK_K):
+        j = j0 + tl.arange(0, BLOCK_K)
+        # [BLOCK_D, BLOCK_K]
+        b_k = tl.load(p_k + j[None, :] * s_kj + d[:, None], m_d[:, None] & (j < K)[None, :], other=0.0)
+        b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
+        b_s = tl.where((j < K)[None, :], b_s, -float("inf"))
+        # [BLOCK_Q, BLOCK_K / SIZE]
+        b_best = tl.max(tl.reshape(b_s, [BLOCK_Q, BLOCK_K // SIZE, SIZE]), 2)
+        g = j0 // SIZE + tl.arange(0, BLOCK_K // SIZE)
+        tl.store(p_best[:, None] + g[None, :], b_best, m_i[:, None] & (g < G)[None, :])
+
+
+@triton.jit
+def candidate_kernel(
+    p_q, p_k, p_groups, p_scores,
+    s_qb, s_qh, s_qi, s_kb, s_kh, s_kj,
+    H, Q, K,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Write the products of each query with the keys of its COUNT groups, minus infinity behind the last key."""
+    b, h = stream_and_head(H)
+    i, d = tl.program_id(0), tl.arange(0, BLOCK_D)
+    m_d = d < D
+    b_q = tl.load(p_q + b * s_qb + h * s_qh + i * s_qi + d, m_d, other=0.0).to(tl.float32)
+    p_k += b * s_kb + h * s_kh
+    row = (b * H + h) * Q + i
+    for start in range(0, COUNT * SIZE, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        m_c = c < COUNT * SIZE
+        j = tl.load(p_groups + row * COUNT + c // SIZE, m_c, other=0) * SIZE + c % SIZE
+        m_j = m_c & (j < K)
+        # [BLOCK_K, BLOCK_D]
+        b_k = tl.load(p_k + j[:, None] * s_kj + d[None, :], m_j[:, None] & m_d[None, :], other=0.0)
+        b_s = tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)
+        tl.store(p_scores + row * COUNT * SIZE + c, tl.where(m_j, b_s, -float("inf")), m_c)
+
+
+@triton.jit
+def retrieval_kernel(
+    p_q, p_k, p_v, p_rows, p_out, p_lse, p_grad, p_dq,
+    s_qb, s_qh, s_qi, s_kb, s_kh, s_kj, s_vb, s_vh, s_vj, s_ob, s_oh, s_oi, s_gb, s_gh, s_gi,
+    H, Q, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COUNT: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Let each query attend to its COUNT rows: write read-out and normaliser, or with BACKWARD its gradient.
+
+    The gradient ``dq`` has the strides of the read-out.
+    """
+    b, h = stream_and_head(H)
+    i, d, c = tl.program_id(0), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
+    m_d, m_c = d < D, c < COUNT
+    row = (b * H + h) * Q + i
+    j = tl.load(p_rows + row * COUNT + c, m_c, other=0)
+    m_k = m_c[:, None] & m_d[None, :]
+    # [BLOCK_C, BLOCK_D]
+    b_k = tl.load(p_k + b * s_kb + h * s_kh + j[:, None] * s_kj + d[None, :], m_k, other=0.0).to(tl.float32)
+    b_v = tl.load(p_v + b * s_vb + h * s_vh + j[:, None] * s_vj + d[None, :], m_k, other=0.0).to(tl.float32)
+    b_q = tl.load(p_q + b * s_qb + h * s_qh + i * s_qi + d, m_d, other=0.0).to(tl.float32)
+    b_s = tl.where(m_c, tl.sum(b_k * b_q[None, :], 1) * scale, -float("inf"))
+    at = b * s_ob + h * s_oh + i * s_oi + d
+    if BACKWARD:
+        b_w = tl.exp(b_s - tl.load(p_lse + row))
+        b_g = tl.load(p_grad + b * s_gb + h * s_gh + i * s_gi + d, m_d, other=0.0).to(tl.float32)
+        b_dw = tl.sum(b_v * b_g[None, :], 1)
+        b_ds = b_w * (b_dw - tl.sum(b_w * b_dw, 0)) * scale
+        tl.store(p_dq + at, tl.sum(b_ds[:, None] * b_k, 0).to(p_dq.dtype.element_ty), m_d)
+    else:
+        top = tl.max(b_s, 0)
+        b_w = tl.exp(b_s - top)
+        total = tl.sum(b_w, 0)
+        b_out = tl.sum(b_w[:, None] * b_v, 0) / total
+        tl.store(p_out + at, b_out.to(p_out.dtype.element_ty), m_d)
+        tl.store(p_lse + row, top + tl.log(total))

@@ -44,17 +44,25 @@ def largest(scores: Tensor, count: int) -> Tensor:
     and k g columns are sorted. These are fewest with ``g = sqrt(m / k)``, which is rounded down to a power of two.
     """
     columns = scores.size(-1)
-    size = 1 << max(0, math.isqrt(columns // count).bit_length() - 1)
+    size = group_size(columns, count)
     if size <= 2:
-        return _first(scores, count)
-    groups = F.pad(scores, (0, -columns % size), value=-torch.inf).unflatten(-1, (-1, size))
-    chosen = _first(groups.amax(-1), count).sort(-1).values
+        return first(scores, count)
+    if columns % size:
+        scores = F.pad(scores, (0, -columns % size), value=-torch.inf)
+    groups = scores.unflatten(-1, (-1, size))
+    chosen = first(groups.amax(-1), count).sort(-1).values
     candidates = groups.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, size)).flatten(-2)
-    best = _first(candidates, count)
+    best = first(candidates, count)
     return chosen.gather(-1, best // size) * size + best % size
 
 
-def _first(scores: Tensor, count: int) -> Tensor:
+def group_size(columns: int, count: int) -> int:
+    """Return the columns g of a group."""
+    return 1 << max(0, math.isqrt(columns // count).bit_length() - 1)
+
+
+def first(scores: Tensor, count: int) -> Tensor:
+    """Return the columns ``[.., k]`` of the *count* largest of ``scores [.., m]``, by sorting all."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
