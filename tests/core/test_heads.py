@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from lamemo_fairseq.core.kernels import rows, unit
 from lamemo_fairseq.core.layers.heads import split_heads
+
+from ..gpus import DEVICE
 
 B, R, H, D = 2, 5, 3, 4
 
@@ -50,3 +53,26 @@ def test_heads_that_are_not_used_have_no_gradient():
     k, _ = split_heads(rows, 2, H)
     (found,) = torch.autograd.grad(k.sum(), rows)
     assert found[..., : H * D].eq(1).all() and found[..., H * D :].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("with_factor", [True, False])
+def test_heads_of_length_one_by_a_kernel(with_factor, dtype, monkeypatch):
+    """As plain operations in float64, of heads that are views; one is a row of zeros, as padding is."""
+    shared_kernels = pytest.importorskip("lamemo_fairseq.core.kernels.shared_kernels", reason="the kernels need Triton")
+    monkeypatch.setattr(shared_kernels, "PROGRAMS_PER_MULTIPROCESSOR", 6)  # two of a head: each has several tiles
+    generator = torch.Generator().manual_seed(0)
+    wide, grad = (torch.randn(3, 300, 3, 24, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    wide[1, 2] = 0
+    factor = torch.tensor([0.5, -2.0, 3.0], device=DEVICE) if with_factor else None
+
+    def results(function, exact):
+        heads = wide.to(exact).requires_grad_()
+        factors = None if factor is None else factor.to(torch.promote_types(exact, torch.float32)).requires_grad_()
+        found = function(heads[..., 2:20].transpose(1, 2), factors)
+        inputs = [heads] if factors is None else [heads, factors]
+        return [found, *torch.autograd.grad(found, inputs, grad[..., :18].transpose(1, 2).to(exact))]
+
+    monkeypatch.setattr(rows, "fusable", lambda t: True)
+    for found, exact in zip(results(unit.unit, dtype), results(unit.plain, torch.float64), strict=True):
+        assert float((found.double() - exact).detach().norm() / exact.detach().norm()) < 8 * torch.finfo(dtype).eps

@@ -7,9 +7,9 @@ from .resources import usages, used
 
 def compile_all(width: int, dtype: str) -> dict:
     """Compile every kernel for sm_90 with all that it can do; run in a process without the interpreter."""
-    from lamemo_fairseq.core.kernels import activation_kernel, residual_kernel, shared_kernels
+    from lamemo_fairseq.core.kernels import activation_kernel, residual_kernel, shared_kernels, unit_kernel
 
-    does = {"DROPPED": 1 << 28, "BIAS": True, "KEEP": True, "SUMMED": True}
+    does = {"DROPPED": 1 << 28, "BIAS": True, "KEEP": True, "SUMMED": True, "FACTOR": True, "BACKWARD": True}
     wide = width + -width % 8
     does |= {"D": width, "W": wide} | dict.fromkeys(("WIDTH", "WIDTH_X", "WIDTH_R", "WIDTH_G", "WIDTH_H"), wide)
     activation_tile = shared_kernels.TILE // activation_kernel.BLOCK, activation_kernel.BLOCK, 4
@@ -19,10 +19,18 @@ def compile_all(width: int, dtype: str) -> dict:
         activation_kernel.relu_dropout_kernel: activation_tile,
         activation_kernel.relu_dropout_gradient_kernel: activation_tile,
         shared_kernels.sum_kernel: (None, None, 8),
+        unit_kernel.unit_kernel: (unit_kernel._rows(48), unit_kernel._block(48), 4),
     }
-    single, found = {"p_mean", "p_rstd", "p_partial"}, {}
+    single, found = {"p_mean", "p_rstd", "p_partial", "p_factor"}, {}
     for kernel, (rows, block, warps) in chosen.items():
-        constants = {**does, "ROWS": rows, "BLOCK": block, "BLOCK_P": 256, "BLOCK_D": 16}
+        constants = {
+            **does,
+            **({"D": 48} if kernel is unit_kernel.unit_kernel else {}),
+            "ROWS": rows,
+            "BLOCK": block,
+            "BLOCK_P": 256,
+            "BLOCK_D": 16,
+        }
         kinds = {n: f"*{dtype}" for n in kernel.arg_names if n.startswith("p_")}
         kinds |= dict.fromkeys(single, "*fp32") | {"p_seed": "*i32", "eps": "fp32"}
         divisible = [n for n in kernel.arg_names if n.startswith(("p_", "s_"))]

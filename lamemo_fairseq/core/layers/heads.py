@@ -15,8 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.autograd import Context, Function
 
-SMALLEST_SQUARE = 1e-6  # smallest squared length, as in the code of the models with such heads
-
 
 def split_heads(rows: Tensor, projections: int, heads: int) -> Tuple[Tensor, ...]:
     """Return the n *projections* of ``rows [B, R, n H D]``, views of it: ``[B, H, R, D]`` each."""
@@ -69,9 +67,3 @@ def wide_heads(weight: Tensor, size: int, dim: int) -> Tensor:
     by_head = weight.unflatten(dim, (-1, size))
     ends = [0 if n == dim else -length % 8 for n, length in enumerate(by_head.shape)]
     return F.pad(by_head, [zeros for end in reversed(ends) for zeros in (0, end)]).flatten(dim, dim + 1)
-
-
-def unit(heads: Tensor) -> Tensor:
-    """Return heads ``[B, H, R, D or D']`` of length 1, in float32 or wider."""
-    exact = heads.to(torch.promote_types(heads.dtype, torch.float32))
-    return exact * (exact.square().sum(-1, keepdim=True) + SMALLEST_SQUARE).rsqrt()

@@ -18,8 +18,9 @@ from ...attention import Operation, RelativeBias
 from ...attention.padding import as_wide
 from ...kernels import aligned
 from ...kernels.padded import WideRows
+from ...kernels.unit import unit
 from ...layers import AttentionConfig, SelfAttention
-from ...layers.heads import split_heads, unit
+from ...layers.heads import split_heads
 from ...positions import LayerBias
 from ..base import no_contribution
 from . import eager
@@ -74,7 +75,7 @@ class StrictSelfAttention(SelfAttention):
 
     def prepare(self, q: Tensor, k: Tensor) -> Tuple[Tensor, Tensor]:
         """Normalise queries and keys, and multiply queries by ``|a_h| / scale``: attention undoes the scale."""
-        return scaled(q, self.head_scale, self.scale), unit(k).to(k.dtype)
+        return scaled(q, self.head_scale, self.scale), unit(k)
 
     def own_bias(self, bias: LayerBias) -> LayerBias:
         """Multiply biases of queries as the queries are, and biases of scores by ``|a_h|``."""
@@ -165,9 +166,7 @@ class RecurrentSelfAttention(StrictSelfAttention):
 
 def scaled(q: Tensor, head_scale: Tensor, scale: float) -> Tensor:
     """Return queries ``[B, H, Q, D or D']`` of length ``|a_h| / scale``, in their dtype."""
-    normalized = unit(q)
-    factor = head_scale.to(normalized.dtype).abs() / scale
-    return (normalized * factor[:, None, None]).to(q.dtype)
+    return unit(q, head_scale.to(torch.promote_types(q.dtype, torch.float32)).abs() / scale)
 
 
 def read(backend: str, q: Tensor, head_scale: Tensor, seen: KeyValues) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import aligned
+from ...kernels.unit import unit
 from ...layers import AttentionConfig
-from ...layers.heads import split_heads, unit
+from ...layers.heads import split_heads
 from ..base import MemoryConfig
 from .attention import KeyValues, read
 from .options import FIXED, LSTM, BlockRecurrentOptions
@@ -61,7 +62,7 @@ class RecurrentCell(nn.Module):
             mean_square = states.square().mean(-1, keepdim=True)
             rows = states * (mean_square + EPS).rsqrt() * self.norm_gain.to(states) + self.identities.to(states)
         q, token_q, k, v = split_heads(aligned.mapped(self.proj, rows.to(like.dtype)), 4, self.heads)
-        return StateHeads(q, token_q, KeyValues(unit(k).to(k.dtype), v))
+        return StateHeads(q, token_q, KeyValues(unit(k), v))
 
     def pass_windows(
         self, states: Tensor, like: Tensor, period: int, config: AttentionConfig, seen: KeyValues

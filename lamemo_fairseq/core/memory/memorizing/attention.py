@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ...attention import Attended, Operation, RelativeBias
 from ...attention.padding import as_wide
 from ...kernels.padded import WideRows
+from ...kernels.unit import unit
 from ...layers import AttentionConfig, SelfAttention
-from ...layers.heads import unit
 from ...positions import LayerBias
 from ..base import no_contribution
 from . import eager
@@ -74,9 +74,8 @@ class StoreSelfAttention(SelfAttention):
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise queries and keys, and multiply queries by ``a_h / scale``: attention undoes the scale."""
-        normalized = unit(q)
-        factor = self.log_scale.to(normalized.dtype).exp() / self.scale
-        return (normalized * factor[:, None, None]).to(q.dtype), unit(k).to(k.dtype)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        return unit(q, self.log_scale.to(exact).exp() / self.scale), unit(k)
 
     def own_bias(self, bias: LayerBias) -> LayerBias:
         return NO_POSITIONS
