@@ -120,8 +120,8 @@ def run(case, backend, dtype, wrap=lambda t: t, dropout=0.0):
     q, k, v, *bias, grad, output, normalizer = case.tensors()
     inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (q, k, v, *bias)]
     stored = output.to(dtype), normalizer.to(torch.promote_types(dtype, torch.float32))
-    rows = [wrap(t) for t in inputs[:3]]
-    attended = case.call(backend, *rows, RelativeBias(*inputs[3:]), *stored, dropout)
+    rows, parts = [wrap(t) for t in inputs[:3]], [None if t is None else wrap(t) for t in inputs[3:]]
+    attended = case.call(backend, *rows, RelativeBias(*parts), *stored, dropout)
     attended.output.backward(grad.to(dtype))
     return dict(
         zip(NAMES, [attended.output, attended.normalizer, *(t if t is None else t.grad for t in inputs)], strict=True)
@@ -157,11 +157,15 @@ def test_as_eager(case, dtype):
     assert_as_eager(run(case, "fused", dtype), run(case, "eager", dtype), exact, dtype)
 
 
-@pytest.mark.parametrize("case", [Case(37, 37, 41), Case(40, 33, 8, "right")], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(37, 37, 41), Case(40, 33, 8, "right"), Case(18, 35, 6, parts="content table score")], ids=str
+)
 def test_rows_of_a_larger_tensor(case):
-    """Queries, keys and values may be views with any strides; nothing beside them is read."""
+    """Queries, keys, values and biases may be views with any strides; nothing beside them is read."""
 
     def within(t):
+        if t.dim() < 4:
+            return t.mT.contiguous().mT
         b, h, r, d = t.shape
         larger = torch.full((b, r + 2, h, d + 3), math.nan, dtype=t.dtype, device=t.device)
         larger[:, 1:-1, :, 1 : d + 1] = t.transpose(1, 2)

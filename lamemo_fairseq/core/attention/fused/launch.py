@@ -116,6 +116,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
     Returns:
         The gradients of the bias, None for its fields that are None; in float32 but for the table.
     """
+    learned = x.bias.score is not None and x.bias.score.requires_grad  # a contiguous copy does not tell
     x, layout = _contiguous(x), Layout.of(x)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     batch, heads, _, size = x.q.shape
@@ -135,7 +136,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
         DROPOUT=x.dropout > 0, CHUNKED=layout.chunks > 1, **tile.options(),
     )  # fmt: skip
 
-    d_table, d_score = _table_gradients(x, layout, scores, rows.by_class)
+    d_table, d_score = _table_gradients(x, layout, scores, rows.by_class, learned)
     tile = all_tiles.query
     tile = tile._replace(queries=min(tile.queries, _block(layout.chunk // 8)))
     blocks = 8 * layout.chunks * triton.cdiv(layout.chunk // 8, tile.queries)
@@ -211,12 +212,10 @@ def _table(x: Inputs) -> Optional[Tensor]:
 
 
 def _table_gradients(
-    x: Inputs, layout: Layout, scores: Tensor, by_class: Optional[Tensor]
+    x: Inputs, layout: Layout, scores: Tensor, by_class: Optional[Tensor], of_learned: bool
 ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-    """Return the gradients of the table and of learned scores, from score gradients and position queries."""
-    table, learned = x.bias.table, x.bias.score
-    if learned is not None and not learned.requires_grad:
-        learned = None
+    """Return the gradients of the table, and *of_learned* scores, from score gradients and position queries."""
+    table, learned = x.bias.table, x.bias.score if of_learned else None
     if table is None and learned is None:
         return None, None
     batch, heads, _, size = x.q.shape
