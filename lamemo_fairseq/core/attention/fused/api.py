@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..bands import causal_band
 from ..types import Attended, RelativeBias
-from .function import BandedAttention, attend
-from .launch import UNBOUNDED, Band
+from .function import attend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 128
@@ -48,13 +48,3 @@ def causal_attention(
         return Attended(output, q.new_empty(0, dtype=torch.float32))
     band = causal_band(slice(0, q.size(2)), q.size(2), k.size(2), bias, span, nearest)
     return attend(q, k, v, [band], dropout, scale)
-
-
-def causal_band(
-    positions: slice, queries: int, keys: int, bias: RelativeBias, span: Optional[int], nearest: int = 0
-) -> BandedAttention:
-    """Return the causal attention of the queries at *positions*, the last *queries* of *keys* positions."""
-    past = keys - queries  # of query 0
-    last = past - nearest
-    band = Band(-UNBOUNDED if span is None else last - span + 1, last, queries - 1)
-    return BandedAttention(positions, slice(0, keys), band, bias)

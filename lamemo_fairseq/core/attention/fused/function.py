@@ -4,7 +4,7 @@ Shapes: B streams, H heads, R rows, D size of a head.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import List, Optional, Sequence, Tuple
 
 import torch
@@ -13,23 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...kernels.autograd import Context, Function
+from ..bands import BandedAttention, grouped, heads_like
 from ..padding import as_wide, bias_for
 from ..types import Attended, RelativeBias
 from . import launch
-from .launch import Band
-
-
-@dataclass(frozen=True)
-class BandedAttention:
-    """The attention of some queries to some keys within a band. The first of a list reads all keys."""
-
-    queries: slice
-    keys: slice
-    band: Band
-    bias: RelativeBias
-    first: Optional[Tensor] = None
-    stored: Optional[Attended] = None  # merged with the new read-out
-    eps: float = 0.0  # of the merge
 
 
 def attend(
@@ -99,9 +86,9 @@ class _Attend(Function):
         v: Tensor,
         *biases: Optional[Tensor],
     ) -> Tuple[Tensor, Tensor]:
-        (output,) = _heads_like(q, 1)
+        (output,) = heads_like(q, 1)
         normalizers, saved = [], []
-        for attention, bias in zip(attentions, _grouped(biases), strict=True):
+        for attention, bias in zip(attentions, grouped(biases), strict=True):
             inputs = _inputs(attention, q, k, v, bias, scale, dropout, seed)
             normalizer, saved_one = launch.forward(inputs, output[:, :, attention.queries])
             normalizers.append(normalizer)
@@ -124,12 +111,12 @@ class _Attend(Function):
     def backward(ctx: _AttendContext, grad: Tensor, _: object) -> Tuple[Optional[Tensor], ...]:
         count = len(ctx.attentions)
         q, k, v, output, *rest = ctx.saved_tensors
-        biases, rest = _grouped(rest[: 4 * count]), rest[4 * count :]
+        biases, rest = grouped(rest[: 4 * count]), rest[4 * count :]
         news, constants = rest[:count], [rest[count + 3 * n : count + 3 * n + 3] for n in range(count)]
         if q.shape == k.shape:
-            dq, dk, dv = _heads_like(q, 3)
+            dq, dk, dv = heads_like(q, 3)
         else:
-            (dq,), (dk, dv) = _heads_like(q, 1), _heads_like(k, 2)
+            (dq,), (dk, dv) = heads_like(q, 1), heads_like(k, 2)
         gradients: List[Optional[Tensor]] = []
         for n, attention in enumerate(ctx.attentions):
             first, stored_output, stored_normalizer = constants[n]
@@ -156,16 +143,6 @@ class _Attend(Function):
 def _widened(attention: BandedAttention, q: Tensor) -> BandedAttention:
     stored = None if attention.stored is None else attention.stored._replace(output=as_wide(q, attention.stored.output))
     return replace(attention, bias=bias_for(q, attention.bias), stored=stored)
-
-
-def _heads_like(t: Tensor, count: int) -> Sequence[Tensor]:
-    """Return empty tensors ``[B, H, R, D]`` that are adjacent views of one buffer, like projections."""
-    batch, heads, length, size = t.shape
-    return [tensor.transpose(1, 2) for tensor in t.new_empty(batch, length, count, heads, size).unbind(2)]
-
-
-def _grouped(biases: Sequence[Optional[Tensor]]) -> List[RelativeBias]:
-    return [RelativeBias(*biases[n : n + 4]) for n in range(0, len(biases), 4)]
 
 
 def _without_tensors(attention: BandedAttention) -> BandedAttention:

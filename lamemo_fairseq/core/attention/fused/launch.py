@@ -10,27 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ..bands import Band
 from ..types import RelativeBias
 from . import kernels, position_kernels
 from .tiles import Tile, tiles_for
-
-UNBOUNDED = 1 << 30
-
-
-class Band(NamedTuple):
-    """The pairs that see each other, and the entries of the table that hold their distance.
-
-    Query i sees key j if ``low <= j - i <= high``; the pair's entry of the table is ``shift + j - i``. It is at least 0
-    for all pairs that see each other, also without a table: columns of score gradients are counted from it.
-    """
-
-    low: int
-    high: int
-    shift: int
-
-    @property
-    def limits(self) -> Tuple[int, int]:
-        return max(self.low, -UNBOUNDED), min(self.high, UNBOUNDED)
 
 
 class Saved(NamedTuple):
