@@ -15,14 +15,14 @@ def rows(dtype=torch.float32, size=4, device="cpu"):
     return [torch.randn(1, 2, 3, size, dtype=dtype, device=device) for _ in range(3)]
 
 
-def test_auto_is_eager_without_a_gpu_and_says_so_once(caplog):
+def test_auto_is_blocked_without_a_gpu_and_says_so_once(caplog):
     choice._tell.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             found = causal_attention("auto", *rows(), RelativeBias())
     assert torch.isfinite(found.output).all()
     told = [r.getMessage() for r in caplog.records]
-    assert told == ["--attention-backend auto: eager, as the fused backend is for GPUs, and this is cpu"]
+    assert told == ["--attention-backend auto: blocked, as the fused backend is for GPUs, and this is cpu"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,9 @@ def test_an_operation_without_kernels(caplog):
         assert torch.equal(plain(name, q, 2).output, 2 * q)
     with pytest.raises(ValueError, match="backend fused cannot run here: window attention has no fused implementation"):
         plain("fused", q, 2)
-    with pytest.raises(ValueError, match="unknown attention backend 'flash'; the known ones are auto, eager, fused"):
+    with pytest.raises(
+        ValueError, match="unknown attention backend 'flash'; the known ones are auto, blocked, eager, fused"
+    ):
         plain("flash", q, 2)
     plain.register("other", lambda q, factor: Attended(q, q[..., 0]))
     with pytest.raises(ValueError, match="window attention has an implementation 'other' already"):

@@ -86,6 +86,7 @@ def assert_same(found, rows, bias, expected, exact_rows, exact_bias, tolerance):
 
 def backends():
     yield pytest.param("eager", torch.float64, 1e-12, id="eager")
+    yield pytest.param("blocked", torch.float64, 1e-12, id="blocked")
     if importlib.util.find_spec("triton") is not None:
         yield pytest.param("fused", torch.float32, 1e-4, id="fused")
 

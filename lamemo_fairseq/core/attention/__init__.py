@@ -5,7 +5,7 @@
 
 from types import ModuleType
 
-from . import choice, eager
+from . import blocked, choice, eager
 from .counted import Counted
 from .operation import BACKENDS, Backend, Operation
 from .rotation import Rotation
@@ -18,7 +18,7 @@ def _fused() -> ModuleType:
     return fused
 
 
-causal_attention = Operation("causal attention", eager.causal_attention, _fused)
+causal_attention = Operation("causal attention", eager.causal_attention, _fused, blocked.causal_attention)
 # This variant adds further scores for each pair.
 counted_attention = Operation("attention by distances counted in the text", eager.causal_attention)
 

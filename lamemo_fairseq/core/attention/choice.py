@@ -1,4 +1,4 @@
-"""The backends that users name: `eager`, `fused` or an error, `auto` whichever can run, said once.
+"""The backends that users name: `eager`, `fused` or `blocked` or an error, `auto` the fastest that can run, said once.
 
 Shapes: B streams, H heads, Q queries, D size of a head.
 """
@@ -10,6 +10,7 @@ from typing import Optional
 
 from torch import Tensor
 
+from . import blocked
 from .operation import BACKENDS, Operation
 
 logger = logging.getLogger(__name__)
@@ -22,20 +23,29 @@ def _eager(operation: Operation[...], q: Tensor) -> str:
 
 @BACKENDS.register("fused")
 def _fused_or_error(operation: Operation[...], q: Tensor) -> str:
-    reason = why_not_fused(q, operation)
+    return _or_error("fused", why_not_fused(q, operation))
+
+
+@BACKENDS.register("blocked")
+def _blocked_or_error(operation: Operation[...], q: Tensor) -> str:
+    return _or_error("blocked", blocked.why_not(q, operation))
+
+
+def _or_error(name: str, reason: Optional[str]) -> str:
     if reason is not None:
         raise ValueError(
-            f"--attention-backend fused cannot run here: {reason}; pass --attention-backend auto or eager, "
+            f"--attention-backend {name} cannot run here: {reason}; pass --attention-backend auto or eager, "
             "for a trained model --model-overrides \"{'attention_backend': 'auto'}\""
         )
-    return "fused"
+    return name
 
 
 @BACKENDS.register("auto")
-def _fused_or_eager(operation: Operation[...], q: Tensor) -> str:
+def _fastest(operation: Operation[...], q: Tensor) -> str:
     reason = why_not_fused(q, operation) if q.is_cuda else f"the fused backend is for GPUs, and this is {q.device}"
-    _tell(reason)
-    return "eager" if reason is not None else "fused"
+    otherwise = "eager" if blocked.why_not(q, operation) else "blocked"
+    _tell(None if reason is None else f"{otherwise}, as {reason}")
+    return "fused" if reason is None else otherwise
 
 
 def why_not_fused(q: Tensor, operation: Optional[Operation[...]] = None) -> Optional[str]:
@@ -55,5 +65,5 @@ def _has_triton() -> bool:
 
 
 @cache
-def _tell(reason: Optional[str]) -> None:
-    logger.info("--attention-backend auto: %s", "fused" if reason is None else f"eager, as {reason}")
+def _tell(other: Optional[str]) -> None:
+    logger.info("--attention-backend auto: %s", other or "fused")

@@ -24,6 +24,7 @@ class Operation(Generic[P]):
         eager: the reference, in plain PyTorch.
         fused: imports and returns the module of the fused implementation, a function of the same name. It is called
             when the fused kernels are to run, so that nothing else needs Triton.
+        blocked: the implementation for CPUs.
     """
 
     def __init__(
@@ -31,9 +32,12 @@ class Operation(Generic[P]):
         name: str,
         eager: Callable[Concatenate[Tensor, P], Attended],
         fused: Optional[Callable[[], ModuleType]] = None,
+        blocked: Optional[Callable[..., Attended]] = None,
     ):
         self.name, self.__doc__ = name, eager.__doc__
         self._implementations: Dict[str, Callable[Concatenate[Tensor, P], Attended]] = {"eager": eager}
+        if blocked is not None:
+            self._implementations["blocked"] = blocked
         if fused is not None:
 
             def imported(q: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Attended:

@@ -3,18 +3,19 @@
 Shapes: B streams, R = m + N rows, m memory slots, N current tokens, H heads, D size of a head, d model width.
 """
 
+from functools import partial
 from types import ModuleType
 from typing import Optional
 
 from torch import Tensor
 
-from ...attention import Attended, Operation
+from ...attention import Attended, Operation, blocked
 from ...attention.padding import as_wide, bias_for
 from ...kernels.padded import WideRows
 from ...layers import SelfAttention
 from ...positions import LayerBias
 from ..base import last_rows
-from . import eager
+from . import banded, eager
 from .windows import LookaheadWindow
 
 
@@ -24,8 +25,12 @@ def _fused() -> ModuleType:
     return fused
 
 
-lookahead_attention = Operation("look-ahead attention", eager.lookahead_attention, _fused)
-memory_attention = Operation("attention with look-ahead", eager.memory_attention, _fused)
+lookahead_attention = Operation(
+    "look-ahead attention", eager.lookahead_attention, _fused, partial(banded.lookahead_attention, blocked.attend)
+)
+memory_attention = Operation(
+    "attention with look-ahead", eager.memory_attention, _fused, partial(banded.memory_attention, blocked.attend)
+)
 # This variant adds further scores for each pair.
 counted_memory_attention = Operation("look-ahead by distances counted in the text", eager.memory_attention)
 
