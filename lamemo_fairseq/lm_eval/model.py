@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 if importlib.util.find_spec("lm_eval") is None:
-    raise ModuleNotFoundError("lm-eval is not installed: pip install 'lamemo-fairseq[eval]'", name="lm_eval")
+    raise ModuleNotFoundError("lm-eval is not installed: pip install 'lm-eval>=0.4.13'", name="lm_eval")
 
 import lm_eval.models  # noqa: F401  # the harness registers its own models only before any other
 from lm_eval.api.instance import Instance
