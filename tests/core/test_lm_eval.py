@@ -230,7 +230,7 @@ def test_without_the_harness_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delitem(sys.modules, "lamemo_fairseq.lm_eval.model", raising=False)
     monkeypatch.delattr(lm_eval, "model", raising=False)
-    with pytest.raises(SystemExit, match=r"lm_eval: lm-eval is not installed: pip install 'lamemo-fairseq\[eval\]'"):
+    with pytest.raises(SystemExit, match=r"lm_eval: lm-eval is not installed: pip install 'lm-eval>=0.4.13'"):
         main()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="one process"):
