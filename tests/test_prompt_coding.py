@@ -175,7 +175,14 @@ def test_another_model_of_pieces_is_refused(folders, texts, tmp_path):
         ("the old house", "The OLD House", "in small letters: write the prompt"),
         ("old house , !", "old, house!", "separate words and punctuation marks by spaces"),
         ("old house , &apos;s", "house, old, house,", "pass --tokenizer moses"),
-        ("t h e o", "the theo", "pass --bpe bytes"),
+        (" ".join("abcdefghijklmnopqrstuvwxyz"), "the theo", "pass --bpe bytes"),
+        (
+            " ".join("\u03b1\u03b2\u03b3\u03b4\u03b5\u03b6\u03b7\u03b8abcdefghijklmn"),
+            "\u03b1\u03b2 \u03b3\u03b4",
+            "pass --bpe characters",
+        ),
+        ("t h e o", "the theo", "dict.txt lists the words"),
+        ("\u2581ne a b c d e f g h i", "x", "dict.txt lists the words"),
         ("\u2581the \u2581o ld", "the old", "pass --bpe sentencepiece --sentencepiece-model"),
         ("th@@ e o@@ ld", "the old", "pass --bpe subword_nmt or fastbpe with --bpe-codes"),
         ("the old", "the old", "leave out --tokenizer and --bpe"),
@@ -190,6 +197,28 @@ def test_a_prompt_of_unknown_words_is_told_with_what_was_forgotten(symbols, prom
     assert not caplog.text
     encode_prompts([prompt], (lambda text: text[::-1]) if symbols == prompt else str, dictionary)
     assert re.search(rf"of the {len(prompt.split())} words of the prompt .* are unknown.*{advice}", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "prompt", "advice"),
+    [
+        ("words", {}, "zebra", "dict.txt lists the words"),
+        ("letters", {}, "at\xe9", "dict.txt lists the words"),
+        ("letters", {"bpe": "bytes"}, "xyz q", "leave out --tokenizer and --bpe"),
+        ("letters", {}, "A T", "in small letters: write the prompt in small letters"),
+    ],
+)
+def test_a_recorded_encoding_is_not_guessed(kind, named, prompt, advice, folders, tmp_path, caplog):
+    """Also where each word of a text is a letter, so that its dictionary looks like one of bytes."""
+    folder = tmp_path / "data"
+    if kind == "letters":
+        own(write(tmp_path / "text", b"a t e s o r i n\n" * 40), folder, "--tokenizer", "words", "--shares", "9", "1")
+    else:
+        folder = folders(kind)
+    task = task_of(folder)
+    encode, _ = coders(task, **named)
+    task.get_interactive_tokens_and_lengths([prompt], encode)
+    assert re.search(rf"of the prompt {prompt!r} are unknown.*: [^:]*{advice}", caplog.text)
 
 
 # Commands and the hub, on bytes.

@@ -86,15 +86,19 @@ class PromptCoding:
     def coder(self, option: str) -> Any:
         return self._coders[option]
 
-    def _follow_record(self) -> None:
-        if self.record is None:
-            return
-        if not any(self._named.values()):
-            self._coders = {"tokenizer": word_coder(self.record), "bpe": recorded_pieces(self.record)}
-            return
-        plain = ("", "space", "none")
+    @property
+    def follows_record(self) -> bool:
+        """Prompts are encoded as the folder records it of its text."""
+        if self.record is None or not any(self._named.values()):
+            return self.record is not None
+        plain = {"", "space", "none"}
         made = {"tokenizer": self.record.tokenizer, "bpe": self.record.pieces}
-        if any(name != made[o] and not {name, made[o]} <= set(plain) for o, name in self._named.items()):
+        return all(name == made[o] or {name, made[o]} <= plain for o, name in self._named.items())
+
+    def _follow_record(self) -> None:
+        if self.record is not None and not any(self._named.values()):
+            self._coders = {"tokenizer": word_coder(self.record), "bpe": recorded_pieces(self.record)}
+        elif self.record is not None and not self.follows_record:
             told = " ".join(f"--{option} {name}" for option, name in self._named.items() if name)
             logger.warning(
                 "the text in %s was made with --tokenizer %s --bpe %s, but prompts are read with %s alone: leave out "

@@ -45,7 +45,11 @@ class LanguageModelHub(GeneratorHubInterface):
     def encode(self, sentence: str) -> Tensor:
         """Return a text's word ids; ends of its lines become end-of-sentence tokens, one at the very end included."""
         (ids,) = encode_prompts(
-            [sentence], lambda line: self.apply_bpe(self.tokenize(clean_prompt(line))), self.src_dict, line_end="\n"
+            [sentence],
+            lambda line: self.apply_bpe(self.tokenize(clean_prompt(line))),
+            self.src_dict,
+            self.task.coding,
+            line_end="\n",
         )
         return ids
 

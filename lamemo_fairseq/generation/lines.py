@@ -2,22 +2,30 @@
 
 import logging
 import re
-from typing import Any, Callable, Iterator, List, Sequence, Tuple
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from ..core.text.coders import Bytes, Characters, Words
-from .encoders import split_lines
+from ..core.text.coders import BYTE_SYMBOLS, SPACE, Bytes, Characters, Words
+from .encoders import PromptCoding, split_lines
 
 logger = logging.getLogger(__name__)
 
-MOSTLY = 0.5  # share of words
+MOSTLY = 0.5  # share of a prompt's words
+HARDLY = 0.1  # share of a dictionary's symbols
+
+Encode = Callable[[str], str]
+_BYTE_SYMBOLS = set(BYTE_SYMBOLS.values())
 
 
 def encode_prompts(
-    prompts: Sequence[str], encode: Callable[[str], str], dictionary: Dictionary, line_end: str = ""
+    prompts: Sequence[str],
+    encode: Encode,
+    dictionary: Dictionary,
+    coding: Optional[PromptCoding] = None,
+    line_end: str = "",
 ) -> List[Tensor]:
     """Return the word ids of prompts, each line of which ends in an end-of-sentence token.
 
@@ -25,50 +33,68 @@ def encode_prompts(
         prompts: texts.
         encode: text to tokens between spaces.
         dictionary: the words.
+        coding: the coders behind *encode*, and how the data's text was encoded; None if that is not known.
         line_end: the end of a line within a prompt, ``</s>`` by default.
     """
     encoded = []
     for prompt in prompts:
         lines = [encode(line) for line in (prompt.split(line_end) if line_end else split_lines(prompt))]
         ids = [dictionary.encode_line(line, add_if_not_exist=False).long() for line in lines]
-        _tell_unknown(prompt, " ".join(lines).split(), dictionary)
+        words = " ".join(lines).split()
+        unknown = [word for word in words if word not in dictionary]
+        if len(unknown) > MOSTLY * len(words):
+            logger.warning(
+                "%d of the %d words of the prompt %r are unknown to the dictionary, such as %s: %s",
+                len(unknown),
+                len(words),
+                prompt if len(prompt) <= 60 else prompt[:60] + "...",
+                ", ".join(map(repr, unknown[:3])),
+                _advice(prompt, encode, dictionary, coding),
+            )
         encoded.append(torch.cat(ids))
     return encoded
 
 
-def _tell_unknown(prompt: str, words: List[str], dictionary: Dictionary) -> None:
-    unknown = [word for word in words if word not in dictionary]
-    if len(unknown) > MOSTLY * len(words):
-        logger.warning(
-            "%d of the %d words of the prompt %r are unknown to the dictionary, such as %s: %s",
-            len(unknown),
-            len(words),
-            prompt if len(prompt) <= 60 else prompt[:60] + "...",
-            ", ".join(map(repr, unknown[:3])),
-            _advice(prompt, dictionary),
-        )
-
-
-def _advice(prompt: str, dictionary: Dictionary) -> str:
+def _advice(prompt: str, encode: Encode, dictionary: Dictionary, coding: Optional[PromptCoding]) -> str:
     """Return a remedy: the step that the dictionary's text went through but the prompt did not."""
-    for what, encode in _ways(dictionary):
-        words = encode(prompt).split()
+    recorded = coding is not None and coding.record is not None
+    if coding is not None and recorded and not coding.follows_record:
+        return "its text was not encoded like this: leave out --tokenizer and --bpe"
+    for what, changed in _ways(encode, dictionary, recorded):
+        words = changed(prompt).split()
         if words and sum(word not in dictionary for word in words) <= MOSTLY * len(words):
             return what
-    if any(symbol.startswith("\u2581") for symbol in dictionary.symbols):
+    if not recorded and _share(dictionary, lambda symbol: symbol.startswith(SPACE) and symbol != SPACE) > HARDLY:
         return "it holds pieces of words: pass --bpe sentencepiece --sentencepiece-model FILE"
-    if any(symbol.endswith("@@") for symbol in dictionary.symbols):
+    if not recorded and _share(dictionary, lambda symbol: symbol.endswith("@@")) > HARDLY:
         return "it holds pieces of words: pass --bpe subword_nmt or fastbpe with --bpe-codes FILE"
     return "write the prompt like the data's text (dict.txt lists the words)"
 
 
-def _ways(dictionary: Dictionary) -> Iterator[Tuple[str, Callable[[str], Any]]]:
+def _ways(encode: Encode, dictionary: Dictionary, recorded: bool) -> Iterator[Tuple[str, Encode]]:
+    """Yield remedies, each with the tokens that the prompt then has.
+
+    A recorded encoding is not guessed: only the prompt's own text can be at fault.
+    """
     apart = Words("").encode
     moses = any(re.match("&[a-z]+;", symbol) for symbol in dictionary.symbols)
     split = "pass --tokenizer moses" if moses else "separate words and punctuation marks by spaces"
-    yield "its text was not encoded like this: leave out --tokenizer and --bpe", str
-    yield "it has them in small letters: write the prompt in small letters", str.lower
-    yield f"it has words apart from punctuation marks: {split}", apart
-    yield f"it has small letters, and words apart from punctuation marks: {split}", lambda text: apart(text.lower())
-    yield "it holds bytes: pass --bpe bytes", Bytes().encode
-    yield "it holds letters: pass --bpe characters", Characters().encode
+    if not recorded:
+        yield "its text was not encoded like this: leave out --tokenizer and --bpe", str
+    yield "it has them in small letters: write the prompt in small letters", lambda text: encode(text.lower())
+    yield f"it has words apart from punctuation marks: {split}", lambda text: encode(apart(text))
+    yield (
+        f"it has small letters, and words apart from punctuation marks: {split}",
+        lambda text: encode(apart(text.lower())),
+    )
+    # Dictionaries of words have letters too.
+    if not recorded and _share(dictionary, _BYTE_SYMBOLS.__contains__) >= 1 - HARDLY:
+        yield "it holds bytes: pass --bpe bytes", Bytes().encode
+    if not recorded and _share(dictionary, lambda symbol: len(symbol) == 1) >= 1 - HARDLY:
+        yield "it holds letters: pass --bpe characters", Characters().encode
+
+
+def _share(dictionary: Dictionary, is_one: Callable[[str], bool]) -> float:
+    """Return the share of a dictionary's symbols, apart from fairseq's own, for which *is_one* holds."""
+    symbols = [symbol for symbol in dictionary.symbols[dictionary.nspecial :] if not symbol.startswith("madeupword")]
+    return sum(map(is_one, symbols)) / max(1, len(symbols))

@@ -1,6 +1,6 @@
 """The task's side of continuing and scoring prompts."""
 
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from fairseq.data import Dictionary
@@ -22,23 +22,24 @@ class PromptTask(OwnTask, FairseqTask):
 
     dictionary: Dictionary
     _trains: bool
-    _coding: PromptCoding
+    coding: Optional[PromptCoding] = None  # of prompts, from the time that a tokenizer is asked for
 
     def get_interactive_tokens_and_lengths(self, lines: List[str], encode_fn: Callable[[str], str]) -> Any:
         """Return the word ids of the prompts of fairseq-interactive, and the number of ids of each."""
-        encoded = encode_prompts([clean_prompt(line) for line in lines], encode_fn, self.dictionary)
+        encoded = encode_prompts([clean_prompt(line) for line in lines], encode_fn, self.dictionary, self.coding)
         return encoded, [len(ids) for ids in encoded]
 
     def build_tokenizer(self, args: Any) -> Any:
         """Build the tokenizer that is named, or the data folder's if neither a tokenizer nor ``--bpe`` is named."""
         joins = self._option("post_process")
         check_post_process(joins)
-        self._coding = PromptCoding(data_folders(self.cfg.data)[0], joined=joins not in (None, "none"))
-        return self._coding.build_coder("tokenizer", args, super().build_tokenizer)
+        self.coding = PromptCoding(data_folders(self.cfg.data)[0], joined=joins not in (None, "none"))
+        return self.coding.build_coder("tokenizer", args, super().build_tokenizer)
 
     def build_bpe(self, args: Any) -> Any:
         """Build the coder of pieces, chosen in the same way. fairseq asks for the tokenizer first."""
-        return self._coding.build_coder("bpe", args, super().build_bpe)
+        assert self.coding is not None
+        return self.coding.build_coder("bpe", args, super().build_bpe)
 
     def build_dataset_for_inference(self, src_tokens: Any, src_lengths: Any, **kwargs: Any) -> PromptDataset:
         """Return whole texts to score or continue, each read from an empty memory after an end-of-sentence token."""
