@@ -256,14 +256,35 @@ def test_rates_that_are_none(tiny, capsys):
     assert "speed.json does not hold rates of rows: remove it, and measure them" in capsys.readouterr().err
 
 
+HEAD = "2026-01-01 00:00:00 | INFO | fairseq_cli.train | num. shared model params: 1,234 (num. trained: 1,234)\n"
+
+
+def test_seconds_of_training_are_those_of_all_starts(tmp_path):
+    """Records of before have none, and are shown without."""
+    start, end = "| INFO | fairseq_cli.train | training on 1 devices\n", "| INFO | done training in {} seconds\n"
+    for lines, seconds in (
+        ([start, end.format("1208.4")], 1208.4),
+        ([start, end.format("1208.4"), start, end.format("0.3")], 1208.7),
+        ([start, start, end.format("0.3")], None),
+    ):
+        (tmp_path / "log").write_text(HEAD + "".join(lines))
+        assert logs.training(tmp_path / "log")["seconds"] == seconds
+    loaded, figures = load(tmp_path / "t.yaml"), []
+    (one,) = table.runs(loaded)
+    for seconds in ({}, {"seconds": 1208.4}):
+        line = result(training={**result()["training"], **seconds})
+        text = render.write(execute.Plan(loaded, tmp_path, kept={one.name: line}), [one])
+        figures += [row["training s"] for row in csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))]
+    assert figures == ["", "1208.4"] and "| 1,208 " in text
+
+
 def test_a_log_with_records_of_another_kind(tmp_path):
-    head = "2026-01-01 00:00:00 | INFO | fairseq_cli.train | num. shared model params: 1,234 (num. trained: 1,234)\n"
     for record in (
         'train_inner | {"wps": "1"}',
         'valid | {"valid_num_updates": "x"}',
         'train_inner | {"num_updates": []}',
     ):
-        (tmp_path / "log").write_text(f"{head}2026-01-01 00:00:00 | INFO | {record}\n")
+        (tmp_path / "log").write_text(f"{HEAD}2026-01-01 00:00:00 | INFO | {record}\n")
         with pytest.raises(logs.LogError, match="has a record that is not one of fairseq's"):
             logs.training(tmp_path / "log")
 

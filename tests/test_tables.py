@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from examples.tables import __main__ as runner
-from examples.tables import commands, execute, folder, logs, plots, process, recipes, render, scale, table
+from examples.tables import commands, execute, folder, plots, process, recipes, render, scale, table
 
 from .helpers import random_tokens, read_streams, tiny_decoder
 from .tables import fork, read, run
@@ -51,7 +51,9 @@ def test_a_table_is_run_once_and_rendered(tiny, capsys, monkeypatch):
     assert start["commands"][0][0] == "fairseq-train" and start["commit"] == commit
 
     row = next(line for line in text.splitlines() if line.startswith("| LaMemo"))
-    assert [cell.strip() for cell in row.split("|")][2:4] == [f"{lamemo[s]['loss']:.3f}" for s in ("valid", "test")]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[2:4] == [f"{lamemo[s]['loss']:.3f}" for s in ("valid", "test")]
+    assert training["seconds"] > 0 and cells[8] == f"{training['seconds']:,.0f}"
     assert "- / 1.25" in text and "Reported: a paper." in text and (out / "table.md").read_text() in text
     with (out / "evaluations.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -84,7 +86,9 @@ def test_a_killed_runner_goes_on_from_the_checkpoint(tiny, tmp_path, monkeypatch
     plan = execute.Plan(table.load(tiny), tmp_path / "killed", {"max-update": 30, "save-interval-updates": 5})
     (one,) = table.runs(plan.table, ["lamemo"])
     only_train(plan, one)
-    assert "Loaded checkpoint" in log.read_text() and logs.training(log)["updates"] == 30
+    assert "Loaded checkpoint" in log.read_text()
+    trained = read(log.parent / "trained.json")
+    assert trained["updates"] == 30 and trained["seconds"] is None, "a killed start logs no seconds"
     assert len(plan.folder(one).starts.read_text().splitlines()) == 2
     whole = execute.Plan(plan.table, tmp_path / "whole", plan.changes)
     only_train(whole, one)

@@ -17,7 +17,7 @@ SHAPE = {
     "run": {"row": is_text, "seed": is_whole, "streams": is_whole, "options": is_mapping, "data": is_mapping},
     "training": {
         "parameters": is_number,
-        **dict.fromkeys(("tokens_per_second", "device_memory_gib", "host_memory_gib"), _FIGURE),
+        **dict.fromkeys(("tokens_per_second", "device_memory_gib", "host_memory_gib", "seconds"), _FIGURE),
         "curve": [is_pair],
     },
     "evaluations": values(

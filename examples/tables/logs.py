@@ -10,6 +10,7 @@ _RECORD = re.compile(r"^[\d\-]+ [\d:]+ \| INFO \| (\w+) \| (\{.*\})\s*$")
 _PARAMETERS = re.compile(r"num\. shared model params: ([\d,]+)")
 _CAPACITY = re.compile(r"total memory = ([\d.]+) GB")
 _STARTED = "training on "
+_TRAINED = re.compile(r"done training in ([\d.]+) seconds")
 _GRAPH = re.compile(r"recorded a CUDA graph for (\w+) segments .* keeps ([\d.]+) GiB to itself")
 _EVALUATED = re.compile(r"Evaluated ([\d,]+) tokens in ([\d.]+)s \(([\d.]+) tokens/s\)")
 DEVICE_MEMORY = "peak memory of the device: "  # evaluate.py writes it
@@ -45,10 +46,11 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
     """Read a log of training.
 
     Returns:
-        The values are ``parameters``, ``tokens_per_second``, ``tokens_an_update``, ``device_memory_gib``, ``updates``
-        and ``curve``. The rate is the median over log intervals, without the first after each start where there are
-        others. The memory is the largest peak that was logged, with what CUDA graphs reserved by then (None on a CPU).
-        The curve has one ``[update, base-2 loss]`` a validation.
+        The values are ``parameters``, ``tokens_per_second``, ``tokens_an_update``, ``device_memory_gib``, ``updates``,
+        ``seconds`` and ``curve``. The rate is the median over log intervals, without the first after each start where
+        there are others. The memory is the largest peak that was logged, with what CUDA graphs reserved by then (None
+        on a CPU). The seconds are the sum over all starts, validations included (None if a start was killed). The curve
+        has one ``[update, base-2 loss]`` a validation.
 
     Raises:
         LogError: the log has no parameters, or records without their values.
@@ -72,10 +74,10 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
     graphs: Dict[str, float] = {}  # one for training and one for evaluation at a time
     recorded: Dict[str, float] = {}
     curve: Dict[int, float] = {}
-    updates, fresh, batch = 0, True, None
+    updates, starts, fresh, batch = 0, 0, True, None
     for tag, record in records(path):
         if tag == "start":
-            fresh, graphs, recorded = True, {}, {}
+            starts, fresh, graphs, recorded = starts + 1, True, {}, {}
         elif tag == "graph":
             recorded.update(record)
         elif tag == "train_inner":
@@ -93,12 +95,14 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
             curve[int(record[f"{tag}_num_updates"])] = float(record[f"{tag}_loss"])
     capacity = _CAPACITY.findall(text)
     peak = float(capacity[-1]) + max(used) if capacity and used else None
+    seconds = [float(figure) for figure in _TRAINED.findall(text)]
     return {
         "parameters": int(parameters[-1].replace(",", "")),
         "tokens_per_second": median(speeds or first) if speeds or first else None,
         "tokens_an_update": batch,
         "device_memory_gib": None if peak is None else round(peak, 2),
         "updates": max([updates, *curve]),
+        "seconds": round(sum(seconds), 1) if 0 < starts == len(seconds) else None,
         "curve": sorted([update, loss] for update, loss in curve.items()),
     }
 

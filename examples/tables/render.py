@@ -89,6 +89,7 @@ def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, An
         line.update(_spread("parameters", trained(results[name], "parameters")[:1]))
         line.update(_spread("tokens/s", rates(plan, name, results[name])))
         line.update(_spread("memory GiB", memory(plan, name, results[name])))
+        line.update(_spread("training s", trained(results[name], "seconds")))
         lines.append(line)
     return lines
 
@@ -169,7 +170,8 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     table = plan.table
     digits = MEASURES[table.measure][2]
     splits = table.evaluation.subsets
-    head = ["model", *splits, "reported " + " / ".join(splits), "parameters", "tokens/s", "memory GiB", "seeds"]
+    measured = ["parameters", "tokens/s", "memory GiB", "training s"]
+    head = ["model", *splits, "reported " + " / ".join(splits), *measured, "seeds"]
     lines = [
         [
             escaped(row.title),
@@ -178,6 +180,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
             shown(trained(results[name], "parameters")[:1], 0),
             shown(rates(plan, name, results[name]), 0),
             shown(memory(plan, name, results[name]), 2),
+            shown(trained(results[name], "seconds"), 0),
             str(len(results[name])),
         ]
         for name, row in table.rows.items()
