@@ -8,6 +8,7 @@ import pytest
 import torch
 from fairseq_cli import eval_lm, generate, interactive, train, validate
 
+from lamemo_fairseq.core.names import missing_checkpoint
 from lamemo_fairseq.host.overrides import check_overrides, parse_overrides
 from lamemo_fairseq.models.language_models import LaMemoLanguageModel
 
@@ -65,6 +66,33 @@ def test_the_task_is_the_checkpoints(name, data, checkpoint, tmp_path):
     assert without and without == given
     with pytest.raises(ValueError, match=r"checkpoint_last.pt is a checkpoint of .*--task language_modeling does not"):
         run_command(command, data, *here, "--task", "language_modeling")
+
+
+@pytest.mark.parametrize("task", [["--task", "segment_language_modeling"], []], ids=["task", "no task"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_misspelt_path_is_refused_with_those_that_are_there(name, task, data, checkpoint):
+    command, options = COMMANDS[name]
+    wrong = f"{checkpoint.parent}/checkpoint_lats.pt"
+    for path in (wrong, *([] if name == "validate" else [f"{checkpoint}:{wrong}"])):
+        with pytest.raises(FileNotFoundError, match=rf"^--path {wrong}: there is no such file: did .* {checkpoint}\?$"):
+            run_command(command, data, "--user-dir", USER_DIR, "--cpu", "--path", path, *options, *task)
+    with pytest.raises(ValueError, match=rf"^--path {checkpoint.parent} is a folder: pass a checkpoint in it"):
+        run_command(command, data, "--user-dir", USER_DIR, "--cpu", "--path", checkpoint.parent, *options, *task)
+
+
+def test_checkpoints_in_the_nearest_folder_are_proposed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "lamemo"
+    folder.mkdir(parents=True)
+    assert missing_checkpoint("x.pt") == f"there is no checkpoint x.pt, and {tmp_path} has no checkpoints"
+    for number in range(7):
+        (folder / f"checkpoint{number}.pt").touch()
+    near = r"--path \S+: there is no such file: did you mean (runs/lamemo/checkpoint\d.pt|[?]| or )+"
+    for path in ("runs/lamemo/checkpoint.pt", "runs/lmaemo/checkpoint1.pt", "rusn/lamemo/checkpoint1.pt"):
+        assert re.fullmatch(near, missing_checkpoint(path, "--path"))
+    listed = [f"runs/lamemo/checkpoint{number}.pt" for number in (6, 5, 4, 3, 2)]
+    assert missing_checkpoint("runs/lamemo/" + 60 * "z").endswith(f": runs/lamemo has {', '.join(listed)} and others")
+    assert missing_checkpoint("/nowhere/at/all.pt").endswith("all.pt, nor is there a folder /nowhere/at")
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def test_what_an_option_names_has_to_be_a_file(option, tmp_path, caplog):
         with pytest.raises(FileNotFoundError, match=f"{name} {path}: there is no such file"):
             named(tmp_path, **{option: str(path)})
     (tmp_path / "there.pt").touch()
+    with pytest.raises(FileNotFoundError, match=f"no such file: did you mean {tmp_path / 'there.pt'}"):
+        named(tmp_path, **{option: str(tmp_path / "their.pt")})
     named(tmp_path, **{option: str(tmp_path / "there.pt")})
     assert caplog.text == ""
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..core.config import ModelConfig
 from ..core.memory import MEMORIES
+from ..core.names import missing_checkpoint
 from ..data.documents import DocumentDataset
 from ..data.text_encoding import RECORD
 from ..evaluation.evaluate import score_segments
@@ -97,7 +98,7 @@ def checkpoints(models: List[str]) -> Dict[str, str]:
         if name in paths:
             raise ValueError(f"two models are called '{name}': pass NAME=CHECKPOINT")
         if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no checkpoint {path}")
+            raise FileNotFoundError(missing_checkpoint(path))
         paths[name] = path
     return paths
 

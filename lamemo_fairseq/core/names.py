@@ -1,6 +1,7 @@
-"""Names that users write: options, and the nearest known name to a misspelt one."""
+"""Names that users write: options and files, and the nearest known name to a misspelt one."""
 
 import difflib
+from pathlib import Path
 from typing import Callable, Iterable, Optional
 
 
@@ -22,3 +23,24 @@ def did_you_mean(
     """
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
     return f"did you mean {' or '.join(map(shown, near))}?" if near else None
+
+
+def missing_checkpoint(path: str, option: str = "") -> str:
+    """Return the message on a checkpoint that is not there, with the nearest ones that are.
+
+    Args:
+        path: the path as it was given.
+        option: the option that names it; empty for an argument without a name.
+    """
+    message = f"{option} {path}: there is no such file" if option else f"there is no checkpoint {path}"
+    folder, missing = Path(path), 0  # the nearest folder that exists, and how many names of the path do not
+    while not folder.is_dir():
+        folder, missing = folder.parent, missing + 1
+    if missing and str(folder) == folder.anchor:  # the root
+        return f"{message}, nor is there a folder {Path(path).parent}"
+    patterns = ["/".join([*["*"] * depth, "*.pt"]) for depth in range(max(1, min(missing, 3)))]
+    there = sorted((str(found) for pattern in patterns for found in folder.glob(pattern)), reverse=True)
+    if not there:
+        return f"{message}, and {folder.resolve()} has no checkpoints"
+    others = f"{folder} has {', '.join(there[:5])}" + (" and others" if len(there) > 5 else "")
+    return f"{message}: {did_you_mean(str(Path(path)), there) or others}"

@@ -7,6 +7,7 @@ from typing import Any, List, Optional
 import torch
 from fairseq import checkpoint_utils
 
+from ..core.names import missing_checkpoint
 from ..data.segments import SegmentDataset
 from ..host.configuration import read_ours
 
@@ -55,7 +56,7 @@ def open_split(
     }
     for path in paths:
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"there is no checkpoint {path}")
+            raise FileNotFoundError(missing_checkpoint(path))
         read_ours(path)
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(paths, arg_overrides=given)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")

@@ -2,11 +2,12 @@
 
 import argparse
 import os
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from fairseq import utils
 from fairseq.file_io import PathManager
 
+from ..core.names import missing_checkpoint
 from .configuration import (
     CheckpointError,
     check,
@@ -26,12 +27,13 @@ def take_task_from_checkpoint(parser: argparse.ArgumentParser, arguments: Option
     """Let a command without ``--task`` take the task of the checkpoint given as ``--path``.
 
     Raises:
-        CheckpointError: the checkpoint is not one of this package.
+        FileNotFoundError: the checkpoint is missing.
+        ValueError: the checkpoint is a folder, or not one of this package.
     """
     if not any(action.dest == "path" for action in parser._actions):
         return
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for option in ("--task", "--path", "--user-dir"):
+    for option in ("--task", "--path", "--user-dir", "--checkpoint-suffix"):
         given.add_argument(option)
     try:
         options, _ = given.parse_known_args(arguments)
@@ -39,7 +41,7 @@ def take_task_from_checkpoint(parser: argparse.ArgumentParser, arguments: Option
         return
     if options.task is not None or options.user_dir is None:
         return
-    for path in _files(options.path):
+    for path in _files(options):
         state = read_checkpoint(path, mapped=True)
         if not is_ours(state):
             _, task = names(state)
@@ -56,6 +58,7 @@ def check_checkpoints(options: argparse.Namespace) -> None:
 
     Raises:
         CheckpointError: a checkpoint is not of this package, but the task is.
+        FileNotFoundError: a checkpoint is missing.
         ValueError: another option does not fit the checkpoints.
     """
     if not is_our_task(getattr(options, "task", None)):
@@ -64,11 +67,8 @@ def check_checkpoints(options: argparse.Namespace) -> None:
     if getattr(options, "lm_path", None) is not None:
         raise ValueError(refusal("lm_path"))
     overrides = parse_overrides(getattr(options, "model_overrides", "{}"))
-    for path in utils.split_paths(getattr(options, "path", None) or ""):
-        if os.path.isdir(path):
-            raise ValueError(f"--path {path} is a folder: pass a checkpoint in it, such as checkpoint_best.pt")
     only_validates = not (hasattr(options, "beam") or hasattr(options, "context_window"))
-    for path in _files(getattr(options, "path", None)):
+    for path in _files(options):
         check_overrides(overrides, read_ours(path)["cfg"], with_criterion=only_validates)
 
 
@@ -87,14 +87,14 @@ def check_files(folder: str, files: str, data: str, arguments: Dict[str, Any]) -
     for name in files.split(os.pathsep):
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"there is no checkpoint {path}: pass its name as checkpoint_file")
+            raise FileNotFoundError(missing_checkpoint(path))
         state = read_ours(path)
         check_encoders(state, arguments, path)
         check_arguments(arguments, state["cfg"])
 
 
 def _refuse_another_task(options: argparse.Namespace) -> None:
-    for path in _files(getattr(options, "path", None)):
+    for path in filter(os.path.isfile, _paths(options)):
         try:
             state = read_checkpoint(path, mapped=True)
         except ValueError:  # a checkpoint for fairseq's own code, in any format
@@ -106,7 +106,24 @@ def _refuse_another_task(options: argparse.Namespace) -> None:
             )
 
 
-def _files(paths: Optional[str]) -> Sequence[str]:
-    """Return those of the paths that are files here; the command itself reports the others."""
-    local = [] if not paths else [PathManager.get_local_path(path) for path in utils.split_paths(paths)]
-    return [path for path in local if os.path.isfile(path)]
+def _files(options: argparse.Namespace) -> List[str]:
+    """Return the files of ``--path``.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a path is that of a folder.
+    """
+    paths = _paths(options)
+    for path in paths:
+        if os.path.isdir(path):
+            raise ValueError(f"--path {path} is a folder: pass a checkpoint in it, such as checkpoint_best.pt")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(missing_checkpoint(path, "--path"))
+    return paths
+
+
+def _paths(options: argparse.Namespace) -> List[str]:
+    """Return the paths of ``--path`` on this machine, with fairseq's suffix."""
+    end = f"{getattr(options, 'checkpoint_suffix', None) or ''}.pt"
+    paths = utils.split_paths(getattr(options, "path", None) or "")
+    return [PathManager.get_local_path(path.replace(".pt", end)) for path in paths if path]

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..core.names import option_name
+from ..core.names import missing_checkpoint, option_name
 from .averages import supply_averages
 from .configuration import CheckpointError, complete, describe, is_ours, read_ours
 from .overrides import owners_of_options
@@ -207,7 +207,7 @@ def _seed_averages(trainer: Any) -> None:
     if not trainer.cfg.ema.store_ema or path is None:
         return
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"--ema-seed-model {path}: there is no such file")
+        raise FileNotFoundError(missing_checkpoint(path, "--ema-seed-model"))
     state = read_ours(path)
     averages = state["extra_state"].get("ema")
     if not isinstance(averages, dict) or not all(isinstance(weight, Tensor) for weight in averages.values()):

@@ -14,6 +14,7 @@ from fairseq.file_io import PathManager
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from torch import Tensor
 
+from ..core.names import missing_checkpoint
 from .commands import names_of
 from .schedules import schedule_state
 
@@ -106,7 +107,8 @@ def check_named_checkpoint(cfg: Any, suffix: str) -> None:
         return
     if not PathManager.isfile(path):
         beside = os.path.join(cfg.save_dir, os.path.basename(path))
-        advice = f"pass {beside}" if PathManager.isfile(beside) else "pass the path of a checkpoint, or leave it out"
-        raise FileNotFoundError(f"{option} {path}: there is no such file, {advice}")
+        if PathManager.isfile(beside):
+            raise FileNotFoundError(f"{option} {path}: there is no such file, pass {beside}")
+        raise FileNotFoundError(missing_checkpoint(path, option))
     if begun and os.path.realpath(path) != os.path.realpath(last):
         logger.warning("%s %s is taken, although there is a %s from a run that has begun", option, path, last)
