@@ -18,6 +18,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Optional
 
+from .arguments import ArgumentParser
+from .core.names import missing_checkpoint
+
 if TYPE_CHECKING:
     from .core import LanguageModel
 
@@ -30,16 +33,18 @@ def main(arguments: Optional[List[str]] = None) -> None:
     try:
         if args.command == "core":
             _from_fairseq(args).save(args.folder)
+            written = f"{args.folder}, for LanguageModel.load"
         elif args.format == "transformers":
-            _import_transformers(args) if args.command == "import" else _export_transformers(args)
+            written = _import_transformers(args) if args.command == "import" else _export_transformers(args)
         else:
-            _import_released(args) if args.command == "import" else _export_released(args)
+            written = _import_released(args) if args.command == "import" else _export_released(args)
+        print(f"wrote {written}")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"convert_checkpoint: {error}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     to_fairseq = commands.add_parser("import", help="released checkpoint to fairseq's, or transformers' to the core's")
     to_fairseq.add_argument("source", help="released checkpoint, or a folder of transformers")
@@ -59,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_encoding_options(parser: argparse.ArgumentParser) -> None:
+def _add_encoding_options(parser: ArgumentParser) -> None:
     """Add options under fairseq's names."""
     group = parser.add_argument_group("how the text became tokens, where the dictionary's folder does not record it")
     group.add_argument("--tokenizer", choices=("space", "moses"))
@@ -71,21 +76,25 @@ def _add_encoding_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _import_released(args: argparse.Namespace) -> None:
+def _import_released(args: argparse.Namespace) -> str:
     from .checkpoints.convert import import_checkpoint, load_plain, save, save_dictionary, words_of
 
+    _need_file(args.source)
     released = load_plain(args.source)
     vocabulary = released.get("vocab")
     if args.vocabulary:
+        if not Path(args.vocabulary).is_file():
+            raise FileNotFoundError(f"--vocabulary {args.vocabulary}: there is no such file")
         vocabulary = Path(args.vocabulary).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     checkpoint, dictionary = import_checkpoint(released, words_of(vocabulary))
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_dictionary(dictionary, folder / "dict.txt")
     save(checkpoint, folder / "checkpoint.pt")
+    return f"{folder / 'checkpoint.pt'} and {folder / 'dict.txt'}"
 
 
-def _export_released(args: argparse.Namespace) -> None:
+def _export_released(args: argparse.Namespace) -> str:
     _refuse(args, [name for name in ENCODING if getattr(args, name)], "is for --format transformers: pass that too")
     _need_dictionary(args)
     from .checkpoints.convert import export_checkpoint, save
@@ -93,9 +102,10 @@ def _export_released(args: argparse.Namespace) -> None:
     from .host.configuration import read_ours
 
     save(export_checkpoint(read_ours(args.checkpoint), load_dictionary(args.dictionary)), Path(args.target))
+    return str(args.target)
 
 
-def _export_transformers(args: argparse.Namespace) -> None:
+def _export_transformers(args: argparse.Namespace) -> str:
     from .core import LanguageModel
     from .huggingface.folder import export_folder
 
@@ -105,13 +115,15 @@ def _export_transformers(args: argparse.Namespace) -> None:
         export_folder(LanguageModel.load(args.checkpoint), Path(args.target))
     else:
         export_folder(_from_fairseq(args), Path(args.target))
+    return f"{args.target}, for transformers"
 
 
-def _import_transformers(args: argparse.Namespace) -> None:
+def _import_transformers(args: argparse.Namespace) -> str:
     from .core import LanguageModel
 
     _refuse(args, ["vocabulary"] if args.vocabulary else [], "is for --format released: leave it out")
     LanguageModel.load(args.source).save(args.folder)
+    return f"{args.folder}, for LanguageModel.load"
 
 
 def _from_fairseq(args: argparse.Namespace) -> "LanguageModel":
@@ -128,9 +140,19 @@ def _from_fairseq(args: argparse.Namespace) -> "LanguageModel":
     return model
 
 
+def _need_file(checkpoint: str) -> None:
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(missing_checkpoint(checkpoint))
+
+
 def _need_dictionary(args: argparse.Namespace) -> None:
+    _need_file(args.checkpoint)
     if not args.dictionary:
         raise ValueError(f"{args.checkpoint} is a checkpoint of fairseq: pass --dictionary, the dict.txt of its data")
+    if not Path(args.dictionary).is_file():
+        raise FileNotFoundError(
+            f"--dictionary {args.dictionary}: there is no such file, pass the dict.txt of the checkpoint's data"
+        )
 
 
 def _refuse(args: argparse.Namespace, given: List[str], reason: str) -> None:

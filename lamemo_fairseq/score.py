@@ -13,6 +13,7 @@ import sys
 from typing import List, Optional
 
 from . import needs_fairseq  # noqa: F401
+from .arguments import ArgumentParser
 from .core.memory import DivergenceError
 from .evaluation.evaluate import evaluate
 from .evaluation.opening import open_split
@@ -66,8 +67,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--at-document is for --documents recorded or separator: pass one of them too")
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="python -m lamemo_fairseq.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", help="folder of python -m preprocess or fairseq-preprocess")

@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lamemo_fairseq.arguments import ArgumentParser
+
 from .chunks import CHUNK
 from .datasets import DATASETS, SPLITS, Dataset, Divide, FileEach, FirstBytes, Shares
 from .download import DownloadError
@@ -32,8 +34,8 @@ WHOLE_TEXT: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "text8": Norma
 _OWN = Dataset(name="own", files=(), divide=FileEach(), tokenizer=LineTokenizer())
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+def parser() -> ArgumentParser:
+    top = ArgumentParser(
         prog=f"python -m {__package__}",
         description=(__doc__ or "").replace("python -m preprocess", f"python -m {__package__}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _coding(command: argparse.ArgumentParser, dataset: Dataset) -> None:
+def _coding(command: ArgumentParser, dataset: Dataset) -> None:
     """Add the options of words and pieces, with the defaults of a data set."""
     bpe = dataset.tokenizer.bpe if isinstance(dataset.tokenizer, LineTokenizer) else "none"
     pieces = dataset.training or PieceTraining()
@@ -95,7 +97,7 @@ def _coding(command: argparse.ArgumentParser, dataset: Dataset) -> None:
     command.add_argument("--srcdict", type=Path, help="a dictionary to use instead of making one")
 
 
-def _common(command: argparse.ArgumentParser, source: str) -> None:
+def _common(command: ArgumentParser, source: str) -> None:
     command.add_argument("--destdir", type=Path, required=True, help="folder for the result")
     command.add_argument("--source", type=Path, nargs="+", default=[], help=source)
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")

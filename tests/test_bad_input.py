@@ -47,7 +47,9 @@ def test_missing_split(data, tmp_path):
 
 def test_missing_dictionary(data, tmp_path):
     (data / "dict.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no dictionary at .*fairseq-preprocess"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no dictionary at .*python -m preprocess own --source .*or with fairseq-preprocess"
+    ):
         train_on(data, tmp_path / "run")
 
 

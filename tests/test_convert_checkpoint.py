@@ -352,7 +352,7 @@ def test_a_released_checkpoint_with_values_of_another_kind(change, message, tmp_
 
 
 @pytest.mark.parametrize("softmax", [{}, {"adaptive_softmax_cutoff": "8,12", "adaptive_input": True}], ids=str)
-def test_a_trained_model_becomes_one_of_the_core(tiny_data, tmp_path, softmax):
+def test_a_trained_model_becomes_one_of_the_core(tiny_data, tmp_path, softmax, capsys):
     options = [word for name, value in softmax.items() for word in ("--" + name.replace("_", "-"), value)]
     options = [word for word in options if word is not True]
     run_command(
@@ -364,6 +364,7 @@ def test_a_trained_model_becomes_one_of_the_core(tiny_data, tmp_path, softmax):
     )
     checkpoint = str(tmp_path / "checkpoint_last.pt")
     main(["core", checkpoint, str(tmp_path / "core"), "--dictionary", str(tiny_data / "dict.txt")])
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'core'}, for LanguageModel.load\n")
     assert (tmp_path / "core/dict.txt").read_text() == (tiny_data / "dict.txt").read_text()
 
     core = LanguageModel.load(tmp_path / "core")
@@ -399,6 +400,10 @@ def test_a_trained_model_becomes_one_of_the_core(tiny_data, tmp_path, softmax):
     ):
         with pytest.raises(SystemExit, match=message):
             main(["core", checkpoint, str(tmp_path / "no"), "--dictionary", str(tiny_data / "dict.txt"), *given])
+    for given in (["core", "CHECKPOINT", "no", "--dictionary", "d"], ["import", "CHECKPOINT", "no"]):
+        lost = str(tmp_path / "checkpoint_lats.pt")
+        with pytest.raises(SystemExit, match=f"there is no checkpoint {lost}: did you mean {checkpoint}"):
+            main([lost if word == "CHECKPOINT" else word for word in given])
 
     other = tmp_path / "other.txt"
     other.write_text("x 1\n")

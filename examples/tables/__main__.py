@@ -15,7 +15,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NoReturn, Optional
 
 import yaml
 
@@ -37,8 +37,15 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from lamemo_fairseq.arguments import in_words  # with fairseq, which takes seconds to import
+
+        super().error(in_words(self, message))
+
+
 def parser() -> argparse.ArgumentParser:
-    argument_parser = argparse.ArgumentParser(
+    argument_parser = _Parser(
         prog=f"python -m {__package__}",
         description=(__doc__ or "").replace("python -m examples.tables", f"python -m {__package__}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,

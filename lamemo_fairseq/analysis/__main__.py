@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import ArgumentParser
 from ..core.config import ModelConfig
 from ..core.memory import MEMORIES
 from ..core.names import missing_checkpoint
@@ -47,13 +48,13 @@ def main(arguments: Optional[List[str]] = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="python -m lamemo_fairseq.analysis",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("data", help="folder of fairseq-preprocess")
+    parser.add_argument("data", help="folder of python -m preprocess or fairseq-preprocess")
     parser.add_argument("models", nargs="+", metavar="NAME=CHECKPOINT")
     parser.add_argument("--subset", default="valid")
     parser.add_argument("--out", type=Path, required=True, help="folder for CSV files and pictures")

@@ -9,6 +9,7 @@ from fairseq.data import ConcatDataset, Dictionary
 from .dictionary import TextDictionary
 from .storage import check_files, open_lines, other_format, refuse_format
 from .text import read_text
+from .text_encoding import PREPROCESS
 
 
 def load_dictionary(path: str) -> TextDictionary:
@@ -22,8 +23,8 @@ def load_dictionary(path: str) -> TextDictionary:
         lines = io.StringIO(read_text(path), newline=None)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"no dictionary at {path}: binarize the text with fairseq-preprocess --only-source --destdir "
-            f"{os.path.dirname(path)}"
+            f"no dictionary at {path}: binarize the text with {PREPROCESS} own --source TEXT --destdir "
+            f"{os.path.dirname(path) or '.'}, or with fairseq-preprocess --only-source"
         ) from error
     dictionary = TextDictionary()
     try:
@@ -75,8 +76,8 @@ def paths_of(folder: str, split: str, combine: bool) -> List[str]:
     there = sorted(f[: -len(".idx")] for f in os.listdir(folder) if f.endswith(".idx"))
     raise FileNotFoundError(
         f"no split '{split}' in {folder}, which holds {', '.join(there) or 'none'}: binarize it with "
-        "fairseq-preprocess --only-source --srcdict dict.txt (or choose another with --valid-subset, "
-        "--gen-subset, or none with --disable-validation)"
+        f"{PREPROCESS} own --srcdict dict.txt or fairseq-preprocess --only-source --srcdict dict.txt (or choose "
+        "another with --valid-subset, --gen-subset, or none with --disable-validation)"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .text_encoding import PREPROCESS
 
 _CHUNK = 1 << 24
-_AGAIN = "binarize the text again with fairseq-preprocess"
+_AGAIN = f"binarize the text again with {PREPROCESS} or fairseq-preprocess"
 
 
 class Index(NamedTuple):

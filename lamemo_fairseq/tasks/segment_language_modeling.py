@@ -20,6 +20,7 @@ from ..data.iterator import SegmentBatchIterator
 from ..data.segments import SegmentDataset, streams_of_a_rank, without_padding
 from ..data.streams import ENOUGH_SEGMENTS, TokenSequence
 from ..data.text import check_input
+from ..data.text_encoding import PREPROCESS
 from ..evaluation import use_for_eval_lm
 from ..generation import PromptDataset
 from ..host.configuration import check_criterion, check_model
@@ -82,7 +83,7 @@ class SegmentLanguageModelingTask(PromptTask):
                 "docs/several_machines.md)"
             )
         if not cfg.data:
-            raise ValueError("no data: pass the folder that fairseq-preprocess wrote")
+            raise ValueError(f"no data: pass the folder that {PREPROCESS} or fairseq-preprocess wrote")
         dictionary = shared_dictionary(data_folders(cfg.data))
         check_input(cfg)
         logger.info("dictionary: %d types", len(dictionary))
