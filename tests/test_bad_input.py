@@ -229,7 +229,7 @@ SEGATRON = {"position_encoding": "segatron", "memory": "recurrent"}
     [
         ({"memory": "nothing"}, r"unknown memory 'nothing'; the known ones are .*lookahead, .*recurrent"),
         ({"position_encoding": "nothing"}, r"unknown position encoding 'nothing'; .* disentangled, .*transformer-xl"),
-        ({"attention_backend": "nothing"}, r"unknown attention backend 'nothing'; .* auto, eager"),
+        ({"attention_backend": "nothing"}, r"unknown attention backend 'nothing'; .* auto, blocked, eager"),
         ({"lookahead_window": "nothing"}, r"unknown --lookahead-window 'nothing'; .* right, full"),
         ({"mem_len": 0}, r"--mem-len is 0, .*--memory none"),
         ({"mem_len": -5}, r"--mem-len is -5, .*positive"),
