@@ -199,6 +199,7 @@ def _layers(config: ModelConfig, memory: Memory[MemoryState, MemoryOptions]) -> 
         span=memory.slots if config.same_length else None,
         mem_len=config.slots,
         backend=config.attention_backend,
+        counted=POSITIONS[config.position_encoding].reads_words,
         options=config.own_options,
     )
     layer = LayerConfig(

@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 
-from lamemo_fairseq.core.attention import Attended, Operation, RelativeBias, causal_attention, choice
+from lamemo_fairseq.core.attention import BACKENDS, Attended, Operation, RelativeBias, causal_attention, choice, eager
 
 from ..gpus import DEVICE
-from .helpers import random_tokens, tiny_decoder
+from .helpers import VARIANTS, random_tokens, read_streams, tiny_decoder
 
 
 def rows(dtype=torch.float32, size=4, device="cpu"):
@@ -70,3 +70,78 @@ def test_auto_says_which_operation_has_no_kernels(caplog):
     plain = Operation("window attention", lambda q: Attended(q, q[..., 0]))
     reason = choice.why_not_fused(rows()[0], plain)
     assert reason == "window attention has no fused implementation"
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Register backends for a test: each has an implementation of causal attention alone."""
+
+    def register(**choices):
+        for name, chosen in choices.items():
+            monkeypatch.setitem(BACKENDS._entries, name, chosen)
+            monkeypatch.setitem(causal_attention._implementations, name, eager.causal_attention)
+
+    return register
+
+
+def only_on_gpus(operation, q):
+    if not q.is_cuda:
+        raise ValueError("pass another one")
+    return "gpu"
+
+
+LACKING = (
+    r"^--attention-backend {} cannot run here: {} has no {} implementation; pass --attention-backend auto or eager"
+)
+
+
+@pytest.mark.parametrize(
+    ("backend", "variant", "operation"),
+    [
+        ("double", ("lookahead", "disentangled", "right"), "attention with look-ahead"),
+        ("double", ("lookahead", "segatron", "right"), "attention by distances counted in the text"),
+        ("double", ("token", "transformer-xl", "right"), "attention of memory tokens"),
+        ("double", ("memorizing", "transformer-xl", "top-k"), "attention to retrieved rows"),
+        ("fused", ("lookahead", "segatron", "right"), "attention by distances counted in the text"),
+        ("blocked", ("block-recurrent", "t5", "fixed"), "attention to states"),
+    ],
+)
+def test_a_model_that_the_backend_lacks_an_operation_of_is_not_made(backend, variant, operation, registered):
+    registered(double=lambda operation, q: "double")
+    with pytest.raises(ValueError, match=LACKING.format(backend, operation, backend)) as error:
+        tiny_decoder(variant, attention_backend=backend)
+    assert "\n" not in str(error.value)
+
+
+def test_a_backend_may_choose_others_or_wait_for_the_device(registered):
+    mixed = {"mixed": lambda operation, q: "mixed" if operation.has("mixed") else "eager"}
+    registered(**mixed, gpu=only_on_gpus)
+    scores = [read_streams(tiny_decoder(attention_backend=name), random_tokens(2, 9)) for name in ("mixed", "eager")]
+    assert torch.equal(*scores)
+    with pytest.raises(ValueError, match="pass another one"):
+        read_streams(tiny_decoder(attention_backend="gpu"), random_tokens(2, 9))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+def test_attention_names_the_operations_that_it_calls(variant, monkeypatch):
+    call, called = Operation.__call__, set()
+    monkeypatch.setattr(Operation, "__call__", lambda self, *a, **k: called.add(self) or call(self, *a, **k))
+    decoder = tiny_decoder(variant, attention_backend="eager")
+    read_streams(decoder, random_tokens(1, 9))
+    assert called == {operation for layer in decoder.layers for operation in layer.self_attn.operations()}
+
+
+@torch.no_grad()
+def test_texts_are_read_over_a_cache_without_the_backend(monkeypatch):
+    """As docs/extending.md says: on a CPU, `score` and `generate` use no backend, and `score_documents` does."""
+    model, text = tiny_decoder(), random_tokens(1, 10)[0]  # whole segments
+    called, attend = [], causal_attention._implementations["blocked"]
+    monkeypatch.setitem(
+        causal_attention._implementations, "blocked", lambda *a, **k: called.append(1) or attend(*a, **k)
+    )
+    scored = model.score(text).log_probs
+    model.generate([text], 3)
+    assert not called
+    (again,) = model.score_documents([text], 1)
+    assert called
+    torch.testing.assert_close(scored, again, rtol=0, atol=1e-12)

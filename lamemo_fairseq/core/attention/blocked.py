@@ -29,7 +29,7 @@ SCORES = 1 << 17  # of a tile and thread, at most: half a megabyte
 def why_not(q: Tensor, operation: Optional[Operation[...]] = None) -> Optional[str]:
     """Return why blocks cannot take queries ``q [B, H, Q, D]`` of an operation; None if they can."""
     if operation is not None and not operation.has("blocked"):
-        return f"{operation.name} has no blocked implementation"
+        return operation.lacks("blocked")
     if q.device.type != "cpu":
         return f"it is for CPUs, and this is {q.device}"
     if q.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):

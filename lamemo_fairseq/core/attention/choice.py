@@ -6,12 +6,12 @@ Shapes: B streams, H heads, Q queries, D size of a head.
 import importlib.util
 import logging
 from functools import cache
-from typing import Optional
+from typing import Callable, Optional
 
 from torch import Tensor
 
 from . import blocked
-from .operation import BACKENDS, Operation
+from .operation import BACKENDS, Operation, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -23,25 +23,26 @@ def _eager(operation: Operation[...], q: Tensor) -> str:
 
 @BACKENDS.register("fused")
 def _fused_or_error(operation: Operation[...], q: Tensor) -> str:
-    return _or_error("fused", why_not_fused(q, operation))
+    return _or_error("fused", operation, q, why_not_fused)
 
 
 @BACKENDS.register("blocked")
 def _blocked_or_error(operation: Operation[...], q: Tensor) -> str:
-    return _or_error("blocked", blocked.why_not(q, operation))
+    return _or_error("blocked", operation, q, blocked.why_not)
 
 
-def _or_error(name: str, reason: Optional[str]) -> str:
+def _or_error(name: str, operation: Operation[...], q: Tensor, why_not: Callable[[Tensor], Optional[str]]) -> str:
+    """Return the name; `Operation` refuses it if it has no such implementation. Queries of a new model say nothing."""
+    reason = why_not(q) if operation.has(name) and not q.is_meta else None
     if reason is not None:
-        raise ValueError(
-            f"--attention-backend {name} cannot run here: {reason}; pass --attention-backend auto or eager, "
-            "for a trained model --model-overrides \"{'attention_backend': 'auto'}\""
-        )
+        raise ValueError(refusal(name, reason))
     return name
 
 
 @BACKENDS.register("auto")
 def _fastest(operation: Operation[...], q: Tensor) -> str:
+    if q.is_meta:
+        return "eager"
     reason = why_not_fused(q, operation) if q.is_cuda else f"the fused backend is for GPUs, and this is {q.device}"
     otherwise = "eager" if blocked.why_not(q, operation) else "blocked"
     _tell(None if reason is None else f"{otherwise}, as {reason}")
@@ -51,7 +52,7 @@ def _fastest(operation: Operation[...], q: Tensor) -> str:
 def why_not_fused(q: Tensor, operation: Optional[Operation[...]] = None) -> Optional[str]:
     """Return why the fused kernels cannot take queries ``q [B, H, Q, D]`` of an operation, None if they can."""
     if operation is not None and not operation.has("fused"):
-        return f"{operation.name} has no fused implementation"
+        return operation.lacks("fused")
     if not _has_triton():
         return "Triton is not installed (pip install triton)"
     from .fused import why_not

@@ -6,12 +6,25 @@ Shapes: B streams, H heads, Q queries, D size of a head.
 from types import ModuleType
 from typing import Callable, Concatenate, Dict, Generic, Optional, ParamSpec
 
+import torch
 from torch import Tensor
 
 from ..registry import Registry
 from .types import Attended
 
 P = ParamSpec("P")
+
+
+class LackingError(ValueError):
+    """A backend has no implementation of an operation, whatever the queries are."""
+
+
+def refusal(backend: str, reason: str) -> str:
+    """Return the message that refuses a backend for a reason, with the remedy."""
+    return (
+        f"--attention-backend {backend} cannot run here: {reason}; pass --attention-backend auto or eager, "
+        "for a trained model --model-overrides \"{'attention_backend': 'auto'}\""
+    )
 
 
 class Operation(Generic[P]):
@@ -50,12 +63,35 @@ class Operation(Generic[P]):
         """Call the implementation that *backend*, a name of `BACKENDS`, chooses.
 
         Raises:
-            ValueError: the backend is unknown, cannot take these queries, or does not implement this operation.
+            LackingError: the backend does not implement this operation.
+            ValueError: the backend is unknown, or cannot take these queries.
         """
+        return self._implementations[self._chosen(backend, q)](q, *args, **kwargs)
+
+    def check(self, backend: str) -> None:
+        """Refuse a backend without an implementation of this operation, while a model is made.
+
+        The backend is asked with queries on the meta device. If it refuses these, it is left to judge the real ones.
+
+        Raises:
+            LackingError: as for a call.
+        """
+        try:
+            self._chosen(backend, torch.empty(1, 1, 1, 1, device="meta"))
+        except LackingError:
+            raise
+        except (ValueError, RuntimeError):
+            return
+
+    def _chosen(self, backend: str, q: Tensor) -> str:
         name = BACKENDS[backend](self, q)
-        if name not in self._implementations:
-            raise ValueError(f"attention backend '{name}' has no {self.name}")
-        return self._implementations[name](q, *args, **kwargs)
+        if not self.has(name):
+            raise LackingError(refusal(backend, self.lacks(name)))
+        return name
+
+    def lacks(self, implementation: str) -> str:
+        """Return the reason why a backend without this implementation is refused."""
+        return f"{self.name} has no {implementation} implementation"
 
     def has(self, implementation: str) -> bool:
         """Tell whether an implementation of this name is registered."""

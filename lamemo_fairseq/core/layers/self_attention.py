@@ -6,11 +6,11 @@ d model width.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import ClassVar, List, Optional
 
 from torch import Tensor, nn
 
-from ..attention import BACKENDS, Attended, causal_attention, counted_attention
+from ..attention import Attended, Operation, causal_attention, counted_attention
 from ..attention.padding import bias_for
 from ..kernels import aligned
 from ..kernels.module_tree import is_product
@@ -30,6 +30,7 @@ class AttentionConfig:
     span: Optional[int] = None  # keys a query sees at most (None: all)
     mem_len: int = 0
     backend: str = "auto"
+    counted: bool = False  # whether positions count distances in the text
     options: object = None  # of the memory's own class of options
 
 
@@ -40,11 +41,16 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: AttentionConfig):
         super().__init__()
-        BACKENDS[config.backend]  # an unknown name is an error now, not at the first batch
         self.config = config
+        for operation in self.operations():
+            operation.check(config.backend)  # an error now, not at the first batch
         width = config.heads * config.head_dim
         self.qkv_proj = nn.Linear(config.embed_dim, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, config.embed_dim, bias=False)
+
+    def operations(self) -> List[Operation[...]]:
+        """Return all operations that this attention calls by the backend's name; read before there are weights."""
+        return [counted_attention if self.config.counted else causal_attention]
 
     def attend(self, rows: Tensor, bias: LayerBias, queries: int) -> WideRows:
         """Let the last *queries* of ``rows [B, R, d]`` attend to all rows before them: ``[B, Q, d]``."""

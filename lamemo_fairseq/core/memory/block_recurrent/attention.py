@@ -132,6 +132,9 @@ class RecurrentSelfAttention(StrictSelfAttention):
         self.state_scale = nn.Parameter(torch.ones(config.heads))
         self.out_proj = nn.Linear(2 * width, config.embed_dim, bias=False)
 
+    def operations(self) -> List[Operation[...]]:
+        return [*super().operations(), unmasked_attention]
+
     def forward(
         self, rows: Tensor, bias: LayerBias, past: KeyValues, pass_windows: PassWindows
     ) -> Tuple[WideRows, Tuple[KeyValues, Tensor]]:

@@ -5,7 +5,7 @@ Shapes: B streams, R = m + N rows, m memory slots, N current tokens, H heads, D 
 
 from functools import partial
 from types import ModuleType
-from typing import Optional
+from typing import List, Optional
 
 from torch import Tensor
 
@@ -37,6 +37,10 @@ counted_memory_attention = Operation("look-ahead by distances counted in the tex
 
 class LookaheadSelfAttention(SelfAttention):
     """Causal attention for the current rows, look-ahead attention and interpolation for the slots."""
+
+    def operations(self) -> List[Operation[...]]:
+        ahead = counted_memory_attention if self.config.counted else memory_attention
+        return [*super().operations(), ahead]
 
     def forward(
         self, rows: Tensor, bias: LayerBias, window: Optional[LookaheadWindow], stored: Optional[Attended], current: int

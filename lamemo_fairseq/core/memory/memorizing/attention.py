@@ -7,7 +7,7 @@ rows, k retrieved rows.
 """
 
 from types import ModuleType
-from typing import ClassVar, Dict, NamedTuple, Optional, Type
+from typing import ClassVar, Dict, List, NamedTuple, Optional, Type
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,9 @@ class TopKSelfAttention(StoreSelfAttention):
         super().__init__(config)
         self.gate = nn.Parameter(torch.zeros(config.heads))  # b, g = sigmoid(b)
 
+    def operations(self) -> List[Operation[...]]:
+        return [*super().operations(), retrieved_attention]
+
     def read(self, q: Tensor, k: Tensor, v: Tensor, store: Store) -> Tensor:
         local = self.causal(q, k, v, NO_POSITIONS, need_normalizer=False)
         if store.keys.size(2) == 0:  # nothing has used the gate
@@ -148,6 +151,9 @@ class DenseSelfAttention(StoreSelfAttention):
                 f"--retrieval {TOP_K} instead of {DENSE}"
             )
         super().__init__(config)
+
+    def operations(self) -> List[Operation[...]]:
+        return [store_attention]
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, store: Store) -> Tensor:
         stored = store.keys, store.values

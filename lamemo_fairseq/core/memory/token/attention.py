@@ -5,6 +5,7 @@ H heads, D size of a head, D' its padded size, d model width.
 """
 
 from types import ModuleType
+from typing import List
 
 from torch import Tensor
 
@@ -37,6 +38,9 @@ class TokenSelfAttention(SelfAttention):
                 "out, or pass --memory recurrent instead of token"
             )
         super().__init__(config)
+
+    def operations(self) -> List[Operation[...]]:
+        return [blocks_attention]
 
     def forward(self, rows: Tensor, bias: LayerBias, blocks: Blocks) -> tuple[WideRows, None]:
         """Attend within one layer (Bulatov et al. 2022, section 3.2).
