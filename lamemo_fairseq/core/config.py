@@ -132,7 +132,9 @@ class ModelConfig:
         _refuse_unknown(chosen, cls)
         own = chosen.get("memory_options")
         if isinstance(own, Mapping):
-            options = MEMORIES[chosen.get("memory", cls.memory)].options
+            memory = chosen.get("memory", cls.memory)
+            options = MEMORIES[memory].options
+            _refuse_options_of_others(own, memory)
             _refuse_unknown(own, options)
             chosen["memory_options"] = options(**own)
         return cls(**chosen)
@@ -246,5 +248,25 @@ def _refuse_unknown(values: Mapping[str, object], config: Type[Union[ModelConfig
     known = [f.name for f in fields(config)]
     for name in values:
         if name not in known:
+            owner = _memory_with(name)
             hint = did_you_mean(name, known)
+            if owner is not None:
+                hint = f"it is an option of --memory {owner}: pass memory_options, with all that are not the defaults"
             raise ValueError(f"unknown name '{name}' in a model's configuration" + (f"; {hint}" if hint else ""))
+
+
+def _refuse_options_of_others(own: Mapping[str, object], memory: str) -> None:
+    """Refuse options of another memory, as where a saved model is loaded with another ``memory``."""
+    known = [f.name for f in fields(MEMORIES[memory].options)]
+    for name in own:
+        owner = _memory_with(name)
+        if name not in known and owner is not None:
+            raise ValueError(
+                f"--memory {memory} does not take {name}, which the configuration has for --memory {owner}: keep that "
+                "memory; or pass memory_options={} too, for the defaults, if both memories have the same weights"
+            )
+
+
+def _memory_with(option: str) -> Optional[str]:
+    """Return the memory that an option belongs to, None if there is none."""
+    return next((name for name in MEMORIES.names() if option in {f.name for f in fields(MEMORIES[name].options)}), None)

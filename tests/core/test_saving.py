@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lamemo_fairseq.core import LanguageModel, ModelConfig
+from lamemo_fairseq.core.memory import MemoryOptions
 from lamemo_fairseq.core.memory.compressive.options import CompressiveOptions
 
 from .helpers import VARIANTS, random_tokens, read_streams, tiny_decoder
@@ -94,6 +95,17 @@ def test_values_are_replaced_by_name(folder):
         assert LanguageModel.load(folder, memory_options=given).config.memory_options == own
 
 
+def test_the_memory_is_replaced_where_the_weights_fit(tmp_path):
+    """By the remedy that the refusal names."""
+    tiny_decoder(("lookahead", "transformer-xl", "right")).save(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"--memory recurrent does not take lookahead_window, which .*memory_options={}"
+    ):
+        LanguageModel.load(tmp_path, memory="recurrent")
+    config = LanguageModel.load(tmp_path, memory="recurrent", memory_options={}).config
+    assert config.memory == "recurrent" and config.memory_options == MemoryOptions()
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
@@ -147,7 +159,10 @@ def test_damaged_weights_are_refused(folder, size):
         ({"format": ...}, r"is not a folder that LanguageModel.save has written"),
         ({"memlen": 3}, r"unknown name 'memlen' in a model's configuration; did you mean mem_len\?"),
         ({"memory": "lost"}, r"unknown memory 'lost'; the known ones are associative, "),
-        ({"memory": "recurrent"}, r"unknown name 'compressed_len' in a model's configuration"),
+        (
+            {"memory": "recurrent"},
+            r"^--memory recurrent does not take compressed_len, which the configuration has for ",
+        ),
         ({"position_encoding": "none"}, r"unknown position encoding 'none'"),
     ],
     ids=str,
@@ -162,6 +177,15 @@ def test_configurations_that_are_not_known_here(folder, changes, message):
     ("changes", "message"),
     [
         ({"mem_length": 3}, r"unknown name 'mem_length' in a model's configuration; did you mean .*mem_len"),
+        (
+            {"compressed_len": 3},
+            r"'compressed_len' .*; it is an option of --memory compressive: pass memory_options, with",
+        ),
+        (
+            {"memory": "recurrent"},
+            r"compressed_len, .* for --memory compressive: keep that memory; or pass memory_options={}",
+        ),
+        ({"memory": "recurrent", "memory_options": {}}, "the weights are those of another configuration"),
         ({"decoder_layers": 3}, "the weights are those of another configuration"),
         ({"decoder_layers": 1}, "the weights are those of another configuration"),
         ({"decoder_embed_dim": 10}, "the weights are those of another configuration"),
