@@ -95,8 +95,19 @@ ENDS = {"sentence_ends": (5, 7), "paragraph_ends": (9,)}  # words that positions
 
 
 def first_of_each_memory() -> Dict[str, Variant]:
-    """Return each registered memory's first variant, by its name."""
+    """Return each registered memory's first variant, by its name.
+
+    Raises:
+        ValueError: a memory has none.
+    """
     first = {variant[0]: variant for variant in reversed(VARIANTS)}
+    for name in MEMORIES.names():
+        if name not in first:
+            positions = "disentangled" if MEMORIES[name].looks_ahead else "transformer-xl"
+            raise ValueError(
+                f"--memory {name} has no tests: add a line to VARIANTS in tests/core/helpers.py for each position "
+                f'encoding that it is to be tested with, such as ("{name}", "{positions}", "right"),'
+            )
     return {name: first[name] for name in MEMORIES.names()}
 
 
