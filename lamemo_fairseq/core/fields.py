@@ -1,6 +1,7 @@
 """Fields of configurations, with the text and the choices that a host shows for them."""
 
 import dataclasses
+import inspect
 from typing import Any, Iterable, Mapping, Optional, TypeVar
 
 T = TypeVar("T")
@@ -17,3 +18,24 @@ def option(default: T, help: str, choices: Optional[Iterable[str]] = None) -> T:
     """
     metadata = {"help": help} if choices is None else {"help": help, "choices": tuple(choices)}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(config: type) -> None:
+    """Refuse a dataclass with fields that a host would not offer as options.
+
+    Raises:
+        ValueError: a field is not made by `option`, or its type cannot be read; the message names it and the remedy.
+    """
+    if "__dataclass_fields__" not in vars(config) and inspect.get_annotations(config):
+        raise ValueError(f"{config.__name__} has fields and is no dataclass: write @dataclass(frozen=True) above it")
+    for field in dataclasses.fields(config):
+        name = f"{config.__name__}.{field.name}"
+        if "help" not in field.metadata:
+            raise ValueError(
+                f"{name} would not be an option: write {field.name}: TYPE = option(DEFAULT, 'one line of help'), "
+                f"with option from {__name__}"
+            )
+        if isinstance(field.type, str):
+            raise ValueError(
+                f"{name} has a type that no host can read: leave out from __future__ import annotations, and quotes"
+            )

@@ -8,10 +8,10 @@ import torch
 
 from lamemo_fairseq.core import LanguageModel
 from lamemo_fairseq.core.attention import BACKENDS, causal_attention
-from lamemo_fairseq.core.memory import MEMORIES
+from lamemo_fairseq.core.memory import MEMORIES, FrozenCache
 from lamemo_fairseq.core.positions import POSITIONS
 
-from .helpers import config_of, random_tokens, tiny_options
+from .helpers import config_of, random_tokens, read_by_token, tiny_decoder, tiny_options, whole_segments
 
 PAGE = (Path(__file__).parents[2] / "docs/extending.md").read_text(encoding="utf-8")
 
@@ -23,10 +23,11 @@ def registered():
         causal_attention._implementations
     ]
     before = [entries.copy() for entries in registries]
+    page = {"__name__": "page"}  # of all blocks: later ones go on from earlier ones
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.S):
-        exec(compile(block, "docs/extending.md", "exec", dont_inherit=True), {"__name__": "page"})
+        exec(compile(block, "docs/extending.md", "exec", dont_inherit=True), page)
     assert [set(now) - set(then) for now, then in zip(registries, before, strict=True)] == [
-        *({"linear"}, {"last-inputs"}, {"double"}, {"double"})
+        *({"linear"}, {"last-inputs", "fading"}, {"double"}, {"double"})
     ]
     yield
     for entries, former in zip(registries, before, strict=True):
@@ -54,11 +55,15 @@ def results(variant, **options):
         ((("lookahead", "linear", "full"), {}), (("lookahead", "alibi", "full"), {})),
         ((("last-inputs", "transformer-xl", "right"), {}), (("recurrent", "transformer-xl", "right"), {})),
         (
+            (("fading", "transformer-xl", "right"), {"slot_share": 1.0}),
+            (("recurrent", "transformer-xl", "right"), {}),
+        ),
+        (
             (("recurrent", "transformer-xl", "right"), {"attention_backend": "double"}),
             (("recurrent", "transformer-xl", "right"), {}),
         ),
     ],
-    ids=["positions", "positions to the right", "memory", "backend"],
+    ids=["positions", "positions to the right", "memory", "memory with a cache", "backend"],
 )
 def test_the_page_adds_what_the_package_has(mine, shipped):
     found, words = results(mine[0], **mine[1])
@@ -66,3 +71,20 @@ def test_the_page_adds_what_the_package_has(mine, shipped):
     assert len(found) == len(expected) and [w.tolist() for w in words] == [w.tolist() for w in same]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_slots_that_change_need_a_cache_of_their_own(monkeypatch):
+    """The page's cache decodes as whole segments do; `FrozenCache` does not, from the second segment on."""
+    variant, tokens = ("fading", "transformer-xl", "right"), random_tokens(2, 17)
+    decoder = tiny_decoder(variant, slot_share=0.5)
+    expected = decoder.output_layer(whole_segments(decoder, tokens))
+    torch.testing.assert_close(read_by_token(decoder, tokens), expected, rtol=0, atol=1e-9)
+    monkeypatch.setattr(MEMORIES["fading"], "cache", FrozenCache)
+    differences = (read_by_token(decoder, tokens) - expected).abs().amax((0, 2))
+    assert differences[:3].max() < 1e-9 and differences[3:].min() > 1e-3
+
+
+def test_options_of_the_page_are_checked():
+    with pytest.raises(ValueError, match=r"--slot-share is 2, it must be above 0 and at most 1"):
+        tiny_decoder(("fading", "transformer-xl", "right"), slot_share=2)

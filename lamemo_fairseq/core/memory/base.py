@@ -27,7 +27,8 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
-from ..decoding.cache import AnyCache, FrozenCache
+from ..decoding.cache import AnyCache
+from ..fields import check_options
 from ..layers import CausalSelfAttention, DecoderLayer, SelfAttention
 from ..positions import LayerBias, Positions
 from ..registry import Registry
@@ -176,7 +177,7 @@ class Memory(nn.Module, Generic[State, Options]):
     options: ClassVar[Type[MemoryOptions]] = MemoryOptions
     attention: ClassVar[Type[SelfAttention]] = CausalSelfAttention
     state: ClassVar[Type[MemoryState]] = MemoryState
-    cache: ClassVar[Type[AnyCache]] = FrozenCache  # of token-by-token decoding
+    cache: ClassVar[Type[AnyCache]]  # of token-by-token decoding; every registered class names its own
     looks_ahead: ClassVar[bool] = False
     remembers: ClassVar[bool] = True
     has_slots: ClassVar[bool] = True  # rows before a segment's tokens, which --mem-len counts
@@ -356,4 +357,18 @@ def no_contribution(parameters: Iterable[Optional[Tensor]]) -> Tensor:
     return 0.0 * torch.stack(used).sum() if used else torch.zeros(())
 
 
-MEMORIES: Registry[Type[Memory[Any, Any]]] = Registry("memory")
+def _check(memory: Type[Memory[Any, Any]]) -> None:
+    """Refuse a class whose options would be lost, or whose decoding could be wrong, without a word.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    check_options(memory.options)
+    if "cache" not in vars(memory):
+        raise ValueError(
+            f"{memory.__name__} names no cache for decoding: write cache = FrozenCache if a slot has the keys and "
+            "values that it had as a token, else a SegmentCache of its own (docs/extending.md)"
+        )
+
+
+MEMORIES: Registry[Type[Memory[Any, Any]]] = Registry("memory", _check)

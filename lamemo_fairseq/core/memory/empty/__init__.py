@@ -8,7 +8,7 @@ from typing import ClassVar, Sequence, Type
 
 from torch import Tensor
 
-from ...decoding.cache import AnyCache
+from ...decoding.cache import AnyCache, FrozenCache
 from ...layers import DecoderLayer
 from ..base import MEMORIES, Architecture, LayerPassage, LayerState, Memory, MemoryOptions, MemoryState, Segment
 
@@ -29,6 +29,7 @@ class EmptyMemory(Memory[EmptyState, MemoryOptions]):
         defaults={"position_encoding": "transformer-xl"},
     )
     state: ClassVar[Type[MemoryState]] = EmptyState
+    cache: ClassVar[Type[AnyCache]] = FrozenCache
     remembers: ClassVar[bool] = False
     has_slots: ClassVar[bool] = False
     slots_are_tokens: ClassVar[bool] = True

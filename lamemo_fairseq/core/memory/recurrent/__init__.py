@@ -8,7 +8,7 @@ from typing import ClassVar, Optional, Sequence, Tuple, Type
 
 from torch import Tensor
 
-from ...decoding.cache import AnyCache, fill_slots
+from ...decoding.cache import AnyCache, FrozenCache, fill_slots
 from ...kernels.padded import join
 from ...layers import DecoderLayer
 from ..base import (
@@ -42,6 +42,7 @@ class RecurrentMemory(Memory[RecurrentState, MemoryOptions]):
         defaults={"position_encoding": "transformer-xl"},
     )
     state: ClassVar[Type[MemoryState]] = RecurrentState
+    cache: ClassVar[Type[AnyCache]] = FrozenCache
     slots_are_tokens: ClassVar[bool] = True
     fills_caches: ClassVar[bool] = True
 
