@@ -301,6 +301,16 @@ def test_dropout_of_attention_to_a_store():
     assert float((gradient * along).sum()) == pytest.approx(float(ahead - behind) / 2e-2, rel=1e-3)
 
 
+def test_dropout_of_the_store_is_not_that_of_the_segment():
+    """A value has a dimension of its own, so that the read-outs tell which weights were dropped."""
+    rows = 16
+    value = torch.eye(2 * rows, device=DEVICE).view(2, 1, 1, rows, 2 * rows)
+    q = torch.zeros_like(value[0])
+    read = store_attention("fused", q, q, value[0], q, value[1], 0.5).output
+    segment, store = (read[0, 0] > 0).split(rows, 1)
+    assert not torch.equal(segment.tril(), store.tril())
+
+
 @pytest.mark.parametrize("case", [Case(17, 24, 24), Case(24, 20, 24, "right")], ids=str)
 def test_dropout(case):
     """The weights that are dropped in the forward pass are those of the backward pass."""

@@ -38,16 +38,16 @@ def store_attention(
         return causal_attention(q, k, v, RelativeBias(), None, dropout, scale, need_normalizer=False)
     if q.element_size() == 2 and size % 8:
         q, k, v = (F.pad(t, (0, -size % 8)) for t in (q, k, v))
-    seed = torch.randint(1 << 31, (1,), device=q.device, dtype=torch.int32) if dropout > 0 else None
+    seeds = torch.randint(1 << 31, (2,), device=q.device, dtype=torch.int32) if dropout > 0 else None
     stored = (as_wide(q, t.detach().to(q)) for t in (stored_k, stored_v))
-    output: Tensor = _StoreAttention.apply(q, k, v, *stored, scale, dropout, seed)
+    output: Tensor = _StoreAttention.apply(q, k, v, *stored, scale, dropout, seeds)
     return Attended(output[..., :size], q.new_empty(0, dtype=torch.float32))
 
 
 class _StoreContext(Context):
     scale: float
     dropout: float
-    seed: Optional[Tensor]
+    seeds: Tuple[Optional[Tensor], Optional[Tensor]]  # of the store's weights and the segment's
 
 
 class _StoreAttention(Function):
@@ -61,18 +61,22 @@ class _StoreAttention(Function):
         stored_v: Tensor,
         scale: float,
         dropout: float,
-        seed: Optional[Tensor],
+        seeds: Optional[Tensor],
     ) -> Tensor:
-        options = 0.0, scale, dropout, seed
+        own = (None, None) if seeds is None else (seeds[:1], seeds[1:])
         batch, heads, queries, size = q.shape
         of_store, output = (q.new_empty(batch, queries, heads, size).transpose(1, 2) for _ in range(2))
-        inputs = launch.Inputs(q, stored_k, stored_v, RelativeBias(), EVERYTHING, None, None, *options)
+        inputs = launch.Inputs(
+            q, stored_k, stored_v, RelativeBias(), EVERYTHING, None, None, 0.0, scale, dropout, own[0]
+        )
         normalizer, _ = launch.forward(inputs, of_store)
         causal = Band(-UNBOUNDED, 0, queries - 1)
-        inputs = launch.Inputs(q, k, v, RelativeBias(), causal, None, (of_store, normalizer), *options)
+        inputs = launch.Inputs(
+            q, k, v, RelativeBias(), causal, None, (of_store, normalizer), 0.0, scale, dropout, own[1]
+        )
         normalizer, _ = launch.forward(inputs, output)
         ctx.save_for_backward(q, k, v, stored_k, stored_v, output, normalizer)
-        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
+        ctx.scale, ctx.dropout, ctx.seeds = scale, dropout, own
         return output
 
     @staticmethod
@@ -82,11 +86,11 @@ class _StoreAttention(Function):
         batch, heads, queries, size = q.shape
         # Side by side, as projections are.
         dq, dk, dv = (t.transpose(1, 2) for t in q.new_empty(batch, queries, 3, heads, size).unbind(2))
-        options = 0.0, ctx.scale, ctx.dropout, ctx.seed
+        options = 0.0, ctx.scale, ctx.dropout, ctx.seeds[1]
         inputs = launch.Inputs(q, k, v, RelativeBias(), Band(-UNBOUNDED, 0, queries - 1), None, None, *options)
         # By the normaliser of all keys, the segment's weights are those of the whole softmax.
         launch.backward(inputs, launch.Saved(output, normalizer), grad, dq, dk, dv, add=False)
-        _add_by_store(inputs._replace(k=stored_k, v=stored_v), output, normalizer, grad, dq)
+        _add_by_store(inputs._replace(k=stored_k, v=stored_v, seed=ctx.seeds[0]), output, normalizer, grad, dq)
         return dq, dk, dv, None, None, None, None, None
 
 
