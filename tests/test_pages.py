@@ -66,8 +66,10 @@ def test_the_tables_of_memories_and_positions_are_whole():
     rows = re.findall(
         r"^\| `(\w[\w-]*)` \| (?:`(\w[\w-]*)` \| )?", prose(ROOT / "docs" / "architecture.md"), re.MULTILINE
     )
-    assert {row for row in rows if row[1]} == {(MEMORIES[name].architecture.name, name) for name in MEMORIES.names()}
-    assert set(POSITIONS.names()) <= {row[0] for row in rows if not row[1]}
+    memories = {(MEMORIES[name].architecture.name, name) for name in MEMORIES.names()}
+    assert {row for row in rows if row[1]} == memories, "docs/architecture.md needs a row for each memory"
+    encodings = {row[0] for row in rows if not row[1]}
+    assert set(POSITIONS.names()) <= encodings, "docs/architecture.md needs a row for each position encoding"
 
 
 def test_replaced_functions_are_those_of_the_table():
