@@ -9,7 +9,7 @@ from typing import NamedTuple, Optional
 import pytest
 import torch
 
-from lamemo_fairseq.core.attention import Attended, RelativeBias, causal_attention
+from lamemo_fairseq.core.attention import Attended, RelativeBias, bands, causal_attention
 from lamemo_fairseq.core.memory.block_recurrent.attention import unmasked_attention
 from lamemo_fairseq.core.memory.lookahead import LookaheadWindow, eager, lookahead_attention, memory_attention
 from lamemo_fairseq.core.memory.memorizing.attention import store_attention
@@ -18,7 +18,7 @@ from lamemo_fairseq.core.memory.token.eager import Blocks
 
 pytest.importorskip("triton", reason="the fused backend needs Triton")
 from lamemo_fairseq.core.attention.fused import api, function, launch, tiles
-from lamemo_fairseq.core.memory.lookahead import fused
+from lamemo_fairseq.core.memory.lookahead import banded
 
 from ..gpus import DEVICE
 
@@ -301,7 +301,7 @@ def test_dropout_of_attention_to_a_store():
     assert float((gradient * along).sum()) == pytest.approx(float(ahead - behind) / 2e-2, rel=1e-3)
 
 
-def test_dropout_of_the_store_is_not_that_of_the_segment():
+def test_dropout_of_two_attentions_at_once_is_not_the_same():
     """A value has a dimension of its own, so that the read-outs tell which weights were dropped."""
     rows = 16
     value = torch.eye(2 * rows, device=DEVICE).view(2, 1, 1, rows, 2 * rows)
@@ -309,6 +309,11 @@ def test_dropout_of_the_store_is_not_that_of_the_segment():
     read = store_attention("fused", q, q, value[0], q, value[1], 0.5).output
     segment, store = (read[0, 0] > 0).split(rows, 1)
     assert not torch.equal(segment.tril(), store.tril())
+    halves = [slice(0, rows), slice(rows, 2 * rows)]
+    both = [bands.BandedAttention(own, halves[0], bands.Band(-rows, rows, 0), RelativeBias()) for own in halves]
+    read = function.attend(torch.cat((q, q), 2), q, value[0], both, 0.5).output
+    first, second = (read[0, 0] > 0).split(rows)
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("case", [Case(17, 24, 24), Case(24, 20, 24, "right")], ids=str)
@@ -392,7 +397,7 @@ def test_long_memories_take_memory_in_proportion():
     """No tensor of position scores grows with slots times distances."""
     for slots in (512, 2048, 8192):
         case = Case(slots, 512, 64, "right")
-        part = fused._ahead(slots, slice(0, 512), RelativeBias(), case.window, Attended(None, None))
+        part = banded._ahead(slots, slice(0, 512), RelativeBias(), case.window, Attended(None, None))
         rows = torch.empty(1, 1, slots, 64, device="meta"), torch.empty(1, 1, 512, 64, device="meta")
         inputs = function._inputs(part, rows[0], rows[1], rows[1], part.bias, 1.0, 0.0, None)._replace(stored=None)
         layout = launch.Layout.of(inputs)

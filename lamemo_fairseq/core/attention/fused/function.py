@@ -28,14 +28,14 @@ def attend(
     scale: Optional[float] = None,
 ) -> Attended:
     """Return read-outs ``[B, H, R, D]`` and normalisers ``[B, H, R]`` of *attentions*, whose queries together are q."""
-    seed = torch.randint(1 << 31, (1,), device=q.device, dtype=torch.int32) if dropout > 0 else None
+    seeds = torch.randint(1 << 31, (len(attentions),), device=q.device, dtype=torch.int32) if dropout > 0 else None
     size = q.size(-1)
     scale = 1 / math.sqrt(size) if scale is None else scale
     if q.element_size() == 2 and size % 8:  # rows of 16 bytes, for fast loads and products
         q, k, v = (F.pad(t, (0, -size % 8)) for t in (q, k, v))
         attentions = [_widened(attention, q) for attention in attentions]
     biases = [tensor for attention in attentions for tensor in attention.bias]
-    output, normalizer = _Attend.apply(attentions, scale, dropout, seed, q, k, v, *biases)
+    output, normalizer = _Attend.apply(attentions, scale, dropout, seeds, q, k, v, *biases)
     return Attended(output if output.size(-1) == size else output[..., :size], normalizer)
 
 
@@ -70,7 +70,7 @@ class _AttendContext(Context):
     attentions: List[BandedAttention]  # without their tensors
     scale: float
     dropout: float
-    seed: Optional[Tensor]
+    seeds: List[Optional[Tensor]]  # by attention
 
 
 class _Attend(Function):
@@ -80,7 +80,7 @@ class _Attend(Function):
         attentions: Sequence[BandedAttention],
         scale: float,
         dropout: float,
-        seed: Optional[Tensor],
+        seeds: Optional[Tensor],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -88,7 +88,9 @@ class _Attend(Function):
     ) -> Tuple[Tensor, Tensor]:
         (output,) = heads_like(q, 1)
         normalizers, saved = [], []
-        for attention, bias in zip(attentions, grouped(biases), strict=True):
+        # A pair's number in its attention seeds its mask: with one seed, those of two attentions would be alike.
+        own = [None] * len(attentions) if seeds is None else list(seeds.split(1))
+        for attention, bias, seed in zip(attentions, grouped(biases), own, strict=True):
             inputs = _inputs(attention, q, k, v, bias, scale, dropout, seed)
             normalizer, saved_one = launch.forward(inputs, output[:, :, attention.queries])
             normalizers.append(normalizer)
@@ -99,7 +101,7 @@ class _Attend(Function):
         ]
         normalizer = in_order[0] if len(attentions) == 1 else torch.cat(in_order, dim=2)
         ctx.attentions, ctx.scale = [_without_tensors(p) for p in attentions], scale
-        ctx.dropout, ctx.seed = dropout, seed
+        ctx.dropout, ctx.seeds = dropout, own
         # Tensors without gradient are saved too: none of them may change before the backward pass.
         constants = [(p.first, *(p.stored or (None, None))) for p in attentions]
         ctx.save_for_backward(q, k, v, output, *biases, *saved, *(t for three in constants for t in three))
@@ -123,7 +125,7 @@ class _Attend(Function):
             stored = None if stored_output is None else Attended(stored_output, stored_normalizer)
             queries, keys = attention.queries, attention.keys
             whole = BandedAttention(queries, keys, attention.band, biases[n], first, stored, attention.eps)
-            inputs = _inputs(whole, q, k, v, biases[n], ctx.scale, ctx.dropout, ctx.seed)
+            inputs = _inputs(whole, q, k, v, biases[n], ctx.scale, ctx.dropout, ctx.seeds[n])
             bias_gradients = launch.backward(
                 inputs,
                 launch.Saved(output[:, :, queries], news[n]),
