@@ -4,9 +4,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fairseq import options
 
 from lamemo_fairseq.host import interruption, refusals
+from lamemo_fairseq.host.configuration import read_ours
 from lamemo_fairseq.host.options import check_save_dir
 from lamemo_fairseq.host.start import _first
 
@@ -25,6 +27,7 @@ def elsewhere():
     "function, arguments, refused",
     [
         (check_save_dir, ("/dev/null/x",), True),
+        (read_ours, (__file__,), True),  # of a class of this package
         (_first, ("half",), False),  # float() raises it
         (_first, ([],), False),
         (elsewhere, (), False),
@@ -38,8 +41,40 @@ def test_what_is_printed(function, arguments, refused, monkeypatch, capsys):
     refusals.print_in_one_line()
     refusals.print_in_one_line()  # once is enough
     sys.excepthook(type(error), error, error.__traceback__)
-    assert capsys.readouterr().err == (f"ValueError: {error}\n" if refused else "")
+    assert capsys.readouterr().err == (f"{error}\n" if refused else "")
     assert others == ([] if refused else [(type(error), error, error.__traceback__)])
+
+
+@pytest.mark.parametrize(
+    ("raises", "lacking"),
+    [
+        (lambda: torch.empty(1 << 50, dtype=torch.uint8), "1,048,576.00 GiB"),
+        (
+            lambda: raise_(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")),
+            "2.50 GiB",
+        ),
+        (lambda: raise_(RuntimeError("CUDA error: out of memory")), "a tensor"),
+        (lambda: raise_(RuntimeError("a bug")), None),
+    ],
+)
+def test_a_lack_of_memory_is_told_in_one_line(raises, lacking, monkeypatch, capsys):
+    others = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: others.append(error))
+    command = ["data", "--task", "segment_language_modeling", "--arch", "lamemo_lm", "--optimizer", "adam", "--lr", "1"]
+    options.parse_args_and_arch(options.get_training_parser(), [*command, "--max-update", "1"])
+    error = error_of(raises)
+    sys.excepthook(type(error), error, error.__traceback__)
+    told = capsys.readouterr().err
+    assert len(others) == (lacking is None)
+    if lacking is not None:
+        assert told.startswith(
+            f"out of memory, with no room for {lacking}: pass a smaller --tokens-per-sample, --mem-len"
+        )
+        assert told.endswith("--batch-size\n") and told.count("\n") == 1
+
+
+def raise_(error):
+    raise error
 
 
 def test_development_mode_shows_the_traceback(monkeypatch, capsys):
@@ -56,7 +91,7 @@ def test_a_command_line_that_is_refused_is_printed_so(monkeypatch, capsys):
     error = error_of(options.parse_args_and_arch, options.get_training_parser(), command)
     sys.excepthook(type(error), error, error.__traceback__)
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("ValueError: --arch lamemo_ln is not known: did you mean lamemo_lm")
+    assert line.startswith("--arch lamemo_ln is not known: did you mean lamemo_lm")
 
 
 def test_many_commands_of_one_process_add_no_hooks(monkeypatch):

@@ -26,7 +26,7 @@ from .folder import (
 from .kept import Result, run_of
 from .table import Evaluation, Run, Table, evaluations, find, streams
 
-DIVERGED = re.compile(r"DivergenceError|FloatingPointError")  # in the last lines of a diverged training's log
+DIVERGED = re.compile(r"NaN or infinity|FloatingPointError")  # in the last lines of a diverged training's log
 SCALE = "scale.json"  # how the table of a folder was shrunk
 
 

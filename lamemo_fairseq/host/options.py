@@ -18,7 +18,7 @@ from .option_rules import EVAL_LM, on_cpu
 from .own import TASK
 from .quiet import leave_out_warnings, log_in_fairseqs_format
 from .ranks import launched_ranks
-from .refusals import print_in_one_line
+from .refusals import explain_out_of_memory, print_in_one_line
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ def parse_args_and_arch(
         if hasattr(namespace, "max_update"):
             check_save_dir(namespace.save_dir)
         end_in_one_line()
+        explain_out_of_memory()
         leave_out_warnings()
         if line.command == EVAL_LM:
             log_in_fairseqs_format()

@@ -1,4 +1,4 @@
-"""Print a refusal of this package in one line, without the calls that led to it.
+"""Print a refusal of this package, or a lack of memory, in one line, without the calls that led to it.
 
 A refusal is an error of input that a ``raise`` of this package raises: its message has the remedy. Errors that other
 code or a call within the package raises may be bugs, and are printed with their traceback. Python's development mode
@@ -7,8 +7,8 @@ code or a call within the package raises may be bugs, and are printed with their
 
 import dis
 import functools
+import re
 import sys
-import traceback
 from types import TracebackType
 from typing import Any, Callable, Optional, Type
 
@@ -46,13 +46,47 @@ def is_refusal(error: BaseException) -> bool:
     return module.partition(".")[0] == _PACKAGE and code[last.tb_lasti] == _RAISE
 
 
+def explain_out_of_memory() -> None:
+    """From now on, print in one line that memory ran out, for a command with a model of this package."""
+    hook_once(_explain)
+
+
+def out_of_memory(error: BaseException) -> Optional[str]:
+    """Return a message on an error of torch's allocators, None for another error."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not re.search("out of memory|can't allocate memory", text):
+        return None
+    if match := re.search("tried to allocate ([0-9]+) bytes", text):
+        lacking = f"{int(match[1]) / 2**30:,.2f} GiB"
+    else:
+        match = re.search("Tried to allocate ([0-9.]+ [A-Za-z]+)", text)
+        lacking = match[1] if match else "a tensor"
+    return (
+        f"out of memory, with no room for {lacking}: pass a smaller --tokens-per-sample, --mem-len (of a trained model "
+        "--model-overrides \"{'mem_len': M}\") or --batch-size"
+    )
+
+
 def _print(
     otherwise: Callable[..., Any],
     kind: Type[BaseException],
     error: BaseException,
     raised: Optional[TracebackType],
 ) -> None:
-    if is_refusal(error) and not sys.flags.dev_mode:
-        print("".join(traceback.format_exception_only(kind, error)), end="", file=sys.stderr, flush=True)
+    _tell(str(error) if is_refusal(error) else None, otherwise, kind, error, raised)
+
+
+def _explain(
+    otherwise: Callable[..., Any],
+    kind: Type[BaseException],
+    error: BaseException,
+    raised: Optional[TracebackType],
+) -> None:
+    _tell(out_of_memory(error), otherwise, kind, error, raised)
+
+
+def _tell(message: Optional[str], otherwise: Callable[..., Any], *error: Any) -> None:
+    if message is not None and not sys.flags.dev_mode:
+        print(message, file=sys.stderr, flush=True)
     else:
-        otherwise(kind, error, raised)
+        otherwise(*error)

@@ -6,6 +6,7 @@ All options are those of `lm-eval`. The model is `lamemo`, on a GPU if there is 
 otherwise.
 """
 
+import logging
 import os
 import sys
 
@@ -20,6 +21,8 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f"lm_eval: {error}")
     from lm_eval.__main__ import cli_evaluate
+
+    logging.getLogger().setLevel(logging.WARNING)  # an import of fairseq's turns on DEBUG for every logger
 
     arguments = sys.argv[1:]
     named = {argument.split("=")[0] for argument in arguments}

@@ -199,6 +199,7 @@ def test_the_command(folder):
         [*map(str, command), "--model_args", f"pretrained={folder / 'model'}"], capture_output=True, text=True
     )
     assert done.returncode == 0 and "|cloze" in done.stdout and "perplexity" in done.stdout
+    assert "DEBUG" not in done.stderr
     done = subprocess.run([*map(str, command), "--model_args", "pretrained=nowhere"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("lm_eval: ") and "nowhere" in done.stderr
 
