@@ -98,7 +98,7 @@ def test_hostile_titles(tmp_path, title, row_title, source):
     lines = text.splitlines()
     grid = [line for line in lines if line.startswith("|")][:3]
     cells = [[cell.strip() for cell in CELLS.findall(line)] for line in grid]
-    assert len({len(line) for line in cells}) == 1 and len(cells[0]) == 8
+    assert len({len(line) for line in cells}) == 1 and len(cells[0]) == 9
     assert plain(cells[2][0]) == row_title.strip()
     assert lines[0].startswith("# ") and plain(lines[0][2:]) == title.strip()
     told = [f"Reported: {source.strip()}."] if source else []
