@@ -32,8 +32,8 @@ def _blocked_or_error(operation: Operation[...], q: Tensor) -> str:
 
 
 def _or_error(name: str, operation: Operation[...], q: Tensor, why_not: Callable[[Tensor], Optional[str]]) -> str:
-    """Return the name; `Operation` refuses it if it has no such implementation. Queries of a new model say nothing."""
-    reason = why_not(q) if operation.has(name) and not q.is_meta else None
+    """Return the name; `Operation` refuses it if it has no such implementation."""
+    reason = why_not(q) if operation.has(name) else None
     if reason is not None:
         raise ValueError(refusal(name, reason))
     return name
@@ -41,7 +41,7 @@ def _or_error(name: str, operation: Operation[...], q: Tensor, why_not: Callable
 
 @BACKENDS.register("auto")
 def _fastest(operation: Operation[...], q: Tensor) -> str:
-    if q.is_meta:
+    if q.is_meta:  # a model is made, and its device is not known
         return "eager"
     reason = why_not_fused(q, operation) if q.is_cuda else f"the fused backend is for GPUs, and this is {q.device}"
     otherwise = "eager" if blocked.why_not(q, operation) else "blocked"
