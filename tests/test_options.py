@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from unittest import mock
@@ -15,7 +16,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 
 from lamemo_fairseq.core.names import option_name
-from lamemo_fairseq.host import start
+from lamemo_fairseq.host import named_checkpoints, start
 from lamemo_fairseq.host.option_page import render
 from lamemo_fairseq.host.option_rules import EVAL_LM, GENERATE, INTERACTIVE, REFUSED, TRAIN, VALIDATE
 from lamemo_fairseq.host.option_table import rules_for
@@ -43,10 +44,11 @@ def data(tmp_path_factory):
 
 
 def read(command, *words, task=TASK):
-    """The parser and the namespace of a command line."""
+    """The parser and the namespace of a command line; without a ``--path`` among the words, no checkpoint is read."""
     get, more = PARSERS[command]
+    reading = nullcontext() if "--path" in words else mock.patch.object(named_checkpoints, "_files", lambda _: [])
     words = [str(word) for word in ("DATA", *task, *more, *words)]
-    with mock.patch.object(sys, "argv", [command, *words]):
+    with mock.patch.object(sys, "argv", [command, *words]), reading:
         parser = get()
         return parser, options.parse_args_and_arch(parser, words)
 
