@@ -51,6 +51,13 @@ def test_whole_streams_in_a_tile(monkeypatch):
     assert_same(Case(10, 12, 5, parts="content position table score", streams=3))
 
 
+def test_one_head_in_a_tile(monkeypatch):
+    """With one query, the scores of a head by distance may be read where they lie."""
+    monkeypatch.setattr(blocked, "SCORES", 1)
+    assert_same(Case(1, 9, 4, parts="content score", heads=3))
+    assert_same(Case(10, 12, 5, parts="content position table score", heads=3))
+
+
 def test_threads_may_change_before_the_backward_pass():
     q, k, v = (torch.randn(2, 4, 40, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     gradients, threads = [], torch.get_num_threads()

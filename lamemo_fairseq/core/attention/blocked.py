@@ -1,9 +1,8 @@
 """Attention block by block in plain PyTorch, for CPUs: what `eager.py` computes, in fewer passes over memory.
 
 The scores of some heads and queries at a time stay in the processor's cache, and keys that none of these queries sees
-have no scores. Position scores are a product with the table, in rows of a buffer. The same buffer, read in rows that
-are one entry shorter, has a column for each key. The product of the contents is added there, and gradients of the
-scores by key are gradients by distance without a copy.
+have no scores. Position scores are a product with the table. Read in rows that are one entry shorter, they have a
+column for each key, and the product of the contents is added to them.
 
 Shapes: B streams, H heads, R rows, Q queries, K keys, D size of a head, U distances; E entries, of which each is a
 stream's head.
@@ -71,15 +70,29 @@ def attend(
 
 
 class _Tile(NamedTuple):
-    """The pairs of some entries, queries and keys, and memory for their scores."""
+    """The pairs of some entries, queries and keys."""
 
     entries: slice
     queries: slice
     keys: slice
     columns: slice  # of the table
+    first: int  # of the columns, the first query's and first key's; each query begins one earlier
     hidden: List[Tuple[slice, Tensor]]  # some of the keys, and [Q, K], True for pairs that do not see each other
-    by_distance: Tensor  # [E, Q, U], a column for each of the table's; zeros where no pair is
-    by_key: Tensor  # [E, Q, K], in the same memory
+
+    def by_key(self, by_distance: Tensor) -> Tensor:
+        """Return a view ``[E, Q, K]`` of scores ``[E, Q, U]``; pairs without an entry have any, and are hidden."""
+        entries, queries, width = by_distance.shape
+        shape, start = (entries, queries, self.keys.stop - self.keys.start), by_distance.storage_offset() + self.first
+        return by_distance.as_strided(shape, (queries * width, width - 1, 1), start)
+
+    def by_distance(self, by_key: Tensor) -> Tensor:
+        """Return scores ``[E, Q, K]`` as a view ``[E, Q, U]`` of larger rows, zero where no pair is."""
+        entries, queries, keys = by_key.shape
+        width = keys + queries  # no two pairs share an element
+        rows = by_key.new_zeros(entries, queries, width)
+        rows.as_strided(by_key.shape, (queries * width, width - 1, 1), queries - 1).copy_(by_key)
+        before = queries - 1 - self.first
+        return rows[..., before : before + self.columns.stop - self.columns.start]
 
     def of_queries(self, t: Tensor) -> Tensor:
         return t[self.entries, self.queries]
@@ -89,7 +102,7 @@ class _Tile(NamedTuple):
 
     def of_heads(self, t: Tensor) -> Tensor:
         """Return the tile's part ``[E, U, ..]`` of ``t [H, U, ..]``."""
-        part, streams = t[:, self.columns], len(self.by_key) // len(t)
+        part, streams = t[:, self.columns], self._size // len(t)
         return part.repeat(streams, *[1] * (t.dim() - 1)) if streams > 1 else part[self._heads(t)]
 
     def add_to_heads(self, t: Tensor, gradient: Tensor) -> None:
@@ -102,7 +115,11 @@ class _Tile(NamedTuple):
 
     def _heads(self, t: Tensor) -> slice:
         start = self.entries.start % len(t)
-        return slice(start, start + len(self.by_key))
+        return slice(start, start + self._size)
+
+    @property
+    def _size(self) -> int:
+        return int(self.entries.stop - self.entries.start)
 
 
 @dataclass(frozen=True)
@@ -142,32 +159,19 @@ class _Inputs:
             first, last = max(0, start + self.band.low), min(self.keys, stop + self.band.high)
             count, rows = last - first, stop - start
             most = min(entries, _whole(SCORES * threads // (rows * count), self.heads))
-            buffer = self.content.new_zeros(most, rows, count + rows)
-            by_key = buffer.as_strided((most, rows, count), (buffer.stride(0), count + rows - 1, 1), rows - 1)
-            column = self.band.shift + first - (stop - 1)  # of the buffer's first one
+            column = self.band.shift + first - (stop - 1)  # of the last query and the first key
             columns = slice(max(0, column), min(distances, column + count + rows - 1))
-            by_distance = buffer[..., columns.start - column : columns.stop - column]
             hidden = _hidden(self.band, start, first, rows, count)
+            shared = column + rows - 1 - columns.start
             for entry in range(0, entries, most):
-                own = slice(entry, min(entry + most, entries))
-                size = own.stop - own.start
-                yield _Tile(
-                    own, slice(start, stop), slice(first, last), columns, hidden, by_distance[:size], by_key[:size]
-                )
+                some = slice(entry, min(entry + most, entries))
+                yield _Tile(some, slice(start, stop), slice(first, last), columns, shared, hidden)
 
     def weights(self, k: Tensor, tile: _Tile) -> Tuple[Tensor, Tensor]:
         """Return the softmax ``[E, Q, K]`` over keys ``k [E, K, D]``, and its normalisers ``[E, Q]``."""
-        score = None if self.score is None else tile.of_heads(self.score).unsqueeze(1)
-        if self.table is not None and self.position is not None:
-            position, table = tile.of_queries(self.position), tile.of_heads(self.table).transpose(1, 2)
-            if score is None:
-                torch.bmm(position, table, out=tile.by_distance)
-            else:
-                torch.baddbmm(score, position, table, out=tile.by_distance)
-        elif score is not None:
-            tile.by_distance.copy_(score)
-        beta = 0 if self.table is None and self.score is None else 1
-        scores = tile.by_key.baddbmm_(tile.of_queries(self.content), tile.of_keys(k).transpose(1, 2), beta=beta)
+        content, k = tile.of_queries(self.content), tile.of_keys(k).transpose(1, 2)
+        by_distance = self._by_distance(tile)
+        scores = torch.bmm(content, k) if by_distance is None else torch.baddbmm(tile.by_key(by_distance), content, k)
         for keys, hidden in tile.hidden:
             scores[..., keys].masked_fill_(hidden, -math.inf)
         if self.first is not None:
@@ -175,6 +179,15 @@ class _Inputs:
         weights = scores.softmax(-1)
         # The largest weight is exp(largest score - logsumexp), at least 1 / K.
         return weights, scores.amax(-1) - weights.amax(-1).log()
+
+    def _by_distance(self, tile: _Tile) -> Optional[Tensor]:
+        """Return position scores ``[E, Q, U]``; None without any."""
+        score = None if self.score is None else tile.of_heads(self.score).unsqueeze(1)
+        if self.table is None or self.position is None:
+            queries = tile.queries.stop - tile.queries.start
+            return None if score is None else score.expand(-1, queries, -1).contiguous()
+        position, table = tile.of_queries(self.position), tile.of_heads(self.table).transpose(1, 2)
+        return torch.bmm(position, table) if score is None else torch.baddbmm(score, position, table)
 
 
 def _scaled(q: Tensor, bias: Optional[Tensor], scale: float) -> Tensor:
@@ -224,12 +237,9 @@ class _Gradients:
 
     def unscaled(self, scale: float, wanted: Sequence[bool], dq: Tensor) -> List[Optional[Tensor]]:
         """Write the gradient of the queries ``[B, H, Q, D]``, and return the *wanted* ones of the bias."""
-        content, position = self.content.view(dq.shape).mul_(scale), None
-        if self.position is None:
-            dq.copy_(content)
-        else:
-            position = self.position.view(dq.shape).mul_(scale)
-            torch.add(content, position, out=dq)
+        content = self.content.view(dq.shape).mul_(scale)
+        position = None if self.position is None else self.position.view(dq.shape).mul_(scale)
+        dq.copy_(content if position is None else content + position)
         return [
             content.sum((0, 2)) if wanted[0] else None,
             position.sum((0, 2)) if wanted[1] and position is not None else None,
@@ -248,22 +258,24 @@ class _Gradients:
             delta: the sums of products of weights and their gradients, ``[E, Q, 1]``.
         """
         weights, *factors = saved
-        grad, by_key = tile.of_queries(grad), tile.by_key
-        by_key.baddbmm_(grad, tile.of_keys(v).transpose(1, 2), beta=0)
+        grad = tile.of_queries(grad)
+        by_key = torch.bmm(grad, tile.of_keys(v).transpose(1, 2))
         for factor in factors:
             by_key.mul_(factor)
         dropped = weights * factors[0] if factors else weights
-        tile.of_keys(self.v).baddbmm_(dropped.transpose(1, 2), grad)
+        tile.of_keys(self.v).add_(torch.bmm(dropped.transpose(1, 2), grad))
         by_key.sub_(tile.of_queries(delta)).mul_(weights)
-        tile.of_queries(self.content).baddbmm_(by_key, tile.of_keys(k), beta=0)
-        tile.of_keys(self.k).baddbmm_(by_key.transpose(1, 2), tile.of_queries(x.content))
+        tile.of_queries(self.content).copy_(torch.bmm(by_key, tile.of_keys(k)))
+        tile.of_keys(self.k).add_(torch.bmm(by_key.transpose(1, 2), tile.of_queries(x.content)))
+        if x.table is None and self.score is None:
+            return
+        by_distance = tile.by_distance(by_key)
         if self.position is not None and x.position is not None and x.table is not None:
-            tile.of_queries(self.position).baddbmm_(tile.by_distance, tile.of_heads(x.table), beta=0)
+            tile.of_queries(self.position).copy_(torch.bmm(by_distance, tile.of_heads(x.table)))
             if self.table is not None:
-                by_row = tile.by_distance.transpose(1, 2)
-                tile.add_to_heads(self.table, torch.bmm(by_row, tile.of_queries(x.position)))
+                tile.add_to_heads(self.table, torch.bmm(by_distance.transpose(1, 2), tile.of_queries(x.position)))
         if self.score is not None:
-            tile.add_to_heads(self.score, tile.by_distance.sum(1))
+            tile.add_to_heads(self.score, by_distance.sum(1))
 
 
 class _AttendContext(Context):
@@ -304,7 +316,7 @@ class _Attend(Function):
                     weights = weights * factor
                     if save:
                         saved.append(factor)
-                tile.of_queries(read_out).baddbmm_(weights, tile.of_keys(v_flat[:, attention.keys]), beta=0)
+                tile.of_queries(read_out)[:] = torch.bmm(weights, tile.of_keys(v_flat[:, attention.keys]))
             news.append(new.view(q.size(0), q.size(1), -1))
             _merge(attention, Attended(read_out.view(*news[-1].shape, -1), news[-1]), output, normalizer)
         ctx.attentions, ctx.scale, ctx.threads, ctx.saved_of_a_tile = attentions, scale, threads, 1 + (dropout > 0)
@@ -329,7 +341,7 @@ class _Attend(Function):
         for n, attention in enumerate(ctx.attentions):
             x, keys = _Inputs.of(attention, biases[n], ctx.scale, q), attention.keys
             new_grad, delta = _before_merge(attention, news[n], output, grad)
-            wanted = ctx.needs_input_grad[7 + 4 * n : 11 + 4 * n]
+            wanted = ctx.needs_input_grad[7 + 4 * n : 11 + 4 * n]  # of the bias
             of = _Gradients.zeros(x, dk_flat[:, keys], dv_flat[:, keys], wanted)
             for tile in x.tiles(ctx.threads):
                 own = [next(saved) for _ in range(ctx.saved_of_a_tile)]
