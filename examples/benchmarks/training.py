@@ -57,14 +57,17 @@ PLAIN = ["--position-encoding", "absolute"]
 # name: architecture, options
 PATHS: dict[str, tuple[str, list[str]]] = {
     "lamemo-eager": ("lamemo_lm", ["--attention-backend", "eager"]),
+    "lamemo-blocked": ("lamemo_lm", ["--attention-backend", "blocked"]),
     "lamemo-fused": ("lamemo_lm", ["--attention-backend", "fused"]),
     "lamemo-graphs": ("lamemo_lm", ["--attention-backend", "fused", "--cuda-graphs"]),
     "txl-eager": ("transformer_xl_lm", ["--attention-backend", "eager"]),
+    "txl-blocked": ("transformer_xl_lm", ["--attention-backend", "blocked"]),
     "txl-fused": ("transformer_xl_lm", ["--attention-backend", "fused"]),
     "txl-graphs": ("transformer_xl_lm", ["--attention-backend", "fused", "--cuda-graphs"]),
     "plain": ("relative_transformer_lm", ["--attention-backend", "auto", *PLAIN]),
     "plain-graphs": ("relative_transformer_lm", ["--attention-backend", "auto", "--cuda-graphs", *PLAIN]),
 }
+ELSEWHERE = {"cpu": ("-fused", "-graphs"), "cuda": ("-blocked",)}  # ends of paths that a device does not have
 TRAINING = (
     "--task segment_language_modeling --criterion chunked_cross_entropy --optimizer adam --lr 2.5e-4 --clip-norm 0.25 "
     "--disable-validation --no-save --no-progress-bar --log-format json --num-workers 2 --max-epoch 1"
@@ -243,7 +246,7 @@ def evaluate(size: str, path: str, device: str, segments: int = 5) -> float:
     model, tokens, length = build(size, path, torch.float16 if device == "cuda" else torch.float32, device)
     model.eval()
     state, seconds = None, []
-    with torch.no_grad():
+    with torch.no_grad(), model.positions.unchanged():  # as fairseq-eval-lm reads
         full = tokens.size(1) // length - 1
         for index in range(full + segments):
             started = time.perf_counter()
@@ -274,7 +277,7 @@ def work_per_token(size: str, path: str, streams: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="training steps of every path, side by side")
     parser.add_argument("sizes", nargs="*", default=["enwik8"], help=", ".join(SIZES))
-    parser.add_argument("--paths", nargs="*", default=list(PATHS))
+    parser.add_argument("--paths", nargs="*", help=f"by default those of the device; {', '.join(PATHS)}")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--peak", type=float, default=790, help="TFLOP/s of the device in large products")
@@ -282,6 +285,7 @@ def main() -> None:
     parser.add_argument("--options", default="", help="more options of fairseq-train")
     parser.add_argument("--no-parts", action="store_true")
     args = parser.parse_args()
+    args.paths = args.paths or [path for path in PATHS if not path.endswith(ELSEWHERE[args.device])]
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import fairseq_cli.train  # noqa: F401  (once, for all processes)
