@@ -6,7 +6,6 @@ Each model continues passages of the text by 256 tokens, with memory 512, clamp 
 are bytes here, and words are counted in the decoded text. `--new-tokens` generates more.
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from lamemo_fairseq.arguments import ArgumentParser
 from lamemo_fairseq.core.decoding.drawing import Draw
 from lamemo_fairseq.core.decoding.sampler import Sampler
 from lamemo_fairseq.core.decoding.state import DecodingState
@@ -46,7 +46,7 @@ def repetition(texts: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="folder of dict.txt")
     parser.add_argument("models", nargs="+", metavar="ARCH=FOLDER")
     parser.add_argument("--text", required=True, help="file that the prompts are taken from")
