@@ -7,6 +7,7 @@ import torch
 from fairseq import options
 from fairseq.dataclass.configs import GenerationConfig
 
+from lamemo_fairseq.host import named_checkpoints
 from lamemo_fairseq.host.generation_options import NAMES, REFUSED, WITHOUT_EFFECT, check_generation, check_names
 
 from .helpers import USER_DIR
@@ -113,6 +114,7 @@ def parsed(task, *words):
 
 
 def test_one_process_generates_without_a_score(monkeypatch):
+    monkeypatch.setattr(named_checkpoints, "_files", lambda options: [])  # of --path
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     found = parsed("segment_language_modeling")
     assert (found.distributed_world_size, found.scoring) == (1, "no_score")
