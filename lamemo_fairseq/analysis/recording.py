@@ -8,6 +8,7 @@ Shapes: B streams, H heads, Q queries, K keys, m memory slots.
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Iterator, Optional, Protocol, Tuple
 
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor
 from ..core.attention import BACKENDS, Attended, RelativeBias, causal_attention, counted_attention, eager
 from ..core.memory.lookahead import LookaheadWindow, counted_memory_attention, memory_attention
 from ..core.memory.lookahead import eager as lookahead
+from ..core.memory.memorizing import eager as store
+from ..core.memory.memorizing.attention import store_attention
+from ..core.memory.token import eager as memory_tokens
+from ..core.memory.token.attention import blocks_attention
 
 
 class Listener(Protocol):
@@ -114,6 +119,8 @@ _RECORDING = Recording()
 BACKENDS.register("recording")(lambda operation, q: "recording" if operation.has("recording") else "eager")
 for _operation in (causal_attention, counted_attention):
     _operation.register("recording", _RECORDING.causal_attention)
+blocks_attention.register("recording", partial(memory_tokens.blocks_attention, attend=_RECORDING.causal_attention))
+store_attention.register("recording", partial(store.store_attention, attend=_RECORDING.causal_attention))
 for _look_ahead in (memory_attention, counted_memory_attention):
     _look_ahead.register("recording", _RECORDING.memory_attention)
 

@@ -4,7 +4,7 @@ Shapes: B streams, H heads, N current tokens, Q queries, m stored rows, k retrie
 D' its padded size.
 """
 
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ def store_attention(
     stored_v: Tensor,
     dropout: float = 0.0,
     scale: Optional[float] = None,
+    attend: Callable[..., Attended] = causal_attention,
 ) -> Attended:
     """Let the tokens of a segment attend to all stored rows, and to each other causally, by one softmax.
 
@@ -31,12 +32,13 @@ def store_attention(
         stored_k, stored_v: ``[B, H, m, D]``, which get no gradient.
         dropout: probability of dropping an attention weight.
         scale: of the scores; None is ``1 / sqrt(D)``.
+        attend: the causal attention to stored rows and tokens.
 
     Returns:
         The read-out, in the shape of *q*, and an empty normaliser.
     """
     k, v = (torch.cat([as_wide(q, old).to(q), new], dim=2) for old, new in ((stored_k, k), (stored_v, v)))
-    return causal_attention(q, k, v, RelativeBias(), None, dropout, scale, need_normalizer=False)
+    return attend(q, k, v, RelativeBias(), None, dropout, scale, need_normalizer=False)
 
 
 def retrieved_attention(
