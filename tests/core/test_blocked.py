@@ -7,8 +7,8 @@ import torch
 
 from lamemo_fairseq.core.attention import RelativeBias, blocked, causal_attention
 
+from .attention_cases import CASES, NAMES, Case, computed
 from .helpers import random_tokens, tiny_decoder
-from .test_fused import CASES, NAMES, Case, run
 
 DROPOUT = [Case(37, 37, 5), Case(40, 33, 8, "right", ragged=True), Case(18, 35, 6, parts="content table score")]
 
@@ -24,14 +24,14 @@ def small_tiles(monkeypatch):
 
 def assert_same(case, dropout=0.0):
     torch.manual_seed(1)
-    expected = run(case, "eager", torch.float64, dropout=dropout)
+    expected = computed(case, "eager", torch.float64, "cpu", dropout=dropout)
     torch.manual_seed(1)
-    computed = run(case, "blocked", torch.float64, dropout=dropout)
+    found = computed(case, "blocked", torch.float64, "cpu", dropout=dropout)
     for name in NAMES:
         if expected[name] is None:
-            assert computed[name] is None, name
+            assert found[name] is None, name
         else:
-            torch.testing.assert_close(computed[name], expected[name], rtol=1e-11, atol=1e-11, msg=name)
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -86,8 +86,8 @@ def test_a_decoder(recomputed):
             total = total + features.square().sum()
         total.backward()
         passes.append([p.grad for p in decoder.parameters()])
-    for eager, computed in zip(*passes, strict=True):
-        torch.testing.assert_close(computed, eager, rtol=1e-9, atol=1e-11)
+    for eager, found in zip(*passes, strict=True):
+        torch.testing.assert_close(found, eager, rtol=1e-9, atol=1e-11)
 
 
 def test_half_precision_and_autocast_are_left_to_eager():

@@ -4,14 +4,13 @@ Without a GPU the kernels run in Triton's interpreter, in float32 and float16 (i
 """
 
 import math
-from typing import NamedTuple, Optional
 
 import pytest
 import torch
 
 from lamemo_fairseq.core.attention import Attended, RelativeBias, bands, causal_attention
 from lamemo_fairseq.core.memory.block_recurrent.attention import unmasked_attention
-from lamemo_fairseq.core.memory.lookahead import LookaheadWindow, eager, lookahead_attention, memory_attention
+from lamemo_fairseq.core.memory.lookahead import LookaheadWindow, eager, memory_attention
 from lamemo_fairseq.core.memory.memorizing.attention import store_attention
 from lamemo_fairseq.core.memory.token.attention import blocks_attention
 from lamemo_fairseq.core.memory.token.eager import Blocks
@@ -21,10 +20,10 @@ from lamemo_fairseq.core.attention.fused import api, function, launch, tiles
 from lamemo_fairseq.core.memory.lookahead import banded
 
 from ..gpus import DEVICE
+from .attention_cases import CASES, NAMES, Case, computed
 
 GPU = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
-NAMES = ("output", "normalizer", "q", "k", "v", "content", "position", "table", "score")
 
 
 @pytest.fixture(autouse=True)
@@ -51,81 +50,8 @@ def nan_buffers(monkeypatch):
         monkeypatch.setattr(owner, name, lambda *a, _allocate=allocate, **k: filled(_allocate, *a, **k))
 
 
-class Case(NamedTuple):
-    queries: int
-    keys: int
-    size: int
-    kind: str = "causal"  # or right, full
-    span: Optional[int] = None
-    ragged: bool = False
-    parts: str = "content position table"
-    heads: int = 2
-    streams: int = 2
-    nearest: int = 0
-
-    @property
-    def window(self) -> LookaheadWindow:
-        lengths = torch.tensor([self.keys, max(self.keys - 3, 0)], device=DEVICE) if self.ragged else None
-        return LookaheadWindow(self.queries - self.keys + 1, self.kind == "full", lengths)
-
-    @property
-    def distances(self) -> int:
-        return self.keys if self.kind == "causal" else len(self.window.distances(self.queries))
-
-    def tensors(self, seed=0):
-        """q, k, v, the parts of the bias, the gradient of the output, and what was stored, in float64."""
-        generator = torch.Generator().manual_seed(seed)
-        b, h, d = self.streams, self.heads, self.size
-        rows = [(b, h, self.queries, d), (b, h, self.keys, d), (b, h, self.keys, d)]
-        bias = {"content": (h, d), "position": (h, d), "table": (h, self.distances, d), "score": (h, self.distances)}
-        shapes = [*rows, *(s if p in self.parts else None for p, s in bias.items()), rows[0], rows[0], rows[0][:3]]
-        return [
-            None if s is None else torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE) for s in shapes
-        ]
-
-    def call(self, backend, q, k, v, bias, output, normalizer, dropout=0.0):
-        if self.kind == "causal":
-            return causal_attention(backend, q, k, v, bias, self.span, dropout, nearest=self.nearest)
-        stored = Attended(output, normalizer)
-        return lookahead_attention(backend, q, k, v, bias, self.window, stored, dropout)
-
-
-CASES = [
-    Case(1, 1, 1),
-    Case(1, 40, 8),
-    Case(37, 37, 41),
-    Case(17, 50, 16, span=9),
-    Case(33, 33, 5, span=2),
-    Case(20, 33, 128, heads=1),
-    Case(9, 20, 7, parts=""),
-    Case(18, 35, 6, parts="content table score"),
-    Case(19, 19, 6, parts="table"),
-    Case(16, 17, 5, nearest=1),  # the last entries of the table are not used
-    Case(1, 1, 4, "right"),
-    Case(37, 37, 41, "right"),
-    Case(40, 33, 8, "right", ragged=True),
-    Case(150, 40, 8, "right", ragged=True),  # several chunks, the last one ragged
-    Case(130, 1, 8, "right"),
-    Case(36, 20, 8, "full"),
-    Case(100, 33, 8, "full", ragged=True),
-    Case(36, 36, 8, "right", parts=""),
-    Case(18, 35, 6, parts="content position score"),
-    Case(150, 40, 8, "right", ragged=True, parts="content table score"),
-    Case(130, 200, 4, heads=1),  # blocks to clear in full, in part and not at all
-    Case(200, 100, 4, "full", heads=1, ragged=True),
-]
-
-
 def run(case, backend, dtype, wrap=lambda t: t, dropout=0.0):
-    q, k, v, *bias, grad, output, normalizer = case.tensors()
-    inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (q, k, v, *bias)]
-    stored = output.to(dtype), normalizer.to(torch.promote_types(dtype, torch.float32))
-    rows, parts = [wrap(t) for t in inputs[:3]], [None if t is None else wrap(t) for t in inputs[3:]]
-    attended = case.call(backend, *rows, RelativeBias(*parts), *stored, dropout)
-    attended.output.backward(grad.to(dtype))
-    return dict(
-        zip(NAMES, [attended.output, attended.normalizer, *(t if t is None else t.grad for t in inputs)], strict=True)
-    )
+    return computed(case, backend, dtype, DEVICE, wrap, dropout)
 
 
 def error(found, reference):
@@ -178,7 +104,7 @@ def test_rows_of_a_larger_tensor(case):
 def test_plain_attention_is_pytorchs(monkeypatch):
     """Without positions, memory and normaliser, PyTorch's own kernel does it."""
     case = Case(19, 19, 8, parts="")
-    q, k, v, *_ = (t.float() for t in case.tensors() if t is not None)
+    q, k, v, *_ = (t.float() for t in case.tensors(DEVICE) if t is not None)
     expected = causal_attention("eager", q, k, v, RelativeBias())
     monkeypatch.setattr(api, "attend", None)
     found = causal_attention("fused", q, k, v, RelativeBias(), need_normalizer=False)
@@ -319,7 +245,7 @@ def test_dropout_of_two_attentions_at_once_is_not_the_same():
 @pytest.mark.parametrize("case", [Case(17, 24, 24), Case(24, 20, 24, "right")], ids=str)
 def test_dropout(case):
     """The weights that are dropped in the forward pass are those of the backward pass."""
-    q, k, v, *bias, grad, output, normalizer = case.tensors()
+    q, k, v, *bias, grad, output, normalizer = case.tensors(DEVICE)
     single = [None if t is None else t.float() for t in (q, k, v, *bias)]
     stored = (torch.zeros_like(output).float(), torch.full_like(normalizer, -math.inf).float())
 
@@ -355,7 +281,7 @@ def test_dropout(case):
 def test_stored_read_outs_far_ahead_or_behind():
     """The released eps is part of the result and of its gradients, also where it decides."""
     case = Case(33, 33, 8, "right")
-    q, k, v, *bias, grad, output, normalizer = case.tensors()
+    q, k, v, *bias, grad, output, normalizer = case.tensors(DEVICE)
     output.zero_()
     shifted = normalizer + torch.linspace(-40, 40, normalizer.size(-1), dtype=torch.float64, device=DEVICE)
     results = []
@@ -386,7 +312,7 @@ def test_the_mixing_weight_has_the_gradient_of_its_maximum(monkeypatch):
 
 def test_no_double_backward_in_silence():
     case = Case(3, 3, 4)
-    q, k, v, *_ = (t.float().requires_grad_() for t in case.tensors() if t is not None)
+    q, k, v, *_ = (t.float().requires_grad_() for t in case.tensors(DEVICE) if t is not None)
     output = causal_attention("fused", q, k, v, RelativeBias()).output
     (grad,) = torch.autograd.grad((output**2).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -397,7 +323,7 @@ def test_long_memories_take_memory_in_proportion():
     """No tensor of position scores grows with slots times distances."""
     for slots in (512, 2048, 8192):
         case = Case(slots, 512, 64, "right")
-        part = banded._ahead(slots, slice(0, 512), RelativeBias(), case.window, Attended(None, None))
+        part = banded._ahead(slots, slice(0, 512), RelativeBias(), case.window(DEVICE), Attended(None, None))
         rows = torch.empty(1, 1, slots, 64, device="meta"), torch.empty(1, 1, 512, 64, device="meta")
         inputs = function._inputs(part, rows[0], rows[1], rows[1], part.bias, 1.0, 0.0, None)._replace(stored=None)
         layout = launch.Layout.of(inputs)
