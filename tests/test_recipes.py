@@ -12,6 +12,7 @@ import yaml
 
 from examples.tables import __main__ as runner
 from examples.tables import commands, logs, recipes, render, scale, table
+from lamemo_fairseq.host import named_checkpoints
 
 ROOT = Path(__file__).parent.parent
 TABLES = sorted((ROOT / "examples").glob("**/table.yaml"))
@@ -38,6 +39,7 @@ def test_every_row_is_printed_as_fairseq_takes_it(path, monkeypatch, caplog):
     from fairseq import options
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # the recipes' precision needs a GPU
+    monkeypatch.setattr(named_checkpoints, "_files", lambda options: [])  # of --path
     loaded, page = table.load(path), (path.parent / "README.md").read_text()
     ours = next(row for row in loaded.rows if row.startswith("lamemo"))
     for row in loaded.rows:
