@@ -19,7 +19,7 @@ def compile_all(width: int, dtype: str) -> dict:
         activation_kernel.relu_dropout_kernel: activation_tile,
         activation_kernel.relu_dropout_gradient_kernel: activation_tile,
         shared_kernels.sum_kernel: (None, None, 8),
-        unit_kernel.unit_kernel: (unit_kernel._rows(48), unit_kernel._block(48), 4),
+        unit_kernel.unit_kernel: (unit_kernel._rows(48), shared_kernels.block_of(48), 4),
     }
     single, found = {"p_mean", "p_rstd", "p_partial", "p_factor"}, {}
     for kernel, (rows, block, warps) in chosen.items():

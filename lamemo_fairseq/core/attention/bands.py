@@ -1,6 +1,6 @@
 """Attention within bands of pairs, which backends with a common function for all attentions take.
 
-Shapes: B streams, H heads, R rows, D size of a head.
+Shapes: B streams.
 """
 
 from dataclasses import dataclass
@@ -55,9 +55,3 @@ def causal_band(
 def grouped(biases: Sequence[Optional[Tensor]]) -> List[RelativeBias]:
     """Return the biases of several attentions from their fields, one after the other."""
     return [RelativeBias(*biases[n : n + 4]) for n in range(0, len(biases), 4)]
-
-
-def heads_like(t: Tensor, count: int) -> Sequence[Tensor]:
-    """Return empty tensors ``[B, H, R, D]`` that are adjacent views of one buffer, like projections."""
-    batch, heads, length, size = t.shape
-    return [tensor.transpose(1, 2) for tensor in t.new_empty(batch, length, count, heads, size).unbind(2)]

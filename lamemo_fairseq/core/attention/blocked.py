@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.autograd import Context, Function
-from .bands import UNBOUNDED, Band, BandedAttention, causal_band, grouped, heads_like
+from ..kernels.rows import heads_like
+from .bands import UNBOUNDED, Band, BandedAttention, causal_band, grouped
 from .operation import Operation
 from .types import Attended, RelativeBias
 
@@ -298,7 +299,7 @@ class _Attend(Function):
         v: Tensor,
         *biases: Optional[Tensor],
     ) -> Tuple[Tensor, Tensor]:
-        (output,) = heads_like(q, 1)
+        (output,) = heads_like(q)
         normalizer = q.new_empty(q.shape[:-1])
         threads, save = torch.get_num_threads(), save and any(ctx.needs_input_grad)
         k_flat, v_flat = _flat(k), _flat(v)
@@ -336,7 +337,7 @@ class _Attend(Function):
         if q.shape == k.shape:
             dq, dk, dv = heads_like(q, 3)
         else:
-            (dq,), (dk, dv) = heads_like(q, 1), heads_like(k, 2)
+            (dq,), (dk, dv) = heads_like(q), heads_like(k, 2)
         gradients: List[Optional[Tensor]] = []
         for n, attention in enumerate(ctx.attentions):
             x, keys = _Inputs.of(attention, biases[n], ctx.scale, q), attention.keys

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .padded import empty_rows, readable, stored_width
 from .rows import strided
-from .shared_kernels import TILE, WORDS, dropout_mask, dropped, programs, sums
+from .shared_kernels import TILE, WORDS, block_of, dropout_mask, dropped, programs, sums
 
 BACKWARD_TILE = 1024  # fewer, as sums over rows stay in registers
 
@@ -168,5 +168,5 @@ def backward(
 
 def tiles(d: int, elements: int) -> Tuple[int, int, int]:
     """Return the rows, the columns and the warps of a tile of about *elements* elements."""
-    block = max(16, triton.next_power_of_2(d))
+    block = block_of(d)
     return max(1, min(16, elements // block)), block, max(4, 4 * block // elements)

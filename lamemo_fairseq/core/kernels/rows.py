@@ -1,11 +1,11 @@
 """Rows for the layers' kernels: which rows they take, the layout in memory, the seed of dropout.
 
-Shapes: B streams, R rows of each, d width.
+Shapes: B streams, H heads, R rows of each, D size of a head, d width.
 """
 
 import importlib.util
 from functools import cache
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -24,9 +24,15 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def draw_seed(like: Tensor, dropout: float) -> Optional[Tensor]:
-    """Draw one integer on the device, by PyTorch's generator, so that CUDA graphs and checkpointing know of it."""
-    return torch.randint(1 << 31, (1,), device=like.device, dtype=torch.int32) if dropout > 0 else None
+def draw_seed(like: Tensor, dropout: float, count: int = 1) -> Optional[Tensor]:
+    """Draw *count* integers on the device, by PyTorch's generator, so that CUDA graphs and checkpointing know of it."""
+    return torch.randint(1 << 31, (count,), device=like.device, dtype=torch.int32) if dropout > 0 else None
+
+
+def heads_like(t: Tensor, count: int = 1) -> Sequence[Tensor]:
+    """Return empty tensors like ``t [B, H, R, D]`` that are adjacent views of one buffer, like projections."""
+    batch, heads, length, size = t.shape
+    return [tensor.transpose(1, 2) for tensor in t.new_empty(batch, length, count, heads, size).unbind(2)]
 
 
 def strided(rows: Tensor) -> Tensor:

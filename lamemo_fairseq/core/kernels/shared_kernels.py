@@ -56,6 +56,12 @@ def dropped(dropout: float) -> int:
     return round(dropout * (1 << 31))
 
 
+def block_of(columns: int) -> int:
+    """Return the width of a block that holds all *columns*: a power of 2, and 16 at least, for products."""
+    width: int = triton.next_power_of_2(columns)
+    return max(16, width)
+
+
 def programs(device: torch.device, tiles: int, columns: int = 1) -> int:
     """Return the number of programs, at least 1, for the *tiles* of rows; the grid has *columns* programs for each."""
     return max(1, min(tiles, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device) // columns))

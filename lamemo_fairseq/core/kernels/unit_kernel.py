@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .shared_kernels import TILE, programs
+from .rows import heads_like
+from .shared_kernels import TILE, block_of, programs
 
 
 @triton.jit
@@ -48,14 +49,14 @@ def unit_kernel(
 
 def forward(heads: Tensor, factor: Optional[Tensor], eps: float) -> Tensor:
     """Return the scaled heads of ``heads [B, H, R, D]``, whose columns are contiguous."""
-    out = _heads_like(heads)
+    (out,) = heads_like(heads)
     _launch(heads, factor, None, out, None, eps)
     return out
 
 
 def backward(heads: Tensor, factor: Optional[Tensor], grad: Tensor, eps: float) -> Tuple[Tensor, Optional[Tensor]]:
     """Return the gradients of the heads ``[B, H, R, D]`` and of the factors ``[H]``, if there are some."""
-    dx, partial = _heads_like(heads), None
+    (dx,), partial = heads_like(heads), None
     if factor is not None:
         partial = heads.new_empty(heads.size(1), _programs(heads), dtype=torch.float32)
     _launch(heads, factor, grad, dx, partial, eps)
@@ -71,7 +72,7 @@ def _launch(
         return
     unit_kernel[(_programs(heads), count)](
         heads, factor, grad, out, partial, *strides, length, batch * length, eps,
-        D=size, BLOCK=_block(size), ROWS=_rows(size), FACTOR=factor is not None, BACKWARD=grad is not None,
+        D=size, BLOCK=block_of(size), ROWS=_rows(size), FACTOR=factor is not None, BACKWARD=grad is not None,
         num_warps=4,
     )  # fmt: skip
 
@@ -82,15 +83,4 @@ def _programs(heads: Tensor) -> int:
 
 
 def _rows(size: int) -> int:
-    return TILE // _block(size)
-
-
-def _block(size: int) -> int:
-    width: int = triton.next_power_of_2(size)
-    return max(16, width)
-
-
-def _heads_like(heads: Tensor) -> Tensor:
-    """Return empty heads ``[B, H, R, D]`` that lie in storage as ``[B, R, H, D]``, like projections."""
-    batch, count, length, size = heads.shape
-    return heads.new_empty(batch, length, count, size).transpose(1, 2)
+    return TILE // block_of(size)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...kernels.autograd import Context, Function
-from ..bands import BandedAttention, grouped, heads_like
+from ...kernels.rows import draw_seed, heads_like
+from ..bands import BandedAttention, grouped
 from ..padding import as_wide, bias_for
 from ..types import Attended, RelativeBias
 from . import launch
@@ -28,7 +29,7 @@ def attend(
     scale: Optional[float] = None,
 ) -> Attended:
     """Return read-outs ``[B, H, R, D]`` and normalisers ``[B, H, R]`` of *attentions*, whose queries together are q."""
-    seeds = torch.randint(1 << 31, (len(attentions),), device=q.device, dtype=torch.int32) if dropout > 0 else None
+    seeds = draw_seed(q, dropout, len(attentions))
     size = q.size(-1)
     scale = 1 / math.sqrt(size) if scale is None else scale
     if q.element_size() == 2 and size % 8:  # rows of 16 bytes, for fast loads and products
@@ -86,7 +87,7 @@ class _Attend(Function):
         v: Tensor,
         *biases: Optional[Tensor],
     ) -> Tuple[Tensor, Tensor]:
-        (output,) = heads_like(q, 1)
+        (output,) = heads_like(q)
         normalizers, saved = [], []
         # A pair's number in its attention seeds its mask: with one seed, those of two attentions would be alike.
         own = [None] * len(attentions) if seeds is None else list(seeds.split(1))
@@ -118,7 +119,7 @@ class _Attend(Function):
         if q.shape == k.shape:
             dq, dk, dv = heads_like(q, 3)
         else:
-            (dq,), (dk, dv) = heads_like(q, 1), heads_like(k, 2)
+            (dq,), (dk, dv) = heads_like(q), heads_like(k, 2)
         gradients: List[Optional[Tensor]] = []
         for n, attention in enumerate(ctx.attentions):
             first, stored_output, stored_normalizer = constants[n]

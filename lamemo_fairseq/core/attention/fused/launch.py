@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...kernels.shared_kernels import block_of
 from ..bands import Band
 from ..types import RelativeBias
 from . import kernels, position_kernels
@@ -121,7 +122,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
 
     d_table, d_score = _table_gradients(x, layout, scores, rows.by_class, learned)
     tile = all_tiles.query
-    tile = tile._replace(queries=min(tile.queries, _block(layout.chunk // 8)))
+    tile = tile._replace(queries=min(tile.queries, block_of(layout.chunk // 8)))
     blocks = 8 * layout.chunks * triton.cdiv(layout.chunk // 8, tile.queries)
     sums = x.q.new_empty(batch, heads, blocks, 2, size, dtype=torch.float32)
     kernels.query_kernel[(blocks, batch * heads)](
@@ -157,7 +158,7 @@ def _rows(x: Inputs, layout: Layout, saved: Saved, grad: Tensor) -> Rows:
         *_strides(saved.output), *_strides(grad), *_strides(stored_output), *_strides(x.q), *_strides(with_content),
         *((0,) * 5 if by_class is None else by_class.stride()[:5]),
         H=heads, Q=queries, C=layout.chunk, eps=x.eps,
-        D=size, BLOCK_D=_block(size), BLOCK_Q=32, STORED=x.stored is not None, CONTENT=x.bias.content is not None,
+        D=size, BLOCK_D=block_of(size), BLOCK_Q=32, STORED=x.stored is not None, CONTENT=x.bias.content is not None,
         TABLE=by_class is not None, POSITION=x.bias.position is not None,
     )  # fmt: skip
     return Rows(numbers, with_content, by_class)
@@ -228,7 +229,7 @@ def _class_sum(x: Inputs, layout: Layout, by_class: Tensor, out: Tensor) -> Tens
     position_kernels.class_sum_kernel[(triton.cdiv(distances, 16), heads)](
         by_class, out,
         H=heads, U=distances, W=geometry["W"], C=layout.chunk, shift=geometry["shift"], entry=x.band.shift,
-        chunks=layout.chunks, scale=x.scale, D=size, BLOCK_D=_block(size), BLOCK_U=16,
+        chunks=layout.chunks, scale=x.scale, D=size, BLOCK_D=block_of(size), BLOCK_U=16,
     )  # fmt: skip
     return out
 
@@ -247,7 +248,7 @@ def _geometry(x: Inputs, layout: Layout) -> Dict[str, int]:
 def _block_sizes(x: Inputs, tile: Tile) -> Dict[str, Union[int, str]]:
     precision = "ieee" if x.q.dtype == torch.float32 else "tf32"  # other dtypes ignore it
     size = x.q.size(-1)
-    return {"D": size, "BLOCK_D": _block(size), "BLOCK_Q": tile[0], "BLOCK_K": tile[1], "PRECISION": precision}
+    return {"D": size, "BLOCK_D": block_of(size), "BLOCK_Q": tile[0], "BLOCK_K": tile[1], "PRECISION": precision}
 
 
 def _contiguous(x: Inputs) -> Inputs:
@@ -259,11 +260,6 @@ def _contiguous(x: Inputs) -> Inputs:
     if stored is not None:
         stored = (stored[0] if stored[0].stride(-1) == 1 else stored[0].contiguous(), stored[1].float().contiguous())
     return x._replace(q=q, k=k, v=v, bias=bias, stored=stored)
-
-
-def _block(size: int) -> int:
-    width: int = triton.next_power_of_2(size)
-    return max(16, width)
 
 
 def _round_up(n: int, multiple: int) -> int:

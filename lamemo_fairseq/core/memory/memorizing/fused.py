@@ -17,6 +17,8 @@ from ...attention.fused import UNBOUNDED, Band, causal_attention, launch
 from ...attention.fused.tiles import tiles_for
 from ...attention.padding import as_wide
 from ...kernels.autograd import Context, Function
+from ...kernels.rows import draw_seed, heads_like
+from ...kernels.shared_kernels import block_of
 from .kernel import store_kernel
 
 EVERYTHING = Band(-UNBOUNDED, UNBOUNDED, 0)  # in the forward pass, where nothing depends on the distance
@@ -38,7 +40,7 @@ def store_attention(
         return causal_attention(q, k, v, RelativeBias(), None, dropout, scale, need_normalizer=False)
     if q.element_size() == 2 and size % 8:
         q, k, v = (F.pad(t, (0, -size % 8)) for t in (q, k, v))
-    seeds = torch.randint(1 << 31, (2,), device=q.device, dtype=torch.int32) if dropout > 0 else None
+    seeds = draw_seed(q, dropout, 2)
     stored = (as_wide(q, t.detach().to(q)) for t in (stored_k, stored_v))
     output: Tensor = _StoreAttention.apply(q, k, v, *stored, scale, dropout, seeds)
     return Attended(output[..., :size], q.new_empty(0, dtype=torch.float32))
@@ -64,8 +66,7 @@ class _StoreAttention(Function):
         seeds: Optional[Tensor],
     ) -> Tensor:
         own = (None, None) if seeds is None else (seeds[:1], seeds[1:])
-        batch, heads, queries, size = q.shape
-        of_store, output = (q.new_empty(batch, queries, heads, size).transpose(1, 2) for _ in range(2))
+        queries, (of_store,), (output,) = q.size(2), heads_like(q), heads_like(q)
         inputs = launch.Inputs(
             q, stored_k, stored_v, RelativeBias(), EVERYTHING, None, None, 0.0, scale, dropout, own[0]
         )
@@ -83,9 +84,7 @@ class _StoreAttention(Function):
     @once_differentiable
     def backward(ctx: _StoreContext, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         q, k, v, stored_k, stored_v, output, normalizer = ctx.saved_tensors
-        batch, heads, queries, size = q.shape
-        # Side by side, as projections are.
-        dq, dk, dv = (t.transpose(1, 2) for t in q.new_empty(batch, queries, 3, heads, size).unbind(2))
+        queries, (dq, dk, dv) = q.size(2), heads_like(q, 3)
         options = 0.0, ctx.scale, ctx.dropout, ctx.seeds[1]
         inputs = launch.Inputs(q, k, v, RelativeBias(), Band(-UNBOUNDED, 0, queries - 1), None, None, *options)
         # By the normaliser of all keys, the segment's weights are those of the whole softmax.
@@ -104,7 +103,7 @@ def _add_by_store(x: launch.Inputs, output: Tensor, normalizer: Tensor, grad: Te
     store_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
         q, k, v, output, normalizer, grad, x.seed, dq, *strides,
         H=heads, Q=queries, K=k.size(2), scale=x.scale, dropout=x.dropout,
-        D=size, BLOCK_D=max(16, triton.next_power_of_2(size)), BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
+        D=size, BLOCK_D=block_of(size), BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         DROPOUT=x.dropout > 0, MASKED=k.size(2) % tile.keys > 0, **tile.options(),
     )  # fmt: skip

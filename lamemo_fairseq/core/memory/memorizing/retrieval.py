@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from ...attention import Attended
 from ...attention.fused.tiles import tiles_for
 from ...kernels.autograd import Context, Function
+from ...kernels.rows import heads_like
+from ...kernels.shared_kernels import block_of
 from . import eager, kernel
 from .search import first, group_size
 
@@ -39,7 +41,7 @@ def nearest(q: Tensor, keys: Tensor, count: int) -> Tensor:
     """
     (batch, heads, queries, size), rows = q.shape, keys.size(2)
     tile = tiles_for(size, q.dtype).query
-    width, block = min(group_size(rows, count), tile.keys), max(16, triton.next_power_of_2(size))
+    width, block = min(group_size(rows, count), tile.keys), block_of(size)
     groups = triton.cdiv(rows, width)
     strides, sizes = (*q.stride()[:3], *keys.stride()[:3]), {"H": heads, "Q": queries, "K": rows}
     best = q.new_empty(batch, heads, queries, groups, dtype=torch.float32)
@@ -67,9 +69,7 @@ class _Retrieval(Function):
     def forward(
         ctx: _RetrievalContext, q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, scale: float
     ) -> Tuple[Tensor, Tensor]:
-        batch, heads, queries, size = q.shape
-        output = q.new_empty(batch, queries, heads, size).transpose(1, 2)
-        normalizer = q.new_empty(batch, heads, queries, dtype=torch.float32)
+        (output,), normalizer = heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         _launch(q, keys, values, rows, output, normalizer, None, scale)
         ctx.save_for_backward(q, keys, values, rows, normalizer)
         ctx.scale = scale
@@ -80,8 +80,7 @@ class _Retrieval(Function):
     @once_differentiable
     def backward(ctx: _RetrievalContext, grad: Tensor, _: object) -> Tuple[Optional[Tensor], ...]:
         q, keys, values, rows, normalizer = ctx.saved_tensors
-        batch, heads, queries, size = q.shape
-        dq = q.new_empty(batch, queries, heads, size).transpose(1, 2)
+        (dq,) = heads_like(q)
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         _launch(q, keys, values, rows, dq, normalizer, grad, ctx.scale)
         return dq, None, None, None, None
@@ -104,6 +103,6 @@ def _launch(
     ]
     kernel.retrieval_kernel[(queries, batch * heads)](
         q, keys, values, rows, written, normalizer, grad, written, *strides,
-        H=heads, Q=queries, scale=scale, D=size, BLOCK_D=max(16, triton.next_power_of_2(size)),
+        H=heads, Q=queries, scale=scale, D=size, BLOCK_D=block_of(size),
         COUNT=rows.size(-1), BLOCK_C=triton.next_power_of_2(rows.size(-1)), BACKWARD=grad is not None,
     )  # fmt: skip
