@@ -286,11 +286,14 @@ class FrozenCache(SegmentCache[CachedMemory, LayerCache]):
         return cls(layers, counts(batch_size, like), counts(batch_size, like), [SequencePosition()] * batch_size)
 
 
-def fill_slots(layer: DecoderLayer, cached: LayerCache, slots: int, rows: Tensor) -> None:
-    """Write the keys and values of ``rows [B, M, d]``, as they go into the layer, into the M = *slots* columns."""
-    _, k, v = layer.self_attn.project(layer.attention_input(rows), 0)
-    cached.keys[:, :, :slots].copy_(k)
-    cached.values[:, :, :slots].copy_(v)
+def fill_slots(
+    cache: AnyCache, parts: Sequence[Tuple[Tensor, ...]], layers: Sequence[DecoderLayer], slots: int
+) -> None:
+    """Write keys and values of each layer's rows ``[B, M, d]``, as they go into it, into the M = *slots* columns."""
+    for layer, cached, (rows,) in zip(layers, cache.layers, parts, strict=True):
+        _, k, v = layer.self_attn.project(layer.attention_input(rows), 0)
+        cached.keys[:, :, :slots].copy_(k)
+        cached.values[:, :, :slots].copy_(v)
 
 
 def counts(batch_size: int, like: Tensor) -> Tensor:

@@ -78,5 +78,4 @@ class EnhancedMemory(Memory[EnhancedState, MemoryOptions]):
         return last_rows(torch.cat([past, new.detach()], dim=1), self.config.mem_len)
 
     def fill_cache(self, cache: AnyCache, parts: Sequence[LayerState], layers: Sequence[DecoderLayer]) -> None:
-        for layer, cached, (rows,) in zip(layers, cache.layers, parts, strict=True):
-            fill_slots(layer, cached, self.slots, rows)
+        fill_slots(cache, parts, layers, self.slots)

@@ -62,5 +62,4 @@ class RecurrentMemory(Memory[RecurrentState, MemoryOptions]):
         return LayerPassage(out, (hidden,))
 
     def fill_cache(self, cache: AnyCache, parts: Sequence[LayerState], layers: Sequence[DecoderLayer]) -> None:
-        for layer, cached, (rows,) in zip(layers, cache.layers, parts, strict=True):
-            fill_slots(layer, cached, self.slots, rows)
+        fill_slots(cache, parts, layers, self.slots)
