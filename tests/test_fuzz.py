@@ -145,6 +145,7 @@ OPTIONS = {
     "memory": st.sampled_from([*MEMORIES.names(), "other", ""]),
     "position_encoding": st.sampled_from([*POSITIONS.names(), "other"]),
     "lookahead_window": st.sampled_from(["right", "full", "left"]),
+    "lookahead_from_layer": st.integers(-1, 4),
     "attention_backend": st.sampled_from(["auto", "eager", "other"]),
     "mem_len": st.integers(-2, 9),
     "memory_tokens": st.integers(-1, 3),

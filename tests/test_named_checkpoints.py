@@ -217,12 +217,18 @@ def test_training_that_goes_on_with_what_the_weights_do_not_fit(other, message, 
         assert "\n" not in str(refusal.value) and not list(tmp_path.glob("*.pt"))
 
 
-def test_training_that_goes_on_with_another_function_of_the_same_weights(data, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"--activation-fn is gelu, the checkpoint was trained with relu\. Go on with"):
-        trained_with(data, tmp_path, "--restore-file", checkpoint, "--activation-fn", "gelu", max_update=3)
-    text = printed(lambda: trained_with(data, tmp_path, "--finetune-from-model", checkpoint, "--activation-fn", "gelu"))
+@pytest.mark.parametrize(
+    ("option", "value", "former"), [("--activation-fn", "gelu", "relu"), ("--lookahead-from-layer", 2, 1)]
+)
+def test_training_that_goes_on_with_another_function_of_the_same_weights(
+    option, value, former, data, checkpoint, tmp_path
+):
+    difference = f"{option} is {value}, the checkpoint was trained with {former}"
+    with pytest.raises(ValueError, match=rf"{difference}\. Go on with"):
+        trained_with(data, tmp_path, "--restore-file", checkpoint, option, value, max_update=3)
+    text = printed(lambda: trained_with(data, tmp_path, "--finetune-from-model", checkpoint, option, value))
     (told,) = {line for line in text.split("\n") if "the checkpoint was trained with" in line}
-    assert "--activation-fn is gelu, the checkpoint was trained with relu" in told and "--lr" not in told
+    assert difference in told and "--lr" not in told
 
 
 def test_what_else_differs_is_told(data, checkpoint, tmp_path):

@@ -162,6 +162,17 @@ def test_averages_may_begin_at_a_resume(options, data, tmp_path):
         torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_a_checkpoint_from_before_the_options_of_look_ahead(data, tmp_path):
+    train(configured(data / "1", *ADAM, "--max-update", 4), tmp_path)
+    before = read(tmp_path)
+    layout = before["extra_state"]["train_iterator"]["layout"]
+    assert layout.pop("--lookahead-from-layer") == 1
+    del before["cfg"]["model"]["lookahead_from_layer"]
+    torch.save(before, tmp_path / "checkpoint_last.pt")
+    train(configured(data / "1", *ADAM, "--max-update", 5), tmp_path)
+    assert read(tmp_path)["optimizer_history"][-1]["num_updates"] == 5
+
+
 def test_a_checkpoint_without_the_count_of_averages(data, tmp_path, caplog):
     """As former versions saved them."""
     train(configured(data / "1", *EMA, "--ema-update-freq", 3, "--max-update", 2), tmp_path)

@@ -181,6 +181,7 @@ def _positions(config: ModelConfig, memory: Memory[MemoryState, MemoryOptions]) 
             heads=config.decoder_attention_heads,
             head_dim=config.head_dim,
             looks_ahead=memory.looks_ahead,
+            first_ahead=memory.first_ahead,
             trained_distances=memory.slots + memory.period,
             clamp_len=config.clamp_len,
             dropout=config.dropout,

@@ -14,6 +14,9 @@ from ..host.ranks import gather_objects, gather_streams
 from .documents import DocumentDataset
 from .segments import ROLL, SegmentDataset, SegmentKey
 
+# Values that checkpoints do not record if they are older than the option.
+_BEFORE: Dict[str, Any] = {"--documents": "none", "--lookahead-from-layer": 1}
+
 
 class SegmentBatches(Sequence):
     """The batches of one epoch for one rank: batch k holds segment k of each of its streams."""
@@ -208,7 +211,7 @@ class SegmentBatchIterator(EpochBatchIterator):
 
     def _check_layout(self, saved: Optional[Dict[str, Any]], done: int) -> None:
         current = self._layout_options()
-        saved = {"--documents": "none", **saved} if saved else {}  # as it was before the option existed
+        saved = {**_BEFORE, **saved} if saved else {}
         other = [
             f"{name.partition(' with its')[0]} is {_shown(name, value)}, there it was "
             f"{_shown(name, saved.get(name, 'not recorded'))}"

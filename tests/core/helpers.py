@@ -60,6 +60,7 @@ VARIANTS = [
     ("block-recurrent", "t5", "fixed"),
     ("block-recurrent", "transformer-xl", "lstm"),
     ("block-recurrent", "rotary", "fixed"),
+    ("lookahead", "disentangled", "upper"),
 ]
 
 # The option that the third part of a variant is for, where it is not the window.
@@ -69,6 +70,9 @@ CHOICES = {
     "memorizing": "retrieval",
     "block-recurrent": "state_gate",
 }
+
+# Third parts of variants that stand for other options.
+SEVERAL: Dict[str, Dict[str, Any]] = {"upper": {"lookahead_from_layer": 2, "decoder_layers": 3}}
 
 # Sizes of a model small enough for hundreds of examples. Every memory's own options are among them.
 TINY = {
@@ -114,7 +118,8 @@ def first_of_each_memory() -> Dict[str, Variant]:
 def tiny_options(variant: Variant, options: Dict[str, Any]) -> Dict[str, Any]:
     """Return the options of a tiny model: those of a variant, then *options*."""
     memory, positions, choice = variant
-    chosen = {"memory": memory, "position_encoding": positions, CHOICES.get(memory, "lookahead_window"): choice}
+    third = SEVERAL.get(choice) or {CHOICES.get(memory, "lookahead_window"): choice}
+    chosen = {"memory": memory, "position_encoding": positions, **third}
     return {**TINY, **(ENDS if positions == "segatron" else {}), **chosen, **options}
 
 

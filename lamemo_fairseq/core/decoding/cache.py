@@ -291,9 +291,14 @@ def fill_slots(
 ) -> None:
     """Write keys and values of each layer's rows ``[B, M, d]``, as they go into it, into the M = *slots* columns."""
     for layer, cached, (rows,) in zip(layers, cache.layers, parts, strict=True):
-        _, k, v = layer.self_attn.project(layer.attention_input(rows), 0)
-        cached.keys[:, :, :slots].copy_(k)
-        cached.values[:, :, :slots].copy_(v)
+        fill_slots_of_layer(cached, layer, rows, slots)
+
+
+def fill_slots_of_layer(cached: LayerCache, layer: DecoderLayer, rows: Tensor, slots: int) -> None:
+    """Write one layer's keys and values as `fill_slots` does."""
+    _, k, v = layer.self_attn.project(layer.attention_input(rows), 0)
+    cached.keys[:, :, :slots].copy_(k)
+    cached.values[:, :, :slots].copy_(v)
 
 
 def counts(batch_size: int, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import (
     Any,
     Callable,
@@ -45,6 +45,8 @@ LayerState = Tuple[Tensor, ...]  # one layer's part of a state
 class MemoryState:
     """Base of all states. Every field is a tensor, or a tuple of tensors, with the streams first.
 
+    A field with a default is left out where it has that value.
+
     States hold no gradient. A decoder adds the words to the state that a memory returns, if positions depend on them.
     """
 
@@ -63,8 +65,8 @@ class MemoryState:
         return {name: value for name, value in self._values().items() if name != "words"}
 
     def _values(self) -> Dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value is not default}
 
     def tensors(self) -> List[Tensor]:
         """Return all tensors, in the order in which `map` meets them."""
@@ -93,8 +95,9 @@ class MemoryState:
         Raises:
             ValueError: the fields are those of another memory.
         """
-        names = {f.name for f in fields(cls)} - {"words"}
-        if set(saved) - {"words"} != names:
+        optional = {f.name for f in fields(cls) if f.default is not MISSING}
+        names = {f.name for f in fields(cls)} - optional
+        if set(saved) - optional != names:
             raise ValueError(
                 f"saved memory holds {sorted(saved)}, but this model's memory is made of {sorted(names)}: "
                 "resume with the same --memory, or pass --reset-dataloader"
@@ -198,6 +201,11 @@ class Memory(nn.Module, Generic[State, Options]):
     def slots(self) -> int:
         """The number of rows that come before a segment's tokens, at most."""
         return self.config.mem_len
+
+    @property
+    def first_ahead(self) -> int:
+        """The first layer, counted from 0, whose slots attend to their right; with `looks_ahead`."""
+        return 0
 
     @property
     def period(self) -> int:

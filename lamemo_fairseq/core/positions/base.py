@@ -4,7 +4,7 @@ Shapes: B streams, R rows, L layers, H heads, D size of a head, U distances, P k
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Dict, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Type
 
 import torch
@@ -24,6 +24,7 @@ class PositionConfig:
     heads: int
     head_dim: int
     looks_ahead: bool  # whether memory slots attend to their right
+    first_ahead: int = field(default=0, kw_only=True)  # the first layer, from 0, in which they do
     trained_distances: int  # distances met in training, N + M
     clamp_len: int = 0  # largest distance that is distinguished (0: no limit)
     dropout: float = 0.0
@@ -38,7 +39,7 @@ class LayerBias(NamedTuple):
     """
 
     causal: RelativeBias  # of the causal attention
-    ahead: Optional[RelativeBias]  # of the slots' attention to their right
+    ahead: Optional[RelativeBias]  # of the slots' attention to their right; None where nothing attends there
     rotation: Optional[Rotation] = None  # of queries and keys; None leaves them as they are
     counted: Optional[Counted] = None  # added to the scores; None if no distances are counted in the text
 

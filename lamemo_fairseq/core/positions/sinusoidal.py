@@ -33,11 +33,10 @@ class TransformerXLPositions(PositionEncoding):
         causal_biases = [RelativeBias(self.content_bias, self.position_bias, table) for table in past]
         if ahead is None:
             return [LayerBias(bias, None) for bias in causal_biases]
-        future = self._project(self._sinusoids(self._ahead_distances(ahead), like))
-        return [
-            LayerBias(bias, RelativeBias(*self._ahead_biases(), table))
-            for bias, table in zip(causal_biases, future, strict=True)
-        ]
+        first = self.config.first_ahead
+        tables = self._project(self._sinusoids(self._ahead_distances(ahead), like), first=first)
+        future = [None] * first + [RelativeBias(*self._ahead_biases(), table) for table in tables]
+        return [LayerBias(*biases) for biases in zip(causal_biases, future, strict=True)]
 
     def _ahead_distances(self, ahead: range) -> range:
         return range(-ahead.start, -ahead.stop, -ahead.step)
@@ -45,9 +44,12 @@ class TransformerXLPositions(PositionEncoding):
     def _ahead_biases(self) -> tuple[Tensor, Tensor]:
         return self.content_bias, self.position_bias
 
-    def _project(self, sinusoids: Tensor, columns: slice = slice(None)) -> Tensor:
-        """Project sinusoids of width w into heads, by w *columns* of W_r: ``[U, w] -> [L, H, U, D]``."""
-        projected: Tensor = sinusoids @ self.projection[..., columns].transpose(1, 2)
+    def _project(self, sinusoids: Tensor, columns: slice = slice(None), first: int = 0) -> Tensor:
+        """Project sinusoids of width w into heads, by w *columns* of W_r: ``[U, w] -> [L, H, U, D]``.
+
+        The layers below *first* are left out.
+        """
+        projected: Tensor = sinusoids @ self.projection[first:, :, columns].transpose(1, 2)
         return projected.view(*projected.shape[:-1], self.config.heads, self.config.head_dim).transpose(1, 2)
 
 

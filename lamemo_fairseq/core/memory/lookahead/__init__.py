@@ -1,19 +1,20 @@
 """LaMemo's look-ahead memory (Ji et al. 2022): slots that attend to the tokens that came after them.
 
-A refresh rebuilds the slots' rows through all layers from stored embeddings. Stored read-outs and normalisers make it
-incremental: its cost is linear in the memory length.
+A refresh rebuilds the slots' rows, layer by layer, from their stored inputs of the first layer that looks ahead. Stored
+read-outs and normalisers make it incremental: its cost is linear in the memory length. The slots of the layers below
+stay as they are, as in Transformer-XL.
 
 Shapes: B streams, N current tokens, m <= M memory slots, H heads, D size of a head, d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, List, Optional, Sequence, Tuple, Type, cast
+from typing import ClassVar, List, NamedTuple, Optional, Sequence, Tuple, Type, cast
 
 import torch
 from torch import Tensor
 
 from ...attention import Attended
-from ...decoding.cache import AnyCache
+from ...decoding.cache import AnyCache, fill_slots_of_layer
 from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
 from ..base import (
@@ -46,11 +47,22 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LookaheadState(MemoryState):
-    """Embeddings of the slots, and the slots' read-outs and normalisers in each layer but the last."""
+    """Inputs of the slots in the layers up to the first that looks ahead; from it on, read-outs and normalisers."""
 
-    embeddings: Tensor  # [B, m, d], after dropout
-    outputs: Tuple[Tensor, ...]  # a layer: [B, H, m, D], before the output projection
-    normalizers: Tuple[Tensor, ...]  # a layer: [B, H, m], logsumexp of the scores, float32 or wider
+    embeddings: Tensor  # [B, m, d], inputs of the first layer, after dropout
+    outputs: Tuple[Tensor, ...]  # a layer that looks ahead: [B, H, m, D], before the output projection
+    normalizers: Tuple[Tensor, ...]  # likewise: [B, H, m], logsumexp of the scores, float32 or wider
+    inputs: Tuple[Tensor, ...] = ()  # of the second and further layers: [B, m, d]
+
+
+class LayerMemory(NamedTuple):
+    """One layer's part of a state; None where the layer has none."""
+
+    inputs: Optional[Tensor]
+    attended: Optional[Attended]
+
+    def tensors(self) -> LayerState:
+        return (*(() if self.inputs is None else (self.inputs,)), *(self.attended or ()))
 
 
 @MEMORIES.register("lookahead")
@@ -69,57 +81,86 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
     looks_ahead: ClassVar[bool] = True
     slots_are_tokens: ClassVar[bool] = True
     fills_caches: ClassVar[bool] = True
+    layout: ClassVar[Tuple[str, ...]] = ("lookahead_from_layer",)
+
+    @property
+    def first_ahead(self) -> int:
+        return min(self.config.options.lookahead_from_layer, self.config.layers) - 1
+
+    @property
+    def refreshed(self) -> range:
+        """The layers whose slots look ahead, counted from 0. The last one's rows would go nowhere."""
+        return range(self.first_ahead, self.config.layers - 1)
 
     def initial_state(self, x: Tensor) -> LookaheadState:
         batch, heads, size = x.size(0), self.config.heads, self.config.head_dim
         exact = torch.promote_types(x.dtype, torch.float32)
-        refreshed = self.config.layers - 1
+        rows, refreshed = x.new_empty(batch, 0, x.size(2)), len(self.refreshed)
         return LookaheadState(
-            embeddings=x.new_empty(batch, 0, x.size(2)),
+            embeddings=rows,
             outputs=(x.new_empty(batch, heads, 0, size),) * refreshed,
             normalizers=(x.new_empty(batch, heads, 0, dtype=exact),) * refreshed,
+            inputs=(rows,) * self.first_ahead,
         )
 
     def window(self, slots: int, current: int) -> LookaheadWindow:
         """Return the keys that *slots* slots look ahead at in a segment of *current* tokens."""
         return WINDOWS[str(self.config.options.lookahead_window)](slots, current)
 
+    def of_layer(self, n: int, part: LayerState) -> LayerMemory:
+        """Return what the tensors of a layer's part are."""
+        inputs, attended = (part[0], part[1:]) if n <= self.first_ahead else (None, part)
+        return LayerMemory(inputs, Attended(*attended) if attended else None)
+
     def layer_states(self, state: LookaheadState) -> List[LayerState]:
-        """Return read-outs and normalisers of each layer but the last, after the embeddings in the first."""
-        first, *others = [*zip(state.outputs, state.normalizers, strict=True), ()]
-        return [(state.embeddings, *first), *others]
+        inputs, attended = [state.embeddings, *state.inputs], [*zip(state.outputs, state.normalizers, strict=True)]
+        return [
+            LayerMemory(
+                inputs[n] if n < len(inputs) else None,
+                Attended(*attended[n - self.first_ahead]) if n in self.refreshed else None,
+            ).tensors()
+            for n in range(self.config.layers)
+        ]
 
     def joined(self, parts: Sequence[LayerState], like: LookaheadState) -> LookaheadState:
-        (embeddings, *first), *others = parts
-        attended = [tuple(first), *others][:-1]
-        return LookaheadState(embeddings, tuple(a[0] for a in attended), tuple(a[1] for a in attended))
+        layers = [self.of_layer(n, part) for n, part in enumerate(parts)]
+        embeddings, *inputs = [layer.inputs for layer in layers if layer.inputs is not None]
+        attended = [layer.attended for layer in layers if layer.attended is not None]
+        return LookaheadState(
+            embeddings, tuple(a.output for a in attended), tuple(a.normalizer for a in attended), tuple(inputs)
+        )
 
     def reach(self, state: LookaheadState, current: int) -> Tuple[int, Optional[range]]:
         slots = state.embeddings.size(1)
-        return slots + current, self.window(slots, current).distances(slots) if slots > 0 else range(0)
+        looks = slots > 0 and len(self.refreshed) > 0
+        return slots + current, self.window(slots, current).distances(slots) if looks else range(0)
 
     def pass_layer(
         self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
     ) -> LayerPassage:
-        embeddings, stored = (before[:1], before[1:]) if n == 0 else ((), before)
-        if n == 0:
-            rows = join(embeddings[0].to(rows), rows)
-            embeddings = (last_rows(rows, self.config.mem_len),)
+        inputs, stored = self.of_layer(n, before)
+        if inputs is not None:  # those of other layers are the rows of the layer below
+            rows = join(inputs.to(rows), rows)
+            inputs = last_rows(rows, self.config.mem_len)
         slots, bias = rows.size(1) - segment.tokens, segment.biases[n]
-        window = self.window(slots, segment.tokens)._replace(lengths=segment.lengths) if slots > 0 else None
-        out, carried = layer(rows, bias, window, Attended(*stored) if stored else None, segment.tokens)
-        if self.training and n == self.config.layers - 1 and (slots == 0 or n == 0):
-            # Without slots nothing uses the biases of the look-ahead.
-            ahead = segment.biases[0].ahead
-            assert ahead is not None
-            out = out + no_contribution(ahead[:2])
-        return LayerPassage(out, (*embeddings, *(carried or ())))
+        window = None
+        if stored is not None and slots > 0:
+            window = self.window(slots, segment.tokens)._replace(lengths=segment.lengths)
+        out, carried = layer(rows, bias, window, stored, segment.tokens)
+        if self.training and n == self.config.layers - 1 and (slots == 0 or not self.refreshed):
+            # Nothing uses the biases of the look-ahead.
+            assert bias.ahead is not None
+            out = out + no_contribution(bias.ahead[:2])
+        return LayerPassage(out, LayerMemory(inputs, carried).tensors())
 
     def fill_cache(self, cache: AnyCache, parts: Sequence[LayerState], layers: Sequence[DecoderLayer]) -> None:
-        """Fill in all that the refresh needs, which makes keys and values of the slots."""
-        (embeddings, *first), *others = parts
-        in_slots = slice(0, self.slots)
-        cast(LookaheadCache, cache).embeddings[:, in_slots].copy_(embeddings)
-        for cached, part in zip(cache.layers, [first, *others], strict=True):
-            for buffer, stored in zip(cached.past or (), part, strict=True):
+        """Fill in frozen keys and values, and all that the refresh needs, which makes those of other slots."""
+        in_slots, cached = slice(0, self.slots), cast(LookaheadCache, cache)
+        for n, (layer, layer_cache, part) in enumerate(zip(layers, cached.layers, parts, strict=True)):
+            inputs, attended = self.of_layer(n, part)
+            if attended is None and inputs is not None:
+                fill_slots_of_layer(layer_cache, layer, inputs, self.slots)
+            elif inputs is not None:
+                cached.inputs_ahead(self)[:, in_slots].copy_(inputs)
+            for buffer, stored in zip(layer_cache.past or (), attended or (), strict=True):
                 buffer[:, :, in_slots].copy_(stored)

@@ -11,8 +11,17 @@ from .windows import WINDOWS
 @dataclass(frozen=True)
 class LookaheadOptions(MemoryOptions):
     lookahead_window: str = option("right", "side of a memory slot that it looks at: its right, or both", list(WINDOWS))
+    lookahead_from_layer: int = option(
+        1,
+        "the first layer, from 1, whose slots look ahead; those of layers below stay as they are, as in Transformer-XL",
+    )
 
     def check(self) -> None:
         if str(self.lookahead_window) not in WINDOWS:
             known = ", ".join(WINDOWS)
             raise ValueError(f"unknown --lookahead-window '{self.lookahead_window}'; the known ones are {known}")
+        if self.lookahead_from_layer < 1:
+            raise ValueError(
+                f"--lookahead-from-layer is {self.lookahead_from_layer}, but layers are counted from 1: pass 1 for all "
+                "layers"
+            )
