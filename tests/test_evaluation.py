@@ -96,10 +96,11 @@ def models_of(count, words=10, **options):
     return [LaMemoLanguageModel(tiny_decoder(variant, words=words, seed=n, **options)) for n in range(count)]
 
 
-def batches_of(lines, words, segment_length, streams):
+def batches_of(lines, words, segment_length, streams, **shard):
     task = SegmentLanguageModelingTask(SegmentLanguageModelingConfig(), TextDictionary())
     dataset = split_of(lines, segment_length, words=words, name="test")
-    return task.get_batch_iterator(dataset, max_sentences=streams, as_streams=True).next_epoch_itr(shuffle=False)
+    batches = task.get_batch_iterator(dataset, max_sentences=streams, as_streams=True, **shard)
+    return batches.next_epoch_itr(shuffle=False)
 
 
 def word_lines(caplog):
@@ -166,6 +167,18 @@ def test_several_models_are_averaged_and_scores_are_made_in_parts(options, at_on
                 expected -= float(probs[row, place, batch["target"][row, place]].log2())
                 count += 1
     assert count == 11 and found == pytest.approx(expected / count, rel=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive_softmax_cutoff": "4,7"}], ids=["full", "adaptive"])
+def test_a_rank_scores_nothing_once_its_streams_have_ended(options):
+    """Of seven tokens in segments of three, the second of two ranks has no token of the second segment."""
+    models, lines = models_of(1, **options), [[4, 5, 9, 2], [8, 6, 2]]
+    whole = evaluate(models, dictionary_of(10), batches_of(lines, 10, 3, 2))
+    by_rank = [
+        evaluate(models, dictionary_of(10), batches_of(lines, 10, 3, 1, num_shards=2, shard_id=n)) for n in range(2)
+    ]
+    assert [found["tokens"] for found in by_rank] == [4, 3]
+    assert sum(found["nll_nats"] for found in by_rank) == pytest.approx(whole["nll_nats"], rel=1e-9)
 
 
 def batches_of_ten(lines):

@@ -89,6 +89,13 @@ def test_targets_alone_have_the_same_probabilities(options):
 
 
 @softmaxes
+def test_no_target_has_no_probability(options):
+    decoder = tiny_decoder(words=WORDS, **options)
+    features, nothing = decoder.read_text(random_tokens(2, 3)), torch.empty(2, 0, dtype=torch.int64)
+    assert decoder.target_log_probs(features[:, :0], nothing).shape == (2, 0)
+
+
+@softmaxes
 @pytest.mark.parametrize("chunk", [1, 3, 10**9])
 def test_the_loss_is_that_of_all_log_probabilities(options, chunk, monkeypatch):
     """However many tokens are scored at once, and with bands that no target is in."""

@@ -240,7 +240,8 @@ class AdaptiveSoftmax(_Output):
         for i, entry in enumerate(targets):
             if entry is not None:
                 tokens = (band == i).nonzero().squeeze(-1) if i else torch.arange(len(words), device=words.device)
-                log_probs = log_probs.index_add(0, tokens, _pick(logits[i], entry))
+                picked = _pick(logits[i], entry)[: len(tokens)]  # without words, not the class that stands in for them
+                log_probs = log_probs.index_add(0, tokens, picked)
         return log_probs.view_as(target)
 
     def log_probs(self, features: Tensor) -> Tensor:
