@@ -1,6 +1,6 @@
 """Read a split with a trained model, and average its attention, its memory and its loss.
 
-Shapes: B streams, H heads, N tokens of a segment, K keys, m memory slots, V words.
+Shapes: B streams, H heads, N tokens of a segment, K keys, m memory slots, n tokens that are read at a time, V words.
 """
 
 import math
@@ -133,15 +133,22 @@ class Collected:
 
 
 class _Listener:
-    """Adds up the decoder's attention, unless the batch is padded or its segment is short."""
+    """Adds up the attention of current tokens, unless the batch is padded or its segment is short.
 
-    def __init__(self, collected: Collected):
-        self.collected = collected
+    Args:
+        collected: the sums.
+        tokens: n, the tokens that are read at a time. Memory tokens may stand behind them, which no token sees.
+    """
+
+    def __init__(self, collected: Collected, tokens: int):
+        self.collected, self.tokens = collected, tokens
         self.counts = False
 
     def causal(self, layer: int, weights: Tensor) -> None:
         if self.counts:
-            self.collected.attention.add(layer, weights)
+            queries, keys = weights.shape[2:]
+            behind = max(0, queries - self.tokens)
+            self.collected.attention.add(layer, weights[:, :, : queries - behind, : keys - behind])
 
     def lookahead(self, layer: int, weights: Tensor, alpha: Tensor, window: LookaheadWindow) -> None:
         if self.counts:
@@ -159,7 +166,7 @@ def collect(model: Any, batches: Iterable[Dict[str, Any]], device: Optional[torc
     """
     decoder = model.decoder
     collected = Collected(decoder.segment_length, len(decoder.layers), Losses(decoder.segment_length))
-    listener = _Listener(collected)
+    listener = _Listener(collected, decoder.memory.period)
     with record(decoder, listener):
         for batch in batches:
             if device is not None and device.type == "cuda":

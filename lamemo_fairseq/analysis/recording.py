@@ -27,7 +27,10 @@ class Listener(Protocol):
     """A listener that receives attention, layer by layer and segment by segment."""
 
     def causal(self, layer: int, weights: Tensor) -> None:
-        """Receive ``weights [B, H, Q, K]`` of current tokens to slots and tokens; those of a query add up to 1."""
+        """Receive ``weights [B, H, Q, K]`` to slots and tokens; those of a query add up to 1.
+
+        Queries are the current tokens, and memory tokens if they stand behind those.
+        """
 
     def lookahead(self, layer: int, weights: Tensor, alpha: Tensor, window: LookaheadWindow) -> None:
         """Receive weights ``[B, H, m, K]`` of slots to the *window*, and ``alpha [B, H, m]``, the share they keep."""

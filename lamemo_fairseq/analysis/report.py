@@ -3,13 +3,15 @@
 import csv
 import io
 import logging
+import math
 import sys
 import tempfile
 from pathlib import Path
 from statistics import mean
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import document_report
@@ -99,16 +101,12 @@ def csv_files(tables: Mapping[str, Lines]) -> Dict[str, bytes]:
 
 def attention_by_distance(models: Models) -> Lines:
     """Return the mean weight of a key by its distance behind the query: over all layers, and of each layer."""
-    return _by_layer(models, "distance", 0, lambda collected, layer: collected.attention.by_distance(layer))
+    return _by_layer(models, "by_distance", "distance")
 
 
 def attention_by_slot(models: Models) -> Lines:
     """Return the mean weight of a memory slot by its offset from the segment, -1 being the youngest."""
-    lines = []
-    for name, collected in models.items():
-        slots = _slots(collected)
-        lines += _by_layer({name: collected}, "offset", -slots, lambda f, layer: f.attention.by_slot(layer))
-    return _same_columns(lines)
+    return _by_layer(models, "by_slot", "offset")
 
 
 def figure1(models: Models, paper: bool) -> Lines:
@@ -120,12 +118,12 @@ def figure1(models: Models, paper: bool) -> Lines:
     """
     lines = []
     for name, collected in models.items():
-        by_slot, by_distance = _mean(collected, "by_slot"), _mean(collected, "by_distance")
+        by_slot, by_distance = _weights(collected, "by_slot")[0], _weights(collected, "by_distance")[0]
         for offset in range(-OFFSETS[0] // BIN * -BIN, 0, BIN):
             line: Dict[str, Any] = {"model": name, "offset": offset, "into memory": None, "from the query": None}
-            if by_slot is not None and -offset <= len(by_slot):
+            if -offset <= len(by_slot):
                 line["into memory"] = float(by_slot[len(by_slot) + offset :][:BIN].sum())
-            if by_distance is not None and -offset < len(by_distance):
+            if -offset < len(by_distance):
                 line["from the query"] = float(by_distance[-offset - BIN + 1 : -offset + 1].sum())
             lines.append(line)
     for name, values in PAPER.items() if paper else ():
@@ -155,18 +153,15 @@ def loss_by_position(models: Models) -> Lines:
     return lines
 
 
-def _by_layer(models: Models, what: str, first: int, of: Any) -> Lines:
+def _by_layer(models: Models, what: str, column: str) -> Lines:
     lines = []
     for name, collected in models.items():
-        layers = [of(collected, layer) for layer in collected.attending_layers]
-        if not layers:
-            continue
-        columns = torch.stack([torch.stack(layers).mean(0), *layers], dim=1).tolist()
+        weights = _weights(collected, what)
         names = ["mean", *(f"layer {layer + 1}" for layer in collected.attending_layers)]
-        lines += [
-            {"model": name, what: first + i, **dict(zip(names, values, strict=True))}
-            for i, values in enumerate(columns)
-        ]
+        first = 0 if what == "by_distance" else -weights.size(1)
+        for i, values in enumerate(weights.T.tolist(), start=first):
+            known = {of: None if math.isnan(value) else value for of, value in zip(names, values, strict=True)}
+            lines.append({"model": name, column: i, **known})
     return _same_columns(lines)
 
 
@@ -175,14 +170,20 @@ def _same_columns(lines: Lines) -> Lines:
     return [{column: line.get(column) for column in columns} for line in lines]
 
 
-def _mean(collected: Collected, what: str) -> Optional[Tensor]:
+def _weights(collected: Collected, what: str) -> Tensor:
+    """Return mean weights *by_distance* or *by_slot*: over all layers, then of each layer, ``[1 + L, K]``.
+
+    A layer with a store may have more keys than others, which have NaN there. The mean by distance is over the layers
+    that have a key there. By slot it is over all layers, so that slots add up to the memory's share of attention.
+    """
     layers = [getattr(collected.attention, what)(layer) for layer in collected.attending_layers]
-    return torch.stack(layers).mean(0) if layers else None
-
-
-def _slots(collected: Collected) -> int:
-    by_slot = _mean(collected, "by_slot")
-    return 0 if by_slot is None else len(by_slot)
+    if not layers:
+        return torch.empty(1, 0)
+    missing = [max(map(len, layers)) - len(layer) for layer in layers]
+    ends = [(0, n) if what == "by_distance" else (n, 0) for n in missing]  # all layers have the youngest keys
+    weights = torch.stack([F.pad(layer, end, value=math.nan) for layer, end in zip(layers, ends, strict=True)])
+    mean_weights = weights.nanmean(0) if what == "by_distance" else weights.nan_to_num(0).mean(0)
+    return torch.cat([mean_weights.unsqueeze(0), weights])
 
 
 def draw(tables: Mapping[str, Lines], about: About) -> Dict[str, bytes]:
