@@ -1,35 +1,45 @@
 """The code in docs/extending.md registers what works as the shipped ones do."""
 
-import re
-from pathlib import Path
+import importlib
+import sys
 
 import pytest
 import torch
 
-from lamemo_fairseq.core import LanguageModel
+from lamemo_fairseq.core import LanguageModel, attention, memory, positions
 from lamemo_fairseq.core.attention import BACKENDS, causal_attention
 from lamemo_fairseq.core.memory import MEMORIES, FrozenCache
 from lamemo_fairseq.core.positions import POSITIONS
 
+from ..extending import files_of_page
 from .helpers import config_of, random_tokens, read_by_token, tiny_decoder, tiny_options, whole_segments
-
-PAGE = (Path(__file__).parents[2] / "docs/extending.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def registered():
-    """The page's names, which other tests must not find."""
+def registered(tmp_path_factory):
+    """The page's names, which other tests must not find. Its modules are imported beside those of the package."""
     registries = [registry._entries for registry in (POSITIONS, MEMORIES, BACKENDS)] + [
         causal_attention._implementations
     ]
     before = [entries.copy() for entries in registries]
-    page = {"__name__": "page"}  # of all blocks: later ones go on from earlier ones
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.S):
-        exec(compile(block, "docs/extending.md", "exec", dont_inherit=True), page)
+    root = tmp_path_factory.mktemp("page")
+    for name, text in files_of_page().items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    packages = (positions, memory, attention)
+    for package in packages:
+        package.__path__.append(str(root / package.__name__.replace(".", "/")))
+    modules = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files_of_page()]
+    for module in modules:
+        importlib.import_module(module)
     assert [set(now) - set(then) for now, then in zip(registries, before, strict=True)] == [
         *({"linear"}, {"last-inputs", "fading"}, {"double"}, {"double"})
     ]
     yield
+    for package in packages:
+        package.__path__.pop()
+    for module in modules:
+        del sys.modules[module]
     for entries, former in zip(registries, before, strict=True):
         entries.clear()
         entries.update(former)
@@ -53,6 +63,7 @@ def results(variant, **options):
     [
         ((("recurrent", "linear", "right"), {}), (("recurrent", "alibi", "right"), {})),
         ((("lookahead", "linear", "full"), {}), (("lookahead", "alibi", "full"), {})),
+        ((("lookahead", "linear", "full"), {"clamp_len": 2}), (("lookahead", "alibi", "full"), {"clamp_len": 2})),
         ((("last-inputs", "transformer-xl", "right"), {}), (("recurrent", "transformer-xl", "right"), {})),
         (
             (("fading", "transformer-xl", "right"), {"slot_share": 1.0}),
@@ -63,7 +74,7 @@ def results(variant, **options):
             (("recurrent", "transformer-xl", "right"), {}),
         ),
     ],
-    ids=["positions", "positions to the right", "memory", "memory with a cache", "backend"],
+    ids=["positions", "positions to the right", "clamped", "memory", "memory with a cache", "backend"],
 )
 def test_the_page_adds_what_the_package_has(mine, shipped):
     found, words = results(mine[0], **mine[1])

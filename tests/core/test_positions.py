@@ -226,3 +226,12 @@ def tensors_of(bias):
         parts = part if isinstance(part, tuple) else [part] if isinstance(part, torch.Tensor) else []
         found += [tensor for tensor in parts if isinstance(tensor, torch.Tensor)]
     return found
+
+
+@pytest.mark.parametrize("clamp_len", [0, 2])
+def test_distances_to_clamp_are_a_tensor(clamp_len):
+    """A range, as `biases` gets it, is refused with and without a limit."""
+    encoding = encoding_of("alibi", clamp_len=clamp_len)
+    with pytest.raises(TypeError, match=r"takes a tensor of distances, not a range: make it one first$"):
+        encoding._clamp(range(3))
+    assert encoding._clamp(torch.arange(4)).tolist() == ([0, 1, 2, 2] if clamp_len else [0, 1, 2, 3])

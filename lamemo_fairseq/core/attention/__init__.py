@@ -1,8 +1,12 @@
 """Attention with a bias on its scores, by backends that compute the same.
 
-`causal_attention` is an operation: its first argument names the backend, and `eager.py` describes the others.
+`causal_attention` is an operation: its first argument names the backend, and `eager.py` describes the others. Modules
+of this folder are imported automatically, so that a backend in one registers itself. Folders, such as `fused`, are not:
+kernels are imported when they run.
 """
 
+import importlib
+import pkgutil
 from types import ModuleType
 
 from . import blocked, choice, eager
@@ -34,3 +38,7 @@ __all__ = [
     "choice",
     "counted_attention",
 ]
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.ispkg:
+        importlib.import_module(f"{__name__}.{_module.name}")

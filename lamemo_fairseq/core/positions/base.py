@@ -129,7 +129,13 @@ class PositionEncoding(nn.Module):
         raise NotImplementedError
 
     def _clamp(self, distances: Tensor) -> Tensor:
-        """Clamp distances to ``clamp_len``; negative ones, to the right, are left alone."""
+        """Clamp distances to ``clamp_len``; negative ones, to the right, are left alone.
+
+        Raises:
+            TypeError: the distances are no tensor, as the ``range`` that `biases` gets is none.
+        """
+        if not isinstance(distances, Tensor):  # also without a limit, so that --clamp-len does not fail later
+            raise TypeError(f"_clamp takes a tensor of distances, not a {type(distances).__name__}: make it one first")
         return distances.clamp(max=self.config.clamp_len) if self.config.clamp_len > 0 else distances
 
     def _sinusoids(self, distances: range, like: Tensor, width: Optional[int] = None) -> Tensor:
