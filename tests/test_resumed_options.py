@@ -3,12 +3,15 @@
 import copy
 import os
 import shutil
+from types import SimpleNamespace
 
 import fairseq_cli.train
 import pytest
 import torch
 from fairseq import checkpoint_utils, options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+from lamemo_fairseq.host.restoring import _PRECISION, _kind_of_state
 
 from .helpers import TASK, write_data
 
@@ -184,11 +187,43 @@ def test_a_checkpoint_without_the_count_of_averages(data, tmp_path, caplog):
     assert "does not say how long ago its averages were updated: --ema-update-freq counts from here" in caplog.text
 
 
-def test_a_resume_with_another_criterion_or_optimizer_is_refused(data, tmp_path):
+@pytest.mark.parametrize(
+    "changed, then, remedy",
+    [
+        (["--criterion", "chunked_cross_entropy"], "cross_entropy", "--reset-optimizer"),
+        (["--optimizer", "sgd"], "adam", "--reset-optimizer"),
+        (["--bf16"], "False", "--reset-optimizer"),
+        (["--lr-scheduler", "inverse_sqrt", "--warmup-updates", 2], "fixed", "--reset-lr-scheduler"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_state_of_another_kind_is_refused_and_can_begin_anew(changed, then, remedy, data, tmp_path):
     train(configured(data / "1", *ADAM, "--max-update", 2), tmp_path)
-    for other in (["--criterion", "chunked_cross_entropy"], ["--optimizer", "sgd"]):
-        with pytest.raises(ValueError, match=rf"{other[0]} is {other[1]}, .*was trained with .*pass --reset-optimizer"):
-            train(configured(data / "1", *ADAM, *other, "--max-update", 3), tmp_path)
+    options = [*ADAM, *changed, "--max-update", 3]
+    message = (
+        rf"{changed[0]} is .*, the checkpoint was trained with {then}\. Go on with the former, or pass {remedy} to"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(configured(data / "1", *options), tmp_path)
+    train(configured(data / "1", *options, remedy), tmp_path)
+    state = read(tmp_path)
+    assert state["optimizer_history"][-1]["num_updates"] == 3
+    if "inverse_sqrt" in changed:
+        assert state["last_optimizer_state"]["param_groups"][0]["lr"] == pytest.approx(5e-3 * (2 / 3) ** 0.5)
+
+
+def test_kinds_of_state_are_those_of_fairseq():
+    """fp16 on a CPU is refused, so that no training can tell."""
+    none = dict.fromkeys(_PRECISION, False)
+    kinds = [
+        [{}],
+        [{"fp16": True}],
+        [{"bf16": True}, {"fp16": True, "fp16_no_flatten_grads": True}],
+        [{"fp16": True, "memory_efficient_fp16": True}, {"bf16": True, "memory_efficient_bf16": True}],
+        [{"amp": True}],
+    ]
+    found = [{_kind_of_state(SimpleNamespace(**{**none, **given})) for given in same} for same in kinds]
+    assert all(len(kind) == 1 for kind in found) and len(set.union(*found)) == len(kinds)
 
 
 def test_finetuning_takes_the_averages_that_are_named(data, tmp_path):

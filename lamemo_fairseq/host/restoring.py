@@ -8,6 +8,7 @@ import logging
 import os
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, cast
 
 import torch
@@ -31,6 +32,9 @@ _WEIGHTLESS = {
     "activation_dropout", "attention_backend", "attention_dropout", "checkpoint_activations", "clamp_len",
     "cuda_graphs", "dropout", "preset_tokens_per_sample", "reading_order", "same_length", "tokens_per_sample",
 }  # fmt: skip
+_PRECISION = {
+    "fp16", "bf16", "amp", "memory_efficient_fp16", "memory_efficient_bf16", "fp16_no_flatten_grads",
+}  # fmt: skip
 # Sections, and those of their options that change how a run goes on; None for all of them.
 _TOLD: Dict[str, Any] = {
     "model": None,
@@ -40,7 +44,7 @@ _TOLD: Dict[str, Any] = {
     "lr_scheduler": None,
     "optimization": ("lr", "clip_norm", "sentence_avg", "update_freq"),
     "dataset": ("batch_size", "max_tokens"),
-    "common": ("fp16", "bf16", "amp", "seed"),
+    "common": (*_PRECISION, "seed"),
     "ema": ("store_ema", "ema_decay", "ema_start_update", "ema_update_freq"),
 }
 _NAMED = {"model": "arch"}  # the options that choose a section, where it has another name
@@ -49,6 +53,7 @@ _NAMED = {"model": "arch"}  # the options that choose a section, where it has an
 class _Run(NamedTuple):
     trainer: Any
     anew: bool  # without the optimizer's state, as in finetuning
+    schedule_anew: bool  # without the schedule's state
 
 
 class _Difference(NamedTuple):
@@ -67,18 +72,19 @@ _opening: ContextVar[bool] = ContextVar("_opening", default=False)
 
 
 @contextmanager
-def restoring(trainer: Any, anew: bool) -> Iterator[None]:
+def restoring(trainer: Any, anew: bool, schedule_anew: bool = False) -> Iterator[None]:
     """Compare the checkpoint that is loaded in this context with the options of a run.
 
     Args:
         trainer: fairseq's.
         anew: the optimizer's state is not taken from the checkpoint, as in finetuning.
+        schedule_anew: the schedule's state is not taken from the checkpoint.
 
     Raises:
         ValueError: ``--ema-seed-model`` names no checkpoint with averages of this model.
     """
     _seed_averages(trainer)
-    token = _run.set(_Run(trainer, anew))
+    token = _run.set(_Run(trainer, anew, schedule_anew))
     try:
         yield
     finally:
@@ -129,11 +135,7 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
                 f"{path}: {_listed(other)}. Go on with the former values, or pass --finetune-from-model to take "
                 "nothing but its weights"
             )
-        choices = [d for d in differences if d.name in ("criterion", "optimizer")]
-        if choices:
-            raise CheckpointError(
-                f"{path}: {_listed(choices)}. Go on with the former, or pass --reset-optimizer to begin with another"
-            )
+        _check_choices(run, _resolved(complete(state["cfg"])), path, differences)
         if "last_optimizer_state" not in state:
             raise CheckpointError(
                 f"{path} was saved with --no-save-optimizer-state, so that no run can go on from it: pass "
@@ -143,6 +145,38 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
     if told:
         logger.warning("%s: %s", path, _listed(told))
     supply_averages(run.trainer, state, run.anew)
+
+
+def _check_choices(run: _Run, then: Mapping[str, Any], path: str, differences: List[_Difference]) -> None:
+    """Check that the states of the optimizer and the schedule are of the kinds that this run has.
+
+    Raises:
+        CheckpointError: they are not; the message names the options.
+    """
+    refused = {"criterion", "optimizer"}
+    if _kind_of_state(run.trainer.cfg.common) != _kind_of_state(SimpleNamespace(**then["common"])):
+        refused |= _PRECISION
+    choices = [d for d in differences if d.name in refused]
+    if choices:
+        raise CheckpointError(
+            f"{path}: {_listed(choices)}. Go on with the former, or pass --reset-optimizer to begin with another"
+        )
+    schedules = [d for d in differences if d.name == "lr_scheduler"]
+    if schedules and not run.schedule_anew:
+        raise CheckpointError(
+            f"{path}: {_listed(schedules)}. Go on with the former, or pass --reset-lr-scheduler to begin with another"
+        )
+
+
+def _kind_of_state(common: Any) -> str:
+    """Return the kind of the optimizer's state, which fairseq chooses by the options of precision."""
+    if not (common.fp16 or common.bf16 or common.amp):
+        return "full precision"
+    if common.memory_efficient_fp16 or common.memory_efficient_bf16:
+        return "half precision"
+    if common.amp:
+        return "scaled"
+    return "master weights, " + ("apart" if common.bf16 or common.fp16_no_flatten_grads else "flattened")
 
 
 def check_weights(model: Any, weights: Mapping[str, Any], path: str, differences: List[_Difference]) -> None:

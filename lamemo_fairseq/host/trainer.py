@@ -274,7 +274,7 @@ class SegmentTrainer(Trainer):
         # The first rank sends the checkpoint to the others, which since torch 2.6 refuse fairseq's mark for a tensor in
         # it.
         marks = [distributed_utils._TensorPlaceholder]
-        with restoring(self, anew=reset_optimizer), torch.serialization.safe_globals(marks):
+        with restoring(self, reset_optimizer, reset_lr_scheduler), torch.serialization.safe_globals(marks):
             extra_state = super().load_checkpoint(
                 filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters
             )
