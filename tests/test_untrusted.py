@@ -3,6 +3,7 @@
 import argparse
 import copy
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lamemo_fairseq.models.language_models import TransformerXLLanguageModel
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 
 from .helpers import TASK, USER_DIR, run_command, write_data
+from .test_commands import printed
 
 SMALL = [
     "--arch", "transformer_xl_lm", "--decoder-layers", 1, "--decoder-embed-dim", 8, "--decoder-attention-heads", 2,
@@ -176,6 +178,16 @@ def change(*keys, to):
         (change("cfg", "model", "dropout", to="__import__('os')"), r"--dropout cannot be \"__import__"),
         (change("cfg", "model", "memory", to="wav2vec2"), r"--memory cannot be 'wav2vec2'"),
         (change("cfg", "model", "memory", to="${oc.env:HOME}"), r"cfg.model.memory.* stands for another value"),
+        (
+            change("cfg", "model", "position_encoding", to="linear"),
+            r"--position-encoding cannot be 'linear': the known ones are absolute, .*; one of your own goes into ",
+        ),
+        (change("cfg", "model", "attention_backend", to="double"), r"'double', .*put its file back .*or pass --model-"),
+        (change("cfg", "model", "attention_backend", to=3), r"--attention-backend cannot be 3"),
+        (
+            change("cfg", "model", "_name", to="fading_lm"),
+            r"names the model 'fading_lm', .*; one of your own goes into",
+        ),
         (change("cfg", "common", "user_dir", to="${oc.env:HOME}"), r"cfg.common.user_dir.* stands for another value"),
         (change("cfg", "model", "decoder_layers", to="???"), r"cfg.model.decoder_layers.* stands for another value"),
         (change("cfg", "model", "mem_len", to=torch.ones(1)), r"cfg.model.mem_len' is a Tensor, not a plain value"),
@@ -210,6 +222,26 @@ def test_a_checkpoint_that_is_not_what_this_package_saves(spoil, message, data, 
         TransformerXLLanguageModel.from_pretrained(tmp_path, "spoilt.pt", data)
     assert "\n" not in str(refusal.value)
     assert str(path) in str(refusal.value) or "--dropout" in message or "layers is" in message
+
+
+def test_a_model_is_used_without_the_backend_that_it_was_trained_with(data, trained, tmp_path, caplog):
+    """By the remedies that the refusal names, by a run that goes on with another, and by a folder for the core."""
+    state = torch.load(trained, weights_only=False)
+    state["cfg"]["model"]["attention_backend"] = "double"
+    torch.save(state, tmp_path / "checkpoint_last.pt")
+    path = tmp_path / "checkpoint_last.pt"
+    overrides = ["--model-overrides", "{'attention_backend': 'auto'}"]
+    losses = []
+    for file, options in ((trained, []), (path, overrides)):
+        told = printed(eval_lm.cli_main, data, *TASK, *EVALUATE, "--path", file, "--num-workers", 0, *options)
+        losses += re.findall(r"Loss.*Perplexity.*", told)
+    assert len(losses) == 2 and losses[0] == losses[1]
+    TransformerXLLanguageModel.from_pretrained(tmp_path, path.name, data, attention_backend="eager")
+    run_command(train.cli_main, data, *TASK, *SMALL, "--max-update", 3, "--save-dir", tmp_path)
+    assert "--attention-backend is auto, the checkpoint was trained with double" in caplog.text
+    torch.save(state, path)
+    convert_checkpoint.main(["core", str(path), str(tmp_path / "model"), "--dictionary", str(data / "dict.txt")])
+    assert "--attention-backend double is not known here: the folder has auto" in caplog.text
 
 
 @pytest.mark.parametrize(

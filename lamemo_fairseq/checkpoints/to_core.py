@@ -1,6 +1,7 @@
 """Turn a fairseq checkpoint into a model of the core, with its tokenizer."""
 
 import argparse
+import logging
 import os
 from types import SimpleNamespace
 from typing import Any, Dict, Optional
@@ -9,10 +10,13 @@ import torch
 from fairseq.data import Dictionary
 
 from ..core import LanguageModel, TextEncoding, Tokenizer
+from ..core.attention import BACKENDS
 from ..data.text_encoding import read_text_encoding
 from ..host.configuration import complete
 from ..models.config import model_config
 from ..models.decoder import vocabulary_checksum
+
+logger = logging.getLogger(__name__)
 
 
 def core_model(checkpoint: Dict[str, Any], dictionary: Dictionary) -> LanguageModel:
@@ -29,6 +33,12 @@ def core_model(checkpoint: Dict[str, Any], dictionary: Dictionary) -> LanguageMo
     if int(weights.pop("dictionary_version", -1)) != int(vocabulary_checksum(dictionary)):
         raise ValueError("the checkpoint was trained with another dictionary: pass its own as --dictionary")
     options = complete(checkpoint["cfg"])["model"]
+    if options["attention_backend"] not in BACKENDS.names():
+        logger.warning(
+            "--attention-backend %s is not known here: the folder has auto, with the same results up to rounding",
+            options["attention_backend"],
+        )
+        options["attention_backend"] = "auto"
     model = LanguageModel(model_config(SimpleNamespace(**options), dictionary))
     model.to(next((weight.dtype for weight in weights.values() if weight.is_floating_point()), torch.float32))
     try:

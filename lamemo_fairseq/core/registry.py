@@ -11,10 +11,11 @@ class Registry(Generic[T]):
     Args:
         what: the kind of variant, for errors.
         check: raises a ValueError for an entry that must not be registered.
+        own: ends the error on an unknown name: how a variant of the user's own becomes known.
     """
 
-    def __init__(self, what: str, check: Optional[Callable[[T], None]] = None):
-        self.what, self._check = what, check
+    def __init__(self, what: str, check: Optional[Callable[[T], None]] = None, own: str = ""):
+        self.what, self.own, self._check = what, own, check
         self._entries: Dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -43,5 +44,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
-            raise ValueError(f"unknown {self.what} '{name}'; the known ones are {', '.join(self.names())}")
+            known = ", ".join(self.names())
+            own = f"; {self.own}" if self.own else ""
+            raise ValueError(f"unknown {self.what} '{name}'; the known ones are {known}{own}")
         return self._entries[name]

@@ -21,7 +21,7 @@ from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
 
-from .configuration import CheckpointError, check, complete, is_ours, names, read_checkpoint
+from .configuration import CheckpointError, check, check_backend, complete, is_ours, names, read_checkpoint
 from .overrides import override
 from .restoring import check_expected, expects_ours, restores
 from .stand_in import stand_in
@@ -174,6 +174,7 @@ def load_checkpoint_to_cpu(
         return {**state, "cfg": None}
     state["cfg"] = OmegaConf.create(complete(state["cfg"]), flags={"allow_objects": True})
     override(state["cfg"], arg_overrides or {})
+    check_backend(state["cfg"].model.attention_backend, path)
     return state
 
 

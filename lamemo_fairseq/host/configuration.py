@@ -30,7 +30,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from ..core.names import option_name
+from ..core.attention import BACKENDS
+from ..core.memory import MEMORIES
+from ..core.names import did_you_mean, option_name
+from ..core.positions import POSITIONS
+from ..core.registry import Registry
 from ..criterions import FAIRSEQ_CRITERIONS
 from .own import OwnModel, OwnTask
 
@@ -53,6 +57,12 @@ _READ: Dict[str, Type[FairseqDataclass]] = {
     "dataset": DatasetConfig,
     "generation": GenerationConfig,
     "interactive": InteractiveConfig,
+}
+# Options whose values are names of registries, to which users may add their own.
+_REGISTRIES: Dict[str, Registry[Any]] = {
+    "memory": MEMORIES,
+    "position_encoding": POSITIONS,
+    "attention_backend": BACKENDS,
 }
 _ORIGINS = "train with this package, or import with python -m lamemo_fairseq.convert_checkpoint import"
 
@@ -153,13 +163,19 @@ def check(state: Dict[str, Any], path: str) -> None:
         raise CheckpointError(f"{path} has no configuration as this package saves it, under 'cfg' alone: {_ORIGINS}")
     model, task = names(state)
     if not is_our_model(model):
-        raise CheckpointError(f"{path} names the model {_short(model)}, which is not one of this package: {_ORIGINS}")
+        own = f"; {MEMORIES.own}" if is_our_task(task) and model else ""
+        raise CheckpointError(
+            f"{path} names the model {_short(model)}, which is not one of this package: {_ORIGINS}{own}"
+        )
     if not is_our_task(task):
         raise CheckpointError(f"{path} names the task {_short(task)}, which is not one of this package: {_ORIGINS}")
     try:
         for name, section in cfg.items():
             _check_plain(section, f"cfg.{name}", namespace=name in _NAMESPACES)
-        check_options(cfg["model"], MODEL_DATACLASS_REGISTRY[model])
+        options = dict(cfg["model"])
+        if isinstance(options.get("attention_backend"), str):  # `check_backend` follows where no other takes its place
+            del options["attention_backend"]
+        check_options(options, MODEL_DATACLASS_REGISTRY[model])
         check_options(cfg["task"], TASK_DATACLASS_REGISTRY[task])
         for name, dataclass in _READ.items():
             if cfg.get(name) is not None:
@@ -187,7 +203,29 @@ def check_options(section: Any, dataclass: Type[FairseqDataclass]) -> None:
     except OmegaConfBaseException as error:
         name = str(error.full_key or error.key)
         value = given.get(name.split("[")[0].split(".")[0])
-        raise ValueError(f"{option_name(name)} cannot be {_short(value)}: {_first(error)}") from None
+        reason = _unknown(name, value) if isinstance(value, str) and name in _REGISTRIES else _first(error)
+        raise ValueError(f"{option_name(name)} cannot be {_short(value)}: {reason}") from None
+
+
+def _unknown(option: str, name: str) -> str:
+    """Return the remedy for a name that the registry of an option lacks."""
+    registry = _REGISTRIES[option]
+    otherwise = f"the known ones are {', '.join(registry.names())}; {registry.own}"
+    return did_you_mean(name, registry.names()) or otherwise
+
+
+def check_backend(name: Any, path: str) -> None:
+    """Check the attention backend that a trained model is to use. Another one gives the same results.
+
+    Raises:
+        CheckpointError: the name is not known, as that of a backend that was the user's own.
+    """
+    if str(name) not in BACKENDS.names():
+        raise CheckpointError(
+            f"{path}: --attention-backend cannot be {_short(str(name))}, which is not known here: put its file back "
+            "into lamemo_fairseq/core/attention, or pass --model-overrides \"{'attention_backend': 'auto'}\" "
+            "(in Python attention_backend='auto')"
+        )
 
 
 def check_model(cfg: Any, task: str) -> None:

@@ -110,4 +110,7 @@ class Operation(Generic[P]):
 
 # From an operation and its queries to the name of an implementation.
 Backend = Callable[[Operation[...], Tensor], str]
-BACKENDS: Registry[Backend] = Registry("attention backend")
+BACKENDS: Registry[Backend] = Registry(
+    "attention backend",
+    own="one of your own goes into lamemo_fairseq/core/attention, and attention_backend='auto' takes a known one",
+)

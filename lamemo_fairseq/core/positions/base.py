@@ -192,4 +192,6 @@ def require_pairs(embed_dim: int) -> None:
         )
 
 
-POSITIONS: Registry[Type[PositionEncoding]] = Registry("position encoding")
+POSITIONS: Registry[Type[PositionEncoding]] = Registry(
+    "position encoding", own="one of your own goes into lamemo_fairseq/core/positions"
+)
