@@ -379,21 +379,35 @@ def test_a_folder_that_nothing_can_be_written_to_is_told_before_the_reading(trai
     ("arguments", "message"),
     [
         (["missing.pt", "--out", "unused"], "there is no checkpoint missing.pt"),
-        (["CHECKPOINT", "--out", "CHECKPOINT"], "File exists"),
-        (["CHECKPOINT", "--out", "OUT", "--subset", "other"], "other"),
+        (["CHECKPOINT", "--out", "CHECKPOINT"], "checkpoint_last.pt is a file: pass a folder"),
+        (["CHECKPOINT", "--out", "CHECKPOINT/out"], "/out: Not a directory; pass another folder as --out"),
+        (["CHECKPOINT", "--out", "OUT", "--subset", "other"], "(or choose another with --subset)"),
         (["CHECKPOINT", "--out", "OUT", "--segments", "0"], "0 is not positive"),
         (["CHECKPOINT", "--out", "OUT", "--documents", "two"], "--documents two: pass one, recorded, headings"),
         (["CHECKPOINT", "--out", "OUT", "--cut-memory", "-1"], "-1 is negative"),
         (["CHECKPOINT", "--out", "OUT", "--documents", "recorded"], "no documents are recorded in"),
+        (["CHECKPOINT", "--out", "OUT", "--documents", "separator:none"], "'none' is not in dict.txt: pass another"),
     ],
 )
-def test_bad_arguments_are_told(arguments, message, trained, tmp_path, capsys):
+def test_bad_arguments_are_told(arguments, message, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(__main__, "collect", lambda *_: pytest.fail("the split was read"))
     known = {"CHECKPOINT": str(trained / "lamemo_lm" / "checkpoint_last.pt"), "OUT": str(tmp_path / "out")}
     try:
-        code = __main__.main([str(trained / "data"), *(known.get(a, a) for a in arguments), "--cpu"])
+        code = __main__.main(
+            [str(trained / "data"), *(re.sub(r"^[A-Z]+", lambda m: known[m[0]], a) for a in arguments), "--cpu"]
+        )
     except SystemExit as stopped:  # argparse's
         code = stopped.code
     assert code != 0 and message in capsys.readouterr().err
+
+
+def test_a_rule_that_finds_no_document_is_told(trained, tmp_path, capsys):
+    path = f"model={trained / 'lamemo_lm' / 'checkpoint_last.pt'}"
+    options = ["--batch-size", "2", "--segments", "1", "--cpu", "--documents"]
+    for rule, is_told in (("blank-lines:9", True), ("one", False)):
+        assert __main__.main([str(trained / "data"), path, "--out", str(tmp_path), *options, rule]) == 0
+        told = "model: --documents blank-lines:9: no document begins inside a stream, so that each of the 2 streams"
+        assert (told in capsys.readouterr().err) is is_told
 
 
 def test_a_path_may_hold_the_sign(trained, tmp_path):

@@ -135,6 +135,7 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
             if given:
                 kind = model.decoder.config.memory
                 print(f"{name}: {option} has no effect on this model: --memory {kind} has no slots", file=sys.stderr)
+    starts = starts_of(opened, args)
     collected = collect(model, segments(opened, args, name), opened.device)
     if collected.slots < memory.slots:
         print(
@@ -144,7 +145,13 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
             file=sys.stderr,
         )
     config = model.decoder.config
-    collected.curves[config.slots] = of_streams(collected.log.streams(), starts_of(opened, args))
+    losses = collected.curves[config.slots] = of_streams(collected.log.streams(), starts)
+    if Rule.parse(args.documents).is_of_tokens and len(losses.starts) == opened.num_streams:
+        print(
+            f"{name}: --documents {args.documents}: no document begins inside a stream, so that each of the "
+            f"{opened.num_streams} streams counts as one",
+            file=sys.stderr,
+        )
     for length in args.cut_memory if memory.has_slots else ():
         if length not in collected.curves:
             cut = opening(path, args, **cut_to(length, config))
@@ -164,9 +171,14 @@ def opening(path: str, args: argparse.Namespace, **overrides: Any) -> Opened:
 
 
 def starts_of(opened: Opened, args: argparse.Namespace) -> Callable[[int, Tensor], Tensor]:
-    """Return the function that finds the beginnings of documents in a stream's tokens."""
+    """Return the function that finds the beginnings of documents in a stream's tokens.
+
+    Raises:
+        ValueError: the rule looks for a word that the dictionary does not have.
+    """
     split, rule = opened.split, Rule.parse(args.documents)
     if not isinstance(split, DocumentDataset):
+        rule.check(opened.dictionary)
         return lambda stream, tokens: rule.starts(tokens, opened.dictionary)
     sizes = split.documents.stops - split.documents.starts
     dealt = split.layout(opened.num_streams).deal.dealt

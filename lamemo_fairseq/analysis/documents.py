@@ -132,6 +132,11 @@ class Rule:
             )
         return cls(name, value)
 
+    @property
+    def is_of_tokens(self) -> bool:
+        """Whether the rule looks for beginnings among the tokens."""
+        return self.name not in ("one", "recorded")
+
     def __str__(self) -> str:
         return {
             "one": "the whole text",
@@ -140,6 +145,16 @@ class Rule:
             "blank-lines": f"between {self.value} or more blank lines",
             "separator": f"between lines with {self.value} alone",
         }[self.name]
+
+    def check(self, dictionary: Any) -> None:
+        """Check that a text of these words may have what the rule looks for.
+
+        Raises:
+            ValueError: the dictionary does not have the separator.
+        """
+        word = {"separator": self.value, "headings": "="}.get(self.name)
+        if word is not None:
+            self._id(word, dictionary)
 
     def starts(self, tokens: Tensor, dictionary: Any) -> Tensor:
         """Return the index of each document's first token in ``tokens [T]``, ascending from 0; not for ``recorded``.
@@ -171,7 +186,10 @@ class Rule:
     def _id(self, word: str, dictionary: Any) -> int:
         index = int(dictionary.index(word))
         if dictionary[index] != word:
-            raise ValueError(f"--documents {self.name}: the dictionary does not have '{word}'")
+            raise ValueError(
+                f"--documents {self.name}: '{word}' is not in dict.txt: pass another rule, such as one, or separator:WORD "
+                "with a word of dict.txt"
+            )
         return index
 
     @staticmethod

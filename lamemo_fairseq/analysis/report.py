@@ -52,8 +52,10 @@ def check_writable(folder: Path) -> None:
     Raises:
         OSError: the folder cannot be made, or nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--out {folder} is a file: pass a folder")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:

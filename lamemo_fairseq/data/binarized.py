@@ -58,8 +58,13 @@ def check_split(folder: str, split: str, impl: Optional[str]) -> None:
         check_files(path, impl)
 
 
-def paths_of(folder: str, split: str, combine: bool) -> List[str]:
+_CHOICE = "with --valid-subset, --gen-subset, or none with --disable-validation"  # in fairseq's commands
+
+
+def paths_of(folder: str, split: str, combine: bool, choice: str = _CHOICE) -> List[str]:
     """Return the paths of a split without suffixes; to *combine*, also the paths of ``split1`` and so on.
+
+    *choice*: how a command is told of another split, for the error.
 
     Raises:
         FileNotFoundError: there is no such split.
@@ -77,7 +82,7 @@ def paths_of(folder: str, split: str, combine: bool) -> List[str]:
     raise FileNotFoundError(
         f"no split '{split}' in {folder}, which holds {', '.join(there) or 'none'}: binarize it with "
         f"{PREPROCESS} own --srcdict dict.txt or fairseq-preprocess --only-source --srcdict dict.txt (or choose "
-        "another with --valid-subset, --gen-subset, or none with --disable-validation)"
+        f"another {choice})"
     )
 
 

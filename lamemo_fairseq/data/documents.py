@@ -60,7 +60,7 @@ class DocumentOptions:
         bounds = self._recorded(paths, tokens) if self.source == "recorded" else self._separated(tokens, dictionary)
         documents = Documents(*(bound[bounds[0] < bounds[1]] for bound in bounds))
         if len(documents.starts) == 0:
-            raise ValueError(f"{tokens.name} has no document of at least one token: pass --documents none")
+            raise ValueError(f"{tokens.name} has no document of at least one token: pass another --documents")
         return documents
 
     def _recorded(self, paths: Sequence[str], tokens: TokenSequence) -> Tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -69,7 +69,7 @@ class DocumentOptions:
         if len(lines) == 0 or ends[-1] != len(tokens.lines):
             raise ValueError(
                 f"{paths[0]}{RECORD} is of {sum(lines):,} lines, and the split has {len(tokens.lines):,}: make the "
-                f"data again with {PREPROCESS}, or pass --documents none"
+                f"data again with {PREPROCESS}, or pass another --documents"
             )
         stops = np.concatenate([[0], tokens.ends])[ends]
         return np.concatenate([[0], stops[:-1]]), stops
@@ -100,8 +100,8 @@ def _read_record(path: str) -> List[int]:
             lines = [int(line) for line in file]
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"no documents are recorded in {path}: make the data with {PREPROCESS} own --documents, or pass "
-            "--documents separator"
+            f"no documents are recorded in {path}: make the data with {PREPROCESS} own --documents, or pass another "
+            "--documents"
         ) from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged: it has a number of lines for each document, {error}") from error

@@ -8,6 +8,8 @@ import torch
 from fairseq import checkpoint_utils
 
 from ..core.names import missing_checkpoint
+from ..data.binarized import paths_of
+from ..data.folders import data_folders
 from ..data.segments import SegmentDataset
 from ..host.configuration import read_ours
 
@@ -58,6 +60,7 @@ def open_split(
         if not os.path.isfile(path):
             raise FileNotFoundError(missing_checkpoint(path))
         read_ours(path)
+    paths_of(data_folders(data)[0], subset, combine=False, choice="with --subset")
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(paths, arg_overrides=given)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     models = [(model.half() if fp16 else model).to(device).eval() for model in models]
