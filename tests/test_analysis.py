@@ -401,7 +401,8 @@ def test_bad_arguments_are_told(arguments, message, trained, tmp_path, capsys, m
     assert code != 0 and message in capsys.readouterr().err
 
 
-def test_a_rule_that_finds_no_document_is_told(trained, tmp_path, capsys):
+def test_a_rule_that_finds_no_document_is_told(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: {})
     path = f"model={trained / 'lamemo_lm' / 'checkpoint_last.pt'}"
     options = ["--batch-size", "2", "--segments", "1", "--cpu", "--documents"]
     for rule, is_told in (("blank-lines:9", True), ("one", False)):

@@ -107,11 +107,11 @@ def test_an_unknown_rule_is_refused(rule):
 
 def test_a_separator_that_the_dictionary_lacks_is_refused():
     with pytest.raises(
-        ValueError, match="--documents separator: 'none' is not in dict.txt: pass another rule, such as one"
+        ValueError, match=r"--documents separator: 'none' is not in dict\.txt: pass another rule, such as one"
     ):
         Rule.parse("separator:none").check(DICTIONARY)
     with pytest.raises(
-        ValueError, match="--documents headings: '=' is not in dict.txt: pass another rule, such as one"
+        ValueError, match=r"--documents headings: '=' is not in dict\.txt: pass another rule, such as one"
     ):
         Rule.parse("headings").check(TextDictionary())
     Rule.parse("blank-lines:1").check(TextDictionary())

@@ -187,8 +187,8 @@ class Rule:
         index = int(dictionary.index(word))
         if dictionary[index] != word:
             raise ValueError(
-                f"--documents {self.name}: '{word}' is not in dict.txt: pass another rule, such as one, or separator:WORD "
-                "with a word of dict.txt"
+                f"--documents {self.name}: '{word}' is not in dict.txt: pass another rule, such as one, or "
+                "separator:WORD with a word of dict.txt"
             )
         return index
 
