@@ -144,6 +144,7 @@ def test_a_model_trained_here_can_be_exported_and_imported_again(options, tmp_pa
     [
         ({"activation_fn": "gelu"}, "--activation-fn gelu"),
         ({"lookahead_from_layer": 2}, "--lookahead-from-layer 2"),
+        ({"lookahead_every": 3}, "--lookahead-every 3"),
         ({"decoder_output_dim": 6, "untie_output": True}, "--decoder-output-dim 6"),
         ({"adaptive_softmax_cutoff": "6", "adaptive_softmax_factor": 1.5, "adaptive_input": True}, "-factor 1.5"),
         ({"adaptive_softmax_cutoff": "6", "adaptive_softmax_factor": 2.0, "untie_output": True}, "-factor 2.0"),

@@ -146,6 +146,7 @@ OPTIONS = {
     "position_encoding": st.sampled_from([*POSITIONS.names(), "other"]),
     "lookahead_window": st.sampled_from(["right", "full", "left"]),
     "lookahead_from_layer": st.integers(-1, 4),
+    "lookahead_every": st.integers(-1, 4),
     "attention_backend": st.sampled_from(["auto", "eager", "other"]),
     "mem_len": st.integers(-2, 9),
     "memory_tokens": st.integers(-1, 3),

@@ -218,7 +218,7 @@ def test_training_that_goes_on_with_what_the_weights_do_not_fit(other, message, 
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "former"), [("--activation-fn", "gelu", "relu"), ("--lookahead-from-layer", 2, 1)]
+    ("option", "value", "former"), [("--activation-fn", "gelu", "relu"), ("--lookahead-every", 2, 1)]
 )
 def test_training_that_goes_on_with_another_function_of_the_same_weights(
     option, value, former, data, checkpoint, tmp_path

@@ -116,7 +116,7 @@ def test_killed_again_and_again(data, whole, tmp_path):
         (["--roll", "--recurrent-states", 5, "--state-gate", "lstm"], "block_recurrent_transformer_lm", 1, 4),
         ([*CONTINUOUS, "--checkpoint-activations"], "infinity_former_lm", 1, 4),
         (["--update-freq", 2, "--documents", "recorded", "--roll"], "transformer_xl_lm", 2, 2),
-        (["--roll", "--store-ema", "--ema-decay", 0.7], "lamemo_lm", 3, 1),
+        (["--roll", "--store-ema", "--ema-decay", 0.7, "--lookahead-every", 3], "lamemo_lm", 3, 1),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )

@@ -116,6 +116,9 @@ CASES = {
         *ADAM, "--lr-scheduler", "polynomial_decay", "--force-anneal", 2, "--total-num-update", 30,
         "--warmup-updates", 2,
     ],
+    "look-ahead in the second of three layers, in every fourth segment": [
+        *ADAM, "--decoder-layers", 3, "--lookahead-from-layer", 2, "--lookahead-every", 4,
+    ],
     "plateau": [*ADAM, *PLATEAU, "--lr-patience", 1, "--max-update", 20],
     "plateau after a warm-up": [*ADAM, *PLATEAU, "--warmup-updates", 8],
     "the least rate, reached inside an epoch": [
@@ -169,8 +172,9 @@ def test_a_checkpoint_from_before_the_options_of_look_ahead(data, tmp_path):
     train(configured(data / "1", *ADAM, "--max-update", 4), tmp_path)
     before = read(tmp_path)
     layout = before["extra_state"]["train_iterator"]["layout"]
-    assert layout.pop("--lookahead-from-layer") == 1
-    del before["cfg"]["model"]["lookahead_from_layer"]
+    assert layout.pop("--lookahead-from-layer") == layout.pop("--lookahead-every") == 1
+    for name in ("lookahead_from_layer", "lookahead_every"):
+        del before["cfg"]["model"][name]
     torch.save(before, tmp_path / "checkpoint_last.pt")
     train(configured(data / "1", *ADAM, "--max-update", 5), tmp_path)
     assert read(tmp_path)["optimizer_history"][-1]["num_updates"] == 5

@@ -115,7 +115,13 @@ def pick_by_rank(monkeypatch):
     ids=str,
 )
 @pytest.mark.parametrize(
-    ("variant", "sampler"), [(VARIANTS[0], Sampler), (VARIANTS[0], ReplayedOnTheHost), (VARIANTS[10], Sampler)]
+    ("variant", "sampler"),
+    [
+        (VARIANTS[0], Sampler),
+        (VARIANTS[0], ReplayedOnTheHost),
+        (("lookahead", "disentangled", "seldom"), ReplayedOnTheHost),
+        (VARIANTS[10], Sampler),
+    ],
 )
 def test_the_same_words_have_the_same_scores(variant, sampler, options, monkeypatch):
     model, texts = model_of(variant), prompts_of(LENGTHS[::2])

@@ -83,7 +83,7 @@ _work([TRAIN], "test_graphs.py", "cuda_graphs checkpoint_activations decoder_hea
 _work([TRAIN], "test_bad_input.py", "decoder_layers decoder_embed_dim decoder_attention_heads decoder_ffn_embed_dim")
 _work([TRAIN], "test_dropout.py", "dropout attention_dropout activation_dropout")
 _work([TRAIN], "test_convert_checkpoint.py", "activation_fn lookahead_window")
-_work([TRAIN], "test_lookahead_schedule.py", "lookahead_from_layer")
+_work([TRAIN], "test_lookahead_schedule.py", "lookahead_from_layer lookahead_every")
 _work([TRAIN], "test_compressive.py", "compression_rate compression compression_loss compression_loss_weight")
 _work([TRAIN], "test_continuous_memory.py", "basis_widths ridge_penalty contraction_factor memory_samples")
 _work([TRAIN], "test_continuous_memory.py", "memory_sampling kl_weight kl_sigma")

@@ -236,7 +236,10 @@ def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
     factor = options["adaptive_softmax_factor"] if cutoffs else 1.0
     unknown = {
         "activation_fn": options.get("activation_fn", "relu") != "relu",
-        "lookahead_from_layer": kind[0] == "lookahead" and options.get("lookahead_from_layer", 1) != 1,
+        **{
+            name: kind[0] == "lookahead" and options.get(name, 1) != 1
+            for name in ("lookahead_from_layer", "lookahead_every")
+        },
         "decoder_output_dim": (options.get("decoder_output_dim") or input_dim) != input_dim,
         "adaptive_softmax_factor": factor != int(factor) or (factor > 1 and not options.get("adaptive_input")),
     }

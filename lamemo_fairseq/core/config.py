@@ -206,6 +206,11 @@ class ModelConfig:
             )
 
     def _check_order(self, layered: bool) -> None:
+        if self.own_options.cycle > 1:
+            raise ValueError(
+                f"--reading-order diagonal reads segments that are all alike, and with --lookahead-every "
+                f"{self.own_options.cycle} they are not: leave one of the two out"
+            )
         if not layered:
             raise ValueError(
                 "--reading-order diagonal runs all layers at the same time, and with --memory "

@@ -28,7 +28,7 @@ class MemoryDecoder(nn.Module):
         nn.Module.__init__(self)  # not super(): a host's class with other arguments may come next
         self.config = config
         self.segment_length = config.segment_length
-        self.graphs = SegmentGraphs() if config.cuda_graphs else None
+        self.graphs = SegmentGraphs(config.own_options.cycle) if config.cuda_graphs else None
         self.diagonals = Diagonals(config.reading_order)
         # The order of the modules is the order in which they draw random numbers.
         self.embed_tokens = _embedding(config)

@@ -241,7 +241,7 @@ class Diagonals:
         if self.order == "plain" or model.training or torch.is_grad_enabled():
             return False
         memory = model.memory
-        if model.positions.reads_words or not memory.is_layered():
+        if model.positions.reads_words or not memory.is_layered() or memory.config.options.cycle > 1:
             return False
         if memory.carries_gradient and tokens.size(1) % memory.period:
             return False

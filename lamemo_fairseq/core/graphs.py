@@ -6,9 +6,9 @@ Shapes: B streams, N tokens of a segment, d model width.
 """
 
 import logging
-from dataclasses import dataclass
+from collections import deque
 from functools import partial
-from typing import Callable, ContextManager, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+from typing import Callable, ContextManager, Deque, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -43,37 +43,49 @@ class SegmentSignature(NamedTuple):
     buckets: List[Bucket]
 
 
-@dataclass
 class _Recorded:
-    """The last segment of training, or of evaluation, and the graph that was recorded."""
+    """The last segments of training, or of evaluation, and the graphs that were recorded: one for each kind.
 
-    last: Optional[SegmentSignature] = None
-    signature: Optional[SegmentSignature] = None  # of the graph
-    recording: "Optional[_Recording]" = None
+    Args:
+        kinds: the number of kinds of segments, which take turns.
+    """
+
+    def __init__(self, kinds: int) -> None:
+        self.kinds = kinds
+        self.last: Deque[SegmentSignature] = deque(maxlen=kinds)
+        self.recordings: List[Tuple[SegmentSignature, _Recording]] = []  # the oldest first
+
+    def of(self, signature: SegmentSignature) -> "Optional[_Recording]":
+        return next((recording for known, recording in self.recordings if known == signature), None)
 
 
 class SegmentGraphs:
     """Reads a decoder's segments, from a graph where possible.
 
     A graph is recorded when two consecutive segments have the same shapes, once for training and once for evaluation.
-    Shapes stay the same once the memory is full. Everything else runs without a graph: ragged segments, autocast, and
-    modules with hooks, which a graph would not call. Only a recording's last forward pass can be followed by a backward
-    pass.
+    Shapes stay the same once the memory is full. If there are several kinds of segments, each has a graph of its own.
+    Everything else runs without a graph: ragged segments, autocast, and modules with hooks, which a graph would not
+    call. Only a recording's last forward pass can be followed by a backward pass.
 
     A host with several ranks may set a `reducer`, which reduces gradients while a recorded backward pass runs.
+
+    Args:
+        kinds: the number of kinds of segments, which take turns.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: int = 1) -> None:
+        self.kinds = kinds
         self.reducer: Optional[Reducer] = None
-        self._recorded = {True: _Recorded(), False: _Recorded()}  # by whether gradients are computed
+        self._recorded = {True: _Recorded(kinds), False: _Recorded(kinds)}  # by whether gradients are computed
         self._begun: Optional[_Begun] = None
 
     def __reduce__(self) -> Tuple[object, ...]:
-        return (SegmentGraphs, ())  # a copied or stored model records anew
+        return (SegmentGraphs, (self.kinds,))  # a copied or stored model records anew
 
     def recording(self, training: bool = True) -> "Optional[_Recording]":
-        """Return the graph of segments of training, or of evaluation; None if there is none yet."""
-        return self._recorded[training].recording
+        """Return the newest graph of segments of training, or of evaluation; None if there is none yet."""
+        recordings = self._recorded[training].recordings
+        return recordings[-1][1] if recordings else None
 
     def __call__(self, read: ReadSegment, module: nn.Module, tokens: Tensor, state: Optional[MemoryState]) -> Passage:
         """Return ``read(tokens, state)``."""
@@ -84,21 +96,25 @@ class SegmentGraphs:
             return read(tokens, state)
         tree = tree_of(module)
         recorded, signature = self._recorded[learns], self._signature(tree, tokens, state)
-        before, recorded.last = recorded.last, signature
-        if recorded.recording is not None and signature == recorded.signature:
-            if begun is not None and begun.serves(recorded.recording, tokens, state):
+        known = recorded.of(signature)
+        again = known is None and signature in recorded.last
+        recorded.last.append(signature)
+        if known is not None:
+            if begun is not None and begun.serves(known, tokens, state):
                 return begun.passage()
-            return recorded.recording(tokens, state)
-        if signature != before:
+            return known(tokens, state)
+        if not again:
             return read(tokens, state)
-        recorded.signature, recorded.recording, begun = None, None, None  # frees the old one's memory first
+        if len(recorded.recordings) == self.kinds:
+            del recorded.recordings[0]  # frees the oldest one's memory first
+        begun = None
         with torch.random.fork_rng([tokens.device]):  # a resumed run records later, and draws the same
             if learns:
                 trained = [p for p in tree.parameters if p.requires_grad]
                 recording: _Recording = _TrainingRecording(read, module, trained, tokens, state, self.reducer)
             else:
                 recording = _EvaluationRecording(read, tokens, state)
-        recorded.signature, recorded.recording = signature, recording
+        recorded.recordings.append((signature, recording))
         logger.info(
             "recorded a CUDA graph for %s segments of %s tokens, which keeps %.2f GiB to itself",
             "training" if learns else "evaluation",
@@ -120,11 +136,12 @@ class SegmentGraphs:
         Returns:
             The features ``[B, N, d]`` that this call would return; None if nothing was begun.
         """
-        self._begun, recording = None, self._recorded[True].recording
-        if not isinstance(recording, _TrainingRecording) or not module.training:
+        self._begun, recorded = None, self._recorded[True]
+        if not recorded.recordings or not module.training:
             return None
         tree = tree_of(module)
-        if tree.hooked or self._signature(tree, tokens, state) != self._recorded[True].signature:
+        recording = None if tree.hooked else recorded.of(self._signature(tree, tokens, state))
+        if not isinstance(recording, _TrainingRecording):
             return None
         self._begun = recording.begin(tokens, state, seed)
         return self._begun.features

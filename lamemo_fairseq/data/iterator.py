@@ -15,7 +15,7 @@ from .documents import DocumentDataset
 from .segments import ROLL, SegmentDataset, SegmentKey
 
 # Values that checkpoints do not record if they are older than the option.
-_BEFORE: Dict[str, Any] = {"--documents": "none", "--lookahead-from-layer": 1}
+_BEFORE: Dict[str, Any] = {"--documents": "none", "--lookahead-from-layer": 1, "--lookahead-every": 1}
 
 
 class SegmentBatches(Sequence):

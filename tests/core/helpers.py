@@ -61,6 +61,7 @@ VARIANTS = [
     ("block-recurrent", "transformer-xl", "lstm"),
     ("block-recurrent", "rotary", "fixed"),
     ("lookahead", "disentangled", "upper"),
+    ("lookahead", "disentangled", "seldom"),
 ]
 
 # The option that the third part of a variant is for, where it is not the window.
@@ -72,7 +73,10 @@ CHOICES = {
 }
 
 # Third parts of variants that stand for other options.
-SEVERAL: Dict[str, Dict[str, Any]] = {"upper": {"lookahead_from_layer": 2, "decoder_layers": 3}}
+SEVERAL: Dict[str, Dict[str, Any]] = {
+    "upper": {"lookahead_from_layer": 2, "decoder_layers": 3},
+    "seldom": {"lookahead_every": 2},
+}
 
 # Sizes of a model small enough for hundreds of examples. Every memory's own options are among them.
 TINY = {

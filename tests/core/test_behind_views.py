@@ -19,7 +19,7 @@ from lamemo_fairseq.core.kernels.padded import PaddedRows
 from lamemo_fairseq.core.layers import layer
 
 from ..gpus import DEVICE
-from .helpers import VARIANTS, first_of_each_memory, random_tokens, tiny_decoder
+from .helpers import SEVERAL, VARIANTS, first_of_each_memory, random_tokens, tiny_decoder
 
 SEGMENTS = (17, 5, 17, 1)  # the first one finds an empty memory
 # Odd widths, and a memory of odd length that is full only after some segments.
@@ -33,7 +33,9 @@ SIZES = {
     "dropout": 0.2,
 }
 FIRST = first_of_each_memory()
-MODELS = list({variant[:2]: variant for variant in reversed(VARIANTS)}.values())  # memories with all their positions
+SCHEDULES = [variant for variant in VARIANTS if variant[2] in SEVERAL]
+# Memories with all their positions.
+MODELS = [*{variant[:2]: variant for variant in reversed(VARIANTS)}.values(), *SCHEDULES]
 EMPTY = [variant for name, variant in FIRST.items() if MEMORIES[name].smallest_mem_len == 0]
 
 
@@ -140,8 +142,8 @@ def test_segments_by_plain_operations(variant, streams, options, surrounded):
     compare(surrounded, trained, streams, SEGMENTS, variant=variant, dtype=torch.float32, **options)
 
 
-@pytest.mark.parametrize("memory", MEMORIES.names())
-def test_segments_by_kernels(memory, surrounded, monkeypatch):
+@pytest.mark.parametrize("variant", [*FIRST.values(), *SCHEDULES], ids="-".join)
+def test_segments_by_kernels(variant, surrounded, monkeypatch):
     """In half precision, where rows and heads are padded."""
     pytest.importorskip("triton", reason="the kernels need Triton")
     if DEVICE == "cpu":
@@ -149,8 +151,8 @@ def test_segments_by_kernels(memory, surrounded, monkeypatch):
         for module in (rows, layer):
             monkeypatch.setattr(module, "fusable", lambda t: t.dtype in rows.DTYPES)
     options = {"attention_backend": "fused", "decoder_attention_heads": 1, "dropout": 0.0, "dtype": torch.float16}
-    streams = 3 if memory == "lookahead" else 1  # it runs all kernels; more would take the interpreter long
-    compare(surrounded, trained, streams, (17, 5), variant=FIRST[memory], **options)
+    streams = 3 if variant == VARIANTS[0] else 1  # it runs all kernels; more would take the interpreter long
+    compare(surrounded, trained, streams, (17, 5), variant=variant, **options)
 
 
 def hide(state, value):
@@ -206,8 +208,8 @@ def test_tokens_by_plain_operations(variant, lengths, value, surrounded):
     compare(surrounded, decoded, lengths, 14, variant=variant, value=value, **sizes)
 
 
-@pytest.mark.parametrize("memory", MEMORIES.names())
-def test_tokens_by_kernels(memory, surrounded):
+@pytest.mark.parametrize("variant", [*FIRST.values(), *SCHEDULES], ids="-".join)
+def test_tokens_by_kernels(variant, surrounded):
     pytest.importorskip("triton", reason="the kernels need Triton")
     sizes = {"segment_length": 5, "mem_len": 7, "dtype": torch.float32}
-    compare(surrounded, decoded_by_kernels, [4, 9, 6, 1], variant=FIRST[memory], **sizes)
+    compare(surrounded, decoded_by_kernels, [4, 9, 6, 1], variant=variant, **sizes)

@@ -14,7 +14,7 @@ from ..gpus import gpu
 from . import fake_graphs
 from .helpers import VARIANTS, first_of_each_memory, random_tokens, tiny_decoder
 
-LAYERED = [v for v in VARIANTS if MEMORIES[v[0]].is_layered() and v[1] != "segatron"]
+LAYERED = [v for v in VARIANTS if MEMORIES[v[0]].is_layered() and v[1] != "segatron" and v[2] != "seldom"]
 FIRST = [v for v in first_of_each_memory().values() if v in LAYERED]
 # Each memory with each of its own choices, and each position encoding with one memory.
 CHOSEN = {**{v[1]: v for v in LAYERED}, **{(v[0], v[2]): v for v in reversed(LAYERED)}}.values()

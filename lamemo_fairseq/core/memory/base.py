@@ -110,6 +110,11 @@ class MemoryState:
 class MemoryOptions:
     """Base of a memory's own options. A host offers the options of all memories, under the fields' names."""
 
+    @property
+    def cycle(self) -> int:
+        """The number of kinds of segments. They take turns, and states before different kinds have different shapes."""
+        return 1
+
     def check(self) -> None:
         """Refuse values that make no sense.
 

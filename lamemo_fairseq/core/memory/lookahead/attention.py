@@ -7,6 +7,7 @@ from functools import partial
 from types import ModuleType
 from typing import List, Optional
 
+import torch
 from torch import Tensor
 
 from ...attention import Attended, Operation, blocked
@@ -49,17 +50,17 @@ class LookaheadSelfAttention(SelfAttention):
 
         Args:
             rows: ``[B, R, d]``, the slots' rows first.
-            window: the keys of the look-ahead, None while there are no slots.
-            stored: the slots' read-outs and normalisers so far; None in the last layer, where the slots' rows end.
+            window: the keys of the look-ahead; None in segments without, as there are no slots yet or it is not due.
+            stored: the slots' read-outs and normalisers so far; None in layers whose slots never look ahead.
             current: N.
 
         Returns:
-            Rows ``[B, R, d]`` (``[B, N, d]`` in the last layer), and the next segment's stored values. These are
-            read-outs ``[B, H, min(R, M), D]`` and normalisers, without gradient (None in the last layer).
+            Rows ``[B, R, d]`` (``[B, N, d]`` without a window), and the next segment's stored values. These are
+            read-outs ``[B, H, min(R, M), D]`` and normalisers, without gradient; None if *stored* is None.
         """
         if stored is None:
             return self.attend(rows, bias, current), None
-        q, k, v = self.project(rows, rows.size(1), keep_padding=True)
+        q, k, v = self.project(rows, current if window is None else rows.size(1), keep_padding=True)
         if window is None:
             attended = self.causal(q, k, v, bias, need_normalizer=True)
         else:
@@ -67,6 +68,10 @@ class LookaheadSelfAttention(SelfAttention):
             attended = self.refresh(q, k, v, bias, window, padded)
         output = attended.output[..., : self.config.head_dim]
         carried = Attended(*(last_rows(t, self.config.mem_len, dim=2) for t in (output, attended.normalizer)))
+        kept = min(self.config.mem_len, rows.size(1)) - carried.output.size(2)
+        if kept > 0:  # of slots that have not looked ahead
+            pairs = zip(stored, carried, strict=True)
+            carried = Attended(*(torch.cat([last_rows(old, kept, dim=2).to(new), new], dim=2) for old, new in pairs))
         return self.merge_heads(attended.output), carried
 
     def refresh(

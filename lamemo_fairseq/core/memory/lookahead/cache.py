@@ -28,6 +28,8 @@ class LookingAhead(CachedMemory, Protocol):
     def first_ahead(self) -> int: ...
     @property
     def refreshed(self) -> range: ...
+    @property
+    def cycle(self) -> int: ...
     def window(self, slots: int, current: int) -> LookaheadWindow: ...
 
 
@@ -64,7 +66,10 @@ class FirstLayerCache(LookaheadLayerCache):
 
 @dataclass
 class LookaheadCache(SegmentCache[LookingAhead, LookaheadLayerCache]):
-    """The fields of `LookaheadState` for slots and tokens alike, with keys and values."""
+    """The fields of `LookaheadState` for slots and tokens alike, with keys and values.
+
+    `SequencePosition.own` is the number of the segment, modulo K.
+    """
 
     embeddings: Optional[Tensor]  # [B, C, d], if slots look ahead in the first layer
 
@@ -105,8 +110,9 @@ class LookaheadCache(SegmentCache[LookingAhead, LookaheadLayerCache]):
         return inputs
 
     def next_position(self, position: SequencePosition, network: Network[LookingAhead]) -> SequencePosition:
-        following = super().next_position(position, network)
-        return following if network.memory.refreshed else following._replace(ready=True)
+        segment = (position.own + 1) % network.memory.cycle
+        frozen = segment > 0 or not network.memory.refreshed
+        return super().next_position(position, network)._replace(own=segment, ready=frozen)
 
     def refresh(self, sequences: Optional[Tensor], slots: int, first: Tensor, network: Network[LookingAhead]) -> None:
         """Refresh the slots: they depend on the memory and on the segment's first token alone.

@@ -15,6 +15,13 @@ class LookaheadOptions(MemoryOptions):
         1,
         "the first layer, from 1, whose slots look ahead; those of layers below stay as they are, as in Transformer-XL",
     )
+    lookahead_every: int = option(
+        1, "number K: slots look ahead in every K-th segment of a stream, and stay as they are in the others"
+    )
+
+    @property
+    def cycle(self) -> int:
+        return self.lookahead_every
 
     def check(self) -> None:
         if str(self.lookahead_window) not in WINDOWS:
@@ -24,4 +31,9 @@ class LookaheadOptions(MemoryOptions):
             raise ValueError(
                 f"--lookahead-from-layer is {self.lookahead_from_layer}, but layers are counted from 1: pass 1 for all "
                 "layers"
+            )
+        if self.lookahead_every < 1:
+            raise ValueError(
+                f"--lookahead-every is {self.lookahead_every}, it must be at least 1: pass 1 for every segment, or "
+                "--memory recurrent for no look-ahead"
             )
