@@ -5,7 +5,6 @@ DEST, where ``preprocess.json`` records their sources and options, and lists all
 DEST is complete when all of these are there; ``dict.txt`` comes last.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from lamemo_fairseq.locks import lock
 
 from . import hints
 from .chunks import CHUNK, Chunk, cut, encode
@@ -339,8 +340,8 @@ def _alone(destdir: Path) -> Iterator[None]:
     """Lock the folder in this context: two runs in one folder would take each other's files."""
     with open(destdir / ".lock", "a") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+            lock(file.fileno(), destdir)
+        except BlockingIOError as error:
             raise FileExistsError(f"another run is at work in {destdir}") from error
         yield
 

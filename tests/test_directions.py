@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "lamemo_fairseq"
 # From the bottom up. Modules of one line do not import one another.
 PACKAGE = [
     "core needs_fairseq",
-    "huggingface lm_eval arguments",
+    "huggingface lm_eval arguments locks",
     "criterions",
     "host",
     "data",

@@ -17,12 +17,13 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import torch
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from . import interruption, schedules
+from . import interruption, save_dir, schedules
 from .averages import Averages
 from .checkpoints import keep_due_checkpoint, write_checkpoint
 from .data_parallel import GradientReducer, reducer_for, wrapped
@@ -30,7 +31,7 @@ from .lost_ranks import watch_ranks
 from .mixed_precision import FP16Optimizer
 from .optimizers import adopt, meanwhile
 from .quiet import without_records
-from .ranks import group_between_hosts
+from .ranks import group_between_hosts, is_first_rank
 from .restoring import restoring
 from .training_state import check_named_checkpoint, restore_training_state, training_state
 
@@ -41,6 +42,7 @@ class SegmentTrainer(Trainer):
     """Trains a model of this package.
 
     Raises:
+        BlockingIOError: another process trains in ``--save-dir``.
         FileNotFoundError: the checkpoint named by an option is missing.
     """
 
@@ -66,6 +68,9 @@ class SegmentTrainer(Trainer):
         self._finish_loading: Optional[Callable[[], None]] = None
         self._due, self._written = -1, -1  # the updates after which fairseq asked for a checkpoint, and wrote one
         check_named_checkpoint(self.cfg.checkpoint, self.checkpoint_suffix)
+        folder = self.cfg.checkpoint.save_dir
+        if is_first_rank() and not self.cfg.checkpoint.no_save and PathManager.supports_rename(folder):
+            save_dir.claim(folder)  # before a checkpoint is looked for, which another run may be writing
 
     @property
     def model(self) -> Any:

@@ -1,11 +1,12 @@
 """The training loop of fairseq-train."""
 
 import logging
+import math
 from typing import Any, Callable, Optional
 
 from fairseq.logging import metrics
 
-from . import interruption
+from . import interruption, save_dir
 from .commands import names_of
 from .devices import without_gpus
 from .own import OwnTask
@@ -27,21 +28,33 @@ def _trainer(original: Callable[..., Any], cfg: Any, task: Any, *args: Any, **kw
     return (SegmentTrainer if isinstance(task, OwnTask) else original)(cfg, task, *args, **kwargs)
 
 
-def _train(original: Callable[..., Any], cfg: Any, trainer: Any, *args: Any) -> Any:
-    """Train for an epoch, unless the run has ended: fairseq would add an update, or several, at every start."""
+def _train(original: Callable[..., Any], cfg: Any, trainer: Any, task: Any, batches: Any) -> Any:
+    """Train for an epoch, and let others use ``--save-dir`` if it was the last one, or failed."""
     if not isinstance(trainer, SegmentTrainer):
-        return original(cfg, trainer, *args)
-    with interruption.told(), without_gpus(cfg.common.cpu):
-        if not trainer.begun:
-            _check_metric(cfg, trainer)
-            reason = _ended(cfg, trainer)
-            if reason is not None:
-                logger.info("nothing left to do: %s", reason)
-                return [None], True
-            trainer.begun = True
-        result = original(cfg, trainer, *args)
-        trainer.end_epoch()
-        return result
+        return original(cfg, trainer, task, batches)
+    goes_on = False
+    try:
+        with interruption.told(), without_gpus(cfg.common.cpu):
+            losses, stops = _train_epoch(original, cfg, trainer, task, batches)
+        goes_on = not stops and batches.next_epoch_idx <= (cfg.optimization.max_epoch or math.inf)
+        return losses, stops
+    finally:
+        if not goes_on:
+            save_dir.release()
+
+
+def _train_epoch(original: Callable[..., Any], cfg: Any, trainer: SegmentTrainer, *args: Any) -> Any:
+    """Train for an epoch, unless the run has ended: fairseq would add an update, or several, at every start."""
+    if not trainer.begun:
+        _check_metric(cfg, trainer)
+        reason = _ended(cfg, trainer)
+        if reason is not None:
+            logger.info("nothing left to do: %s", reason)
+            return [None], True
+        trainer.begun = True
+    result = original(cfg, trainer, *args)
+    trainer.end_epoch()
+    return result
 
 
 def _ended(cfg: Any, trainer: Any) -> Optional[str]:
