@@ -97,6 +97,10 @@ def test_documents_are_told_by_a_rule(rule, documents):
         assert starts[0] == 0 and starts[-1] < length
 
 
+def test_a_line_that_is_one_mark_is_no_heading():
+    assert Rule.parse("headings").starts(tokens_of("a\n=\nb\n= a =\n=\n"), DICTIONARY).tolist() == [0, 6]
+
+
 @pytest.mark.parametrize(
     "rule", ["two", "one:1", "blank-lines", "blank-lines:0", "separator:", "separator", "headings:2", "recorded:2"]
 )

@@ -1,17 +1,22 @@
 """Checkpoints that commands name: their task, options that are changed of them, runs that go on with other options."""
 
+import contextlib
 import copy
 import logging
 import re
+from dataclasses import fields
 
 import pytest
 import torch
 from fairseq_cli import eval_lm, generate, interactive, train, validate
 
+from lamemo_fairseq.core import MEMORIES
 from lamemo_fairseq.core.names import missing_checkpoint
 from lamemo_fairseq.host.overrides import check_overrides, parse_overrides
+from lamemo_fairseq.host.restoring import _FUNCTION
 from lamemo_fairseq.models.language_models import LaMemoLanguageModel
 
+from .core.helpers import first_of_each_memory, random_tokens, read_streams, tiny_decoder
 from .helpers import TASK, USER_DIR, run_command, write_data
 from .test_commands import printed
 
@@ -229,6 +234,27 @@ def test_training_that_goes_on_with_another_function_of_the_same_weights(
     text = printed(lambda: trained_with(data, tmp_path, "--finetune-from-model", checkpoint, option, value))
     (told,) = {line for line in text.split("\n") if "the checkpoint was trained with" in line}
     assert difference in told and "--lr" not in told
+
+
+def decoders_by_choice(variant, name, choices):
+    """The decoders of the choices that make one, with the same seed."""
+    for choice in choices:
+        with contextlib.suppress(ValueError):
+            yield tiny_decoder(variant, **{"compression_loss": "none", name: choice})
+
+
+@pytest.mark.parametrize("memory", MEMORIES.names())
+def test_choices_of_a_memory_that_its_weights_do_not_tell_are_compared(memory):
+    """Of choices with weights of the same shapes and other scores, a resume must not take one for another."""
+    for option in fields(MEMORIES[memory].options):
+        choices = [False, True] if option.type is bool else option.metadata.get("choices", [])
+        made = []
+        for decoder in decoders_by_choice(first_of_each_memory()[memory], option.name, choices):
+            shapes = {name: weight.shape for name, weight in decoder.state_dict().items()}
+            scores = read_streams(decoder, random_tokens(2, 30))
+            alike = [other for others, other in made if others == shapes]
+            assert option.name in _FUNCTION or all(torch.allclose(scores, other) for other in alike)
+            made.append((shapes, scores))
 
 
 def test_what_else_differs_is_told(data, checkpoint, tmp_path):

@@ -178,7 +178,7 @@ class Rule:
             begins[2:] = between
         elif self.name == "headings":
             mark = tokens == self._id("=", dictionary)
-            first = line_starts[:-1] & mark[:-1] & ~mark[1:]
+            first = line_starts[:-1] & mark[:-1] & ~mark[1:] & ~ends[1:]  # a line that is a mark alone has no title
             begins[:-1] = first & self._line_ends_in(mark, ends)[:-1]
         begins[0] = True
         return begins.nonzero().squeeze(1)
