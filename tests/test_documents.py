@@ -42,14 +42,16 @@ def spans_of(lines, options):
     ("shape", "left_out", "scored"),
     [
         ("A-BC", ["A", "BC"], ["A-", "BC"]),
-        ("-AB", ["AB"], ["-", "AB"]),
+        ("-AB", ["AB"], ["-AB"]),
         ("AB-", ["AB"], ["AB-"]),
-        ("A--B", ["A", "B"], ["A-", "-", "B"]),
-        ("--A-", ["A"], ["-", "-", "A-"]),
+        ("A--B", ["A", "B"], ["A--", "B"]),
+        ("A-_-B", ["A", "B"], ["A-_-", "B"]),
+        ("--A-", ["A"], ["--A-"]),
+        ("--A--B---", ["A", "B"], ["--A--", "B---"]),
     ],
 )
 def test_documents_between_separators(shape, left_out, scored, line):
-    lines = {"A": A, "B": B, "C": C, "-": line}
+    lines = {"A": A, "B": B, "C": C, "-": line, "_": []}
     text = [lines[name] for name in shape]
     for documents, is_scored in ((left_out, False), (scored, True)):
         options = DocumentOptions("separator", WORDS[SEPARATOR], is_scored)
@@ -65,8 +67,9 @@ def test_what_does_not_separate():
         spans_of([A, B, C], DocumentOptions("separator", "w5"))
     with pytest.raises(ValueError, match=r"--document-separator 'w5 x': 'x' is not in dict.txt: write the line as it"):
         spans_of([A, LINE], DocumentOptions("separator", "w5 x"))
-    with pytest.raises(ValueError, match=r"has no document of at least one token: pass another --documents$"):
-        spans_of([LINE, LINE], DocumentOptions("separator", "w5"))
+    for scored in (False, True):
+        with pytest.raises(ValueError, match=r"has no document of at least one token: pass another --documents$"):
+            spans_of([LINE, LINE], DocumentOptions("separator", "w5", scored))
 
 
 def test_recorded_documents(tmp_path):

@@ -33,7 +33,8 @@ class DocumentOptions:
     Args:
         source: ``recorded`` beside the split, or ``separator`` lines in it.
         separator: the line between two documents, as words of the dictionary; empty for an empty line.
-        scored: whether separator lines are read and scored, at the end of the document before. Else they are left out.
+        scored: whether separator lines are read and scored, at the end of the document before; at the beginning of the
+            split, as first lines of the first document. Else they are left out.
         clear: begin each document from an empty memory. Else the memory is that of the documents before it.
     """
 
@@ -89,9 +90,12 @@ class DocumentOptions:
                 "to read it as one text"
             )
         begins = np.concatenate([[0], tokens.ends])
-        after = begins[np.array(separators) + 1]
-        stops = after if self.scored else begins[np.array(separators)]
-        return np.concatenate([[0], after]), np.concatenate([stops, [len(tokens)]])
+        starts = np.concatenate([[0], begins[np.array(separators) + 1]])
+        stops = np.concatenate([begins[separators], [len(tokens)]])
+        if not self.scored or not (starts < stops).any():
+            return starts, stops
+        cuts = starts[starts < stops][1:]  # separators alone make no document
+        return np.concatenate([[0], cuts]), np.concatenate([cuts, [len(tokens)]])
 
 
 def _read_record(path: str) -> List[int]:
