@@ -25,7 +25,7 @@ OPTIONS = [
 # What float32 could do otherwise does not depend on most options.
 CASES = [*((options, torch.float64) for options in OPTIONS), *((options, torch.float32) for options in OPTIONS[:3])]
 WITHOUT_SPAN = ("none", "token", "infini", "associative", "block-recurrent")  # they refuse --same-length
-FED_BACK = ("token", "enhanced", "associative")  # their own output is the next segment's input
+FED_BACK = ("token", "enhanced", "associative", "block-recurrent")  # what they compute is the next segment's input
 
 
 def rounding(decoder, tokens, scores):
