@@ -197,16 +197,17 @@ def test_a_checkpoint_without_the_count_of_averages(data, tmp_path, caplog):
         (["--criterion", "chunked_cross_entropy"], "cross_entropy", "--reset-optimizer"),
         (["--optimizer", "sgd"], "adam", "--reset-optimizer"),
         (["--bf16"], "False", "--reset-optimizer"),
+        (["--optimizer", "adafactor", "--beta1", 0.9], "None", "--reset-optimizer"),
         (["--lr-scheduler", "inverse_sqrt", "--warmup-updates", 2], "fixed", "--reset-lr-scheduler"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_a_state_of_another_kind_is_refused_and_can_begin_anew(changed, then, remedy, data, tmp_path):
-    train(configured(data / "1", *ADAM, "--max-update", 2), tmp_path)
+    before = changed[:2] if "--beta1" in changed else []
+    train(configured(data / "1", *ADAM, *before, "--max-update", 2), tmp_path)
     options = [*ADAM, *changed, "--max-update", 3]
-    message = (
-        rf"{changed[0]} is .*, the checkpoint was trained with {then}\. Go on with the former, or pass {remedy} to"
-    )
+    difference = rf"{changed[len(before)]} is .*, the checkpoint was trained with {then}"
+    message = rf"{difference}\. Go on with the former, or pass {remedy} to"
     with pytest.raises(ValueError, match=message):
         train(configured(data / "1", *options), tmp_path)
     train(configured(data / "1", *options, remedy), tmp_path)
@@ -214,6 +215,24 @@ def test_a_state_of_another_kind_is_refused_and_can_begin_anew(changed, then, re
     assert state["optimizer_history"][-1]["num_updates"] == 3
     if "inverse_sqrt" in changed:
         assert state["last_optimizer_state"]["param_groups"][0]["lr"] == pytest.approx(5e-3 * (2 / 3) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    "optimizer, changed, expected",
+    [
+        ("adam", ["--weight-decay", 0.1, "--adam-betas", "(0.5, 0.9)"], {"weight_decay": 0.1, "betas": (0.5, 0.9)}),
+        ("sgd", ["--momentum", 0.9, "--lr", 1e-3], {"momentum": 0.9, "lr": 1e-3}),
+    ],
+)
+def test_options_of_the_optimizer_may_change(optimizer, changed, expected, data, tmp_path):
+    """fairseq alone goes on with those of the checkpoint."""
+    options = ["--optimizer", optimizer, "--lr", 5e-3]
+    train(configured(data / "1", *options, "--max-update", 2), tmp_path)
+    for update, given in ((3, []), (4, ["--optimizer-overrides", "{'weight_decay': 0.2}"])):
+        train(configured(data / "1", *options, *changed, *given, "--max-update", update), tmp_path)
+        [group] = read(tmp_path)["last_optimizer_state"]["param_groups"]
+        expected = {**expected, **({"weight_decay": 0.2} if given else {})}
+        assert {name: group[name] for name in expected} == expected
 
 
 def test_kinds_of_state_are_those_of_fairseq():

@@ -7,10 +7,10 @@ references to it stay, and an optimizer of another model is not touched.
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, Callable, Iterator, Optional, Type
+from typing import Any, Callable, Collection, Iterator, Optional, Type
 
 import torch
-from fairseq.optim import FairseqOptimizer, fp16_optimizer
+from fairseq.optim import FairseqOptimizer, build_optimizer, fp16_optimizer
 from fairseq.optim.adam import Adam
 from torch import Tensor
 
@@ -56,6 +56,26 @@ class WaitingOnce(FairseqOptimizer):
 def _waiting_once(kind: Any) -> Type[FairseqOptimizer]:
     """Return the class that waits once. It has the name of fairseq's class, since checkpoints hold that name."""
     return type(kind.__name__, (WaitingOnce, kind), {"__module__": __name__, "__doc__": kind.__doc__})
+
+
+def put_options(options: Any, names: Collection[str], state: Any) -> None:
+    """Put the values of options into the state of an optimizer; fairseq would go on with the values in the state.
+
+    The learning rate is left to the schedule.
+
+    Args:
+        options: fairseq's section of the optimizer.
+        names: of the options.
+        state: a checkpoint's. Of several optimizers in one it stays as it is.
+    """
+    groups = state.get("param_groups", []) if isinstance(state, dict) else []
+    if not (names and groups):
+        return
+    [group] = build_optimizer(options, [torch.nn.Parameter(torch.zeros(1))]).param_groups
+    for key in group.keys() - {"params", "lr"}:
+        if any(name == key or name.endswith(f"_{key}") for name in names):  # adam_betas and betas
+            for saved in groups:
+                saved[key] = group[key]
 
 
 def adopt(optimizer: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.names import missing_checkpoint, option_name
 from .averages import supply_averages
 from .configuration import CheckpointError, complete, describe, is_ours, read_ours
+from .optimizers import put_options
 from .overrides import owners_of_options
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,9 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
     if told:
         logger.warning("%s: %s", path, _listed(told))
     supply_averages(run.trainer, state, run.anew)
+    if not run.anew:
+        changed = [d.name for d in differences if d.section == "optimizer"]
+        put_options(run.trainer.cfg.optimizer, changed, state["last_optimizer_state"])
 
 
 def _check_choices(run: _Run, then: Mapping[str, Any], path: str, differences: List[_Difference]) -> None:
@@ -157,7 +161,7 @@ def _check_choices(run: _Run, then: Mapping[str, Any], path: str, differences: L
     refused = {"criterion", "optimizer"}
     if _kind_of_state(run.trainer.cfg.common) != _kind_of_state(SimpleNamespace(**then["common"])):
         refused |= _PRECISION
-    choices = [d for d in differences if d.name in refused]
+    choices = [d for d in differences if d.name in refused or (d.name == "beta1" and None in (d.now, d.then))]
     if choices:
         raise CheckpointError(
             f"{path}: {_listed(choices)}. Go on with the former, or pass --reset-optimizer to begin with another"
