@@ -27,7 +27,7 @@ STREAMS, LENGTH, UPDATES = 4, 8, 12
 def docs() -> SimpleNamespace:
     """Names that the training block of the page defines."""
     names: dict = {}
-    exec(BLOCKS[1], names)
+    exec(next(block for block in BLOCKS if "def train(" in block), names)
     return SimpleNamespace(**names)
 
 
@@ -75,19 +75,24 @@ def test_the_loop_equals_fairseq_train(memory, docs, tiny_data, tmp_path, monkey
         assert torch.equal(weight, saved[f"decoder.{name}"]), name
 
 
-def test_the_page_runs(docs, tmp_path, monkeypatch, capsys):
+def test_the_page_runs(tmp_path, monkeypatch, capsys):
+    """Its blocks in order; the files to read have the 996 words of its tokenizer."""
     monkeypatch.chdir(tmp_path)
-    small = BLOCKS[0].replace("segment_length=150", "segment_length=8, decoder_layers=1, decoder_embed_dim=16")
-    names = {**vars(docs), "text": torch.arange(50) % 7}
-    exec(small, names)
-    exec(BLOCKS[2], names)
-    assert 100 < float(capsys.readouterr().out) < 10_000  # of 1,000 words, untrained
-    exec(BLOCKS[3], names)
-    assert names["words"].shape == (1, 5) and len(names["score"].words) == 5 and len(names["losses"]) == 2
-    _, sample, streamed = capsys.readouterr().out.split("\n")  # none of these words is the end of a line
-    assert sample.startswith("w1 w2 ") and len(sample.split()) == 22 and len(streamed.split()) == 20
-    exec(BLOCKS[4], names)
-    assert names["words"].shape == names["log_probs"].shape == (2, 50)
-    exec(BLOCKS[5], names)
-    assert [len(scores) for scores in names["log_probs"]] == [3, 1]
-    exec(BLOCKS[6], {**names, "segment": torch.arange(64).view(8, 8), "state": None})
+    for file, count in (("train.txt", 996), ("valid.txt", 50)):
+        Path(file).write_text("".join(f"w{i}{' ' if i % 10 else chr(10)}" for i in range(count)))
+    names = {"segment": torch.arange(64).view(8, 8)}
+    for block in BLOCKS:
+        exec(block.replace("segment_length=150", "segment_length=8, decoder_layers=1, decoder_embed_dim=16"), names)
+        if "math.exp" in block:
+            assert 100 < float(capsys.readouterr().out) < 10_000  # of 1,000 words, hardly trained
+            assert names["model"].config.vocabulary_size == 1000 and len(names["losses"]) == 8
+        if "reader = " in block:
+            assert names["words"].shape == (1, 5) and len(names["score"].words) == 5 and len(names["losses"]) == 2
+            _, sample, streamed = capsys.readouterr().out.split("\n")  # none of these words is the end of a line
+            assert sample.startswith("w1 w2 ") and len(sample.split()) == 22 and len(streamed.split()) == 20
+        if "model.generate(" in block:
+            assert names["words"].shape == names["log_probs"].shape == (2, 50)
+        if "score_documents(" in block:
+            assert [len(scores) for scores in names["log_probs"]] == [3, 1]
+            names["state"] = None
+    assert "num_streams=8, cleared" in BLOCKS[-1]

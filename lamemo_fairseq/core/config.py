@@ -3,7 +3,8 @@
 # No postponed annotations: a host reads the types of the fields.
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Dict, List, Mapping, Optional, Tuple, Type, Union
+from numbers import Integral, Real
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, Union, get_args
 
 from .attention import BACKENDS
 from .fields import Values, option
@@ -73,18 +74,13 @@ class ModelConfig:
     # Ids of the words that end a sentence, and a paragraph, for positions that count them.
     sentence_ends: Tuple[int, ...] = ()
     paragraph_ends: Tuple[int, ...] = ()
-    # The chosen memory's own options; None stands for its defaults.
-    memory_options: Optional[MemoryOptions] = field(default=None)
+    # The chosen memory's own options, also as a dictionary by name; None stands for its defaults.
+    memory_options: Union[MemoryOptions, Mapping[str, Any], None] = field(default=None)
 
     def __post_init__(self) -> None:
-        options = MEMORIES[self.memory].options  # refuses an unknown name
-        if self.memory_options is None:
-            object.__setattr__(self, "memory_options", options())
-        elif type(self.memory_options) is not options:
-            raise ValueError(
-                f"memory_options is a {type(self.memory_options).__name__}, but --memory {self.memory} "
-                f"takes {options.__name__}"
-            )
+        object.__setattr__(self, "memory_options", _own_options(self.memory, self.memory_options))
+        _check_types(self)
+        _check_types(self.own_options)
         for name in ("sentence_ends", "paragraph_ends"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list, from JSON
         self._check_names()
@@ -105,7 +101,7 @@ class ModelConfig:
     @property
     def own_options(self) -> MemoryOptions:
         """The chosen memory's own options."""
-        assert self.memory_options is not None
+        assert isinstance(self.memory_options, MemoryOptions)
         return self.memory_options
 
     @property
@@ -130,13 +126,6 @@ class ModelConfig:
         """
         chosen = dict(values)
         _refuse_unknown(chosen, cls)
-        own = chosen.get("memory_options")
-        if isinstance(own, Mapping):
-            memory = chosen.get("memory", cls.memory)
-            options = MEMORIES[memory].options
-            _refuse_options_of_others(own, memory)
-            _refuse_unknown(own, options)
-            chosen["memory_options"] = options(**own)
         return cls(**chosen)
 
     def _check_names(self) -> None:
@@ -247,6 +236,40 @@ class ModelConfig:
                 f"--tokens-per-sample {length} does not divide into --bptt-segments {segments} of one "
                 "length: pass a multiple; in evaluation, --model-overrides \"{'bptt_segments': 1}\" will do"
             )
+
+
+_TYPES: Mapping[type, Tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a string"),
+}
+
+
+def _check_types(config: Union[ModelConfig, MemoryOptions]) -> None:
+    """Refuse options with values of another type, as those of a dictionary may be."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        kind, *rest = get_args(f.type) or (f.type,)  # the kind of an Optional comes first
+        if "help" in f.metadata and kind in _TYPES and not (value is None and rest):
+            taken, shown = _TYPES[kind]
+            if not isinstance(value, taken):
+                raise ValueError(f"{option_name(f.name)} is {value!r}: pass {shown}")
+
+
+def _own_options(memory: str, given: Union[MemoryOptions, Mapping[str, Any], None]) -> MemoryOptions:
+    """Return a memory's own options, of which a dictionary has some by name."""
+    options = MEMORIES[memory].options  # refuses an unknown name
+    if given is None or isinstance(given, Mapping):
+        _refuse_options_of_others(given or {}, memory)
+        _refuse_unknown(given or {}, options)
+        return options(**(given or {}))
+    if type(given) is not options:
+        raise ValueError(
+            f"memory_options is a {type(given).__name__}, but --memory {memory} takes {options.__name__}: pass a "
+            "dictionary of its options by name, {} for the defaults"
+        )
+    return given
 
 
 def _refuse_unknown(values: Mapping[str, object], config: Type[Union[ModelConfig, MemoryOptions]]) -> None:

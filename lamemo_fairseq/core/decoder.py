@@ -3,8 +3,9 @@
 Shapes: B streams, N tokens of a segment, T tokens of a text, V words, d model width.
 """
 
+import logging
 from dataclasses import replace
-from typing import List, Optional, Union
+from typing import Iterable, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from .memory.base import last_rows
 from .memory.groups import GroupedState, read_groups
 from .positions import POSITIONS, PositionConfig, PositionEncoding
 from .segments import SegmentReader
+
+logger = logging.getLogger(__name__)
+
+_OF_MEMORY = ("memory.", "positions.ahead_")  # names of weights that only a memory uses
 
 
 class MemoryDecoder(nn.Module):
@@ -135,6 +140,17 @@ class MemoryDecoder(nn.Module):
         layer = self.adaptive_softmax if self.output is None else self.output
         assert layer is not None
         return layer
+
+    def weights_left_out(self, names: Iterable[str], prefix: str = "") -> List[str]:
+        """Return those weights by name that only a memory uses, if this model has none, and say so.
+
+        So a model that was trained with memory is evaluated without it.
+        """
+        of_memory = () if self.memory.remembers else tuple(prefix + name for name in _OF_MEMORY)
+        unused = [name for name in names if name.startswith(of_memory)]
+        if unused:
+            logger.info("--memory none leaves out weights of the saved model: %s", ", ".join(unused))
+        return unused
 
     def reset_parameters(self) -> None:
         """Draw weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions and memories draw their own."""

@@ -108,19 +108,24 @@ def read_saved(folder: Path, changes: Values) -> Saved:
     return Saved(ModelConfig.from_dict({**values, **changes}), _dtype_of(folder / WEIGHTS), for_transformers)
 
 
-def load_weights(folder: Path, model: nn.Module, for_transformers: bool) -> None:
-    """Load the weights into a model.
+def load_weights(folder: Path, model: MemoryDecoder, for_transformers: bool) -> None:
+    """Load the weights into a model; one without memory leaves out weights that only a memory uses.
 
     Raises:
         ValueError: the weights belong to another configuration.
     """
+    module = nn.ModuleDict({"model": model}) if for_transformers else model
+    other = f"{folder}: the weights are those of another configuration: "
     try:
-        _safetensors().torch.load_model(
-            nn.ModuleDict({"model": model}) if for_transformers else model, folder / WEIGHTS
-        )
+        missing, unexpected = _safetensors().torch.load_model(module, folder / WEIGHTS, strict=False)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        raise ValueError(f"{folder}: the weights are those of another configuration: {lines[-1][:200]}") from error
+        raise ValueError(other + lines[-1][:200]) from error
+    unused = model.weights_left_out(unexpected, "model." if for_transformers else "")
+    unexpected = [name for name in unexpected if name not in unused]
+    if missing or unexpected:
+        lacking, named = ("the folder lacks", missing) if missing else ("the model lacks", unexpected)
+        raise ValueError(other + f"{lacking} {', '.join(sorted(named))}"[:200])
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Optional[Tokenizer]:

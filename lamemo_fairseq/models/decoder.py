@@ -3,7 +3,6 @@
 Shapes: B streams, N tokens of a segment, V words, d model width.
 """
 
-import logging
 import zlib
 from collections import deque
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from ..core.names import option_name
 from ..core.segments import Piece
 from ..data.text_encoding import PREPROCESS
 from .config import model_config
-
-logger = logging.getLogger(__name__)
 
 # Generation and scoring cut long inputs into segments themselves, so nothing has to be truncated.
 UNLIMITED = 10**9
@@ -261,12 +258,8 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
                 f"({PREPROCESS} own --srcdict DICT, or fairseq-preprocess --srcdict DICT); to train a new model, take "
                 "another --save-dir"
             )
-        if not self.memory.remembers:
-            unused = [k for k in state_dict if k.startswith((f"{name}.memory.", f"{name}.positions.ahead_"))]
-            for key in unused:
-                del state_dict[key]
-            if unused:
-                logger.info("--memory none leaves out weights of the checkpoint: %s", ", ".join(unused))
+        for key in self.weights_left_out(state_dict, f"{name}."):
+            del state_dict[key]
         return state_dict
 
 

@@ -106,6 +106,58 @@ def test_the_memory_is_replaced_where_the_weights_fit(tmp_path):
     assert config.memory == "recurrent" and config.memory_options == MemoryOptions()
 
 
+def test_a_model_is_loaded_without_its_memory(tmp_path, caplog):
+    """As in evaluation; weights that a memory adds to layers stay where they are needed."""
+    model = tiny_decoder(("lookahead", "disentangled-content", "right"))
+    model.save(tmp_path)
+    changes = {"memory": "none", "memory_options": {}, "position_encoding": "transformer-xl"}
+    with caplog.at_level("INFO"):
+        plain = LanguageModel.load(tmp_path, **changes)
+    assert "leaves out weights of the saved model: positions.ahead_" in caplog.text
+    tokens = random_tokens(2, 3)
+    with torch.no_grad():  # the first segment has no memory
+        torch.testing.assert_close(plain(tokens).features, model(tokens).features, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"another configuration: the model lacks positions.ahead_.*content_bias"):
+        LanguageModel.load(tmp_path, **{**changes, "memory": "recurrent"})
+    tiny_decoder(("infini", "transformer-xl", "delta")).save(tmp_path / "infini")
+    with pytest.raises(ValueError, match=r"another configuration: the model lacks layers\.0\.self_attn"):
+        LanguageModel.load(tmp_path / "infini", memory="none", memory_options={})
+
+
+def test_options_of_a_memory_are_given_by_name():
+    given = {"compressed_len": 7, "compression_rate": 2}
+    sizes = {"memory": "compressive", "position_encoding": "transformer-xl"}
+    config = ModelConfig(17, 4, **sizes, memory_options=given)
+    assert config == ModelConfig(17, 4, **sizes, memory_options=CompressiveOptions(**given))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert replace(config, memory="recurrent", memory_options={}).own_options == MemoryOptions()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"memory_options": {"compressed_length": 7}},
+            r"unknown name 'compressed_length'.*did you mean compressed_len",
+        ),
+        ({"memory_options": {"store_len": 7}}, r"--memory compressive does not take store_len, .*--memory memorizing"),
+        ({"memory_options": {"compressed_len": "7"}}, r"--compressed-len is '7': pass a whole number"),
+        ({"memory_options": {"compression": 1}}, r"--compression is 1: pass a string"),
+        ({"memory_options": {"compressed_len": -7}}, r"--compressed-len is -7"),
+        ({"memory_options": [7]}, r"memory_options is a list, but .* takes CompressiveOptions: pass a dictionary of"),
+        ({"mem_len": "300"}, r"--mem-len is '300': pass a whole number"),
+        ({"mem_len": None}, r"--mem-len is None: pass a whole number"),
+        ({"dropout": "0.1"}, r"--dropout is '0.1': pass a number"),
+        ({"same_length": "no"}, r"--same-length is 'no': pass True or False"),
+    ],
+    ids=str,
+)
+def test_values_of_another_kind(changes, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        ModelConfig(17, 4, **{"memory": "compressive", "position_encoding": "transformer-xl", **changes})
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
