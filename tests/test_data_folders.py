@@ -137,7 +137,7 @@ def test_a_model_lies_in_the_folder_whatever_the_record_calls_it(tmp_path, model
 )
 def test_a_damaged_record(tmp_path, content):
     (tmp_path / "preprocess.json").write_text(content)
-    with pytest.raises(ValueError, match=r"preprocess.json is damaged .*python -m preprocess"):
+    with pytest.raises(ValueError, match=r"preprocess.json is damaged .*python -m \S*preprocess"):
         read_text_encoding(str(tmp_path))
 
 
