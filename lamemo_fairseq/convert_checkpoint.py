@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, List, Optional
 
 from .arguments import ArgumentParser
+from .core.folder import make_folder
 from .core.names import missing_checkpoint
 
 if TYPE_CHECKING:
@@ -77,10 +78,11 @@ def _add_encoding_options(parser: ArgumentParser) -> None:
 
 
 def _import_released(args: argparse.Namespace) -> str:
-    from .checkpoints.convert import import_checkpoint, load_plain, save, save_dictionary, words_of
+    from .checkpoints.convert import check_released, import_checkpoint, load_plain, save, save_dictionary, words_of
 
     _need_file(args.source)
     released = load_plain(args.source)
+    check_released(released, args.source)
     vocabulary = released.get("vocab")
     if args.vocabulary:
         if not Path(args.vocabulary).is_file():
@@ -88,7 +90,7 @@ def _import_released(args: argparse.Namespace) -> str:
         vocabulary = Path(args.vocabulary).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     checkpoint, dictionary = import_checkpoint(released, words_of(vocabulary))
     folder = Path(args.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     save_dictionary(dictionary, folder / "dict.txt")
     save(checkpoint, folder / "checkpoint.pt")
     return f"{folder / 'checkpoint.pt'} and {folder / 'dict.txt'}"

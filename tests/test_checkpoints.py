@@ -15,6 +15,7 @@ from fairseq_cli import eval_lm, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.host import checkpoints
 from lamemo_fairseq.host.checkpoints import DamagedCheckpointError, seal, verify
 from lamemo_fairseq.host.configuration import read_ours
 
@@ -151,23 +152,27 @@ def test_the_same_command_goes_on_once_the_advice_is_followed(damaged, newest, d
     assert_same_weights(tmp_path / "checkpoint_last.pt", run / "checkpoint_last.pt")
 
 
-def test_what_to_do_where_nothing_can_be_copied(run, tmp_path):
+def test_what_to_do_where_nothing_can_be_copied(run, tmp_path, monkeypatch):
     """Training begins at update 0 without a last checkpoint; another name is not read unless it is given."""
     last, best = tmp_path / "checkpoint_last.pt", tmp_path / "checkpoint_best.pt"
     for path in (last, best):
         shutil.copy(run / "checkpoint_last.pt", path)
         cut_short(path)
-    with pytest.raises(
-        DamagedCheckpointError, match=r"No other one .* is whole: move it away to train from the start$"
+    for trains, path, advice in (
+        (True, last, "move it away to train from the start"),
+        (True, best, "name another"),
+        (False, last, "name another"),
     ):
-        verify(last)
-    with pytest.raises(DamagedCheckpointError, match=r"No other one beside it is whole$"):
-        verify(best)
-    shutil.copy(run / "checkpoint_last.pt", last)
-    with pytest.raises(
-        DamagedCheckpointError, match=r"The newest whole one .* is checkpoint_last.pt: name that instead$"
-    ):
-        verify(best)
+        monkeypatch.setattr(checkpoints, "restores", lambda trains=trains: trains)
+        with pytest.raises(DamagedCheckpointError, match=rf"No other one beside it is whole: {advice}$"):
+            verify(path)
+    for damaged, whole in ((last, best), (best, last)):
+        shutil.copy(run / "checkpoint_last.pt", whole)
+        cut_short(damaged)
+        with pytest.raises(
+            DamagedCheckpointError, match=rf"The newest whole one .* is {whole.name}: name that instead$"
+        ):
+            verify(damaged)
 
 
 def test_the_newest_checkpoint_is_that_of_the_latest_update(run, tmp_path):
@@ -179,7 +184,7 @@ def test_the_newest_checkpoint_is_that_of_the_latest_update(run, tmp_path):
     last = tmp_path / "checkpoint_last.pt"
     shutil.copy(run / "checkpoint_last.pt", last)
     cut_short(last)
-    with pytest.raises(DamagedCheckpointError, match=r"copy checkpoint7\.pt over checkpoint_last\.pt$"):
+    with pytest.raises(DamagedCheckpointError, match=r"is checkpoint7\.pt: name that instead$"):
         verify(last)
 
 

@@ -218,7 +218,8 @@ def test_foreign_objects_are_refused_and_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("model_config"), "lacks 'model_config'"),
+        (lambda c: c.pop("model_config"), r"released\.pt lacks 'model_config', so it is no checkpoint of the authors'"),
+        (lambda c: [c.pop("model_state"), c.pop("vocab")], "lacks 'model_state', .*; it holds model_config$"),
         (lambda c: c.pop("vocab"), "pass --vocabulary FILE"),
         (lambda c: c["vocab"].pop(), "has 23 words, the vocabulary 22"),
         (lambda c: c["vocab"].__setitem__(0, c["vocab"][1]), "holds a word twice"),
@@ -242,10 +243,20 @@ def test_a_file_cut_short_is_named(tmp_path):
         main(["import", str(tmp_path / "cut.pt"), str(tmp_path / "out")])
 
 
-def test_export_with_another_dictionary_is_refused(tmp_path):
+def test_what_does_not_fit_an_imported_checkpoint_is_refused(tmp_path):
     _, _, checkpoint = released(SQUARE)
     torch.save(checkpoint, tmp_path / "released.pt")
     main(["import", str(tmp_path / "released.pt"), str(tmp_path)])
+    ours = str(tmp_path / "checkpoint.pt")
+    dictionary = ["--dictionary", str(tmp_path / "dict.txt")]
+    for arguments, message in (
+        (["import", ours, "out"], "is a checkpoint of this package already: pass it to the commands as it is"),
+        (["import", str(tmp_path / "released.pt"), ours], "is a file: pass a folder"),
+        (["core", ours, ours, *dictionary], "is a file: pass a folder"),
+        (["export", ours, str(tmp_path), *dictionary], "is a folder: pass a file"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
     (tmp_path / "dict.txt").write_text("other 1\n")
     with pytest.raises(SystemExit, match="trained with another dictionary"):
         run_command(

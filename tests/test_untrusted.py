@@ -14,6 +14,7 @@ from fairseq_cli import eval_lm, generate, interactive, train, validate
 
 from lamemo_fairseq import convert_checkpoint
 from lamemo_fairseq.analysis.__main__ import main as analyse
+from lamemo_fairseq.host.configuration import read_ours
 from lamemo_fairseq.models.language_models import TransformerXLLanguageModel
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 
@@ -203,8 +204,8 @@ def change(*keys, to):
         (change("cfg", "interactive", "input", to=[1]), r"--input cannot be \[1\]"),
         (change("cfg", "model", "dropout", to=float("nan")), r"--dropout is nan"),
         (change("cfg", "model", "decoder_layers", to=-1), r"--decoder-layers is -1"),
-        (change("cfg", to=[1]), r"no checkpoint of fairseq-train \(it holds"),
-        (change("cfg", to=None), r"no checkpoint of fairseq-train \(it holds"),
+        (change("cfg", to=[1]), r"holds args, cfg, .*, so it is no checkpoint of fairseq-train: train with"),
+        (change("cfg", to=None), r"holds args, cfg, .*, so it is no checkpoint of fairseq-train: train with"),
         (change("args", to=argparse.Namespace(arch="lamemo_lm")), r"no configuration as this package saves it"),
         (change("model", to=[1]), r"weights under 'model'"),
         (change("model", "decoder.output", to="x"), r"weights under 'model'"),
@@ -222,6 +223,38 @@ def test_a_checkpoint_that_is_not_what_this_package_saves(spoil, message, data, 
         TransformerXLLanguageModel.from_pretrained(tmp_path, "spoilt.pt", data)
     assert "\n" not in str(refusal.value)
     assert str(path) in str(refusal.value) or "--dropout" in message or "layers is" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            "Chapter 1",
+            r"no checkpoint of .*; nothing in it was run \(torch cannot read it\): pass another, or if it is of",
+        ),
+        (
+            "a book",
+            r"no checkpoint of fairseq, or a damaged one \(IndexError: .*\): pass another, or copy it again",
+        ),
+        (
+            Runs("ran"),
+            r"no checkpoint of .*; nothing in it was run \(it holds the object [\w.]+\): pass another, or if",
+        ),
+        ([1], "holds no dictionary but a list, so it is no checkpoint of fairseq-train: train with"),
+        ({}, "holds nothing, so it is no checkpoint of fairseq-train: train with"),
+    ],
+    ids=["text", "another text", "object", "list", "empty"],
+)
+def test_a_file_of_another_kind_is_told_without_torchs_advice(content, told, tmp_path):
+    """Which is to run it."""
+    path = tmp_path / "other.pt"
+    path.write_text(content) if isinstance(content, str) else torch.save(content, path)
+    with pytest.raises(ValueError, match=f"other.pt (is )?{told}") as refused:
+        read_ours(str(path))
+    with pytest.raises(SystemExit, match=r"other\.pt (holds|lacks|is not)") as unconverted:
+        convert_checkpoint.main(["import", str(path), str(tmp_path / "out")])
+    for message in (str(refused.value), str(unconverted.value)):
+        assert "\n" not in message and "weights_only" not in message and "safe_globals" not in message
 
 
 def test_a_model_is_used_without_the_backend_that_it_was_trained_with(data, trained, tmp_path, caplog):

@@ -20,7 +20,7 @@ from ..core.memory import MEMORIES
 from ..core.names import option_name
 from ..core.positions.base import inverse_frequencies
 from ..core.released import ATTENTION_TYPES, from_released, model_options, to_released
-from ..host.configuration import check_options, complete
+from ..host.configuration import check_options, complete, is_ours, why_not_read
 from ..host.own import TASK
 from ..models.config import MemoryLanguageModelConfig
 from ..models.decoder import FairseqMemoryDecoder, vocabulary_checksum
@@ -57,15 +57,36 @@ def load_plain(path: str) -> Dict[str, Any]:
     try:
         with torch.serialization.safe_globals(known):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # a text is read as code of pickle, and may end in any
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        reason = why_not_read(error) if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0]
         raise ValueError(
-            f"{path} is not a checkpoint of tensors and plain containers; nothing in it was run. If it is cut "
-            f"short, fetch it again; otherwise save it anew without the object named here: {reason}"
+            f"{path} is not a checkpoint of tensors and plain containers; nothing in it was run ({reason}). If it is "
+            "cut short, fetch it again; if it holds another object, save it anew without"
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, and no checkpoint")
+        raise ValueError(f"{path} holds a {type(content).__name__}, so it is no checkpoint")
     return content
+
+
+def check_released(content: Dict[str, Any], path: str) -> None:
+    """Check that a file is a checkpoint of the authors' code.
+
+    Raises:
+        ValueError: the file is one of this package, or lacks the weights or their configuration.
+    """
+    if is_ours(content):
+        raise ValueError(
+            f"{path} is a checkpoint of this package already: pass it to the commands as it is, or convert it with "
+            "'export' or 'core'"
+        )
+    for key in ("model_state", "model_config"):
+        if key not in content:
+            raise ValueError(
+                f"{path} lacks '{key}', so it is no checkpoint of the authors' code; it holds "
+                f"{', '.join(sorted(map(str, content))) or 'nothing'}"
+            )
 
 
 def words_of(vocabulary: Any) -> List[str]:
@@ -162,11 +183,8 @@ def _parts(released: Dict[str, Any]) -> tuple[Dict[str, Any], Dict[str, Tensor]]
     """Return the configuration and the weights of a released checkpoint.
 
     Raises:
-        ValueError: the configuration or a weight is missing, or the file holds something else.
+        ValueError: a value of the configuration or a weight is missing, or something else is in its place.
     """
-    for key in ("model_state", "model_config"):
-        if key not in released:
-            raise ValueError(f"the released checkpoint lacks '{key}'; it holds {sorted(map(str, released))}")
     config = dict(released["model_config"] or {})
     state: Dict[str, Tensor] = dict(released["model_state"])
     lacking = [key for key in REQUIRED if key not in config]
@@ -312,7 +330,13 @@ def _buffers(config: Dict[str, Any], dtype: torch.dtype) -> Dict[str, Tensor]:
 
 
 def save(data: Any, path: Path) -> None:
-    """Write to a file beside the path, then rename it: an interrupted run leaves no half file."""
+    """Write to a file beside the path, then rename it: an interrupted run leaves no half file.
+
+    Raises:
+        IsADirectoryError: there is a folder at the path.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: pass a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     torch.save(data, unfinished)

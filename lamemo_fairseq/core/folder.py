@@ -61,6 +61,17 @@ def made_for(folder: Path, tokenizer: Optional[Tokenizer]) -> None:
             f"{folder} has a {DICTIONARY}, and the model to save no tokenizer: set model.tokenizer = "
             "Tokenizer.load(FOLDER), or save into another folder"
         )
+    make_folder(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where there is none.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: pass a folder")
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -86,7 +97,10 @@ def read_saved(folder: Path, changes: Values) -> Saved:
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is not there: pass a folder that LanguageModel.save has written")
+            raise FileNotFoundError(
+                f"{folder / name} is not there: pass a folder that LanguageModel.save has written, or write one from a "
+                "checkpoint of fairseq-train with python -m lamemo_fairseq.convert_checkpoint core"
+            )
     text = (folder / CONFIG).read_text(encoding="utf-8")
     try:
         with _safetensors().safe_open(folder / WEIGHTS, framework="pt") as weights:

@@ -113,12 +113,12 @@ def _digest(path: Path, length: int) -> bytes:
 def _advice(path: Path) -> str:
     """Return the advice on going on without a damaged file.
 
-    The same command reads checkpoint_last.pt again, and without one begins at update 0 and says nothing.
+    A training reads checkpoint_last.pt again, and without one begins at update 0 and says nothing.
     """
     whole = _newest_whole(path.parent, but=path.name)
-    last = path.name.startswith("checkpoint_last")
+    last = restores() and path.name.startswith("checkpoint_last")
     if whole is None:
-        return "No other one beside it is whole" + (": move it away to train from the start" if last else "")
+        return f"No other one beside it is whole: {'move it away to train from the start' if last else 'name another'}"
     if last:
         return f"To go on from the newest whole one beside it, copy {whole.name} over {path.name}"
     return f"The newest whole one beside it is {whole.name}: name that instead"

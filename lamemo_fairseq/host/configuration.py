@@ -8,6 +8,7 @@ import argparse
 import copy
 import logging
 import pickle
+import re
 import reprlib
 import zipfile
 from dataclasses import fields
@@ -64,7 +65,8 @@ _REGISTRIES: Dict[str, Registry[Any]] = {
     "position_encoding": POSITIONS,
     "attention_backend": BACKENDS,
 }
-_ORIGINS = "train with this package, or import with python -m lamemo_fairseq.convert_checkpoint import"
+_IMPORT = "python -m lamemo_fairseq.convert_checkpoint import"
+_ORIGINS = f"train with this package, or import with {_IMPORT}"
 
 
 class CheckpointError(ValueError):
@@ -89,7 +91,8 @@ def read_checkpoint(path: str, mapped: bool = False) -> Any:
             )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is no checkpoint of tensors and plain values; nothing in it was run ({_reason(error)})"
+            f"{path} is no checkpoint of tensors and plain values; nothing in it was run ({why_not_read(error)}): pass "
+            f"another, or if it is of the authors' code import it with {_IMPORT}"
         ) from None
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
@@ -138,17 +141,25 @@ def read_ours(path: str) -> Dict[str, Any]:
     """
     state = read_checkpoint(path, mapped=True)
     if not is_ours(state):
-        raise CheckpointError(f"{path} is {describe(state)}, which is not one of this package: {_ORIGINS}")
+        raise CheckpointError(f"{not_ours(state, path)}: {_ORIGINS}")
     check(state, path)
     return state
 
 
+def not_ours(state: Any, path: str) -> str:
+    """Say that a checkpoint is none of this package."""
+    if names(state) != (None, None):
+        return f"{path} is {describe(state)}, which is not one of this package"
+    if not isinstance(state, dict):
+        held = f"no dictionary but a {type(state).__name__}"
+    else:
+        held = ", ".join(sorted(map(str, state))[:8]) or "nothing"
+    return f"{path} holds {held}, so it is no checkpoint of fairseq-train"
+
+
 def describe(state: Any) -> str:
-    """Describe in a few words which model a checkpoint is of."""
+    """Describe in a few words which model a checkpoint is of, that names a model or a task."""
     model, task = names(state)
-    if model is None and task is None:
-        keys = ", ".join(sorted(map(str, state))[:8]) if isinstance(state, dict) else type(state).__name__
-        return f"no checkpoint of fairseq-train (it holds {keys or 'nothing'})"
     return f"a checkpoint of the model {_short(model)} and the task {_short(task)}"
 
 
@@ -380,7 +391,7 @@ def _first(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _reason(error: pickle.UnpicklingError) -> str:
-    """Return the part of torch's message about the file, without the advice to run the file."""
-    told = (line.strip() for line in str(error).split("\n"))
-    return next((line for line in told if "nsupported" in line or "GLOBAL" in line), "it holds an object")
+def why_not_read(error: pickle.UnpicklingError) -> str:
+    """Return what torch's message says of the file, without the advice to run the file."""
+    foreign = re.search(r"(?:GLOBAL|class|type) ([A-Za-z_][\w.]*\.\w+)", str(error))
+    return f"it holds the object {foreign[1]}" if foreign else "torch cannot read it"

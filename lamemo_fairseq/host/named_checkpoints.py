@@ -16,6 +16,7 @@ from .configuration import (
     is_our_task,
     is_ours,
     names,
+    not_ours,
     read_checkpoint,
     read_ours,
 )
@@ -46,7 +47,7 @@ def take_task_from_checkpoint(parser: argparse.ArgumentParser, arguments: Option
         if not is_ours(state):
             _, task = names(state)
             raise CheckpointError(
-                f"{path} is {describe(state)}, which is not one of this package: to open it with fairseq's own, pass "
+                f"{not_ours(state, path)}: to open it with fairseq's own, pass "
                 f"--task {task or 'NAME'}, if you trust the file"
             )
         check(state, path)

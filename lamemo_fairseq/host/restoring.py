@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.names import missing_checkpoint, option_name
 from .averages import supply_averages
-from .configuration import CheckpointError, complete, describe, is_ours, read_ours
+from .configuration import CheckpointError, complete, is_ours, not_ours, read_ours
 from .optimizers import put_options
 from .overrides import owners_of_options
 
@@ -120,14 +120,13 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
         CheckpointError: the checkpoint is of another package, or of a model that this run's options do not make.
     """
     if _opening.get() and not is_ours(state):
-        raise CheckpointError(f"{path} is {describe(state)}, which is not one of this package: pass its own task")
+        raise CheckpointError(f"{not_ours(state, path)}: pass its own task")
     run = _run.get()
     if run is None:
         return
     if not is_ours(state):
-        raise CheckpointError(
-            f"{path} is {describe(state)}, from which --task {run.trainer.cfg.task._name} cannot go on"
-        )
+        task = run.trainer.cfg.task._name
+        raise CheckpointError(f"{not_ours(state, path)}: --task {task} cannot go on from it, take another --save-dir")
     differences = _differences(run.trainer, state)
     check_weights(run.trainer.get_model(), state["model"], path, differences)
     if not run.anew:

@@ -54,7 +54,8 @@ class LamemoLM(LM):  # type: ignore[misc]  # the harness may be absent
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(
-                f"--device {device}, which the harness takes by default: there is no GPU, pass --device cpu"
+                f"the device is {device}, and there is no GPU: pass --device cpu, and none in --model_args (the "
+                "harness takes cuda unless it is told)"
             )
         model = LanguageModel.load(pretrained).to(self._device).eval()
         self.model = model if dtype is None else model.to(DTYPES[dtype])

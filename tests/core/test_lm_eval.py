@@ -218,7 +218,9 @@ def test_arguments_that_are_not_served(folder):
         with pytest.raises(ValueError, match=message):
             LamemoLM.create_from_arg_obj(given, {"device": "cpu"})
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="there is no GPU, pass --device cpu"):
+        with pytest.raises(
+            ValueError, match="the device is cuda:0, and there is no GPU: pass --device cpu, and none in"
+        ):
             LamemoLM.create_from_arg_obj(pretrained, {"device": "cuda:0"})
     one = LamemoLM.create_from_arg_string(f"pretrained={folder / 'model'},device=cpu", {"device": "cuda:0"})
     assert one.device == torch.device("cpu")
