@@ -37,9 +37,9 @@ def write_folder(folder: Path, model: MemoryDecoder, tokenizer: Optional[Tokeniz
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: the folder has a tokenizer, and the model has none.
+        ValueError: the folder has a tokenizer, and the model has none; or the model's has other words.
     """
-    made_for(folder, tokenizer)
+    made_for(folder, tokenizer, model.config.vocabulary_size)
     text = json.dumps({"format": FORMAT, **model.config.to_dict()}, indent=2) + "\n"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         _safetensors().torch.save_model(model, f"{unfinished}/{WEIGHTS}", metadata={CONFIG: text})
@@ -49,13 +49,16 @@ def write_folder(folder: Path, model: MemoryDecoder, tokenizer: Optional[Tokeniz
         put_in_place(unfinished, folder)
 
 
-def made_for(folder: Path, tokenizer: Optional[Tokenizer]) -> None:
-    """Make a folder for a model.
+def made_for(folder: Path, tokenizer: Optional[Tokenizer], words: int) -> None:
+    """Make a folder for a model of so many *words*.
 
     Raises:
         OSError: the folder cannot be made.
-        ValueError: the folder has a tokenizer and the model none, so that the model would be loaded with another's.
+        ValueError: the folder has a tokenizer and the model none, so that the model would be loaded with another's; or
+            the model's has another number of words, so that it would not be loaded.
     """
+    if tokenizer is not None:
+        tokenizer.check_size(words)
     if tokenizer is None and (folder / DICTIONARY).exists():
         raise ValueError(
             f"{folder} has a {DICTIONARY}, and the model to save no tokenizer: set model.tokenizer = "

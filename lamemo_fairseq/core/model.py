@@ -16,7 +16,8 @@ from .decoding.sampler import Continuation
 from .folder import load_tokenizer, load_weights, read_saved, write_folder
 from .memory import MemoryState, Passage
 from .memory.documents import DocumentStreams, Extract
-from .reader import Reader, Score, Text, Token
+from .memory.groups import GroupedState
+from .reader import Reader, Score, Text, Token, check_known, word_ids
 from .segments import Piece
 from .text import END, Tokenizer
 
@@ -36,8 +37,42 @@ class LanguageModel(MemoryDecoder):
     tokenizer: Optional[Tokenizer] = None  # for texts that are strings
 
     def forward(self, tokens: Tensor, state: Optional[MemoryState] = None, lengths: Optional[Tensor] = None) -> Passage:
-        """Read one segment; arguments and result as for `read`."""
+        """Read one segment; arguments and result as for `read`.
+
+        Raises:
+            ValueError: the tokens are no segment of word ids, or the state is of other streams or of another memory.
+                Word ids are checked on a CPU alone: on a GPU, the host would wait for the answer.
+        """
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise ValueError(f"a segment is a tensor [B, N] of word ids, not {tokens.dtype} {list(tokens.shape)}")
+        if tokens.device.type == "cpu":
+            check_known(self, tokens, "the segment has")
+        if state is not None:
+            self._check_state(state, len(tokens))
         return self.read(tokens, state, lengths)
+
+    def loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """Return the sum of the negative log-likelihoods of ``target [B, N]``, a scalar in float32 or wider.
+
+        Raises:
+            ValueError: a word id is not known; checked on a CPU alone.
+        """
+        if target.device.type == "cpu":
+            check_known(self, target, "the target has")
+        return super().loss(features, target)
+
+    def _check_state(self, state: MemoryState, streams: int) -> None:
+        if not isinstance(state, (GroupedState, self.memory.state)):
+            raise ValueError(
+                f"the state is a {type(state).__name__}, and --memory {self.config.memory} has a "
+                f"{self.memory.state.__name__}: pass what this model has returned, or None for empty memories"
+            )
+        sizes = [state.num_streams] if isinstance(state, GroupedState) else [len(t) for t in state.tensors()[:1]]
+        if sizes not in ([], [streams]):
+            raise ValueError(
+                f"the segment has {streams} streams, and the state is of {sizes[0]}: pass the state of the same "
+                "streams, or None for empty memories; advance clears single ones"
+            )
 
     def reader(self, batch_size: int = 1) -> Reader:
         """Return a reader of B texts, which are read piece by piece with their memory carried along.
@@ -67,7 +102,7 @@ class LanguageModel(MemoryDecoder):
 
     def generate(
         self,
-        prompts: Sequence[Text],
+        prompts: Union[Text, Sequence[Text]],
         count: int,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -77,7 +112,8 @@ class LanguageModel(MemoryDecoder):
         """Continue texts word by word, over a cache of their memory.
 
         Args:
-            prompts: B texts of any lengths. A string is read after ``</s>``; of word ids there must be one or more.
+            prompts: one text, or B of any lengths. A string is read after ``</s>``; of word ids there must be one or
+                more.
             count: n, words to add to each.
             temperature: 0 takes the most probable word.
             top_k: draw from the k most probable words only (0: from all).
@@ -90,6 +126,7 @@ class LanguageModel(MemoryDecoder):
         Raises:
             ValueError: there is no prompt, a prompt is empty, an option makes no sense, or as for `score`.
         """
+        prompts = [prompts] if isinstance(prompts, (str, Tensor)) else prompts
         if not len(prompts):
             raise ValueError("generate continues at least one text of at least one word: begin a text with its </s>")
         reader = self.reader(len(prompts))
@@ -115,6 +152,8 @@ class LanguageModel(MemoryDecoder):
         The other arguments, and the errors, are those of `generate`.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("sample continues strings: call generate for texts of word ids")
         words = self.generate(texts, count, temperature, top_k, top_p, seed).words if texts else ()
         whole = [self._continued(text, new.tolist(), stop_at_end) for text, new in zip(texts, words, strict=True)]
         return whole[0] if isinstance(prompts, str) else whole
@@ -147,35 +186,39 @@ class LanguageModel(MemoryDecoder):
         return self.tokenizer.decode([*self.tokenizer.encode(text).tolist(), *new])
 
     @torch.no_grad()
-    def score_documents(self, documents: Sequence[Tensor], num_streams: int) -> List[Tensor]:
+    def score_documents(self, documents: Sequence[Text], num_streams: int) -> List[Tensor]:
         """Score documents of any lengths, each from an empty memory, many side by side.
 
         Args:
-            documents: word ids ``[T + 1]`` each. The first word, such as ``</s>``, is not scored.
+            documents: word ids ``[T + 1]`` each, or strings, read after ``</s>``. The first word is not scored.
             num_streams: documents read side by side. The scores do not depend on it.
 
         Returns:
             For each document the log-probabilities ``[T]`` of its words behind the first, in float32 or wider.
 
         Raises:
-            ValueError: a document is empty, no stream is asked for, or the model is in training mode.
+            ValueError: a document is empty, no stream is asked for, or as for `score`.
         """
         if self.training:
             raise ValueError("score_documents reads texts without dropout: call model.eval() first")
-        if num_streams < 1 or any(len(document) == 0 for document in documents):
+        if isinstance(documents, str):
+            raise ValueError("score_documents reads a list of documents: pass [TEXT] for one")
+        if self.tokenizer is not None:
+            self.tokenizer.check_size(self.config.vocabulary_size)
+        ids = [word_ids(self, self.tokenizer, text) for text in documents]
+        if num_streams < 1 or any(len(document) == 0 for document in ids):
             raise ValueError("score_documents reads documents of at least one word, in at least one stream")
         device = next(self.parameters()).device
-        deal = DocumentStreams([len(d) - 1 for d in documents], num_streams, self.segment_length, clear=True)
+        deal = DocumentStreams([len(d) - 1 for d in ids], num_streams, self.segment_length, clear=True)
         streams = [deal.stream(dealt) for dealt in deal.dealt]
-        scored: List[List[Tensor]] = [[] for _ in documents]
+        scored: List[List[Tensor]] = [[] for _ in ids]
         waiting: Deque[Tuple[List[List[Extract]], Tensor]] = deque()  # of segments, what each one's features are for
 
         def pieces() -> Iterator[Piece]:
             for index in range(deal.num_segments):
                 extracts = [stream.segment(index) for stream in streams]  # one a stream, none after its end
                 words = [
-                    documents[own[0].document][own[0].start : own[0].stop + 1] if own else documents[0][:1]
-                    for own in extracts
+                    ids[own[0].document][own[0].start : own[0].stop + 1] if own else ids[0][:1] for own in extracts
                 ]
                 padded = nn.utils.rnn.pad_sequence([w.to(device) for w in words], batch_first=True)
                 lengths = torch.tensor([len(w) - 1 for w in words], device=device)

@@ -46,7 +46,7 @@ class Reader:
         batch_size: B.
 
     Raises:
-        ValueError: the model is in training mode, or B is not positive.
+        ValueError: the model is in training mode, the tokenizer is another model's, or B is not positive.
     """
 
     def __init__(self, decoder: MemoryDecoder, tokenizer: Optional[Tokenizer] = None, batch_size: int = 1):
@@ -54,6 +54,8 @@ class Reader:
             raise ValueError("a text is read without dropout: call model.eval() first")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, it must be positive")
+        if tokenizer is not None:
+            tokenizer.check_size(decoder.config.vocabulary_size)
         self.decoder, self.tokenizer = decoder, tokenizer
         self._state = DecodingState(decoder, batch_size)
         # The last word of each text, which the state has not read yet; [0] before the first.
@@ -144,7 +146,16 @@ class Reader:
             yield Token(word, str(word) if self.tokenizer is None else self.tokenizer.symbols[word], float(log_probs))
 
     def reorder(self, order: Sequence[int]) -> None:
-        """Let text i go on from the words that text ``order[i]`` has read. Texts may be repeated and left out."""
+        """Let text i go on from the words that text ``order[i]`` has read. Texts may be repeated and left out.
+
+        Raises:
+            ValueError: a number is none of a text, or there are no numbers.
+        """
+        unknown = [text for text in order if not 0 <= text < len(self)]
+        if unknown or not len(order):
+            raise ValueError(
+                f"order {f'has {unknown[0]}' if unknown else 'is empty'}: pass numbers of texts, 0 to {len(self) - 1}"
+            )
         self._sampler = None  # its graphs write into the former tensors
         self._state.reorder(torch.tensor(order, device=self._device))
         self._last = [self._last[source] for source in order]
@@ -179,33 +190,52 @@ class Reader:
                 f"the reader reads {len(self)} texts, and pieces of {len(given)} were given: pass a piece of each"
             )
         pieces = [
-            torch.cat([last, self._ids(text, len(last) == 0)]) for text, last in zip(given, self._last, strict=True)
+            torch.cat([last, word_ids(self.decoder, self.tokenizer, text, begins=len(last) == 0).to(self._device)])
+            for text, last in zip(given, self._last, strict=True)
         ]
         self._last = [piece[-1:] for piece in pieces]
         return pieces
 
-    def _ids(self, text: Text, begins: bool) -> Tensor:
-        if isinstance(text, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    "this model has no tokenizer: pass word ids, or set model.tokenizer = Tokenizer.load(FOLDER), "
-                    "which reads dict.txt there"
-                )
-            ids = self.tokenizer.encode(text)
-            text = torch.cat([ids.new_tensor([END]), ids]) if begins else ids
-        if text.dim() != 1 or text.is_floating_point():
-            raise ValueError(f"a text is a string or a tensor [T] of word ids, not {text.dtype} {list(text.shape)}")
-        words = self.decoder.config.vocabulary_size
-        if ((text < 0) | (text >= words)).any():
-            lowest, highest = int(text.min()), int(text.max())
-            raise ValueError(
-                f"a text has the word ids {lowest} to {highest}, and the model those from 0 to {words - 1}"
-            )
-        return text.to(self._device, torch.int64)
-
     def _padded(self, pieces: Sequence[Tensor]) -> Tuple[Tensor, List[int]]:
         """Return the pieces in one tensor, and the number of each piece's words that another word follows."""
         return nn.utils.rnn.pad_sequence(list(pieces), batch_first=True), [max(len(piece) - 1, 0) for piece in pieces]
+
+
+def word_ids(decoder: MemoryDecoder, tokenizer: Optional[Tokenizer], text: Text, begins: bool = True) -> Tensor:
+    """Return the word ids ``[T]`` of a text, int64 on its device; a string that *begins* a text comes after ``</s>``.
+
+    Raises:
+        ValueError: a word id is not known, a string is given without a tokenizer, or *text* is neither.
+    """
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise ValueError(
+                "this model has no tokenizer: pass word ids, or set model.tokenizer = Tokenizer.load(FOLDER), "
+                "which reads dict.txt there"
+            )
+        ids = tokenizer.encode(text)
+        text = torch.cat([ids.new_tensor([END]), ids]) if begins else ids
+    if not isinstance(text, Tensor):
+        raise ValueError(f"a text is a string or a tensor [T] of word ids, not a {type(text).__name__}")
+    if text.dim() != 1 or text.is_floating_point():
+        raise ValueError(f"a text is a string or a tensor [T] of word ids, not {text.dtype} {list(text.shape)}")
+    check_known(decoder, text, "a text has")
+    return text.to(torch.int64)
+
+
+def check_known(decoder: MemoryDecoder, ids: Tensor, what: str) -> None:
+    """Refuse word ids that a model does not know.
+
+    Args:
+        what: the beginning of the error.
+
+    Raises:
+        ValueError: an id is below 0, or not below the model's number of words.
+    """
+    words = decoder.config.vocabulary_size
+    if ((ids < 0) | (ids >= words)).any():
+        lowest, highest = int(ids.min()), int(ids.max())
+        raise ValueError(f"{what} the word ids {lowest} to {highest}, and the model those from 0 to {words - 1}")
 
 
 class RandomNumbers:

@@ -16,9 +16,9 @@ def export_folder(core: LanguageModel, folder: Path) -> None:
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: the folder has a tokenizer, and the model has none.
+        ValueError: the folder has a tokenizer, and the model has none; or the model's has other words.
     """
-    made_for(folder, core.tokenizer)
+    made_for(folder, core.tokenizer, core.config.vocabulary_size)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         LamemoForCausalLM.of(core).save_pretrained(unfinished, max_shard_size="1000TB")
         if core.tokenizer is not None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lamemo_fairseq.core import MEMORIES, LanguageModel, Reader, Tokenizer
+from lamemo_fairseq.core import MEMORIES, LanguageModel, Reader, Tokenizer, advance
 from lamemo_fairseq.core.decoding.drawing import Draw
 from lamemo_fairseq.core.decoding.sampler import Continuation
 
@@ -149,6 +149,19 @@ def test_strings_are_read_after_the_end_of_a_line(model):
     assert model.score([]) == [] and len(model.score("").words) == 0
 
 
+def test_one_text_is_continued_like_a_list_of_one(model):
+    for prompt in ("w1 w2", torch.tensor([2, 5, 6])):
+        assert torch.equal(*(model.generate(given, 5, seed=1).words for given in (prompt, [prompt])))
+
+
+def test_documents_may_be_strings(model):
+    documents = ["w1 w2\nw3", torch.tensor([2, 7, 5]), ""]
+    scored = model.score_documents(documents, 2)
+    assert [len(scores) for scores in scored] == [4, 2, 0]
+    expected = model.score_documents([torch.tensor([2, 5, 6, 2, 7])], 1)[0]
+    torch.testing.assert_close(scored[0], expected, rtol=0, atol=1e-12)
+
+
 def test_samples_are_texts(model):
     one, two = model.sample(["w1", "w2\nw3"], 9, seed=1)
     assert one.startswith("w1") and two.startswith("w2\nw3") and len(two.split("\n", 1)[1].split()) > 1
@@ -168,6 +181,36 @@ def test_samples_are_texts(model):
         (lambda m: m.score(torch.tensor([-1])), r"has the word ids -1 to -1"),
         (lambda m: m.score(torch.rand(3)), r"a string or a tensor \[T\] of word ids, not torch.float32 \[3\]"),
         (lambda m: m.score(torch.tensor([[4]])), r"a string or a tensor \[T\]"),
+        (lambda m: m.score([3]), r"a text is a string or a tensor \[T\] of word ids, not a int"),
+        (lambda m: m.sample(torch.tensor([4]), 3), "sample continues strings: call generate for texts of word ids"),
+        (lambda m: m.reader(2).reorder([0, 5]), "order has 5: pass numbers of texts, 0 to 1"),
+        (lambda m: m.reader(2).reorder([-1]), "order has -1: pass numbers of texts, 0 to 1"),
+        (lambda m: m.reader(2).reorder([]), "order is empty: pass numbers of texts, 0 to 1"),
+        (lambda m: m(torch.tensor([[4, 17]])), "the segment has the word ids 4 to 17, and the model those from 0 to 1"),
+        (lambda m: m(torch.tensor([4])), r"a segment is a tensor \[B, N\] of word ids, not torch.int64 \[1\]"),
+        (lambda m: m(torch.rand(1, 3)), r"a segment is a tensor \[B, N\] of word ids, not torch.float32 \[1, 3\]"),
+        (
+            lambda m: m(random_tokens(3, 3), m(random_tokens(2, 3)).state),
+            "the segment has 3 streams, and the state is of 2: pass the state of the same streams, or None",
+        ),
+        (
+            lambda m: m(random_tokens(3, 3), advance(m(random_tokens(2, 3)).state, 2, [0])),
+            "the segment has 3 streams, and the state is of 2",
+        ),
+        (
+            lambda m: m(random_tokens(1, 3), tiny_decoder(("recurrent", "alibi", "right"))(random_tokens(1, 3)).state),
+            "the state is a RecurrentState, and --memory lookahead has a LookaheadState: pass what this model has ret",
+        ),
+        (
+            lambda m: m.loss(m(random_tokens(1, 3)).features, torch.tensor([[4, -100, 5]])),
+            "the target has the word ids -100 to 5, and the model those from 0 to 16",
+        ),
+        (lambda m: m.score_documents("w1 w2", 1), r"reads a list of documents: pass \[TEXT\] for one"),
+        (lambda m: m.score_documents([torch.tensor([2, 17])], 1), "a text has the word ids 2 to 17"),
+        (
+            lambda m: Reader(m, Tokenizer(WORDS[:2])),
+            "the tokenizer has 6 words, 4 special ones among them, and the mod",
+        ),
         (lambda m: m.generate([], 3), "at least one text"),
         (
             lambda m: m.generate([torch.tensor([], dtype=torch.int64)], 3),

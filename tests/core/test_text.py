@@ -127,6 +127,16 @@ def test_a_model_takes_its_tokenizer_along(tmp_path):
         LanguageModel.load(tmp_path)
 
 
+def test_another_models_tokenizer_is_not_saved(tmp_path):
+    model = tiny_decoder(words=1000)
+    model.tokenizer = Tokenizer(["a", "b"])
+    with pytest.raises(
+        ValueError, match=r"^the tokenizer has 6 words, .* and the model 1,000: set model\.tokenizer to"
+    ):
+        model.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_word_with_an_end_of_a_line_is_not_saved(tmp_path):
     model = tiny_decoder(words=5)
     model.tokenizer = Tokenizer(["a\nb"])

@@ -55,6 +55,18 @@ class Tokenizer:
         """Return the number of words, V."""
         return len(self.symbols)
 
+    def check_size(self, words: int) -> None:
+        """Refuse a model with another number of *words*.
+
+        Raises:
+            ValueError: with both numbers and the remedy.
+        """
+        if len(self) != words:
+            raise ValueError(
+                f"the tokenizer has {len(self):,} words, {len(SPECIAL)} special ones among them, and the model "
+                f"{words:,}: set model.tokenizer to that of the model's data"
+            )
+
     def encode(self, text: str) -> Tensor:
         """Return the word ids ``[T]`` of a text, int64: ``</s>`` for every end of a line, none at the text's end."""
         lines = [self._tokens(line) for line in text.split("\n")]
