@@ -228,6 +228,62 @@ def test_options_that_no_run_came_to_train_with_do_not_hold_the_folder(tiny, cap
 FAILED = process.Ended(2, 0.1)
 
 
+def test_what_was_refused_is_told_once_and_not_to_be_started_again(tiny, capsys, monkeypatch):
+    """Whatever former starts have logged."""
+
+    def refuse(argv, log, *_):
+        with log.open("a") as file:
+            file.write("option --lrr is not known: did you mean --lr\n")
+        return process.Ended(1, 0.1)
+
+    log = tiny.parent / "out" / "lamemo" / "seed-1" / "train.log"
+    log.parent.mkdir(parents=True)
+    monkeypatch.setattr(process, "run", refuse)
+    for arguments in (["--set", "lrr=1"], ["--set", "lrr=1"], ["--speed", "--set", "lrr=1"]):
+        log.write_text("training on 1 devices (GPUs/TPUs)\nNaN or infinity in update 7\n")
+        assert run(tiny, "--only", "lamemo", *arguments) == 1
+        message = capsys.readouterr().err
+        assert message.count("option --lrr is not known") == 1 and "NaN" not in message
+        assert "Change what the message names, and start again" in message and "to go on" not in message
+
+
+def test_what_had_begun_to_train_is_to_be_started_again(tiny, capsys, monkeypatch):
+    """As is what was killed before it did."""
+    for text, code in (("training on 1 devices (GPUs/TPUs)\nRuntimeError: on fire\n", 1), ("", -9)):
+
+        def fail(argv, log, *_, text=text, code=code):
+            log.write_text(text)
+            return process.Ended(code, 0.1)
+
+        monkeypatch.setattr(process, "run", fail)
+        assert run(tiny, "--only", "lamemo") == 1
+        assert "Start again to go on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_the_curve_is_that_of_the_first_of_several_splits(tiny, monkeypatch):
+    """By which fairseq chooses the best checkpoint."""
+    read_of = []
+    plan = execute.Plan(table.load(tiny), tiny.parent / "out", {"valid-subset": "test,valid"})
+    (one,) = table.runs(plan.table, ["lamemo"])
+    best = plan.folder(one).checkpoint
+    best.parent.mkdir(parents=True)
+    monkeypatch.setattr(process, "run", lambda *_: best.touch() or process.Ended(0, 0.1))
+    monkeypatch.setattr(execute.logs, "training", lambda log, split: read_of.append(split) or {})
+    only_train(plan, one)
+    assert read_of == ["test"]
+
+
+def test_a_training_without_a_best_checkpoint_is_told(tiny, capsys, monkeypatch):
+    """With --validate-after-updates above --max-update, for one."""
+    monkeypatch.setattr(process, "run", lambda *_: process.Ended(0, 0.1))
+    assert run(tiny, "--only", "lamemo") == 1
+    seed = tiny.parent / "out" / "lamemo" / "seed-1"
+    message = (
+        f"ended without {seed / 'checkpoints' / 'checkpoint_best.pt'}, as no validation had a loss. Let row 'lamemo'"
+    )
+    assert message in capsys.readouterr().err and not (seed / "trained.json").exists()
+
+
 def test_a_failed_run_is_told_and_the_others_go_on(tiny, capsys, monkeypatch):
     tried = []
 
@@ -318,6 +374,17 @@ def test_bad_table_files(text, message, tmp_path):
         (["--set", "data=/nowhere"], "/nowhere holds no dict.txt"),
         (["--scale", "0"], "positive number of minutes"),
         (["--set", "cpu=false", "--devices", "0", "--gpus", "2"], "there are 1 GPUs to use"),
+        (
+            ["--set", "disable-validation=true"],
+            "row 'transformer_xl': --disable-validation leaves no checkpoint_best.pt",
+        ),
+        (["--only", "lamemo", "--set", "no-save=true"], "row 'lamemo': --no-save leaves no checkpoint_best.pt"),
+        (["--print-slurm", "--set", "checkpoint-suffix=x"], "--checkpoint-suffix leaves no checkpoint_best.pt"),
+        (
+            ["--set", "log-format=simple", "no-save=false"],
+            "--log-format is 'simple', and figures are read from records",
+        ),
+        (["--set", "log-format="], "--log-format is not given, and figures are read from records"),
     ],
 )
 def test_bad_arguments(arguments, message, tiny, capsys):

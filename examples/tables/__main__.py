@@ -19,7 +19,7 @@ from typing import Any, Dict, List, NoReturn, Optional
 
 import yaml
 
-from . import commands, folder, kept, plots, process, recipes, render, scale, speed, table
+from . import commands, folder, kept, plots, process, recipes, render, scale, speed, table, validation
 from .execute import Plan, RunError, Slot, check, execute
 
 
@@ -133,6 +133,8 @@ def act(args: argparse.Namespace) -> int:
     if args.speed is not None and args.scale is not None:
         raise table.TableError("--speed measures rows at their own number of updates: leave out --scale")
     if not args.render and args.speed is None:
+        for row in dict.fromkeys(run.row for run in runs):
+            validation.leaves_results(f"row '{row}'", commands.training_options(loaded, row, plan.changes))
         scale.check(plan, runs, args.scale)
     if args.print_slurm:
         print("\n".join(jobs(plan, runs, args)))

@@ -255,13 +255,20 @@ def _train(plan: Plan, run: Run, folder: RunFolder, slot: Slot, lock: int, board
     arguments = commands.train(plan.table, run, str(folder.checkpoints), plan.changes, max(1, len(slot.devices)))
     argv = commands.argv("fairseq-train", arguments)
     folder.note_start([["fairseq-train", *arguments]], slot.shown)
+    start = logs.size(folder.log)
     ended = process.run(
         argv, folder.log, slot.environment(), [lock], lambda: board.show(run, logs.now(folder.log) or "starts")
     )
     if ended.code:
-        again = diverged(plan, run) or "Start again to go on from the last checkpoint"
-        raise RunError(failure("fairseq-train", ended.code, folder.log, again))
-    valid = str(commands.training_options(plan.table, run.row, plan.changes).get("valid-subset", "valid"))
+        again = diverged(plan, run, start) or retry(ended.code, folder.log, "to go on from the last checkpoint", start)
+        raise RunError(failure("fairseq-train", ended.code, folder.log, again, start))
+    if not folder.checkpoint.exists():
+        raise RunError(
+            f"fairseq-train ended without {folder.checkpoint}, as no validation had a loss. Let row '{run.row}' "
+            f"validate before its end, and move {folder.path} away"
+        )
+    options = commands.training_options(plan.table, run.row, plan.changes)
+    valid = str(options.get("valid-subset", "valid")).split(",")[0]  # by which fairseq chooses a checkpoint
     write_json(folder.trained, {**logs.training(folder.log, valid), "host_memory_gib": ended.memory_gib})
 
 
@@ -300,13 +307,21 @@ def _evaluate(
         # Evaluations that were not started have no log, and those that succeeded are not missing.
         logs_left = [folder.evaluated(evaluation.name).with_suffix(".log") for evaluation in plan.missing(run)]
         inner = next((path for path in logs_left if path.exists()), log)
-        raise RunError(failure("fairseq-eval-lm", ended.code, inner, "Start again to do what is missing"))
+        again = "If the message names an option, change it. Start again to do what is missing"
+        raise RunError(failure("fairseq-eval-lm", ended.code, inner, again))
 
 
-def diverged(plan: Plan, run: Run) -> Optional[str]:
-    """Return the advice on a training that diverged, as its log says; None if it did not diverge."""
+def retry(code: int, log: Path, purpose: str, start: int = 0) -> str:
+    """Return the advice on a training that failed: started again, one that was refused is refused again."""
+    if code > 0 and not logs.began(log, start):
+        return "It was refused before it trained. Change what the message names, and start again"
+    return f"Start again {purpose}"
+
+
+def diverged(plan: Plan, run: Run, start: int) -> Optional[str]:
+    """Return the advice on a training that diverged, as its log says from *start* on; None if it did not diverge."""
     folder = plan.folder(run)
-    if not any(map(DIVERGED.search, logs.tail(folder.log))):
+    if not any(map(DIVERGED.search, logs.tail(folder.log, start=start))):
         return None
     options = commands.training_options(plan.table, run.row, plan.changes)
     ways = [f"lr below {options['lr']}"] if "lr" in options else ["a lower lr"]
@@ -318,9 +333,9 @@ def diverged(plan: Plan, run: Run) -> Optional[str]:
     )
 
 
-def failure(command: str, code: int, log: Path, again: str) -> str:
-    """Return the message on a command that failed, and on starting it *again*."""
-    shown = "\n    ".join(logs.tail(log))
+def failure(command: str, code: int, log: Path, again: str, start: int = 0) -> str:
+    """Return the message on a command that failed, with what it logged from *start* on, and on starting it *again*."""
+    shown = "\n    ".join(logs.tail(log, start=start))
     return f"{command} ended with {code}. The end of {log}:\n    {shown}\n  {again}"
 
 

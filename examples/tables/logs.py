@@ -131,12 +131,26 @@ def evaluation(path: Path) -> Dict[str, Any]:
     }
 
 
-def tail(path: Path, lines: int = 12, size: int = 20_000) -> List[str]:
-    """Return the last lines of a file, which may still be written."""
+def size(path: Path) -> int:
+    """Return the size of a file, 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def began(path: Path, start: int = 0) -> bool:
+    """Return whether a command began to train, by what it added to a log from the byte *start* on."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        file.seek(start)
+        return _STARTED.encode() in file.read()
+
+
+def tail(path: Path, lines: int = 12, largest: int = 20_000, start: int = 0) -> List[str]:
+    """Return the last lines of a file, which may still be written, from the byte *start* on."""
     if not path.exists():
         return []
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
+        file.seek(max(start, size(path) - largest))
         return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
 
 

@@ -7,7 +7,7 @@ from typing import Any, Dict, Optional, Sequence
 from tqdm import tqdm
 
 from . import commands, logs, process
-from .execute import Plan, RunError, Slot, failure, in_slots
+from .execute import Plan, RunError, Slot, failure, in_slots, retry
 from .folder import BusyError, environment, locked, read_json, write_json
 from .table import Run
 from .validation import is_nothing, is_number, is_text, values
@@ -45,9 +45,8 @@ def measure(
     log.unlink(missing_ok=True)
     ended = process.run(commands.argv("fairseq-train", arguments), log, slot.environment(), keep_open)
     if ended.code:
-        raise RunError(
-            f"row '{row}': {failure('fairseq-train', ended.code, log, 'Start again to measure what is missing')}"
-        )
+        again = retry(ended.code, log, "to measure what is missing")
+        raise RunError(f"row '{row}': {failure('fairseq-train', ended.code, log, again)}")
     return {**logs.training(log), "host_memory_gib": ended.memory_gib}
 
 

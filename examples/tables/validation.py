@@ -20,6 +20,10 @@ SET_IN_EVALUATION = {
 }
 
 
+# With any of these options no training writes checkpoint_best.pt.
+WITHOUT_BEST = ("disable-validation", "no-save", "checkpoint-suffix")
+
+
 class TableError(ValueError):
     """A table file, or a request for it, makes no sense."""
 
@@ -76,6 +80,21 @@ def options(where: str, given: Mapping[str, Any], set_by_runner: Mapping[str, st
             raise TableError(f"{where}: --{name} is set by the runner, from {set_by_runner[name]}")
     if "data" in given:
         folder("data", str(given["data"]))
+
+
+def leaves_results(where: str, trained: Mapping[str, Any]) -> None:
+    """Check that a training with these options leaves what is read and evaluated after it.
+
+    Raises:
+        TableError: it leaves no checkpoint to evaluate, or no records in its log.
+    """
+    for name in WITHOUT_BEST:
+        if trained.get(name) not in (None, False):
+            raise TableError(f"{where}: --{name} leaves no checkpoint_best.pt, which is evaluated: leave it out")
+    log = trained.get("log-format")
+    if log != "json":
+        given = "not given" if log is None else shortened(str(log))
+        raise TableError(f"{where}: --log-format is {given}, and figures are read from records: write log-format: json")
 
 
 def folder(what: str, path: str) -> None:
