@@ -40,7 +40,11 @@ def test_memory_of_one_stream(arch, data, tmp_path):
 @pytest.mark.parametrize("fault", [disturbances.weights_spoilt, disturbances.gradients_thrown_away])
 def test_weights(fault, data, tmp_path):
     assert train(data, tmp_path, fault(update=7), "--disable-validation") == [1]
-    assert "NaN or infinity in update 7, epoch 1: the loss of segment 6 of streams 0, 1, 2, 3" in output_of(tmp_path)
+    told = output_of(tmp_path)
+    assert "NaN or infinity in update 7, epoch 1: the loss of segment 6 of streams 0, 1, 2, 3" in told
+    assert (
+        "gradients: {" not in told and told.count("nan") < 10 and "backward hook" not in told
+    )  # fairseq prints every gradient
     saved = torch.load(tmp_path / "checkpoints" / "checkpoint_last.pt", weights_only=False)
     assert saved["optimizer_history"][-1]["num_updates"] == 5
 

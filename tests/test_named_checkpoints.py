@@ -287,4 +287,4 @@ def test_averages_begin_with_those_of_another_run(data, checkpoint, tmp_path):
         trained_with(data, tmp_path / "none", *ema, "--ema-seed-model", tmp_path / "no.pt")
     with pytest.raises(ValueError, match="--decoder-layers is 2, the checkpoint was trained with 1"):
         trained_with(data, tmp_path / "none", *ema, "--ema-seed-model", seed, decoder_layers=2)
-    assert folder_of(tmp_path / "none") == []
+    assert folder_of(tmp_path / "none") == [".lock"]

@@ -19,11 +19,13 @@ from .own import TASK
 
 _COMMANDS = ("train", "validate", "eval_lm", "generate", "interactive", "hydra_validate")
 
-# Message and module of deprecations that fairseq meets in hydra and torch, and of pinned memory on a CPU.
+# Message and module of deprecations that fairseq meets in hydra and torch, and of pinned memory on a CPU. Where a run
+# has diverged, fairseq looks for NaN with the hooks.
 _WARNINGS = (
     ("", r"hydra\."),
     (r"\s*'\w+' is validated against ConfigStore schema", ""),  # hydra's own too, under its caller's name
     (r"`torch\.cuda\.amp\.", r"fairseq\."),
+    (r"Using (a )?non-full backward hook", r"torch\.nn\.modules\.module"),
     (r"'pin_memory' argument is set as true but no accelerator is found", ""),
 )
 
@@ -51,6 +53,8 @@ def _task(config: Mapping[str, Any]) -> Any:
 def leave_out_warnings() -> None:
     """Leave out messages about things that no user of a command can change."""
     logging.getLogger("hydra").setLevel(logging.INFO)  # fairseq's import of wav2vec turns on DEBUG for every logger
+    # Of a run that has diverged, fairseq prints every gradient. Its warnings, which name a module, stay.
+    logging.getLogger("fairseq.nan_detector").setLevel(logging.WARNING)
     for message, module in _WARNINGS:
         warnings.filterwarnings("ignore", message, module=module)
 
