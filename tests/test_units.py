@@ -115,6 +115,10 @@ def test_a_part_of_a_split_has_no_figures_per_word(folders):
     result, _ = scored(folders / "words", take=2)
     assert result["word_perplexity"] is result["bits_per_byte"] is result["words"] is None
     assert result["missing"].startswith("30 of ") and "score the whole split" in sentence(result)
+    assert "; Loss is that of a token, </s> among them, as words and bytes" in sentence(result)
+    assert "; Loss is that of a token, as words" in sentence({**result, "line_ends": 0})
+    joined, _ = scored(folders / "@@", take=2, post_process="@@ ")
+    assert "; Loss is that of a word that --post-process joins, </s> among them, as words" in sentence(joined)
 
 
 def test_counts_of_another_text_are_not_used(folders, tmp_path):

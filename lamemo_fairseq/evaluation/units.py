@@ -126,6 +126,7 @@ def report(totals: Totals, original: Original) -> Dict[str, Any]:
         "token_perplexity": _finite(totals.perplexity(totals.tokens)),
         "line_ends": totals.line_ends,
         "unknown_tokens": totals.unknown,
+        "loss_of": "word" if 0 < totals.words < totals.tokens else "token",
         "unknown_share": totals.unknown / others if others > 0 else 0.0,
         "text": text.text if text else None,
         "words": text.words if text else None,
@@ -148,9 +149,11 @@ def sentence(report: Dict[str, Any]) -> str:
     if report["read_as"] != "one text":
         tokens += f", read as {report['read_as']}"
     if report["text"] is None:
+        unit = "word that --post-process joins" if report["loss_of"] == "word" else "token"
+        ends = ", </s> among them" if report["line_ends"] else ""
         return (
-            f"{tokens}; Loss is that of a word of the dictionary, </s> among them, as words and bytes of the original "
-            f"text are not counted: {report['missing']}"
+            f"{tokens}; Loss is that of a {unit}{ends}, as words and bytes of the original text are not counted: "
+            f"{report['missing']}"
         )
     note = f", {report['note']}" if report["note"] else ""
     perplexity = report["word_perplexity"]
