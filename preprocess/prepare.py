@@ -297,7 +297,7 @@ def _publish(destdir: Path, work: Path, record: dict[str, Any], former: dict[str
     shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
     for split, count in record["splits"].items():
         _say(f"{split}: {count['tokens']:,} tokens in {count['lines']:,} lines, {count['unknown']:,} unknown")
-    _say(f"{record['types']:,} types, {record['dictionary']:,} words in {destdir / 'dict.txt'}")
+    _say(f"{record['types']:,} types in all splits, {record['dictionary']:,} words in {destdir / 'dict.txt'}")
     for hint in hints.of_the_result(record["splits"], record["files"]):
         _say(f"hint: {hint}")
     return record

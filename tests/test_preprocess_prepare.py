@@ -96,6 +96,8 @@ def test_a_text_in_parts_is_its_parts(texts, tmp_path, capsys):
     write(texts / "train-01.txt", TEXTS["train"][5_001:])
     parts = own(texts, tmp_path / "parts", "--tokenizer", "words")
     assert all(parts[name] == whole[name] for name in set(whole) - {RECORD})
+    types = json.loads(whole[RECORD])["types"]
+    assert f"{types:,} types in all splits, " in capsys.readouterr().err  # dict.txt may have fewer: those of train
     own(texts, tmp_path / "parts", "--tokenizer", "words")
     assert "nothing to do" in capsys.readouterr().err
     write(texts / "train-01.txt", b"another\n")

@@ -99,7 +99,7 @@ _RULES = [
         REFUSED,
         "attention_backend",
         TRAINING,
-        "the fused backend runs on GPUs with Triton; on a CPU pass auto or eager",
+        "the fused backend runs on GPUs with Triton; on a CPU pass auto, blocked or eager",
         _no_fused_kernels,
     ),
     rule(REFUSED, "cuda_graphs", TRAINING, "CUDA graphs need a GPU; on a CPU leave it out", on_cpu),
