@@ -4,7 +4,7 @@
 import math
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, Union, get_args
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, Union, get_args, get_origin
 
 from .attention import BACKENDS
 from .fields import Values, option
@@ -135,7 +135,7 @@ class ModelConfig:
 
     def _check_sizes(self) -> None:
         sizes = {option_name(name): getattr(self, name) for name in _POSITIVE + _POSITIVE_OR_NONE}
-        sizes["--tokens-per-sample"] = self.segment_length
+        sizes |= {"--tokens-per-sample": self.segment_length, "vocabulary_size": self.vocabulary_size}
         for name, size in sizes.items():
             if size is not None and size <= 0:
                 raise ValueError(f"{name} is {size}, it must be positive")
@@ -250,11 +250,12 @@ def _check_types(config: Union[ModelConfig, MemoryOptions]) -> None:
     """Refuse options with values of another type, as those of a dictionary may be."""
     for f in fields(config):
         value = getattr(config, f.name)
-        kind, *rest = get_args(f.type) or (f.type,)  # the kind of an Optional comes first
-        if "help" in f.metadata and kind in _TYPES and not (value is None and rest):
+        kind, *rest = get_args(f.type) if get_origin(f.type) is Union else (f.type,)
+        if kind in _TYPES and not (value is None and rest):  # the kind of an Optional comes first
             taken, shown = _TYPES[kind]
             if not isinstance(value, taken):
-                raise ValueError(f"{option_name(f.name)} is {value!r}: pass {shown}")
+                name = option_name(f.name) if "help" in f.metadata else f.name
+                raise ValueError(f"{name} is {value!r}: pass {shown}")
 
 
 def _own_options(memory: str, given: Union[MemoryOptions, Mapping[str, Any], None]) -> MemoryOptions:

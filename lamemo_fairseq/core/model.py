@@ -16,8 +16,8 @@ from .decoding.sampler import Continuation
 from .folder import load_tokenizer, load_weights, read_saved, write_folder
 from .memory import MemoryState, Passage
 from .memory.documents import DocumentStreams, Extract
-from .memory.groups import GroupedState
-from .reader import Reader, Score, Text, Token, check_known, word_ids
+from .memory.groups import GroupedState, count_streams
+from .reader import Reader, Score, Text, Token, check_known, check_segment, word_ids
 from .segments import Piece
 from .text import END, Tokenizer
 
@@ -43,8 +43,11 @@ class LanguageModel(MemoryDecoder):
             ValueError: the tokens are no segment of word ids, or the state is of other streams or of another memory.
                 Word ids are checked on a CPU alone: on a GPU, the host would wait for the answer.
         """
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise ValueError(f"a segment is a tensor [B, N] of word ids, not {tokens.dtype} {list(tokens.shape)}")
+        check_segment(tokens)
+        if lengths is not None and lengths.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"lengths are {list(lengths.shape)}, and the segment {list(tokens.shape)}: pass one a stream"
+            )
         if tokens.device.type == "cpu":
             check_known(self, tokens, "the segment has")
         if state is not None:
@@ -55,11 +58,24 @@ class LanguageModel(MemoryDecoder):
         """Return the sum of the negative log-likelihoods of ``target [B, N]``, a scalar in float32 or wider.
 
         Raises:
-            ValueError: a word id is not known; checked on a CPU alone.
+            ValueError: the target is of other tokens, or a word id is not known; the latter is checked on a CPU alone.
         """
+        self._check_target(features, target)
+        return super().loss(features, target)
+
+    def target_log_probs(self, features: Tensor, target: Tensor) -> Tensor:
+        """Return log-probabilities ``[B, N]`` of the words ``target [B, N]``, in float32 or wider; errors as `loss`."""
+        self._check_target(features, target)
+        return super().target_log_probs(features, target)
+
+    def _check_target(self, features: Tensor, target: Tensor) -> None:
+        if target.shape != features.shape[:-1]:
+            raise ValueError(
+                f"the target is {list(target.shape)}, and the features are {list(features.shape)}: pass a word id for "
+                "each token, [B, N]"
+            )
         if target.device.type == "cpu":
             check_known(self, target, "the target has")
-        return super().loss(features, target)
 
     def _check_state(self, state: MemoryState, streams: int) -> None:
         if not isinstance(state, (GroupedState, self.memory.state)):
@@ -67,10 +83,10 @@ class LanguageModel(MemoryDecoder):
                 f"the state is a {type(state).__name__}, and --memory {self.config.memory} has a "
                 f"{self.memory.state.__name__}: pass what this model has returned, or None for empty memories"
             )
-        sizes = [state.num_streams] if isinstance(state, GroupedState) else [len(t) for t in state.tensors()[:1]]
-        if sizes not in ([], [streams]):
+        others = count_streams(state)
+        if others not in (None, streams):
             raise ValueError(
-                f"the segment has {streams} streams, and the state is of {sizes[0]}: pass the state of the same "
+                f"the segment has {streams} streams, and the state is of {others}: pass the state of the same "
                 "streams, or None for empty memories; advance clears single ones"
             )
 

@@ -217,10 +217,29 @@ def word_ids(decoder: MemoryDecoder, tokenizer: Optional[Tokenizer], text: Text,
         text = torch.cat([ids.new_tensor([END]), ids]) if begins else ids
     if not isinstance(text, Tensor):
         raise ValueError(f"a text is a string or a tensor [T] of word ids, not a {type(text).__name__}")
-    if text.dim() != 1 or text.is_floating_point():
+    if text.dim() != 1 or not _has_integers(text):
         raise ValueError(f"a text is a string or a tensor [T] of word ids, not {text.dtype} {list(text.shape)}")
     check_known(decoder, text, "a text has")
     return text.to(torch.int64)
+
+
+def check_segment(tokens: Tensor, what: str = "a segment is") -> None:
+    """Refuse what is no segment.
+
+    Args:
+        what: the beginning of the error.
+
+    Raises:
+        ValueError: *tokens* are no tensor ``[B, N]`` of integers, or there are none.
+    """
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"{what} a tensor [B, N] of word ids, not a {type(tokens).__name__}")
+    if tokens.dim() != 2 or not _has_integers(tokens) or not tokens.numel():
+        raise ValueError(f"{what} a tensor [B, N] of word ids, not {tokens.dtype} {list(tokens.shape)}")
+
+
+def _has_integers(ids: Tensor) -> bool:
+    return not (ids.is_floating_point() or ids.dtype == torch.bool)
 
 
 def check_known(decoder: MemoryDecoder, ids: Tensor, what: str) -> None:

@@ -19,6 +19,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from ..core import LanguageModel, MemoryState
 from ..core.layers.vocabulary import AdaptiveSoftmax
+from ..core.reader import check_known, check_segment
 from .cache import LamemoCache
 from .configuration import CODE, LamemoConfig
 
@@ -107,8 +108,10 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
             "unexpected_keys": "has no use for the weight",
         }
         for name, what in wrong.items():
-            if info[name]:
-                names = [key if isinstance(key, str) else key[0] for key in info[name]]
+            names = [key if isinstance(key, str) else key[0] for key in info[name]]
+            if name == "unexpected_keys":
+                names = sorted({*names} - {*model.model.weights_left_out(names, "model.")})
+            if names:
                 raise ValueError(
                     f"{model.name_or_path}: the model {what} {min(names)}: it was saved with another configuration"
                 )
@@ -153,11 +156,14 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         """
         _refuse_unknown(input_ids, inputs_embeds, kwargs)
         assert input_ids is not None
+        check_segment(input_ids, "input_ids are")
         if cache is not None and not isinstance(cache, LamemoCache):
             raise ValueError(f"cache is a {type(cache).__name__}: pass LamemoCache(model), or none")
         if cache is not None and self.training:
             raise ValueError("a cache is read without dropout: call model.eval() first")
         packed = Packed.of(input_ids, attention_mask)
+        if input_ids.device.type == "cpu":  # on a GPU, the host would wait for the answer
+            check_known(self.model, packed.tokens, "input_ids have")
         if self.training or (cache is None and not use_cache and torch.is_grad_enabled()):
             features, extra = self._read_segments(packed)
         else:

@@ -139,6 +139,17 @@ def test_streams_that_are_alike_again_are_read_together(variant):
     assert advance(state, 4, range(4)) is None
 
 
+def test_streams_that_are_not_there_are_refused():
+    state = tiny_decoder().read(random_tokens(3, LENGTH)).state
+    grouped = advance(state, 3, (1,))
+    for before in (state, grouped):
+        for cleared, ended in (((3,), ()), ((-1,), ()), ((), (3,))):
+            with pytest.raises(ValueError, match=r"^there is no stream -?\d: pass streams to clear .* from 0 to 2$"):
+                advance(before, 3, cleared, ended)
+        with pytest.raises(ValueError, match=r"^num_streams is 2, and the state is of 3 streams: pass their number$"):
+            advance(before, 2, (1,))
+
+
 @memories
 def test_clearing_twice_is_clearing_once(variant):
     model = tiny_decoder(variant)

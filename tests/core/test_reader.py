@@ -189,6 +189,13 @@ def test_samples_are_texts(model):
         (lambda m: m(torch.tensor([[4, 17]])), "the segment has the word ids 4 to 17, and the model those from 0 to 1"),
         (lambda m: m(torch.tensor([4])), r"a segment is a tensor \[B, N\] of word ids, not torch.int64 \[1\]"),
         (lambda m: m(torch.rand(1, 3)), r"a segment is a tensor \[B, N\] of word ids, not torch.float32 \[1, 3\]"),
+        (lambda m: m(random_tokens(1, 3)[:, :0]), r"a segment is a tensor \[B, N\] of word ids, not .* \[1, 0\]"),
+        (lambda m: m(random_tokens(1, 3) > 0), r"a segment is a tensor \[B, N\] of word ids, not torch.bool \[1, 3\]"),
+        (lambda m: m([[4]]), r"a segment is a tensor \[B, N\] of word ids, not a list"),
+        (
+            lambda m: m(random_tokens(2, 3), None, torch.tensor([2])),
+            r"lengths are \[1\], and the segment \[2, 3\]: pass",
+        ),
         (
             lambda m: m(random_tokens(3, 3), m(random_tokens(2, 3)).state),
             "the segment has 3 streams, and the state is of 2: pass the state of the same streams, or None",
@@ -204,6 +211,17 @@ def test_samples_are_texts(model):
         (
             lambda m: m.loss(m(random_tokens(1, 3)).features, torch.tensor([[4, -100, 5]])),
             "the target has the word ids -100 to 5, and the model those from 0 to 16",
+        ),
+        *(
+            (
+                lambda m, name=name: getattr(m, name)(m(random_tokens(2, 3)).features, random_tokens(2, 2)),
+                r"the target is \[2, 2\], and the features are \[2, 3, 8\]: pass a word id for each token, \[B, N\]",
+            )
+            for name in ("loss", "target_log_probs")
+        ),
+        (
+            lambda m: m.target_log_probs(m(random_tokens(1, 3)).features, torch.tensor([[4, 5, 17]])),
+            "the target has the word ids 4 to 17",
         ),
         (lambda m: m.score_documents("w1 w2", 1), r"reads a list of documents: pass \[TEXT\] for one"),
         (lambda m: m.score_documents([torch.tensor([2, 17])], 1), "a text has the word ids 2 to 17"),

@@ -149,12 +149,16 @@ def test_options_of_a_memory_are_given_by_name():
         ({"mem_len": None}, r"--mem-len is None: pass a whole number"),
         ({"dropout": "0.1"}, r"--dropout is '0.1': pass a number"),
         ({"same_length": "no"}, r"--same-length is 'no': pass True or False"),
+        ({"segment_length": "8"}, r"segment_length is '8': pass a whole number"),
+        ({"vocabulary_size": 17.0}, r"vocabulary_size is 17.0: pass a whole number"),
+        ({"vocabulary_size": 0}, r"vocabulary_size is 0, it must be positive"),
     ],
     ids=str,
 )
 def test_values_of_another_kind(changes, message):
     with pytest.raises(ValueError, match=message) as refused:
-        ModelConfig(17, 4, **{"memory": "compressive", "position_encoding": "transformer-xl", **changes})
+        sizes = {"vocabulary_size": 17, "segment_length": 4, "position_encoding": "transformer-xl"}
+        ModelConfig(**{**sizes, "memory": "compressive", **changes})
     assert "\n" not in str(refused.value)
 
 

@@ -212,6 +212,9 @@ def test_a_cache_is_repeated_selected_and_begun_anew(model):
             r"attention_mask is \[1, 1, 9, 9\]: pass \[B, L",
         ),
         (lambda m, ids: m(ids, output_attentions=True), "the model has no use for 'output_attentions': leave it out"),
+        (lambda m, ids: m(ids + 17), "input_ids have the word ids .*, and the model those from 0 to 16"),
+        (lambda m, ids: m.generate(ids + 17), "input_ids have the word ids .*, and the model those from 0 to 16"),
+        (lambda m, ids: m(ids[0]), r"input_ids are a tensor \[B, N\] of word ids, not torch.int64 \[9\]"),
         (lambda m, ids: m(ids, token_type_ids=ids), "the model has no use for 'token_type_ids'"),
         (lambda m, ids: m(ids, labels=ids[:, 1:]), r"labels are \[1, 8\], and input_ids \[1, 9\]: pass the same ids"),
         (lambda m, ids: m.train()(ids, cache=LamemoCache(m)), r"call model.eval\(\) first"),
@@ -263,6 +266,10 @@ def test_values_are_replaced_by_name(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, mem_len=9, dtype=torch.float32)
     assert model.model.memory.slots == 9 and model.dtype == torch.float32
     assert AutoConfig.from_pretrained(tmp_path, hidden_size=10).decoder_embed_dim == 10
+    changes = {"memory": "none", "memory_options": {}, "position_encoding": "transformer-xl"}  # as in the core
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, **changes).config.memory == "none"
+    with pytest.raises(ValueError, match=r"has no use for the weight model.positions.ahead_position_bias"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **{**changes, "memory": "recurrent"})
     with pytest.raises(ValueError, match="--mem-len is -1"):
         AutoModelForCausalLM.from_pretrained(tmp_path, mem_len=-1)
     new = AutoModelForCausalLM.from_config(LamemoConfig(vocab_size=9, num_hidden_layers=1, memory="none", mem_len=0,

@@ -82,9 +82,20 @@ def advance(
 
     Returns:
         An ordinary state if all states have the same shapes, None if all memories are empty, else a `GroupedState`.
+
+    Raises:
+        ValueError: the state is not of B streams, or a stream to clear or to end is none of them.
     """
     if not cleared and not ended and not isinstance(state, GroupedState):
         return state
+    streams = count_streams(state)
+    if streams not in (None, num_streams):
+        raise ValueError(f"num_streams is {num_streams}, and the state is of {streams} streams: pass their number")
+    unknown = [stream for stream in (*cleared, *ended) if not 0 <= stream < num_streams]
+    if unknown:
+        raise ValueError(
+            f"there is no stream {unknown[0]}: pass streams to clear or to end from 0 to {num_streams - 1}"
+        )
     empty = set(cleared) - set(ended)
     alike: Dict[Tuple[torch.Size, ...], List[Group]] = {}
     for group in _groups(state, num_streams):
@@ -101,6 +112,13 @@ def advance(
     if len(groups) == 1 and len(groups[0].streams) == num_streams:
         return groups[0].state
     return GroupedState(num_streams, tuple(groups))
+
+
+def count_streams(state: Optional[MemoryState]) -> Optional[int]:
+    """Return the number of streams that a state is of; None if it has no tensors, as an empty memory."""
+    if isinstance(state, GroupedState):
+        return state.num_streams
+    return next((len(tensor) for tensor in state.tensors()), None) if state is not None else None
 
 
 def read_groups(read: ReadSegment, tokens: Tensor, state: GroupedState, lengths: Optional[Tensor]) -> Passage:
