@@ -15,6 +15,7 @@ again. Folders need no fairseq.
 
 import argparse
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Optional
 
@@ -79,6 +80,7 @@ def _add_encoding_options(parser: ArgumentParser) -> None:
 
 def _import_released(args: argparse.Namespace) -> str:
     from .checkpoints.convert import check_released, import_checkpoint, load_plain, save, save_dictionary, words_of
+    from .data.text import read_text
 
     _need_file(args.source)
     released = load_plain(args.source)
@@ -87,7 +89,7 @@ def _import_released(args: argparse.Namespace) -> str:
     if args.vocabulary:
         if not Path(args.vocabulary).is_file():
             raise FileNotFoundError(f"--vocabulary {args.vocabulary}: there is no such file")
-        vocabulary = Path(args.vocabulary).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        vocabulary = StringIO(read_text(args.vocabulary), newline=None).read().removesuffix("\n").split("\n")
     checkpoint, dictionary = import_checkpoint(released, words_of(vocabulary))
     folder = Path(args.folder)
     make_folder(folder)

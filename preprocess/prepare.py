@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lamemo_fairseq.core.folder import make_folder
 from lamemo_fairseq.locks import lock
 
 from . import hints
@@ -61,9 +62,7 @@ def prepare(
         FileExistsError: the folder holds data of another origin.
         DownloadError: the data set cannot be downloaded.
     """
-    if destdir.exists() and not destdir.is_dir():
-        raise NotADirectoryError(f"--destdir {destdir} is a file: name a folder")
-    destdir.mkdir(parents=True, exist_ok=True)
+    make_folder(destdir, "--destdir")
     with _alone(destdir):
         texts = _local(dataset, sources) if sources else []
         made_from = _made_from(dataset, texts, chunk_bytes)

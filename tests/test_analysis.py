@@ -380,8 +380,8 @@ def test_a_folder_that_nothing_can_be_written_to_is_told_before_the_reading(trai
     ("arguments", "message"),
     [
         (["missing.pt", "--out", "unused"], "there is no checkpoint missing.pt"),
-        (["CHECKPOINT", "--out", "CHECKPOINT"], "checkpoint_last.pt is a file: pass a folder"),
-        (["CHECKPOINT", "--out", "CHECKPOINT/out"], "/out: Not a directory; pass another folder as --out"),
+        (["CHECKPOINT", "--out", "CHECKPOINT"], "checkpoint_last.pt is a file, pass a folder"),
+        (["CHECKPOINT", "--out", "CHECKPOINT/out"], "checkpoint_last.pt is a file, pass a folder"),
         (["CHECKPOINT", "--out", "OUT", "--subset", "other"], "(or choose another with --subset)"),
         (["CHECKPOINT", "--out", "OUT", "--segments", "0"], "0 is not positive"),
         (["CHECKPOINT", "--out", "OUT", "--documents", "two"], "--documents two: pass one, recorded, headings"),

@@ -251,12 +251,16 @@ def test_what_does_not_fit_an_imported_checkpoint_is_refused(tmp_path):
     dictionary = ["--dictionary", str(tmp_path / "dict.txt")]
     for arguments, message in (
         (["import", ours, "out"], "is a checkpoint of this package already: pass it to the commands as it is"),
-        (["import", str(tmp_path / "released.pt"), ours], "is a file: pass a folder"),
-        (["core", ours, ours, *dictionary], "is a file: pass a folder"),
+        (["import", str(tmp_path / "released.pt"), ours], "is a file, pass a folder"),
+        (["core", ours, f"{ours}/out", *dictionary], f"{ours}/out: {ours} is a file, pass a folder"),
+        (["export", ours, f"{ours}/out.pt", *dictionary], f"{ours} is a file, pass a folder"),
         (["export", ours, str(tmp_path), *dictionary], "is a folder: pass a file"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(arguments)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(SystemExit, match=r"latin\.txt is not text in UTF-8: line 1 has"):
+        main(["import", str(tmp_path / "released.pt"), "out", "--vocabulary", str(tmp_path / "latin.txt")])
     (tmp_path / "dict.txt").write_text("other 1\n")
     with pytest.raises(SystemExit, match="trained with another dictionary"):
         run_command(

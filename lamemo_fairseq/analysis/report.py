@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.folder import make_folder
 from . import document_report
 from .collect import Collected
 from .document_report import About, Lines, Models, by_column
@@ -52,10 +53,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         OSError: the folder cannot be made, or nothing can be written there.
     """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out {folder} is a file: pass a folder")
+    make_folder(folder, "--out")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:

@@ -16,6 +16,7 @@ from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ..core.folder import make_folder
 from ..core.memory import MEMORIES
 from ..core.names import option_name
 from ..core.positions.base import inverse_frequencies
@@ -333,11 +334,11 @@ def save(data: Any, path: Path) -> None:
     """Write to a file beside the path, then rename it: an interrupted run leaves no half file.
 
     Raises:
-        IsADirectoryError: there is a folder at the path.
+        OSError: there is a folder at the path, or a file in place of a folder.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: pass a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     unfinished = path.with_name(path.name + ".part")
     torch.save(data, unfinished)
     os.replace(unfinished, path)

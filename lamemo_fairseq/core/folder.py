@@ -67,14 +67,15 @@ def made_for(folder: Path, tokenizer: Optional[Tokenizer], words: int) -> None:
     make_folder(folder)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, option: str = "") -> None:
     """Make a folder, and those above it, where there is none.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be made; the message begins with the *option* that names it, if there is one.
     """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file: pass a folder")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{option} {folder}: {existing} is a file, pass a folder".lstrip())
     folder.mkdir(parents=True, exist_ok=True)
 
 

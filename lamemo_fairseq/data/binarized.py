@@ -21,7 +21,7 @@ def load_dictionary(path: str) -> TextDictionary:
     """
     try:
         lines = io.StringIO(read_text(path), newline=None)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"no dictionary at {path}: binarize the text with {PREPROCESS} own --source TEXT --destdir "
             f"{os.path.dirname(path) or '.'}, or with fairseq-preprocess --only-source"
