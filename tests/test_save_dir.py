@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import time
@@ -139,7 +140,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     def fail(*args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(save_dir.lock, "__defaults__", (0.0, fail))
+    monkeypatch.setattr(fcntl, "lockf", fail)
     save_dir.claim(str(tmp_path))
     assert f"{tmp_path}: its file system has no locks (No locks available)" in caplog.text
 

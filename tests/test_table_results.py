@@ -1,7 +1,10 @@
 """The table runner: results kept apart from the runs, and the speed of rows alone."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -254,6 +257,18 @@ def test_files_of_results_are_joined_by_hand(tmp_path):
         path.write_text(f"{json.dumps(runs[0])}\n{line}\n")
         with pytest.raises(ValueError, match=f"line 2 of {path} is not the result of a run"):
             kept.read(path)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with folder.locked(tmp_path / "run" / "lock", "another process is at work there"):
+        kept.add(tmp_path / "results" / "runs.jsonl", [])
+    told = capsys.readouterr().err
+    for name in ("run", "results"):
+        assert f"{tmp_path / name}: its file system has no locks (No locks available): start no second runner" in told
 
 
 def test_what_cannot_be_written_is_told(tiny, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -133,21 +134,32 @@ def locked(path: Path, reason: str) -> Iterator[int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _wait_for(descriptor, f"{path.parent}: {reason}; wait for it, or end it (fuser {path} shows its number)")
+        _wait_for(descriptor, path, f"{reason}; wait for it, or end it (fuser {path} shows its number)")
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _wait_for(descriptor: int, message: str) -> None:
+def _wait_for(descriptor: int, path: Path, message: str) -> None:
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            return flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
+        except BlockingIOError:
             if time.monotonic() > until:
-                raise BusyError(message) from None
+                raise BusyError(f"{path.parent}: {message}") from None
         time.sleep(0.1)
+
+
+def flock(descriptor: int, operation: int, path: Path) -> None:
+    """Lock an open file as ``fcntl.flock`` does; on a file system without locks, only warn."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        reason = f"its file system has no locks ({error.strerror})"
+        print(f"{path.parent}: {reason}: start no second runner there meanwhile", file=sys.stderr)
 
 
 def comparable(stored: Any, wanted: Dict[str, Any]) -> Any:

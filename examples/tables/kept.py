@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Dict, Iterable
 
+from .folder import flock
 from .table import Run
 from .validation import fits, is_mapping, is_nothing, is_number, is_pair, is_text, is_whole, values
 
@@ -70,7 +71,7 @@ def add(path: Path, results: Iterable[Result]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock.fileno(), fcntl.LOCK_EX, path)
         stored = read(path)
         for result in results:
             _put(stored, result)
