@@ -14,7 +14,18 @@ from tests import helpers, processes  # noqa: E402, F401
 
 # The first optimizer imports torch._dynamo, and the first command line fills the caches of hydra's parser; those of the
 # most frequent commands are composed but for values.
-_ARGUMENTS = ["data", *map(str, helpers.TASK), "--optimizer", "adam", "--lr", "0.1", "--max-update", "1"]
+_ARGUMENTS = [
+    "data",
+    *map(str, helpers.TASK),
+    "--batch-size",
+    "1",
+    "--optimizer",
+    "adam",
+    "--lr",
+    "0.1",
+    "--max-update",
+    "1",
+]
 for arch in ("lamemo_lm", "transformer_xl_lm"):
     for schedule in ("fixed", "inverse_sqrt", "cosine"):
         chosen = [*_ARGUMENTS, "--arch", arch, "--lr-scheduler", schedule, "--warmup-updates", "0"]

@@ -24,7 +24,8 @@ def test_a_configuration_does_not_depend_on_those_before(monkeypatch):
     def configurations():
         for command in COMMANDS:
             arguments = options.parse_args_and_arch(
-                options.get_training_parser(), ["data", *TASK, "--max-update", "5", *command.split()]
+                options.get_training_parser(),
+                ["data", *TASK, "--max-update", "5", "--batch-size", "4", *command.split()],
             )
             yield utils.convert_namespace_to_omegaconf(arguments)
 

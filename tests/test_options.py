@@ -26,7 +26,10 @@ from .working_options import FAIRSEQS_OWN, WORKING
 
 ROOT = Path(__file__).parent.parent
 PARSERS = {
-    TRAIN: (options.get_training_parser, ["--arch", "lamemo_lm", "--optimizer", "adam", "--lr", "1e-3"]),
+    TRAIN: (
+        options.get_training_parser,
+        ["--arch", "lamemo_lm", "--optimizer", "adam", "--lr", "1e-3", "--batch-size", "1"],
+    ),
     EVAL_LM: (options.get_eval_lm_parser, ["--path", "x"]),
     VALIDATE: (options.get_validation_parser, ["--path", "x"]),
     GENERATE: (options.get_generation_parser, ["--path", "x"]),
@@ -34,7 +37,7 @@ PARSERS = {
 }
 MODEL = ["--arch", "lamemo_lm", "--decoder-layers", 1, "--decoder-embed-dim", 8, "--decoder-attention-heads", 2]
 MODEL += ["--decoder-ffn-embed-dim", 8, "--mem-len", 4]
-SIZES = ["--tokens-per-sample", 8, "--batch-size", 4, "--num-workers", 0]
+SIZES = ["--tokens-per-sample", 8, "--num-workers", 0]
 ADAM = ["--optimizer", "adam", "--lr", 1e-3]
 
 
@@ -146,13 +149,14 @@ def test_options_without_use_are_refused_or_told(command, actions, caplog):
                 read(command, *words)
                 assert rule.message(option) in caplog.messages
     caplog.clear()
-    read(command, *SIZES)
+    read(command, *SIZES, "--batch-size", 4)
     assert not caplog.messages or command == INTERACTIVE or "goes on until" in caplog.messages[0]
 
 
-def start_training(*words, arch="lamemo_lm", task=TASK, optimizer=("adam", 1e-3), command=TRAIN):
+def start_training(*words, arch="lamemo_lm", task=TASK, optimizer=("adam", 1e-3), command=TRAIN, streams=4):
     """Read a command line of training; a choice that is None is left out."""
-    words = ["DATA", *task, *(["--arch", arch] if arch else []), *SIZES, *words]
+    sizes = [*SIZES, *(["--batch-size", streams] if streams else [])]
+    words = ["DATA", *task, *(["--arch", arch] if arch else []), *sizes, *words]
     if optimizer:
         words += ["--optimizer", optimizer[0], *(["--lr", optimizer[1]] if optimizer[1] else [])]
     words = [str(word) for word in words]
@@ -235,7 +239,24 @@ def test_choices_that_are_not_made():
         start_training(optimizer=None)
     with pytest.raises(ValueError, match=r"no --lr: pass one"):
         start_training(optimizer=("adam", None))
+    with pytest.raises(ValueError, match=r"no --batch-size: pass the number of streams"):
+        start_training(streams=None)
+    start_training("--max-tokens", 64, streams=None)
     start_training(optimizer=("adafactor", None))
+
+
+@pytest.mark.parametrize("arch", ["transformer_lm", "lstm_lm"])
+def test_another_model_is_refused_before_its_options_are_merged(arch):
+    """fairseq cannot merge this task's --tokens-per-sample, which may be None, into transformer_lm's."""
+    with pytest.raises(ValueError, match=r"which \w+ does not have: pass --arch lamemo_lm or another"):
+        start_training(arch=arch)
+
+
+@pytest.mark.parametrize("task", ["language_modeling", "translation"])
+def test_another_task_is_refused_before_its_options_are_merged(task):
+    """fairseq looks for --tokens-per-sample in the task's options, and translation has none."""
+    with pytest.raises(ValueError, match=r"which \w+ does not feed: pass --task segment_language_modeling"):
+        start_training(task=["--user-dir", USER_DIR, "--task", task])
 
 
 def test_the_fused_backend_needs_a_gpu(monkeypatch):

@@ -61,7 +61,7 @@ def test_a_lack_of_memory_is_told_in_one_line(raises, lacking, monkeypatch, caps
     others = []
     monkeypatch.setattr(sys, "excepthook", lambda *error: others.append(error))
     command = ["data", "--task", "segment_language_modeling", "--arch", "lamemo_lm", "--optimizer", "adam", "--lr", "1"]
-    options.parse_args_and_arch(options.get_training_parser(), [*command, "--max-update", "1"])
+    options.parse_args_and_arch(options.get_training_parser(), [*command, "--max-update", "1", "--batch-size", "1"])
     error = error_of(raises)
     sys.excepthook(type(error), error, error.__traceback__)
     told = capsys.readouterr().err

@@ -172,7 +172,7 @@ def build(size: str, path: str, dtype: Any, device: str, layers: int | None = No
 
     _, words, streams, _ = SIZES[size]
     parser = options.get_training_parser("segment_language_modeling")
-    arguments = ["none", *TRAINING.split(), *model_options(size, path), "--dropout", "0"]
+    arguments = ["none", *TRAINING.split(), *model_options(size, path), "--dropout", "0", "--batch-size", str(streams)]
     args = options.parse_args_and_arch(parser, arguments)
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from ..core.names import option_name
 from . import start
-from .configuration import is_our_model
+from .configuration import check_model, is_our_model, is_our_task
 from .option_rules import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
-from .own import TASK
+from .own import TASK, not_fed
 
 # Options that one command has and the commands before it do not.
 _MARKS = {
@@ -101,6 +101,8 @@ class CommandLine:
         """
         if self.command is None or self._unchecked or not self.ours:
             return
+        if self.command == TRAIN and is_our_task(self.task):
+            check_model(Namespace(arch=self.named.arch), self.task)  # fairseq cannot merge options into some others
         settings = dict(vars(namespace))
         for name, default in self._model_defaults().items():
             if settings.get(name) is None:
@@ -138,6 +140,8 @@ class CommandLine:
             raise ValueError(start.not_known("--arch ", arch, architectures))
         if self._is_our_architecture() and task is None:
             raise ValueError(f"no --task: --arch {arch} reads consecutive segments, pass --task {TASK}")
+        if is_our_model(arch) and not is_our_task(task):
+            raise not_fed(TASK_REGISTRY[task])
 
     def _check_what_fairseq_misreads(self) -> None:
         if self.command == TRAIN:

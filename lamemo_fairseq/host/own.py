@@ -12,3 +12,10 @@ class OwnTask:
 
 class OwnModel:
     """Base of the models that read consecutive segments."""
+
+
+def not_fed(task: type) -> ValueError:
+    """Return the error on a model of this package that a task of another kind is to feed."""
+    return ValueError(
+        f"a model with memory reads consecutive segments, which {task.__name__} does not feed: pass --task {TASK}"
+    )

@@ -169,6 +169,8 @@ def _check_values(settings: Settings) -> None:
 def _check_choices(settings: Settings) -> None:
     if not settings.get("optimizer"):
         raise ValueError("no --optimizer: pass one, such as --optimizer adam")
+    if settings.get("batch_size") is None and settings.get("max_tokens") is None:
+        raise ValueError("no --batch-size: pass the number of streams that a rank reads side by side, such as 16")
     check_criterion_name(str(settings.get("criterion")))
     for need in _NEEDS:
         if str(settings.get(need.option)) == need.choice and not need.met(settings):

@@ -12,7 +12,7 @@ from ..core.memory import MEMORIES
 from ..core.memory.position import real_tokens
 from ..generation import LanguageModelHub
 from ..host.named_checkpoints import check_files
-from ..host.own import TASK, OwnModel, OwnTask
+from ..host.own import OwnModel, OwnTask, not_fed
 from .config import MemoryLanguageModelConfig, with_defaults
 from .decoder import FairseqMemoryDecoder
 
@@ -29,10 +29,7 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
         """
         feeds_segments = isinstance(task, OwnTask)
         if not feeds_segments:
-            raise ValueError(
-                f"a model with memory reads consecutive segments, which {type(task).__name__} does not feed: "
-                f"pass --task {TASK}"
-            )
+            raise not_fed(type(task))
         if task.cfg.tokens_per_sample is not None:
             # In evaluation the segment length may differ from the trained one; prompts and texts are cut as the streams
             # are.
