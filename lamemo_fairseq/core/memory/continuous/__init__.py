@@ -9,12 +9,13 @@ differs:
   (``sorting/``). With ``--mem-len 0`` every segment's rows enter the long-term memory when the segment ends, as in
   their GPT-2. A signal holds no gradient; the first rows fill [0, 1].
 - Queries are the short-term attention's, without its biases. W_k, W_v, w_mu, w_sigma and an output projection are a
-layer's own; w_mu and w_sigma are shared by its heads and have no bias. Both of the authors' configurations do so. -
-Rows and samples stand in the middles of equal parts of their interval, as in the authors' first fit. The paper's t = i
-/ L is half a part later. The zeros that they fit beyond [0, 1] are left out. So is the convolutional gate on the rows,
-an option that both of their configurations switch on: it would need a gradient through the signal. - Sticky samples are
-quantiles, not draws (`sampling.py`). - The KL term is the mean over layers, heads and tokens, and is 0 before there is
-a signal.
+  layer's own; w_mu and w_sigma are shared by its heads and have no bias. Both of the authors' configurations do so.
+- Rows and samples stand in the middles of equal parts of their interval, as in the authors' first fit. The paper's
+  t = i / L is half a part later.
+- The zeros that they fit beyond [0, 1] are left out. So is the convolutional gate on the rows, an option that both of
+  their configurations switch on: it would need a gradient through the signal.
+- Sticky samples are quantiles, not draws (`sampling.py`).
+- The KL term is the mean over layers, heads and tokens, and is 0 before there is a signal.
 
 Shapes: B streams, N current tokens, m <= M memory slots, J basis functions, d model width.
 """
