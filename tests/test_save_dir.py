@@ -67,6 +67,8 @@ def test_the_second_training_is_refused(data, tmp_path):  # noqa: F811
             train(data, tmp_path, "--max-update", 2)
         train(data, tmp_path, "--max-update", 2, "--no-save")
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        train(data, tmp_path, "--max-update", 2, "--checkpoint-suffix", "_x")  # whose files are others
+        assert (tmp_path / "checkpoint_last_x.pt").exists()
 
 
 @fault

@@ -20,15 +20,18 @@ LOCK = ".lock"
 _descriptor: Optional[int] = None  # of the lock that this process has
 
 
-def claim(folder: str) -> None:
+def claim(folder: str, suffix: str = "") -> None:
     """Lock a folder, in place of a former one, until `release` or the end of this process.
+
+    Args:
+        suffix: ``--checkpoint-suffix``; trainings with different ones have different files.
 
     Raises:
         BlockingIOError: another process trains there.
     """
     global _descriptor
     release()
-    path = os.path.join(os.path.abspath(folder), LOCK)
+    path = os.path.join(os.path.abspath(folder), LOCK + suffix)
     try:
         os.makedirs(folder, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
