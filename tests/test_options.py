@@ -31,7 +31,7 @@ PARSERS = {
         ["--arch", "lamemo_lm", "--optimizer", "adam", "--lr", "1e-3", "--batch-size", "1"],
     ),
     EVAL_LM: (options.get_eval_lm_parser, ["--path", "x"]),
-    VALIDATE: (options.get_validation_parser, ["--path", "x"]),
+    VALIDATE: (options.get_validation_parser, ["--path", "x", "--batch-size", "1"]),
     GENERATE: (options.get_generation_parser, ["--path", "x"]),
     INTERACTIVE: (options.get_interactive_generation_parser, ["--path", "x"]),
 }
@@ -243,6 +243,15 @@ def test_choices_that_are_not_made():
         start_training(streams=None)
     start_training("--max-tokens", 64, streams=None)
     start_training(optimizer=("adafactor", None))
+
+
+def test_a_validation_needs_a_number_of_streams():
+    """Which fairseq-eval-lm chooses by itself."""
+    words = ["DATA", *map(str, TASK), "--path", "x"]
+    with mock.patch.object(named_checkpoints, "_files", lambda _: []):
+        with pytest.raises(ValueError, match=r"no --batch-size: pass the number of streams"):
+            options.parse_args_and_arch(options.get_validation_parser(), words)
+        options.parse_args_and_arch(options.get_eval_lm_parser(), words)
 
 
 @pytest.mark.parametrize("arch", ["transformer_lm", "lstm_lm"])

@@ -16,7 +16,7 @@ from ..core.names import did_you_mean, option_name
 from ..criterions import FAIRSEQ_CRITERIONS
 from .configuration import defaults_of
 from .generation_options import check_generation
-from .option_rules import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, Settings
+from .option_rules import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings
 from .option_table import rules_for
 
 logger = logging.getLogger(__name__)
@@ -135,6 +135,8 @@ def check(command: str, settings: Settings, given: Collection[str], changed: Col
         raise ValueError("no --path: pass the checkpoint of a trained model")
     if command in TRAINING:
         _check_choices(settings)
+    if command in (*TRAINING, VALIDATE) and settings.get("batch_size") is None and settings.get("max_tokens") is None:
+        raise ValueError("no --batch-size: pass the number of streams that a rank reads side by side, such as 16")
     for message in told:
         logger.warning(message)
 
@@ -169,8 +171,6 @@ def _check_values(settings: Settings) -> None:
 def _check_choices(settings: Settings) -> None:
     if not settings.get("optimizer"):
         raise ValueError("no --optimizer: pass one, such as --optimizer adam")
-    if settings.get("batch_size") is None and settings.get("max_tokens") is None:
-        raise ValueError("no --batch-size: pass the number of streams that a rank reads side by side, such as 16")
     check_criterion_name(str(settings.get("criterion")))
     for need in _NEEDS:
         if str(settings.get(need.option)) == need.choice and not need.met(settings):
