@@ -312,9 +312,9 @@ def _evaluate(
 
 
 def retry(code: int, log: Path, purpose: str, start: int = 0) -> str:
-    """Return the advice on a training that failed: started again, one that was refused is refused again."""
+    """Return the advice on a training that failed: started again, one that ended before it trained does so again."""
     if code > 0 and not logs.began(log, start):
-        return "It was refused before it trained. Change what the message names, and start again"
+        return "It ended before it trained. Change what the message names, and start again"
     return f"Start again {purpose}"
 
 
