@@ -23,6 +23,11 @@ SINGLE = {
 NUMBERS = {"eps", "residual_eps", "by_temperature", "top_p", "scale"}
 
 
+def dependent(few: bool) -> dict:
+    """The constants of launches for few rows, and for many."""
+    return {"EARLY": few, "PDL": 2 if few else 0}
+
+
 def launches(dtype: str) -> dict:
     """A launch's kernel, constants and tile, by name."""
     from lamemo_fairseq.core.decoding import attention_kernel, word_kernels
@@ -36,7 +41,7 @@ def launches(dtype: str) -> dict:
         blocks = {"BLOCK_D": size, "BLOCK_C": columns, "STAGES": attention_kernel.STAGES}
         found[f"attention, {splits} splits, heads of {size}, score {parts['SCORE']}"] = (
             attention_kernel.cached_attention_kernel,
-            {"scale": 0.125, "D": size, "S": splits, **blocks, **parts, "RECORD": True},
+            {"scale": 0.125, "D": size, "S": splits, **blocks, **parts, "RECORD": True, **dependent(splits > 1)},
             {},
         )
     flags = dict.fromkeys(("NORM", "BIAS", "RELU", "RESIDUAL", "RESIDUAL_NORM"), False)
@@ -48,14 +53,15 @@ def launches(dtype: str) -> dict:
         "widest": (1024, 1024, {"NORM": True, "RESIDUAL": True, "RESIDUAL_NORM": True}),
     }
     for name, (size, width, does) in of.items():
-        for rows in (1, 64):
+        for rows in (1, 16, 64):
             tile = row_kernels._tile(rows, size, width, 4 if dtype == "fp32" else 2)
             options = {k: tile.pop(k) for k in ("num_warps", "num_stages") if k in tile}
-            constants = {**flags, **does, "WIDE_K": size, "WIDE_N": width, **tile}
+            constants = {**flags, **does, "WIDE_K": size, "WIDE_N": width, **tile, **dependent(rows <= 16)}
             found[f"{name}, {rows} rows"] = (row_kernels.row_map_kernel, constants, options)
     found["embed"] = (word_kernels.embed_kernel, {"D": WIDTH, "KEEP": True, "BLOCK_D": WIDTH}, {})
     for block in (256, 512):
         constants = {"ADD": True, "TOP_K": 5, "TOP_P": True, "BLOCK_V": block, "BLOCK_W": word_kernels.PAIRS}
+        constants |= dependent(True)
         found[f"draw of {block}"] = (word_kernels.draw_kernel, constants, {"num_warps": word_kernels.WARPS})
     return found
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention.types import Attended, RelativeBias
+from ..kernels.dependent import launch_options, wait_for_inputs
 
 BLOCK = 64  # columns at a time, at most
 TILE_BYTES = 8192  # of keys, of values and of the table at a time
@@ -27,13 +28,53 @@ NEVER = tl.constexpr(-1e30)  # below every score, and unlike -inf safe to subtra
 
 
 @triton.jit
+def columns_of(bh, split, columns, column, oldest, S: tl.constexpr):
+    """Return where a head's columns lie, and the first and the end of a split's."""
+    base = bh.to(tl.int64) * columns
+    share = (column - oldest + S - 1) // S
+    first = oldest + split * share
+    return base, first, tl.minimum(first + share, column)
+
+
+@triton.jit
+def with_block(
+    b_top, b_sum, b_acc, c, end, base, d, in_head, b_content, b_position, p_k, p_v, p_r, p_s, s_distance,
+    b_k, b_v, b_r, scale: tl.constexpr, D: tl.constexpr, TABLE: tl.constexpr, SCORE: tl.constexpr,
+    LOADED: tl.constexpr,
+):  # fmt: skip
+    """Return softmaxes with the columns *c*, whose keys, values and entries are loaded here unless they are LOADED."""
+    seen = c < end
+    both = seen[:, None] & in_head[None, :]
+    offset = (base + c)[:, None] * D + d[None, :]
+    if not LOADED:
+        b_k = tl.load(p_k + offset, mask=both, other=0)
+    products = b_k.to(tl.float32) * b_content[None, :]
+    if TABLE:
+        if not LOADED:
+            b_r = tl.load(p_r + c[:, None] * s_distance + d[None, :], mask=both, other=0)
+        products += b_r.to(tl.float32) * b_position[None, :]
+    if not LOADED:
+        b_v = tl.load(p_v + offset, mask=both, other=0)
+    b_v = b_v.to(tl.float32)
+    score = tl.sum(products, axis=1)
+    if SCORE:
+        score += tl.load(p_s + c, mask=seen, other=0).to(tl.float32) * scale
+    score = tl.where(seen, score, NEVER)
+    top = tl.maximum(b_top, score)
+    weight = tl.where(seen, tl.exp(score - top), 0.0)
+    shrink = tl.exp(b_top - top)
+    b_acc = b_acc * shrink[:, None] + weight[:, None] * b_v
+    return top, b_sum * shrink + weight, b_acc
+
+
+@triton.jit
 def cached_attention_kernel(
     p_qkv, p_k, p_v, p_content, p_position, p_table, p_score, p_tokens, p_slots, p_out, p_outputs, p_normalizers,
     p_acc, p_top, p_sum, p_arrived,
     heads, columns, mem_len, span, s_sequence, s_head, s_distance, s_score,
     scale: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr, RECORD: tl.constexpr, CONTENT: tl.constexpr, POSITION: tl.constexpr, TABLE: tl.constexpr,
-    SCORE: tl.constexpr, NEAREST: tl.constexpr,
+    SCORE: tl.constexpr, NEAREST: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     bh, split = tl.program_id(0), tl.program_id(1)
     b, h = bh // heads, bh % heads
@@ -42,54 +83,68 @@ def cached_attention_kernel(
     d = tl.arange(0, BLOCK_D)
     in_head = d < D
     p_new = p_qkv + b * s_sequence + h * D + d
+    p_r, p_s = p_k, p_k
+    FIRST: tl.constexpr = EARLY and S > 1
+    if EARLY:  # what the kernel before did not make
+        if CONTENT:
+            content = tl.load(p_content + h * D + d, mask=in_head, other=0)
+        if POSITION:
+            position = tl.load(p_position + h * D + d, mask=in_head, other=0)
+        if TABLE:
+            p_r = p_table + h * s_head + (columns - 1 - column) * s_distance
+            b_r_own = tl.load(p_r + column * s_distance + d, mask=in_head, other=0)
+        if FIRST:
+            base, first, end = columns_of(bh, split, columns, column, oldest, S)
+            c = first + tl.arange(0, BLOCK_C)
+            both = (c < end)[:, None] & in_head[None, :]
+            offset = (base + c)[:, None] * D + d[None, :]
+            b_k = tl.load(p_k + offset, mask=both, other=0)
+            b_r = b_k
+            if TABLE:
+                b_r = tl.load(p_r + c[:, None] * s_distance + d[None, :], mask=both, other=0)
+            b_v = tl.load(p_v + offset, mask=both, other=0)
+    wait_for_inputs(PDL)
     b_q = tl.load(p_new, mask=in_head, other=0).to(tl.float32)
     b_content, b_position = b_q, b_q
     if CONTENT:
-        b_content += tl.load(p_content + h * D + d, mask=in_head, other=0).to(tl.float32)
+        if not EARLY:
+            content = tl.load(p_content + h * D + d, mask=in_head, other=0)
+        b_content += content.to(tl.float32)
     if POSITION:
-        b_position += tl.load(p_position + h * D + d, mask=in_head, other=0).to(tl.float32)
+        if not EARLY:
+            position = tl.load(p_position + h * D + d, mask=in_head, other=0)
+        b_position += position.to(tl.float32)
     b_content, b_position = b_content * scale, b_position * scale
     b_k_new = tl.load(p_new + heads * D, mask=in_head, other=0)
     b_v_new = tl.load(p_new + 2 * heads * D, mask=in_head, other=0)
     b_own = b_k_new.to(tl.float32) * b_content
     if TABLE:
-        p_r = p_table + h * s_head + (columns - 1 - column) * s_distance
-        b_own += tl.load(p_r + column * s_distance + d, mask=in_head, other=0).to(tl.float32) * b_position
+        if not EARLY:
+            p_r = p_table + h * s_head + (columns - 1 - column) * s_distance
+            b_r_own = tl.load(p_r + column * s_distance + d, mask=in_head, other=0)
+        b_own += b_r_own.to(tl.float32) * b_position
     own = tl.sum(b_own, axis=0)
     if SCORE:
         p_s = p_score + h * s_score + columns - 1 - column
         own += tl.load(p_s + column).to(tl.float32) * scale
-    base = bh.to(tl.int64) * columns
-
-    share = (column - oldest + S - 1) // S
-    first = oldest + split * share
-    end = tl.minimum(first + share, column)
+    base, first, end = columns_of(bh, split, columns, column, oldest, S)
     # Every position of a block has a softmax of its own, so that warps wait for each other at the end only.
     # [BLOCK_C], [BLOCK_C], [BLOCK_C, BLOCK_D]
     b_top = tl.full([BLOCK_C], NEVER, tl.float32)
     b_sum = tl.zeros([BLOCK_C], tl.float32)
     b_acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    if FIRST:
+        b_top, b_sum, b_acc = with_block(
+            b_top, b_sum, b_acc, c, end, base, d, in_head, b_content, b_position, p_k, p_v, p_r, p_s, s_distance,
+            b_k, b_v, b_r, scale, D, TABLE, SCORE, True,
+        )  # fmt: skip
+        first += BLOCK_C
     for start in tl.range(first, end, BLOCK_C, num_stages=STAGES):
         c = start + tl.arange(0, BLOCK_C)
-        seen = c < end
-        both = seen[:, None] & in_head[None, :]
-        offset = (base + c)[:, None] * D + d[None, :]
-        b_k = tl.load(p_k + offset, mask=both, other=0).to(tl.float32)
-        products = b_k * b_content[None, :]
-        if TABLE:
-            b_r = tl.load(p_r + c[:, None] * s_distance + d[None, :], mask=both, other=0).to(tl.float32)
-            products += b_r * b_position[None, :]
-        b_v = tl.load(p_v + offset, mask=both, other=0).to(tl.float32)
-        score = tl.sum(products, axis=1)
-        if SCORE:
-            score += tl.load(p_s + c, mask=seen, other=0).to(tl.float32) * scale
-        score = tl.where(seen, score, NEVER)
-        top = tl.maximum(b_top, score)
-        weight = tl.where(seen, tl.exp(score - top), 0.0)
-        shrink = tl.exp(b_top - top)
-        b_acc = b_acc * shrink[:, None] + weight[:, None] * b_v
-        b_sum = b_sum * shrink + weight
-        b_top = top
+        b_top, b_sum, b_acc = with_block(
+            b_top, b_sum, b_acc, c, end, base, d, in_head, b_content, b_position, p_k, p_v, p_r, p_s, s_distance,
+            b_top, b_top, b_top, scale, D, TABLE, SCORE, False,
+        )  # fmt: skip
     top = tl.max(b_top, axis=0)
     shrink = tl.exp(b_top - top)
     total = tl.sum(b_sum * shrink, axis=0)
@@ -213,6 +268,6 @@ def cached_attention(
         BLOCK_C=columns_at_a_time(workspace.acc.size(1), keys.element_size()), STAGES=STAGES,
         RECORD=attended is not None, CONTENT=content is not None,
         POSITION=position is not None and table is not None, TABLE=table is not None, SCORE=score is not None,
-        NEAREST=nearest,
+        NEAREST=nearest, **launch_options(batch, keys.device),
     )  # fmt: skip
     return out

@@ -3,7 +3,8 @@
 Shapes: B sequences, V words, H heads, D size of a head, d model width, n words drawn.
 """
 
-from typing import Optional, Tuple
+from functools import cache
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .cache import LayerCache
 from .drawn import Drawn
 from .state import DecodingState
 
+LaterColumns = Callable[[], Columns]  # computed in the first call
 PendingNorm = Tuple[Tensor, Optional[nn.LayerNorm]]  # [B, d], and the norm that they have yet to pass
 
 
@@ -88,23 +90,24 @@ class KernelStep:
 
     def _through_layers(self, words: Tensor) -> PendingNorm:
         state = self.state
-        columns = state.columns(1, 0, state.mem_len + state.length)
+        # Most memories need no columns, whose tensors would take two launches.
+        columns = cache(lambda: state.columns(1, 0, state.mem_len + state.length))
         pending: PendingNorm = (self._embedded(words, columns), None)
         for layer, cached, bias in zip(state.layers, state.cache.layers, state.biases, strict=True):
             pending = self._layer(layer, cached, bias, columns, *pending)
         if state.cache.keeps_features:
             pending = self._normalized(*pending), None
-            state.cache.store_features(pending[0].unsqueeze(1), columns)
+            state.cache.store_features(pending[0].unsqueeze(1), columns())
         return pending
 
-    def _embedded(self, words: Tensor, columns: Columns) -> Tensor:
+    def _embedded(self, words: Tensor, columns: LaterColumns) -> Tensor:
         """Return the words' embeddings ``[B, d]``, and store them if the memory needs them."""
         state, embedding = self.state, self.state.decoder.embed_tokens
         if len(embedding.bands.tables) == 1 and not len(embedding.projections):
             buffer = state.cache.embeddings_buffer()
             return self._embed(words, embedding.table(0), embedding.scale, state.cache.tokens, state.mem_len, buffer)
         x: Tensor = embedding(words)
-        state.cache.store_embeddings(x, columns)
+        state.cache.store_embeddings(x, columns())
         return x[:, 0]
 
     def _layer(
@@ -112,7 +115,7 @@ class KernelStep:
         layer: DecoderLayer,
         cached: LayerCache,
         bias: LayerBias,
-        columns: Columns,
+        columns: LaterColumns,
         rows: Tensor,
         norm: Optional[nn.LayerNorm],
     ) -> PendingNorm:
@@ -121,7 +124,7 @@ class KernelStep:
         first, second = layer.self_attn_layer_norm, layer.final_layer_norm
         if cached.keeps_inputs or cached.changes_inputs or cached.joins_heads:
             entering = cached.enter(layer.self_attn, self._normalized(rows, norm).unsqueeze(1))
-            cached.store_inputs(entering, columns)
+            cached.store_inputs(entering, columns())
             rows, norm = entering.squeeze(1), None
         qkv = self._map(rows, layer.self_attn.qkv_proj.weight, norm=first if pre_norm else norm)
         heads = self._heads(layer, cached, bias.causal, columns, qkv)
@@ -139,7 +142,7 @@ class KernelStep:
         return x, None if pre_norm else second
 
     def _heads(
-        self, layer: DecoderLayer, cached: LayerCache, bias: RelativeBias, columns: Columns, qkv: Tensor
+        self, layer: DecoderLayer, cached: LayerCache, bias: RelativeBias, columns: LaterColumns, qkv: Tensor
     ) -> Tensor:
         """Attend with new queries, keys and values ``[B, 3 H D]``, and combine the read-outs: ``[B, H D]`` or wider."""
         state, config, past = self.state, layer.self_attn.config, cached.attended()
@@ -163,7 +166,7 @@ class KernelStep:
             return read_out
         shape = (len(qkv), config.heads, 1, config.head_dim)
         q = qkv[:, : read_out.size(1)].view(shape)
-        normalizer = read_out.new_empty(0) if past is None else columns.take(past.normalizer)
+        normalizer = read_out.new_empty(0) if past is None else columns().take(past.normalizer)
         heads = cached.combine(layer.self_attn, q, Attended(read_out.view(shape), normalizer))
         return heads.squeeze(2).flatten(1)
 

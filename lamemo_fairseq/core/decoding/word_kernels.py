@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.dependent import launch_options, wait_for_inputs
 from .drawn import Drawn
 
 MOST_WORDS = 512  # comparing all pairs of more words takes longer than sorting them
@@ -67,10 +68,12 @@ def draw_kernel(
     p_scores, p_added, p_seed, p_log_probs, p_position, p_tokens, p_words, p_drawn, p_drawn_log_probs,
     V, capacity, s_scores, by_temperature, top_p,
     ADD: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_W: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     v = tl.arange(0, BLOCK_V)
     is_word = v < V
+    wait_for_inputs(PDL)
     b_s = tl.load(p_scores + b * s_scores + v, mask=is_word, other=-float("inf")).to(tl.float32) * by_temperature
     b_s = b_s - tl.max(b_s, axis=0)
     b_p = b_s - tl.log(tl.sum(tl.exp(b_s), axis=0))
@@ -137,5 +140,5 @@ def draw_next(
         scores, scores if added is None else added, seed, space, drawn.position, tokens, words, drawn.words,
         drawn.log_probs, size, drawn.words.size(1), scores.stride(0), 1 / temperature, top_p,
         ADD=added is not None, TOP_K=top_k, TOP_P=top_p < 1, BLOCK_V=triton.next_power_of_2(size),
-        BLOCK_W=PAIRS, num_warps=WARPS,
+        BLOCK_W=PAIRS, num_warps=WARPS, **launch_options(len(scores), scores.device),
     )  # fmt: skip

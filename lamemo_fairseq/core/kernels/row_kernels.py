@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from .dependent import launch_options, wait_for_inputs
+
 WIDEST = 1024  # rows up to here are normalised within a map
 LONGEST = 8192  # and up to here one row is a single tile
 ROWS = 16  # rows of a tile for tensor cores
@@ -35,6 +37,7 @@ def row_map_kernel(
     R, K, N, s_x, s_w, s_residual, eps, residual_eps,
     NORM: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE_K: tl.constexpr, WIDE_N: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -46,17 +49,30 @@ def row_map_kernel(
     # All loads are issued before any is waited for, the weights first: no kernel before this one made them.
     if BLOCK_R == 1:
         b_w = tl.load(p_weights + k[None, :], mask=in_n[:, None] & (k < K)[None, :], other=0)
+    if EARLY:
+        if BLOCK_R == 1 and NORM:
+            gain = tl.load(p_gain + k, mask=k < K, other=0)
+            shift = tl.load(p_shift + k, mask=k < K, other=0)
+        if BIAS:
+            b_bias = tl.load(p_bias + n, mask=in_n, other=0)
+        if RESIDUAL_NORM:
+            residual_gain = tl.load(p_residual_gain + n, mask=in_n, other=0)
+            residual_shift = tl.load(p_residual_shift + n, mask=in_n, other=0)
+    wait_for_inputs(PDL)
+    if BLOCK_R == 1:
         in_x = in_r[:, None] & (k < K)[None, :]
         b_x = tl.load(p_rows + k[None, :], mask=in_x, other=0).to(tl.float32)
-        if NORM:
-            gain = tl.load(p_gain + k, mask=k < K, other=0).to(tl.float32)
-            shift = tl.load(p_shift + k, mask=k < K, other=0).to(tl.float32)
+        if NORM and not EARLY:
+            gain = tl.load(p_gain + k, mask=k < K, other=0)
+            shift = tl.load(p_shift + k, mask=k < K, other=0)
     elif NORM:
         wide = tl.arange(0, WIDE_K)
         in_x = in_r[:, None] & (wide < K)[None, :]
         b_x = tl.load(p_rows + wide[None, :], mask=in_x, other=0).to(tl.float32)
     if BIAS:
-        b_bias = tl.load(p_bias + n, mask=in_n, other=0).to(tl.float32)
+        if not EARLY:
+            b_bias = tl.load(p_bias + n, mask=in_n, other=0)
+        b_bias = b_bias.to(tl.float32)
     if RESIDUAL:
         p_before = p_residual + row[:, None] * s_residual
         b_before = tl.load(p_before + n[None, :], mask=in_out, other=0).to(tl.float32)
@@ -64,14 +80,17 @@ def row_map_kernel(
             every = tl.arange(0, WIDE_N)
             in_before = in_r[:, None] & (every < N)[None, :]
             b_whole = tl.load(p_before + every[None, :], mask=in_before, other=0).to(tl.float32)
-            residual_gain = tl.load(p_residual_gain + n, mask=in_n, other=0).to(tl.float32)
-            residual_shift = tl.load(p_residual_shift + n, mask=in_n, other=0).to(tl.float32)
+            if not EARLY:
+                residual_gain = tl.load(p_residual_gain + n, mask=in_n, other=0)
+                residual_shift = tl.load(p_residual_shift + n, mask=in_n, other=0)
+            residual_gain, residual_shift = residual_gain.to(tl.float32), residual_shift.to(tl.float32)
             mean, rstd = _moments(b_whole, in_before, N, residual_eps)
             b_before = (b_before - mean[:, None]) * rstd[:, None] * residual_gain[None, :] + residual_shift[None, :]
     if NORM:
         mean, rstd = _moments(b_x, in_x, K, eps)
     if BLOCK_R == 1:
         if NORM:
+            gain, shift = gain.to(tl.float32), shift.to(tl.float32)
             b_x = (b_x - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
         b_out = tl.sum(b_x[:, None, :] * b_w.to(tl.float32)[None, :, :], axis=2)
     else:
@@ -135,6 +154,7 @@ def row_map(
         NORM=norm is not None, BIAS=bias is not None, RELU=relu, RESIDUAL=residual is not None,
         RESIDUAL_NORM=residual_norm is not None,
         WIDE_K=triton.next_power_of_2(size), WIDE_N=triton.next_power_of_2(width), **tile,
+        **launch_options(count, rows.device),
     )  # fmt: skip
     return out
 
