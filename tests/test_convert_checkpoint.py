@@ -160,7 +160,7 @@ def test_what_the_released_code_lacks_is_not_exported(options, message, tmp_path
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ([1, 2], "holds a list, and no checkpoint"),
+        ([1, 2], "holds a list, so it is no checkpoint"),
         ({"model_state": {}, "model_config": None}, "model_config lacks attn_type, n_layer"),
         ("a weight", "lacks the weight 'layers.1.dec_attn.o_net.weight'"),
     ],

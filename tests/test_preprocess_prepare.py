@@ -355,7 +355,7 @@ def test_bad_input_names_the_option(texts, tmp_path):
     for option, value in ("--vocab-size", 0), ("--character-coverage", 7), ("--character-coverage", "nan"):
         assert f"{option} {value}" in refused("own", *data, *source, "--bpe", "sentencepiece", option, value)
     assert "--workers" in refused("own", *data, *source, "--workers", 0)
-    assert "Not a directory" in refused("own", "--destdir", texts / "train.txt" / "data", *source)
+    assert "train.txt is a file, pass a folder" in refused("own", "--destdir", texts / "train.txt" / "data", *source)
     for size, reason in (
         (9999, r"is too large for this text: pass \d+ or less"),
         (
