@@ -76,7 +76,7 @@ def test_the_loop_equals_fairseq_train(memory, docs, tiny_data, tmp_path, monkey
 
 
 def test_the_page_runs(tmp_path, monkeypatch, capsys):
-    """Its blocks in order, with nothing between them; the files to read have another number of words than the first model."""
+    """Its blocks in order, and nothing else. The files have another number of words than the page's first model."""
     monkeypatch.chdir(tmp_path)
     for file, count in (("train.txt", 300), ("valid.txt", 50)):
         Path(file).write_text("".join(f"w{i}{' ' if i % 10 else chr(10)}" for i in range(count)))
