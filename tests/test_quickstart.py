@@ -1,4 +1,4 @@
-"""The quickstart's corpus, its table, and what it installs; `.ci/run` runs it all."""
+"""The quickstart's corpus, table and installation, which `.ci/run` runs; failures of the generation example."""
 
 import hashlib
 import os
@@ -85,3 +85,35 @@ def test_torch_is_a_build_for_cpus_where_there_is_no_gpu(gpu, reachable, cpu_bui
     assert {"--extra-index-url https://download.pytorch.org/whl/cpu" in line for line in installs} == {cpu_builds}
     again = install(tmp_path)
     assert (again.returncode, again.stdout) == (0, "")
+
+
+def generation(folder, failing, *arguments):
+    """Run the generation example with a Python that fails where *failing* is in its arguments."""
+    (folder / "python3").write_text(f'#!/bin/sh\ncase "$*" in *{failing}*) echo "{failing} is wrong"; exit 1 ;; esac\n')
+    (folder / "python3").chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "WORK": str(folder / "work")}
+    command = ["bash", ROOT / "examples" / "generation" / "run.sh", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("failing", "message"),
+    [
+        ("cuda.is_available", "it needs a GPU and PyTorch: PyTorch sees no GPU here"),
+        (
+            "transformer_xl_lm",
+            "training transformer_xl_lm failed: {work}/transformer_xl_lm/train.log has the whole log",
+        ),
+        ("eval_lm", "evaluating lamemo_lm failed: {work}/lamemo_lm/eval.log has the whole log"),
+    ],
+)
+def test_the_generation_example_tells_what_failed(failing, message, tmp_path):
+    done = generation(tmp_path, failing, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.endswith(message.format(work=tmp_path / "work") + "\n")
+    assert failing == "cuda.is_available" or f"{failing} is wrong" in done.stderr
+
+
+def test_the_generation_example_without_a_folder_prints_its_usage(tmp_path):
+    done = generation(tmp_path, "nothing")
+    assert done.returncode == 2 and done.stderr.startswith("usage: bash examples/generation/run.sh FOLDER")
