@@ -65,6 +65,8 @@ def test_an_empty_line_separates():
 def test_what_does_not_separate():
     with pytest.raises(ValueError, match=r"has no line 'w5': pass another --document-separator, or --documents none"):
         spans_of([A, B, C], DocumentOptions("separator", "w5"))
+    with pytest.raises(ValueError, match=r" has no empty line: pass another --document-separator, or --documents none"):
+        spans_of([A, B, C], DocumentOptions("separator"))
     with pytest.raises(ValueError, match=r"--document-separator 'w5 x': 'x' is not in dict.txt: write the line as it"):
         spans_of([A, LINE], DocumentOptions("separator", "w5 x"))
     for scored in (False, True):

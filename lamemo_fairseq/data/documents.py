@@ -85,8 +85,9 @@ class DocumentOptions:
                 )
         separators = _lines_of(tokens, words, dictionary.eos())
         if not separators:
+            line = f"line '{self.separator}'" if self.separator else "empty line"
             raise ValueError(
-                f"{tokens.name} has no line '{self.separator}': pass another --document-separator, or --documents none "
+                f"{tokens.name} has no {line}: pass another --document-separator, or --documents none "
                 "to read it as one text"
             )
         begins = np.concatenate([[0], tokens.ends])
