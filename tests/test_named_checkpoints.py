@@ -97,6 +97,8 @@ def test_checkpoints_in_the_nearest_folder_are_proposed(tmp_path, monkeypatch):
         assert re.fullmatch(near, missing_checkpoint(path, "--path"))
     listed = [f"runs/lamemo/checkpoint{number}.pt" for number in (6, 5, 4, 3, 2)]
     assert missing_checkpoint("runs/lamemo/" + 60 * "z").endswith(f": runs/lamemo has {', '.join(listed)} and others")
+    monkeypatch.chdir(folder)
+    assert ": this folder has checkpoint6.pt, checkpoint5.pt, " in missing_checkpoint(60 * "z")
     assert missing_checkpoint("/nowhere/at/all.pt").endswith("all.pt, nor is there a folder /nowhere/at")
 
 

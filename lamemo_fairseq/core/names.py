@@ -42,5 +42,6 @@ def missing_checkpoint(path: str, option: str = "") -> str:
     there = sorted((str(found) for pattern in patterns for found in folder.glob(pattern)), reverse=True)
     if not there:
         return f"{message}, and {folder.resolve()} has no checkpoints"
-    others = f"{folder} has {', '.join(there[:5])}" + (" and others" if len(there) > 5 else "")
+    place = "this folder" if folder == Path() else folder
+    others = f"{place} has {', '.join(there[:5])}" + (" and others" if len(there) > 5 else "")
     return f"{message}: {did_you_mean(str(Path(path)), there) or others}"
