@@ -48,7 +48,7 @@ def encode_prompts(
                 len(unknown),
                 len(words),
                 prompt if len(prompt) <= 60 else prompt[:60] + "...",
-                ", ".join(map(repr, unknown[:3])),
+                ", ".join(map(repr, list(dict.fromkeys(unknown))[:3])),
                 _advice(prompt, encode, dictionary, coding),
             )
         encoded.append(torch.cat(ids))

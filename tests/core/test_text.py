@@ -108,8 +108,8 @@ def test_ids_that_are_no_words_are_refused():
 
 
 def test_a_text_of_unknown_words_is_told(caplog):
-    Tokenizer(["a"]).encode("a B c")
-    assert "2 of the 3 words of the text 'a B c' are unknown to the dictionary, such as 'B', 'c'" in caplog.text
+    Tokenizer(["a"]).encode("a B B c")
+    assert "3 of the 4 words of the text 'a B B c' are unknown to the dictionary, such as 'B', 'c':" in caplog.text
 
 
 def test_a_model_takes_its_tokenizer_along(tmp_path):

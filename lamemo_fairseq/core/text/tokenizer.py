@@ -143,7 +143,7 @@ class Tokenizer:
     def _tell_unknown(self, text: str, tokens: Sequence[str]) -> None:
         unknown = [token for token in tokens if token not in self._ids]
         if len(unknown) > MOSTLY * len(tokens):
-            shown = ", ".join(map(repr, unknown[:3]))
+            shown = ", ".join(map(repr, list(dict.fromkeys(unknown))[:3]))
             logger.warning(
                 "%d of the %d words of the text %r are unknown to the dictionary, such as %s: write it like "
                 "the data's text (dict.txt lists the words)",
