@@ -151,7 +151,8 @@ def test_a_split_joined_from_parts_is_looked_over_in_all_of_them(data):
 def test_a_dictionary_that_does_not_match_the_checkpoint(data, checkpoint, words):
     (data / "dict.txt").write_text("".join(f"v{i} 1\n" for i in range(words - 4)))
     with pytest.raises(
-        ValueError, match=rf"another dictionary than .* {words} words.*preprocess own --srcdict.* another --save-dir"
+        ValueError,
+        match=rf"another dictionary, of 40 words, than .* {words} words.*preprocess own --srcdict.* another --save-dir",
     ):
         run_command(eval_lm.cli_main, data, *TASK, "--path", checkpoint, "--gen-subset", "test")
 

@@ -252,8 +252,10 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         """
         saved = state_dict.get(f"{name}.dictionary_version")
         if saved is not None and int(saved) != int(self.dictionary_version):
+            tables = [w for key, w in state_dict.items() if key.startswith(f"{name}.embed_tokens.tables.")]
+            trained = f", of {sum(map(len, tables)):,} words," if tables else ""
             raise ValueError(
-                "the checkpoint was trained with another dictionary than this data's dict.txt of "
+                f"the checkpoint was trained with another dictionary{trained} than this data's dict.txt of "
                 f"{len(self.dictionary):,} words. Binarize the text with the checkpoint's dictionary "
                 f"({PREPROCESS} own --srcdict DICT, or fairseq-preprocess --srcdict DICT); to train a new model, take "
                 "another --save-dir"
