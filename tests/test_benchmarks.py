@@ -60,6 +60,14 @@ def test_a_benchmark_without_processes_of_its_own_prints_its_figures(command, ro
     assert row in capsys.readouterr().out
 
 
+def test_softmaxes_of_fewer_words_than_the_first_cutoff_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["softmax.py", "50000", "20000"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(FOLDER / "softmax.py"), run_name="__main__")
+    assert "error: words: 20000 is too few, the adaptive softmax begins above 20,000" in capsys.readouterr().err
+
+
 def test_efficiency_is_the_rate_over_that_of_one_rank_times_the_ranks(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     import scaling

@@ -26,6 +26,7 @@ SIZES = {
     "tokens_per_sample": 150,
 }
 STREAMS, STEPS = 8, 4
+CUTOFFS = (20_000, 40_000, 200_000)
 
 
 def measure(words: int, kind: str) -> dict[str, float]:
@@ -39,7 +40,7 @@ def measure(words: int, kind: str) -> dict[str, float]:
     dictionary = Dictionary()
     for i in range(words - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
-    cutoffs = ",".join(str(c) for c in (20_000, 40_000, 200_000) if c < words)
+    cutoffs = ",".join(str(c) for c in CUTOFFS if c < words)
     adaptive = {"adaptive_softmax_cutoff": cutoffs} if kind == "adaptive" else {}
     torch.manual_seed(0)
     model = FairseqMemoryDecoder(MemoryLanguageModelConfig(**SIZES, **adaptive), dictionary)
@@ -67,9 +68,20 @@ def measure(words: int, kind: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="full against adaptive softmax on this machine")
-    parser.add_argument("words", nargs="*", type=int, default=[50_000, 267_735])
+    parser.add_argument(
+        "words",
+        nargs="*",
+        type=int,
+        default=[50_000, 267_735],
+        help=f"sizes of the dictionary, each above the first cutoff of {CUTOFFS[0]:,} (default: 50000 267735)",
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if min(args.words) <= CUTOFFS[0]:
+        parser.error(
+            f"words: {min(args.words)} is too few, the adaptive softmax begins above {CUTOFFS[0]:,}: pass more, "
+            "such as 50000"
+        )
     if args.one:
         print(json.dumps(measure(args.words[0], args.one)))
         return
