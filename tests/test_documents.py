@@ -294,7 +294,7 @@ def test_other_documents_within_an_epoch_are_refused():
     iterator().load_state_dict(state)
     for changes, message in (
         ({"clear": False}, "--at-document is keep, there it was clear"),
-        ({"scored": True}, "--score-separators is True, there it was False"),
+        ({"scored": True}, "--score-separators is given, there it was not given"),
         ({"source": "separator", "separator": "w5"}, "--documents is separator, there it was recorded"),
         ({"lengths": (20, 10, 6)}, "the number of documents is 3, there it was 2"),
     ):

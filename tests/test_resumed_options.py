@@ -194,11 +194,11 @@ def test_a_checkpoint_without_the_count_of_averages(data, tmp_path, caplog):
 @pytest.mark.parametrize(
     "changed, then, remedy",
     [
-        (["--criterion", "chunked_cross_entropy"], "cross_entropy", "--reset-optimizer"),
-        (["--optimizer", "sgd"], "adam", "--reset-optimizer"),
-        (["--bf16"], "False", "--reset-optimizer"),
-        (["--optimizer", "adafactor", "--beta1", 0.9], "None", "--reset-optimizer"),
-        (["--lr-scheduler", "inverse_sqrt", "--warmup-updates", 2], "fixed", "--reset-lr-scheduler"),
+        (["--criterion", "chunked_cross_entropy"], "with cross_entropy", "--reset-optimizer"),
+        (["--optimizer", "sgd"], "with adam", "--reset-optimizer"),
+        (["--bf16"], "without it", "--reset-optimizer"),
+        (["--optimizer", "adafactor", "--beta1", 0.9], "with None", "--reset-optimizer"),
+        (["--lr-scheduler", "inverse_sqrt", "--warmup-updates", 2], "with fixed", "--reset-lr-scheduler"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -206,7 +206,7 @@ def test_a_state_of_another_kind_is_refused_and_can_begin_anew(changed, then, re
     before = changed[:2] if "--beta1" in changed else []
     train(configured(data / "1", *ADAM, *before, "--max-update", 2), tmp_path)
     options = [*ADAM, *changed, "--max-update", 3]
-    difference = rf"{changed[len(before)]} is .*, the checkpoint was trained with {then}"
+    difference = rf"{changed[len(before)]} is .*, the checkpoint was trained {then}"
     message = rf"{difference}\. Go on with the former, or pass {remedy} to"
     with pytest.raises(ValueError, match=message):
         train(configured(data / "1", *options), tmp_path)

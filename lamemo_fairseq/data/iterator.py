@@ -246,4 +246,6 @@ def _shown(name: str, value: Any) -> str:
     """Return an option's value for a message. A rotation of the streams is recorded as its seed, or None."""
     if name == ROLL and isinstance(value, int):
         return f"on with --seed {value}"
+    if isinstance(value, bool):
+        return "given" if value else "not given"
     return "off" if value is None else str(value)

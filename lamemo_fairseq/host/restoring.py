@@ -65,6 +65,9 @@ class _Difference(NamedTuple):
     then: Any
 
     def __str__(self) -> str:
+        if isinstance(self.now, bool) and isinstance(self.then, bool):
+            given, trained = ("given", "without") if self.now else ("not given", "with")
+            return f"{option_name(self.name)} is {given}, the checkpoint was trained {trained} it"
         return f"{option_name(self.name)} is {_shown(self.now)}, the checkpoint was trained with {_shown(self.then)}"
 
 
