@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from ...attention import Attended
-from ...decoding.attention import Columns
-from ...decoding.cache import LayerCache, SegmentCache, SequencePosition, counts, select_sequences, write_sequences
+from ...decoding.cache import (
+    InputLayerCache,
+    LayerCache,
+    SegmentCache,
+    SequencePosition,
+    counts,
+    select_sequences,
+    write_sequences,
+)
 from ...decoding.interfaces import CachedMemory, Network
 from ...kernels.padded import WideRows
 from ...layers import DecoderLayer
@@ -49,19 +56,8 @@ class LookaheadLayerCache(LayerCache):
 
 
 @dataclass
-class FirstLayerCache(LookaheadLayerCache):
+class FirstLayerCache(LookaheadLayerCache, InputLayerCache):
     """The cache of the first layer whose slots look ahead, if other layers are below: also the rows that go into it."""
-
-    inputs: Tensor  # [B, C, d]
-
-    keeps_inputs: ClassVar[bool] = True
-
-    def column_buffers(self) -> Iterator[Tuple[int, Tensor]]:
-        yield from super().column_buffers()
-        yield 1, self.inputs
-
-    def store_inputs(self, inputs: Tensor, columns: Columns) -> None:
-        columns.write(self.inputs, inputs, 1)
 
 
 @dataclass
@@ -86,7 +82,7 @@ class LookaheadCache(SegmentCache[LookingAhead, LookaheadLayerCache]):
             if i in refreshed:
                 past = Attended(torch.zeros_like(keys), keys.new_zeros(keys.shape[:-1], dtype=exact))
             if inputs is not None and i == memory.first_ahead > 0:
-                layers.append(FirstLayerCache(keys, values, past, inputs))
+                layers.append(FirstLayerCache(keys, values, inputs=inputs, past=past))
             else:
                 layers.append(LookaheadLayerCache(keys, values, past))
         embeddings = None if memory.first_ahead > 0 else inputs
