@@ -169,6 +169,20 @@ def test_what_a_table_must_not_say(changes, message, tmp_path):
 WRITTEN = yaml.safe_dump(content(title="é, x"), allow_unicode=True)
 
 
+def test_options_that_fairseq_train_does_not_know_are_refused_before_any_training(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("a command was run"))
+    assert run(tiny, "--set", "mem-lenn=3") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --set: option --mem-lenn is not known: did you mean --mem-len or ")
+    assert run(tiny, "--set", "use-old-adam=true", "optimizer=sgd") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --set: --use-old-adam belongs to --optimizer adam, which is not given"
+    tiny.write_text(tiny.read_text().replace("{arch: lamemo_lm}", "{arch: lamemo_lm, drop-out: 0.1}"))
+    assert run(tiny) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: row 'lamemo': option --drop-out is not known: did you mean --dropout")
+
+
 @pytest.mark.parametrize("data", [
     WRITTEN.encode(), b"\xef\xbb\xbf" + WRITTEN.encode(), WRITTEN.replace("\n", "\r\n").encode(),
     b"\xef\xbb\xbf" + WRITTEN.replace("\n", "\r\n").encode(),

@@ -212,17 +212,17 @@ def test_what_a_run_leaves_behind_for_seconds_is_waited_for(tmp_path, monkeypatc
 
 
 def test_options_that_no_run_came_to_train_with_do_not_hold_the_folder(tiny, capsys, monkeypatch):
-    """A misspelled one, say. Once there is a checkpoint, they do."""
-    monkeypatch.setattr(process, "run", lambda argv, log, *_: log.write_text("no such option\n") and FAILED)
-    assert run(tiny, "--only", "lamemo", "--set", "no-such-option=3") == 1
+    """One that is refused, say. Once there is a checkpoint, they do."""
+    monkeypatch.setattr(process, "run", lambda argv, log, *_: log.write_text("refused\n") and FAILED)
+    assert run(tiny, "--only", "lamemo", "--set", "amp-init-scale=3") == 1
     assert run(tiny, "--only", "lamemo") == 1
     assert "holds another run" not in capsys.readouterr().err
     held = folder.RunFolder(tiny.parent / "out" / "lamemo" / "seed-1")
-    assert "--no-such-option" not in read(held.identity)["options"] and len(held.started()) == 1
+    assert "--amp-init-scale" not in read(held.identity)["options"] and len(held.started()) == 1
     held.checkpoints.mkdir()
     (held.checkpoints / "checkpoint_1_5.pt").touch()
-    assert run(tiny, "--only", "lamemo", "--set", "no-such-option=3") == 1
-    assert "holds another run: options --no-such-option is 3, there it was not given" in capsys.readouterr().err
+    assert run(tiny, "--only", "lamemo", "--set", "amp-init-scale=3") == 1
+    assert "holds another run: options --amp-init-scale is 3, there it was not given" in capsys.readouterr().err
 
 
 FAILED = process.Ended(2, 0.1)
@@ -233,17 +233,21 @@ def test_what_was_refused_is_told_once_and_not_to_be_started_again(tiny, capsys,
 
     def refuse(argv, log, *_):
         with log.open("a") as file:
-            file.write("option --lrr is not known: did you mean --lr\n")
+            file.write("--amp-init-scale is refused: pass another\n")
         return process.Ended(1, 0.1)
 
     log = tiny.parent / "out" / "lamemo" / "seed-1" / "train.log"
     log.parent.mkdir(parents=True)
     monkeypatch.setattr(process, "run", refuse)
-    for arguments in (["--set", "lrr=1"], ["--set", "lrr=1"], ["--speed", "--set", "lrr=1"]):
+    for arguments in (
+        ["--set", "amp-init-scale=1"],
+        ["--set", "amp-init-scale=1"],
+        ["--speed", "--set", "amp-init-scale=1"],
+    ):
         log.write_text("training on 1 devices (GPUs/TPUs)\nNaN or infinity in update 7\n")
         assert run(tiny, "--only", "lamemo", *arguments) == 1
         message = capsys.readouterr().err
-        assert message.count("option --lrr is not known") == 1 and "NaN" not in message
+        assert message.count("--amp-init-scale is refused") == 1 and "NaN" not in message
         assert "Change what the message names, and start again" in message and "to go on" not in message
 
 

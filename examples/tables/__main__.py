@@ -19,7 +19,7 @@ from typing import Any, Dict, List, NoReturn, Optional
 
 import yaml
 
-from . import commands, folder, kept, plots, process, recipes, render, scale, speed, table, validation
+from . import commands, folder, kept, names, plots, process, recipes, render, scale, speed, table, validation
 from .execute import Plan, RunError, Slot, check, execute
 
 
@@ -136,6 +136,9 @@ def act(args: argparse.Namespace) -> int:
         for row in dict.fromkeys(run.row for run in runs):
             validation.leaves_results(f"row '{row}'", commands.training_options(loaded, row, plan.changes))
         scale.check(plan, runs, args.scale)
+    if not args.render:
+        for row in dict.fromkeys(run.row for run in runs if not plan.complete(run)):
+            names.known(f"row '{row}'", commands.training_options(loaded, row, plan.changes), plan.changes)
     if args.print_slurm:
         print("\n".join(jobs(plan, runs, args)))
         return 0

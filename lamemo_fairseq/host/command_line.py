@@ -157,7 +157,7 @@ class CommandLine:
         if match := re.match(r"unrecognized arguments: (.*)", message, flags=re.DOTALL):
             names = [word.split("=", 1)[0] for word in match[1].split() if word.startswith("-")]
             return (
-                self._unrecognized(names[0]) if names else f"{message}: an option's value is one word, put it in quotes"
+                self.unrecognized(names[0]) if names else f"{message}: an option's value is one word, put it in quotes"
             )
         if match := re.match(r"argument (\S+): invalid choice: '?([^']*)'? \(", message):
             option = match[1].split("/")[0]
@@ -168,7 +168,8 @@ class CommandLine:
             return f"{match[1]} is '{match[3]}': pass {_KINDS.get(match[2], match[2])}"
         return message
 
-    def _unrecognized(self, name: str) -> str:
+    def unrecognized(self, name: str) -> str:
+        """Return the message on an option that the parser does not have."""
         field = name.lstrip("-").replace("-", "_")
         owners = [
             f"{option_name(registry)} {choice}"
