@@ -19,7 +19,7 @@ def test_the_command_of_the_page_trains_what_its_files_add(tmp_path):
     for name, text in files_of_page().items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    write_data(tmp_path / "data-bin/own", train=16 * 64 * 3, valid=200)
+    write_data(tmp_path / "data-bin/words", train=16 * 64 * 3, valid=200)
     (command,) = re.findall(r"```bash\nfairseq-train (.*?)```", PAGE, re.S)
     given = [*shlex.split(command.replace("\\\n", "")), "--cpu", "--attention-backend", "double", "--max-update", "2"]
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}

@@ -32,12 +32,18 @@ class LamemoTokenizer(PreTrainedTokenizer):
 
     def __init__(
         self,
-        vocab_file: str,
+        vocab_file: Optional[str] = None,
         encoding_file: Optional[str] = None,
         sentencepiece_file: Optional[str] = None,
         codes_file: Optional[str] = None,
         **kwargs: Any,
     ):
+        if vocab_file is None:
+            folder = kwargs.get("name_or_path", "the folder")
+            raise ValueError(
+                f"{folder} has no {DICTIONARY}: its model was saved without a tokenizer. Set model.tokenizer, save the "
+                "model again, and export it again"
+            )
         self.core = Tokenizer.load(os.path.dirname(vocab_file))
         _, pad, eos, unk = SPECIAL
         special = {"bos_token": eos, "eos_token": eos, "pad_token": pad, "unk_token": unk}

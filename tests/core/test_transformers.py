@@ -358,6 +358,12 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("['w1 w2 w3")
 
 
+def test_a_model_without_a_tokenizer_says_so(tmp_path):
+    export_folder(tiny_decoder(), tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"hf has no dict.txt: .* without a tokenizer"):
+        AutoTokenizer.from_pretrained(tmp_path / "hf")
+
+
 def test_a_folder_that_cannot_be_finished_is_left_as_it_was(tmp_path):
     core = saved_core(tmp_path / "core", FIRST["none"])
     export_folder(core, tmp_path / "hf")
