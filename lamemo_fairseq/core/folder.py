@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -44,6 +45,7 @@ def write_folder(folder: Path, model: MemoryDecoder, tokenizer: Optional[Tokeniz
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         _safetensors().torch.save_model(model, f"{unfinished}/{WEIGHTS}", metadata={CONFIG: text})
         Path(unfinished, CONFIG).write_text(text, encoding="utf-8")
+        shutil.copymode(Path(unfinished, CONFIG), Path(unfinished, WEIGHTS))  # safetensors lets no other user read them
         if tokenizer is not None:
             tokenizer.save(unfinished)
         put_in_place(unfinished, folder)

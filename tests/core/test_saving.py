@@ -68,6 +68,10 @@ def test_precision_is_saved(dtype, tmp_path):
     assert_equal(model, loaded)
 
 
+def test_other_users_may_read_the_weights_if_they_may_read_the_rest(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_another_model_takes_the_place_of_the_first(folder):
     model = tiny_decoder(seed=3)
     model.save(folder)
