@@ -30,6 +30,7 @@ CORE = [
     "layers",
     "decoding",
     "memory",
+    "aliases",
     "graphs config",
     "diagonal",
     "segments",

@@ -70,9 +70,8 @@ class SegmentTrainer(Trainer):
         check_named_checkpoint(self.cfg.checkpoint, self.checkpoint_suffix)
         folder = self.cfg.checkpoint.save_dir
         if is_first_rank() and not self.cfg.checkpoint.no_save and PathManager.supports_rename(folder):
-            save_dir.claim(
-                folder, self.checkpoint_suffix
-            )  # before a checkpoint is looked for, which another run may be writing
+            # Before a checkpoint is looked for, which another run may be writing.
+            save_dir.claim(folder, self.checkpoint_suffix)
 
     @property
     def model(self) -> Any:

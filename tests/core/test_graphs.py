@@ -8,7 +8,7 @@ import torch
 
 from lamemo_fairseq.core import graphs
 from lamemo_fairseq.core import memory as registered
-from lamemo_fairseq.core.graphs import run_on_aliases
+from lamemo_fairseq.core.aliases import run_on_aliases
 from lamemo_fairseq.core.memory.position import real_tokens
 
 from ..gpus import gpu
