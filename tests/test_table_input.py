@@ -183,6 +183,23 @@ def test_options_that_fairseq_train_does_not_know_are_refused_before_any_trainin
     assert line.startswith("error: row 'lamemo': option --drop-out is not known: did you mean --dropout")
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("softmax-batches", "option --softmax-batches is not known: did you mean --softmax-batch"),
+        ("mem-len", "--mem-len belongs to training: change a trained model with --model-overrides"),
+    ],
+)
+def test_options_that_fairseq_eval_lm_does_not_know_are_refused_before_any_training(
+    option, message, tiny, capsys, monkeypatch
+):
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("a command was run"))
+    tiny.write_text(tiny.read_text().replace("{batch-size: 2}", f"{{batch-size: 2, {option}: 8}}"))
+    assert run(tiny) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: evaluation.options: {message}")
+
+
 @pytest.mark.parametrize("data", [
     WRITTEN.encode(), b"\xef\xbb\xbf" + WRITTEN.encode(), WRITTEN.replace("\n", "\r\n").encode(),
     b"\xef\xbb\xbf" + WRITTEN.replace("\n", "\r\n").encode(),

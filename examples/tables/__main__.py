@@ -138,7 +138,10 @@ def act(args: argparse.Namespace) -> int:
         scale.check(plan, runs, args.scale)
     if not args.render:
         for row in dict.fromkeys(run.row for run in runs if not plan.complete(run)):
-            names.known(f"row '{row}'", commands.training_options(loaded, row, plan.changes), plan.changes)
+            trained = commands.training_options(loaded, row, plan.changes)
+            names.known("fairseq-train", f"row '{row}'", trained, plan.changes)
+            evaluated = {**commands.shared_options(trained), **loaded.evaluation.options}
+            names.known("fairseq-eval-lm", "evaluation.options", evaluated, {})
     if args.print_slurm:
         print("\n".join(jobs(plan, runs, args)))
         return 0

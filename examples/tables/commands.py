@@ -33,6 +33,11 @@ def training_options(table: Table, row: str, changes: Mapping[str, Any]) -> Dict
     return {**table.options, **find(table, row).options, **changes}
 
 
+def shared_options(trained: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return those options of a training that its evaluations take over."""
+    return {name: trained[name] for name in SHARED if name in trained}
+
+
 def streams_a_device(table: Table, row: str, gpus: int) -> int:
     """Return the ``--batch-size`` of a row on each of *gpus* devices: their number does not change the run.
 
@@ -64,7 +69,7 @@ def evaluate(
     """Return the arguments of fairseq-eval-lm; of *shards* equal divisions of the streams the first is read."""
     trained = training_options(table, row, changes)
     options: Dict[str, Any] = {
-        **{name: trained[name] for name in SHARED if name in trained},
+        **shared_options(trained),
         "path": checkpoint,
         "gen-subset": evaluation.subset,
         **table.evaluation.options,

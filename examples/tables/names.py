@@ -1,4 +1,4 @@
-"""Check the names of a table's options against those of fairseq-train, before anything is trained."""
+"""Check the names of a table's options against those of fairseq's commands, before anything is trained."""
 
 from pathlib import Path
 from typing import Any, Mapping, NoReturn
@@ -11,11 +11,17 @@ _CHOICES = ("user-dir", "task", "arch", "criterion", "optimizer", "lr-scheduler"
 
 
 class _Unreadable(Exception):
-    """The parser cannot be made: fairseq-train itself will say what is wrong."""
+    """The parser cannot be made: the command itself will say what is wrong."""
 
 
-def known(where: str, given: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
-    """Check that fairseq-train knows the options *given* in *where*; *changes* are those of them from ``--set``.
+def known(command: str, where: str, given: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Check that a command knows the options *given* in *where*.
+
+    Args:
+        command: fairseq-train or fairseq-eval-lm.
+        where: the part of the table that gives them.
+        given: all options of the command.
+        changes: those of them from ``--set``.
 
     Raises:
         TableError: a name is not known; the message has the nearest known one.
@@ -29,7 +35,7 @@ def known(where: str, given: Mapping[str, Any], changes: Mapping[str, Any]) -> N
     if "user-dir" in chosen and Path(user_dir(chosen["user-dir"])).resolve() == Path(lamemo_fairseq.__file__).parent:
         del chosen["user-dir"]  # fairseq would log that it is imported already
     words = ["data", *(word for name, value in chosen.items() for word in (f"--{name}", value))]
-    parser = options.get_training_parser()
+    parser = options.get_training_parser() if command == "fairseq-train" else options.get_eval_lm_parser()
     parser.error = _unreadable
     try:
         with CommandLine.unchecked():
