@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, List, Optional
 
 from .arguments import ArgumentParser
 from .core.folder import make_folder
-from .core.names import missing_checkpoint
+from .core.names import missing_checkpoint, nearest_path
 
 if TYPE_CHECKING:
     from .core import LanguageModel
@@ -88,7 +88,9 @@ def _import_released(args: argparse.Namespace) -> str:
     vocabulary = released.get("vocab")
     if args.vocabulary:
         if not Path(args.vocabulary).is_file():
-            raise FileNotFoundError(f"--vocabulary {args.vocabulary}: there is no such file")
+            raise FileNotFoundError(
+                f"--vocabulary {args.vocabulary}: there is no such file{nearest_path(args.vocabulary)}"
+            )
         vocabulary = StringIO(read_text(args.vocabulary), newline=None).read().removesuffix("\n").split("\n")
     checkpoint, dictionary = import_checkpoint(released, words_of(vocabulary))
     folder = Path(args.folder)
@@ -154,9 +156,8 @@ def _need_dictionary(args: argparse.Namespace) -> None:
     if not args.dictionary:
         raise ValueError(f"{args.checkpoint} is a checkpoint of fairseq: pass --dictionary, the dict.txt of its data")
     if not Path(args.dictionary).is_file():
-        raise FileNotFoundError(
-            f"--dictionary {args.dictionary}: there is no such file, pass the dict.txt of the checkpoint's data"
-        )
+        remedy = nearest_path(args.dictionary) or ", pass the dict.txt of the checkpoint's data"
+        raise FileNotFoundError(f"--dictionary {args.dictionary}: there is no such file{remedy}")
 
 
 def _refuse(args: argparse.Namespace, given: List[str], reason: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lamemo_fairseq.arguments import ArgumentParser
+from lamemo_fairseq.core.names import nearest_path
 
 from .chunks import CHUNK
 from .datasets import DATASETS, SPLITS, Dataset, Divide, FileEach, FirstBytes, Shares
@@ -139,7 +140,7 @@ def _refuse_idle(args: argparse.Namespace) -> None:
             raise ValueError(f"{_flags([name])} needs {_NEEDS[name]}")
     for name, path in _given(args, _MADE_ALREADY).items():
         if not path.is_file():
-            raise FileNotFoundError(f"{_flags([name])} {path}: there is no such file")
+            raise FileNotFoundError(f"{_flags([name])} {path}: there is no such file{nearest_path(path)}")
         if idle := _given(args, _MADE_ALREADY[name]):
             raise ValueError(f"{_flags([name])} is made already: leave {_flags(idle)} out")
     if args.vocab_size is not None and args.vocab_size < 1:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from lamemo_fairseq.core.names import nearest_path
 from lamemo_fairseq.data.binarized import load_dictionary, load_lines
 from lamemo_fairseq.data.original import COUNTED, OriginalText, read_counts
 
@@ -95,7 +96,7 @@ def count_for(folder: Path, texts: Iterable[str], other_lines: bool = False) -> 
         if not (sign and split and name):
             raise ValueError(f"{text}: name a split and its text, such as test=test.txt")
         if not Path(name).is_file():
-            raise FileNotFoundError(f"{text}: there is no file {name}")
+            raise FileNotFoundError(f"{text}: there is no file {name}{nearest_path(name)}")
         files.setdefault(split, []).append(Path(name))
     dictionary = load_dictionary(str(folder / "dict.txt"))
     counted = read_counts(str(folder), COUNTED)

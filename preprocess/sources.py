@@ -17,6 +17,8 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
+from lamemo_fairseq.core.names import nearest_path
+
 from .files import blocks, replacing
 
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, OSError)
@@ -131,7 +133,7 @@ def existing(sources: Sequence[Path]) -> None:
     """
     for source in sources:
         if not source.exists():
-            raise FileNotFoundError(f"--source {source}: there is no such file or folder")
+            raise FileNotFoundError(f"--source {source}: there is no such file or folder{nearest_path(source)}")
         if not (source.is_file() or source.is_dir()):
             raise ValueError(
                 f"--source {source} is a pipe or a device, and can be read only once: write it to a file first"

@@ -199,7 +199,10 @@ def data_identity(data: str) -> Dict[str, Any]:
     """
     folder = Path(data)
     if not has_dictionary(data):
-        raise FileNotFoundError(f"{folder} holds no dict.txt: prepare the data first, as the README of the table says")
+        from lamemo_fairseq.core.names import nearest_path  # with fairseq, which takes seconds to import
+
+        remedy = nearest_path(folder) or ": prepare the data first, as the README of the table says"
+        raise FileNotFoundError(f"{folder} holds no dict.txt{remedy}")
     words = hashlib.sha256((folder / "dict.txt").read_bytes()).hexdigest()[:16]
     return {"dictionary": words, **{f"size of {p.name}": p.stat().st_size for p in sorted(folder.glob("*.bin"))}}
 

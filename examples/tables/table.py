@@ -135,7 +135,9 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise TableError(f"there is no table file {path}") from None
+        from lamemo_fairseq.core.names import nearest_path  # with fairseq, which takes seconds to import
+
+        raise TableError(f"there is no table file {path}{nearest_path(path)}") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise TableError(f"{path} is not UTF-8 in line {line}: save it as UTF-8") from None

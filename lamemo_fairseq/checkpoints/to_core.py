@@ -11,6 +11,7 @@ from fairseq.data import Dictionary
 
 from ..core import LanguageModel, TextEncoding, Tokenizer
 from ..core.attention import BACKENDS
+from ..core.names import nearest_path
 from ..data.text_encoding import read_text_encoding
 from ..host.configuration import complete
 from ..models.config import model_config
@@ -71,7 +72,7 @@ def chosen_encoding(args: argparse.Namespace) -> Optional[TextEncoding]:
         if file is not None and args.bpe != bpe:
             raise ValueError(f"{option} is for --bpe {bpe}: pass that too")
         if file is not None and not os.path.isfile(file):
-            raise FileNotFoundError(f"{option} {file}: there is no such file")
+            raise FileNotFoundError(f"{option} {file}: there is no such file{nearest_path(file)}")
     if args.source_lang is not None and args.tokenizer != "moses":
         raise ValueError("--source-lang is for --tokenizer moses: pass that too")
     if args.bpe == "sentencepiece" and args.sentencepiece_model is None:

@@ -1,8 +1,9 @@
 """Names that users write: options and files, and the nearest known name to a misspelt one."""
 
 import difflib
+import os
 from pathlib import Path
-from typing import Callable, Iterable, Optional
+from typing import Callable, Iterable, Optional, Union
 
 
 def option_name(field: str) -> str:
@@ -23,6 +24,24 @@ def did_you_mean(
     """
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
     return f"did you mean {' or '.join(map(shown, near))}?" if near else None
+
+
+def nearest_path(path: Union[str, Path]) -> str:
+    """Return the end of a message on a path that is not there, empty if no path is near: ``: did you mean PATH?``.
+
+    The first name of the path that is not there is taken for the misspelt one.
+    """
+    given = Path(path)
+    absent = next((part for part in (*reversed(given.parents), given) if not os.path.exists(part)), None)
+    if absent is None:
+        return ""
+    try:
+        beside = {name: absent.with_name(name) / given.relative_to(absent) for name in os.listdir(absent.parent)}
+    except OSError:  # not a folder, or one that may not be read
+        return ""
+    there = [name for name, whole in beside.items() if os.path.exists(whole)]
+    hint = did_you_mean(absent.name, there, shown=lambda name: str(beside[name]))
+    return f": {hint}" if hint else ""
 
 
 def missing_checkpoint(path: str, option: str = "") -> str:

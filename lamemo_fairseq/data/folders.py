@@ -8,6 +8,7 @@ from typing import Any, List
 from fairseq import utils
 from fairseq.data import Dictionary
 
+from ..core.names import nearest_path
 from .binarized import load_dictionary
 from .text_encoding import PREPROCESS, read_text_encoding
 
@@ -28,8 +29,8 @@ def data_folders(data: str) -> List[str]:
             )
         if not os.path.exists(folder):
             raise FileNotFoundError(
-                f"the data folder {folder}{among} is not there: pass the folder that fairseq-preprocess or "
-                f"{PREPROCESS} wrote"
+                f"the data folder {folder}{among} is not there"
+                + (nearest_path(folder) or f": pass the folder that fairseq-preprocess or {PREPROCESS} wrote")
             )
         if not os.path.isdir(folder):
             binarized = os.path.exists(os.path.join(os.path.dirname(folder), "dict.txt"))

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
+from ..core.names import nearest_path
+
 MARK = "\ufeff"  # the byte order mark that some editors write before a text
 _REMEDY = "save it as UTF-8 (iconv -f latin1 -t utf-8, or -f utf-16)"
 
@@ -69,6 +71,7 @@ def check_input(cfg: Any) -> None:
     elif path.startswith("${"):
         return
     elif not os.path.exists(path) or os.path.isdir(path):
-        raise FileNotFoundError(f"--input {path}: there is no such file; without the option, prompts come from stdin")
+        remedy = nearest_path(path) or "; without the option, prompts come from stdin"
+        raise FileNotFoundError(f"--input {path}: there is no such file{remedy}")
     elif os.path.isfile(path):  # a pipe can be read only once
         read_text(path)

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from fairseq import utils
 from fairseq.file_io import PathManager
 
-from ..core.names import missing_checkpoint
+from ..core.names import missing_checkpoint, nearest_path
 from .configuration import (
     CheckpointError,
     check,
@@ -83,7 +83,8 @@ def check_files(folder: str, files: str, data: str, arguments: Dict[str, Any]) -
     for directory in (folder, *([] if data.startswith(".") else utils.split_paths(data))):
         if not os.path.isdir(directory):
             raise FileNotFoundError(
-                f"there is no folder {directory}: an archive or address has to be unpacked there first"
+                f"there is no folder {directory}"
+                + (nearest_path(directory) or ": an archive or address has to be unpacked there first")
             )
     for name in files.split(os.pathsep):
         path = os.path.join(folder, name)
