@@ -143,6 +143,15 @@ def test_hydra_with_bf16(data, tmp_path):
     assert memory["normalizers"][0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_hydra_prints_a_refusal_in_one_line_unless_asked_for_more(asked, data, tmp_path):
+    environment = {"HYDRA_FULL_ERROR": "1"} if asked else {}
+    line = f"{hydra(data, tmp_path)} dataset.batch_size=0 2>&1 | tail -n 2; echo ${{PIPESTATUS[0]}}"
+    before, last, status = run(line, tmp_path, **environment).splitlines()
+    assert last == f"{'ValueError: ' * asked}--batch-size is 0, it must be at least 1" and status == "1"
+    assert before.startswith("Error executing job with overrides: ") != asked
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(data, tmp_path):
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}
     with pytest.raises(AssertionError, match=r"torchrun has started 2 processes, .*--distributed-world-size"):

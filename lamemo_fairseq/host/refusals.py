@@ -7,14 +7,18 @@ code or a call within the package raises may be bugs, and are printed with their
 
 import dis
 import functools
+import os
 import re
 import sys
 from types import TracebackType
 from typing import Any, Callable, Optional, Type
 
+from hydra.core.hydra_config import HydraConfig
+
 _OF_INPUT = (ValueError, OSError, FloatingPointError)
 _RAISE = dis.opmap["RAISE_VARARGS"]
 _PACKAGE = __name__.partition(".")[0]
+_COMPLETE = "HYDRA_FULL_ERROR"
 
 
 def hook_once(hook: Callable[..., Any]) -> None:
@@ -33,6 +37,18 @@ def hook_once(hook: Callable[..., Any]) -> None:
 def print_in_one_line() -> None:
     """From now on, print refusals that end this process in one line."""
     hook_once(_print)
+
+
+def print_in_one_line_under_hydra() -> None:
+    """From now on, print refusals and a lack of memory in one line in fairseq-hydra-train too.
+
+    hydra prints a job's error itself, with a traceback, unless it is asked for complete ones. It then leaves errors to
+    the hooks of this module. A user who has asked for them sees every traceback.
+    """
+    if HydraConfig.initialized() and _COMPLETE not in os.environ:
+        os.environ[_COMPLETE] = "1"
+        print_in_one_line()
+        explain_out_of_memory()
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from .configuration import defaults_of
 from .generation_options import check_generation
 from .option_rules import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings
 from .option_table import rules_for
+from .refusals import print_in_one_line_under_hydra
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +252,7 @@ def check_task(config: Any, from_checkpoint: bool = False) -> None:
     checked, _line_checked = _line_checked or from_checkpoint, False
     whole: Any = config._get_root() if isinstance(config, DictConfig) else {}
     if not checked and "optimization" in whole and OmegaConf.select(whole, "common_eval.path") is None:
+        print_in_one_line_under_hydra()
         check_config(whole)
 
 
