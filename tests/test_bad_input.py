@@ -87,10 +87,15 @@ def test_empty_split(data, tmp_path):
 
 def test_too_little_text_for_the_streams(data, tmp_path):
     sizes = ("--tokens-per-sample", 8, "--batch-size", 26)
-    with pytest.raises(ValueError, match=r"'train' has 200 tokens.*26 streams.*at most 25 streams.*--batch-size"):
+    with pytest.raises(
+        ValueError,
+        match=r"'train' has 200 tokens.*26 streams.*at most 25 streams fit; pass a smaller --batch-size or --tok",
+    ):
         train_on(data, tmp_path / "run", "--disable-validation", sizes=sizes)
     sizes = ("--tokens-per-sample", 8, "--batch-size", 25, "--batch-size-valid", 61)
-    with pytest.raises(ValueError, match=r"'valid' has 60 tokens.*at most 60 streams"):
+    with pytest.raises(
+        ValueError, match=r"'valid' has 60 tokens.*at most 60 streams fit; pass a smaller --batch-size-valid, or"
+    ):
         train_on(data, tmp_path / "run", sizes=sizes)
     train_on(data, tmp_path / "run", sizes=(*sizes[:-1], 60))
 

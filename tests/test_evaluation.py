@@ -207,8 +207,8 @@ def test_a_token_without_probability_is_an_error(monkeypatch):
     [
         (1, None),
         (7, None),
-        (20, "has only 6 segments; --batch-size 7"),
-        (200, "ends after one segment, so that the memory is not used; --batch-size 7"),
+        (20, "short for 20 streams: each begins with an empty memory and ends after 6 segments, so"),
+        (200, "short for 200 streams: each begins with an empty memory and ends after one segment, so"),
     ],
 )
 def test_streams_too_short_for_the_memory_are_told_with_the_number_that_is_not(streams, said, caplog):
@@ -217,5 +217,6 @@ def test_streams_too_short_for_the_memory_are_told_with_the_number_that_is_not(s
     if said is None:
         assert layout.num_segments >= 16 and not caplog.records
     else:
-        assert said in caplog.text and layout.num_segments < 16
+        assert said in caplog.text and "; pass --batch-size 7 for fewer, longer streams" in caplog.text
+        assert layout.num_segments < 16
         assert StreamLayout(num_tokens=1150, num_streams=7, segment_length=10).num_segments >= 16

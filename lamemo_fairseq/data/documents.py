@@ -142,16 +142,18 @@ class DocumentLayout(Layout):
             f"{self.num_segments:,} segments; the memory is {'cleared' if self.deal.clear else 'kept'} at each document"
         )
 
-    def check(self, name: str, training: bool) -> None:
+    def check(self, name: str, training: bool, option: str = "--batch-size") -> None:
         """Warn if there are fewer documents than streams. All documents are read in any case."""
         if self.documents < self.num_streams:
             logger.warning(
-                "%s has %d documents, so that %d of %d streams (--batch-size times ranks) read nothing: a --batch-size "
-                "of %d streams in all is as fast",
+                "%s has %d documents, so that %d of %d streams (%s times ranks) read nothing: a %s of %d streams in "
+                "all is as fast",
                 name,
                 self.documents,
                 self.num_streams - self.documents,
                 self.num_streams,
+                option,
+                option,
                 self.documents,
             )
 

@@ -88,8 +88,11 @@ class Layout:
             option: sets the number of streams of a rank.
         """
 
-    def check(self, name: str, training: bool) -> None:
+    def check(self, name: str, training: bool, option: str = "--batch-size") -> None:
         """Refuse streams that hold too little.
+
+        Args:
+            option: sets the number of streams of a rank.
 
         Raises:
             ValueError: a stream is shorter than a segment in training, or empty in evaluation.
@@ -119,25 +122,24 @@ class StreamLayout(Layout):
         if self.num_streams == 1 or self.num_segments >= enough:
             return
         fitting = max(1, self.num_tokens // (enough * self.segment_length * ranks))
-        if self.num_segments == 1:
-            use = "and ends after one segment, so that the memory is not used"
-        else:
-            use = f"and has only {self.num_segments} segments"
         logger.warning(
-            "%s: each stream starts from an empty memory, %s; %s %d gives more tokens their full context",
+            "%s is short for %d streams: each begins with an empty memory and ends after %s, so that many tokens lack "
+            "context and the loss comes out higher; pass %s %d for fewer, longer streams",
             split,
-            use,
+            self.num_streams,
+            "one segment" if self.num_segments == 1 else f"{self.num_segments} segments",
             option,
             fitting,
         )
 
-    def check(self, name: str, training: bool) -> None:
+    def check(self, name: str, training: bool, option: str = "--batch-size") -> None:
         needed = self.num_streams * (self.segment_length if training else 1)
         if self.num_tokens < needed:
             what = f"a segment of {self.segment_length}" if training else "one token"
             fitting = self.num_tokens // (self.segment_length if training else 1)
             advice = f"at most {fitting} streams fit" if fitting else "even one stream does not fit"
+            options = f"{option} or --tokens-per-sample" if training else option
             raise ValueError(
-                f"{name} has {self.num_tokens:,} tokens, too few for {self.num_streams} streams (--batch-size times "
-                f"ranks) of {what} each: {advice}; lower --batch-size or --tokens-per-sample, or use more text"
+                f"{name} has {self.num_tokens:,} tokens, too few for {self.num_streams} streams ({option} times ranks) "
+                f"of {what} each: {advice}; pass a smaller {options}, or use more text"
             )

@@ -258,10 +258,11 @@ class SegmentLanguageModelingTask(PromptTask):
             ValueError: a stream would hold too little.
         """
         layout = dataset.layout(streams * ranks)
-        layout.check(f"the split '{dataset.split}'", self._trains)
+        # In training, validation has an option of its own.
+        option = "--batch-size" if self._trains or self._batches is None else "--batch-size-valid"
+        layout.check(f"the split '{dataset.split}'", self._trains, option)
         logger.info("%s: %s", dataset.split, layout.summary())
         if not self._trains and self._decoder is not None and self._decoder.memory.remembers:
-            option = "--batch-size" if self._batches is None else "--batch-size-valid"  # in training
             layout.warn_of_empty_memories(dataset.split, ENOUGH_SEGMENTS // 4, ranks, option)
 
     def train_step(
