@@ -1,6 +1,7 @@
 """Options of fairseq-train that nothing else here tries, with streams."""
 
 import logging
+import math
 import re
 import shutil
 
@@ -9,6 +10,8 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 from fairseq_cli import train
+
+from lamemo_fairseq.host.adam import FusedAdam
 
 from .helpers import TASK, run_command, write_data
 
@@ -44,6 +47,15 @@ def fit(data, tmp_path, caplog):
 
 def rates(text):
     return [float(rate) for rate in re.findall(r"train_inner.*? lr=([\d.e-]+)", text)]
+
+
+def test_the_rate_in_the_log_is_that_of_the_next_update(fit, monkeypatch):
+    """After the last update, a cosine's is that of a period that never begins."""
+    used, update = [], FusedAdam._update
+    monkeypatch.setattr(FusedAdam, "_update", lambda *given: used.append(given[1]["lr"]) or update(*given))
+    _, text = fit("--lr-scheduler", "cosine", "--max-update", 4)
+    assert used == pytest.approx([0.01 * (1 + math.cos(math.pi * done / 4)) / 2 for done in range(4)])
+    assert rates(text) == pytest.approx([*used[1:], 0.001], rel=1e-4)
 
 
 def loaded(path):
