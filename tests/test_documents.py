@@ -1,8 +1,12 @@
 """A split read as documents: told apart, dealt to streams, scored and trained on as each alone."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ from .core.helpers import first_of_each_memory
 from .helpers import TASK, dictionary_of, run_command, split_of, tiny_decoder, write_data
 from .test_streams import EOS, epoch_of
 
+ROOT = Path(__file__).parent.parent
 SEPARATOR = 9  # the word w5
 WORDS = dictionary_of(17)
 LINE, EMPTY = [SEPARATOR, EOS], [EOS]
@@ -345,3 +350,22 @@ def test_commands_score_documents(data, trained):
     assert recorded[0] == tokens + separators and recorded[1] != one[1]  # there they are a document's first line
     kept = ["--score-separators", "--at-document", "keep", "--batch-size", 4]
     assert test_commands.evaluate(data, path, *DOCUMENTS, *kept)[0] == tokens + separators
+
+
+def test_the_commands_of_the_page_go_from_a_text_to_a_trained_model(tmp_path):
+    page = (ROOT / "docs" / "documents.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for folder in ("examples", "lamemo_fairseq", "preprocess"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "."}
+    done = subprocess.run(
+        ["bash", "-ec", block.replace("--max-update 1000", "--max-update 2")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told[-3000:]
+    (streams,) = re.findall(r"`(train: [^`]* streams)`", page)
+    assert streams in told and "test: 30 documents of" in told and "Loss (base 2): " in told
