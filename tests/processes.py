@@ -159,9 +159,13 @@ def _run(
         "--distributed-init-method", f"tcp://localhost:{port}",
     ]  # fmt: skip
     main = importlib.import_module(f"fairseq_cli.{command}").cli_main
-    run_command(
-        main, *arguments, "--distributed-world-size", ranks, *(several if ranks > 1 else []), "--num-workers", 0
-    )
+    try:
+        run_command(
+            main, *arguments, "--distributed-world-size", ranks, *(several if ranks > 1 else []), "--num-workers", 0
+        )
+    except KeyboardInterrupt as error:  # multiprocessing does not do what Python does with an error
+        sys.last_value = error
+        sys.excepthook(type(error), error, error.__traceback__)
 
 
 def _note_what_is_computed(path: Path) -> None:
@@ -370,3 +374,28 @@ def telling_what_went_ahead() -> None:
         return taken
 
     FP16Optimizer._finish, _Begun.serves = telling_updates, telling_segments
+
+
+@fault
+def told_to_end(number: int, update: int, ranks: Sequence[int] = (0,), slow: float = 0.0) -> None:
+    """A scheduler's signal within an update, twice, to some of the ranks. Then saving takes seconds, and is awaited."""
+    import torch.distributed as dist
+    from fairseq.trainer import Trainer
+
+    from lamemo_fairseq.host import lost_ranks
+
+    lost_ranks.GRACE = slow / 4
+    clip, save = Trainer.clip_grad_norm, torch.save
+
+    def told(self, *args):
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if self.get_num_updates() + 1 == update and rank in ranks:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return clip(self, *args)
+
+    def slowly(*args, **kwargs):
+        time.sleep(slow)
+        return save(*args, **kwargs)
+
+    Trainer.clip_grad_norm, torch.save = told, slowly

@@ -15,7 +15,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.dataclass.configs import CheckpointConfig
 
-from lamemo_fairseq.host import interruption
+from lamemo_fairseq.host import interruption, signals
 from lamemo_fairseq.host.checkpoints import write_checkpoint
 
 from .helpers import TASK, write_data
@@ -70,15 +70,20 @@ def test_what_is_saved_is_told(options, start, saved, told, training, tmp_path, 
     assert line.startswith("Interrupted after update 9") and told.format(folder=tmp_path) in line
 
 
-def test_a_scheduler_ends_a_run_in_the_same_way(training, tmp_path, capsys):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_scheduler_ends_a_run_that_cannot_be_saved_in_the_same_way(number, code, training, tmp_path, capsys):
     training(trainer_at(9, tmp_path))
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt) as interrupted, interruption.told():
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause()
-    assert ended_by(interrupted.value) == 143
+    before = signal.getsignal(number)
+    signals.begin_to_heed(can_save=lambda: False)
+    try:
+        with pytest.raises(KeyboardInterrupt) as interrupted, interruption.told():
+            os.kill(os.getpid(), number)
+            signal.pause()
+    finally:
+        signals.end_heeding()
+    assert ended_by(interrupted.value) == code
     assert capsys.readouterr().err.startswith("Terminated after update 9")
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_another_rank_says_nothing(training, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Batches of consecutive segments, in order, each rank reading its own streams."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 from fairseq.data.iterators import EpochBatchIterator
@@ -11,8 +12,9 @@ from ..core.memory.position import SegmentPosition
 from ..core.memory.streams import StreamMemory
 from ..host.loading import end, end_at_exit
 from ..host.ranks import gather_objects, gather_streams
+from ..host.signals import heed_only_the_parent
 from .documents import DocumentDataset
-from .segments import ROLL, SegmentDataset, SegmentKey
+from .segments import ROLL, Segment, SegmentDataset, SegmentKey
 
 # Values that checkpoints do not record if they are older than the option.
 _BEFORE: Dict[str, Any] = {"--documents": "none", "--lookahead-from-layer": 1, "--lookahead-every": 1}
@@ -108,7 +110,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         self._loaded_ahead: Any = None
         super().__init__(
             dataset=dataset,
-            collate_fn=dataset.collater,
+            collate_fn=partial(_collate, dataset),
             batch_sampler=(),
             num_shards=num_shards,
             shard_id=shard_id,
@@ -143,6 +145,10 @@ class SegmentBatchIterator(EpochBatchIterator):
             self._loaded_ahead = batches._itr
             batches._itr = Peekable(batches._itr)
         return batches
+
+    def unread(self, count: int) -> None:
+        """Count the last *count* batches as unread, for a run that is saved without having trained on them."""
+        self._cur_epoch_itr.n -= count
 
     def gather_memory(self) -> None:
         """Bring the memory of every rank to the first one, which alone saves. Every rank has to call it."""
@@ -240,6 +246,11 @@ class SegmentBatchIterator(EpochBatchIterator):
             streams=tuple(self.streams),
             index=index,
         )
+
+
+def _collate(dataset: SegmentDataset, segments: List[Segment]) -> Dict[str, Any]:
+    heed_only_the_parent()  # in a process that loads batches
+    return dataset.collater(segments)
 
 
 def _shown(name: str, value: Any) -> str:

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import threading
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Callable, Iterator, Optional, Type
@@ -11,10 +10,7 @@ from typing import Any, Callable, Iterator, Optional, Type
 import torch.distributed as dist
 
 from .refusals import hook_once
-
-
-class Terminated(KeyboardInterrupt):
-    """A scheduler asks the run to end (SIGTERM)."""
+from .signals import Terminated
 
 
 class _Training:
@@ -74,22 +70,12 @@ def note_saved(updates: int) -> None:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Report an interruption in this context, once for all ranks. SIGTERM is one."""
-    former = None
-    if threading.current_thread() is threading.main_thread():
-        former = signal.signal(signal.SIGTERM, _terminate)
+    """Report an interruption in this context, once for all ranks."""
     try:
         yield
     except KeyboardInterrupt as error:
         _tell(error)
         raise
-    finally:
-        if former is not None:
-            signal.signal(signal.SIGTERM, former)
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise Terminated
 
 
 def report(what: str) -> None:
@@ -116,7 +102,7 @@ def _ended(
         otherwise(kind, error, traceback)
         return
     _tell(error)
-    raise SystemExit(128 + (signal.SIGTERM if issubclass(kind, Terminated) else signal.SIGINT))
+    raise SystemExit(128 + (error.number if isinstance(error, Terminated) else signal.SIGINT))
 
 
 def _rank() -> int:

@@ -19,6 +19,7 @@ from .own import TASK
 from .quiet import leave_out_warnings, log_in_fairseqs_format
 from .ranks import launched_ranks
 from .refusals import explain_out_of_memory, print_in_one_line
+from .signals import pass_on_to_ranks
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def parse_args_and_arch(
         line.check(namespace)
         if hasattr(namespace, "max_update"):
             check_save_dir(namespace.save_dir)
+            pass_on_to_ranks()
         end_in_one_line()
         explain_out_of_memory()
         leave_out_warnings()

@@ -7,15 +7,18 @@ last bit. With several ranks, hosts exchange their losses beside the backward pa
 neither. If ranks disagree about the norm, fairseq ends the run as usual; its crash.pt then holds the updated weights.
 """
 
+import contextlib
 import logging
 import os
 from contextlib import contextmanager
 from functools import cache
+from signal import SIGTERM
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional
 
 import torch
-from fairseq import utils
+import torch.distributed as dist
+from fairseq import checkpoint_utils, utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.tasks import FairseqTask
@@ -23,7 +26,7 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from . import interruption, save_dir, schedules
+from . import interruption, save_dir, schedules, signals
 from .averages import Averages
 from .checkpoints import keep_due_checkpoint, write_checkpoint
 from .data_parallel import GradientReducer, reducer_for, wrapped
@@ -66,6 +69,7 @@ class SegmentTrainer(Trainer):
         self._batches: Any = None  # of the epoch
         self._updating = False
         self._finish_loading: Optional[Callable[[], None]] = None
+        self._signal_of_any = False
         self._due, self._written = -1, -1  # the updates after which fairseq asked for a checkpoint, and wrote one
         check_named_checkpoint(self.cfg.checkpoint, self.checkpoint_suffix)
         folder = self.cfg.checkpoint.save_dir
@@ -135,7 +139,10 @@ class SegmentTrainer(Trainer):
         super().begin_epoch(epoch)
 
     def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
-        """Compute an update."""
+        """Compute an update, unless a scheduler wants the run to end."""
+        if self.asked_to_end() is not None and self._batches.iterations_in_epoch > len(samples):
+            self._batches.unread(len(samples))
+            self.save_and_end()
         self._updating, self.cfg = True, self._options  # fairseq reads options fifty times, which OmegaConf looks up
         if self._reducer is not None:
             self._reducer.begin_update(len(samples))
@@ -190,7 +197,36 @@ class SegmentTrainer(Trainer):
         known = scored is not None and not any(torch.is_tensor(stat) for stat in extra_stats_to_sum)
         with self._beside_the_gradients(scored, known):
             logging_outputs, stats = _on_the_host((logging_outputs, extra_stats_to_sum))
-            return super()._aggregate_logging_outputs(logging_outputs, *stats, ignore=ignore)
+            # The ranks end after the same update, whichever of them received a signal.
+            ours = signals.received() or 0
+            outputs, (*sums, signal) = super()._aggregate_logging_outputs(logging_outputs, *stats, ours, ignore=ignore)
+            if self._updating:
+                self._signal_of_any = float(signal) > 0
+            return outputs, sums
+
+    def asked_to_end(self) -> Optional[int]:
+        """Return a scheduler's signal that this rank, or another one in the last update, has received."""
+        if self._group_of_figures is None:
+            return signals.received()
+        return (signals.received() or SIGTERM) if self._signal_of_any else None
+
+    def save_and_end(self, loss: Optional[float] = None) -> NoReturn:
+        """Save the training between two updates, as a scheduler wants it to end. Every rank has to call this.
+
+        Args:
+            loss: that of a validation which belongs to the checkpoint, if there was one.
+
+        Raises:
+            signals.Terminated: it has been saved.
+        """
+        if self._due != self.get_num_updates():
+            path = checkpoint_utils.save_checkpoint(self._configuration.checkpoint, self, self._batches, loss)
+            if path is not None:
+                self.task.post_save(path, self.get_num_updates())
+        if self._group_of_figures is not None:  # the first rank saves, and would be ended if others had ended
+            with contextlib.suppress(RuntimeError):  # a rank has failed, and says why
+                dist.barrier(self._group_of_figures)
+        raise signals.Terminated(self.asked_to_end() or SIGTERM)
 
     def _check_grad_norms(self, grad_norm: Tensor) -> None:
         """Compare the norms of all ranks, without waiting for the next segment."""

@@ -6,7 +6,7 @@ from typing import Any, Callable, Optional
 
 from fairseq.logging import metrics
 
-from . import interruption, save_dir
+from . import interruption, save_dir, signals
 from .commands import names_of
 from .devices import without_gpus
 from .own import OwnTask
@@ -32,14 +32,19 @@ def _train(original: Callable[..., Any], cfg: Any, trainer: Any, task: Any, batc
     """Train for an epoch, and let others use ``--save-dir`` if it was the last one, or failed."""
     if not isinstance(trainer, SegmentTrainer):
         return original(cfg, trainer, task, batches)
-    goes_on = False
+    goes_on, keeps = False, cfg.checkpoint
+    signals.begin_to_heed(can_save=lambda: not (keeps.no_save or keeps.no_last_checkpoints))
     try:
         with interruption.told(), without_gpus(cfg.common.cpu):
             losses, stops = _train_epoch(original, cfg, trainer, task, batches)
-        goes_on = not stops and batches.next_epoch_idx <= (cfg.optimization.max_epoch or math.inf)
+            last = stops or batches.next_epoch_idx > (cfg.optimization.max_epoch or math.inf)
+            if not last and trainer.asked_to_end() is not None:
+                trainer.save_and_end(losses[0])
+        goes_on = not last
         return losses, stops
     finally:
         if not goes_on:
+            signals.end_heeding()
             save_dir.release()
 
 
