@@ -90,6 +90,7 @@ TINY = {
     "store_len": 7,
     "associative_tokens": 3,
     "associative_dim": 16,
+    "recurrent_scale": 1.0,  # as in the paper; larger ones amplify rounding
     "recurrent_states": 3,
     "segment_length": 3,
     "decoder_layers": 2,

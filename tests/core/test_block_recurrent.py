@@ -330,19 +330,19 @@ def test_a_longer_window_at_test_time():
 
 @torch.no_grad()
 def test_initial_values():
-    """Scales are 1, the gates nearly half open or an LSTM's, and the states small beside their identities."""
+    """Scales are the option's, gates nearly half open or an LSTM's, and states small beside their identities."""
     torch.manual_seed(0)
     sizes = {"recurrent_states": 64, "decoder_embed_dim": 64}
     for variant in (FIXED, LSTM):
-        decoder = LanguageModel(config_of(17, **tiny_options(variant, sizes)))
-        scales = [p for n, p in decoder.named_parameters() if n.endswith(("scale", "norm_gain"))]
-        assert len(scales) == 6 and all(torch.equal(scale, torch.ones_like(scale)) for scale in scales)
+        decoder = LanguageModel(config_of(17, **tiny_options(variant, {**sizes, "recurrent_scale": 3.0})))
+        scales = [p for n, p in decoder.named_parameters() if n.endswith("scale")]
+        assert len(scales) == 5 and all(torch.equal(scale, torch.full_like(scale, 3.0)) for scale in scales)
         cell = decoder.memory.cells[0]
         deviations = [float(p.std()) for p in (cell.first_states, cell.identities, decoder.positions.bias)]
         assert deviations == pytest.approx([0.1, 1, 32**-0.5], rel=0.2)
         biases = [cell.gate.bias] if variant == FIXED else [cell.gate.input.bias, cell.gate.forget.bias]
         assert [float(bias.std()) for bias in biases] == pytest.approx([0.1] * len(biases), rel=0.3)
-        assert not cell.gate.value.bias.any()
+        assert not cell.gate.value.bias.any() and bool((cell.norm_gain == 1).all())
 
 
 @pytest.mark.parametrize(
@@ -370,6 +370,7 @@ def test_one_window_an_update_is_told(caplog):
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
+        (FIXED, {"recurrent_scale": 0.0}, r"--recurrent-scale is 0.0, it must be above 0 and finite"),
         ((*FIXED[:2], "gru"), {}, r"unknown --state-gate 'gru'; the known ones are fixed, lstm"),
         (FIXED, {"recurrent_states": 0}, r"--recurrent-states is 0, it must be at least 1: .* --memory recurrent"),
         (FIXED, {"recurrent_layers": "3"}, r"--recurrent-layers names layer 3, but there are 2 layers: pass .* 1 to 2"),

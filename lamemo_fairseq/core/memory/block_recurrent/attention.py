@@ -1,6 +1,6 @@
 """Attention within a strict window, and in a recurrent layer to its states besides.
 
-Queries and keys have length 1; ``score = |a_h| (q . k + bias)``, with a_h learned for each head, 1 at first. A token
+Queries and keys have length 1; ``score = |a_h| (q . k + bias)``, with a_h learned for each head. A token
 sees the M tokens before it, and not itself: the residual carries its own row.
 
 Shapes: B streams, N current tokens, m <= M tokens before them, H heads, D size of a head, D' its padded size, S states,
@@ -24,6 +24,7 @@ from ...layers.heads import split_heads
 from ...positions import LayerBias
 from ..base import no_contribution
 from . import eager
+from .options import BlockRecurrentOptions
 
 
 def _fused() -> ModuleType:
@@ -67,7 +68,9 @@ class StrictSelfAttention(SelfAttention):
                 "leave it out"
             )
         super().__init__(config)
-        self.head_scale = nn.Parameter(torch.ones(config.heads))  # a
+        assert isinstance(config.options, BlockRecurrentOptions)
+        self.first_scale = config.options.recurrent_scale
+        self.head_scale = nn.Parameter(torch.full((config.heads,), self.first_scale))  # a
 
     @property
     def span(self) -> int:
@@ -129,7 +132,7 @@ class RecurrentSelfAttention(StrictSelfAttention):
         super().__init__(config)
         width = config.heads * config.head_dim
         self.state_query = nn.Linear(config.embed_dim, width, bias=False)
-        self.state_scale = nn.Parameter(torch.ones(config.heads))
+        self.state_scale = nn.Parameter(torch.full((config.heads,), self.first_scale))
         self.out_proj = nn.Linear(2 * width, config.embed_dim, bias=False)
 
     def operations(self) -> List[Operation[...]]:

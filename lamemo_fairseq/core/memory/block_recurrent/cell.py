@@ -42,8 +42,8 @@ class RecurrentCell(nn.Module):
         self.identities = nn.Parameter(torch.empty(options.recurrent_states, d))
         self.norm_gain = nn.Parameter(torch.ones(d))
         self.proj = nn.Linear(d, 4 * width, bias=False)
-        self.own_scale = nn.Parameter(torch.ones(config.heads))
-        self.token_scale = nn.Parameter(torch.ones(config.heads))
+        self.own_scale = nn.Parameter(torch.full((config.heads,), options.recurrent_scale))
+        self.token_scale = nn.Parameter(torch.full((config.heads,), options.recurrent_scale))
         self.gate = GATES[str(options.state_gate)](2 * width, d)
 
     def reset_parameters(self) -> None:

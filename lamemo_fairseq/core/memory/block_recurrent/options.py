@@ -1,6 +1,7 @@
 """The block-recurrent memory's own options."""
 
 # No postponed annotations: a host reads the types of the fields.
+import math
 from dataclasses import dataclass
 from typing import List, Optional
 
@@ -15,6 +16,9 @@ class BlockRecurrentOptions(MemoryOptions):
     recurrent_states: int = option(512, "state vectors S of a recurrent layer")
     recurrent_layers: Optional[str] = option(
         None, "comma separated layers with states, from 1 (default: the third from the top, such as the 10th of 12)"
+    )
+    recurrent_scale: float = option(
+        8.0, "a_h at first, by which scores of queries and keys of length 1 are multiplied (the authors' code: 1)"
     )
     state_gate: str = option(
         FIXED,
@@ -51,6 +55,8 @@ class BlockRecurrentOptions(MemoryOptions):
                 f"--recurrent-states is {self.recurrent_states}, it must be at least 1: for no states, pass --memory "
                 "recurrent"
             )
+        if not 0 < self.recurrent_scale < math.inf:
+            raise ValueError(f"--recurrent-scale is {self.recurrent_scale}, it must be above 0 and finite")
         if str(self.state_gate) not in (FIXED, LSTM):
             raise ValueError(f"unknown --state-gate '{self.state_gate}'; the known ones are {FIXED}, {LSTM}")
         self._named  # noqa: B018  (refuses what is no number)
