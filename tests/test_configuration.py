@@ -8,6 +8,8 @@ from fairseq.dataclass import utils
 from fairseq.dataclass.configs import CommonConfig
 from omegaconf import OmegaConf
 
+from lamemo_fairseq.host.configuration import complete
+
 from .helpers import TASK
 
 COMMANDS = [
@@ -50,3 +52,12 @@ def test_a_copy_has_the_same_types_and_flags_of_its_own():
     OmegaConf.set_readonly(copied._get_node("seed"), False)
     copied.seed = 4
     assert OmegaConf.is_readonly(options._get_node("seed")) and options.seed == 3
+
+
+def test_a_checkpoint_that_is_older_than_an_option_keeps_what_it_was_trained_with():
+    """Not what the architecture gives new models."""
+    model = {"_name": "associative_recurrent_memory_transformer_lm", "memory": "associative", "mem_len": 7}
+    filled = complete({"model": model})["model"]
+    assert filled["associative_decay"] == 1.0 and filled["mem_len"] == 7
+    assert filled["position_encoding"] == "transformer-xl"
+    assert complete({"model": {**model, "associative_decay": 0.5}})["model"]["associative_decay"] == 0.5

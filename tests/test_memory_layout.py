@@ -49,7 +49,12 @@ def test_a_saved_memory_depends_on_the_number_of_states_and_on_their_layers():
 def test_a_saved_matrix_depends_on_the_width_of_its_keys():
     """The tokens are weights, and may be others; matrices come back from what a checkpoint holds, in float32."""
     decoder = tiny_decoder(("associative", "transformer-xl", "right"), associative_dim=5, dtype=torch.float16)
-    assert decoder.streams.options == {"--memory": "associative", "--mem-len": 4, "--associative-dim": 5}
+    assert decoder.streams.options == {
+        "--memory": "associative",
+        "--mem-len": 4,
+        "--associative-dim": 5,
+        "--associative-decay": 1.0,
+    }
     _, state, _ = decoder.read_segment(random_tokens(2, 3), None)
     assert {t.shape for t in state.matrices} == {(2, 30, 8)} and {t.shape for t in state.normalizers} == {(2, 30)}
     again = type(state).from_dict(state.to_dict())

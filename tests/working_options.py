@@ -91,8 +91,8 @@ _work([TRAIN], "test_token_memory.py", "memory_reads_cache bptt_segments")
 _work([TRAIN], "test_infini.py", "memory_update_rule")
 _work([TRAIN], "test_memorizing.py", "store_len store_layer retrieval retrieved_rows")
 _work([TRAIN], "test_sentence_ends.py", "sentence_ends paragraph_ends")
-_work([TRAIN], "test_associative.py", "associative_tokens associative_dim")
-_work([TRAIN], "test_block_recurrent.py", "recurrent_states recurrent_layers state_gate")
+_work([TRAIN], "test_associative.py", "associative_tokens associative_dim associative_decay")
+_work([TRAIN], "test_block_recurrent.py", "recurrent_states recurrent_layers recurrent_scale state_gate")
 
 # Evaluation
 _work([EVAL_LM, VALIDATE, *GENERATION], "test_commands.py", "path model_overrides")

@@ -17,7 +17,12 @@ from .documents import DocumentDataset
 from .segments import ROLL, Segment, SegmentDataset, SegmentKey
 
 # Values that checkpoints do not record if they are older than the option.
-_BEFORE: Dict[str, Any] = {"--documents": "none", "--lookahead-from-layer": 1, "--lookahead-every": 1}
+_BEFORE: Dict[str, Any] = {
+    "--documents": "none",
+    "--lookahead-from-layer": 1,
+    "--lookahead-every": 1,
+    "--associative-decay": 1.0,
+}
 
 
 class SegmentBatches(Sequence):

@@ -304,7 +304,11 @@ def check_encoders(state: Dict[str, Any], given: Mapping[str, Any], path: str) -
 
 
 def complete(cfg: Dict[str, Any]) -> Dict[str, Any]:
-    """Return a configuration with fairseq's defaults, and this package's, for the options that it lacks."""
+    """Return the configuration of a checkpoint with defaults for the options that it lacks.
+
+    A memory's own option takes the default of the memory, as the checkpoint is older than the option: the architecture
+    may give new models another value.
+    """
     defaults: Dict[str, Any] = {f.name: None for f in fields(FairseqConfig) if f.name != "_name"}
     defaults.update(defaults_of(FairseqConfig))
     for name, registry in (
@@ -315,6 +319,9 @@ def complete(cfg: Dict[str, Any]) -> Dict[str, Any]:
         section = cfg.get(name)
         dataclass = registry.get(section.get("_name")) if isinstance(section, dict) else None
         defaults[name] = None if dataclass is None else defaults_of(dataclass)
+        if name == "model" and is_our_model(section and section.get("_name")):
+            for memory in MEMORIES.names():
+                defaults[name].update({f.name: f.default for f in fields(MEMORIES[memory].options)})
     return {**defaults, **{name: _filled(defaults.get(name), section) for name, section in cfg.items()}}
 
 

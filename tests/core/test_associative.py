@@ -39,6 +39,7 @@ SEGMENTED = {"segment_length": 6, "bptt_segments": 3}
 class AssociativePaper(Paper):
     """The model in numpy."""
 
+    decay = 1.0
     limited = 0  # keys that overlap more with those of their segment than with z
 
     def map(self, layer, name):
@@ -60,6 +61,7 @@ class AssociativePaper(Paper):
     def write(self, layer, rows, memory, gammas):
         """Memory after the rows of the memory tokens; *gammas* are taken from there, or noted if there are none."""
         A, z = memory or (np.zeros((rows.shape[1], 12 * len(self.map(layer, "key.weight")) // 2)), 0.0)
+        A, z = self.decay * A, self.decay * z
         keys = [self.phi(self.map(layer, "key.weight") @ m) for m in rows]
         values = [self.map(layer, "value") @ m for m in rows]
         gates = [self.map(layer, "gate.weight") @ m + self.map(layer, "gate.bias") for m in rows]
@@ -108,6 +110,7 @@ class AssociativePaper(Paper):
         ({}, False),
         ({"associative_tokens": 1, "associative_dim": 1}, True),  # so few features that gamma is anything from 0 to 1
         ({"mem_len": 7}, False),
+        ({"associative_decay": 0.6}, True),
         ({"mem_len": 3, "segment_length": 8, "bptt_segments": 2, "decoder_layers": 3}, True),
         ({"mem_len": 3, "decoder_normalize_before": True, "clamp_len": 2}, True),
     ],
@@ -123,6 +126,7 @@ def test_segments_equal_the_papers_computation(options, limited):
         part, state, _ = decoder.read_segment(segment, state)
         parts.append(part)
     paper = AssociativePaper(decoder, options.get("decoder_normalize_before", False), options.get("clamp_len"))
+    paper.decay = options.get("associative_decay", 1.0)
     for stream in range(2):
         expected, memory, cache = paper.text(paper.embedding(words[stream]), 4, options["mem_len"])
         np.testing.assert_allclose(torch.cat(parts, dim=1)[stream].numpy(), expected, rtol=0, atol=1e-9)
@@ -351,6 +355,26 @@ def test_nothing_grows_over_two_thousand_segments():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("decay", "alike"), [(1.0, False), (0.5, True)])
+def test_a_stream_forgets_what_other_weights_wrote(decay, alike):
+    """Training carries a stream's memory from its first weights to its last, and evaluation begins with none.
+
+    Without decay, z keeps the keys of the first weights for ever.
+    """
+    sizes = {"segment_length": 4, "mem_len": 0, "decoder_layers": 1, "associative_decay": decay}
+    decoder, words = tiny_decoder(PLAIN, **sizes), random_tokens(1, 400)
+    keys, trained, evaluated = decoder.layers[0].self_attn.association.key.weight, None, None
+    later = keys.flip(1) / 2
+    for n, segment in enumerate(words.split(4, dim=1)):
+        in_training, trained, _ = decoder.read_segment(segment, trained)
+        if n == 0:
+            keys.copy_(later)
+    for segment in words[:, -120:].split(4, dim=1):
+        in_evaluation, evaluated, _ = decoder.read_segment(segment, evaluated)
+    assert bool((in_training - in_evaluation).abs().max() < 0.01) == alike
+
+
+@torch.no_grad()
 def test_keys_that_have_grown_do_not_overshoot():
     """As in training: the keys of a stream's first segment are small, so z is, and all later keys are larger.
 
@@ -403,6 +427,8 @@ def test_one_segment_an_update_is_told(caplog):
         (PLAIN, {"mem_len": -1}, r"--mem-len is -1, but --memory associative needs at least 0"),
         (PLAIN, {"associative_tokens": 0}, r"--associative-tokens is 0, it must be at least 1"),
         (PLAIN, {"associative_dim": 0}, r"--associative-dim is 0, it must be at least 1"),
+        (PLAIN, {"associative_decay": 0.0}, r"--associative-decay is 0.0, it must be above 0 and at most 1"),
+        (PLAIN, {"associative_decay": 1.1}, r"--associative-decay is 1.1, it must be above 0 and at most 1"),
         (PLAIN, {"bptt_segments": 2}, r"--tokens-per-sample 3 .* --bptt-segments 2 .* pass a multiple"),
         (PLAIN, {"same_length": True}, r"--same-length .* leave it out, or pass --memory recurrent"),
         (("associative", "disentangled", "right"), {}, r"without look-ahead memory nothing attends to its right"),

@@ -62,7 +62,13 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
         name="associative_recurrent_memory_transformer_lm",
         class_name="AssociativeRecurrentMemoryTransformerLanguageModel",
         summary="ARMT: memory tokens written into a matrix of each layer (Rodkin et al. 2024).",
-        defaults={"position_encoding": "transformer-xl", "mem_len": 0, "bptt_segments": 2},
+        defaults={
+            "position_encoding": "transformer-xl",
+            "mem_len": 0,
+            "bptt_segments": 2,
+            # A stream's memory lasts for an epoch here, and the authors' for a few segments.
+            "associative_decay": 0.8,
+        },
         presets={
             # The width of keys is the paper's.
             "wt103": {"preset_tokens_per_sample": 300, "associative_dim": 96},
@@ -75,7 +81,7 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
     state: ClassVar[Type[MemoryState]] = AssociativeState
     cache: ClassVar[Type[AnyCache]] = AssociativeCache
     smallest_mem_len: ClassVar[int] = 0
-    layout: ClassVar[Tuple[str, ...]] = ("associative_dim",)
+    layout: ClassVar[Tuple[str, ...]] = ("associative_dim", "associative_decay")
     carries_gradient: ClassVar[bool] = True
 
     def __init__(self, config: MemoryConfig[AssociativeOptions]):

@@ -24,8 +24,9 @@ class Associations(NamedTuple):
 class Association(nn.Module):
     """The maps of a layer's memory: ``W_Q``, ``W_K``, ``W_V``, ``w_beta`` and its bias (section 3.1)."""
 
-    def __init__(self, embed_dim: int, key_dim: int):
+    def __init__(self, embed_dim: int, key_dim: int, decay: float = 1.0):
         super().__init__()
+        self.decay = decay
         self.query = nn.Linear(embed_dim, key_dim, bias=False)
         self.key = nn.Linear(embed_dim, key_dim, bias=False)
         # Not an `nn.Linear`, whose weights a decoder draws: zeros let a new model read nothing.
@@ -53,6 +54,9 @@ class Association(nn.Module):
         ``b_i = max(n_i, sum_j beta_j phi(k_j) . phi(k_i))``, with which no write enlarges what A has. The share c_i
         of a value is what z has of its bound after the write, at most 1. So a known key reads v_i in the end.
 
+        With a decay below 1, which is not in the paper, A and z are multiplied by it first. What z has of keys from
+        earlier weights then fades, and makes room for the keys of later ones.
+
         Args:
             past: None before the first segment, whose keys are all new.
         """
@@ -62,6 +66,8 @@ class Association(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             if past is None:
                 return Associations(features.transpose(1, 2) @ (strength * values), features.sum(1))
+            if self.decay < 1:
+                past = Associations(self.decay * past.matrix, self.decay * past.normalizer)
             overlap, alike = _overlap(features, past), features @ features.transpose(1, 2)
             size = features.detach().square().sum(-1, keepdim=True) + EPSILON
             unmet = (1 - overlap.detach() / size).clamp(0, 1)

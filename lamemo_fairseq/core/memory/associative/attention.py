@@ -16,4 +16,5 @@ class AssociativeSelfAttention(CausalSelfAttention):
             )
         super().__init__(config)
         assert isinstance(config.options, AssociativeOptions)
-        self.association = Association(config.embed_dim, config.options.associative_dim)
+        options = config.options
+        self.association = Association(config.embed_dim, options.associative_dim, options.associative_decay)
