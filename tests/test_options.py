@@ -176,6 +176,7 @@ WRONG = {
     "a schedule's name": (["--lr-scheduler", "cos"], "--lr-scheduler cos is not known: .*cosine"),
     "a backend's name": (["--ddp-backend", "mpi"], "--ddp-backend mpi is not known: pass one of .*legacy_ddp"),
     "an option's name": (["--memory-len", 5], "option --memory-len is not known: did you mean .*--mem-len"),
+    "an underscore": (["--mem_len", 5], "option --mem_len is not known: did you mean --mem-len"),
     "an option of another choice": (["--label-smoothing", 0.1], "belongs to --criterion label_smoothed_cross_entropy,"),
     "two words": (["--basis-widths", "0.1", "0.2"], "0.2: an option's value is one word, put it in quotes"),
     "a criterion for other tasks": (["--criterion", "ctc"], "--criterion ctc is not for language models: pass chunked"),

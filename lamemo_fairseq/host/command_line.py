@@ -180,6 +180,9 @@ class CommandLine:
         ]
         if owners:
             return f"{name} belongs to {' or '.join(owners)}, which is not given"
+        hyphenated = option_name(field)
+        if name != hyphenated and hyphenated in self.parser._option_string_actions:  # --mem_len
+            return f"option {name} is not known: did you mean {hyphenated}?"
         if field in {f.name for f in fields(MODEL_DATACLASS_REGISTRY["lamemo_lm"])}:
             if self.command == TRAIN:
                 return f"{name} is not known to --arch {self.named.arch}: pass --arch lamemo_lm or another with memory"
