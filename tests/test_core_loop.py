@@ -1,6 +1,7 @@
 """The code in docs/core.md runs, and its training loop equals fairseq-train to the last bit."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +65,9 @@ def test_the_loop_equals_fairseq_train(memory, docs, tiny_data, tmp_path, monkey
 
     text = text_of(tiny_data)
     words = len(TextDictionary.load(str(tiny_data / "dict.txt")))
-    segments = MEMORIES[memory].architecture.defaults.get("bptt_segments", 1)
+    defaults, own = MEMORIES[memory].architecture.defaults, {f.name for f in fields(MEMORIES[memory].options)}
+    taken["memory_options"] = {name: value for name, value in defaults.items() if name in own}
+    segments = defaults.get("bptt_segments", 1)
     config = ModelConfig(words, LENGTH, memory=memory, position_encoding=positions, bptt_segments=segments, **taken)
     model, losses = docs.train(config, text, STREAMS, UPDATES)
     assert losses == logged

@@ -14,11 +14,27 @@ from .helpers import write_data
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_command_of_the_page_trains_what_its_files_add(tmp_path):
-    shutil.copytree(ROOT / "lamemo_fairseq", tmp_path / "lamemo_fairseq")  # compiled files too
+def extended(folder, changed=lambda text: text):
+    """Copy the package to a folder, with the files of the page."""
+    shutil.copytree(ROOT / "lamemo_fairseq", folder / "lamemo_fairseq")  # compiled files too
     for name, text in files_of_page().items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(changed(text))
+
+
+def test_the_name_of_another_architecture_is_refused(tmp_path):
+    """fairseq would train the other model, and not say so."""
+    extended(tmp_path, lambda text: text.replace('"last_inputs_lm"', '"lamemo_lm"'))
+    done = subprocess.run(
+        [sys.executable, "-c", "import lamemo_fairseq"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "another model is --arch lamemo_lm, give the architecture a new name" in done.stderr.splitlines()[-1]
+
+
+def test_the_command_of_the_page_trains_what_its_files_add(tmp_path):
+    extended(tmp_path)
     write_data(tmp_path / "data-bin/words", train=16 * 64 * 3, valid=200)
     (command,) = re.findall(r"```bash\nfairseq-train (.*?)```", PAGE, re.S)
     given = [*shlex.split(command.replace("\\\n", "")), "--cpu", "--attention-backend", "double", "--max-update", "2"]

@@ -199,10 +199,10 @@ class SegmentTrainer(Trainer):
             logging_outputs, stats = _on_the_host((logging_outputs, extra_stats_to_sum))
             # The ranks end after the same update, whichever of them received a signal.
             ours = signals.received() or 0
-            outputs, (*sums, signal) = super()._aggregate_logging_outputs(logging_outputs, *stats, ours, ignore=ignore)
+            outputs, sums = super()._aggregate_logging_outputs(logging_outputs, *stats, ours, ignore=ignore)
             if self._updating:
-                self._signal_of_any = float(signal) > 0
-            return outputs, sums
+                self._signal_of_any = float(sums[-1]) > 0
+            return outputs, sums[:-1]
 
     def asked_to_end(self) -> Optional[int]:
         """Return a scheduler's signal that this rank, or another one in the last update, has received."""

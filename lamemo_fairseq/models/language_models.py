@@ -4,7 +4,7 @@ from typing import Any, Dict, NamedTuple, Optional, Type, cast
 
 from fairseq import hub_utils
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import FairseqLanguageModel, register_model
+from fairseq.models import MODEL_REGISTRY, FairseqLanguageModel, register_model
 from torch import Tensor
 
 from ..core.kernels.module_tree import tree_of
@@ -125,6 +125,10 @@ def subclass(base: Type[MemoryLanguageModel], name: str, summary: Optional[str])
 
 def _named(memory: str) -> NamedModel:
     architecture = MEMORIES[memory].architecture
+    if architecture.name in MODEL_REGISTRY:  # fairseq would go on with that one
+        raise ValueError(
+            f"memory '{memory}': another model is --arch {architecture.name}, give the architecture a new name"
+        )
     name = architecture.class_name
     config = with_defaults(MemoryLanguageModelConfig, f"{name}Config", memory=memory, **architecture.defaults)
     model = subclass(MemoryLanguageModel, name, architecture.summary)
