@@ -5,7 +5,6 @@ So a checkpoint of this package is plain values of known options; one that names
 """
 
 import argparse
-import copy
 import logging
 import pickle
 import re
@@ -37,6 +36,7 @@ from ..core.names import did_you_mean, option_name
 from ..core.positions import POSITIONS
 from ..core.registry import Registry
 from ..criterions import FAIRSEQ_CRITERIONS
+from .dataclass_defaults import defaults_of, structured
 from .own import OwnModel, OwnTask
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ def check_options(section: Any, dataclass: Type[FairseqDataclass]) -> None:
     known = {f.name for f in fields(dataclass)}
     given = {name: value for name, value in section.items() if name in known}
     try:
-        OmegaConf.merge(_structured(dataclass), given)  # into a copy
+        OmegaConf.merge(structured(dataclass), given)  # into a copy
     except OmegaConfBaseException as error:
         name = str(error.full_key or error.key)
         value = given.get(name.split("[")[0].split(".")[0])
@@ -323,24 +323,6 @@ def complete(cfg: Dict[str, Any]) -> Dict[str, Any]:
             for memory in MEMORIES.names():
                 defaults[name].update({f.name: f.default for f in fields(MEMORIES[memory].options)})
     return {**defaults, **{name: _filled(defaults.get(name), section) for name, section in cfg.items()}}
-
-
-def defaults_of(dataclass: Type[FairseqDataclass]) -> Dict[str, Any]:
-    """Return the default of each option; ``${section.option}`` refers to another option's default."""
-    if dataclass not in _defaults:
-        _defaults[dataclass] = OmegaConf.to_container(_structured(dataclass), resolve=False, enum_to_str=True)
-    return copy.deepcopy(_defaults[dataclass])
-
-
-# A resume asks a dozen times for these defaults, which take a tenth of a second to make.
-_defaults: Dict[Type[FairseqDataclass], Any] = {}
-_options: Dict[Type[FairseqDataclass], Any] = {}
-
-
-def _structured(dataclass: Type[FairseqDataclass]) -> Any:
-    if dataclass not in _options:
-        _options[dataclass] = OmegaConf.structured(dataclass())
-    return _options[dataclass]
 
 
 def _filled(defaults: Any, section: Any) -> Any:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..core.names import did_you_mean, option_name
 from ..criterions import FAIRSEQ_CRITERIONS
-from .configuration import defaults_of
+from .dataclass_defaults import defaults_of
 from .generation_options import check_generation
 from .option_rules import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings
 from .option_table import rules_for

@@ -7,10 +7,9 @@ last bit. With several ranks, hosts exchange their losses beside the backward pa
 neither. If ranks disagree about the norm, fairseq ends the run as usual; its crash.pt then holds the updated weights.
 """
 
-import contextlib
 import logging
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from signal import SIGTERM
 from types import SimpleNamespace
@@ -224,7 +223,7 @@ class SegmentTrainer(Trainer):
             if path is not None:
                 self.task.post_save(path, self.get_num_updates())
         if self._group_of_figures is not None:  # the first rank saves, and would be ended if others had ended
-            with contextlib.suppress(RuntimeError):  # a rank has failed, and says why
+            with suppress(RuntimeError):  # a rank has failed, and says why
                 dist.barrier(self._group_of_figures)
         raise signals.Terminated(self.asked_to_end() or SIGTERM)
 
