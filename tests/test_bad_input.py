@@ -256,7 +256,7 @@ SEGATRON = {"position_encoding": "segatron", "memory": "recurrent"}
         ({**SEGATRON, "sentence_ends": "w1", "memory": "compressive"}, r"are not tokens with --memory compressive"),
         ({"memory": "none", "position_encoding": "shaw", "same_length": True}, r"--same-length .*--memory none"),
         ({"adaptive_softmax_cutoff": "10,x"}, r"--adaptive-softmax-cutoff '10,x': pass whole numbers"),
-        ({"adaptive_softmax_cutoff": "10,5"}, r"cutoffs \[10, 5\] must increase"),
+        ({"adaptive_softmax_cutoff": "10,5"}, r"--adaptive-softmax-cutoff is 10,5: cutoffs must increase"),
         ({"adaptive_softmax_cutoff": "10,17"}, r"within the dictionary of 17 words"),
         ({"adaptive_softmax_cutoff": "5,10", "adaptive_softmax_factor": 2.0}, r"--adaptive-input.*--untie-output"),
         ({"adaptive_softmax_cutoff": "5", "adaptive_softmax_factor": 0.5}, r"--adaptive-softmax-factor is 0.5"),

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from ..core.names import option_name
 from . import start
 from .configuration import check_model, is_our_model, is_our_task
+from .evaluated_options import read_as_before, read_in_words
 from .option_rules import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
 from .own import TASK, not_fed
 
@@ -42,10 +43,10 @@ class CommandLine:
         self.words = list(words)
         self.command = next((c for c, mark in _MARKS.items() if mark in parser._option_string_actions), None)
         lenient = ArgumentParser(add_help=False, allow_abbrev=False)
-        lenient.add_argument("--task")
-        lenient.add_argument("--arch", "-a")
-        lenient.add_argument("--criterion", default="")
-        lenient.add_argument("--update-freq", default="1")
+        defaults = {"--task": None, "--arch": None, "--criterion": "", "--update-freq": "1"}
+        for name, default in defaults.items():  # a missing value is left to the parser itself, which names the option
+            names = [name, "-a"] if name == "--arch" else [name]
+            lenient.add_argument(*names, default=default, const=default, nargs="?")
         self.named = lenient.parse_known_args(self.words)[0]
         self.task = self.named.task or parser.get_default("task")
 
@@ -88,9 +89,11 @@ class CommandLine:
             raise ValueError(self._in_words(message)) from None
 
         self.parser.error = error  # type: ignore[method-assign]
+        read_in_words(self.parser)
         try:
             yield
         finally:
+            read_as_before(self.parser)
             del self.parser.error
 
     def check(self, namespace: Namespace) -> None:

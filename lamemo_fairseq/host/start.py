@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..core.names import did_you_mean, option_name
 from ..criterions import FAIRSEQ_CRITERIONS
 from .dataclass_defaults import defaults_of
+from .evaluated_options import check_evaluated
 from .generation_options import check_generation
 from .option_rules import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings
 from .option_table import rules_for
@@ -135,6 +136,7 @@ def check(command: str, settings: Settings, given: Collection[str], changed: Col
     if command in EVALUATION and not settings.get("path"):
         raise ValueError("no --path: pass the checkpoint of a trained model")
     if command in TRAINING:
+        check_evaluated(settings)
         _check_choices(settings)
     if command in (*TRAINING, VALIDATE) and settings.get("batch_size") is None and settings.get("max_tokens") is None:
         raise ValueError("no --batch-size: pass the number of streams that a rank reads side by side, such as 16")

@@ -29,7 +29,10 @@ class Bands:
 
     def __init__(self, words: int, dim: int, cutoffs: Sequence[int] = (), factor: float = 1.0):
         if list(cutoffs) != sorted({c for c in cutoffs if 0 < c < words}):
-            raise ValueError(f"cutoffs {list(cutoffs)} must increase, and lie within the dictionary of {words:,} words")
+            raise ValueError(
+                f"--adaptive-softmax-cutoff is {','.join(map(str, cutoffs))}: cutoffs must increase, and lie within "
+                f"the dictionary of {words:,} words"
+            )
         self.starts = [0, *cutoffs]
         self.ends = [*cutoffs, words]
         self.dims = [int(dim // factor**i) for i in range(len(self.starts))]
