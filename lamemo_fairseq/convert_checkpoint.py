@@ -14,13 +14,14 @@ again. Folders need no fairseq.
 """
 
 import argparse
+import signal
 import sys
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Optional
 
 from .arguments import ArgumentParser
-from .core.folder import make_folder
+from .core.folder import CONFIG, make_folder
 from .core.names import missing_checkpoint, nearest_path
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     args = _parser().parse_args(arguments)
     try:
         if args.command == "core":
-            _from_fairseq(args).save(args.folder)
-            written = f"{args.folder}, for LanguageModel.load"
+            written = _to_core(args)
         elif args.format == "transformers":
             written = _import_transformers(args) if args.command == "import" else _export_transformers(args)
         else:
@@ -43,6 +43,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
         print(f"wrote {written}")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"convert_checkpoint: {error}")
+    except KeyboardInterrupt:
+        print("convert_checkpoint: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _parser() -> ArgumentParser:
@@ -94,10 +97,12 @@ def _import_released(args: argparse.Namespace) -> str:
         vocabulary = StringIO(read_text(args.vocabulary), newline=None).read().removesuffix("\n").split("\n")
     checkpoint, dictionary = import_checkpoint(released, words_of(vocabulary))
     folder = Path(args.folder)
+    _refuse_itself(args.source, folder / "checkpoint.pt", "folder")
+    replaces = _replaces(folder / "checkpoint.pt", folder / "dict.txt")
     make_folder(folder)
     save_dictionary(dictionary, folder / "dict.txt")
     save(checkpoint, folder / "checkpoint.pt")
-    return f"{folder / 'checkpoint.pt'} and {folder / 'dict.txt'}"
+    return f"{folder / 'checkpoint.pt'} and {folder / 'dict.txt'}{replaces}"
 
 
 def _export_released(args: argparse.Namespace) -> str:
@@ -107,29 +112,42 @@ def _export_released(args: argparse.Namespace) -> str:
     from .data.binarized import load_dictionary
     from .host.configuration import read_ours
 
-    save(export_checkpoint(read_ours(args.checkpoint), load_dictionary(args.dictionary)), Path(args.target))
-    return str(args.target)
+    target = Path(args.target)
+    _refuse_itself(args.checkpoint, target, "file")
+    replaces = _replaces(target)
+    save(export_checkpoint(read_ours(args.checkpoint), load_dictionary(args.dictionary)), target)
+    return f"{target}{replaces}"
 
 
 def _export_transformers(args: argparse.Namespace) -> str:
+    if not Path(args.checkpoint).exists():
+        raise FileNotFoundError(_missing(args.checkpoint))
     from .core import LanguageModel
     from .huggingface.folder import export_folder
 
+    replaces = _replaces(Path(args.target, CONFIG))
     if Path(args.checkpoint).is_dir():
         given = [name for name in ("dictionary", *ENCODING) if getattr(args, name)]
         _refuse(args, given, "is for a checkpoint of fairseq, and this is a folder: leave it out")
         export_folder(LanguageModel.load(args.checkpoint), Path(args.target))
     else:
         export_folder(_from_fairseq(args), Path(args.target))
-    return f"{args.target}, for transformers"
+    return f"{args.target}, for transformers{replaces}"
 
 
 def _import_transformers(args: argparse.Namespace) -> str:
     from .core import LanguageModel
 
     _refuse(args, ["vocabulary"] if args.vocabulary else [], "is for --format released: leave it out")
+    replaces = _replaces(Path(args.folder, CONFIG))
     LanguageModel.load(args.source).save(args.folder)
-    return f"{args.folder}, for LanguageModel.load"
+    return f"{args.folder}, for LanguageModel.load{replaces}"
+
+
+def _to_core(args: argparse.Namespace) -> str:
+    replaces = _replaces(Path(args.folder, CONFIG))
+    _from_fairseq(args).save(args.folder)
+    return f"{args.folder}, for LanguageModel.load{replaces}"
 
 
 def _from_fairseq(args: argparse.Namespace) -> "LanguageModel":
@@ -147,8 +165,30 @@ def _from_fairseq(args: argparse.Namespace) -> "LanguageModel":
 
 
 def _need_file(checkpoint: str) -> None:
+    if Path(checkpoint, CONFIG).is_file():
+        raise ValueError(
+            f"{checkpoint} is a model's folder: pass a checkpoint's file, or export or import it with --format "
+            "transformers"
+        )
     if not Path(checkpoint).is_file():
-        raise FileNotFoundError(missing_checkpoint(checkpoint))
+        raise FileNotFoundError(_missing(checkpoint))
+
+
+def _missing(checkpoint: str) -> str:
+    """Return the message on a checkpoint, or folder of the core, that is not there."""
+    near = nearest_path(checkpoint)
+    return f"there is no checkpoint {checkpoint}{near}" if near else missing_checkpoint(checkpoint)
+
+
+def _replaces(*written: Path) -> str:
+    """Return the end of the report on files to write, which names those that they take the place of."""
+    former = [str(path) for path in written if path.exists()]
+    return f"; the former {' and '.join(former)} {'is' if len(former) == 1 else 'are'} replaced" if former else ""
+
+
+def _refuse_itself(source: str, target: Path, kind: str) -> None:
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target} is the checkpoint to convert, and would be lost: pass another {kind}")
 
 
 def _need_dictionary(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from .arguments import ArgumentParser
 from .core.memory import DivergenceError
 from .evaluation.evaluate import evaluate
 from .evaluation.opening import open_split
+from .host.interruption import end_in_one_line
 from .host.refusals import explain_out_of_memory
 
 OVERRIDES = (
@@ -28,6 +29,7 @@ OVERRIDES = (
 def main(arguments: Optional[List[str]] = None) -> None:
     args = parser().parse_args(arguments)
     explain_out_of_memory()
+    end_in_one_line()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     try:
         _check(args)

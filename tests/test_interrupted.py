@@ -15,6 +15,8 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.dataclass.configs import CheckpointConfig
 
+from lamemo_fairseq import convert_checkpoint, score
+from lamemo_fairseq.analysis import __main__ as analysis
 from lamemo_fairseq.host import interruption, signals
 from lamemo_fairseq.host.checkpoints import write_checkpoint
 
@@ -101,6 +103,36 @@ def test_commands_that_do_not_train_say_so_too(training, capsys):
     interruption.end_in_one_line()
     assert ended_by(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "Interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "reads", "arguments"),
+    [
+        (score, "open_split", ["DATA", "model.pt"]),
+        (analysis, "checkpoints", ["DATA", "model.pt", "--out", "out"]),
+    ],
+)
+def test_our_own_commands_say_so_too(command, reads, arguments, training, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    interruption._training = None
+    monkeypatch.setattr(command, reads, interrupted)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        command.main(arguments)
+    assert ended_by(stopped.value) == 130
+    assert capsys.readouterr().err == "Interrupted\n"
+
+
+def test_a_conversion_says_so_too(tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_checkpoint, "_to_core", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        convert_checkpoint.main(["core", "model.pt", "out", "--dictionary", "dict.txt"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "convert_checkpoint: interrupted\n"
 
 
 def test_other_errors_are_shown_as_ever(training, capsys):

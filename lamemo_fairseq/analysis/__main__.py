@@ -26,6 +26,7 @@ from ..data.text_encoding import RECORD
 from ..evaluation.evaluate import score_segments
 from ..evaluation.opening import Opened, open_split
 from ..evaluation.output import TokenLog
+from ..host.interruption import end_in_one_line
 from ..host.refusals import explain_out_of_memory
 from . import report
 from .collect import Collected, collect
@@ -35,6 +36,7 @@ from .documents import ALL, Rule, of_streams
 def main(arguments: Optional[List[str]] = None) -> int:
     args = parser().parse_args(arguments)
     explain_out_of_memory()
+    end_in_one_line()
     logging.getLogger().setLevel(logging.INFO)
     try:
         paths = checkpoints(args.models)

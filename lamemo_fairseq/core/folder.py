@@ -16,6 +16,7 @@ from torch import nn
 from .config import ModelConfig
 from .decoder import MemoryDecoder
 from .fields import Values
+from .names import nearest_path
 from .text import Tokenizer
 from .text.tokenizer import DICTIONARY
 
@@ -101,6 +102,8 @@ def read_saved(folder: Path, changes: Values) -> Saved:
         FileNotFoundError: a file is missing.
         ValueError: the configuration is not known here, or not the one that the weights were saved with.
     """
+    if not folder.exists() and (near := nearest_path(folder)):
+        raise FileNotFoundError(f"there is no folder {folder}{near}")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(

@@ -8,6 +8,7 @@ otherwise.
 
 import logging
 import os
+import signal
 import sys
 
 import torch
@@ -36,6 +37,9 @@ def main() -> None:
         cli_evaluate()
     except (ValueError, OSError) as error:
         sys.exit(f"lm_eval: {error}")
+    except KeyboardInterrupt:
+        print("lm_eval: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
