@@ -16,13 +16,8 @@ from ..host.signals import heed_only_the_parent
 from .documents import DocumentDataset
 from .segments import ROLL, Segment, SegmentDataset, SegmentKey
 
-# Values that checkpoints do not record if they are older than the option.
-_BEFORE: Dict[str, Any] = {
-    "--documents": "none",
-    "--lookahead-from-layer": 1,
-    "--lookahead-every": 1,
-    "--associative-decay": 1.0,
-}
+# What a checkpoint that is older than the option was trained with; the memory knows its own options.
+_BEFORE: Dict[str, object] = {"--documents": "none"}
 
 
 class SegmentBatches(Sequence):
@@ -222,7 +217,8 @@ class SegmentBatchIterator(EpochBatchIterator):
 
     def _check_layout(self, saved: Optional[Dict[str, Any]], done: int) -> None:
         current = self._layout_options()
-        saved = {**_BEFORE, **saved} if saved else {}
+        older = {} if self.memory is None else self.memory.older
+        saved = {**_BEFORE, **older, **saved} if saved else {}
         other = [
             f"{name.partition(' with its')[0]} is {_shown(name, value)}, there it was "
             f"{_shown(name, saved.get(name, 'not recorded'))}"
