@@ -55,6 +55,14 @@ def cut_into_pieces(counts: Mapping[str, int]) -> str | None:
     return None
 
 
+def single_document(split: str) -> str:
+    """Return a hint on a split whose text is a single file, with --documents."""
+    return (
+        f"{split} has a single document, as --documents takes every file as one: give it more files, or leave "
+        "--documents out. If empty lines stand between its documents, train with --documents separator"
+    )
+
+
 def of_the_result(splits: Mapping[str, Any], files: Mapping[str, Any]) -> Iterator[str]:
     """Yield hints on splits that are the same text, or mostly unknown words.
 

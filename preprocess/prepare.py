@@ -62,9 +62,9 @@ def prepare(
         FileExistsError: the folder holds data of another origin.
         DownloadError: the data set cannot be downloaded.
     """
+    texts = _local(dataset, sources) if sources else []  # a missing one leaves no folder behind
     make_folder(destdir, "--destdir")
     with _alone(destdir):
-        texts = _local(dataset, sources) if sources else []
         made_from = _made_from(dataset, texts, chunk_bytes)
         record = _read_record(destdir)
         if record is not None and record["made_from"] == made_from and _is_whole(destdir, record):
@@ -201,6 +201,8 @@ def _make(
     if dataset.documents:
         for split, of_split in documents.items():
             binarize.write_documents(made / split, of_split, chunks[split])
+            if len(of_split) == 1 and dataset.books is None:
+                _say(f"hint: {hints.single_document(split)}")
     _check_counts(dataset, {split: count.tokens for split, count in written.items()}, len(everywhere))
     for name, path in tokenizer.files().items():
         with replacing(made / name) as file:

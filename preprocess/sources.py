@@ -117,6 +117,11 @@ def resolve(sources: Sequence[Path], names: Sequence[str], folders: bool = False
         return _in_folder(sources[0], names)
     if len(sources) == 1 and _is_archive(sources[0]):
         return [Source(name, sources[0]) for name in names]
+    if len(sources) == len(names) and all(source.is_dir() for source in sources):
+        raise ValueError(
+            f"--source names {len(sources)} folders: name a file for each of {', '.join(names)}, or one folder that "
+            f"holds them. If every file is a document, pass --documents and one folder that holds {_stems(names)}"
+        )
     if len(sources) != len(names) or any(source.is_dir() for source in sources):
         raise ValueError(
             f"--source names {len(sources)} files, and {', '.join(names)} are needed: name as many files in this "
@@ -176,11 +181,23 @@ def _in_folder(folder: Path, names: Sequence[str]) -> list[Source]:
             inside = [path.name for path in sorted(folder.iterdir()) if not _added_by_macos(PurePath(path.name))]
             raise FileNotFoundError(
                 f"--source {folder}: {name} is not there, nor one level deeper; the folder holds "
-                f"{_first(inside) or 'nothing'}"
+                f"{_first(inside) or 'nothing'}{_if_documents(folder, names)}"
             )
         if len(sources) > 1 and not all_in_itself:
             raise _several(folder, name, [str(source.path) for source in sources], "name one folder, or the files")
     return [sources[0] for sources in by_name.values()]
+
+
+def _if_documents(folder: Path, names: Sequence[str]) -> str:
+    """Return the end of a message on texts that are missing where there are folders of their names."""
+    if not all((folder / PurePath(name).stem).is_dir() for name in names):
+        return ""
+    return f". If every file in {_stems(names)} is a document, pass --documents"
+
+
+def _stems(names: Sequence[str]) -> str:
+    *first, last = (PurePath(name).stem for name in names)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _one_a_folder(folder: Path, name: str) -> list[Source]:

@@ -1,5 +1,6 @@
 """The files of a model: those that `LanguageModel.save` writes, or those of transformers."""
 
+import errno
 import functools
 import json
 import os
@@ -74,12 +75,22 @@ def make_folder(folder: Path, option: str = "") -> None:
     """Make a folder, and those above it, where there is none.
 
     Raises:
-        OSError: the folder cannot be made; the message begins with the *option* that names it, if there is one.
+        OSError: the folder cannot be made or written to; the message begins with the *option* that names it, if there
+            is one.
     """
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{option} {folder}: {existing} is a file, pass a folder".lstrip())
-    folder.mkdir(parents=True, exist_ok=True)
+    named = f"{option} {folder}".lstrip()
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not os.path.isdir(existing):
+        kind = "a file" if os.path.exists(existing) else "a link to nothing"
+        raise NotADirectoryError(f"{named}: {existing} is {kind}, pass a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PermissionError(f"{named}: no folder can be made in {existing}, pass another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{named}: nothing can be written to it, pass another folder")
 
 
 def put_in_place(unfinished: str, folder: Path) -> None:
