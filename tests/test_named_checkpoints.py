@@ -10,6 +10,7 @@ import pytest
 import torch
 from fairseq_cli import eval_lm, generate, interactive, train, validate
 
+from lamemo_fairseq import score
 from lamemo_fairseq.core import MEMORIES
 from lamemo_fairseq.core.names import missing_checkpoint
 from lamemo_fairseq.host.overrides import check_overrides, parse_overrides
@@ -276,6 +277,23 @@ def test_another_dictionary(data, checkpoint, tmp_path):
     for option in ("--restore-file", "--finetune-from-model"):
         with pytest.raises(ValueError, match=r"checkpoint_last.pt: .* another dictionary, of 40 words, .* 44 words"):
             trained_with(other, tmp_path / "run", option, checkpoint)
+
+
+def test_another_dictionary_among_several(data, checkpoint, tmp_path):
+    """The message names the file, in commands and in Python."""
+    data_of_44 = write_data(tmp_path / "other", words=44, train=300)
+    trained_with(data_of_44, tmp_path / "run", max_update=1)
+    other = tmp_path / "run" / "checkpoint_last.pt"
+    message = rf"^{other}: the checkpoint was trained with another dictionary, of 44 words, than .* 40 words"
+    several, options = f"{checkpoint}:{other}", ["--user-dir", USER_DIR, "--cpu"]
+    for command in ("eval-lm", "generate"):
+        main, split = COMMANDS[command]
+        with pytest.raises(ValueError, match=message):
+            run_command(main, data, *options, "--path", several, *split)
+    with pytest.raises(ValueError, match=message):
+        LaMemoLanguageModel.from_pretrained("/", several.replace("/", "", 1).replace(":/", ":"), str(data))
+    with pytest.raises(SystemExit, match=message.replace("^", "^score: ")):
+        score.main([str(data), several, "--subset", "valid", "--batch-size", "2", "--cpu"])
 
 
 def test_averages_begin_with_those_of_another_run(data, checkpoint, tmp_path):

@@ -372,6 +372,10 @@ def test_hub_refuses_what_it_does_not_know(folders, model):
     ):
         with pytest.raises(ValueError, match=message):
             hub.sample("the", **options)
+    for wrong in (3, [3], None):
+        for use in (hub.score, hub.sample):
+            with pytest.raises(ValueError, match=r"a text is a string, not a (int|NoneType): pass one, or a list"):
+                use(wrong)
     with pytest.raises(ValueError, match="score does not know 'beam'"):
         hub.score("the", beam=2)
     with pytest.raises(ValueError, match=r"text 0 holds the word id 5000, but dict.txt has"):

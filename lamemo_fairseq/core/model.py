@@ -17,7 +17,8 @@ from .folder import load_tokenizer, load_weights, read_saved, write_folder
 from .memory import MemoryState, Passage
 from .memory.documents import DocumentStreams, Extract
 from .memory.groups import GroupedState, count_streams
-from .reader import Reader, Score, Text, Token, check_known, check_segment, word_ids
+from .names import known_arguments
+from .reader import Reader, Score, Text, Token, check_known, check_segment, listed, word_ids
 from .segments import Piece
 from .text import END, Tokenizer
 
@@ -102,6 +103,7 @@ class LanguageModel(MemoryDecoder):
     def score(self, texts: Text) -> Score: ...  # type: ignore[overload-overlap]  # a string is one text
     @overload
     def score(self, texts: Sequence[Text]) -> List[Score]: ...
+    @known_arguments
     def score(self, texts: Union[Text, Sequence[Text]]) -> Union[Score, List[Score]]:
         """Return the log-probability of every word of texts of any lengths, each after all words before it.
 
@@ -114,8 +116,10 @@ class LanguageModel(MemoryDecoder):
         """
         if isinstance(texts, (str, Tensor)):
             return self.reader().score([texts])[0]
-        return self.reader(len(texts)).score(texts) if len(texts) else []
+        given = listed(texts)
+        return self.reader(len(given)).score(given) if given else []
 
+    @known_arguments
     def generate(
         self,
         prompts: Union[Text, Sequence[Text]],
@@ -142,13 +146,14 @@ class LanguageModel(MemoryDecoder):
         Raises:
             ValueError: there is no prompt, a prompt is empty, an option makes no sense, or as for `score`.
         """
-        prompts = [prompts] if isinstance(prompts, (str, Tensor)) else prompts
-        if not len(prompts):
+        prompts = listed(prompts)
+        if not prompts:
             raise ValueError("generate continues at least one text of at least one word: begin a text with its </s>")
         reader = self.reader(len(prompts))
         reader.read(prompts)
         return reader.generate(count, _draw(temperature, top_k, top_p), seed)
 
+    @known_arguments
     def sample(
         self,
         prompts: Strings,
@@ -167,13 +172,15 @@ class LanguageModel(MemoryDecoder):
 
         The other arguments, and the errors, are those of `generate`.
         """
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        if not all(isinstance(text, str) for text in texts):
+        given = listed(prompts)
+        texts = [text for text in given if isinstance(text, str)]
+        if len(texts) < len(given):
             raise ValueError("sample continues strings: call generate for texts of word ids")
         words = self.generate(texts, count, temperature, top_k, top_p, seed).words if texts else ()
         whole = [self._continued(text, new.tolist(), stop_at_end) for text, new in zip(texts, words, strict=True)]
         return whole[0] if isinstance(prompts, str) else whole
 
+    @known_arguments
     def stream(
         self,
         prompt: Text,
@@ -201,6 +208,7 @@ class LanguageModel(MemoryDecoder):
             new = new[: new.index(END)]
         return self.tokenizer.decode([*self.tokenizer.encode(text).tolist(), *new])
 
+    @known_arguments
     @torch.no_grad()
     def score_documents(self, documents: Sequence[Text], num_streams: int) -> List[Tensor]:
         """Score documents of any lengths, each from an empty memory, many side by side.
@@ -221,7 +229,10 @@ class LanguageModel(MemoryDecoder):
             raise ValueError("score_documents reads a list of documents: pass [TEXT] for one")
         if self.tokenizer is not None:
             self.tokenizer.check_size(self.config.vocabulary_size)
-        ids = [word_ids(self, self.tokenizer, text) for text in documents]
+        ids = [
+            word_ids(self, self.tokenizer, text)
+            for text in listed(list(documents) if isinstance(documents, Tensor) else documents)
+        ]
         if num_streams < 1 or any(len(document) == 0 for document in ids):
             raise ValueError("score_documents reads documents of at least one word, in at least one stream")
         device = next(self.parameters()).device

@@ -3,7 +3,7 @@
 Shapes: B texts, T words of a piece, k of them at a time, n new words.
 """
 
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,7 @@ class Reader:
 
     def _pieces(self, texts: Union[Text, Sequence[Text]]) -> List[Tensor]:
         """Return the word ids ``[1 + T]`` of pieces after the last words of their texts; ``[T]`` if a text is empty."""
-        given = [texts] if isinstance(texts, (str, Tensor)) else list(texts)
+        given = listed(texts)
         if len(given) != len(self):
             raise ValueError(
                 f"the reader reads {len(self)} texts, and pieces of {len(given)} were given: pass a piece of each"
@@ -199,6 +199,21 @@ class Reader:
     def _padded(self, pieces: Sequence[Tensor]) -> Tuple[Tensor, List[int]]:
         """Return the pieces in one tensor, and the number of each piece's words that another word follows."""
         return nn.utils.rnn.pad_sequence(list(pieces), batch_first=True), [max(len(piece) - 1, 0) for piece in pieces]
+
+
+def listed(texts: Union[Text, Iterable[Text]]) -> List[Text]:
+    """Return one text, or several, as a list.
+
+    Raises:
+        ValueError: there is no text, such as a number.
+    """
+    if isinstance(texts, (str, Tensor)):
+        return [texts]
+    if not isinstance(texts, Iterable):
+        raise ValueError(
+            f"a text is a string or a tensor [T] of word ids, not a {type(texts).__name__}: pass one, or a list of them"
+        )
+    return list(texts)
 
 
 def word_ids(decoder: MemoryDecoder, tokenizer: Optional[Tokenizer], text: Text, begins: bool = True) -> Tensor:

@@ -12,6 +12,7 @@ from ..data.binarized import paths_of
 from ..data.folders import data_folders
 from ..data.segments import SegmentDataset
 from ..host.configuration import read_ours
+from ..host.restoring import opening
 
 MAX_TOKENS = 36000  # of fairseq-eval-lm
 
@@ -61,7 +62,8 @@ def open_split(
             raise FileNotFoundError(missing_checkpoint(path))
         read_ours(path)
     paths_of(data_folders(data)[0], subset, combine=False, choice="with --subset")
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task(paths, arg_overrides=given)
+    with opening():
+        models, _, task = checkpoint_utils.load_model_ensemble_and_task(paths, arg_overrides=given)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     models = [(model.half() if fp16 else model).to(device).eval() for model in models]
     split = task.load_dataset(subset)

@@ -1,6 +1,6 @@
 """A trained model in a notebook."""
 
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Union
 
 import torch
 from fairseq.hub_utils import GeneratorHubInterface
@@ -74,7 +74,7 @@ class LanguageModelHub(GeneratorHubInterface):
         self._check("sample", kwargs)
         if kwargs.get("score_reference"):
             raise ValueError("sample does not know 'score_reference': call score")
-        return super().sample(sentences, beam, verbose, **kwargs)
+        return super().sample(_checked(sentences), beam, verbose, **kwargs)
 
     def generate(
         self,
@@ -141,6 +141,22 @@ class LanguageModelHub(GeneratorHubInterface):
         if isinstance(sentences, str):
             return self.score([sentences], replace_newline_with_eos, **kwargs)[0]  # type: ignore[index, return-value]
         check_names(kwargs, ["skip_invalid_size_inputs"], "score")
+        sentences = _checked(sentences)
         texts = list(sentences) if replace_newline_with_eos else [" ".join(s.split("\n")) for s in sentences]
         hypotheses = self._generate([self.encode(text) for text in texts], score_reference=True)
         return [of_text[0] for of_text in hypotheses]
+
+
+def _checked(sentences: Any) -> Any:
+    """Return one text or several as they are.
+
+    Raises:
+        ValueError: there is something else than texts.
+    """
+    texts = [sentences] if isinstance(sentences, str) or not isinstance(sentences, Iterable) else list(sentences)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"a text is a string, not a {type(text).__name__}: pass one, or a list of them; generate takes word ids"
+            )
+    return sentences if isinstance(sentences, str) else texts

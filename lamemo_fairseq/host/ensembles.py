@@ -1,11 +1,11 @@
-"""Several models in fairseq-eval-lm."""
+"""Checkpoints to evaluate: several in fairseq-eval-lm, and the file's name in an error."""
 
 from typing import Any, Callable, Sequence
 
 from fairseq import checkpoint_utils, utils
 
 from .own import OwnTask
-from .restoring import opening
+from .restoring import expects_ours, opening
 from .stand_in import stand_in
 
 
@@ -18,11 +18,23 @@ def load_model_ensemble_and_task(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Load the models of ``--path``, separated by ``:``, which fairseq-eval-lm takes for one file name."""
-    if not isinstance(task, OwnTask):
+    """Load the models of ``--path``, separated by ``:``, which fairseq-eval-lm takes for one file name.
+
+    Raises:
+        ValueError: a checkpoint does not fit the task, such as one with another dictionary; the message names the file.
+    """
+    if not (isinstance(task, OwnTask) or expects_ours()):
         return original(filenames, arg_overrides, task, *args, **kwargs)
+    evaluated, models = task, []
     with opening():
-        paths = [path for name in filenames for path in utils.split_paths(name)]
-        models, cfg, task = original(paths, arg_overrides, task, *args, **kwargs)
-    task.trained_documents = str(cfg.task.documents)
+        for path in [path for name in filenames for path in utils.split_paths(name)]:
+            try:
+                loaded, cfg, task = original([path], arg_overrides, task, *args, **kwargs)
+            except ValueError as error:
+                if path in str(error):
+                    raise
+                raise ValueError(f"{path}: {error}") from error
+            models += loaded
+    if evaluated is not None:
+        evaluated.trained_documents = str(cfg.task.documents)
     return models, cfg, task

@@ -13,6 +13,7 @@ from ..core.memory.position import real_tokens
 from ..generation import LanguageModelHub
 from ..host.named_checkpoints import check_files
 from ..host.own import OwnModel, OwnTask, not_fed
+from ..host.restoring import opening
 from .config import MemoryLanguageModelConfig, with_defaults
 from .decoder import FairseqMemoryDecoder
 
@@ -101,7 +102,10 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
             ValueError: a checkpoint is not one of this package, or an argument is not known.
         """
         check_files(str(model_name_or_path), checkpoint_file, str(data_name_or_path), kwargs)
-        loaded = hub_utils.from_pretrained(str(model_name_or_path), checkpoint_file, str(data_name_or_path), **kwargs)
+        with opening():
+            loaded = hub_utils.from_pretrained(
+                str(model_name_or_path), checkpoint_file, str(data_name_or_path), **kwargs
+            )
         return LanguageModelHub(loaded["args"], loaded["task"], loaded["models"])
 
 

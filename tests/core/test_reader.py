@@ -182,6 +182,12 @@ def test_samples_are_texts(model):
         (lambda m: m.score(torch.rand(3)), r"a string or a tensor \[T\] of word ids, not torch.float32 \[3\]"),
         (lambda m: m.score(torch.tensor([[4]])), r"a string or a tensor \[T\]"),
         (lambda m: m.score([3]), r"a text is a string or a tensor \[T\] of word ids, not a int"),
+        (lambda m: m.score(3), r"word ids, not a int: pass one, or a list of them"),
+        (lambda m: m.generate(None, 2), r"word ids, not a NoneType: pass one, or a list of them"),
+        (lambda m: m.sample(3, 2), r"word ids, not a int: pass one, or a list of them"),
+        (lambda m: m.stream(3), r"word ids, not a int: pass one, or a list of them"),
+        (lambda m: m.score_documents(3, 2), r"word ids, not a int: pass one, or a list of them"),
+        (lambda m: m.reader().read(3), r"word ids, not a int: pass one, or a list of them"),
         (lambda m: m.sample(torch.tensor([4]), 3), "sample continues strings: call generate for texts of word ids"),
         (lambda m: m.reader(2).reorder([0, 5]), "order has 5: pass numbers of texts, 0 to 1"),
         (lambda m: m.reader(2).reorder([-1]), "order has -1: pass numbers of texts, 0 to 1"),
@@ -259,3 +265,19 @@ def test_a_text_that_is_refused_leaves_the_others_as_they_were(model):
     score = reader.score([torch.tensor([6]), torch.tensor([7])])[0]
     assert torch.equal(score.log_probs, model.score(torch.tensor([2, 5, 6])).log_probs[1:])
     assert reader.generate(2, Draw(temperature=0)).words.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda m: m.sample("w1", 2, topp=0.9), "sample does not know 'topp': did you mean top_p"),
+        (lambda m: m.generate("w1", 2, temprature=1), "generate does not know 'temprature': did you mean temperature"),
+        (lambda m: m.stream("w1", top_q=1), "stream does not know 'top_q': did you mean top_"),
+        (lambda m: m.score("w1", batch=1), "score does not know 'batch': it knows texts"),
+        (lambda m: m.score_documents(["w1"], streams=1), "score_documents does not know 'streams': did you mean num_s"),
+    ],
+)
+def test_misspelt_arguments(model, use, message):
+    with pytest.raises(TypeError, match=message) as refused:
+        use(model)
+    assert "\n" not in str(refused.value)
