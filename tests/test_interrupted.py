@@ -208,7 +208,7 @@ def checkpoint_of(size):
 
 
 def write(size, path):
-    write_checkpoint(checkpoint_of(size), str(path), CheckpointConfig())
+    return write_checkpoint(checkpoint_of(size), str(path), CheckpointConfig())
 
 
 @pytest.mark.parametrize("size", [0, 3_000, 40_000, 80_000])
@@ -247,5 +247,7 @@ def test_a_disk_that_fails_at_the_end(place, tmp_path, monkeypatch):
 
 def test_a_full_disk_does_not_hide_a_crash(tmp_path, caplog):
     with full_disk(1_000):
-        write(9_000, tmp_path / "crash.pt")
+        assert not write(9_000, tmp_path / "crash.pt")
+    assert write(10, tmp_path / "crash.pt")
+    (tmp_path / "crash.pt").unlink()
     assert "File too large" in caplog.text and list(tmp_path.iterdir()) == []

@@ -151,14 +151,22 @@ def test_hours_of_the_model_that_is_finetuned_do_not_count(data, tmp_path):
     assert tuned["optimizer_history"][-1]["num_updates"] == 3
 
 
-def test_nothing_is_written_of_a_crash_with_no_save(data, tmp_path, monkeypatch):
+def test_nothing_is_written_of_a_crash_with_no_save(data, tmp_path, monkeypatch, caplog):
     def fail(*args, **kwargs):
         raise ArithmeticError("made to fail")
 
     monkeypatch.setattr(SegmentLanguageModelingTask, "train_step", fail)
     for options, written in (([], ["crash.pt"]), (["--no-save"], [])):
-        with pytest.raises(ArithmeticError):
+        caplog.clear()
+        with pytest.raises(ArithmeticError), caplog.at_level("INFO", "lamemo_fairseq.host.trainer"):
             train(data, tmp_path / str(len(written)), "--max-update", 2, "--disable-validation", *options)
+        told = [message for message in caplog.messages if "crash.pt" in message and "checksum" not in message]
+        crashed = tmp_path / str(len(written)) / "crash.pt"
+        assert told == (
+            [f"Saving checkpoint to {crashed}", f"Finished saving checkpoint to {crashed}"]
+            if written
+            else [f"{crashed} is not written: --no-save"]
+        )
         assert [path.name for path in (tmp_path / str(len(written))).glob("*.pt")] == written
     saved = torch.load(tmp_path / "1" / "crash.pt", weights_only=False)
     assert saved["cfg"]["optimization"]["max_update"] == 2  # as in every checkpoint

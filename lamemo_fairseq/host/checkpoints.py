@@ -197,7 +197,7 @@ def _load_another(original: Callable[..., Any], local: Path, state: Any, path: s
         raise CheckpointError(f"{path} is no checkpoint of fairseq: {type(error).__name__}: {error}") from error
 
 
-def write_checkpoint(state: Dict[str, Any], filename: str, cfg: Any) -> None:
+def write_checkpoint(state: Dict[str, Any], filename: str, cfg: Any) -> bool:
     """Write a checkpoint with a checksum.
 
     fairseq's checkpoint has no checksum, and on a full disk fairseq appends a second try to the first.
@@ -205,16 +205,15 @@ def write_checkpoint(state: Dict[str, Any], filename: str, cfg: Any) -> None:
     Args:
         cfg: fairseq's options of checkpoints.
 
+    Returns:
+        Whether the file was written; of a run that has crashed, it may not be, as the crash matters more.
+
     Raises:
         OSError: the file was not written, with the reason and the last whole checkpoint.
     """
-    crashed = os.path.basename(filename) == "crash.pt"
-    if crashed and cfg.no_save:
-        logger.info("%s is not written: --no-save", filename)
-        return
     if cfg.write_checkpoints_asynchronously or not PathManager.supports_rename(filename):
         checkpoint_utils.torch_persistent_save(state, filename, async_write=cfg.write_checkpoints_asynchronously)
-        return
+        return True
 
     def write(unfinished: Path) -> None:
         torch.save(state, unfinished)
@@ -224,10 +223,10 @@ def write_checkpoint(state: Dict[str, Any], filename: str, cfg: Any) -> None:
     try:
         _replace(Path(filename), write)
     except OSError as error:
-        if not crashed:
+        if os.path.basename(filename) != "crash.pt":
             raise
-        logger.warning("%s", error)  # the error that ended the run matters more
-        return
+        logger.warning("%s", error)
+        return False
     logger.info(
         "%s: %.1f MB, of which the memory of the streams %.1f MB; written with a checksum in %.1f s",
         filename,
@@ -235,6 +234,7 @@ def write_checkpoint(state: Dict[str, Any], filename: str, cfg: Any) -> None:
         _size_of_memory(state) / 1e6,
         time.monotonic() - started,
     )
+    return True
 
 
 def _size_of_memory(state: Dict[str, Any]) -> int:

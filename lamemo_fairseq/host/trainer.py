@@ -265,11 +265,15 @@ class SegmentTrainer(Trainer):
         if not self.should_save_checkpoint_on_current_rank:
             return None
         path = os.path.abspath(filename)
+        if not extra_state and self.cfg.checkpoint.no_save:
+            logger.info("%s is not written: --no-save", path)
+            return None
         logger.info("Saving checkpoint to %s", path)
         state = utils.move_to_cpu(self.state_dict())
         if extra_state:
             state["extra_state"].update({**extra_state, type(self.task).__name__: training_state(self)})
-        write_checkpoint(state, filename, self.cfg.checkpoint)
+        if not write_checkpoint(state, filename, self.cfg.checkpoint):
+            return None
         if extra_state:
             self._written = self.get_num_updates()
             keep_due_checkpoint(self.cfg.checkpoint, path, self._due_path())
