@@ -6,7 +6,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+import pytest
+
+from lamemo_fairseq.host.taken import names_of_options
+from lamemo_fairseq.models.config import check_defaults
 
 from .extending import PAGE, files_of_page
 from .helpers import write_data
@@ -22,15 +28,61 @@ def extended(folder, changed=lambda text: text):
         (folder / name).write_text(changed(text))
 
 
-def test_the_name_of_another_architecture_is_refused(tmp_path):
-    """fairseq would train the other model, and not say so."""
-    extended(tmp_path, lambda text: text.replace('"last_inputs_lm"', '"lamemo_lm"'))
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            '"last_inputs_lm"', '"transformer_lm"',
+            "memory 'last-inputs': another model is --arch transformer_lm, give the architecture a new name",
+        ),
+        (
+            '"last_inputs_lm"', '"lamemo_lm_wt103"',
+            "memory 'lookahead': another model is --arch lamemo_lm_wt103, give the architecture a new name",
+        ),
+        (
+            '{"position_encoding"', '{"position_encodin"',
+            "memory 'fading': Architecture.defaults has 'position_encodin', which is no option of a model; did you "
+            "mean position_encoding?",
+        ),
+        (
+            "slot_share", "lr",
+            "memory 'fading': FadingOptions.lr would be --lr, which is an option of fairseq, or of this package's "
+            "task: give the option another name",
+        ),
+    ],
+)  # fmt: skip
+def test_names_that_fairseq_would_mistake(old, new, message, tmp_path):
+    """fairseq would train another model, or leave the option out, and not say so."""
+    extended(tmp_path, lambda text: text.replace(old, new))
     done = subprocess.run(
         [sys.executable, "-c", "import lamemo_fairseq"], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 1
-    assert "another model is --arch lamemo_lm, give the architecture a new name" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1] == f"ValueError: {message}"
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        ({"position_encoding": "linearr"}, "^memory 'recurrent': D: --position-encoding cannot be 'linearr': "),
+        ({"mem_len": "long"}, "^memory 'recurrent': D: --mem-len cannot be 'long': "),
+        (
+            {"memory": "none"},
+            "^memory 'recurrent': D has 'memory', which is the registered name: leave it out",
+        ),
+        ({"position_encoding": "alibi", "mem_len": 3, "adaptive_softmax_cutoff": None}, None),
+    ],
+)
+def test_defaults_of_an_architecture(defaults, message):
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_defaults("recurrent", "D", defaults)
+
+
+def test_names_of_fairseqs_options():
+    """Those of dataclasses, and those that a class adds to a parser itself."""
+    assert {"lr", "adam_betas", "momentum", "beam", "seed", "update2lr", "optimizer"} < names_of_options()
+    assert not {"mem_len", "compression_rate", "slot_share"} & names_of_options()
 
 
 def test_the_command_of_the_page_trains_what_its_files_add(tmp_path):

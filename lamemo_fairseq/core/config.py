@@ -4,7 +4,7 @@
 import math
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, Union, get_args, get_origin
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Type, Union, get_args, get_origin
 
 from .attention import BACKENDS
 from .fields import Values, option
@@ -256,6 +256,24 @@ def _check_types(config: Union[ModelConfig, MemoryOptions]) -> None:
             if not isinstance(value, taken):
                 name = option_name(f.name) if "help" in f.metadata else f.name
                 raise ValueError(f"{name} is {value!r}: pass {shown}")
+
+
+def refuse_names(memory: str, taken: Iterable[str], whose: str) -> None:
+    """Refuse a memory with an option of a name that is *taken*, as a host offers all options side by side.
+
+    Raises:
+        ValueError: the message names the option, its class and *whose* the name is.
+    """
+    options = MEMORIES[memory].options
+    for name in {f.name for f in fields(options)} & set(taken):
+        raise ValueError(
+            f"memory '{memory}': {options.__name__}.{name} would be {option_name(name)}, which is {whose}: give the "
+            "option another name"
+        )
+
+
+for _memory in MEMORIES.names():
+    refuse_names(_memory, [f.name for f in fields(ModelConfig)], "an option of every model")
 
 
 def _own_options(memory: str, given: Union[MemoryOptions, Mapping[str, Any], None]) -> MemoryOptions:

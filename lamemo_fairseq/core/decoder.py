@@ -218,6 +218,7 @@ def _layers(config: ModelConfig, memory: Memory[MemoryState, MemoryOptions]) -> 
         backend=config.attention_backend,
         counted=POSITIONS[config.position_encoding].reads_words,
         options=config.own_options,
+        memory=config.memory,
     )
     layer = LayerConfig(
         embed_dim=config.decoder_embed_dim,

@@ -1,15 +1,19 @@
 """Options of the models, made from the core's configuration."""
 
 from dataclasses import field, fields, make_dataclass
-from typing import Any, List, Optional, Tuple, Type, TypeVar
+from typing import Any, List, Mapping, Optional, Tuple, Type, TypeVar
 
 from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
-from ..core.config import ModelConfig
+from ..core.config import ModelConfig, refuse_names
 from ..core.memory import MEMORIES
+from ..core.names import did_you_mean
 from ..core.positions import POSITIONS
+from ..host.configuration import check_options
+from ..host.taken import names_of_options
+from ..tasks.config import SegmentLanguageModelingConfig
 
 Config = TypeVar("Config", bound=FairseqDataclass)
 
@@ -27,6 +31,25 @@ def with_defaults(config: Type[Config], name: str, **defaults: Any) -> Type[Conf
     )
 
 
+def check_defaults(memory: str, where: str, defaults: Mapping[str, object]) -> None:
+    """Check the *defaults* of an architecture, before a config is made of them.
+
+    Raises:
+        ValueError: a name is no option, or a value does not suit it; the message names the memory and the remedy.
+    """
+    if "memory" in defaults:
+        raise ValueError(f"memory '{memory}': {where} has 'memory', which is the registered name: leave it out")
+    known = [f.name for f in fields(MemoryLanguageModelConfig) if f.name != "_name"]
+    for name in defaults:
+        if name not in known:
+            hint = did_you_mean(name, known) or "docs/options.md lists the options"
+            raise ValueError(f"memory '{memory}': {where} has '{name}', which is no option of a model; {hint}")
+    try:
+        check_options(defaults, MemoryLanguageModelConfig)
+    except ValueError as error:
+        raise ValueError(f"memory '{memory}': {where}: {error}") from None
+
+
 def _options(config: Any) -> List[Tuple[str, Any, Any]]:
     """Return the fields of a core configuration that users choose, as fairseq's parser takes them."""
     return [
@@ -39,6 +62,10 @@ def _options(config: Any) -> List[Tuple[str, Any, Any]]:
         if "help" in f.metadata
     ]
 
+
+_TAKEN = {*names_of_options(), *(f.name for f in fields(SegmentLanguageModelingConfig)), "preset_tokens_per_sample"}
+for _memory in MEMORIES.names():
+    refuse_names(_memory, _TAKEN, "an option of fairseq, or of this package's task")
 
 MemoryLanguageModelConfig: Any = make_dataclass(
     "MemoryLanguageModelConfig",

@@ -4,7 +4,7 @@ from typing import Any, Dict, NamedTuple, Optional, Type, cast
 
 from fairseq import hub_utils
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import MODEL_REGISTRY, FairseqLanguageModel, register_model
+from fairseq.models import ARCH_MODEL_REGISTRY, FairseqLanguageModel, register_model
 from torch import Tensor
 
 from ..core.kernels.module_tree import tree_of
@@ -14,7 +14,7 @@ from ..generation import LanguageModelHub
 from ..host.named_checkpoints import check_files
 from ..host.own import OwnModel, OwnTask, not_fed
 from ..host.restoring import opening
-from .config import MemoryLanguageModelConfig, with_defaults
+from .config import MemoryLanguageModelConfig, check_defaults, with_defaults
 from .decoder import FairseqMemoryDecoder
 
 
@@ -127,12 +127,20 @@ def subclass(base: Type[MemoryLanguageModel], name: str, summary: Optional[str])
     return Named
 
 
+def check_new(memory: str, architecture: str) -> None:
+    """Refuse the name of another architecture, with which fairseq would go on.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if architecture in ARCH_MODEL_REGISTRY:
+        raise ValueError(f"memory '{memory}': another model is --arch {architecture}, give the architecture a new name")
+
+
 def _named(memory: str) -> NamedModel:
     architecture = MEMORIES[memory].architecture
-    if architecture.name in MODEL_REGISTRY:  # fairseq would go on with that one
-        raise ValueError(
-            f"memory '{memory}': another model is --arch {architecture.name}, give the architecture a new name"
-        )
+    check_new(memory, architecture.name)
+    check_defaults(memory, "Architecture.defaults", architecture.defaults)
     name = architecture.class_name
     config = with_defaults(MemoryLanguageModelConfig, f"{name}Config", memory=memory, **architecture.defaults)
     model = subclass(MemoryLanguageModel, name, architecture.summary)

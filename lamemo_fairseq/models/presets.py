@@ -8,8 +8,8 @@ from typing import Any, Dict
 from fairseq.models import register_model
 
 from ..core.memory import MEMORIES
-from .config import with_defaults
-from .language_models import MODELS, subclass
+from .config import check_defaults, with_defaults
+from .language_models import MODELS, check_new, subclass
 
 _CHARACTERS: Dict[str, Any] = {
     "decoder_layers": 12,
@@ -37,8 +37,15 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
 
 
 for _name, (_model, _config) in MODELS.items():
-    _presets = MEMORIES[str(_config().memory)].architecture.presets
+    _memory = str(_config().memory)
+    _presets = MEMORIES[_memory].architecture.presets
+    for _data in sorted(set(_presets) - set(SETTINGS)):
+        raise ValueError(
+            f"memory '{_memory}': Architecture.presets has '{_data}': the settings are {', '.join(SETTINGS)}"
+        )
     for _data, _sizes in SETTINGS.items():
+        check_new(_memory, f"{_name}_{_data}")
+        check_defaults(_memory, f"Architecture.presets['{_data}']", _presets.get(_data, {}))
         _preset = with_defaults(_config, f"{_config.__name__}_{_data}", **{**_sizes, **_presets.get(_data, {})})
         register_model(f"{_name}_{_data}", dataclass=_preset)(
             subclass(_model, f"{_model.__name__}_{_data}", _model.__doc__)

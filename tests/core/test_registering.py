@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 
+from lamemo_fairseq.core.config import refuse_names
 from lamemo_fairseq.core.fields import option
-from lamemo_fairseq.core.memory import MEMORIES, MemoryOptions
+from lamemo_fairseq.core.memory import MEMORIES, Architecture, Memory, MemoryOptions
 from lamemo_fairseq.core.memory.recurrent import RecurrentMemory
 
 from .conftest import pytest_configure
+from .helpers import random_tokens, tiny_decoder
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,27 @@ class Checked(Offered):
         pass
 
 
+@dataclass(frozen=True)
+class Twice(MemoryOptions):
+    compression_rate: int = option(4, "rows that become one")
+
+
+@dataclass(frozen=True)
+class Hiding(MemoryOptions):
+    cycle: int = option(4, "segments between two refreshes")
+
+
+@dataclass(frozen=True)
+class OfEveryModel(MemoryOptions):
+    dropout: float = option(0.1, "dropout of averages")
+
+
+def average(name="average_lm", class_name="AverageLanguageModel", **members):
+    """A memory of the user's own."""
+    own = {"architecture": Architecture(name, class_name, "Averages."), "cache": RecurrentMemory.cache}
+    return type("AverageMemory", (RecurrentMemory,), {**own, **members})
+
+
 REMEDY = (
     r"write average_keep: TYPE = option\(DEFAULT, 'one line of help'\), with option from lamemo_fairseq.core.fields$"
 )
@@ -61,10 +84,10 @@ def test_a_memory_names_its_own_cache(monkeypatch):
     message = "^memory 'average': AverageMemory names no cache for decoding: write cache = FrozenCache if a slot has "
     with pytest.raises(ValueError, match=message):
         MEMORIES.register("average")(type("AverageMemory", (RecurrentMemory,), {}))
-    monkeypatch.setattr(MEMORIES, "_entries", dict(MEMORIES._entries))
+    entries = MEMORIES._entries
     for name, options in (("average", Offered), ("checked", Checked)):
-        own = {"options": options, "cache": RecurrentMemory.cache}
-        MEMORIES.register(name)(type("AverageMemory", (RecurrentMemory,), own))
+        monkeypatch.setattr(MEMORIES, "_entries", dict(entries))
+        MEMORIES.register(name)(average(options=options))
         assert name in MEMORIES.names()
 
 
@@ -74,3 +97,66 @@ def test_a_memory_without_tests_stops_them_in_one_line(monkeypatch):
     message = r"^--memory average has no tests: add a line to VARIANTS in tests/core/helpers\.py .*\(\"average\", \"tr"
     with pytest.raises(pytest.UsageError, match=message):
         pytest_configure()
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            {"options": Twice},
+            "Twice.compression_rate is an option of --memory compressive too, in CompressiveOptions: ",
+        ),
+        ({"options": Hiding}, "Hiding.cycle would hide MemoryOptions.cycle: give the option another name"),
+        ({"name": "lamemo_lm"}, "AverageMemory.architecture has the name 'lamemo_lm', which LookaheadMemory of --mem"),
+        (
+            {"class_name": "LaMemoLanguageModel"},
+            "AverageMemory.architecture has the class_name 'LaMemoLanguageModel', which LookaheadMemory of --memory ",
+        ),
+    ],
+)
+def test_names_of_another_memory(members, message):
+    with pytest.raises(ValueError, match=f"^memory 'average': {message}"):
+        MEMORIES.register("average")(average(**members))
+    assert "average" not in MEMORIES.names()
+
+
+def test_a_memory_without_an_architecture():
+    with pytest.raises(
+        ValueError, match=r"^memory 'average': AverageMemory has no architecture: write architecture = "
+    ):
+        MEMORIES.register("average")(type("AverageMemory", (Memory,), {"cache": RecurrentMemory.cache}))
+
+
+def test_an_option_that_every_model_has(monkeypatch):
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "average": average(options=OfEveryModel)})
+    message = (
+        "^memory 'average': OfEveryModel.dropout would be --dropout, which is taken: give the option another name$"
+    )
+    with pytest.raises(ValueError, match=message):
+        refuse_names("average", ["dropout"], "taken")
+
+
+@pytest.mark.parametrize("positions", ["transformer-xl", "alibi", "rotary"])
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda rows: rows, "AverageMemory.reach returned 7: return the number of rows that the segment's tokens att"),
+        (lambda rows: (rows, 3), r"AverageMemory.reach returned \(7, 3\): return the number of rows"),
+        (lambda rows: (rows, range(1, 4)), "AverageMemory.reach returned distances ahead, .* looks_ahead = True in th"),
+        (lambda rows: (rows - 3, None), "--memory recurrent: a segment attends to 7 rows, and the memory's reach ret"),
+        (lambda rows: (rows + 1, None), "--memory recurrent: a segment attends to 7 rows, and the memory's reach ret"),
+    ],
+)
+def test_a_wrong_reach_names_the_memory(monkeypatch, returned, message, positions):
+    """Of too few distances, or too many, each key would have the score of another one."""
+
+    def reach(self, state, current):
+        return returned(RecurrentMemory.reach(self, state, current)[0])
+
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(reach=reach)})
+    model = tiny_decoder(("recurrent", positions, "right"))
+    tokens = random_tokens(2, 3)
+    state = RecurrentMemory.initial_state(model.memory, model.embed(tokens))
+    state = state.map(lambda rows: rows.new_ones(2, 4, rows.size(2)))
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        model(tokens, state)

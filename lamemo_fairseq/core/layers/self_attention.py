@@ -32,6 +32,7 @@ class AttentionConfig:
     backend: str = "auto"
     counted: bool = False  # whether positions count distances in the text
     options: object = None  # of the memory's own class of options
+    memory: str = ""  # its name, for errors
 
 
 class SelfAttention(nn.Module):
@@ -94,6 +95,7 @@ class SelfAttention(nn.Module):
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
         """Attend causally with unrotated heads ``[B, H, Q or R, D or D']``, by the backend that the options name."""
+        self._check_distances(bias, k.size(2))
         q, k = bias.rotate(q, k)
         heads = q, k, v, bias_for(q, bias.causal)
         options = self.span, self._dropout, self.scale, need_normalizer
@@ -101,6 +103,22 @@ class SelfAttention(nn.Module):
             return causal_attention(self.config.backend, *heads, *options, nearest=self.nearest)
         added = bias.counted.of_current(q, self.scale)
         return counted_attention(self.config.backend, *heads, *options, nearest=self.nearest, added=added)
+
+    def _check_distances(self, bias: LayerBias, keys: int) -> None:
+        """Refuse a bias of other distances than those of *keys* keys: each key would get the score of another one.
+
+        Raises:
+            ValueError: the message names the memory, whose `reach` has asked for the distances.
+        """
+        table, score, rotation = bias.causal.table, bias.causal.score, bias.rotation
+        known = [tensor.size(1) for tensor in (table, score) if tensor is not None]
+        if rotation is not None and rotation.cos.dim() == 2:
+            known.append(rotation.cos.size(0))
+        if any(count != keys for count in known):
+            raise ValueError(
+                f"--memory {self.config.memory}: a segment attends to {keys} rows, and the memory's reach returned "
+                f"{known[0]}: return the number of slots and of the segment's tokens"
+            )
 
     def merge_heads(self, heads: Tensor) -> WideRows:
         """Map heads ``[B, H, Q, D or D'] -> [B, Q, d]`` by the output projection."""

@@ -32,6 +32,7 @@ from ..fields import check_options
 from ..layers import CausalSelfAttention, DecoderLayer, SelfAttention
 from ..positions import LayerBias, Positions
 from ..registry import Registry
+from .own import check_names, reached
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +288,7 @@ class Memory(nn.Module, Generic[State, Options]):
 
     def segment(self, x: Tensor, state: State, positions: Positions, lengths: Optional[Tensor] = None) -> Segment:
         """Return the values that all layers use of ``x [B, n, d]``; they depend on shapes, positions and *lengths*."""
-        rows, ahead = self.reach(state, x.size(1))
+        rows, ahead = reached(self, self.reach(state, x.size(1)))
         return Segment(x.size(1), positions(rows, ahead, x), lengths)
 
     def reach(self, state: State, current: int) -> Tuple[int, Optional[range]]:
@@ -371,7 +372,7 @@ def no_contribution(parameters: Iterable[Optional[Tensor]]) -> Tensor:
 
 
 def _check(memory: Type[Memory[Any, Any]]) -> None:
-    """Refuse a class whose options would be lost, or whose decoding could be wrong, without a word.
+    """Refuse a class whose options would be lost, whose decoding could be wrong, or whose names are another's.
 
     Raises:
         ValueError: with the remedy.
@@ -382,6 +383,7 @@ def _check(memory: Type[Memory[Any, Any]]) -> None:
             f"{memory.__name__} names no cache for decoding: write cache = FrozenCache if a slot has the keys and "
             "values that it had as a token, else a SegmentCache of its own (docs/extending.md)"
         )
+    check_names(memory, {name: MEMORIES[name] for name in MEMORIES.names()})
 
 
 MEMORIES: Registry[Type[Memory[Any, Any]]] = Registry(

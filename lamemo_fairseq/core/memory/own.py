@@ -1,0 +1,70 @@
+"""Checks of a user's own memory: what is wrong is named in one line, in place of an error from within a host."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Tuple, Type
+
+if TYPE_CHECKING:
+    from .base import Memory, MemoryOptions
+
+
+def check_names(memory: Type["Memory[Any, Any]"], others: Mapping[str, Type["Memory[Any, Any]"]]) -> None:
+    """Refuse names that another memory has: a host knows options and models by them.
+
+    Memories are registered in alphabetical order. So the error may stop a shipped memory, and names both.
+
+    Raises:
+        ValueError: an option, or the architecture, has the name of another memory's, or there is no architecture.
+    """
+    if not hasattr(memory, "architecture"):
+        raise ValueError(
+            f"{memory.__name__} has no architecture: write architecture = Architecture(name, class_name, summary)"
+        )
+    check_members(memory.options)
+    for name, other in others.items():
+        shared = [f.name for f in fields(memory.options) if f.name in {g.name for g in fields(other.options)}]
+        if shared:
+            raise ValueError(
+                f"{memory.options.__name__}.{shared[0]} is an option of --memory {name} too, in "
+                f"{other.options.__name__}: give your own another name"
+            )
+        for kind in ("name", "class_name"):
+            value = getattr(memory.architecture, kind)
+            if value == getattr(other.architecture, kind):
+                raise ValueError(
+                    f"{memory.__name__}.architecture has the {kind} '{value}', which {other.__name__} of --memory "
+                    f"{name} has too: give your own another one"
+                )
+
+
+def check_members(options: Type["MemoryOptions"]) -> None:
+    """Refuse an option with the name of a member that all classes of options have.
+
+    Raises:
+        ValueError: the message names the option.
+    """
+    base = next(cls for cls in options.__mro__ if cls.__name__ == "MemoryOptions")
+    for f in fields(options):
+        if hasattr(base, f.name):
+            raise ValueError(
+                f"{options.__name__}.{f.name} would hide {base.__name__}.{f.name}: give the option another name"
+            )
+
+
+def reached(memory: "Memory[Any, Any]", returned: object) -> Tuple[int, Optional[range]]:
+    """Return what `Memory.reach` has returned.
+
+    Raises:
+        TypeError: that is no pair of a number and a range or None, or the memory does not look ahead.
+    """
+    rows, ahead = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+    if not isinstance(rows, int) or not (ahead is None or isinstance(ahead, range)):
+        raise TypeError(
+            f"{type(memory).__name__}.reach returned {returned!r}: return the number of rows that the segment's tokens "
+            "attend to, their own included, and None or the range of distances ahead"
+        )
+    if ahead is not None and not memory.looks_ahead:
+        raise TypeError(
+            f"{type(memory).__name__}.reach returned distances ahead, which not all position encodings have: write "
+            "looks_ahead = True in the class, or return None for them"
+        )
+    return rows, ahead
