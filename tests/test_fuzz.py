@@ -152,6 +152,7 @@ OPTIONS = {
     "memory_tokens": st.integers(-1, 3),
     "memory_reads_cache": st.booleans(),
     "memory_update_rule": st.sampled_from(["linear", "delta", "other"]),
+    "memory_gate_lr_scale": st.sampled_from([-1.0, 0.5, 1.0, 100.0]),
     "associative_tokens": st.integers(-1, 3),
     "associative_dim": st.integers(-1, 3),
     "associative_decay": st.sampled_from([-0.5, 0.0, 0.9, 1.0, 1.5]),

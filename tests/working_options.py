@@ -88,7 +88,7 @@ _work([TRAIN], "test_compressive.py", "compression_rate compression compression_
 _work([TRAIN], "test_continuous_memory.py", "basis_widths ridge_penalty contraction_factor memory_samples")
 _work([TRAIN], "test_continuous_memory.py", "memory_sampling kl_weight kl_sigma")
 _work([TRAIN], "test_token_memory.py", "memory_reads_cache bptt_segments")
-_work([TRAIN], "test_infini.py", "memory_update_rule")
+_work([TRAIN], "test_infini.py", "memory_update_rule memory_gate_lr_scale")
 _work([TRAIN], "test_memorizing.py", "store_len store_layer retrieval retrieved_rows")
 _work([TRAIN], "test_sentence_ends.py", "sentence_ends paragraph_ends")
 _work([TRAIN], "test_associative.py", "associative_tokens associative_dim associative_decay")

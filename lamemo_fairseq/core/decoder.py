@@ -199,6 +199,7 @@ def _positions(config: ModelConfig, memory: Memory[MemoryState, MemoryOptions]) 
             looks_ahead=memory.looks_ahead,
             first_ahead=memory.first_ahead,
             trained_distances=memory.slots + memory.period,
+            score_scale=memory.score_scale,
             clamp_len=config.clamp_len,
             dropout=config.dropout,
             sentence_ends=config.sentence_ends,

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 # Options of which another value makes another model with the same weights.
 _FUNCTION = (
     "memory", "position_encoding", "lookahead_window", "lookahead_from_layer", "lookahead_every", "compression",
-    "memory_sampling", "memory_update_rule", "memory_reads_cache", "activation_fn", "decoder_normalize_before",
-    "sentence_ends", "paragraph_ends",
+    "memory_sampling", "memory_update_rule", "memory_gate_lr_scale", "memory_reads_cache", "activation_fn",
+    "decoder_normalize_before", "sentence_ends", "paragraph_ends",
 )  # fmt: skip
 # Options that the weights' names and shapes do not depend on.
 _WEIGHTLESS = {

@@ -31,7 +31,7 @@ class BlockRecurrentPaper(Paper):
         super().__init__(decoder, pre_norm)
         self.sinusoids, self.lstm = variant[1] != "t5", variant[2] == "lstm"
         self.window, self.mem_len, self.recurrent = window, mem_len, recurrent
-        self.states = {}
+        self.states, self.unit = {}, 128 / decoder.config.own_options.recurrent_scale
 
     def of_heads(self, rows, weight):
         return (rows @ weight.T).reshape(len(rows), self.heads, -1)
@@ -45,7 +45,7 @@ class BlockRecurrentPaper(Paper):
         distance = i - j
         if distance >= 16:  # half of the 32 biases are for distances up to 128, evenly by the logarithm
             distance = min(31, 16 + int(16 * math.log(distance / 16) / math.log(128 / 16)))
-        return scale * (q @ k + self.w["positions.bias"][layer, head, distance])
+        return scale * (q @ k + self.unit * self.w["positions.table"][layer, head, distance])
 
     def layer(self, layer, rows):
         """The rows of a text after a layer."""

@@ -92,6 +92,7 @@ TINY = {
     "associative_dim": 16,
     "recurrent_scale": 1.0,  # as in the paper; larger ones amplify rounding
     "recurrent_states": 3,
+    "memory_gate_lr_scale": 1.25,
     "segment_length": 3,
     "decoder_layers": 2,
     "decoder_embed_dim": 8,

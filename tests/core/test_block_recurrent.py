@@ -338,11 +338,25 @@ def test_initial_values():
         scales = [p for n, p in decoder.named_parameters() if n.endswith("scale")]
         assert len(scales) == 5 and all(torch.equal(scale, torch.full_like(scale, 3.0)) for scale in scales)
         cell = decoder.memory.cells[0]
-        deviations = [float(p.std()) for p in (cell.first_states, cell.identities, decoder.positions.bias)]
-        assert deviations == pytest.approx([0.1, 1, 32**-0.5], rel=0.2)
+        deviations = [float(p.std()) for p in (cell.first_states, cell.identities, decoder.positions.table * 128 / 3)]
+        assert deviations == pytest.approx([0.1, 1, 32**-0.5 / 3], rel=0.2)
         biases = [cell.gate.bias] if variant == FIXED else [cell.gate.input.bias, cell.gate.forget.bias]
         assert [float(bias.std()) for bias in biases] == pytest.approx([0.1] * len(biases), rel=0.3)
         assert not cell.gate.value.bias.any() and bool((cell.norm_gain == 1).all())
+
+
+@torch.no_grad()
+def test_weights_with_t5s_biases_themselves_give_the_same_results(caplog):
+    """Older versions stored the biases of scores, and a_h multiplied them as now."""
+    decoder, tokens = tiny_decoder(FIXED, recurrent_scale=4.0), random_tokens(1, 6)
+    expected, weights = read_streams(decoder, tokens), decoder.state_dict()
+    weights["positions.bias"] = weights.pop("positions.table") * (128 / 4)
+    assert weights["positions.bias"].any()
+    other = tiny_decoder(FIXED, recurrent_scale=4.0)
+    other.positions.table.add_(1)
+    other.load_state_dict(weights)
+    assert torch.equal(read_streams(other, tokens), expected)
+    assert "no training can go on from them" in caplog.text
 
 
 @pytest.mark.parametrize(

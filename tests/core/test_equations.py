@@ -116,7 +116,7 @@ def test_current_tokens_attend_by_biases_that_far_distances_share(queries, keys,
 
     def parts(distance):
         which = sum(begin <= min(distance, clamp or keys) for begin in begins) - 1
-        return zeros, zeros, zeros, encoding.bias[0, :, which] * math.sqrt(D)
+        return zeros, zeros, zeros, 128 * encoding.table[0, :, which] * math.sqrt(D)
 
     assert_causal_attention(encoding, parts, queries, keys, nearest=nearest)
 

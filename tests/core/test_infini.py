@@ -54,7 +54,7 @@ class InfiniPaper(Paper):
 
     def __init__(self, decoder, delta, **shell):
         super().__init__(decoder, **shell)
-        self.delta = delta
+        self.delta, self.gate_unit = delta, decoder.config.own_options.memory_gate_lr_scale
 
     def begin(self):
         """Forget everything."""
@@ -63,7 +63,7 @@ class InfiniPaper(Paper):
         self.written = [None] * self.layers
 
     def mixed(self, layer, q, k, v, attended):
-        gates = 1 / (1 + np.exp(-self.w[f"layers.{layer}.self_attn.memory_gate"]))
+        gates = 1 / (1 + np.exp(-self.gate_unit * self.w[f"layers.{layer}.self_attn.memory_gate"]))
         mixed = attended.copy()
         if self.past[layer] is not None:
             for i, h in np.ndindex(len(q), self.heads):
@@ -312,6 +312,7 @@ def test_half_precision_has_an_exact_memory(variant, dtype):
     ("variant", "options", "message"),
     [
         (("infini", "transformer-xl", "gamma"), {}, r"unknown --memory-update-rule 'gamma'; .* linear, delta"),
+        (LINEAR, {"memory_gate_lr_scale": 0.0}, r"--memory-gate-lr-scale is 0.0, it must be above 0 and finite"),
         (LINEAR, {"same_length": True}, r"--same-length .* but --memory infini has none"),
         (LINEAR, {"bptt_segments": 2}, r"--tokens-per-sample 3 .* --bptt-segments 2 .* pass a multiple"),
         (("infini", "absolute", "linear"), {}, r"--position-encoding absolute .* instead of infini"),

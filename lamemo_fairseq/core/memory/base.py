@@ -214,6 +214,11 @@ class Memory(nn.Module, Generic[State, Options]):
         return 0
 
     @property
+    def score_scale(self) -> float:
+        """The factor of scores and their biases in attention before training."""
+        return 1.0
+
+    @property
     def period(self) -> int:
         """The number of tokens from one change of the memory to the next."""
         return self.config.segment_length // self.config.bptt_segments

@@ -26,6 +26,7 @@ class PositionConfig:
     looks_ahead: bool  # whether memory slots attend to their right
     first_ahead: int = field(default=0, kw_only=True)  # the first layer, from 0, in which they do
     trained_distances: int  # distances met in training, N + M
+    score_scale: float = field(default=1.0, kw_only=True)  # by which attention multiplies scores and biases at first
     clamp_len: int = 0  # largest distance that is distinguished (0: no limit)
     dropout: float = 0.0
     sentence_ends: Sequence[int] = ()  # words that end a sentence

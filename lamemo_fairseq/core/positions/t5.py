@@ -3,8 +3,9 @@
 Shapes: L layers, H heads, U distances.
 """
 
+import logging
 import math
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 from ..attention import RelativeBias
 from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding
 
+logger = logging.getLogger(__name__)
+
 BUCKETS, FARTHEST = 32, 128  # biases per head; all distances from FARTHEST on share one
 EXACT = BUCKETS // 2  # distances with a bias of their own
+# Adam moves a number by the learning rate at most, whatever its size. So a bias of scores is this times a number.
+UNIT = 128.0
 
 
 @POSITIONS.register("t5")
@@ -31,14 +36,25 @@ class T5Positions(PositionEncoding):
                 "--position-encoding t5 has no distances to the right, which look-ahead memory and memory tokens need: "
                 "take disentangled or transformer-xl, or --memory recurrent"
             )
-        self.bias = nn.Parameter(torch.empty(config.layers, config.heads, BUCKETS))
-        nn.init.normal_(self.bias, std=BUCKETS**-0.5)
+        self.unit = UNIT / config.score_scale
+        self.table = nn.Parameter(torch.empty(config.layers, config.heads, BUCKETS))  # b / unit
+        nn.init.normal_(self.table, std=BUCKETS**-0.5 / UNIT)
 
     def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         distances = torch.arange(causal - 1, -1, -1, device=like.device)
         # A backend divides scores by sqrt(D), and the paper does not divide the bias.
-        scores = self.bias[..., bucket(self._clamp(distances))] * math.sqrt(self.config.head_dim)
+        scores = self.table[..., bucket(self._clamp(distances))] * (self.unit * math.sqrt(self.config.head_dim))
         return [LayerBias(RelativeBias(score=score), None) for score in scores]
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        biases = state_dict.pop(prefix + "bias", None)
+        if biases is not None:
+            logger.warning(
+                "these weights hold T5's biases themselves, as older versions stored them: results stay the same, and no "
+                "training can go on from them"
+            )
+            state_dict[prefix + "table"] = biases / self.unit
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def bucket(distances: Tensor) -> Tensor:

@@ -86,6 +86,10 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
         self.recurrent = config.options.layers_of(config.layers)
         self.cells = nn.ModuleList(RecurrentCell(config) for _ in self.recurrent)
 
+    @property
+    def score_scale(self) -> float:
+        return self.config.options.recurrent_scale
+
     def attention_of(self, layer: int) -> Type[SelfAttention]:
         return RecurrentSelfAttention if layer in self.recurrent else WindowSelfAttention
 

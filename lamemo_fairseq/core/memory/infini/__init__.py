@@ -55,7 +55,8 @@ class InfiniMemory(Memory[InfiniState, InfiniOptions]):
         name="infini_attention_lm",
         class_name="InfiniAttentionLanguageModel",
         summary="Infini-attention: a matrix of associations beside local attention (Munkhdalai et al. 2024).",
-        defaults={"position_encoding": "transformer-xl", "mem_len": 0},
+        # A gate opens or closes as beta moves by some units. In 3,000 updates Adam moves a number by .4.
+        defaults={"position_encoding": "transformer-xl", "mem_len": 0, "memory_gate_lr_scale": 100.0},
         presets={
             "wt103": {"mem_len": 0, "bptt_segments": 2, "preset_tokens_per_sample": 300},
             "enwik8": _CHARACTERS,

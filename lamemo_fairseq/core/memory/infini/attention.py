@@ -36,7 +36,8 @@ class InfiniSelfAttention(SelfAttention):
         super().__init__(config)
         assert isinstance(config.options, InfiniOptions)
         self.delta = str(config.options.memory_update_rule) == "delta"
-        self.memory_gate = nn.Parameter(torch.zeros(config.heads))  # beta
+        self.gate_unit = config.options.memory_gate_lr_scale
+        self.memory_gate = nn.Parameter(torch.zeros(config.heads))  # beta / unit
 
     def forward(self, rows: Tensor, bias: LayerBias, past: Associations) -> tuple[WideRows, Associations]:
         """Attend within each segment of ``rows [B k, N, d]``, read *past*, and only then write the segment.
@@ -66,7 +67,7 @@ class InfiniSelfAttention(SelfAttention):
         with torch.autocast(q.device.type, enabled=False):
             wide = past._replace(matrix=as_wide(local, past.matrix))
             read_out = _read(self._features(q, past), wide)
-            gate = self.memory_gate.to(read_out.dtype).sigmoid() * past.written
+            gate = (self.memory_gate.to(read_out.dtype) * self.gate_unit).sigmoid() * past.written
             mixed = torch.lerp(local.to(read_out.dtype), read_out, gate[:, :, None, None])
             return mixed.to(local.dtype)
 

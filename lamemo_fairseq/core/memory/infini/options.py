@@ -1,6 +1,7 @@
 """Infini-attention's own options."""
 
 # No postponed annotations: a host reads the types of the fields.
+import math
 from dataclasses import dataclass
 
 from ...fields import option
@@ -17,8 +18,13 @@ class InfiniOptions(MemoryOptions):
         "from the stored values of the same keys",
         UPDATE_RULES,
     )
+    memory_gate_lr_scale: float = option(
+        1.0, "a gate's beta as a multiple of the number learned, so that Adam moves beta by as many times --lr"
+    )
 
     def check(self) -> None:
         if str(self.memory_update_rule) not in UPDATE_RULES:
             known = ", ".join(UPDATE_RULES)
             raise ValueError(f"unknown --memory-update-rule '{self.memory_update_rule}'; the known ones are {known}")
+        if not 0 < self.memory_gate_lr_scale < math.inf:
+            raise ValueError(f"--memory-gate-lr-scale is {self.memory_gate_lr_scale}, it must be above 0 and finite")
