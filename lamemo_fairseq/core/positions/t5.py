@@ -50,8 +50,8 @@ class T5Positions(PositionEncoding):
         biases = state_dict.pop(prefix + "bias", None)
         if biases is not None:
             logger.warning(
-                "these weights hold T5's biases themselves, as older versions stored them: results stay the same, and no "
-                "training can go on from them"
+                "these weights hold T5's biases themselves, as older versions stored them: results stay the same, and "
+                "no training can go on from them"
             )
             state_dict[prefix + "table"] = biases / self.unit
         super()._load_from_state_dict(state_dict, prefix, *args)
