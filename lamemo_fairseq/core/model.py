@@ -4,6 +4,7 @@ Shapes: B texts, T words of one, n new words.
 """
 
 from collections import deque
+from itertools import chain
 from pathlib import Path
 from typing import Deque, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union, overload
 
@@ -90,6 +91,13 @@ class LanguageModel(MemoryDecoder):
                 f"the segment has {streams} streams, and the state is of {others}: pass the state of the same "
                 "streams, or None for empty memories; advance clears single ones"
             )
+        groups = [group.state for group in state.groups] if isinstance(state, GroupedState) else [state]
+        for option, (rows, most) in chain(*(self.memory.rows_held(of).items() for of in groups if of is not None)):
+            if rows > most:
+                raise ValueError(
+                    f"the state has {rows} rows a layer, and {option} is {most}: pass what a model with the same "
+                    f"options has returned, or load this one with another {option}"
+                )
 
     def reader(self, batch_size: int = 1) -> Reader:
         """Return a reader of B texts, which are read piece by piece with their memory carried along.

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lamemo_fairseq.core import MEMORIES, LanguageModel, ModelConfig
+from lamemo_fairseq.core import MEMORIES, LanguageModel, ModelConfig, advance
 
 from .helpers import (
     VARIANTS,
@@ -72,6 +72,28 @@ def test_evaluates_with_the_memory_carried_from_segment_to_segment(variant):
     torch.testing.assert_close(scores, read_texts(model, tokens), rtol=0, atol=1e-12)
     alone = read_texts(model, tokens[:, -4:-1])
     assert torch.allclose(scores[:, -4:-1], alone) == (variant[0] == "none")
+
+
+LENGTHS = {"compressive": ("compressed_len",), "memorizing": ("store_len",), "token": ("memory_tokens",)}
+
+
+@every_memory
+@torch.no_grad()
+def test_a_state_of_more_rows_than_the_options_say_is_refused(memory):
+    """Its tokens would attend further than those that the model was asked for; a state of fewer rows may still fill."""
+    variant, tokens = first_of_each_memory()[memory], random_tokens(2, 3)
+    model = tiny_decoder(variant)
+    limits = ("mem_len",) * (model.memory.slots > 0) + LENGTHS.get(memory, ())
+    for name in limits:
+        longer, state = tiny_decoder(variant, **{name: 9}), None
+        for _ in range(9):
+            _, state, _ = longer(tokens, state)
+            longer(tokens, state)
+        option, limit = "--" + name.replace("_", "-"), tiny_options(variant, {})[name]
+        mixed = advance(state, 2, cleared=[1])
+        for given in (state, mixed):
+            with pytest.raises(ValueError, match=rf"^the state has 9 rows a layer, and {option} is {limit}: pass what"):
+                model(tokens, given)
 
 
 @variants

@@ -15,7 +15,7 @@ from lamemo_fairseq.core.memory.lookahead import WINDOWS
 from lamemo_fairseq.core.positions import POSITIONS, PositionConfig
 from lamemo_fairseq.core.positions.alibi import slopes
 
-from .helpers import tiny_decoder
+from .helpers import random_tokens, tiny_decoder
 
 H, D, WIDTH = 3, 4, 6
 
@@ -235,3 +235,65 @@ def test_distances_to_clamp_are_a_tensor(clamp_len):
     with pytest.raises(TypeError, match=r"takes a tensor of distances, not a range: make it one first$"):
         encoding._clamp(range(3))
     assert encoding._clamp(torch.arange(4)).tolist() == ([0, 1, 2, 2] if clamp_len else [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("variant", "change", "message"),
+    [
+        (
+            "alibi",
+            lambda b: causal(b, score=b.causal.score[:1]),
+            r"causal.score is \[1, 7\]: return \[H, U\], which is \[2, 7",
+        ),
+        (
+            "alibi",
+            lambda b: causal(b, score=b.causal.score[:, 1:]),
+            r"causal.score is \[2, 6\]: return \[H, U\], which",
+        ),
+        (
+            "alibi",
+            lambda b: causal(b, content=torch.zeros(4)),
+            r"causal.content is \[4\]: return \[H, D\], which is \[2, 4",
+        ),
+        (
+            "alibi",
+            lambda b: b._replace(ahead=b.causal),
+            r"ahead.score is \[2, 7\]: return \[H, U\], which is \[2, 4\] here",
+        ),
+        (
+            "rotary",
+            lambda b: rotated(b, b.rotation.cos[1:]),
+            r"rotation.cos is \[6, 2\]: return \[U, D/2\], which is \[7, 2",
+        ),
+    ],
+)
+@torch.no_grad()
+def test_biases_of_a_wrong_shape(variant, change, message, monkeypatch):
+    """A score of one head for all would be right by one backend and wrong by another."""
+    kind = POSITIONS[variant]
+
+    class Changed(kind):
+        def biases(self, causal, ahead, like):
+            biases = kind.biases(self, causal, ahead, like)
+            return [change(bias) if causal == 7 else bias for bias in biases]
+
+    monkeypatch.setitem(POSITIONS._entries, variant, Changed)
+    model, tokens = tiny_decoder(("lookahead", variant, "right")), random_tokens(1, 3)
+    _, state, _ = model(tokens)
+    _, state, _ = model(tokens, state)
+    with pytest.raises(ValueError, match=f"^Changed.biases: {message}"):
+        model(tokens, state)
+
+
+def causal(bias, **fields):
+    return bias._replace(causal=bias.causal._replace(**fields))
+
+
+def rotated(bias, cos):
+    return bias._replace(rotation=bias.rotation._replace(cos=cos))
+
+
+def test_biases_of_another_number_of_layers(monkeypatch):
+    monkeypatch.setattr(POSITIONS["alibi"], "biases", lambda *request: [])
+    with pytest.raises(ValueError, match=r"^AlibiPositions.biases returned 0 biases: return one for each of 2 layers$"):
+        tiny_decoder(("recurrent", "alibi", "right"))(random_tokens(1, 3))

@@ -159,4 +159,4 @@ def test_a_wrong_reach_names_the_memory(monkeypatch, returned, message, position
     state = RecurrentMemory.initial_state(model.memory, model.embed(tokens))
     state = state.map(lambda rows: rows.new_ones(2, 4, rows.size(2)))
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
-        model(tokens, state)
+        model.read(tokens, state)

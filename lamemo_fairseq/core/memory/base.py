@@ -300,6 +300,10 @@ class Memory(nn.Module, Generic[State, Options]):
         """Return arguments of `Positions`: the number of rows, *current* ones included, and the distances ahead."""
         return current, None
 
+    def rows_held(self, state: State) -> Dict[str, Tuple[int, int]]:
+        """Return how many rows a state has, and how many it may have, by the option that says so."""
+        return {"--mem-len": (reached(self, self.reach(state, 1))[0] - 1, self.slots)}
+
     def pass_layer(
         self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
     ) -> LayerPassage:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import Counted, RelativeBias, Rotation
 from ..registry import Registry
+from .shapes import check_biases
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class PositionEncoding(nn.Module):
         known = self._known
         recorded = like.is_cuda and torch.cuda.is_current_stream_capturing()
         if known is None or recorded or self.training or torch.is_grad_enabled():
-            return self.biases(causal, ahead, like)
+            return self._checked(causal, ahead, like)
         request = (causal, ahead, like.dtype, like.device)
         if request not in known:
             if len(known) == KNOWN:  # shapes change while a memory fills, and with the last segment
                 del known[next(iter(known))]
-            known[request] = self.biases(causal, ahead, like)
+            known[request] = self._checked(causal, ahead, like)
         return known[request]
 
     @contextmanager
@@ -128,6 +129,11 @@ class PositionEncoding(nn.Module):
             like: any tensor of the model's device and dtype.
         """
         raise NotImplementedError
+
+    def _checked(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
+        biases = self.biases(causal, ahead, like)
+        check_biases(type(self).__name__, self.config, biases, causal, ahead)
+        return biases
 
     def _clamp(self, distances: Tensor) -> Tensor:
         """Clamp distances to ``clamp_len``; negative ones, to the right, are left alone.

@@ -11,7 +11,7 @@ d model width, F features of a key.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Optional, Sequence, Tuple, Type, cast
+from typing import ClassVar, Dict, Optional, Sequence, Tuple, Type, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,9 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
 
     def reach(self, state: AssociativeState, current: int) -> Tuple[int, Optional[range]]:
         return state.hidden[0].size(1) + current + self.tokens.size(0), None
+
+    def rows_held(self, state: AssociativeState) -> Dict[str, Tuple[int, int]]:
+        return {"--mem-len": (state.hidden[0].size(1), self.slots)}
 
     def pass_layer(
         self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment

@@ -111,6 +111,10 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
     def reach(self, state: CompressiveState, current: int) -> Tuple[int, Optional[range]]:
         return state.compressed[0].size(1) + state.hidden[0].size(1) + current, None
 
+    def rows_held(self, state: CompressiveState) -> Dict[str, Tuple[int, int]]:
+        compressed = state.compressed[0].size(1), self.config.options.compressed_len
+        return {"--mem-len": (state.hidden[0].size(1), self.config.mem_len), "--compressed-len": compressed}
+
     def pass_layer(
         self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment
     ) -> LayerPassage:

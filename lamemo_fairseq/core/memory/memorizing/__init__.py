@@ -18,7 +18,7 @@ D' its padded size, d model width.
 import logging
 from dataclasses import dataclass
 from functools import cache as remembered
-from typing import ClassVar, List, Optional, Sequence, Tuple, Type
+from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Type
 
 from torch import Tensor
 
@@ -102,6 +102,10 @@ class MemorizingMemory(Memory[MemorizingState, MemorizingOptions]):
 
     def reach(self, state: MemorizingState, current: int) -> Tuple[int, Optional[range]]:
         return max(rows.size(1) for rows in state.hidden) + current, None
+
+    def rows_held(self, state: MemorizingState) -> Dict[str, Tuple[int, int]]:
+        slots = max(rows.size(1) for rows in state.hidden), self.slots
+        return {"--mem-len": slots, "--store-len": (state.keys.size(2), self.config.options.store_len)}
 
     def pass_layer(
         self, n: int, layer: DecoderLayer, rows: Tensor, before: LayerState, segment: Segment

@@ -10,7 +10,7 @@ d model width.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, List, Optional, Sequence, Tuple, Type
+from typing import ClassVar, Dict, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,10 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
     def first_tokens(self, like: Tensor) -> Tensor:
         """Return the learned memory tokens for every stream of ``like [B, .., d]``: ``[B, K, d]``."""
         return self.initial_tokens.to(like).expand(like.size(0), -1, -1)
+
+    def rows_held(self, state: TokenState) -> Dict[str, Tuple[int, int]]:
+        tokens = state.tokens.size(1), self.config.options.memory_tokens
+        return {"--mem-len": (state.hidden[0].size(1), self.config.mem_len), "--memory-tokens": tokens}
 
     def pass_segment(
         self,
