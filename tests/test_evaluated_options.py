@@ -3,8 +3,9 @@
 import pytest
 
 from lamemo_fairseq.host import start
+from lamemo_fairseq.host.option_rules import EVAL_LM, GENERATE, VALIDATE
 
-from .test_options import configuration, start_training
+from .test_options import configuration, read, start_training
 
 LISTS = "pass a number, or several separated by commas"
 BETAS = r"pass two numbers from 0 to below 1, such as '\(0\.9, 0\.999\)'"
@@ -49,6 +50,12 @@ def test_values_that_are_no_python_are_refused_by_name(line):
         start_training(*words, optimizer=optimizer)
     assert len(str(raised.value).splitlines()) == 1
     assert raised.value.__suppress_context__ or raised.value.__context__ is None  # one traceback
+
+
+@pytest.mark.parametrize("command", [EVAL_LM, VALIDATE, GENERATE])
+def test_evaluations_refuse_them_too(command):
+    with pytest.raises(ValueError, match="--batch-size-valid is 'x': pass a whole number from 1"):
+        read(command, "--batch-size-valid", "x")
 
 
 def test_values_of_a_yaml_are_checked_too():

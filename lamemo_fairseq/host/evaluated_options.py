@@ -57,6 +57,8 @@ _WANTED = (
     _Wanted(
         ("optimizer_overrides",), lambda value: isinstance(value, dict), """a dictionary, such as '{"eps": 1e-6}'"""
     ),
+)
+_WANTED_OF_ALL = (
     _Wanted(
         ("batch_size_valid", "max_tokens_valid"),
         lambda value: isinstance(value, int) and value >= 1,
@@ -83,13 +85,13 @@ def read_as_before(parser: ArgumentParser) -> None:
     del parser._get_value  # type: ignore[attr-defined]
 
 
-def check_evaluated(settings: Settings) -> None:
-    """Check the values of these options before fairseq evaluates them.
+def check_evaluated(settings: Settings, trains: bool) -> None:
+    """Check the values of these options before fairseq evaluates them, as a command does that trains or does not.
 
     Raises:
         ValueError: a value does not serve; the message names the option.
     """
-    for wanted in _WANTED:
+    for wanted in (*_WANTED_OF_ALL, *(_WANTED if trains else ())):
         for option in wanted.options:
             value = settings.get(option)
             if value is not None and not _fits(value, wanted):

@@ -132,11 +132,11 @@ def check(command: str, settings: Settings, given: Collection[str], changed: Col
                     raise ValueError(rule.message(option))
                 told.append(rule.message(option))
     _check_values(settings)
+    check_evaluated(settings, trains=command in TRAINING)
     _check_ranks(settings)
     if command in EVALUATION and not settings.get("path"):
         raise ValueError("no --path: pass the checkpoint of a trained model")
     if command in TRAINING:
-        check_evaluated(settings)
         _check_choices(settings)
     if command in (*TRAINING, VALIDATE) and settings.get("batch_size") is None and settings.get("max_tokens") is None:
         raise ValueError("no --batch-size: pass the number of streams that a rank reads side by side, such as 16")
