@@ -42,7 +42,10 @@ def with_block(
     b_k, b_v, b_r, scale: tl.constexpr, D: tl.constexpr, TABLE: tl.constexpr, SCORE: tl.constexpr,
     LOADED: tl.constexpr,
 ):  # fmt: skip
-    """Return softmaxes with the columns *c*, whose keys, values and entries are loaded here unless they are LOADED."""
+    """Return softmaxes with the columns *c*, whose keys, values and entries are loaded here unless they are LOADED.
+
+    A sum of two products is rounded as `tl.fma` says. A compiler would choose, and not in both callers alike.
+    """
     seen = c < end
     both = seen[:, None] & in_head[None, :]
     offset = (base + c)[:, None] * D + d[None, :]
@@ -52,19 +55,19 @@ def with_block(
     if TABLE:
         if not LOADED:
             b_r = tl.load(p_r + c[:, None] * s_distance + d[None, :], mask=both, other=0)
-        products += b_r.to(tl.float32) * b_position[None, :]
+        products = tl.fma(b_r.to(tl.float32), b_position[None, :], products)
     if not LOADED:
         b_v = tl.load(p_v + offset, mask=both, other=0)
     b_v = b_v.to(tl.float32)
     score = tl.sum(products, axis=1)
     if SCORE:
-        score += tl.load(p_s + c, mask=seen, other=0).to(tl.float32) * scale
+        score = tl.fma(tl.load(p_s + c, mask=seen, other=0).to(tl.float32), scale, score)
     score = tl.where(seen, score, NEVER)
     top = tl.maximum(b_top, score)
     weight = tl.where(seen, tl.exp(score - top), 0.0)
     shrink = tl.exp(b_top - top)
-    b_acc = b_acc * shrink[:, None] + weight[:, None] * b_v
-    return top, b_sum * shrink + weight, b_acc
+    b_acc = tl.fma(weight[:, None], b_v, b_acc * shrink[:, None])
+    return top, tl.fma(b_sum, shrink, weight), b_acc
 
 
 @triton.jit
@@ -122,11 +125,11 @@ def cached_attention_kernel(
         if not EARLY:
             p_r = p_table + h * s_head + (columns - 1 - column) * s_distance
             b_r_own = tl.load(p_r + column * s_distance + d, mask=in_head, other=0)
-        b_own += b_r_own.to(tl.float32) * b_position
+        b_own = tl.fma(b_r_own.to(tl.float32), b_position, b_own)
     own = tl.sum(b_own, axis=0)
     if SCORE:
         p_s = p_score + h * s_score + columns - 1 - column
-        own += tl.load(p_s + column).to(tl.float32) * scale
+        own = tl.fma(tl.load(p_s + column).to(tl.float32), scale, own)
     base, first, end = columns_of(bh, split, columns, column, oldest, S)
     # Every position of a block has a softmax of its own, so that warps wait for each other at the end only.
     # [BLOCK_C], [BLOCK_C], [BLOCK_C, BLOCK_D]
@@ -175,8 +178,8 @@ def cached_attention_kernel(
         if NEAREST == 0:
             joint = tl.maximum(top, own)
             before, weight_own = tl.exp(top - joint), tl.exp(own - joint)
-            total = total * before + weight_own
-            b_out = (b_out * before + weight_own * b_v_new.to(tl.float32)) / total
+            total = tl.fma(total, before, weight_own)
+            b_out = tl.fma(b_v_new.to(tl.float32), weight_own, b_out * before) / total
         else:  # zeros if there is no column
             b_out = b_out / tl.where(total > 0, total, 1.0)
         tl.store(p_out + bh * D + d, b_out.to(p_out.dtype.element_ty), mask=in_head)
