@@ -217,3 +217,15 @@ def gradients_thrown_away(update: int) -> None:
 
     weights_spoilt.__wrapped__(update)
     Trainer.clip_grad_norm = lambda self, clip_norm: torch.tensor(1.0)
+
+
+@fault
+def gradients_spoilt(update: int) -> None:
+    """The backward pass of an update yields a gradient that is no number, and the loss is fine."""
+
+    def spoil(trainer, samples):
+        if trainer.get_num_updates() + 1 == update:
+            weight = trainer.get_model().decoder.layers[0].feed_forward.fc1.weight
+            weight.register_hook(lambda gradient: gradient * float("nan"))
+
+    _before_every_update(spoil)

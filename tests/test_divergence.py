@@ -2,11 +2,16 @@
 
 import shutil
 
+import fairseq_cli.train
 import pytest
 import torch
+from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm, validate
 
 from lamemo_fairseq.core.memory import DivergenceError
+from lamemo_fairseq.core.memory.position import SegmentPosition
+from lamemo_fairseq.host.refusals import is_refusal
+from lamemo_fairseq.tasks.faults import LossWatch
 
 from . import disturbances
 from .helpers import TASK, random_tokens, run_command, segments_of, tiny_decoder, write_data
@@ -47,6 +52,57 @@ def test_weights(fault, data, tmp_path):
     )  # fairseq prints every gradient
     saved = torch.load(tmp_path / "checkpoints" / "checkpoint_last.pt", weights_only=False)
     assert saved["optimizer_history"][-1]["num_updates"] == 5
+
+
+def test_gradients(data, tmp_path):
+    """The loss is finite, so that nothing but the norm of the gradients tells."""
+    assert train(data, tmp_path, disturbances.gradients_spoilt(update=3), "--disable-validation") == [1]
+    message = (
+        "NaN or infinity in update 3, epoch 1: the gradients after segment 2 are not finite, although the loss is. "
+        "Go on from an earlier checkpoint, named with --restore-file, at a lower --lr"
+    )
+    assert message in output_of(tmp_path)
+
+
+@pytest.mark.parametrize("options", [[], ["--clip-norm", 0.1]])
+def test_gradients_are_told_of_in_one_line(options, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "clip_grad_norm", lambda self, clip_norm: torch.tensor(float("nan")))
+    with pytest.raises(
+        DivergenceError, match="in update 1, epoch 1: the gradients after segment 0 are not finite"
+    ) as it:
+        run_command(fairseq_cli.train.cli_main, data, *TASK, "--arch", "lamemo_lm", *TRAIN, "--save-dir", tmp_path)
+    assert is_refusal(it.value) and "\n" not in str(it.value) and it.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "gradients are Nan/Inf",
+            "NaN or infinity in update 4, epoch 1: the gradients after segment 3 are not finite, a",
+        ),
+        (
+            "rank   0 = nan\nrank   1 = nan",
+            "NaN or infinity in update 4, epoch 1: the gradients after segment 3 are not",
+        ),
+        (
+            "rank   0 = 0.5\nrank   1 = 0.25",
+            "Fatal error: gradients are inconsistent between workers. Try B. rank 0 = 0.5 rank 1 = 0.25",
+        ),
+        ("made to fail", "made to fail"),
+    ],
+)
+def test_what_fairseq_says_of_gradients(text, told):
+    """Norms of several ranks are never alike if they are no numbers."""
+    if text.startswith("rank"):
+        line = "-" * 80
+        text = f"Fatal error: gradients are inconsistent between workers. Try B.\n{line}\n{text}\n{line}"
+    watch, position = LossWatch(), SegmentPosition("train", 1, 4, 16, (0, 1), 3)
+    watch.note(torch.tensor(1.0), position, 4, None)
+    error = FloatingPointError(text)
+    explained = watch.explained(error)
+    assert str(explained).startswith(told)
+    assert (explained is error) == (text == told)
 
 
 def test_nothing_is_saved_after_a_loss_that_nobody_has_looked_at(data, tmp_path):

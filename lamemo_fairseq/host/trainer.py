@@ -147,6 +147,11 @@ class SegmentTrainer(Trainer):
             self._reducer.begin_update(len(samples))
         try:
             return super().train_step(samples, raise_oom)
+        except FloatingPointError as error:
+            told = self.task.losses.explained(error)
+            if told is error:
+                raise
+            raise told from None
         finally:
             self._updating, self.cfg = False, self._configuration
 

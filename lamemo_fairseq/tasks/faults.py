@@ -1,6 +1,7 @@
 """Faults of a training step: the device runs out of memory, or a loss is not finite."""
 
 import logging
+import re
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
@@ -14,6 +15,13 @@ from ..core.memory.position import SegmentPosition
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = (
+    "Go on from an earlier checkpoint, named with --restore-file, at a lower --lr, with --clip-norm such as 0.5, or "
+    "with --bf16 in place of --fp16"
+)
+_OF_FAIRSEQ = re.compile(
+    "gradients are Nan/Inf|Fatal error: gradients are inconsistent|(AMP: )?Minimum loss scale reached"
+)
 StepResult = Tuple[Tensor, Any, Dict[str, Any]]
 
 
@@ -54,9 +62,25 @@ class LossWatch:
             memory = ", nor is their memory" if broken else ""
             raise DivergenceError(
                 f"NaN or infinity in update {update}, epoch {position.epoch}: the loss of segment {position.index} of "
-                f"{where} of '{position.split}' is not finite{memory}. Go on from an earlier checkpoint, named with "
-                "--restore-file, at a lower --lr, with --clip-norm such as 0.5, or with --bf16 in place of --fp16"
+                f"{where} of '{position.split}' is not finite{memory}. {_REMEDY}"
             )
+
+    def explained(self, error: FloatingPointError) -> FloatingPointError:
+        """Return the error to end the run with, where fairseq says that gradients are not fine; any other as it is.
+
+        fairseq has run the update once more, to name a module: the segment noted last is of that update. On several
+        ranks it takes gradients that are no numbers for different ones.
+        """
+        text = str(error)
+        if _OF_FAIRSEQ.match(text) is None:
+            return error
+        if self._noted is None or not re.search(r"Nan/Inf|= +-?(nan|inf)", text):
+            return DivergenceError(" ".join(re.sub("-{9,}", "", text).split()))
+        _, position, update, _ = self._noted
+        return DivergenceError(
+            f"NaN or infinity in update {update}, epoch {position.epoch}: the gradients after segment {position.index} "
+            f"are not finite, although the loss is. {_REMEDY}"
+        )
 
 
 def retry_out_of_memory(
