@@ -18,7 +18,6 @@ from .folder import load_tokenizer, load_weights, read_saved, write_folder
 from .memory import MemoryState, Passage
 from .memory.documents import DocumentStreams, Extract
 from .memory.groups import GroupedState, count_streams
-from .names import known_arguments
 from .reader import Reader, Score, Text, Token, check_known, check_segment, listed, word_ids
 from .segments import Piece
 from .text import END, Tokenizer
@@ -111,7 +110,6 @@ class LanguageModel(MemoryDecoder):
     def score(self, texts: Text) -> Score: ...  # type: ignore[overload-overlap]  # a string is one text
     @overload
     def score(self, texts: Sequence[Text]) -> List[Score]: ...
-    @known_arguments
     def score(self, texts: Union[Text, Sequence[Text]]) -> Union[Score, List[Score]]:
         """Return the log-probability of every word of texts of any lengths, each after all words before it.
 
@@ -127,7 +125,6 @@ class LanguageModel(MemoryDecoder):
         given = listed(texts)
         return self.reader(len(given)).score(given) if given else []
 
-    @known_arguments
     def generate(
         self,
         prompts: Union[Text, Sequence[Text]],
@@ -161,7 +158,6 @@ class LanguageModel(MemoryDecoder):
         reader.read(prompts)
         return reader.generate(count, _draw(temperature, top_k, top_p), seed)
 
-    @known_arguments
     def sample(
         self,
         prompts: Strings,
@@ -188,7 +184,6 @@ class LanguageModel(MemoryDecoder):
         whole = [self._continued(text, new.tolist(), stop_at_end) for text, new in zip(texts, words, strict=True)]
         return whole[0] if isinstance(prompts, str) else whole
 
-    @known_arguments
     def stream(
         self,
         prompt: Text,
@@ -216,7 +211,6 @@ class LanguageModel(MemoryDecoder):
             new = new[: new.index(END)]
         return self.tokenizer.decode([*self.tokenizer.encode(text).tolist(), *new])
 
-    @known_arguments
     @torch.no_grad()
     def score_documents(self, documents: Sequence[Text], num_streams: int) -> List[Tensor]:
         """Score documents of any lengths, each from an empty memory, many side by side.

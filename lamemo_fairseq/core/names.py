@@ -1,13 +1,9 @@
 """Names that users write: options and files, and the nearest known name to a misspelt one."""
 
 import difflib
-import functools
-import inspect
 import os
 from pathlib import Path
-from typing import Callable, Iterable, Optional, TypeVar, Union, cast
-
-Method = TypeVar("Method", bound=Callable[..., object])
+from typing import Callable, Iterable, Optional, Union
 
 
 def option_name(field: str) -> str:
@@ -28,25 +24,6 @@ def did_you_mean(
     """
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
     return f"did you mean {' or '.join(map(shown, near))}?" if near else None
-
-
-def known_arguments(method: Method) -> Method:
-    """Decorate a method: an argument's name that it does not know is refused with the nearest one that it knows.
-
-    Raises:
-        TypeError: a name is not known, as in Python itself.
-    """
-    known = list(inspect.signature(method).parameters)[1:]
-
-    @functools.wraps(method)
-    def call(*args: object, **kwargs: object) -> object:
-        for name in kwargs:
-            if name not in known:
-                hint = did_you_mean(name, known) or f"it knows {', '.join(known)}"
-                raise TypeError(f"{method.__name__} does not know '{name}': {hint}")
-        return method(*args, **kwargs)
-
-    return cast(Method, call)
 
 
 def nearest_path(path: Union[str, Path]) -> str:

@@ -265,19 +265,3 @@ def test_a_text_that_is_refused_leaves_the_others_as_they_were(model):
     score = reader.score([torch.tensor([6]), torch.tensor([7])])[0]
     assert torch.equal(score.log_probs, model.score(torch.tensor([2, 5, 6])).log_probs[1:])
     assert reader.generate(2, Draw(temperature=0)).words.shape == (2, 2)
-
-
-@pytest.mark.parametrize(
-    ("use", "message"),
-    [
-        (lambda m: m.sample("w1", 2, topp=0.9), "sample does not know 'topp': did you mean top_p"),
-        (lambda m: m.generate("w1", 2, temprature=1), "generate does not know 'temprature': did you mean temperature"),
-        (lambda m: m.stream("w1", top_q=1), "stream does not know 'top_q': did you mean top_"),
-        (lambda m: m.score("w1", batch=1), "score does not know 'batch': it knows texts"),
-        (lambda m: m.score_documents(["w1"], streams=1), "score_documents does not know 'streams': did you mean num_s"),
-    ],
-)
-def test_misspelt_arguments(model, use, message):
-    with pytest.raises(TypeError, match=message) as refused:
-        use(model)
-    assert "\n" not in str(refused.value)
