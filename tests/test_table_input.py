@@ -200,6 +200,46 @@ def test_options_that_fairseq_eval_lm_does_not_know_are_refused_before_any_train
     assert line.startswith(f"error: evaluation.options: {message}")
 
 
+WITHOUT_MEMORY = "without_memory: {memory: none, position_encoding: transformer-xl}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            WITHOUT_MEMORY, "without_memory: {memory: none, position_encodin: alibi}",
+            "row 'lamemo', without_memory: --model-overrides does not know 'position_encodin': did you mean ",
+        ),
+        (WITHOUT_MEMORY, "without_memory: {memory: nine}", "row 'lamemo', without_memory: --memory cannot be 'nine': "),
+        (
+            "lamemo_lm", "infini_attention_lm",
+            "row 'lamemo', evaluation.memory (sweeps: false leaves it out): --model-overrides: mem_len belongs to --",
+        ),
+        (
+            WITHOUT_MEMORY + "\n", "evaluation: {without_memory: {memry: none}, memory: {lengths: [0]}}\n",
+            "row 'lamemo', evaluation.without_memory: --model-overrides does not know 'memry': did you mean 'memory'?",
+        ),
+        (
+            WITHOUT_MEMORY + "\n", "evaluation: {options: {batch-size: 2, model-overrides: mem_len=3}}\n",
+            "evaluation.options: --model-overrides 'mem_len=3' is no dictionary of options: ",
+        ),
+    ],
+)  # fmt: skip
+def test_overrides_that_a_model_does_not_know_are_refused_before_any_training(
+    old, new, message, tiny, capsys, monkeypatch
+):
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("a command was run"))
+    text = tiny.read_text()
+    if new.startswith("evaluation"):
+        text, old = re.sub("evaluation:\n(  .*\n)*", new, text), f"    {old}"
+        new = ""
+    assert old in text
+    tiny.write_text(text.replace(old, new))
+    assert run(tiny, "--only", "lamemo") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
 @pytest.mark.parametrize("data", [
     WRITTEN.encode(), b"\xef\xbb\xbf" + WRITTEN.encode(), WRITTEN.replace("\n", "\r\n").encode(),
     b"\xef\xbb\xbf" + WRITTEN.replace("\n", "\r\n").encode(),

@@ -140,6 +140,8 @@ def act(args: argparse.Namespace) -> int:
         for row in dict.fromkeys(run.row for run in runs if not plan.complete(run)):
             trained = commands.training_options(loaded, row, plan.changes)
             names.known("fairseq-train", f"row '{row}'", trained, plan.changes)
+            if args.speed is None:
+                names.overridden(loaded, row, trained)
             evaluated = {**commands.shared_options(trained), **loaded.evaluation.options}
             names.known("fairseq-eval-lm", "evaluation.options", evaluated, {})
     if args.print_slurm:

@@ -1,9 +1,10 @@
 """Check the names of a table's options against those of fairseq's commands, before anything is trained."""
 
 from pathlib import Path
-from typing import Any, Mapping, NoReturn
+from typing import Any, Dict, Mapping, NoReturn
 
 from .folder import user_dir
+from .table import Table
 from .validation import TableError
 
 # Options whose values decide which other options there are.
@@ -47,6 +48,54 @@ def known(command: str, where: str, given: Mapping[str, Any], changes: Mapping[s
         if value not in (None, False) and name not in names:
             message = CommandLine(parser, words).unrecognized(f"--{name}")
             raise TableError(f"{'--set' if name in changes else where}: {message}")
+
+
+def overridden(loaded: Table, row: str, trained: Mapping[str, Any]) -> None:
+    """Check the options of a row's model that its evaluations override.
+
+    Args:
+        loaded: the table.
+        row: the name of the row.
+        trained: all options of its training, whose names are known.
+
+    Raises:
+        TableError: a name or a value is not one that the model takes; the message has its place in the table.
+    """
+    from fairseq.models import MODEL_DATACLASS_REGISTRY
+
+    from lamemo_fairseq.host.configuration import check_options, is_our_model
+    from lamemo_fairseq.host.dataclass_defaults import defaults_of
+    from lamemo_fairseq.host.overrides import check_overrides, parse_overrides
+
+    arch = str(trained.get("arch"))
+    if not is_our_model(arch) or arch not in MODEL_DATACLASS_REGISTRY:
+        return
+    options = {name.replace("-", "_"): value for name, value in trained.items()}
+    defaults = defaults_of(MODEL_DATACLASS_REGISTRY[arch])
+    model = {**defaults, **{name: value for name, value in options.items() if name in defaults}, "_name": arch}
+    for where, given in _overrides(loaded, row).items():
+        try:
+            overrides = parse_overrides(given) if isinstance(given, str) else dict(given)
+            check_overrides(overrides, {"model": model})
+            check_options(overrides, MODEL_DATACLASS_REGISTRY[arch])
+        except ValueError as error:
+            raise TableError(f"{where}: {error}") from None
+
+
+def _overrides(loaded: Table, row: str) -> Dict[str, Any]:
+    """Return what the evaluations of a row override, by the place in the table that says so."""
+    wanted, own = loaded.evaluation, loaded.rows[row]
+    places: Dict[str, Any] = {}
+    if "model-overrides" in wanted.options:
+        places["evaluation.options"] = str(wanted.options["model-overrides"])
+    lengths = wanted.memory.lengths if own.sweeps else []
+    if any(lengths):
+        places[f"row '{row}', evaluation.memory (sweeps: false leaves it out)"] = {"mem_len": max(lengths)}
+    if 0 in lengths and own.without_memory is not None:
+        places[f"row '{row}', without_memory"] = own.without_memory
+    elif 0 in lengths:
+        places[f"row '{row}', evaluation.without_memory"] = wanted.without_memory
+    return places
 
 
 def _unreadable(message: str) -> NoReturn:
