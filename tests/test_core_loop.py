@@ -1,24 +1,34 @@
-"""The code in docs/core.md runs, and its training loop equals fairseq-train to the last bit."""
+"""The code in docs/core.md and docs/transformers.md runs; the loop of the core equals fairseq-train to the last bit."""
 
+import importlib.util
 import re
+import shlex
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import List, Tuple
 
 import pytest
 import torch
 from fairseq.data import data_utils
 from fairseq_cli import train
 
-from lamemo_fairseq.core import MEMORIES, ModelConfig
+from lamemo_fairseq import convert_checkpoint
+from lamemo_fairseq.core import MEMORIES, LanguageModel, ModelConfig
 from lamemo_fairseq.criterions.chunked_cross_entropy import ChunkedCrossEntropyCriterion
 from lamemo_fairseq.data.dictionary import TextDictionary
 
 from .helpers import TASK, run_command
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/core.md").read_text(encoding="utf-8"), re.S
-)
+
+def blocks_of(page: str) -> List[Tuple[str, str]]:
+    """Return the language and the text of every block of code of a page."""
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"```(\w+)\n(.*?)```", text, re.S)
+
+
+BLOCKS = [block for language, block in blocks_of("core.md") if language == "python"]
 SIZES = {"mem_len": 8, "decoder_layers": 2, "decoder_embed_dim": 16, "decoder_attention_heads": 2}
 SIZES |= {"decoder_ffn_embed_dim": 24, "attention_dropout": 0.1}
 STREAMS, LENGTH, UPDATES = 4, 8, 12
@@ -78,13 +88,37 @@ def test_the_loop_equals_fairseq_train(memory, docs, tiny_data, tmp_path, monkey
         assert torch.equal(weight, saved[f"decoder.{name}"]), name
 
 
-def test_the_page_runs(tmp_path, monkeypatch, capsys):
-    """Its blocks in order, and nothing else. The files have another number of words than the page's first model."""
+def run_in_shell(block: str) -> None:
+    """Run the conversions of a block of commands, in this process; what it installs is there."""
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] != ["pip", "install"]:
+            assert words[:3] == ["python", "-m", "lamemo_fairseq.convert_checkpoint"], line
+            convert_checkpoint.main(words[3:])
+
+
+def test_the_pages_run(tmp_path, tiny_data, monkeypatch, capsys):
+    """All blocks in order, and nothing else: no folder that a block reads is written over by one before it.
+
+    The files have another number of words than the page's first model, and so has the checkpoint that is converted.
+    """
     monkeypatch.chdir(tmp_path)
     for file, count in (("train.txt", 300), ("valid.txt", 50)):
         Path(file).write_text("".join(f"w{i}{' ' if i % 10 else chr(10)}" for i in range(count)))
+    shutil.copytree(tiny_data, "data-bin/DATA")
+    sizes = [word for name, value in SIZES.items() for word in ("--" + name.replace("_", "-"), value)]
+    run_command(
+        train.cli_main,
+        *(tiny_data, *TASK, "--arch", "lamemo_lm", *sizes, "--tokens-per-sample", LENGTH, "--batch-size", STREAMS),
+        *("--max-update", 1, "--optimizer", "sgd", "--lr", 1e-3, "--disable-validation", "--save-dir", tmp_path),
+    )
+    Path("checkpoint_last.pt").rename("checkpoint_best.pt")
     names: dict = {}
-    for block in BLOCKS:
+    for language, block in blocks_of("core.md"):
+        capsys.readouterr()
+        if language == "bash":
+            run_in_shell(block)
+            continue
         small = block.replace("segment_length=150", "segment_length=8, decoder_layers=1, decoder_embed_dim=16")
         exec(small.replace("(8, 150)", "(8, 8)"), names)
         if "math.exp" in block:
@@ -99,3 +133,13 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
         if "score_documents(" in block:
             assert [len(scores) for scores in names["log_probs"]] == [3, 1]
     assert "num_streams=8, cleared" in BLOCKS[-1]
+    assert LanguageModel.load("trained-model").config.segment_length == LENGTH
+
+    if importlib.util.find_spec("transformers") is None:
+        return
+    names = {}
+    for language, block in blocks_of("transformers.md"):
+        run_in_shell(block) if language == "bash" else exec(block, names)
+    models = [LanguageModel.load(folder) for folder in ("words-model", "words-model-again")]
+    assert all(map(torch.equal, *(model.state_dict().values() for model in models)))
+    assert models[0].config.vocabulary_size == 1000
