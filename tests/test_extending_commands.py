@@ -49,6 +49,15 @@ def extended(folder, changed=lambda text: text):
             "memory 'fading': FadingOptions.lr would be --lr, which is an option of fairseq, or of this package's "
             "task: give the option another name",
         ),
+        (
+            "slot_share", "dropout",
+            "memory 'fading': FadingOptions.dropout would be --dropout, which is an option of every model: give the "
+            "option another name",
+        ),
+        (
+            'name="fading_lm"', 'name="fading_lm", presets={"wt13": {}}',
+            "memory 'fading': Architecture.presets has 'wt13': the settings are wt103, enwik8, text8",
+        ),
     ],
 )  # fmt: skip
 def test_names_that_fairseq_would_mistake(old, new, message, tmp_path):
