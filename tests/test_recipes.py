@@ -193,7 +193,7 @@ def test_a_log_of_a_resumed_run(tmp_path):
     """The first interval after a start is slow and left out; validations that are repeated count once."""
     lines = [
         "2026-01-01 00:00:00 | INFO | fairseq_cli.train | num. shared model params: 1,234 (num. trained: 1,234)",
-        "2026-01-01 00:00:00 | INFO | fairseq.utils | rank   0: capabilities =  9.0  ; total memory = 80.000 GB ; name",
+        device(0, 80.0),
         "2026-01-01 00:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)",
         inner(1, wps=10, free=60.0),
         inner(2, wps=100, free=55.5),
@@ -220,7 +220,7 @@ def test_memory_is_counted_with_the_graphs_that_there_are(tmp_path):
     """Updates before a recording, and the one that records, need for themselves what the graph keeps later."""
     lines = [
         "2026-01-01 00:00:00 | INFO | fairseq_cli.train | num. shared model params: 1,234 (num. trained: 1,234)",
-        "2026-01-01 00:00:00 | INFO | fairseq.utils | rank   0: capabilities =  9.0  ; total memory = 80.000 GB ; name",
+        device(0, 80.0),
         "2026-01-01 00:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)",
         inner(1, wps=10, free=76.0),
         graph("training", 3.5),
@@ -239,6 +239,22 @@ def test_memory_is_counted_with_the_graphs_that_there_are(tmp_path):
     assert found == [4.0, 4.5, 4.5, 4.5, 4.75, 4.75]
 
 
+def test_memory_is_that_of_each_start_s_own_device(tmp_path):
+    """A run went on on a larger device, whose free memory says nothing about the former one's."""
+    lines = [
+        "2026-01-01 00:00:00 | INFO | fairseq_cli.train | num. shared model params: 1,234 (num. trained: 1,234)",
+        device(0, 80.0),
+        device(1, 40.0),
+        "2026-01-01 00:00:00 | INFO | fairseq_cli.train | training on 2 devices (GPUs/TPUs)",
+        inner(1, wps=10, free=60.0),
+        device(0, 140.0),
+        "2026-01-01 00:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)",
+        inner(2, wps=10, free=125.0),
+    ]
+    (tmp_path / "log").write_text("\n".join(lines))
+    assert logs.training(tmp_path / "log")["device_memory_gib"] == 20.0
+
+
 @pytest.mark.parametrize("peak, memory", [("", None), (f"{logs.DEVICE_MEMORY}0.903 GiB\n", 0.903)])
 def test_a_log_of_an_evaluation(tmp_path, peak, memory):
     """The line about the device's memory is there on a GPU alone."""
@@ -252,6 +268,11 @@ def test_a_log_of_an_evaluation(tmp_path, peak, memory):
 def inner(update, wps, free):
     record = {"num_updates": str(update), "loss": "3", "wps": str(wps), "wpb": "64", "gb_free": str(free)}
     return f"2026-01-01 00:00:00 | INFO | train_inner | {json.dumps(record)}"
+
+
+def device(rank, memory):
+    told = f"rank {rank:3d}: capabilities =  9.0  ; total memory = {memory:.3f} GB ; name"
+    return f"2026-01-01 00:00:00 | INFO | fairseq.utils | {told}"
 
 
 def graph(kind, memory):

@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 _RECORD = re.compile(r"^[\d\-]+ [\d:]+ \| INFO \| (\w+) \| (\{.*\})\s*$")
 _PARAMETERS = re.compile(r"num\. shared model params: ([\d,]+)")
-_CAPACITY = re.compile(r"total memory = ([\d.]+) GB")
+_CAPACITY = re.compile(r"rank +0: .*total memory = ([\d.]+) GB")  # of the device whose free memory is logged
 _STARTED = "training on "
 _TRAINED = re.compile(r"done training in ([\d.]+) seconds")
 _GRAPH = re.compile(r"recorded a CUDA graph for (\w+) segments .* keeps ([\d.]+) GiB to itself")
@@ -24,7 +24,8 @@ class LogError(ValueError):
 def records(path: Path) -> Iterator[Tuple[str, Dict[str, Any]]]:
     """Return the JSON records of a log with their tags; ``start`` stands where a process began to train.
 
-    ``graph`` stands where a CUDA graph was recorded, with its kind and the GiB that it reserves.
+    ``graph`` stands where a CUDA graph was recorded, with its kind and the GiB that it reserves; ``device`` where a
+    process named its device, with the device's capacity.
     """
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -37,9 +38,11 @@ def records(path: Path) -> Iterator[Tuple[str, Dict[str, Any]]]:
             elif _STARTED in line:
                 yield "start", {}
             else:
-                graph = _GRAPH.search(line)
+                graph, capacity = _GRAPH.search(line), _CAPACITY.search(line)
                 if graph:
                     yield "graph", {graph.group(1): float(graph.group(2))}
+                elif capacity:
+                    yield "device", {"capacity": float(capacity.group(1))}
 
 
 def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
@@ -70,7 +73,8 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
         raise LogError(f"{path} does not say how many parameters the model has")
     speeds: List[float] = []
     first: List[float] = []
-    used: List[float] = []  # GiB, as if the device had a capacity of 0
+    used: List[float] = []  # GiB
+    capacity: Optional[float] = None  # GiB; a run may go on on another device
     graphs: Dict[str, float] = {}  # one for training and one for evaluation at a time
     recorded: Dict[str, float] = {}
     curve: Dict[int, float] = {}
@@ -80,27 +84,27 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
             starts, fresh, graphs, recorded = starts + 1, True, {}, {}
         elif tag == "graph":
             recorded.update(record)
+        elif tag == "device":
+            capacity = float(record["capacity"])
         elif tag == "train_inner":
             updates = int(record["num_updates"])
             if "wps" in record:
                 (first if fresh else speeds).append(float(record["wps"]))
             fresh = False
             batch = float(record["wpb"]) if "wpb" in record else batch
-            if "gb_free" in record:
-                used.append(sum(graphs.values()) - float(record["gb_free"]))
+            if "gb_free" in record and capacity is not None:
+                used.append(capacity - float(record["gb_free"]) + sum(graphs.values()))
             # They count from the next interval on: memory used while recording is released by then.
             graphs.update(recorded)
         elif tag == valid_subset:
             # A resumed run repeats the updates after its checkpoint.
             curve[int(record[f"{tag}_num_updates"])] = float(record[f"{tag}_loss"])
-    capacity = _CAPACITY.findall(text)
-    peak = float(capacity[-1]) + max(used) if capacity and used else None
     seconds = [float(figure) for figure in _TRAINED.findall(text)]
     return {
         "parameters": int(parameters[-1].replace(",", "")),
         "tokens_per_second": median(speeds or first) if speeds or first else None,
         "tokens_an_update": batch,
-        "device_memory_gib": None if peak is None else round(peak, 2),
+        "device_memory_gib": round(max(used), 2) if used else None,
         "updates": max([updates, *curve]),
         "seconds": round(sum(seconds), 1) if 0 < starts == len(seconds) else None,
         "curve": sorted([update, loss] for update, loss in curve.items()),
