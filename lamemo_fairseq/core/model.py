@@ -4,9 +4,8 @@ Shapes: B texts, T words of one, n new words.
 """
 
 from collections import deque
-from itertools import chain
 from pathlib import Path
-from typing import Deque, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union, overload
+from typing import Deque, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union, overload
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ class LanguageModel(MemoryDecoder):
     """
 
     tokenizer: Optional[Tokenizer] = None  # for texts that are strings
+    _layers_of_state: Optional[Dict[str, int]] = None  # of a state's tuples, once a state has been given
 
     def forward(self, tokens: Tensor, state: Optional[MemoryState] = None, lengths: Optional[Tensor] = None) -> Passage:
         """Read one segment; arguments and result as for `read`.
@@ -91,7 +91,23 @@ class LanguageModel(MemoryDecoder):
                 "streams, or None for empty memories; advance clears single ones"
             )
         groups = [group.state for group in state.groups] if isinstance(state, GroupedState) else [state]
-        for option, (rows, most) in chain(*(self.memory.rows_held(of).items() for of in groups if of is not None)):
+        for group in groups:
+            if group is not None:
+                self._check_rows(group, streams)
+
+    def _check_rows(self, state: MemoryState, streams: int) -> None:
+        """Refuse a state of another number of layers, or of more rows than this model's options say."""
+        if self._layers_of_state is None:
+            none = self.embed_tokens.table(0).new_empty(streams, 0, self.config.decoder_embed_dim)
+            self._layers_of_state = _tuples(self.memory.initial_state(none))
+        given, wanted = _tuples(state), self._layers_of_state
+        other = next((name for name in {**wanted, **given} if given.get(name) != wanted.get(name)), None)
+        if other is not None:
+            raise ValueError(
+                f"the state has {other} of {given.get(other, 0)} layers, and this model of {wanted.get(other, 0)}: "
+                "pass what a model with the same options has returned, or None for empty memories"
+            )
+        for option, (rows, most) in self.memory.rows_held(state).items():
             if rows > most:
                 raise ValueError(
                     f"the state has {rows} rows a layer, and {option} is {most}: pass what a model with the same "
@@ -299,6 +315,11 @@ class LanguageModel(MemoryDecoder):
         load_weights(path, model, saved.for_transformers)
         model.tokenizer = load_tokenizer(path, saved.config)
         return model.to(device).eval()
+
+
+def _tuples(state: MemoryState) -> Dict[str, int]:
+    """Return the lengths of a state's tuples, which have an entry for each layer or for some."""
+    return {name: len(value) for name, value in state.own().items() if isinstance(value, tuple)}
 
 
 def _draw(temperature: float, top_k: int, top_p: float) -> Draw:

@@ -96,6 +96,21 @@ def test_a_state_of_more_rows_than_the_options_say_is_refused(memory):
                 model(tokens, given)
 
 
+@every_memory
+@torch.no_grad()
+def test_a_state_of_another_number_of_layers_is_refused(memory):
+    variant, tokens = first_of_each_memory()[memory], random_tokens(2, 3)
+    _, state, _ = tiny_decoder(variant, decoder_layers=3)(tokens)
+    model = tiny_decoder(variant)
+    if memory == "none":
+        model(tokens, state)
+    else:
+        with pytest.raises(
+            ValueError, match=r"^the state has \w+ of [23] layers, and this model of [12]: pass what a mod"
+        ):
+            model(tokens, state)
+
+
 @variants
 @torch.no_grad()
 def test_generates_the_most_probable_words(variant):
