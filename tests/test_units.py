@@ -121,6 +121,13 @@ def test_a_part_of_a_split_has_no_figures_per_word(folders):
     assert "; Loss is that of a word that --post-process joins, </s> among them, as words" in sentence(joined)
 
 
+def test_a_shard_that_reads_nothing_has_no_loss(folders):
+    """It would be 0, and the perplexity 1."""
+    with pytest.raises(ValueError, match="no token was scored, as all documents are in other streams: leave"):
+        scored(folders / "words", take=0)
+    assert math.isnan(Totals().bits(0)) and math.isnan(Totals().perplexity(0))
+
+
 def test_counts_of_another_text_are_not_used(folders, tmp_path):
     """Of as many lines, so that nobody noticed; nor those of what was normalised, without a word."""
     folder = tmp_path / "data"

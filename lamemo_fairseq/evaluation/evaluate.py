@@ -85,7 +85,7 @@ def evaluate(
         The ``loss`` in bits, the ``perplexity``, which is 2 to its power, and the `report`.
 
     Raises:
-        ValueError: the value of an option makes no sense.
+        ValueError: the value of an option makes no sense, or nothing was scored.
         DivergenceError: a token has no probability.
     """
     device = next(models[0].parameters()).device if device is None else device
@@ -102,6 +102,11 @@ def evaluate(
         if log is not None:
             log.add(scored.position.streams, scored.lengths, target, scored.log_probs)
     totals = totals.over_ranks()
+    if totals.tokens == 0:  # only documents leave streams empty
+        raise ValueError(
+            "no token was scored, as all documents are in other streams: leave this --shard-id out, or pass a smaller "
+            "--num-shards"
+        )
     speed = totals.tokens / timer.sum if timer.sum > 0 else 0
     logger.info(f"Evaluated {totals.tokens:,} tokens in {timer.sum:.1f}s ({speed:.2f} tokens/s)")
     if log is not None:

@@ -45,12 +45,12 @@ class Totals:
         return Totals(nll, *map(int, counts))
 
     def bits(self, count: int) -> float:
-        """Return the loss in bits of each of *count* units."""
-        return self.nll / count / math.log(2) if count > 0 else 0.0
+        """Return the loss in bits of each of *count* units, NaN if there are none."""
+        return self.nll / count / math.log(2) if count > 0 else math.nan
 
     def perplexity(self, count: int) -> float:
         bits = self.bits(count)
-        return 2**bits if bits < 1024 else math.inf
+        return math.inf if bits >= 1024 else 2**bits
 
 
 @dataclass(frozen=True)
