@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import string
+from contextlib import nullcontext
 from xml.etree import ElementTree
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from examples.tables import commands, execute, folder, kept, logs, plots, process, render, table
+from examples.tables import commands, execute, folder, kept, logs, plots, process, render, table, units
 
 from .tables import run
 
@@ -198,6 +199,43 @@ def test_options_that_fairseq_eval_lm_does_not_know_are_refused_before_any_train
     assert run(tiny) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: evaluation.options: {message}")
+
+
+def test_a_row_that_is_trained_on_documents_says_how_it_is_evaluated(tiny, capsys, monkeypatch):
+    """fairseq-eval-lm would read one text, and only its log would tell."""
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("a command was run"))
+    for arguments in ([], ["--print", "lamemo"]):
+        assert run(tiny, *arguments, "--set", "documents=recorded") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: row '") and line.endswith(
+            "is trained with --documents 'recorded', and would be evaluated on one text: write `documents` into "
+            "evaluation.options, the same or `none`"
+        )
+    tiny.write_text(tiny.read_text().replace("{batch-size: 2}", "{batch-size: 2, documents: none}"))
+    assert run(tiny, "--print", "lamemo", "--set", "documents=recorded") == 0
+    assert "--documents none" in capsys.readouterr().out.split("fairseq-eval-lm")[1]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "measure", "remedy"),
+    [
+        ({"name": "bytes"}, "bits-per-byte", None),
+        ({"name": "bytes"}, "bits-per-character", None),
+        ({"name": "text8"}, "bits-per-byte", None),
+        ({"name": "letters"}, "bits-per-byte", "are characters, of which losses are reported: write .* or bits-per-ch"),
+        ({"bpe": "none"}, "bits-per-byte", "are words, of which losses are reported: write perplexity$"),
+        ({"bpe": "sentencepiece"}, "bits-per-character", "are pieces of words, of which losses are reported: write p"),
+        ({"bpe": "sentencepiece"}, "perplexity", None),
+    ],
+)
+def test_a_measure_is_the_loss_of_a_token(tokenizer, measure, remedy, tmp_path):
+    whole = {"name": "lines", "tokenizer": "words", "pattern": "", "source_lang": "", **tokenizer}
+    record = {"made_from": {"settings": {"tokenizer": whole}}, "files": {"sentencepiece.bpe.model": {"sha256": ""}}}
+    (tmp_path / "preprocess.json").write_text(json.dumps(record))
+    loaded = load(tmp_path / "t.yaml", measure=measure)
+    units.check(loaded, str(tmp_path / "absent"))
+    with nullcontext() if remedy is None else pytest.raises(table.TableError, match=remedy):
+        units.check(loaded, str(tmp_path))
 
 
 WITHOUT_MEMORY = "without_memory: {memory: none, position_encoding: transformer-xl}"

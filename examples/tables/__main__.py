@@ -19,7 +19,7 @@ from typing import Any, Dict, List, NoReturn, Optional
 
 import yaml
 
-from . import commands, folder, kept, names, plots, process, recipes, render, scale, speed, table, validation
+from . import commands, folder, kept, names, plots, process, recipes, render, scale, speed, table, units, validation
 from .execute import Plan, RunError, Slot, check, execute
 
 
@@ -105,6 +105,8 @@ def act(args: argparse.Namespace) -> int:
     loaded = table.load(args.table)
     name = table_name(args.table)
     if args.print:
+        trained = commands.training_options(loaded, args.print, options(args.set))
+        validation.reads_as_trained(f"row '{args.print}'", trained, loaded.evaluation.options)
         print("\n\n".join(printed(loaded, args)))
         return 0
     if args.form:
@@ -134,7 +136,11 @@ def act(args: argparse.Namespace) -> int:
         raise table.TableError("--speed measures rows at their own number of updates: leave out --scale")
     if not args.render and args.speed is None:
         for row in dict.fromkeys(run.row for run in runs):
-            validation.leaves_results(f"row '{row}'", commands.training_options(loaded, row, plan.changes))
+            trained = commands.training_options(loaded, row, plan.changes)
+            validation.leaves_results(f"row '{row}'", trained)
+            validation.reads_as_trained(f"row '{row}'", trained, loaded.evaluation.options)
+        for data in dict.fromkeys(map(plan.data, runs)):
+            units.check(loaded, data)
         scale.check(plan, runs, args.scale)
     if not args.render:
         for row in dict.fromkeys(run.row for run in runs if not plan.complete(run)):

@@ -97,6 +97,22 @@ def leaves_results(where: str, trained: Mapping[str, Any]) -> None:
         raise TableError(f"{where}: --log-format is {given}, and figures are read from records: write log-format: json")
 
 
+def reads_as_trained(where: str, trained: Mapping[str, Any], evaluated: Mapping[str, Any]) -> None:
+    """Check that a table says how a row that is trained on documents is evaluated.
+
+    fairseq-eval-lm reads one text unless it is told otherwise, and would only log a warning.
+
+    Raises:
+        TableError: the table does not say it.
+    """
+    documents = trained.get("documents")
+    if documents not in (None, "none") and "documents" not in evaluated:
+        raise TableError(
+            f"{where} is trained with --documents {shortened(str(documents))}, and would be evaluated on one text: "
+            f"write `documents` into evaluation.options, the same or `none`"
+        )
+
+
 def folder(what: str, path: str) -> None:
     """Check the path of a folder that a command is given.
 
