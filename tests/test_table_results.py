@@ -140,6 +140,29 @@ def test_the_speed_of_rows_alone_is_what_the_table_shows(tiny, monkeypatch, caps
         assert message in capsys.readouterr().err
 
 
+def test_rates_of_other_options_and_devices_are_told(tiny, monkeypatch, capsys):
+    """In records of before, which have nothing but what --set changed, too."""
+    figures = dict.fromkeys(("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib"), 1.0)
+    monkeypatch.setattr(speed, "measure", lambda *_: figures)
+    monkeypatch.setattr(plots, "write", lambda *_: [])
+    assert run(tiny, "--speed", "--set", "max-update=3") == 0
+    assert "other options" not in capsys.readouterr().out
+    tiny.write_text(tiny.read_text().replace("mem-len: 16", "mem-len: 8"))
+    assert run(tiny, "--render") == 0
+    told = "lamemo's tokens/s and memory are of other options than here: --mem-len is 8, there it was 16."
+    assert told in capsys.readouterr().out
+    rates = read(tiny.parent / "out" / "speed.json")
+    del rates["lamemo"]["options"], rates["lamemo"]["streams"]
+    rates["lamemo"].update(changes={"fp16": True}, device="another")
+    (tiny.parent / "out" / "speed.json").write_text(json.dumps(rates))
+    assert run(tiny, "--render") == 0
+    text = capsys.readouterr().out
+    assert (
+        "lamemo's tokens/s and memory are of other options than here: --fp16 is not given, there it was True." in text
+    )
+    assert "on several devices, within which alone to compare them (" in text and ": lamemo" in text
+
+
 def test_a_row_that_fails_loses_no_other_rate(tiny, monkeypatch, capsys):
     def measure(plan, row, *_):
         if row == "transformer_xl":

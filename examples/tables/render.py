@@ -196,6 +196,8 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         sections.append(
             f"Tokens/s and memory: each row alone for a few updates, on {escaped(speed.devices(alone))} (`speed.json`)."
         )
+    for name, other in speed.otherwise(plan, alone).items():
+        sections.append(escaped(f"{name}'s tokens/s and memory are of other options than here: {'; '.join(other)}."))
     sections += _sweeps(plan, results, digits)
     sources = {row.paper.source: None for row in table.rows.values() if row.paper.source}
     if sources:

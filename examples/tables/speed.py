@@ -2,21 +2,28 @@
 
 import threading
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from tqdm import tqdm
 
 from . import commands, logs, process
 from .execute import Plan, RunError, Slot, failure, in_slots, retry
-from .folder import BusyError, environment, locked, read_json, write_json
-from .table import Run
-from .validation import is_nothing, is_number, is_text, values
+from .folder import BusyError, differences, environment, locked, read_json, write_json
+from .table import Run, streams
+from .validation import is_mapping, is_nothing, is_number, is_text, values
 
 # Options without use in a few updates.
 _OFF = ("validate-interval-updates", "save-interval-updates", "lr-period-updates", "warmup-updates")
+# Options on which a rate does not depend.
+_APART = (*_OFF, "data", "log-interval", "max-update")
 
 FIGURES = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
-RATE = {**dict.fromkeys(FIGURES, (is_number, is_nothing)), "device": is_text, "versions": {"torch": is_text}}
+RATE = {
+    **dict.fromkeys(FIGURES, (is_number, is_nothing)),
+    **dict.fromkeys(("changes", "options"), (is_nothing, is_mapping)),
+    "device": is_text,
+    "versions": {"torch": is_text},
+}
 
 
 def measure(
@@ -67,6 +74,7 @@ def measure_all(plan: Plan, rows: Sequence[str], slots: Sequence[Slot], updates:
                 **{key: measured[key] for key in FIGURES},
                 "updates": updates,
                 "changes": plan.changes,
+                **_trained(plan, row, plan.changes),
                 **where(slot),
             }
             with writing:
@@ -99,6 +107,36 @@ def read(plan: Plan) -> Dict[str, Any]:
     return {row: rates[row] for row in plan.table.rows if row in rates}
 
 
+def _trained(plan: Plan, row: str, changes: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what a row's rate depends on, as JSON."""
+    options = commands.training_options(plan.table, row, changes)
+    return {
+        "streams": streams(plan.table, row),
+        "options": {name: value for name, value in options.items() if name not in _APART},
+    }
+
+
+def otherwise(plan: Plan, rates: Dict[str, Any]) -> Dict[str, List[str]]:
+    """Return the options in which measured rates differ from their rows as they are now, by row."""
+    by_row = {}
+    for row, rate in rates.items():
+        then = _trained(plan, row, rate.get("changes") or {})  # records of before have nothing else
+        then.update({name: rate[name] for name in then if rate.get(name) is not None})
+        now = _trained(plan, row, plan.changes)
+        by_row[row] = differences(_named(then), _named(now))
+    return {row: words for row, words in by_row.items() if words}
+
+
+def _named(trained: Dict[str, Any]) -> Dict[str, Any]:
+    return {"streams": trained["streams"], **{f"--{name}": value for name, value in trained["options"].items()}}
+
+
 def devices(rates: Dict[str, Any]) -> str:
-    """Return the devices of measured rates, in words."""
-    return "; ".join(sorted({f"{rate['device']}, torch {rate['versions']['torch']}" for rate in rates.values()}))
+    """Return the devices of measured rates in words, with the rows of each if there are several."""
+    rows: Dict[str, List[str]] = {}
+    for row, rate in rates.items():
+        rows.setdefault(f"{rate['device']}, torch {rate['versions']['torch']}", []).append(row)
+    if len(rows) == 1:
+        return next(iter(rows))
+    of_each = "; ".join(f"{device}: {', '.join(rows[device])}" for device in sorted(rows))
+    return f"several devices, within which alone to compare them ({of_each})"
