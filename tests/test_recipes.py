@@ -216,6 +216,13 @@ def test_a_log_of_a_resumed_run(tmp_path):
         logs.evaluation(tmp_path / "log")
 
 
+def test_the_curve_is_of_bits_a_token(tmp_path):
+    """With --sentence-avg fairseq logs the loss of a segment, and that of a token by another name."""
+    head = "2026-01-01 00:00:00 | INFO | fairseq_cli.train | num. shared model params: 1,234 (num. trained: 1,234)\n"
+    (tmp_path / "log").write_text(head + valid(2, 35.6, valid_nll_loss="5.342"))
+    assert logs.training(tmp_path / "log")["curve"] == [[2, 5.342]]
+
+
 def test_memory_is_counted_with_the_graphs_that_there_are(tmp_path):
     """Updates before a recording, and the one that records, need for themselves what the graph keeps later."""
     lines = [
@@ -280,6 +287,6 @@ def graph(kind, memory):
     return f"2026-01-01 00:00:00 | INFO | lamemo_fairseq.core.graphs | {told}"
 
 
-def valid(update, loss):
-    record = {"epoch": 1, "valid_loss": str(loss), "valid_num_updates": str(update)}
+def valid(update, loss, **others):
+    record = {"epoch": 1, "valid_loss": str(loss), **others, "valid_num_updates": str(update)}
     return f"2026-01-01 00:00:00 | INFO | valid | {json.dumps(record)}"

@@ -53,7 +53,7 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
         ``seconds`` and ``curve``. The rate is the median over log intervals, without the first after each start where
         there are others. The memory is the largest peak that was logged, with what CUDA graphs reserved by then (None
         on a CPU). The seconds are the sum over all starts, validations included (None if a start was killed). The curve
-        has one ``[update, base-2 loss]`` a validation.
+        has one ``[update, bits a token]`` a validation.
 
     Raises:
         LogError: the log has no parameters, or records without their values.
@@ -98,7 +98,9 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
             graphs.update(recorded)
         elif tag == valid_subset:
             # A resumed run repeats the updates after its checkpoint.
-            curve[int(record[f"{tag}_num_updates"])] = float(record[f"{tag}_loss"])
+            # With --sentence-avg the loss is that of a segment, and with label smoothing a smoothed one.
+            loss = record.get(f"{tag}_nll_loss", record[f"{tag}_loss"])
+            curve[int(record[f"{tag}_num_updates"])] = float(loss)
     seconds = [float(figure) for figure in _TRAINED.findall(text)]
     return {
         "parameters": int(parameters[-1].replace(",", "")),
