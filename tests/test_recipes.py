@@ -190,7 +190,7 @@ def test_means_and_spreads():
 
 
 def test_a_log_of_a_resumed_run(tmp_path):
-    """The first interval after a start is slow and left out; validations that are repeated count once."""
+    """The first interval after a start or a validation is slow and left out; repeated validations count once."""
     lines = [
         "2026-01-01 00:00:00 | INFO | fairseq_cli.train | num. shared model params: 1,234 (num. trained: 1,234)",
         device(0, 80.0),
@@ -202,12 +202,13 @@ def test_a_log_of_a_resumed_run(tmp_path):
         "2026-01-01 00:00:00 | INFO | fairseq_cli.train | training on 1 devices (GPUs/TPUs)",
         inner(2, wps=20, free=70.0),
         valid(2, 3.4),
-        inner(3, wps=300, free=70.0),
-        valid(3, 3.0),
+        inner(3, wps=30, free=70.0),
+        inner(4, wps=300, free=70.0),
+        valid(4, 3.0),
     ]
     (tmp_path / "log").write_text("\n".join(lines))
     found = logs.training(tmp_path / "log")
-    assert found["parameters"] == 1234 and found["curve"] == [[2, 3.4], [3, 3.0]] and found["updates"] == 3
+    assert found["parameters"] == 1234 and found["curve"] == [[2, 3.4], [4, 3.0]] and found["updates"] == 4
     assert found["tokens_per_second"] == 200 and found["device_memory_gib"] == 24.5
     (tmp_path / "log").write_text("nothing")
     with pytest.raises(logs.LogError):

@@ -50,10 +50,10 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
 
     Returns:
         The values are ``parameters``, ``tokens_per_second``, ``tokens_an_update``, ``device_memory_gib``, ``updates``,
-        ``seconds`` and ``curve``. The rate is the median over log intervals, without the first after each start where
-        there are others. The memory is the largest peak that was logged, with what CUDA graphs reserved by then (None
-        on a CPU). The seconds are the sum over all starts, validations included (None if a start was killed). The curve
-        has one ``[update, bits a token]`` a validation.
+        ``seconds`` and ``curve``. The rate is the median over log intervals, without the first after each start and
+        each validation where there are others. The memory is the largest peak that was logged, with what CUDA graphs
+        reserved by then (None on a CPU). The seconds are the sum over all starts, validations included (None if a start
+        was killed). The curve has one ``[update, bits a token]`` a validation.
 
     Raises:
         LogError: the log has no parameters, or records without their values.
@@ -101,6 +101,7 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
             # With --sentence-avg the loss is that of a segment, and with label smoothing a smoothed one.
             loss = record.get(f"{tag}_nll_loss", record[f"{tag}_loss"])
             curve[int(record[f"{tag}_num_updates"])] = float(loss)
+            fresh = True  # fairseq counts the seconds of the validation in the next interval
     seconds = [float(figure) for figure in _TRAINED.findall(text)]
     return {
         "parameters": int(parameters[-1].replace(",", "")),
