@@ -235,6 +235,37 @@ def test_options_of_the_optimizer_may_change(optimizer, changed, expected, data,
         assert {name: group[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    "other",
+    [["--best-checkpoint-metric", "ppl"], ["--maximize-best-checkpoint-metric"], ["--valid-subset", "other"]],
+    ids=lambda value: value[0],
+)
+def test_values_of_other_validations_are_not_compared(other, data, tmp_path, caplog):
+    """A perplexity is never below the least loss: no checkpoint would be the best one, and --patience would run out."""
+    options = [*ADAM, "--save-interval-updates", 2, "--validate-interval-updates", 2, "--patience", 3]
+    for name in ("valid.idx", "valid.bin"):
+        shutil.copy(data / "1" / name, data / "1" / name.replace("valid", "other"))
+    train(configured(data / "1", *options, "--lr", 0.05, "--max-update", 10, "--valid-subset", "valid"), tmp_path)
+    state = read(tmp_path)
+    state["extra_state"]["best"] = state["extra_state"]["SegmentLanguageModelingTask"]["patience"]["best"] = 0.5
+    state["extra_state"]["SegmentLanguageModelingTask"]["patience"]["num_runs"] = 2
+    torch.save(state, tmp_path / "checkpoint_last.pt")
+    train(configured(data / "1", *options, "--max-update", 14, "--valid-subset", "valid", *other), tmp_path)
+    assert read(tmp_path)["optimizer_history"][-1]["num_updates"] == 14
+    assert read(tmp_path)["extra_state"]["best"] > 0.5
+    assert f"{other[0]} is " in caplog.text and "the next validation is the best one so far" in caplog.text
+
+
+def test_a_rate_that_goes_by_other_validations_begins_anew(data, tmp_path):
+    options = [*ADAM, *PLATEAU, "--max-update"]
+    train(configured(data / "1", *options, 2), tmp_path)
+    other = configured(data / "1", *options, 3, "--best-checkpoint-metric", "ppl")
+    with pytest.raises(ValueError, match=r"metric is ppl, .* with loss, and .* goes by it\. .* --reset-lr-scheduler"):
+        train(other, tmp_path)
+    other.checkpoint.reset_lr_scheduler = True
+    train(other, tmp_path)
+
+
 def test_kinds_of_state_are_those_of_fairseq():
     """fp16 on a CPU is refused, so that no training can tell."""
     none = dict.fromkeys(_PRECISION, False)

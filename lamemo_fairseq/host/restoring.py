@@ -45,10 +45,13 @@ _TOLD: Dict[str, Any] = {
     "optimizer": None,
     "lr_scheduler": None,
     "optimization": ("lr", "clip_norm", "sentence_avg", "update_freq"),
-    "dataset": ("batch_size", "max_tokens"),
+    "dataset": ("batch_size", "max_tokens", "valid_subset", "combine_valid_subsets"),
+    "checkpoint": ("best_checkpoint_metric", "maximize_best_checkpoint_metric"),
     "common": (*_PRECISION, "seed"),
     "ema": ("store_ema", "ema_decay", "ema_start_update", "ema_update_freq"),
 }
+# Options of which another value makes values of validations that cannot be compared with those before.
+_COMPARED = ("valid_subset", "combine_valid_subsets", *_TOLD["checkpoint"])
 _NAMED = {"model": "arch"}  # the options that choose a section, where it has another name
 
 
@@ -145,13 +148,37 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
                 f"{path} was saved with --no-save-optimizer-state, so that no run can go on from it: pass "
                 "--finetune-from-model to begin a run with its weights"
             )
-    told = [d for d in differences if d.section == "model" or not run.anew]
+        _forget_the_best(run, state, path, [d for d in differences if d.name in _COMPARED])
+    told = [d for d in differences if (d.section == "model" or not run.anew) and d.name not in _COMPARED]
     if told:
         logger.warning("%s: %s", path, _listed(told))
     supply_averages(run.trainer, state, run.anew)
     if not run.anew:
         changed = [d.name for d in differences if d.section == "optimizer"]
         put_options(run.trainer.cfg.optimizer, changed, state["last_optimizer_state"])
+
+
+def _forget_the_best(run: _Run, state: Dict[str, Any], path: str, differences: List[_Difference]) -> None:
+    """Remove the best value of a validation so far from a checkpoint, if it says nothing on those to come.
+
+    Raises:
+        CheckpointError: the learning rate depends on the value too.
+    """
+    if not differences or run.trainer.cfg.dataset.disable_validation:
+        return
+    if not run.schedule_anew and run.trainer.cfg.lr_scheduler._name == "reduce_lr_on_plateau":
+        raise CheckpointError(
+            f"{path}: {_listed(differences)}, and --lr-scheduler reduce_lr_on_plateau goes by it. Go on with the "
+            "former, or pass --reset-lr-scheduler to begin the schedule anew"
+        )
+    extra = state["extra_state"]
+    extra.pop("best", None)
+    extra.get(type(run.trainer.task).__name__, {}).pop("patience", None)
+    logger.warning(
+        "%s: %s: the next validation is the best one so far, and --patience counts from there",
+        path,
+        _listed(differences),
+    )
 
 
 def _check_choices(run: _Run, then: Mapping[str, Any], path: str, differences: List[_Difference]) -> None:
@@ -223,6 +250,8 @@ def _differences(trainer: Any, state: Dict[str, Any]) -> List[_Difference]:
         mine, theirs = _options(now, section), _options(then, section)
         for name in [n for n in mine if n in theirs and (told is None or n in told)]:
             concerns = not (name in owners and section == "model" and not owners[name] & chosen)
+            if name == "valid_subset":  # the first split alone is compared
+                mine[name], theirs[name] = (str(options[name]).split(",")[0] for options in (mine, theirs))
             if concerns and mine[name] != theirs[name]:
                 shown = _NAMED.get(section, section) if name == "_name" else name
                 differences.setdefault(shown, _Difference(section, shown, mine[name], theirs[name]))
