@@ -17,7 +17,7 @@ from lamemo_fairseq.host.overrides import check_overrides, parse_overrides
 from lamemo_fairseq.host.restoring import _FUNCTION
 from lamemo_fairseq.models.language_models import LaMemoLanguageModel
 
-from .core.helpers import first_of_each_memory, random_tokens, read_streams, tiny_decoder
+from .core.helpers import TINY, first_of_each_memory, random_tokens, read_streams, tiny_decoder
 from .helpers import TASK, USER_DIR, run_command, write_data
 from .test_commands import printed
 
@@ -258,6 +258,49 @@ def test_choices_of_a_memory_that_its_weights_do_not_tell_are_compared(memory):
             alike = [other for others, other in made if others == shapes]
             assert option.name in _FUNCTION or all(torch.allclose(scores, other) for other in alike)
             made.append((shapes, scores))
+
+
+# Numbers that a run may change, as a model is trained and evaluated with several.
+LENGTHS = {"compressed_len", "memory_samples", "retrieved_rows", "store_len"}
+
+
+def other_numbers(memory):
+    """Options of a memory that are numbers, with other values than those of tests."""
+    for option in fields(MEMORIES[memory].options):
+        value = TINY.get(option.name, option.default)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield option.name, value / 2 if isinstance(value, float) else value + 1
+    yield from {"basis_widths": "0.2,0.4", "decoder_attention_heads": 4}.items()
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *first_of_each_memory().values(),
+        *(("none", "absolute", "right"), ("recurrent", "alibi", "right"), ("compressive", "alibi", "most-used")),
+    ],
+)
+def test_numbers_that_the_weights_do_not_tell_are_compared(variant):
+    """As above: the number of heads, for one, does not show in weights without positions of their own."""
+    decoder, tokens = tiny_decoder(variant), random_tokens(2, 30)
+    weights = {name: torch.randn(w.shape) if w.is_floating_point() else w for name, w in decoder.state_dict().items()}
+    decoder.load_state_dict(weights)
+    scores = read_streams(decoder, tokens)
+    for name, value in other_numbers(variant[0]):
+        with contextlib.suppress(ValueError, RuntimeError):  # other weights, or another memory's option
+            other = tiny_decoder(variant, **{name: value})
+            other.load_state_dict(weights)
+            same = torch.allclose(scores, read_streams(other, tokens), atol=1e-5)
+            assert same or name in LENGTHS or name in _FUNCTION, name
+
+
+@pytest.mark.parametrize(("positions", "refused"), [("t5", True), ("rotary", False)])
+def test_a_first_scale_is_compared_if_units_depend_on_it(positions, refused, data, tmp_path):
+    """T5's biases are. Otherwise it is no more than what a learned number began with."""
+    sizes = {"arch": "block_recurrent_transformer_lm", "position_encoding": positions}
+    trained_with(data, tmp_path, **sizes, recurrent_scale=8)
+    with pytest.raises(ValueError, match="--recurrent-scale is 4") if refused else contextlib.nullcontext():
+        trained_with(data, tmp_path, **sizes, recurrent_scale=4, max_update=3)
 
 
 def test_what_else_differs_is_told(data, checkpoint, tmp_path):
