@@ -144,6 +144,28 @@ def test_goes_on_to_the_last_bit(name, data, tmp_path):
         assert list(differences(expected, all_that_counts(resumed))) == [], stopped.name
 
 
+@pytest.mark.parametrize(
+    ("stop", "later"),
+    [
+        (["--max-epoch", 3], ["--max-epoch", 5]),
+        (["--max-epoch", 9, "--force-anneal", 3, "--lr-shrink", 0.1, "--stop-min-lr", 1e-3], ["--stop-min-lr", 1e-5]),
+        (["--max-epoch", 9, *PLATEAU, "--stop-min-lr", 2.6e-3], ["--stop-min-lr", 7e-4]),
+    ],
+    ids=["epochs", "least rate", "least rate of a plateau"],
+)
+def test_the_last_epoch_is_saved_whatever_the_interval(stop, later, data, tmp_path):
+    """fairseq saves every --save-interval epochs, and lost what came after the last of them."""
+    options = [*ADAM, *stop, "--max-update", 0, "--save-interval-updates", 0, "--save-interval"]
+    train(configured(data / "1", *options, 4), tmp_path / "seldom")
+    train(configured(data / "1", *options, 1), tmp_path / "often")
+    often, seldom = all_that_counts(tmp_path / "often"), all_that_counts(tmp_path / "seldom")
+    assert list(differences(often, seldom)) == []
+    assert seldom["optimizer_history"]["num_updates"] % (4 * SEGMENTS) != 0
+    train(configured(data / "1", *options, 4, *later), tmp_path / "seldom")
+    train(configured(data / "1", *options, 1, *later), tmp_path / "whole")
+    assert list(differences(all_that_counts(tmp_path / "whole"), all_that_counts(tmp_path / "seldom"))) == []
+
+
 @pytest.mark.parametrize("options", [[], ["--bf16", "--ema-fp32"]])
 def test_averages_are_those_of_the_weights(options, data, tmp_path):
     """Also of the embeddings, which are the output's as well. fairseq's own averaged what has two names twice."""

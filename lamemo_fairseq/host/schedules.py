@@ -3,7 +3,8 @@
 fairseq saves one or two of its values, and steps the schedule anew at a resume.
 """
 
-from typing import Any, Dict, List
+import copy
+from typing import Any, Callable, Dict, List
 from weakref import WeakKeyDictionary
 
 import torch
@@ -52,6 +53,19 @@ def restore_schedule(trainer: Any, saved: Dict[str, Any], ended: bool, epoch: in
     trainer.lr_step_update()
     if same and not again:
         _go_on_inside_epoch(trainer, saved["rates"])
+
+
+def remember(trainer: Any) -> Callable[[], None]:
+    """Return a function that puts a schedule and the rates back as they are now."""
+    schedules = _schedules(trainer.lr_scheduler)
+    rates, values = _rates(trainer), {name: copy.deepcopy(_values(schedule)) for name, schedule in schedules.items()}
+
+    def put_back() -> None:
+        for name, schedule in schedules.items():
+            _restore(schedule, values[name])
+        _set_rates(trainer, rates)
+
+    return put_back
 
 
 def _go_on_inside_epoch(trainer: Any, rates: List[float]) -> None:

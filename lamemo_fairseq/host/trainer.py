@@ -223,14 +223,22 @@ class SegmentTrainer(Trainer):
         Raises:
             signals.Terminated: it has been saved.
         """
-        if self._due != self.get_num_updates():
-            path = checkpoint_utils.save_checkpoint(self._configuration.checkpoint, self, self._batches, loss)
-            if path is not None:
-                self.task.post_save(path, self.get_num_updates())
+        self.save_unless_saved(loss)
         if self._group_of_figures is not None:  # the first rank saves, and would be ended if others had ended
             with suppress(RuntimeError):  # a rank has failed, and says why
                 dist.barrier(self._group_of_figures)
         raise signals.Terminated(self.asked_to_end() or SIGTERM)
+
+    def save_unless_saved(self, loss: Optional[float]) -> None:
+        """Save the training between two updates, unless fairseq has saved it. Every rank has to call this.
+
+        Args:
+            loss: that of a validation which belongs to the checkpoint, if there was one.
+        """
+        if self._due != self.get_num_updates():
+            path = checkpoint_utils.save_checkpoint(self._configuration.checkpoint, self, self._batches, loss)
+            if path is not None:
+                self.task.post_save(path, self.get_num_updates())
 
     def _check_grad_norms(self, grad_norm: Tensor) -> None:
         """Compare the norms of all ranks, without waiting for the next segment."""
@@ -341,9 +349,13 @@ class SegmentTrainer(Trainer):
 
     def lr_step(self, epoch: int, val_loss: Any = None) -> Any:
         """Step the schedule at the end of an epoch, and as the last thing that fairseq does to load a checkpoint."""
+        put_back = schedules.remember(self)
         rate = super().lr_step(epoch, val_loss)
         finish, self._finish_loading = self._finish_loading, None
         if finish is None:
+            if self.begun and rate <= self.cfg.optimization.stop_min_lr:  # the run ends, as of before this step
+                put_back()
+                self.save_unless_saved(val_loss)
             return rate
         finish()
         return self.get_lr()

@@ -38,6 +38,8 @@ def _train(original: Callable[..., Any], cfg: Any, trainer: Any, task: Any, batc
         with interruption.told(), without_gpus(cfg.common.cpu):
             losses, stops = _train_epoch(original, cfg, trainer, task, batches)
             last = stops or batches.next_epoch_idx > (cfg.optimization.max_epoch or math.inf)
+            if last and trainer.begun:  # fairseq saves every --save-interval epochs, whichever is the last one
+                trainer.save_unless_saved(losses[0])
             if not last and trainer.asked_to_end() is not None:
                 trainer.save_and_end(losses[0])
         goes_on = not last
