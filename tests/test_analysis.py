@@ -313,6 +313,7 @@ def test_a_model_without_slots(trained, tmp_path, capsys, monkeypatch):
     told = capsys.readouterr()
     for option in ("--mem-len", "--cut-memory"):
         assert f"Infini: {option} has no effect on this model: --memory infini has no slots" in told.err
+    assert "of the attention" not in told.out
     assert "Infini: loss" in told.out and len(lines(tmp_path / "out" / "loss_by_position.csv")) == 8
 
 

@@ -222,9 +222,9 @@ def summary(models: Dict[str, Collected]) -> str:
         clauses = [
             f"{name}: loss {collected.losses.mean():.4f} bits over {int(collected.losses.counts.sum()):,} tokens"
         ]
-        if collected.attending_layers:
+        if collected.slots:  # other memories are read by other means than attention to slots
             weights = [collected.attention.by_slot(layer).sum() for layer in collected.attending_layers]
-            clauses.append(f"{float(torch.stack(weights).mean()):.3f} of the attention on memory")
+            clauses.append(f"{float(torch.stack(weights).mean()):.3f} of the attention on memory slots")
         if collected.mixing_layers:
             ages = [collected.mixing.by_age(layer, collected.segment_length) for layer in collected.mixing_layers]
             values = ", ".join(f"{value:.3f}" for value in torch.stack(ages).mean(0).tolist())

@@ -139,7 +139,7 @@ class Rule:
 
     def __str__(self) -> str:
         return {
-            "one": "the whole text",
+            "one": "the streams, each counted as one",
             "recorded": "as recorded, each from an empty memory",
             "headings": "from one heading of WikiText's to the next",
             "blank-lines": f"between {self.value} or more blank lines",
