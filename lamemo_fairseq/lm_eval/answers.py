@@ -95,8 +95,17 @@ class Answers:
 
         Args:
             pairs: of a context, which may be empty, and a continuation.
+
+        Raises:
+            ValueError: the tokenizer drops all of a continuation, which would then be certain.
         """
         words = [split_words(self._tokenizer, *pair) for pair in pairs]
+        for (_, text), (_, continuation) in zip(pairs, words, strict=True):
+            if text.strip() and len(continuation) == 0:
+                raise ValueError(
+                    f"the model's tokenizer drops the continuation {text!r}, which then has no probability: leave the "
+                    "task out"
+                )
         answers = [Likelihood(0.0, True)] * len(pairs)
         for batch in self._batches([len(context) + len(continuation) for context, continuation in words]):
             reader = self._model.reader(len(batch))

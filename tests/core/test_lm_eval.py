@@ -101,6 +101,14 @@ def test_a_word_across_the_border_belongs_to_the_continuation():
     assert [ids.tolist() for ids in split_words(letters, "a ", "b")] == [[2, 4], [6, 5]]
 
 
+def test_a_continuation_that_the_tokenizer_drops_is_not_certain():
+    model = model_of()
+    model.tokenizer = Tokenizer(WORDS, TextEncoding("words"))
+    with pytest.raises(ValueError, match="tokenizer drops the continuation ' __', which then has no probability"):
+        Answers(model).continuations([("w", " w"), ("w", " __")])
+    assert Answers(model).continuations([("w", " ")]) == [(0.0, True)]
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
