@@ -384,6 +384,7 @@ def test_a_folder_that_nothing_can_be_written_to_is_told_before_the_reading(trai
         (["CHECKPOINT", "--out", "CHECKPOINT"], "checkpoint_last.pt is a file, pass a folder"),
         (["CHECKPOINT", "--out", "CHECKPOINT/out"], "checkpoint_last.pt is a file, pass a folder"),
         (["CHECKPOINT", "--out", "OUT", "--subset", "other"], "(or choose another with --subset)"),
+        (["CHECKPOINT", "--out", "OUT", "--batch-size", "0"], "--batch-size is 0, it must be at least 1"),
         (["CHECKPOINT", "--out", "OUT", "--segments", "0"], "0 is not positive"),
         (["CHECKPOINT", "--out", "OUT", "--documents", "two"], "--documents two: pass one, recorded, headings"),
         (["CHECKPOINT", "--out", "OUT", "--cut-memory", "-1"], "-1 is negative"),

@@ -277,6 +277,8 @@ def test_both_commands_report_the_same(folders, tmp_path, capsys):
     for option, needed in (
         (["--document-separator", "w"], "--document-separator is for --documents separator"),
         (["--score-separators", "--documents", "recorded"], "--score-separators is for --documents separator"),
+        (["--batch-size", "0"], "--batch-size is 0, it must be at least 1"),
+        (["--batch-size", "-1"], "--batch-size is -1, it must be at least 1"),
         (["--at-document", "keep"], "--at-document is for --documents recorded or separator"),
     ):
         with pytest.raises(SystemExit, match=f"score: {needed}"):

@@ -50,8 +50,10 @@ def open_split(
 
     Raises:
         FileNotFoundError: there is no such checkpoint or split, or no documents are recorded.
-        ValueError: a checkpoint is not one of this package.
+        ValueError: a checkpoint is not one of this package, or the number of streams makes no sense.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}, it must be at least 1")
     given = {
         "data": data,
         "documents": documents,
