@@ -256,6 +256,13 @@ def test_lengths_are_compared_within_the_seeds_that_have_most(tiny, monkeypatch)
     assert "LaMemo: seeds 1, 3 only, as others lack lengths." in text
 
 
+def test_seeds_with_as_many_but_other_lengths_are_not_mixed():
+    at = [table.Evaluation("test", mem_len=length) for length in (0, 8, 16)]
+    seeds = [{"evaluations": {f"test-memory-{n}": {} for n in lengths}} for lengths in ((0, 8), (8, 16), (8, 16))]
+    assert render.fullest(seeds, at) == seeds[1:] and render.fullest(seeds[:2], at) == seeds[:1]
+    assert render.fullest([], at) == []
+
+
 def test_files_of_results_are_joined_by_hand(tmp_path):
     path = tmp_path / "runs.jsonl"
     runs = [

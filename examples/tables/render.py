@@ -241,9 +241,10 @@ def _seeds(results: List[Result]) -> str:
 
 
 def fullest(results: List[Result], evaluations: Sequence[Evaluation]) -> List[Result]:
-    """Return the seeds that have most of the evaluations, so that means over them are comparable."""
-    counts = [sum(e.name in result["evaluations"] for e in evaluations) for result in results]
-    return [result for result, count in zip(results, counts, strict=True) if count == max(counts)]
+    """Return the seeds that have most of the evaluations, the same ones, so that means over them are comparable."""
+    names = [frozenset(e.name for e in evaluations if e.name in result["evaluations"]) for result in results]
+    most = max(names, key=lambda of: (len(of), names.count(of)), default=frozenset())
+    return [result for result, of in zip(results, names, strict=True) if of == most]
 
 
 def shown(numbers: List[float], digits: int) -> str:
