@@ -257,6 +257,17 @@ def test_options_of_the_optimizer_may_change(optimizer, changed, expected, data,
         assert {name: group[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("update", [4, SEGMENTS], ids=["inside an epoch", "at its end"])
+@pytest.mark.parametrize("schedule", [PLATEAU, [*PLATEAU, "--warmup-updates", 3], ["--lr-scheduler", "step"]], ids=str)
+def test_another_rate_is_taken(schedule, update, data, tmp_path):
+    """Plateaus lower the optimizer's rate, which was the checkpoint's."""
+    options = ["--optimizer", "adam", *schedule, "--lr-patience", 9] if "step" not in schedule else [*ADAM, *schedule]
+    for rate, updates in ((5e-3, update), (1e-3, update + 2)):
+        train(configured(data / "1", *options, "--lr", rate, "--max-update", updates), tmp_path)
+    [group] = read(tmp_path)["last_optimizer_state"]["param_groups"]
+    assert group["lr"] == pytest.approx(1e-3)
+
+
 @pytest.mark.parametrize(
     "other",
     [["--best-checkpoint-metric", "ppl"], ["--maximize-best-checkpoint-metric"], ["--valid-subset", "other"]],

@@ -47,12 +47,21 @@ def restore_schedule(trainer: Any, saved: Dict[str, Any], ended: bool, epoch: in
     if same:
         for name, schedule in schedules.items():
             _restore(schedule, saved["values"][name])
+    for name, schedule in schedules.items():
+        _take_new_rate(schedule, saved.get("options", {}).get(name, {}))
     if ended:  # fairseq saves before this step of its main loop, and skips the step after a resume
         trainer.lr_step(epoch, loss)
         return
     trainer.lr_step_update()
     if same and not again:
         _go_on_inside_epoch(trainer, saved["rates"])
+
+
+def _take_new_rate(schedule: FairseqLRScheduler, then: Dict[str, Any]) -> None:
+    """Begin with another ``--lr`` where a schedule never computes the rate, but lowers the optimizer's."""
+    now = _options(schedule)
+    if _is_torch_scheduler(getattr(schedule, "lr_scheduler", None)) and then.get("lr", now["lr"]) != now["lr"]:
+        schedule.optimizer.set_lr(now["lr"][0])
 
 
 def remember(trainer: Any) -> Callable[[], None]:
