@@ -44,7 +44,8 @@ def test_a_checkpoint_that_is_not_there_is_refused(data, tmp_path):
 
 def named(folder, **options):
     defaults = {"restore_file": "checkpoint_last.pt", "continue_once": None, "finetune_from_model": None}
-    check_named_checkpoint(SimpleNamespace(save_dir=str(folder), **{**defaults, **options}), suffix="")
+    settings = {**defaults, "no_save": False, **options}
+    check_named_checkpoint(SimpleNamespace(save_dir=str(folder), **settings), suffix="")
 
 
 @pytest.mark.parametrize("option", ["restore_file", "continue_once", "finetune_from_model"])
@@ -76,6 +77,28 @@ def test_a_run_that_has_begun_goes_on_whatever_it_began_with(tmp_path, caplog):
     (tmp_path / "other.pt").touch()
     named(tmp_path, restore_file=str(tmp_path / "other.pt"))
     assert "other.pt is taken, although there is a" in caplog.text
+
+
+def test_a_run_that_begins_among_checkpoints_tells_what_it_replaces(tmp_path, caplog):
+    """As with --no-last-checkpoints, or after checkpoint_last.pt was moved: the best one would be gone in silence."""
+    for name in ("crash.pt", "checkpoint_best_a.pt"):  # of no run, of another suffix
+        (tmp_path / name).touch()
+    named(tmp_path)
+    assert caplog.text == ""
+    for name in ("checkpoint2.pt", "checkpoint_1_5.pt", "checkpoint_best.pt"):
+        (tmp_path / name).touch()
+    for options in ({"no_save": True}, {"continue_once": str(tmp_path / "checkpoint2.pt")}):
+        named(tmp_path, **options)
+    assert caplog.text == ""
+    named(tmp_path)
+    told = f"{tmp_path} holds checkpoint_best.pt and 2 more, but no checkpoint_last.pt to go on from"
+    assert told in caplog.text and "--restore-file" in caplog.text
+
+
+def test_a_run_that_saves_nothing_for_long_is_told(data, tmp_path, caplog):
+    options = ["--save-interval-updates", 1, "--max-update", 1]
+    train(data, tmp_path, *options, "--validate-after-updates", 1)
+    assert "--validate-after-updates: before it, --save-interval-updates saves nothing either" in caplog.text
 
 
 def test_a_run_does_not_go_on_without_the_state_of_its_optimizer(data, tmp_path):

@@ -253,6 +253,14 @@ _RULES = [
         "fairseq evaluates one batch more than it says, and streams then end before the split does",
     ),
     rule(
+        NOTED,
+        "validate_after_updates",
+        TRAINING,
+        "before it, --save-interval-updates saves nothing either; a run that is killed loses what came after the last "
+        "epoch",
+        with_all("save_interval_updates"),
+    ),
+    rule(
         IGNORED,
         "patience best_checkpoint_metric maximize_best_checkpoint_metric keep_best_checkpoints max_valid_steps "
         "fixed_validation_seed",

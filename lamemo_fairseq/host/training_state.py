@@ -7,6 +7,7 @@
 
 import logging
 import os
+import re
 from typing import Any, Dict, List, Set
 
 import torch
@@ -91,12 +92,16 @@ def _counted(scaler: DynamicLossScaler) -> Set[str]:
 def check_named_checkpoint(cfg: Any, suffix: str) -> None:
     """Check that the checkpoint to begin with exists. Without it fairseq trains from the start.
 
+    Of a run that begins in a folder with checkpoints, warn.
+
     Raises:
         FileNotFoundError: the checkpoint is missing; the message has the option that names it.
     """
     default = "checkpoint_last.pt"
     last = os.path.join(cfg.save_dir, default.replace(".pt", suffix + ".pt"))
     begun = PathManager.isfile(last)
+    if cfg.restore_file == default and cfg.continue_once is None and not (begun or cfg.no_save):
+        _warn_of_former_checkpoints(cfg.save_dir, suffix)
     if cfg.restore_file != default:
         option, path = "--restore-file", cfg.restore_file.replace(".pt", suffix + ".pt")
     elif cfg.continue_once is not None and not begun:
@@ -112,3 +117,19 @@ def check_named_checkpoint(cfg: Any, suffix: str) -> None:
         raise FileNotFoundError(missing_checkpoint(path, option))
     if begun and os.path.realpath(path) != os.path.realpath(last):
         logger.warning("%s %s is taken, although there is a %s from a run that has begun", option, path, last)
+
+
+def _warn_of_former_checkpoints(folder: str, suffix: str) -> None:
+    """Warn that a run which has nothing to go on from replaces checkpoints, the best one first."""
+    form = re.compile(rf"checkpoint(\d+|_\d+_\d+|_best|\.best_.*){re.escape(suffix)}\.pt")
+    former = sorted(filter(form.fullmatch, os.listdir(folder)), reverse=True) if os.path.isdir(folder) else []
+    if former:
+        logger.warning(
+            "--save-dir %s holds %s%s, but no checkpoint_last%s.pt to go on from: this run begins at update 0, and "
+            "replaces checkpoints of the same names. To go on from one pass --restore-file, to keep all pass another "
+            "--save-dir",
+            folder,
+            former[0],
+            f" and {len(former) - 1} more" if former[1:] else "",
+            suffix,
+        )
