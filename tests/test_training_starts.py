@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import time
 from types import SimpleNamespace
 
+import fairseq.trainer
 import fairseq_cli.train
 import pytest
 import torch
@@ -242,3 +244,21 @@ def test_options_that_begin_the_meters_anew_keep_the_weights_behind_rounded_ones
     )
     kept = [state["SegmentLanguageModelingTask"]["masters"] for state in (one, other)]
     assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize("hours", [-50, 50])
+def test_hours_of_training_do_not_follow_a_clock_that_is_set(hours, data, tmp_path, monkeypatch):
+    """A run of three hours went on for days, or ended with the first update."""
+    real, step = time.time, fairseq.trainer.Trainer.train_step
+    monkeypatch.setattr(time, "time", lambda: real() + jumped[0])
+    jumped = [0.0]
+
+    def jumping(self, *args, **kwargs):
+        jumped[0] = 3600.0 * hours
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr("fairseq.trainer.Trainer.train_step", jumping)
+    train(data, tmp_path, "--max-update", 3, "--stop-time-hours", 3)
+    saved = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)
+    assert saved["optimizer_history"][-1]["num_updates"] == 3
+    assert 0 <= saved["extra_state"]["previous_training_time"] < 3600

@@ -9,10 +9,10 @@ neither. If ranks disagree about the norm, fairseq ends the run as usual; its cr
 
 import logging
 import os
+import time
 from contextlib import contextmanager, suppress
 from functools import cache
 from signal import SIGTERM
-from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional
 
 import torch
@@ -29,6 +29,7 @@ from . import interruption, save_dir, schedules, signals
 from .averages import Averages
 from .checkpoints import keep_due_checkpoint, write_checkpoint
 from .data_parallel import GradientReducer, reducer_for, wrapped
+from .dataclass_defaults import attributes
 from .lost_ranks import watch_ranks
 from .mixed_precision import FP16Optimizer
 from .optimizers import adopt, meanwhile
@@ -54,6 +55,7 @@ class SegmentTrainer(Trainer):
 
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None):
         self._reducer: Optional[GradientReducer] = None
+        self._begun_at = time.monotonic()
         self._group: Any = None  # for collectives, in place of fairseq's
         with without_records("fairseq.trainer"):  # fairseq counts all absent biases as one that is shared
             super().__init__(cfg, task, model, criterion, quantizer)
@@ -336,6 +338,7 @@ class SegmentTrainer(Trainer):
             extra_state = super().load_checkpoint(
                 filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters
             )
+        self._begun_at = time.monotonic()
         if reset_optimizer:
             self._previous_training_time = 0  # --stop-time-hours counts the hours of this run
 
@@ -346,6 +349,10 @@ class SegmentTrainer(Trainer):
 
         self._finish_loading = finish
         return extra_state
+
+    def _local_cumulative_training_time(self) -> float:
+        """Return the seconds of training for ``--stop-time-hours``. fairseq's clock jumps when somebody sets it."""
+        return time.monotonic() - self._begun_at + float(self._previous_training_time)
 
     def lr_step(self, epoch: int, val_loss: Any = None) -> Any:
         """Step the schedule at the end of an epoch, and as the last thing that fairseq does to load a checkpoint."""
@@ -379,13 +386,6 @@ class SegmentTrainer(Trainer):
                 loss=extra_state.get("val_loss"),
                 again=self.cfg.checkpoint.reset_dataloader,
             )
-
-
-def attributes(section: Any) -> Any:
-    """Return a dictionary, and those within it, as objects with its entries as attributes; all else as it is."""
-    if not isinstance(section, dict):
-        return section
-    return SimpleNamespace(**{str(name): attributes(entry) for name, entry in section.items()})
 
 
 @cache
