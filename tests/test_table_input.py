@@ -387,6 +387,17 @@ def test_seconds_of_training_are_those_of_all_starts(tmp_path):
     assert figures == ["", "1208.4"] and "| 1,208 " in text
 
 
+def test_runs_of_other_data_are_told(tmp_path):
+    """The data of a path were made anew between two runs, or differ between machines."""
+    loaded, results = load(tmp_path / "t.yaml", seeds=[1, 2, 3]), {}
+    for run_of_seed, size in zip(table.runs(loaded), (5, 6, 6), strict=True):
+        data = {"dictionary": "ab", "size of test.bin": size}
+        results[run_of_seed.name] = result(run={**result()["run"], "seed": run_of_seed.seed, "data": data})
+    text = render.write(execute.Plan(loaded, tmp_path, kept=results), table.runs(loaded))
+    told = "a/seed-1 was run on other data than most runs: size of test.bin is 6, there it was 5."
+    assert told in text and text.count("other data") == 1
+
+
 def test_a_log_with_records_of_another_kind(tmp_path):
     for record in (
         'train_inner | {"wps": "1"}',

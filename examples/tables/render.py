@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from . import scale, speed
 from .execute import Plan
+from .folder import differences
 from .kept import Result, run_of
 from .table import MEASURES, Evaluation, Row, Run
 from .validation import without_controls
@@ -212,6 +214,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         stale = [e.name for e in plan.missing(run) if e.name in result["evaluations"]]
         if stale:
             sections.append(f"{run.name} was evaluated with other options than here: {', '.join(stale)}.")
+    sections += _other_data(results)
     sections += _where(results)
     return "\n\n".join(sections) + "\n"
 
@@ -259,6 +262,17 @@ def reported(row: Row, splits: Sequence[str]) -> str:
     """Return the results that a row's paper reports."""
     cells = [getattr(row.paper, split, None) for split in splits]
     return " / ".join("-" if c is None else f"{c:g}" for c in cells) if any(c is not None for c in cells) else ""
+
+
+def _other_data(results: Dict[str, List[Result]]) -> Iterable[str]:
+    """Tell which runs read other data than most: the splits of a path may have been made anew."""
+    everything = [result for of_row in results.values() for result in of_row]
+    data = [json.dumps(result["run"].get("data"), sort_keys=True) for result in everything]
+    most = max(data, key=data.count, default="null")
+    for result, of_run in zip(everything, data, strict=True):
+        if of_run != most:
+            other = "; ".join(differences(json.loads(of_run), json.loads(most)))
+            yield f"{run_of(result).name} was run on other data than most runs: {escaped(other)}."
 
 
 def _where(results: Dict[str, List[Result]]) -> Iterable[str]:
