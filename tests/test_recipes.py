@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from examples.tables import __main__ as runner
-from examples.tables import commands, logs, recipes, render, scale, table
+from examples.tables import commands, execute, logs, recipes, render, scale, table
 from lamemo_fairseq.host import named_checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -182,6 +182,15 @@ def test_hydra_recipes_train_what_the_command_line_trains(monkeypatch):
             if key in ("user_dir", "save_dir"):
                 value = value.lstrip("/")
             assert wanted == value or str(wanted) == str(value), (group, key, wanted, value)
+
+
+def test_a_perplexity_says_of_what_it_is(tmp_path):
+    """The data may be words, or pieces of them, which is not for the table to know."""
+    loaded = table.load(ROOT / "examples/novels/words/table.yaml")
+    told = "Perplexity per token of the data; mean and standard deviation over the seeds."
+    assert told in render.write(execute.Plan(loaded, tmp_path), [])
+    loaded.evaluation.options["post-process"] = "sentencepiece"
+    assert "Perplexity; mean and" in render.write(execute.Plan(loaded, tmp_path), [])
 
 
 def test_means_and_spreads():

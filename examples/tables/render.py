@@ -14,7 +14,7 @@ from . import scale, speed
 from .execute import Plan
 from .folder import differences
 from .kept import Result, run_of
-from .table import MEASURES, Evaluation, Row, Run
+from .table import MEASURES, Evaluation, Row, Run, Table
 from .validation import without_controls
 
 
@@ -189,7 +189,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     ]
     sections = [
         f"# {escaped(table.title)}",
-        f"{MEASURES[table.measure][1].capitalize()}; mean and standard deviation over the seeds.",
+        f"{MEASURES[table.measure][1].capitalize()}{_unit(table)}; mean and standard deviation over the seeds.",
     ]
     sections += map(scale.note, scales(plan, results))
     sections.append(_grid([head, *lines]))
@@ -217,6 +217,12 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     sections += _other_data(results)
     sections += _where(results)
     return "\n\n".join(sections) + "\n"
+
+
+def _unit(table: Table) -> str:
+    """Return the unit of the measure, unless its name has it: fairseq's perplexity is that of a token."""
+    per_token = table.measure == "perplexity" and "post-process" not in table.evaluation.options
+    return " per token of the data" if per_token else ""
 
 
 def _sweeps(plan: Plan, results: Dict[str, List[Result]], digits: int) -> Iterable[str]:
