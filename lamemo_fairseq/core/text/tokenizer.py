@@ -68,8 +68,11 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> Tensor:
-        """Return the word ids ``[T]`` of a text, int64: ``</s>`` for every end of a line, none at the text's end."""
-        lines = [self._tokens(line) for line in text.split("\n")]
+        """Return the word ids ``[T]`` of a text, int64: ``</s>`` for every end of a line, none at the text's end.
+
+        In a text that is reduced to letters and spaces, as text8, the end of a line is a space.
+        """
+        lines = [self._tokens(line) for line in ([text] if self.encoding.normalized else text.split("\n"))]
         self._tell_unknown(text, [token for line in lines for token in line])
         ids = [self.number(token) for line in lines for token in (*line, SPECIAL[END])]
         return torch.tensor(ids[:-1], dtype=torch.int64)
