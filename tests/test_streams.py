@@ -265,6 +265,20 @@ def test_resuming_with_another_cut_is_refused(batch_size, length, tokens, seed, 
         other.load_state_dict(saved)
 
 
+def test_resuming_with_another_text_of_the_same_length_is_refused():
+    """As of documents in another order: what the streams have read would be read again, or never."""
+    text = numbered(60)
+    saved = inside_an_epoch(split_of(text, 5, words=99)).state_dict()
+    inside_an_epoch(split_of(text, 5, words=99)).load_state_dict(saved)
+    for other in ([*text[4:], *text[:4]], [*text[:-1], text[0][: len(text[-1])]]):
+        with pytest.raises(
+            ValueError, match=r"the text of the split is \w{8}, there it was \w{8}\. .*--reset-dataloader"
+        ):
+            inside_an_epoch(split_of(other, 5, words=99)).load_state_dict(saved)
+    del saved["layout"]["the text of the split"]  # as former versions saved it
+    inside_an_epoch(split_of(text, 5, words=99)).load_state_dict(saved)
+
+
 def inside_an_epoch(dataset, shards=1, **options):
     """An iterator over two streams a rank, of a decoder that has read a segment."""
     decoder = tiny_decoder(words=99, tokens_per_sample=5, **options).train()

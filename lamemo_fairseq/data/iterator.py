@@ -14,7 +14,7 @@ from ..host.loading import end, end_at_exit
 from ..host.ranks import gather_objects, gather_streams
 from ..host.signals import heed_only_the_parent
 from .documents import DocumentDataset
-from .segments import ROLL, Segment, SegmentDataset, SegmentKey
+from .segments import ROLL, TEXT, Segment, SegmentDataset, SegmentKey
 
 # What a checkpoint that is older than the option was trained with; the memory knows its own options.
 _BEFORE: Dict[str, object] = {"--documents": "none"}
@@ -218,7 +218,8 @@ class SegmentBatchIterator(EpochBatchIterator):
     def _check_layout(self, saved: Optional[Dict[str, Any]], done: int) -> None:
         current = self._layout_options()
         older = {} if self.memory is None else self.memory.older
-        saved = {**_BEFORE, **older, **saved} if saved else {}
+        # Checkpoints of before say nothing of the text.
+        saved = {**_BEFORE, TEXT: current[TEXT], **older, **saved} if saved else {}
         other = [
             f"{name.partition(' with its')[0]} is {_shown(name, value)}, there it was "
             f"{_shown(name, saved.get(name, 'not recorded'))}"

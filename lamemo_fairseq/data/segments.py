@@ -13,6 +13,8 @@ from .streams import ENOUGH_SEGMENTS, Layout, StreamLayout, TokenSequence
 
 ROLL = "--roll with its --seed"  # of the rotation of the streams, in checkpoints
 
+TEXT = "the text of the split"  # by its fingerprint, in checkpoints
+
 
 class SegmentKey(NamedTuple):
     """Names one segment of one stream. A key names epoch and cut too, so that the dataset has no state."""
@@ -63,7 +65,7 @@ class SegmentDataset(FairseqDataset):
 
     def options(self) -> Dict[str, Any]:
         """Return the values that fix the order of tokens, besides the cut into streams, by the names of options."""
-        return {ROLL: self.roll_seed, "--documents": "none"}
+        return {ROLL: self.roll_seed, "--documents": "none", TEXT: self.tokens.fingerprint}
 
     def layout(self, num_streams: int) -> Layout:
         return StreamLayout(len(self.tokens), num_streams, self.segment_length)

@@ -1,7 +1,9 @@
 """A binarized split as one sequence of tokens, cut into contiguous streams."""
 
+import hashlib
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 # Below this many segments a stream, the empty memory at its start shows in the losses.
 ENOUGH_SEGMENTS = 64
+# Parts of a text, spread evenly, and tokens of each, that its fingerprint is of: the whole may be billions.
+_PARTS, _PART = 128, 64
 
 
 class TokenSequence:
@@ -38,6 +42,20 @@ class TokenSequence:
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Read tokens ``start .. stop-1``, int64."""
+        tokens = self._read(start, stop)
+        check_ids(tokens, self.name, self.num_words)
+        return tokens
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A few letters that tell one text from another of the same length, by its lines and some of its tokens."""
+        digest = hashlib.sha256(self.sizes.tobytes())
+        for part in range(_PARTS):
+            start = part * len(self) // _PARTS
+            digest.update(self._read(start, min(start + _PART, len(self))).tobytes())
+        return digest.hexdigest()[:8]
+
+    def _read(self, start: int, stop: int) -> NDArray[np.int64]:
         if start >= stop:
             return np.empty(0, dtype=np.int64)
         first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
@@ -45,9 +63,7 @@ class TokenSequence:
         for i in range(first, last + 1):
             begin = int(self.ends[i - 1]) if i > 0 else 0
             spans.append(part_of_line(self.lines, i, max(start - begin, 0), min(stop, int(self.ends[i])) - begin))
-        tokens = np.concatenate(spans)
-        check_ids(tokens, self.name, self.num_words)
-        return tokens
+        return np.concatenate(spans)
 
 
 def part_of_line(lines: Any, index: int, start: int, stop: int) -> NDArray[np.int64]:
