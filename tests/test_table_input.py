@@ -398,6 +398,17 @@ def test_runs_of_other_data_are_told(tmp_path):
     assert told in text and text.count("other data") == 1
 
 
+@pytest.mark.parametrize(("updates", "told"), [(8000, True), (9000, False), (None, False)])
+def test_a_run_that_ended_early_is_told(updates, told, tmp_path):
+    """--stop-time-hours and --patience end a run that is complete all the same."""
+    loaded = load(tmp_path / "t.yaml")
+    (one,) = table.runs(loaded)
+    run_of_line = {**result()["run"], "options": {"--lr": 0.1, "--max-update": 9000}}
+    line = result(run=run_of_line, training={**result()["training"], "updates": updates})
+    text = render.write(execute.Plan(loaded, tmp_path, kept={one.name: line}), [one])
+    assert ("a/seed-1 ended after 8,000 of 9,000 updates." in text) is told
+
+
 def test_a_log_with_records_of_another_kind(tmp_path):
     for record in (
         'train_inner | {"wps": "1"}',

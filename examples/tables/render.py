@@ -214,6 +214,9 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         stale = [e.name for e in plan.missing(run) if e.name in result["evaluations"]]
         if stale:
             sections.append(f"{run.name} was evaluated with other options than here: {', '.join(stale)}.")
+        wanted, done = result["run"]["options"].get("--max-update"), result["training"].get("updates")
+        if isinstance(wanted, int) and isinstance(done, int) and done < wanted:  # stopped by time, patience or epochs
+            sections.append(f"{run.name} ended after {done:,} of {wanted:,} updates.")
     sections += _other_data(results)
     sections += _where(results)
     return "\n\n".join(sections) + "\n"
