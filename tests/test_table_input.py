@@ -159,6 +159,7 @@ def test_hostile_titles_in_plots(tmp_path):
         ({"evaluation": {"segments": {"lengths": [0]}}}, "evaluation.segments has the length 0"),
         ({"evaluation": {"options": {"path": "x"}}}, "--path is set by the runner, from the run"),
         ({"evaluation": {"options": {"model-overrides": "{}"}, "memory": {"lengths": [1]}}}, "--model-overrides is"),
+        ({"measure": "bits-per-byte", "evaluation": {"options": {"remove-bpe": "@@ "}}}, "of words, not bits-per-byte"),
         ({"seeds": [-1]}, "there is no seed -1"),
     ],
 )  # fmt: skip

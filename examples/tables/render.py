@@ -14,7 +14,7 @@ from . import scale, speed
 from .execute import Plan
 from .folder import differences
 from .kept import Result, run_of
-from .table import MEASURES, Evaluation, Row, Run, Table
+from .table import JOINING, MEASURES, Evaluation, Row, Run, Table
 from .validation import without_controls
 
 
@@ -224,7 +224,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
 
 def _unit(table: Table) -> str:
     """Return the unit of the measure, unless its name has it: fairseq's perplexity is that of a token."""
-    per_token = table.measure == "perplexity" and "post-process" not in table.evaluation.options
+    per_token = table.measure == "perplexity" and not set(JOINING) & set(table.evaluation.options)
     return " per token of the data" if per_token else ""
 
 

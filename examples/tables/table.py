@@ -78,6 +78,10 @@ MEASURES: Dict[str, Tuple[str, str, int]] = {
 }
 
 
+# Options of fairseq-eval-lm with which the loss is that of a word, joined from tokens.
+JOINING = ("post-process", "remove-bpe")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A call of fairseq-eval-lm; None stands for the model's own length."""
@@ -179,6 +183,9 @@ def _check_evaluations(table: Table, row: Row) -> None:
         lengths = getattr(wanted, sweep).lengths
         if any(length < least for length in lengths):
             raise TableError(f"evaluation.{sweep} has the length {min(lengths)}, it must be {least} at least")
+    joined = next((name for name in JOINING if name in wanted.options), None)
+    if joined is not None and table.measure != "perplexity":
+        raise TableError(f"evaluation.options: with --{joined} losses are those of words, not {table.measure}")
     if wanted.memory.lengths and "model-overrides" in wanted.options:
         raise TableError("evaluation.options: --model-overrides is set by the runner, from `evaluation.memory`")
     several = validation.twice([evaluation.name for evaluation in evaluations(table, row)])
