@@ -29,8 +29,12 @@ class ModelConfig:
     vocabulary_size: int
     segment_length: int  # N, tokens that are read at a time
 
-    memory: str = option("lookahead", "memory that is carried from one segment to the next", MEMORIES.names())
-    position_encoding: str = option("disentangled", "how attention encodes distances and directions", POSITIONS.names())
+    memory: str = option(
+        "lookahead", "memory that is carried from one segment to the next", MEMORIES.names(), fixed=True
+    )
+    position_encoding: str = option(
+        "disentangled", "how attention encodes distances and directions", POSITIONS.names(), fixed=True
+    )
     mem_len: int = option(150, "memory slots M a layer")
     bptt_segments: int = option(
         1,
@@ -53,11 +57,11 @@ class ModelConfig:
     decoder_embed_dim: int = option(512, "width of the model")
     decoder_input_dim: Optional[int] = option(None, "width of the embeddings (default: the model's)")
     decoder_output_dim: Optional[int] = option(None, "width of the output layer (default: the embeddings')")
-    decoder_attention_heads: int = option(8, "attention heads")
+    decoder_attention_heads: int = option(8, "attention heads", fixed=True)
     decoder_head_dim: Optional[int] = option(None, "size of a head (default: model width / heads)")
     decoder_ffn_embed_dim: int = option(2048, "width of the feed-forward layers")
-    decoder_normalize_before: bool = option(False, "layer norm before each block")
-    activation_fn: str = option("relu", "activation of the feed-forward layers", ACTIVATIONS.names())
+    decoder_normalize_before: bool = option(False, "layer norm before each block", fixed=True)
+    activation_fn: str = option("relu", "activation of the feed-forward layers", ACTIVATIONS.names(), fixed=True)
     dropout: float = option(0.1, "dropout of embeddings, positions, blocks and output")
     attention_dropout: float = option(0.0, "dropout of attention weights")
     activation_dropout: Optional[float] = option(None, "dropout inside the feed-forward layers (default: --dropout)")

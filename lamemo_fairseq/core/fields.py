@@ -2,22 +2,31 @@
 
 import dataclasses
 import inspect
-from typing import Any, Iterable, Mapping, Optional, TypeVar
+from typing import Any, Dict, Iterable, Mapping, Optional, Set, TypeVar
 
 T = TypeVar("T")
 Values = Mapping[str, Any]  # of fields by name, as JSON has them; a configuration checks what it needs
 
 
-def option(default: T, help: str, choices: Optional[Iterable[str]] = None) -> T:
+def option(default: T, help: str, choices: Optional[Iterable[str]] = None, fixed: bool = False) -> T:
     """Return a dataclass field that a host can offer as an option, typed as the values that it holds.
 
     Args:
         default: the value if nothing is passed.
         help: one line for users.
         choices: the possible names; None if the value is not a name.
+        fixed: whether another value makes another function of weights that still fit, so that no training goes on with
+            it. Lengths that a model may be read with are not fixed.
     """
-    metadata = {"help": help} if choices is None else {"help": help, "choices": tuple(choices)}
+    metadata: Dict[str, object] = {"help": help, "fixed": fixed}
+    if choices is not None:
+        metadata["choices"] = tuple(choices)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def fixed_options(config: type) -> Set[str]:
+    """Return the names of a dataclass's `option`s that are fixed."""
+    return {field.name for field in dataclasses.fields(config) if field.metadata.get("fixed")}
 
 
 def check_options(config: type) -> None:

@@ -15,6 +15,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ..core.config import ModelConfig
+from ..core.fields import fixed_options
+from ..core.memory import MEMORIES
 from ..core.names import missing_checkpoint, option_name
 from .averages import supply_averages
 from .configuration import CheckpointError, complete, is_ours, not_ours, read_ours
@@ -24,12 +27,8 @@ from .overrides import owners_of_options
 logger = logging.getLogger(__name__)
 
 # Options of which another value makes another model with the same weights.
-_FUNCTION = (
-    "memory", "position_encoding", "lookahead_window", "lookahead_from_layer", "lookahead_every", "compression",
-    "memory_sampling", "memory_update_rule", "memory_gate_lr_scale", "memory_reads_cache", "activation_fn",
-    "decoder_normalize_before", "sentence_ends", "paragraph_ends", "decoder_attention_heads", "associative_decay",
-    "basis_widths", "contraction_factor", "ridge_penalty", "compression_rate", "recurrent_scale",
-)  # fmt: skip
+_FIXED = {"sentence_ends", "paragraph_ends", *fixed_options(ModelConfig)}
+_FIXED |= {name for memory in MEMORIES.names() for name in fixed_options(MEMORIES[memory].options)}
 # Options that the weights' names and shapes do not depend on.
 _WEIGHTLESS = {
     "activation_dropout", "attention_backend", "attention_dropout", "checkpoint_activations", "clamp_len",
@@ -137,7 +136,7 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
     differences = _differences(run.trainer, state)
     check_weights(run.trainer.get_model(), state["model"], path, differences)
     if not run.anew:
-        other = [d for d in differences if d.section == "model" and d.name in _FUNCTION]
+        other = [d for d in differences if d.section == "model" and d.name in _FIXED]
         if other:
             raise CheckpointError(
                 f"{path}: {_listed(other)}. Go on with the former values, or pass --finetune-from-model to take "
@@ -251,8 +250,6 @@ def _differences(trainer: Any, state: Dict[str, Any]) -> List[_Difference]:
         mine, theirs = _options(now, section), _options(then, section)
         for name in [n for n in mine if n in theirs and (told is None or n in told)]:
             concerns = not (name in owners and section == "model" and not owners[name] & chosen)
-            if name == "recurrent_scale":  # a learned number begins with it; T5's biases are in units of it for ever
-                concerns = concerns and "t5" in chosen
             if name == "valid_subset":  # the first split alone is compared
                 mine[name], theirs[name] = (str(options[name]).split(",")[0] for options in (mine, theirs))
             if concerns and mine[name] != theirs[name]:

@@ -12,7 +12,9 @@ class AssociativeOptions(MemoryOptions):
     associative_tokens: int = option(16, "memory tokens m behind every segment, from which a layer's matrix is written")
     associative_dim: int = option(64, "width of the keys of a layer's matrix, which has six times as many rows")
     associative_decay: float = option(
-        1.0, "factor on a layer's matrix and normaliser before every write, so that old segments fade (the paper: 1)"
+        1.0,
+        "factor on a layer's matrix and normaliser before every write, so that old segments fade (the paper: 1)",
+        fixed=True,
     )
 
     def check(self) -> None:

@@ -18,7 +18,9 @@ class BlockRecurrentOptions(MemoryOptions):
         None, "comma separated layers with states, from 1 (default: the third from the top, such as the 10th of 12)"
     )
     recurrent_scale: float = option(
-        8.0, "a_h at first, by which scores of queries and keys of length 1 are multiplied (the authors' code: 1)"
+        8.0,
+        "a_h at first, by which scores of queries and keys of length 1 are multiplied (the authors' code: 1)",
+        fixed=True,
     )
     state_gate: str = option(
         FIXED,

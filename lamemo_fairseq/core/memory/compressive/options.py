@@ -13,8 +13,8 @@ from .losses import LOSSES
 @dataclass(frozen=True)
 class CompressiveOptions(MemoryOptions):
     compressed_len: int = option(75, "compressed slots C a layer, in addition to its --mem-len other slots")
-    compression_rate: int = option(3, "rows r that become one compressed slot")
-    compression: str = option("conv", "how rows that leave the memory are compressed", COMPRESSIONS.names())
+    compression_rate: int = option(3, "rows r that become one compressed slot", fixed=True)
+    compression: str = option("conv", "how rows that leave the memory are compressed", COMPRESSIONS.names(), fixed=True)
     compression_loss: str = option(
         "attention-reconstruction",
         "loss that trains a compression with weights; other compressions have no loss",

@@ -16,12 +16,19 @@ _NARROWEST, _WIDEST = 1e-6, 1e6
 @dataclass(frozen=True)
 class ContinuousOptions(MemoryOptions):
     num_basis_functions: int = option(512, "radial basis functions of a continuous memory")
-    basis_widths: str = option("0.01,0.05", "comma separated standard deviations of the radial basis functions")
-    ridge_penalty: float = option(1.0, "penalty of the ridge regression that fits a continuous memory")
-    contraction_factor: float = option(0.75, "share of a continuous memory that its past is squeezed into, tau")
+    basis_widths: str = option(
+        "0.01,0.05", "comma separated standard deviations of the radial basis functions", fixed=True
+    )
+    ridge_penalty: float = option(1.0, "penalty of the ridge regression that fits a continuous memory", fixed=True)
+    contraction_factor: float = option(
+        0.75, "share of a continuous memory that its past is squeezed into, tau", fixed=True
+    )
     memory_samples: int = option(512, "samples of the past to which a continuous memory is fitted again")
     memory_sampling: str = option(
-        "sticky", "samples of a continuous memory: dense where tokens attended, or evenly spaced", list(SAMPLINGS)
+        "sticky",
+        "samples of a continuous memory: dense where tokens attended, or evenly spaced",
+        list(SAMPLINGS),
+        fixed=True,
     )
     kl_weight: float = option(1e-6, "weight of the KL divergence of a continuous attention from a narrow one")
     kl_sigma: float = option(0.05, "standard deviation of the narrow attention of --kl-weight, sigma_0")

@@ -17,9 +17,12 @@ class InfiniOptions(MemoryOptions):
         "linear adds a segment's values to a matrix of associations, delta adds the values' differences "
         "from the stored values of the same keys",
         UPDATE_RULES,
+        fixed=True,
     )
     memory_gate_lr_scale: float = option(
-        1.0, "a gate's beta as a multiple of the number learned, so that Adam moves beta by as many times --lr"
+        1.0,
+        "a gate's beta as a multiple of the number learned, so that Adam moves beta by as many times --lr",
+        fixed=True,
     )
 
     def check(self) -> None:

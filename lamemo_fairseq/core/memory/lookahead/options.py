@@ -10,13 +10,18 @@ from .windows import WINDOWS
 
 @dataclass(frozen=True)
 class LookaheadOptions(MemoryOptions):
-    lookahead_window: str = option("right", "side of a memory slot that it looks at: its right, or both", list(WINDOWS))
+    lookahead_window: str = option(
+        "right", "side of a memory slot that it looks at: its right, or both", list(WINDOWS), fixed=True
+    )
     lookahead_from_layer: int = option(
         1,
         "the first layer, from 1, whose slots look ahead; those of layers below stay as they are, as in Transformer-XL",
+        fixed=True,
     )
     lookahead_every: int = option(
-        1, "number K: slots look ahead in every K-th segment of a stream, and stay as they are in the others"
+        1,
+        "number K: slots look ahead in every K-th segment of a stream, and stay as they are in the others",
+        fixed=True,
     )
 
     @property

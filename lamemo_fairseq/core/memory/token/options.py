@@ -10,7 +10,7 @@ from ..base import MemoryOptions
 @dataclass(frozen=True)
 class TokenOptions(MemoryOptions):
     memory_tokens: int = option(10, "memory tokens K that are read before a segment")
-    memory_reads_cache: bool = option(False, "let memory tokens attend to the --mem-len cached rows too")
+    memory_reads_cache: bool = option(False, "let memory tokens attend to the --mem-len cached rows too", fixed=True)
 
     def check(self) -> None:
         if self.memory_tokens < 1:
