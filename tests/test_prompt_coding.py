@@ -112,6 +112,10 @@ def test_letters_are_reduced_as_the_text_was(tmp_path):
     symbols, ids, _ = tokenizer.encode(text)
     assert encode(text.decode()).split() == [symbols[i] for i in ids][:-1]  # a space for the line's end
     assert decode(encode(text.decode())) == "the two caf s it s one zero o clock"
+    task = task_of(tmp_path / "data")
+    encode, _ = coders(task)
+    (ids,) = encode_prompts(["o'\nclock"], encode, task.source_dictionary, task.coding, line_end="\n")
+    assert task.source_dictionary.string(ids).split() == encode("o clock").split()  # the end of a line is a space
 
 
 def test_what_is_repeated_here_is_as_in_preprocess():

@@ -38,7 +38,7 @@ def encode_prompts(
     """
     encoded = []
     for prompt in prompts:
-        lines = [encode(line) for line in (prompt.split(line_end) if line_end else split_lines(prompt))]
+        lines = [encode(line) for line in _lines(prompt, line_end, coding)]
         ids = [dictionary.encode_line(line, add_if_not_exist=False).long() for line in lines]
         words = " ".join(lines).split()
         unknown = [word for word in words if word not in dictionary]
@@ -53,6 +53,14 @@ def encode_prompts(
             )
         encoded.append(torch.cat(ids))
     return encoded
+
+
+def _lines(prompt: str, line_end: str, coding: Optional[PromptCoding]) -> List[str]:
+    """Return the lines of a prompt; a text that is reduced to letters and spaces has a single one."""
+    if not line_end:
+        return split_lines(prompt)
+    letters = coding is not None and coding.record is not None and coding.record.normalized and coding.follows_record
+    return [prompt] if letters else prompt.split(line_end)
 
 
 def _advice(prompt: str, encode: Encode, dictionary: Dictionary, coding: Optional[PromptCoding]) -> str:
