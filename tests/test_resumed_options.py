@@ -202,6 +202,24 @@ def test_a_checkpoint_from_before_the_options_of_look_ahead(data, tmp_path):
     assert read(tmp_path)["optimizer_history"][-1]["num_updates"] == 5
 
 
+def test_t5_biases_of_before_begin_a_run_but_no_optimizer_goes_on(data, tmp_path):
+    options = [*EMA, "--arch", "transformer_xl_lm", "--position-encoding", "t5", "--max-update"]
+    train(configured(data / "1", *options, 4), tmp_path)
+    former = read(tmp_path)
+    weights = former["model"]["decoder.positions.table"].clone()
+    for stored in (former["model"], former["extra_state"]["ema"]):
+        stored["decoder.positions.bias"] = 128 * stored.pop("decoder.positions.table")
+    path = tmp_path / "checkpoint_last.pt"
+    torch.save(former, path)
+    with pytest.raises(ValueError, match=r"--position-encoding t5 in the form of an older version.*--reset-optimizer"):
+        train(configured(data / "1", *options, 5), tmp_path)
+    tuned = [*options, 1, "--lr", 1e-9, "--finetune-from-model", path]
+    train(configured(data / "1", *tuned), tmp_path / "tuned")
+    torch.testing.assert_close(read(tmp_path / "tuned")["model"]["decoder.positions.table"], weights)
+    train(configured(data / "1", *options, 3, "--reset-optimizer"), tmp_path)
+    assert set(read(tmp_path)["extra_state"]["ema"]) == set(read(tmp_path)["model"])
+
+
 def test_a_checkpoint_without_the_count_of_averages(data, tmp_path, caplog):
     """As former versions saved them."""
     train(configured(data / "1", *EMA, "--ema-update-freq", 3, "--max-update", 2), tmp_path)

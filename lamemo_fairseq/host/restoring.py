@@ -133,6 +133,7 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
     if not is_ours(state):
         task = run.trainer.cfg.task._name
         raise CheckpointError(f"{not_ours(state, path)}: --task {task} cannot go on from it, take another --save-dir")
+    _upgrade_positions(run, state, path)
     differences = _differences(run.trainer, state)
     check_weights(run.trainer.get_model(), state["model"], path, differences)
     if not run.anew:
@@ -156,6 +157,23 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
     if not run.anew:
         changed = [d.name for d in differences if d.section == "optimizer"]
         put_options(run.trainer.cfg.optimizer, changed, state["last_optimizer_state"])
+
+
+def _upgrade_positions(run: _Run, state: Dict[str, Any], path: str) -> None:
+    """Bring the weights and averages of older position encodings into their form of today.
+
+    Raises:
+        CheckpointError: the run would go on with the optimizer's state, which is of the former weights.
+    """
+    extra, positions = state["extra_state"], run.trainer.get_model().decoder.positions
+    stored = [state["model"], extra.get("ema"), extra.get("ema_fp32_params")]
+    older = [positions.upgrade(weights, "decoder.positions.") for weights in stored if weights]
+    if any(older) and not run.anew:
+        raise CheckpointError(
+            f"{path} holds the weights of --position-encoding {run.trainer.cfg.model.position_encoding} in the form of "
+            "an older version, which its optimizer's state is of: pass --reset-optimizer, once, to go on with an "
+            "optimizer that begins anew, or --finetune-from-model to take nothing but the weights"
+        )
 
 
 def _forget_the_best(run: _Run, state: Dict[str, Any], path: str, differences: List[_Difference]) -> None:

@@ -5,7 +5,7 @@ Shapes: B streams, R rows, L layers, H heads, D size of a head, U distances, P k
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Dict, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Type
+from typing import Any, ClassVar, Dict, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +119,14 @@ class PositionEncoding(nn.Module):
         included. An encoding that `reads_words` defines it, and gives each `LayerBias` the tables for the differences.
         """
         raise NotImplementedError
+
+    def upgrade(self, weights: Dict[str, Any], prefix: str) -> bool:
+        """Replace weights, in place, that an older version stored in another form; return whether there were any.
+
+        Args:
+            prefix: of the names of this encoding's weights.
+        """
+        return False
 
     def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         """Return the biases of every layer for one segment.

@@ -46,14 +46,18 @@ class T5Positions(PositionEncoding):
         scores = self.table[..., bucket(self._clamp(distances))] * (self.unit * math.sqrt(self.config.head_dim))
         return [LayerBias(RelativeBias(score=score), None) for score in scores]
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-        biases = state_dict.pop(prefix + "bias", None)
+    def upgrade(self, weights: Dict[str, Any], prefix: str) -> bool:
+        biases = weights.pop(prefix + "bias", None)
         if biases is not None:
+            weights[prefix + "table"] = biases / self.unit
+        return biases is not None
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.upgrade(state_dict, prefix):
             logger.warning(
                 "these weights hold T5's biases themselves, as older versions stored them: results stay the same, and "
                 "no training can go on from them"
             )
-            state_dict[prefix + "table"] = biases / self.unit
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
