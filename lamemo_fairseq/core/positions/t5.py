@@ -56,7 +56,7 @@ class T5Positions(PositionEncoding):
         if self.upgrade(state_dict, prefix):
             logger.warning(
                 "these weights hold T5's biases themselves, as older versions stored them: results stay the same, and "
-                "no training can go on from them"
+                "a training goes on with a new optimizer only"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
