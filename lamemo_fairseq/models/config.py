@@ -13,7 +13,6 @@ from ..core.names import did_you_mean
 from ..core.positions import POSITIONS
 from ..host.configuration import check_options
 from ..host.taken import names_of_options
-from ..tasks.config import SegmentLanguageModelingConfig
 
 Config = TypeVar("Config", bound=FairseqDataclass)
 
@@ -63,9 +62,8 @@ def _options(config: Any) -> List[Tuple[str, Any, Any]]:
     ]
 
 
-_TAKEN = {*names_of_options(), *(f.name for f in fields(SegmentLanguageModelingConfig)), "preset_tokens_per_sample"}
 for _memory in MEMORIES.names():
-    refuse_names(_memory, _TAKEN, "an option of fairseq, or of this package's task")
+    refuse_names(_memory, {*names_of_options(), "preset_tokens_per_sample"}, "an option of fairseq, or of every model")
 
 MemoryLanguageModelConfig: Any = make_dataclass(
     "MemoryLanguageModelConfig",

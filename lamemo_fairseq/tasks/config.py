@@ -1,11 +1,14 @@
 """The options of the task."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import List, Optional
 
 from fairseq.data.indexed_dataset import get_available_dataset_impl
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
+
+from ..core.config import refuse_names
+from ..core.memory import MEMORIES
 
 
 @dataclass
@@ -45,3 +48,7 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     num_shards: int = II("dataset.num_shards")
     shard_id: int = II("dataset.shard_id")
     post_process: Optional[str] = II("common_eval.post_process")
+
+
+for _memory in MEMORIES.names():
+    refuse_names(_memory, [f.name for f in fields(SegmentLanguageModelingConfig)], "an option of this package's task")

@@ -1,16 +1,17 @@
 """Checks of a user's own memory: what is wrong is named in one line, in place of an error from within a host."""
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Mapping, Optional, Tuple, Type
-
-if TYPE_CHECKING:
-    from .base import Memory, MemoryOptions
+from typing import Any, Mapping, Optional, Tuple
 
 
-def check_names(memory: Type["Memory[Any, Any]"], others: Mapping[str, Type["Memory[Any, Any]"]]) -> None:
+def check_names(memory: Any, others: Mapping[str, Any]) -> None:
     """Refuse names that another memory has: a host knows options and models by them.
 
     Memories are registered in alphabetical order. So the error may stop a shipped memory, and names both.
+
+    Args:
+        memory: a subclass of `Memory`.
+        others: those registered before, by name.
 
     Raises:
         ValueError: an option, or the architecture, has the name of another memory's, or there is no architecture.
@@ -36,7 +37,7 @@ def check_names(memory: Type["Memory[Any, Any]"], others: Mapping[str, Type["Mem
                 )
 
 
-def check_members(options: Type["MemoryOptions"]) -> None:
+def check_members(options: type) -> None:
     """Refuse an option with the name of a member that all classes of options have.
 
     Raises:
@@ -50,8 +51,8 @@ def check_members(options: Type["MemoryOptions"]) -> None:
             )
 
 
-def reached(memory: "Memory[Any, Any]", returned: object) -> Tuple[int, Optional[range]]:
-    """Return what `Memory.reach` has returned.
+def reached(memory: Any, returned: object) -> Tuple[int, Optional[range]]:
+    """Return what the ``reach`` of a `Memory` has *returned*.
 
     Raises:
         TypeError: that is no pair of a number and a range or None, or the memory does not look ahead.

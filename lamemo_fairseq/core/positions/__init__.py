@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 
-from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding, Positions
+from .base import POSITIONS, PositionEncoding, Positions
+from .bias import LayerBias, PositionConfig
 
 __all__ = ["POSITIONS", "LayerBias", "PositionConfig", "PositionEncoding", "Positions"]
 

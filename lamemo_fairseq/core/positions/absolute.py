@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..attention import RelativeBias
-from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding, require_pairs, sinusoid
+from .base import POSITIONS, PositionEncoding, require_pairs, sinusoid
+from .bias import LayerBias, PositionConfig
 
 
 @POSITIONS.register("absolute")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..attention import RelativeBias
-from .base import POSITIONS, LayerBias, PositionEncoding
+from .base import POSITIONS, PositionEncoding
+from .bias import LayerBias
 
 
 @POSITIONS.register("alibi")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..attention import RelativeBias, Rotation
-from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding, inverse_frequencies
+from .base import POSITIONS, PositionEncoding, inverse_frequencies
+from .bias import LayerBias, PositionConfig
 
 
 @POSITIONS.register("rotary")

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import Counted, RelativeBias
-from .base import POSITIONS, LayerBias, PositionConfig
+from .base import POSITIONS
+from .bias import LayerBias, PositionConfig
 from .sinusoidal import TransformerXLPositions
 
 

@@ -3,16 +3,15 @@
 Shapes: L layers, H heads, D size of a head, U distances.
 """
 
-from typing import TYPE_CHECKING, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .base import LayerBias, PositionConfig
+from .bias import LayerBias, PositionConfig
 
 
 def check_biases(
-    encoding: str, config: "PositionConfig", biases: Sequence["LayerBias"], causal: int, ahead: Optional[range]
+    encoding: str, config: PositionConfig, biases: Sequence[LayerBias], causal: int, ahead: Optional[range]
 ) -> None:
     """Refuse biases of other shapes than those that attention takes.
 
@@ -36,7 +35,7 @@ def check_biases(
             _check(f"{encoding}.biases: rotation", angles, config, causal)
 
 
-def _check(what: str, tensors: Mapping[str, Optional[Tensor]], config: "PositionConfig", distances: int) -> None:
+def _check(what: str, tensors: Mapping[str, Optional[Tensor]], config: PositionConfig, distances: int) -> None:
     heads, size = config.heads, config.head_dim
     shapes: Dict[str, Tuple[str, List[int]]] = {
         "content": ("[H, D]", [heads, size]),

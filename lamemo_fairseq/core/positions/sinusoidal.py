@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import RelativeBias
-from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding, require_pairs
+from .base import POSITIONS, PositionEncoding, require_pairs
+from .bias import LayerBias, PositionConfig
 
 
 @POSITIONS.register("transformer-xl")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import RelativeBias
-from .base import POSITIONS, LayerBias, PositionConfig, PositionEncoding
+from .base import POSITIONS, PositionEncoding
+from .bias import LayerBias, PositionConfig
 
 logger = logging.getLogger(__name__)
 
