@@ -46,8 +46,8 @@ def extended(folder, changed=lambda text: text):
         ),
         (
             "slot_share", "lr",
-            "memory 'fading': FadingOptions.lr would be --lr, which is an option of fairseq, or of this package's "
-            "task: give the option another name",
+            "memory 'fading': FadingOptions.lr would be --lr, which is an option of fairseq or of this package: "
+            "give the option another name",
         ),
         (
             "slot_share", "dropout",

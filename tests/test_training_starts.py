@@ -213,6 +213,7 @@ def test_on_a_cpu_no_gpu_is_asked_for(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *args: self)  # PyTorch for CUDA needs a driver
     for name in ("get_rng_state", "set_rng_state", "set_device", "manual_seed", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     alone = [option for option in TASK if option not in ("--distributed-world-size", "1")]

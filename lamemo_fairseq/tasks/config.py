@@ -51,4 +51,6 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
 
 
 for _memory in MEMORIES.names():
-    refuse_names(_memory, [f.name for f in fields(SegmentLanguageModelingConfig)], "an option of this package's task")
+    refuse_names(
+        _memory, [f.name for f in fields(SegmentLanguageModelingConfig)], "an option of fairseq or of this package"
+    )
