@@ -149,7 +149,7 @@ def test_a_scale_is_the_same_for_all_rows(tiny, monkeypatch, capsys):
     (tiny.parent / "out" / "scale.json").unlink()
     assert scale.shrink(plan, runs, [execute.Slot()], 0.01).shards == 2  # streams keep four segments
     plan.table.rows["lamemo"].options["max-update"] = 7
-    with pytest.raises(table.TableError, match="row 'lamemo' sets --max-update for itself"):
+    with pytest.raises(table.TableError, match="row 'lamemo' sets --max-update for itself: copy the table without"):
         scale.decide(plan, runs, [execute.Slot()], 2)
 
 

@@ -115,7 +115,10 @@ def decide(
     for name, row in table.rows.items():
         own = [option for option in SHRUNK if option in row.options]
         if own:
-            raise TableError(f"--scale shrinks all rows alike, but row '{name}' sets --{own[0]} for itself")
+            raise TableError(
+                f"--scale shrinks all rows alike, but row '{name}' sets --{own[0]} for itself: copy the table without "
+                "that row, and scale the copy"
+            )
     full = {**table.options, **plan.changes}
     if not isinstance(full.get("max-update"), int):
         raise TableError("--scale shrinks --max-update, which the table's options do not set")

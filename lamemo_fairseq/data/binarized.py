@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 from typing import Any, List, Optional
 
 from fairseq.data import ConcatDataset, Dictionary
@@ -24,7 +25,7 @@ def load_dictionary(path: str) -> TextDictionary:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"no dictionary at {path}: binarize the text with {PREPROCESS} own --source TEXT --destdir "
-            f"{os.path.dirname(path) or '.'}, or with fairseq-preprocess --only-source"
+            f"{shlex.quote(os.path.dirname(path) or '.')}, or with fairseq-preprocess --only-source"
         ) from error
     dictionary = TextDictionary()
     try:
