@@ -70,12 +70,28 @@ def alone(data, tmp_path_factory):
 
 
 def test_torchrun_on_cpus(data, alone, tmp_path):
-    line = line_of("torchrun --nproc_per_node 2").replace("data-bin/wikitext-103", str(data))
+    line = line_of("torchrun --nproc_per_node 2 --no-python fairseq-train").replace("data-bin/wikitext-103", str(data))
     printed = run(line.replace("...", f"{OPTIONS} --dropout 0 --save-dir {tmp_path}/checkpoints"), tmp_path)
     assert len(alone) == 12 and losses(printed) == alone
     assert noise(printed) == [] and "| fairseq-train " in printed  # both ranks' output
     saved = torch.load(tmp_path / "checkpoints" / "checkpoint_last.pt", weights_only=False)
     assert saved["cfg"]["distributed_training"]["distributed_world_size"] == 2
+
+
+def test_torchrun_with_a_yaml_on_cpus(data, tmp_path):
+    (block,) = re.findall(r"^(torchrun [^\n]* bash -c 'fairseq-hydra-train[^']*)'$", PAGE, flags=re.MULTILINE)
+    block = block.replace("$PWD/data-bin/enwik8", str(data)).replace("batch_size=20", "batch_size=2")
+    sizes = ["layers=2", "embed_dim=16", "attention_heads=2", "head_dim=8", "ffn_embed_dim=32"]
+    options = [f"+model.decoder_{size}" for size in sizes]
+    options += [
+        "task.tokens_per_sample=16",
+        "optimization.max_update=2",
+        f"checkpoint.save_dir={tmp_path}/checkpoints",
+    ]
+    printed = run(f"{block} {' '.join(options)}'", tmp_path)
+    saved = torch.load(tmp_path / "checkpoints" / "checkpoint_last.pt", weights_only=False)
+    assert saved["cfg"]["distributed_training"]["distributed_world_size"] == 2
+    assert re.search(r'"train_bsz": "4"', printed)  # the streams of both ranks
 
 
 def test_slurm_on_cpus(data, alone, tmp_path):
@@ -129,7 +145,11 @@ def hydra(data, folder):
     """The line for hydra, with options for a small model."""
     sizes = {"layers": 2, "embed_dim": 16, "attention_heads": 2, "head_dim": 8, "ffn_embed_dim": 32}
     small = [f"+model.decoder_{name}={value}" for name, value in sizes.items()]
-    small += ["task.tokens_per_sample=16", "+model.mem_len=16", "dataset.batch_size=4", "dataset.num_workers=0"]
+    small += [
+        "task.tokens_per_sample=16",
+        "+model.mem_len=16",
+        "dataset.batch_size=4",
+    ]
     small += ["dataset.batch_size_valid=4", "optimization.max_update=5", f"checkpoint.save_dir={folder}/checkpoints"]
     small += ["common.cpu=true", "common.fp16=false", "common.bf16=true", f"hydra.run.dir={folder}"]
     return f"{line_of('fairseq-hydra-train').replace('$PWD/data-bin/enwik8', str(data))} {' '.join(small)}"
