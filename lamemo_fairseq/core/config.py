@@ -262,22 +262,23 @@ def _check_types(config: Union[ModelConfig, MemoryOptions]) -> None:
                 raise ValueError(f"{name} is {value!r}: pass {shown}")
 
 
-def refuse_names(memory: str, taken: Iterable[str], whose: str) -> None:
-    """Refuse a memory with an option of a name that is *taken*, as a host offers all options side by side.
+def refuse_names(taken: Iterable[str], whose: str) -> None:
+    """Refuse a registered memory with an option of a name that is *taken*, as a host offers all options side by side.
 
     Raises:
         ValueError: the message names the option, its class and *whose* the name is.
     """
-    options = MEMORIES[memory].options
-    for name in {f.name for f in fields(options)} & set(taken):
-        raise ValueError(
-            f"memory '{memory}': {options.__name__}.{name} would be {option_name(name)}, which is {whose}: give the "
-            "option another name"
-        )
+    names = set(taken)
+    for memory in MEMORIES.names():
+        options = MEMORIES[memory].options
+        for name in {f.name for f in fields(options)} & names:
+            raise ValueError(
+                f"memory '{memory}': {options.__name__}.{name} would be {option_name(name)}, which is {whose}: give "
+                "the option another name"
+            )
 
 
-for _memory in MEMORIES.names():
-    refuse_names(_memory, [f.name for f in fields(ModelConfig)], "an option of every model")
+refuse_names([f.name for f in fields(ModelConfig)], "an option of every model")
 
 
 def _own_options(memory: str, given: Union[MemoryOptions, Mapping[str, Any], None]) -> MemoryOptions:

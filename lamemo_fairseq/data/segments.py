@@ -12,7 +12,6 @@ from ..core.memory.position import SegmentPosition
 from .streams import ENOUGH_SEGMENTS, Layout, StreamLayout, TokenSequence
 
 ROLL = "--roll with its --seed"  # of the rotation of the streams, in checkpoints
-
 TEXT = "the text of the split"  # by its fingerprint, in checkpoints
 
 

@@ -62,8 +62,7 @@ def _options(config: Any) -> List[Tuple[str, Any, Any]]:
     ]
 
 
-for _memory in MEMORIES.names():
-    refuse_names(_memory, {*names_of_options(), "preset_tokens_per_sample"}, "an option of fairseq or of this package")
+refuse_names({*names_of_options(), "preset_tokens_per_sample"}, "an option of fairseq or of this package")
 
 MemoryLanguageModelConfig: Any = make_dataclass(
     "MemoryLanguageModelConfig",

@@ -8,7 +8,6 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from ..core.config import refuse_names
-from ..core.memory import MEMORIES
 
 
 @dataclass
@@ -50,7 +49,4 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     post_process: Optional[str] = II("common_eval.post_process")
 
 
-for _memory in MEMORIES.names():
-    refuse_names(
-        _memory, [f.name for f in fields(SegmentLanguageModelingConfig)], "an option of fairseq or of this package"
-    )
+refuse_names([f.name for f in fields(SegmentLanguageModelingConfig)], "an option of fairseq or of this package")

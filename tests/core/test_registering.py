@@ -133,7 +133,7 @@ def test_an_option_that_every_model_has(monkeypatch):
         "^memory 'average': OfEveryModel.dropout would be --dropout, which is taken: give the option another name$"
     )
     with pytest.raises(ValueError, match=message):
-        refuse_names("average", ["dropout"], "taken")
+        refuse_names(["dropout"], "taken")
 
 
 @pytest.mark.parametrize("positions", ["transformer-xl", "alibi", "rotary"])
