@@ -12,7 +12,7 @@ from fairseq.tasks import TASK_REGISTRY
 from omegaconf import OmegaConf
 
 from ..core.names import option_name
-from . import start
+from . import absent_options, start
 from .configuration import check_model, is_our_model, is_our_task
 from .evaluated_options import read_as_before, read_in_words
 from .option_rules import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
@@ -31,6 +31,10 @@ _MARKS = {
 _WITH_RATE = ("adam", "adamax", "adagrad", "cpu_adam", "lamb", "nag", "sgd")
 
 _KINDS = {"int": "a whole number", "float": "a number", "<lambda>": "a number, or several separated by commas"}
+
+
+def _field(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
 
 
 class CommandLine:
@@ -159,9 +163,7 @@ class CommandLine:
         """Return an error of argparse with its remedy."""
         if match := re.match(r"unrecognized arguments: (.*)", message, flags=re.DOTALL):
             names = [word.split("=", 1)[0] for word in match[1].split() if word.startswith("-")]
-            return (
-                self.unrecognized(names[0]) if names else f"{message}: an option's value is one word, put it in quotes"
-            )
+            return self.unrecognized(*names) if names else f"{message}: an option's value is one word, put it in quotes"
         if match := re.match(r"argument (\S+): invalid choice: '?([^']*)'? \(", message):
             option = match[1].split("/")[0]
             return start.not_known(f"{option} ", match[2], self.parser._option_string_actions[option].choices or ())
@@ -171,9 +173,12 @@ class CommandLine:
             return f"{match[1]} is '{match[3]}': pass {_KINDS.get(match[2], match[2])}"
         return message
 
-    def unrecognized(self, name: str) -> str:
-        """Return the message on an option that the parser does not have."""
-        field = name.lstrip("-").replace("-", "_")
+    def unrecognized(self, name: str, *others: str) -> str:
+        """Return the message on options that the parser lacks: on all that are absent by design, or the first."""
+        field = _field(name)
+        absent = [known for known in map(_field, (name, *others)) if known in absent_options.ABSENT]
+        if absent:
+            return absent_options.message(absent)
         owners = [
             f"{option_name(registry)} {choice}"
             for registry in ("criterion", "optimizer", "lr_scheduler", "bpe", "tokenizer")

@@ -6,6 +6,7 @@
 from typing import Tuple
 
 from ..core.names import option_name
+from . import absent_options
 from .option_defaults import render_defaults
 from .option_rules import COMMANDS, EVALUATION, HYDRA, IGNORED, NOTED, REFUSED, TRAINING
 from .option_table import all_rules
@@ -21,7 +22,7 @@ def render() -> str:
                 options = ", ".join(f"`{option_name(option)}`" for option in rule.options)
                 sections.append(f"| {options} | {_named(rule.commands)} | {rule.reason} |")
         sections.append("")
-    return "\n".join([*sections, _TAIL])
+    return "\n".join([*sections, absent_options.render(), _TAIL])
 
 
 def _named(commands: Tuple[str, ...]) -> str:
