@@ -26,6 +26,11 @@ def check_biases(
         raise ValueError(
             f"{encoding}.biases returned {len(biases)} biases: return one for each of {config.layers} layers"
         )
+    if ahead is not None and any(bias.ahead is None for bias in biases[config.first_ahead :]):
+        raise ValueError(
+            f"{encoding}.biases returned ahead=None, and this memory attends to the right: return a RelativeBias for "
+            "the distances ahead, or pass a --memory that does not look ahead"
+        )
     for bias in {id(bias): bias for bias in biases}.values():  # layers often share one
         for kind, fields, distances in (("causal", bias.causal, causal), ("ahead", bias.ahead, len(ahead or ()))):
             if fields is not None:

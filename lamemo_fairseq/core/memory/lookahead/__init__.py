@@ -172,9 +172,9 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
         out, carried = layer(rows, bias, window, stored, segment.tokens)
         looked = slots > 0 and len(self.refreshed) > 0 and is_due
         if self.training and n == self.config.layers - 1 and not looked:
-            # Nothing uses the biases of the look-ahead.
-            assert bias.ahead is not None
-            out = out + no_contribution(bias.ahead[:2])
+            # Nothing uses the biases of the look-ahead. Layers may share them, or have their own.
+            unused = {id(part): part for of_layer in segment.biases for part in of_layer.ahead or ()}
+            out = out + no_contribution(unused.values())
         if phase is not None:
             phase = phase.new_empty(len(phase), (phase.size(1) + 1) % self.cycle, 0)
         return LayerPassage(out, LayerMemory(inputs, carried, phase).tensors())

@@ -29,7 +29,9 @@ def blocks_attention(
 
     Where distances to the right have vectors of their own, blocks take plain operations.
     """
-    if causal.content is not ahead.content or causal.position is not ahead.position:
+    sides = ((causal.table, ahead.table), (causal.score, ahead.score))
+    alike = all((left is None) == (right is None) for left, right in sides)
+    if not alike or causal.content is not ahead.content or causal.position is not ahead.position:
         return eager.blocks_attention(q, k, v, causal, ahead, blocks, dropout, scale, attend=causal_attention)
     joint = bias_for(q, RelativeBias(causal.content, causal.position, *_both_sides(causal, ahead)))
     rows, begin, end = k.size(2), blocks.begin, blocks.end
