@@ -74,6 +74,16 @@ def test_the_task_is_the_checkpoints(name, data, checkpoint, tmp_path):
         run_command(command, data, *here, "--task", "language_modeling")
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_neither_checkpoint_nor_task(name, data, capsys):
+    command, _ = COMMANDS[name]
+    with pytest.raises(ValueError, match=r"^no --path: pass the checkpoint of a trained model, .*--task is read from"):
+        run_command(command, data, "--user-dir", USER_DIR)
+    with pytest.raises(SystemExit):
+        run_command(command, "--user-dir", USER_DIR, "--help")
+    assert "--user-dir" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("task", [["--task", "segment_language_modeling"], []], ids=["task", "no task"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_misspelt_path_is_refused_with_those_that_are_there(name, task, data, checkpoint):

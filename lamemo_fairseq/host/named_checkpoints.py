@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from typing import Any, Dict, List, Optional, Sequence
 
 from fairseq import utils
@@ -29,7 +30,7 @@ def take_task_from_checkpoint(parser: argparse.ArgumentParser, arguments: Option
 
     Raises:
         FileNotFoundError: the checkpoint is missing.
-        ValueError: the checkpoint is a folder, or not one of this package.
+        ValueError: no checkpoint is given, or it is a folder, or not one of this package.
     """
     if not any(action.dest == "path" for action in parser._actions):
         return
@@ -42,6 +43,11 @@ def take_task_from_checkpoint(parser: argparse.ArgumentParser, arguments: Option
         return
     if options.task is not None or options.user_dir is None:
         return
+    if not options.path and not {"-h", "--help"}.intersection(arguments or sys.argv):
+        raise ValueError(
+            "no --path: pass the checkpoint of a trained model, such as --path checkpoints/checkpoint_best.pt; --task "
+            "is read from it"
+        )
     for path in _files(options):
         state = read_checkpoint(path, mapped=True)
         if not is_ours(state):
