@@ -150,7 +150,7 @@ def test_options_without_use_are_refused_or_told(command, actions, caplog):
                 read(command, *words)
                 assert rule.message(option) in caplog.messages
     caplog.clear()
-    read(command, *SIZES, "--batch-size", 4)
+    read(command, *SIZES, "--batch-size", 4, *(["--buffer-size", 4] if command == INTERACTIVE else []))
     assert not caplog.messages or command == INTERACTIVE or "goes on until" in caplog.messages[0]
 
 
@@ -346,6 +346,24 @@ def test_no_path(command):
 def test_a_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"--path .* is a folder: pass a checkpoint in it"):
         read(EVAL_LM, "--path", tmp_path)
+
+
+@pytest.mark.parametrize("command", [GENERATE, INTERACTIVE])
+def test_every_text_that_is_drawn_is_printed(command):
+    for words in ([], ["--nbest", 2], ["--beam", 1, "--nbest", 2]):
+        with pytest.raises(ValueError, match=r"--sampling is refused: .* pass --beam 1, or as many --nbest as --beam$"):
+            read(command, "--sampling", *words)
+    read(command, "--sampling", "--beam", 1)
+    read(command, "--sampling", "--beam", 3, "--nbest", 3)
+
+
+def test_a_batch_of_more_lines_than_are_read():
+    for words in ([], ["--buffer-size", 15]):
+        with pytest.raises(ValueError, match=r"--batch-size is refused: .* pass as large a --buffer-size too$"):
+            read(INTERACTIVE, "--batch-size", 16, *words)
+    read(INTERACTIVE, "--batch-size", 16, "--buffer-size", 16)
+    read(INTERACTIVE, "--batch-size", 1, "--buffer-size", 0)
+    read(GENERATE, "--batch-size", 16)
 
 
 def test_evaluation_of_another_split_than_the_one_meant():

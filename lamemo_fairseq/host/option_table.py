@@ -336,6 +336,21 @@ _RULES = [
     ),
     rule(
         REFUSED,
+        "sampling",
+        GENERATION,
+        "fairseq prints every text that it draws, --beam of them for a prompt: pass --beam 1, or as many --nbest as "
+        "--beam",
+        lambda s: s.get("beam") != s.get("nbest"),
+    ),
+    rule(
+        REFUSED,
+        "batch_size",
+        (INTERACTIVE,),
+        "a batch has at most the --buffer-size lines that are read at a time: pass as large a --buffer-size too",
+        lambda s: (s.get("batch_size") or 0) > max(1, s.get("buffer_size") or 1),
+    ),
+    rule(
+        REFUSED,
         "documents document_separator score_separators at_document",
         GENERATION,
         "every prompt is read from an empty memory anyway; leave it out",
