@@ -1,5 +1,6 @@
 """The table runner: results kept apart from the runs, and the speed of rows alone."""
 
+import csv
 import errno
 import fcntl
 import json
@@ -68,7 +69,8 @@ def test_results_of_a_shrunk_table_say_so_wherever_they_are(tiny, monkeypatch, c
     assert "no reproduction" in (results / "summary.svg").read_text()
     assert run(tiny, "--render", *asked, "--results", results, "--out", elsewhere) == 0
     text = capsys.readouterr().out
-    assert text.count("reproduce nothing") == 1 and "other options" not in text and not elsewhere.exists()
+    assert text.count("reproduce nothing") == 1 and "ther options" not in text and not elsewhere.exists()
+    assert "not those of the table: Transformer-XL." in text and "1.25" not in text
     assert run(tiny, "--render", "--only", "lamemo", "--scale", 0.02, "--results", results, "--out", elsewhere) == 1
     assert "holds nothing to render" in capsys.readouterr().err
     assert run(tiny, "--render") == 0
@@ -147,9 +149,15 @@ def test_rates_of_other_options_and_devices_are_told(tiny, monkeypatch, capsys):
     monkeypatch.setattr(plots, "write", lambda *_: [])
     assert run(tiny, "--speed", "--set", "max-update=3") == 0
     assert "other options" not in capsys.readouterr().out
+    assert run(tiny, "--speed", "--set", "mem-len=4") == 0
+    assert "lamemo's tokens/s and memory are of other options than the table's: --mem-len 4 (table: 16)." in (
+        capsys.readouterr().out
+    )
+    assert run(tiny, "--speed") == 0
+    capsys.readouterr()
     tiny.write_text(tiny.read_text().replace("mem-len: 16", "mem-len: 8"))
     assert run(tiny, "--render") == 0
-    told = "lamemo's tokens/s and memory are of other options than here: --mem-len is 8, there it was 16."
+    told = "lamemo's tokens/s and memory are of other options than the table's: --mem-len 16 (table: 8)."
     assert told in capsys.readouterr().out
     rates = read(tiny.parent / "out" / "speed.json")
     del rates["lamemo"]["options"], rates["lamemo"]["streams"]
@@ -157,9 +165,7 @@ def test_rates_of_other_options_and_devices_are_told(tiny, monkeypatch, capsys):
     (tiny.parent / "out" / "speed.json").write_text(json.dumps(rates))
     assert run(tiny, "--render") == 0
     text = capsys.readouterr().out
-    assert (
-        "lamemo's tokens/s and memory are of other options than here: --fp16 is not given, there it was True." in text
-    )
+    assert "lamemo's tokens/s and memory are of other options than the table's: --fp16 True (table: not given)." in text
     assert "on several devices, within which alone to compare them (" in text and ": lamemo" in text
 
 
@@ -176,19 +182,26 @@ def test_a_row_that_fails_loses_no_other_rate(tiny, monkeypatch, capsys):
 
 
 def test_what_was_run_with_other_options_is_told(tiny, monkeypatch, capsys):
-    """In the table of runs with the row's options now; and a seed that the table does not name is in it."""
+    """Whether --set made them or an edit of the table; and a seed that the table does not name is in it."""
     monkeypatch.setattr(plots, "write", lambda *_: [])
     monkeypatch.setattr(process, "run", fork)
     assert run(tiny, "--only", "transformer_xl", "--set", "max-update=2") == 0
-    assert "other options" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Other options or data than the table's, in transformer_xl/seed-1: --max-update 2 (table: 12)." in text
+    assert "1.25" not in text and "Reported: " not in text
+    assert "Reported values are left out, as the runs are not those of the table: Transformer-XL." in text
+    for name in ("table.csv", "evaluations.csv"):
+        with (tiny.parent / "out" / name).open() as file:
+            first = next(csv.DictReader(file))
+        assert first["departures"] == "'--max-update 2 (table: 12)" and not first.get("test reported")
     tiny.write_text(tiny.read_text().replace("max-update: 12", "max-update: 3").replace("streams: 4", "streams: 2"))
     assert run(tiny, "--only", "lamemo", "--seeds", 7) == 0
     text = capsys.readouterr().out
     assert (
-        "transformer_xl/seed-1 was run with other options than here: streams is 2, there it was 4; "
-        "--max-update is 3, there it was 2." in text
+        "Other options or data than the table's, in transformer_xl/seed-1: streams 4 (table: 2); "
+        "--max-update 2 (table: 3)." in text
     )
-    assert "lamemo/seed-7 was" not in text
+    assert text.count("Other options") == 1
     shutil.copytree(tiny.parent / "out" / "lamemo" / "seed-7", tiny.parent / "out" / "lamemo" / "seed-7-old")
     (tiny.parent / "out" / "lamemo" / "seed-8").mkdir()
     assert run(tiny, "--render") == 0
@@ -225,7 +238,7 @@ def test_what_was_evaluated_with_other_options_is_told_and_kept(tiny, monkeypatc
     assert run(tiny, "--render", *arguments) == 0
     assert "lamemo/seed-1 was evaluated with other options than here: valid, test." in capsys.readouterr().out
     assert run(tiny, *arguments) == 0
-    assert "with other options" not in capsys.readouterr().out
+    assert "was evaluated with other options" not in capsys.readouterr().out
     shutil.rmtree(tiny.parent / "out")
     monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run again"))
     assert run(tiny, *arguments) == 0

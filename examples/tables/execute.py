@@ -4,7 +4,7 @@ import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
@@ -18,12 +18,13 @@ from .folder import (
     RunFolder,
     comparable,
     data_identity,
+    departures,
     differences,
     has_dictionary,
     read_json,
     write_json,
 )
-from .kept import Result, run_of
+from .kept import Result, data_of, run_of
 from .table import Evaluation, Run, Table, evaluations, find, streams
 
 DIVERGED = re.compile(r"NaN or infinity|FloatingPointError")  # in the last lines of a diverged training's log
@@ -113,12 +114,17 @@ class Plan:
         }
 
     def otherwise(self, result: Result) -> List[str]:
-        """Return the options in which a result's training differs from its row as it is now."""
+        """Return where a result's training departs from its row in the table; what --scale shrank is left out."""
         identity = result["run"]
         run = run_of(result)
-        wanted = {"streams": streams(self.table, run.row), **self.options(run)}
+        unchanged = replace(self, changes=(result["scale"] or {}).get("changes", {}))
+        wanted = {"streams": streams(self.table, run.row), **unchanged.options(run)}
         wanted.pop("--data", None)
-        return differences({"streams": identity["streams"], **identity["options"]}, wanted)
+        words = departures({"streams": identity["streams"], **identity["options"]}, wanted)
+        data, of_table = data_of(result), unchanged.data(run)
+        known = data not in (None, of_table) and has_dictionary(of_table)
+        same = known and identity["data"] == data_identity(of_table)  # by another path
+        return words if same else [*words, *departures({"data": data or of_table}, {"data": of_table})]
 
     def trained(self) -> List[Run]:
         """Return the trained runs of the table's rows, whatever their seeds."""

@@ -12,7 +12,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 import torch
 
@@ -180,6 +180,12 @@ def differences(stored: Any, wanted: Any, name: str = "") -> List[str]:
         ]
         return [words for inner in nested for words in inner]
     return [f"{name} is {_shown(wanted)}, there it was {_shown(stored)}"]
+
+
+def departures(given: Mapping[str, Any], table: Mapping[str, Any]) -> List[str]:
+    """Return where *given* values depart from those of a table, in words: ``--max-update 2 (table: 12)``."""
+    names = [name for name in {**table, **given} if given.get(name) != table.get(name)]
+    return [f"{name} {_shown(given.get(name))} (table: {_shown(table.get(name))})" for name in names]
 
 
 def _shown(value: Any) -> str:

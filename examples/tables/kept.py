@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterable
+from typing import Any, Dict, Iterable, Optional
 
 from .folder import flock
 from .table import Run
@@ -37,7 +37,15 @@ SHAPE = {
             "of_updates": is_whole,
         },
     ),
-    "starts": [{"device": is_text, "versions": values(is_text), "commit": _NOTE, "changed_files": _NOTE}],
+    "starts": [
+        {
+            "commands": (is_nothing, [[is_text]]),
+            "device": is_text,
+            "versions": values(is_text),
+            "commit": _NOTE,
+            "changed_files": _NOTE,
+        }
+    ],
 }
 
 
@@ -92,3 +100,9 @@ def _put(stored: Dict[str, Result], result: Result) -> None:
 def run_of(result: Result) -> Run:
     """Return the run of a result."""
     return Run(result["run"]["row"], result["run"]["seed"])
+
+
+def data_of(result: Result) -> Optional[str]:
+    """Return the folder of data that a run was started with, None if its starts do not have the commands."""
+    commands = [command for start in result["starts"] for command in start.get("commands") or []]
+    return next((command[1] for command in commands if command[:1] == ["fairseq-train"] and command[1:]), None)

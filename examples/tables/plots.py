@@ -35,7 +35,9 @@ def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
     """Draw the plots for which there are results; return the files. Plots of former results are removed."""
     plt = pyplot()
     results = {name: of_row for name, of_row in render.collect(plan, runs).items() if of_row}
-    scales = ", ".join(f"--scale {scale['asked']['minutes']:g}" for scale in render.scales(plan, results))
+    apart = [f"--scale {scale['asked']['minutes']:g}: no reproduction" for scale in render.scales(plan, results)]
+    if any(plan.otherwise(result) for of_row in results.values() for result in of_row):
+        apart.append("other options or data than the table's: see table.md")
     files = []
     for name, draw in {"summary": _summary, "curves": _curves, "memory": _memory}.items():
         file = plan.rendered / f"{name}.svg"
@@ -44,8 +46,8 @@ def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
             for former in (file, file.with_suffix(".png")):
                 former.unlink(missing_ok=True)
             continue
-        if scales:
-            figure.text(0.01, 0.005, f"{scales}: no reproduction", fontsize=7)
+        if apart:
+            figure.text(0.01, 0.005, "; ".join(apart), fontsize=7)
         figure.savefig(file, metadata={"Date": None})
         figure.savefig(file.with_suffix(".png"), dpi=150)
         plt.close(figure)

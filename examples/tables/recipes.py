@@ -74,20 +74,19 @@ def script(table: Table, run: Run, name: str, changes: Mapping[str, Any], source
     share = number if options.get("cpu") else f"$(({number} / GPUS))"
     train = commands.train(table, run, checkpoints(name, run.row), changes, batch_size=share)
     package = shlex.quote(user_dir(str(options.get("user-dir", "."))))
-    head = (
-        f"#!/usr/bin/env bash\n# {title(table, run.row)}.\n# Printed by `{source}`.\n{_START.format(package=package)}"
-    )
+    comment = f"# {title(table, run.row, changes)}.\n# Printed by `{source}`."
+    head = f"#!/usr/bin/env bash\n{comment}\n{_START.format(package=package)}"
     training, test = commands.shell("fairseq-train", train), lines(table, run, name, changes=changes)[1]
     if options.get("cpu"):
         return "\n".join([head, training, test])
     return "\n".join([head, _SHARE.format(number=number), training, _ONE_GPU, test])
 
 
-def title(table: Table, row: str) -> str:
-    """Return the title of a recipe, with the reported results."""
+def title(table: Table, row: str, changes: Mapping[str, Any]) -> str:
+    """Return the title of a recipe, with the reported results unless *changes* make it another run."""
     described = find(table, row)
     splits = table.evaluation.subsets
-    paper = render.reported(described, splits)
+    paper = "" if changes else render.reported(described, splits)
     reported = f" (reported {MEASURES[table.measure][1]}, {' / '.join(splits)}: {paper})" if paper else ""
     return f"{table.title}, {described.title}{reported}"
 
@@ -96,7 +95,7 @@ def hydra(table: Table, run: Run, name: str, gpus: int, changes: Mapping[str, An
     """Return a run as a YAML for fairseq-hydra-train, with the streams of one of *gpus* devices."""
     groups = config(table, run, name, gpus, changes)
     data = Path("$PWD") / str(changes.get("data", table.data))  # an absolute path stays as it is
-    head = f"""# {title(table, run.row)}.
+    head = f"""# {title(table, run.row, changes)}.
 # Printed by `{source}`.
 #   fairseq-hydra-train --config-dir FOLDER_OF_THIS_FILE --config-name {run.row} task.data={data}
 """

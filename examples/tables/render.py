@@ -87,11 +87,12 @@ def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, An
         line: Dict[str, Any] = {"row": name, "title": row.title, "seeds": len(results[name])}
         for subset in plan.table.evaluation.subsets:
             line.update(_spread(subset, values(plan, results[name], Evaluation(subset))))
-            line[f"{subset} reported"] = getattr(row.paper, subset, None)
+            line[f"{subset} reported"] = getattr(row.paper, subset, None) if comparable(plan, results, name) else None
         line.update(_spread("parameters", trained(results[name], "parameters")[:1]))
         line.update(_spread("tokens/s", rates(plan, name, results[name])))
         line.update(_spread("memory GiB", memory(plan, name, results[name])))
         line.update(_spread("training s", trained(results[name], "seconds")))
+        line["departures"] = "; ".join(dict.fromkeys(word for r in results[name] for word in plan.otherwise(r)))
         lines.append(line)
     return lines
 
@@ -123,6 +124,7 @@ def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[
                     "subset": evaluation.subset,
                     "mem_len": evaluation.mem_len,
                     "tokens_per_sample": evaluation.tokens_per_sample,
+                    "departures": "; ".join(plan.otherwise(result)),
                 }
                 measured = {key: value for key, value in stored.items() if key != "identity" and key not in line}
                 lines.append({**line, **measured})
@@ -172,13 +174,14 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     table = plan.table
     digits = MEASURES[table.measure][2]
     splits = table.evaluation.subsets
+    beside = [name for name in table.rows if comparable(plan, results, name)]
     measured = ["parameters", "tokens/s", "memory GiB", "training s"]
     head = ["model", *splits, "reported " + " / ".join(splits), *measured, "seeds"]
     lines = [
         [
             escaped(row.title),
             *(shown(values(plan, results[name], Evaluation(subset)), digits) for subset in splits),
-            reported(row, splits),
+            reported(row, splits) if name in beside else "",
             shown(trained(results[name], "parameters")[:1], 0),
             shown(rates(plan, name, results[name]), 0),
             shown(memory(plan, name, results[name]), 2),
@@ -192,6 +195,11 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         f"{MEASURES[table.measure][1].capitalize()}{_unit(table)}; mean and standard deviation over the seeds.",
     ]
     sections += map(scale.note, scales(plan, results))
+    sections += _otherwise(plan, results)
+    left_out = [row.title for name, row in table.rows.items() if reported(row, splits) and name not in beside]
+    if left_out:
+        titles = escaped(", ".join(left_out))
+        sections.append(f"Reported values are left out, as the runs are not those of the table: {titles}.")
     sections.append(_grid([head, *lines]))
     alone = speed.read(plan)
     if alone:
@@ -199,18 +207,17 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
             f"Tokens/s and memory: each row alone for a few updates, on {escaped(speed.devices(alone))} (`speed.json`)."
         )
     for name, other in speed.otherwise(plan, alone).items():
-        sections.append(escaped(f"{name}'s tokens/s and memory are of other options than here: {'; '.join(other)}."))
+        told = f"{name}'s tokens/s and memory are of other options than the table's: {'; '.join(other)}."
+        sections.append(escaped(told))
     sections += _sweeps(plan, results, digits)
-    sources = {row.paper.source: None for row in table.rows.values() if row.paper.source}
+    sources = {table.rows[name].paper.source: None for name in beside if table.rows[name].paper.source}
     if sources:
         sections.append("Reported: " + "; ".join(map(escaped, sources)) + ".")
     lacking = [run.name for run in runs if not plan.complete(run)]
     if lacking:
         sections.append(f"Not complete: {', '.join(lacking)}.")
     for result in (result for of_row in results.values() for result in of_row):
-        run, other = run_of(result), plan.otherwise(result)
-        if other:
-            sections.append(f"{run.name} was run with other options than here: {escaped('; '.join(other))}.")
+        run = run_of(result)
         stale = [e.name for e in plan.missing(run) if e.name in result["evaluations"]]
         if stale:
             sections.append(f"{run.name} was evaluated with other options than here: {', '.join(stale)}.")
@@ -271,6 +278,24 @@ def reported(row: Row, splits: Sequence[str]) -> str:
     """Return the results that a row's paper reports."""
     cells = [getattr(row.paper, split, None) for split in splits]
     return " / ".join("-" if c is None else f"{c:g}" for c in cells) if any(c is not None for c in cells) else ""
+
+
+def comparable(plan: Plan, results: Dict[str, List[Result]], name: str) -> bool:
+    """Return whether a row's reported values may stand beside its results, or beside all if it has none."""
+    beside = results[name] or [result for of_row in results.values() for result in of_row]
+    return not any(result["scale"] or plan.otherwise(result) for result in beside)
+
+
+def _otherwise(plan: Plan, results: Dict[str, List[Result]]) -> Iterable[str]:
+    """Tell which runs depart from the table, as --set makes them or a table that was edited."""
+    everything = [result for of_row in results.values() for result in of_row]
+    named: Dict[str, List[str]] = {}
+    for result in everything:
+        if other := plan.otherwise(result):
+            named.setdefault("; ".join(other), []).append(run_of(result).name)
+    for words, names in named.items():
+        who = "all runs" if 1 < len(names) == len(everything) else ", ".join(names)
+        yield escaped(f"Other options or data than the table's, in {who}: {words}.")
 
 
 def _other_data(results: Dict[str, List[Result]]) -> Iterable[str]:

@@ -182,6 +182,6 @@ def note(scale: Dict[str, Any]) -> str:
     read = f"Evaluations read the first of {shards} equal parts of a split. " if shards > 1 else ""
     return (
         f"Shrunk by --scale {asked['minutes']:g} to {changes['max-update']:,} of {scale['of_updates']:,} updates, "
-        f"every row alike. {read}Sizes and data are those of the table. These figures compare the rows at this budget; "
+        f"every row alike. {read}Sizes and data are not shrunk. These figures compare the rows at this budget; "
         "they reproduce nothing."
     )

@@ -8,14 +8,14 @@ from tqdm import tqdm
 
 from . import commands, logs, process
 from .execute import Plan, RunError, Slot, failure, in_slots, retry
-from .folder import BusyError, differences, environment, locked, read_json, write_json
+from .folder import BusyError, departures, environment, locked, read_json, write_json
 from .table import Run, streams
 from .validation import is_mapping, is_nothing, is_number, is_text, values
 
 # Options without use in a few updates.
 _OFF = ("validate-interval-updates", "save-interval-updates", "lr-period-updates", "warmup-updates")
 # Options on which a rate does not depend.
-_APART = (*_OFF, "data", "log-interval", "max-update")
+_APART = (*_OFF, "log-interval", "max-update")
 
 FIGURES = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
 RATE = {
@@ -117,13 +117,12 @@ def _trained(plan: Plan, row: str, changes: Mapping[str, Any]) -> Dict[str, Any]
 
 
 def otherwise(plan: Plan, rates: Dict[str, Any]) -> Dict[str, List[str]]:
-    """Return the options in which measured rates differ from their rows as they are now, by row."""
+    """Return where measured rates depart from their rows in the table, by row."""
     by_row = {}
     for row, rate in rates.items():
         then = _trained(plan, row, rate.get("changes") or {})  # records of before have nothing else
         then.update({name: rate[name] for name in then if rate.get(name) is not None})
-        now = _trained(plan, row, plan.changes)
-        by_row[row] = differences(_named(then), _named(now))
+        by_row[row] = departures(_named(then), _named(_trained(plan, row, {})))
     return {row: words for row, words in by_row.items() if words}
 
 

@@ -1,0 +1,33 @@
+"""The table runner: what --set changed is told wherever its figures are."""
+
+from examples.tables import process, scale
+
+from .tables import fork, run
+
+
+def test_a_shrunk_table_says_what_set_changed(tiny, monkeypatch, capsys):
+    """Also the data. Its note said that sizes and data were those of the table."""
+    monkeypatch.setattr(process, "run", fork)
+    rates = {"lamemo": {"tokens_per_second": 640.0, "tokens_an_update": 64.0}}
+    monkeypatch.setattr(scale, "measure", lambda *_: rates)
+    data = next(line for line in tiny.read_text().splitlines() if line.startswith("data: ")).removeprefix("data: ")
+    tiny.write_text(tiny.read_text().replace(f"data: {data}", "data: data-bin/absent"))
+    changed = ["--set", "decoder-layers=1", f"data={data}"]
+    for asked in (["--only", "lamemo", "--scale", 0.01, *changed], ["--render"], ["--render", *changed]):
+        assert run(tiny, *asked) == 0
+        text = capsys.readouterr().out
+        assert "in lamemo/seed-1: --decoder-layers 1 (table: 2); data " in text
+        assert "(table: data-bin/absent)." in text and "data are those" not in text
+    assert "other options or data than the table's" in (tiny.parent / "out" / "curves.svg").read_text()
+
+    (tiny.parent / "link").symlink_to(data)
+    tiny.write_text(tiny.read_text().replace("data: data-bin/absent", f"data: {tiny.parent / 'link'}"))
+    assert run(tiny, "--render") == 0
+    assert "--decoder-layers 1 (table: 2)." in capsys.readouterr().out, "another path of the same data was told"
+
+
+def test_reported_values_stand_in_no_recipe_of_other_options(tiny, capsys):
+    for form in ("shell", "yaml"):
+        for changed in ([], ["--set", "decoder-layers=1"]):
+            assert run(tiny, "--print", "transformer_xl", "--as", form, *changed) == 0
+            assert ("(reported " in capsys.readouterr().out) is (not changed)
