@@ -18,6 +18,7 @@ from .layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbeddin
 from .memory import MEMORIES, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
 from .memory.base import last_rows
 from .memory.groups import GroupedState, read_groups
+from .memory.own import check_state
 from .positions import POSITIONS, PositionConfig, PositionEncoding
 from .segments import SegmentReader
 
@@ -73,11 +74,12 @@ class MemoryDecoder(nn.Module):
         x = self.embed(tokens, lengths)
         # The memory of a resumed run is still on the host.
         before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
-        if not self.positions.reads_words:
-            passage: Passage = self.memory(x, before, self.layers, self.positions, lengths)
+        words = self._words_of_rows(tokens, state) if self.positions.reads_words else None
+        positions = self.positions if words is None else self.positions.of(words)
+        passage: Passage = self.memory(x, before, self.layers, positions, lengths)
+        check_state(self.memory, passage.state)
+        if words is None:
             return passage._replace(features=self.dropout(passage.features))
-        words = self._words_of_rows(tokens, state)
-        passage = self.memory(x, before, self.layers, self.positions.of(words), lengths)
         after = replace(passage.state, words=last_rows(words, self.memory.slots) if self.memory.slots else None)
         return passage._replace(features=self.dropout(passage.features), state=after)
 

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from lamemo_fairseq.core.config import refuse_names
 from lamemo_fairseq.core.fields import option
+from lamemo_fairseq.core.kernels.padded import join
 from lamemo_fairseq.core.memory import MEMORIES, Architecture, Memory, MemoryOptions
+from lamemo_fairseq.core.memory.base import LayerPassage, last_rows
 from lamemo_fairseq.core.memory.recurrent import RecurrentMemory
 
 from .conftest import pytest_configure
@@ -160,3 +163,41 @@ def test_a_wrong_reach_names_the_memory(monkeypatch, returned, message, position
     state = state.map(lambda rows: rows.new_ones(2, 4, rows.size(2)))
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         model.read(tokens, state)
+
+
+def read_twice(monkeypatch, keep, training, **members):
+    """Read two segments with a memory whose state is what *keep* makes of a layer's rows."""
+
+    def pass_layer(self, n, layer, rows, before, segment):
+        joined = join(before[0], rows)
+        out, _ = layer(joined, segment.biases[n], segment.tokens)
+        return LayerPassage(out, (keep(joined),))
+
+    monkeypatch.setattr(
+        MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(pass_layer=pass_layer, **members)}
+    )
+    model = tiny_decoder(("recurrent", "transformer-xl", "right")).train(training)
+    _, state, _ = model.read(random_tokens(2, 3))
+    return model.read(random_tokens(2, 3), state)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_state_of_more_rows_than_mem_len(monkeypatch, training):
+    """Its tokens would attend further than the option says, in training and evaluation alike."""
+    message = r"^AverageMemory returned a state of 6 rows a layer, and --mem-len is 4: keep the last 4, as by last_rows"
+    with pytest.raises(ValueError, match=message):
+        read_twice(monkeypatch, lambda rows: last_rows(rows, 1000), training)
+    read_twice(monkeypatch, lambda rows: last_rows(rows, 4), training)
+    rows_held = {"rows_held": lambda self, state: {"--compressed-len": (state.hidden[0].size(1), 6)}}
+    read_twice(monkeypatch, lambda rows: last_rows(rows, 1000), training, **rows_held)
+
+
+def test_a_state_with_a_gradient(monkeypatch):
+    """torch would say, in the next update, that it goes through a graph a second time."""
+    with pytest.raises(
+        ValueError, match=r"^AverageMemory returned a state with a gradient, .*: call detach\(\) on its "
+    ):
+        read_twice(monkeypatch, lambda rows: rows[:, -4:], True)
+    with torch.no_grad():
+        read_twice(monkeypatch, lambda rows: rows[:, -4:], False)
+    read_twice(monkeypatch, lambda rows: rows[:, -4:], True, carries_gradient=True)

@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import Any, Mapping, Optional, Tuple
 
+import torch
+
 
 def check_names(memory: Any, others: Mapping[str, Any]) -> None:
     """Refuse names that another memory has: a host knows options and models by them.
@@ -49,6 +51,26 @@ def check_members(options: type) -> None:
             raise ValueError(
                 f"{options.__name__}.{f.name} would hide {base.__name__}.{f.name}: give the option another name"
             )
+
+
+def check_state(memory: Any, state: Any) -> None:
+    """Refuse a state that a `Memory` must not return after a segment; shipped ones never do.
+
+    Raises:
+        ValueError: the state has more rows than the options say, so that tokens would attend further; or a gradient,
+            so that the next update's backward pass would need this one's graph.
+    """
+    for option, (rows, most) in memory.rows_held(state).items():
+        if rows > most:
+            raise ValueError(
+                f"{type(memory).__name__} returned a state of {rows} rows a layer, and {option} is {most}: keep the "
+                f"last {most}, as by last_rows, or let rows_held return the option that counts these rows"
+            )
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in state.tensors()):
+        raise ValueError(
+            f"{type(memory).__name__} returned a state with a gradient, which would go on into the next update: call "
+            "detach() on its tensors, as last_rows does, or write carries_gradient = True in the class"
+        )
 
 
 def reached(memory: Any, returned: object) -> Tuple[int, Optional[range]]:
