@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from argparse import Namespace
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from fairseq_cli import eval_lm, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq import convert_checkpoint
 from lamemo_fairseq.host import checkpoints
 from lamemo_fairseq.host.checkpoints import DamagedCheckpointError, seal, verify
 from lamemo_fairseq.host.configuration import read_ours
@@ -243,3 +245,18 @@ def test_a_file_of_something_else_is_named(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"weights.pt is no checkpoint of fairseq"):
         checkpoint_utils.load_checkpoint_to_cpu(str(path))
+
+
+@pytest.mark.parametrize("kept", ["cfg", "args"])
+def test_the_checkpoint_of_another_model_has_a_remedy_that_works(kept, tmp_path):
+    """convert_checkpoint imports it as little as this package reads it."""
+    path = str(tmp_path / "other.pt")
+    other = {"cfg": {"model": {"_name": "transformer_lm"}, "task": {"_name": "language_modeling"}}}
+    other["args"] = None if kept == "cfg" else Namespace(arch="transformer_lm", task="language_modeling")
+    torch.save({**other, "model": {}}, path)
+    remedy = "train with this package; fairseq's own commands read this one with --task language_modeling$"
+    with pytest.raises(ValueError, match=f"of the model 'transformer_lm' .* not one of this package: {remedy}"):
+        read_ours(path)
+    with pytest.raises(SystemExit, match=f"not one of this package, nor of the authors' code: {remedy}"):
+        convert_checkpoint.main(["import", path, str(tmp_path / "imported")])
+    assert not (tmp_path / "imported").exists()

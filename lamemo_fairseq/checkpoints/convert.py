@@ -21,7 +21,7 @@ from ..core.memory import MEMORIES
 from ..core.names import option_name
 from ..core.positions.base import inverse_frequencies
 from ..core.released import ATTENTION_TYPES, from_released, model_options, to_released
-from ..host.configuration import check_options, complete, is_ours, why_not_read
+from ..host.configuration import check_options, complete, is_ours, names, not_ours, of_fairseq, why_not_read
 from ..host.own import TASK
 from ..models.config import MemoryLanguageModelConfig
 from ..models.decoder import FairseqMemoryDecoder, vocabulary_checksum
@@ -82,6 +82,8 @@ def check_released(content: Dict[str, Any], path: str) -> None:
             f"{path} is a checkpoint of this package already: pass it to the commands as it is, or convert it with "
             "'export' or 'core'"
         )
+    if names(content) != (None, None):
+        raise ValueError(f"{not_ours(content, path)}, nor of the authors' code: {of_fairseq(content)}")
     for key in ("model_state", "model_config"):
         if key not in content:
             raise ValueError(

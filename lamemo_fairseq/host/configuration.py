@@ -66,7 +66,7 @@ _REGISTRIES: Dict[str, Registry[Any]] = {
     "attention_backend": BACKENDS,
 }
 _IMPORT = "python -m lamemo_fairseq.convert_checkpoint import"
-_ORIGINS = f"train with this package, or import with {_IMPORT}"
+_TRAIN = "train with this package"
 
 
 class CheckpointError(ValueError):
@@ -141,7 +141,9 @@ def read_ours(path: str) -> Dict[str, Any]:
     """
     state = read_checkpoint(path, mapped=True)
     if not is_ours(state):
-        raise CheckpointError(f"{not_ours(state, path)}: {_ORIGINS}")
+        known = names(state) != (None, None)
+        remedy = of_fairseq(state) if known else f"{_TRAIN}, or import with {_IMPORT}"
+        raise CheckpointError(f"{not_ours(state, path)}: {remedy}")
     check(state, path)
     return state
 
@@ -155,6 +157,11 @@ def not_ours(state: Any, path: str) -> str:
     else:
         held = ", ".join(sorted(map(str, state))[:8]) or "nothing"
     return f"{path} holds {held}, so it is no checkpoint of fairseq-train"
+
+
+def of_fairseq(state: Any) -> str:
+    """Return what to do with a checkpoint that names another model and task."""
+    return f"{_TRAIN}; fairseq's own commands read this one with --task {names(state)[1] or 'NAME'}"
 
 
 def describe(state: Any) -> str:
@@ -171,15 +178,15 @@ def check(state: Dict[str, Any], path: str) -> None:
     """
     cfg = state.get("cfg")
     if state.get("args") is not None or not isinstance(cfg, dict):
-        raise CheckpointError(f"{path} has no configuration as this package saves it, under 'cfg' alone: {_ORIGINS}")
+        raise CheckpointError(f"{path} has no configuration as this package saves it, under 'cfg' alone: {_TRAIN}")
     model, task = names(state)
     if not is_our_model(model):
         own = f"; {MEMORIES.own}" if is_our_task(task) and model else ""
         raise CheckpointError(
-            f"{path} names the model {_short(model)}, which is not one of this package: {_ORIGINS}{own}"
+            f"{path} names the model {_short(model)}, which is not one of this package: {_TRAIN}{own}"
         )
     if not is_our_task(task):
-        raise CheckpointError(f"{path} names the task {_short(task)}, which is not one of this package: {_ORIGINS}")
+        raise CheckpointError(f"{path} names the task {_short(task)}, which is not one of this package: {_TRAIN}")
     try:
         for name, section in cfg.items():
             _check_plain(section, f"cfg.{name}", namespace=name in _NAMESPACES)
