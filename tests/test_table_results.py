@@ -90,13 +90,30 @@ def test_figures_that_are_infinite_or_missing(tiny, monkeypatch, capsys):
         for length in (0, 32):
             del line["evaluations"][f"test-memory-{length}"]
     assert {path.stem for path in results.glob("*.svg")} == {"summary", "curves", "memory"}
-    for left, plots_left in ((lines, ("summary",)), ([], ())):
-        (results / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in left))
-        assert run(tiny, "--render", "--results", results, "--out", tiny.parent / "elsewhere") == 0
-        row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LaMemo"))
-        assert [cell.strip() for cell in row.split("|")][3] == ("inf ± nan" if left else "")
-        assert {path.stem for path in results.glob("*.svg")} == {path.stem for path in results.glob("*.png")}
-        assert {path.stem for path in results.glob("*.svg")} == set(plots_left)
+    (results / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = ("--render", "--results", results, "--out", tiny.parent / "elsewhere")
+    assert run(tiny, *asked) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LaMemo"))
+    assert [cell.strip() for cell in row.split("|")][3] == "inf ± nan"
+    assert {path.stem for path in results.glob("*.svg")} == {path.stem for path in results.glob("*.png")} == {"summary"}
+
+
+@pytest.mark.parametrize("form", ["absent", "empty", "of other rows"])
+def test_nothing_to_render_is_told_and_writes_nothing(form, tiny, capsys):
+    results = tiny.parent / "results"
+    if form != "absent":
+        results.mkdir()
+        (results / "valid.csv").touch()
+    if form == "of other rows":
+        training = {"parameters": 1, "curve": []}
+        identity = {"row": "another", "seed": 1, "streams": 1, "options": {}, "data": {}}
+        result = {"run": identity, "training": training, "evaluations": {}, "scale": None, "starts": []}
+        (results / "runs.jsonl").write_text(json.dumps(result) + "\n")
+    before = sorted(results.glob("*"))
+    assert run(tiny, "--render", "--results", results) == 1
+    told = capsys.readouterr()
+    assert f"there are no results of this table in {results} or {tiny.parent / 'out'}: run the table" in told.err
+    assert not told.out and sorted(results.glob("*")) == before and not (tiny.parent / "out").exists()
 
 
 def test_damaged_rates_and_senseless_minutes_are_told(tiny, capsys):

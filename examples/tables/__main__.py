@@ -153,7 +153,9 @@ def act(args: argparse.Namespace) -> int:
     if args.print_slurm:
         print("\n".join(jobs(plan, runs, args)))
         return 0
-    if ledger:
+    if args.render:
+        render.check(plan)
+    elif ledger:
         kept.add(ledger, [])  # fails here, not after the runs, if the file cannot be written
     if args.speed is not None:
         speed.measure_all(plan, list(dict.fromkeys(run.row for run in runs)), slots(args, plan.on_cpu), args.speed)

@@ -14,8 +14,25 @@ from . import scale, speed
 from .execute import Plan
 from .folder import differences
 from .kept import Result, run_of
-from .table import JOINING, MEASURES, Evaluation, Row, Run, Table
+from .table import JOINING, MEASURES, Evaluation, Row, Run, Table, TableError
 from .validation import without_controls
+
+
+def check(plan: Plan) -> None:
+    """Refuse to render a folder without results.
+
+    Raises:
+        TableError: it has none.
+    """
+    if plan.trained() or speed.read(plan):
+        return
+    from lamemo_fairseq.core.names import nearest_path  # with fairseq, which takes seconds to import
+
+    places = " or ".join(str(folder) for folder in (plan.results, plan.out) if folder)
+    raise TableError(
+        f"there are no results of this table in {places}{nearest_path(plan.rendered)}: run the table without --render, "
+        "or name the folder that has them with --results or --out"
+    )
 
 
 def collect(plan: Plan, runs: Sequence[Run]) -> Dict[str, List[Result]]:
