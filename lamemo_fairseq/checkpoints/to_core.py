@@ -56,7 +56,7 @@ def core_tokenizer(dictionary: Dictionary, encoding: Optional[TextEncoding]) -> 
         ValueError: the dictionary holds a word twice.
     """
     own = dictionary.nspecial
-    return Tokenizer(dictionary.symbols[own:], encoding, dictionary.count[own:])
+    return Tokenizer.of_dictionary(dictionary.symbols[own:], dictionary.count[own:], encoding)
 
 
 def chosen_encoding(args: argparse.Namespace) -> Optional[TextEncoding]:

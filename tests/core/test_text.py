@@ -35,10 +35,39 @@ def test_text_comes_back(encoding, words, text, back, tmp_path):
 
 
 def test_ids_are_fairseqs():
-    tokenizer = Tokenizer(["a", "</s>x", "\u2028"])
+    tokenizer = Tokenizer(["a", "</s>x", "b\u200b"])
     assert tokenizer.encode("a </s>x\n<s> b <unk> <pad> </s>\n").tolist() == [4, 5, 2, 0, 3, 3, 1, 2, 2]
     assert tokenizer.encode("").tolist() == [] and tokenizer.encode("\n").tolist() == [2] and len(tokenizer) == 7
-    assert Tokenizer(["a", "<unk>"]).encode("<unk> b").tolist() == [5, 3]
+
+
+def test_a_text_that_holds_special_symbols_gives_them_no_other_ids(tmp_path):
+    """As WikiText does: its words are those of fairseq's dictionary, which fairseq reads again."""
+    text = "the <unk> sat </s> on\n<pad> the <s> <unk>"
+    words = list(dict.fromkeys(text.split()))
+    model = tiny_decoder(words=7)
+    model.tokenizer = Tokenizer(words, counts=range(len(words)))
+    assert model.tokenizer.symbols == ["<s>", "<pad>", "</s>", "<unk>", "the", "sat", "on"]
+    assert model.tokenizer.encode(text).tolist() == [4, 3, 5, 2, 6, 2, 1, 4, 0, 3]
+    model.save(tmp_path)
+    assert (tmp_path / "dict.txt").read_text() == "the 0\nsat 2\non 4\n"
+
+
+def test_a_dictionary_whose_words_replace_special_symbols(tmp_path):
+    """Each word has an id, and stays marked, so that fairseq reads the file again."""
+    text = "a 3\n<unk> 2 #fairseq:overwrite\n\u2028 1\n"
+    (tmp_path / "dict.txt").write_text(text, "utf-8")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("<unk> b").tolist() == [5, 3] and len(tokenizer) == 7
+    tokenizer.save(tmp_path)
+    assert (tmp_path / "dict.txt").read_text("utf-8") == text
+
+
+@pytest.mark.parametrize("word", ["a b", "", " ", "a\n", "\u2028"])
+def test_words_that_no_text_has_are_refused(word):
+    with pytest.raises(ValueError, match=r"^no text has the word .*, as spaces and ends of lines .*: leave it out$"):
+        Tokenizer(["a", word])
+    with pytest.raises(ValueError, match=r"^the dictionary holds 'a' twice: pass each word once$"):
+        Tokenizer(["a", "b", "a"])
 
 
 def test_pieces_are_joined_without_what_split_them():
@@ -85,7 +114,7 @@ def test_another_file_of_pieces_is_refused(tmp_path):
     [
         ("dict.txt", b"a 1\nb\n", "is not a dictionary with a word and its count a line"),
         ("dict.txt", b"a 1\n\xff 1\n", "is not a dictionary with a word and its count a line"),
-        ("dict.txt", b"a 1\nb 1\na 2\n", "dict.txt: the dictionary holds 'a' twice"),
+        ("dict.txt", b"a 1\nb 1\na 2\n", "dict.txt: the dictionary holds 'a' twice: put back the dict.txt of"),
         ("text.json", b"{", "text.json is damaged"),
         ("text.json", b'{"tokenizer": "space"}', "text.json is damaged"),
         ("text.json", b'{"format": 1, "tokeniser": "space"}', "unknown name 'tokeniser' .* did you mean tokenizer"),
@@ -139,7 +168,7 @@ def test_another_models_tokenizer_is_not_saved(tmp_path):
 
 def test_a_word_with_an_end_of_a_line_is_not_saved(tmp_path):
     model = tiny_decoder(words=5)
-    model.tokenizer = Tokenizer(["a\nb"])
+    model.tokenizer = Tokenizer.of_dictionary(["a\nb"], [1])
     with pytest.raises(ValueError, match=r"has a word a line, and the vocabulary holds 'a\\nb': rename it"):
         model.save(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -31,24 +31,50 @@ class Tokenizer:
     """Text to word ids and back. The end of a line is the word ``</s>``, and every text begins after one.
 
     Args:
-        words: those of ``dict.txt``, without the four that fairseq puts in front.
+        words: those of the text, each once. One that is spelt like a special symbol, as ``<unk>`` in WikiText, is that
+            symbol, and gets no other id.
         encoding: how the text of the model's data became tokens.
         counts: of the words, which ``dict.txt`` has beside them; 1 each if left out.
 
     Raises:
-        ValueError: a word occurs twice.
+        ValueError: a word occurs twice, or no text has it.
     """
 
     def __init__(
         self, words: Sequence[str], encoding: Optional[TextEncoding] = None, counts: Optional[Sequence[int]] = None
     ):
         self.encoding = TextEncoding() if encoding is None else encoding
+        for word in words:
+            if word.split() != [word]:
+                raise ValueError(
+                    f"no text has the word {word!r}, as spaces and ends of lines stand between words: leave it out"
+                )
+        numbers = [1] * len(words) if counts is None else counts
+        own = [(word, count) for word, count in zip(words, numbers, strict=True) if word not in SPECIAL]
+        self._number([word for word, _ in own], [count for _, count in own], "pass each word once")
+
+    @classmethod
+    def of_dictionary(
+        cls, words: Sequence[str], counts: Sequence[int], encoding: Optional[TextEncoding] = None
+    ) -> "Tokenizer":
+        """Return the tokenizer of a ``dict.txt``, whose every word has an id, also one that no text has.
+
+        A word that is spelt like a special symbol replaces it, as fairseq's ``#fairseq:overwrite`` says.
+
+        Raises:
+            ValueError: a word occurs twice.
+        """
+        tokenizer = cls((), encoding)
+        tokenizer._number(words, counts, f"put back the {DICTIONARY} of the model's data")
+        return tokenizer
+
+    def _number(self, words: Sequence[str], counts: Sequence[int], remedy: str) -> None:
         self.symbols: List[str] = [*SPECIAL, *words]
-        self._counts = [1] * len(words) if counts is None else list(counts)
+        self._counts = list(counts)
         self._ids: Dict[str, int] = {}
-        for number, symbol in enumerate(self.symbols):  # a word that is spelt like a special symbol replaces it
+        for number, symbol in enumerate(self.symbols):
             if number >= len(SPECIAL) and self._ids.get(symbol, 0) >= len(SPECIAL):
-                raise ValueError(f"{DICTIONARY}: the dictionary holds {symbol!r} twice")
+                raise ValueError(f"the dictionary holds {symbol!r} twice: {remedy}")
             self._ids[symbol] = number
 
     def __len__(self) -> int:
@@ -112,7 +138,10 @@ class Tokenizer:
             content = Path(encoding.model).read_bytes()
             encoding = replace(encoding, model_sha256=hashlib.sha256(content).hexdigest())
             (folder / name).write_bytes(content)
-        lines = "".join(f"{word} {count}\n" for word, count in zip(words, self._counts, strict=True))
+        lines = "".join(
+            f"{word} {count}{' #fairseq:overwrite' * (word in SPECIAL)}\n"
+            for word, count in zip(words, self._counts, strict=True)
+        )
         (folder / DICTIONARY).write_text(lines, encoding="utf-8", newline="\n")
         text = json.dumps({"format": FORMAT, **encoding.to_dict()}, indent=2) + "\n"
         (folder / ENCODING).write_text(text, encoding="utf-8")
@@ -127,7 +156,11 @@ class Tokenizer:
         """
         folder = Path(folder)
         words, counts = _read_dictionary(folder / DICTIONARY)
-        return cls(words, _read_encoding(folder), counts)
+        encoding = _read_encoding(folder)
+        try:
+            return cls.of_dictionary(words, counts, encoding)
+        except ValueError as error:
+            raise ValueError(f"{folder / DICTIONARY}: {error}") from None
 
     @cached_property
     def _coders(self) -> List[Coder]:
