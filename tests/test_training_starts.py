@@ -1,6 +1,5 @@
 """A training run begins, is refused in one line before anything is computed, or has nothing left to do."""
 
-import os
 import shutil
 import time
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ import torch
 from fairseq import checkpoint_utils
 
 from lamemo_fairseq.host import training
-from lamemo_fairseq.host.options import check_save_dir
 from lamemo_fairseq.host.training_state import check_named_checkpoint
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingTask
 
@@ -116,24 +114,6 @@ def test_a_metric_that_no_validation_has_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match=r"--best-checkpoint-metric blue is not measured.* loss, .*ppl"):
         train(data, tmp_path, "--best-checkpoint-metric", "blue", "--max-update", 2)
     assert not list(tmp_path.glob("*.pt"))
-
-
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
-    check_save_dir(str(tmp_path / "new" / "folder"))
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
-        with pytest.raises(ValueError, match=f"--save-dir {path}: {tmp_path / 'file'} is a file"):
-            check_save_dir(str(path))
-    monkeypatch.setattr(os, "access", lambda *args: False)
-    with pytest.raises(ValueError, match=f"{tmp_path} cannot be written to"):
-        check_save_dir(str(tmp_path / "new"))
-
-
-def test_the_folder_is_looked_at_before_training(data, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="--save-dir"):
-        train(data, tmp_path / "file", "--max-update", 2)
 
 
 def ended(monkeypatch, num_runs=0, updates=3, hours=1.5, **options):

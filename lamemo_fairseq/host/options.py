@@ -45,7 +45,6 @@ def parse_args_and_arch(
         _correct(namespace, words)
         line.check(namespace)
         if hasattr(namespace, "max_update"):
-            check_save_dir(namespace.save_dir)
             pass_on_to_ranks()
         end_in_one_line()
         explain_out_of_memory()
@@ -75,18 +74,3 @@ def _correct(namespace: Namespace, words: Sequence[str]) -> None:
             if namespace.distributed_rank == 0:
                 logger.info("--ddp-backend legacy_ddp takes the place of %s, which needs GPUs", namespace.ddp_backend)
             namespace.ddp_backend = "legacy_ddp"
-
-
-def check_save_dir(folder: str) -> None:
-    """Check that a folder can be made and written to.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    existing = os.path.abspath(folder)
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing):
-        raise ValueError(f"--save-dir {folder}: {existing} is a file, pass a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--save-dir {folder}: {existing} cannot be written to, pass a folder of yours")
