@@ -286,10 +286,14 @@ def test_a_registry_refuses_doubles_and_lists_names():
     registry = Registry("thing")
     registry.register("b")(1)
     registry.register("a")(2)
-    with pytest.raises(ValueError, match="thing 'a' is registered already"):
+    registry.register("c")(Registry)
+    message = r"^thing 'c' is registered already: lamemo_fairseq\.core\.registry\.Registry and .*\.Other have the same "
+    with pytest.raises(ValueError, match=message):
+        registry.register("c")(type("Other", (), {}))
+    with pytest.raises(ValueError, match=r"^thing 'a' is registered already: 2 and 3 have the same name"):
         registry.register("a")(3)
-    with pytest.raises(ValueError, match="unknown thing 'c'; the known ones are a, b"):
-        registry["c"]
+    with pytest.raises(ValueError, match="unknown thing 'd'; the known ones are a, b, c"):
+        registry["d"]
     assert registry["b"] == 1
 
 

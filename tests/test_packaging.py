@@ -36,6 +36,9 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / source, folder / "source" / source, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, folder / "source")
+    removed = folder / "source" / "build" / "lib" / "lamemo_fairseq" / "core" / "memory" / "removed"
+    removed.mkdir(parents=True)  # by an earlier build
+    (removed / "__init__.py").touch()
     build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", build, str(folder)], cwd=folder / "source", capture_output=True, text=True

@@ -27,7 +27,11 @@ class Registry(Generic[T]):
 
         def add(entry: T) -> T:
             if name in self._entries:
-                raise ValueError(f"{self.what} '{name}' is registered already")
+                first, second = _origin(self._entries[name]), _origin(entry)
+                raise ValueError(
+                    f"{self.what} '{name}' is registered already: {first} and {second} have the same name, give one of "
+                    "them another, or remove its file"
+                )
             try:
                 if self._check is not None:
                     self._check(entry)
@@ -48,3 +52,8 @@ class Registry(Generic[T]):
             own = f"; {self.own}" if self.own else ""
             raise ValueError(f"unknown {self.what} '{name}'; the known ones are {known}{own}")
         return self._entries[name]
+
+
+def _origin(entry: object) -> str:
+    """Return where an entry comes from: its name, after that of its module."""
+    return f"{getattr(entry, '__module__', '')}.{getattr(entry, '__qualname__', repr(entry))}".lstrip(".")
