@@ -27,7 +27,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(given)
     try:
-        return act(args)
+        code = act(args)
+        sys.stdout.flush()  # a pipe without a reader fails here, or at once
+        return code
+    except BrokenPipeError:  # as by `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+        return 128 + signal.SIGPIPE
     except (table.TableError, folder.ChangedError, folder.BusyError, RunError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -169,11 +174,12 @@ def act(args: argparse.Namespace) -> int:
     if ledger:
         kept.add(ledger, filter(None, map(plan.result, everything)))
         plan = replace(plan, kept=kept.read(ledger))  # with the results that other jobs added
-    print(render.write(plan, everything))
+    text = render.write(plan, everything)
     try:
         plots.write(plan, everything)
     except table.TableError as error:
         print(f"no plots: {error}", file=sys.stderr)
+    print(text)  # last: its reader may end earlier
     for message in failed:
         print(f"error: {message}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,8 +1,16 @@
-"""The table runner: what --set changed is told wherever its figures are."""
+"""The table runner: what --set changed is told wherever its figures are, and pages go to whoever reads them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
 
 from examples.tables import process, scale
 
-from .tables import fork, run
+from .tables import ROOT, fork, run
 
 
 def test_a_shrunk_table_says_what_set_changed(tiny, monkeypatch, capsys):
@@ -31,3 +39,22 @@ def test_reported_values_stand_in_no_recipe_of_other_options(tiny, capsys):
         for changed in ([], ["--set", "decoder-layers=1"]):
             assert run(tiny, "--print", "transformer_xl", "--as", form, *changed) == 0
             assert ("(reported " in capsys.readouterr().out) is (not changed)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_read_enough_is_no_error(unbuffered, tmp_path):
+    """As by `| head`. What is rendered is written before."""
+    results = shutil.copytree(ROOT / "examples" / "novels" / "words-quarter" / "results", tmp_path / "results")
+    asked = (
+        ["--render", "--results", str(results), "--out", str(tmp_path / "out")]
+        if unbuffered
+        else ["--print", "lamemo_dropout_2"]
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, "-m", "examples.tables", "examples/novels/words-quarter/table.yaml", *asked]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(argv, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert ended.returncode == 128 + signal.SIGPIPE and not ended.stderr
+    assert not unbuffered or {"table.md", "summary.svg"} <= {path.name for path in results.iterdir()}
