@@ -393,8 +393,8 @@ def test_a_package_that_is_missing_is_named(texts, tmp_path, options, package, m
 
 def test_a_file_in_place_of_a_folder_is_told(texts):
     file = texts / "train.txt"
-    for destdir in (file, file / "data"):
-        with pytest.raises(SystemExit, match=f"--destdir {destdir}: {file} is a file, pass a folder"):
+    for destdir, named in ((file, file), (file / "data", f"{file / 'data'}: {file}")):
+        with pytest.raises(SystemExit, match=f"--destdir {named} is a file, pass a folder"):
             own(texts, destdir)
     with pytest.raises(SystemExit, match=rf"no dictionary at {file}/dict\.txt: binarize"):
         main(["count", str(file), f"test={file}"])

@@ -82,7 +82,8 @@ def make_folder(folder: Path, option: str = "") -> None:
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not os.path.isdir(existing):
         kind = "a file" if os.path.exists(existing) else "a link to nothing"
-        raise NotADirectoryError(f"{named}: {existing} is {kind}, pass a folder")
+        what = named if existing == folder else f"{named}: {existing}"
+        raise NotADirectoryError(f"{what} is {kind}, pass a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

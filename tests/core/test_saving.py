@@ -173,6 +173,16 @@ def test_a_missing_file_is_named(folder, name):
         LanguageModel.load(folder)
 
 
+@pytest.mark.parametrize("below", [False, True])
+def test_a_file_in_place_of_a_folder_is_named_once(below, tmp_path):
+    file = tmp_path / "train.txt"
+    file.touch()
+    folder = file / "model" if below else file
+    named = f"{folder}: {file}" if below else file
+    with pytest.raises(NotADirectoryError, match=f"^{named} is a file, pass a folder$"):
+        tiny_decoder().save(folder)
+
+
 def test_files_of_two_saves_are_told_apart(folder, tmp_path):
     """As when one of them was copied, or a save was killed between the two."""
     tiny_decoder(COMPRESSIVE, decoder_normalize_before=True).save(tmp_path / "other")
