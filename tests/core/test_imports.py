@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,11 +51,20 @@ def test_a_fresh_process_imports_nothing_that_it_does_not_need():
 )
 def test_what_needs_fairseq_says_so_in_one_line(version, remedy, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (*version, 0, "final", 0))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with pytest.raises(
         ModuleNotFoundError, match=rf"fairseq is not installed: .*{remedy}.*core needs torch alone"
     ) as it:
         importlib.import_module("lamemo_fairseq.models")
     assert "\n" not in str(it.value)
+
+
+@pytest.mark.parametrize("module", ["lamemo_fairseq.score", "lamemo_fairseq.analysis", "preprocess", "examples.tables"])
+def test_commands_print_that_line_alone(module):
+    command = [sys.executable, "-m", "tests.core.hosts", module, "--help"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"fairseq is not installed: [^\n]+\n", done.stderr)
 
 
 @pytest.mark.parametrize(
