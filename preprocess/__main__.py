@@ -260,6 +260,11 @@ def main(arguments: list[str] | None = None) -> None:
                 f"preprocess: {error}: there is no room for {args.destdir}. Make some, and give the same command, "
                 "which goes on where it was; or choose another --destdir"
             )
+        if isinstance(error, PermissionError) and error.filename is not None:  # the system's message has no remedy
+            sys.exit(
+                f"preprocess: {error.filename}: you have no permission to read or write it: change that, as by "
+                "chmod u+rw, or name another"
+            )
         sys.exit(f"preprocess: {error}")
     except KeyboardInterrupt:
         sys.exit("preprocess: stopped; the same command goes on from here")

@@ -1,11 +1,16 @@
 """Files that are there whole or not at all."""
 
+import builtins
+import errno
 import os
 import signal
 
 import pytest
 
+from preprocess.__main__ import main
 from preprocess.files import Identity, Span, replacing
+
+from .preprocessing import write
 
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path):
@@ -53,3 +58,18 @@ def test_what_tells_files_apart(tmp_path):
     assert not identity.is_at(path)
     assert not identity.is_at(tmp_path / "none")
     assert Span(path, 1, 3).read() == b"el"
+
+
+def test_a_text_that_may_not_be_read_is_told_with_the_remedy(tmp_path, monkeypatch):
+    """The system's message has none."""
+    text = write(tmp_path / "text.txt", b"a\n" * 20)
+    able = builtins.open
+
+    def refuse(path, *args, **kwargs):
+        if str(path) == str(text):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return able(path, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    with pytest.raises(SystemExit, match=f"^preprocess: {text}: you have no permission to read or write it: change"):
+        main(["own", "--source", str(text), "--destdir", str(tmp_path / "data")])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.tables import __main__ as runner
 from examples.tables import execute, folder, kept, logs, plots, process, render, scale, speed, table
 
 from .tables import ROOT, fork, read, run
@@ -96,6 +97,15 @@ def test_figures_that_are_infinite_or_missing(tiny, monkeypatch, capsys):
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LaMemo"))
     assert [cell.strip() for cell in row.split("|")][3] == "inf ± nan"
     assert {path.stem for path in results.glob("*.svg")} == {path.stem for path in results.glob("*.png")} == {"summary"}
+
+
+def test_a_folder_of_results_that_is_read_only_is_told(tiny, monkeypatch, capsys):
+    results = shutil.copytree(ROOT / "examples" / "novels" / "words-quarter" / "results", tiny.parent / "results")
+    able = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != results and able(path, mode))
+    table_file = ROOT / "examples" / "novels" / "words-quarter" / "table.yaml"
+    assert runner.main([str(table_file), "--render", "--results", str(results)]) == 1
+    assert f"error: --results {results}: nothing can be written to it, pass another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["absent", "empty", "of other rows"])
@@ -337,7 +347,10 @@ def test_what_cannot_be_written_is_told(tiny, monkeypatch, capsys):
     (tiny.parent / "file").touch()
     monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run"))
     assert run(tiny, "--results", tiny.parent / "file" / "results") == 1
-    assert "Not a directory" in capsys.readouterr().err
+    there = tiny.parent / "file"
+    assert capsys.readouterr().err == f"error: --results {there / 'results'}: {there} is a file, pass a folder\n"
+    assert runner.main([str(tiny), "--out", "/proc/x/t"]) == 1
+    assert "error: --out /proc/x/t: no folder can be made in /proc, pass another" in capsys.readouterr().err
     for option in ("--scale", "--speed"):
         assert run(tiny, option, 2, "--results", tiny.parent / "file" / "results") == 1
     (tiny.parent / "out").mkdir()

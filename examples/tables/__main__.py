@@ -160,8 +160,9 @@ def act(args: argparse.Namespace) -> int:
         return 0
     if args.render:
         render.check(plan)
-    elif ledger:
-        kept.add(ledger, [])  # fails here, not after the runs, if the file cannot be written
+    folder.make(plan.rendered, "--results" if args.results else "--out")  # fails here, not after the runs
+    if not args.render:
+        folder.make(plan.out, "--out")
     if args.speed is not None:
         speed.measure_all(plan, list(dict.fromkeys(run.row for run in runs)), slots(args, plan.on_cpu), args.speed)
     places = [] if args.render or args.speed else slots(args, plan.on_cpu)

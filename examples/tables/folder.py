@@ -62,6 +62,21 @@ def read_json(path: Path) -> Optional[Any]:
         raise ValueError(f"{path} is damaged ({error}): restore it, or remove it") from None
 
 
+def make(folder: Path, option: str) -> None:
+    """Make a folder to write to, which *option* names.
+
+    Raises:
+        OSError: the folder cannot be made or written to; the message has the remedy.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return
+    from lamemo_fairseq.core.folder import make_folder  # with fairseq, which takes seconds to import
+
+    make_folder(folder, option)
+
+
 class RunFolder:
     """Files of a run, by name."""
 
