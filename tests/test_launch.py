@@ -172,6 +172,14 @@ def test_hydra_prints_a_refusal_in_one_line_unless_asked_for_more(asked, data, t
     assert before.startswith("Error executing job with overrides: ") != asked
 
 
+def test_a_relative_path_is_not_there_under_hydra(data, tmp_path):
+    relative = os.path.relpath(data, ROOT)
+    line = f"{hydra(relative, tmp_path)} 2>&1 | tail -n 1; echo ${{PIPESTATUS[0]}}"
+    last, status = run(line, tmp_path).splitlines()
+    there = f"as hydra runs in another folder, {tmp_path}: pass an absolute path, such as task.data=$PWD/{relative}"
+    assert last == f"the data folder {relative} is not there, {there}" and status == "1"
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(data, tmp_path):
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}
     with pytest.raises(AssertionError, match=r"torchrun has started 2 processes, .*--distributed-world-size"):

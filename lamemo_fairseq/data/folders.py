@@ -7,6 +7,8 @@ from typing import Any, List
 
 from fairseq import utils
 from fairseq.data import Dictionary
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_original_cwd
 
 from ..core.names import nearest_path
 from .binarized import load_dictionary
@@ -30,7 +32,11 @@ def data_folders(data: str) -> List[str]:
         if not os.path.exists(folder):
             raise FileNotFoundError(
                 f"the data folder {folder}{among} is not there"
-                + (nearest_path(folder) or f": pass the folder that fairseq-preprocess or {PREPROCESS} wrote")
+                + (
+                    _seen_from_hydra(folder)
+                    or nearest_path(folder)
+                    or f": pass the folder that fairseq-preprocess or {PREPROCESS} wrote"
+                )
             )
         if not os.path.isdir(folder):
             binarized = os.path.exists(os.path.join(os.path.dirname(folder), "dict.txt"))
@@ -38,6 +44,13 @@ def data_folders(data: str) -> List[str]:
             raise NotADirectoryError(f"the data argument {folder}{among} is a file: pass the {right}")
         os.scandir(folder).close()  # raises PermissionError, which names the folder
     return folders
+
+
+def _seen_from_hydra(folder: str) -> str:
+    """Return the end of the message on a path that was meant to begin where fairseq-hydra-train was started."""
+    if os.path.isabs(folder) or not HydraConfig.initialized() or os.getcwd() == get_original_cwd():
+        return ""
+    return f", as hydra runs in another folder, {os.getcwd()}: pass an absolute path, such as task.data=$PWD/{folder}"
 
 
 def shared_dictionary(folders: List[str]) -> Dictionary:
