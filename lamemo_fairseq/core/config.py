@@ -81,6 +81,10 @@ class ModelConfig:
     # The chosen memory's own options, also as a dictionary by name; None stands for its defaults.
     memory_options: Union[MemoryOptions, Mapping[str, Any], None] = field(default=None)
 
+    def __new__(cls, *args: object, **values: object) -> "ModelConfig":
+        _refuse_unknown(values, cls)  # Python's own error names no option that is near
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_options", _own_options(self.memory, self.memory_options))
         _check_types(self)
@@ -128,9 +132,7 @@ class ModelConfig:
         Raises:
             ValueError: a name is not known, or a value makes no sense.
         """
-        chosen = dict(values)
-        _refuse_unknown(chosen, cls)
-        return cls(**chosen)
+        return cls(**dict(values))
 
     def _check_names(self) -> None:
         POSITIONS[self.position_encoding]
@@ -188,6 +190,7 @@ class ModelConfig:
                 "rows would repeat their positions: take another encoding, or --memory none instead of "
                 f"{self.memory}"
             )
+        POSITIONS[self.position_encoding].check(memory.looks_ahead)
         if self.reading_order == "diagonal":
             self._check_order(memory.is_layered())
         self._check_words(memory.slots_are_tokens)

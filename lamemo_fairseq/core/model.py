@@ -17,6 +17,7 @@ from .folder import load_tokenizer, load_weights, read_saved, write_folder
 from .memory import MemoryState, Passage
 from .memory.documents import DocumentStreams, Extract
 from .memory.groups import GroupedState, count_streams
+from .names import with_nearest_names
 from .reader import Reader, Score, Text, Token, check_known, check_segment, listed, word_ids
 from .segments import Piece
 from .text import END, Tokenizer
@@ -126,6 +127,7 @@ class LanguageModel(MemoryDecoder):
     def score(self, texts: Text) -> Score: ...  # type: ignore[overload-overlap]  # a string is one text
     @overload
     def score(self, texts: Sequence[Text]) -> List[Score]: ...
+    @with_nearest_names
     def score(self, texts: Union[Text, Sequence[Text]]) -> Union[Score, List[Score]]:
         """Return the log-probability of every word of texts of any lengths, each after all words before it.
 
@@ -141,6 +143,7 @@ class LanguageModel(MemoryDecoder):
         given = listed(texts)
         return self.reader(len(given)).score(given) if given else []
 
+    @with_nearest_names
     def generate(
         self,
         prompts: Union[Text, Sequence[Text]],
@@ -174,6 +177,7 @@ class LanguageModel(MemoryDecoder):
         reader.read(prompts)
         return reader.generate(count, _draw(temperature, top_k, top_p), seed)
 
+    @with_nearest_names
     def sample(
         self,
         prompts: Strings,
@@ -200,6 +204,7 @@ class LanguageModel(MemoryDecoder):
         whole = [self._continued(text, new.tolist(), stop_at_end) for text, new in zip(texts, words, strict=True)]
         return whole[0] if isinstance(prompts, str) else whole
 
+    @with_nearest_names
     def stream(
         self,
         prompt: Text,

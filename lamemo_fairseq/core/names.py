@@ -1,9 +1,14 @@
 """Names that users write: options and files, and the nearest known name to a misspelt one."""
 
 import difflib
+import functools
+import inspect
 import os
 from pathlib import Path
-from typing import Callable, Iterable, Optional, Union
+from typing import Callable, Iterable, Optional, ParamSpec, TypeVar, Union
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def option_name(field: str) -> str:
@@ -24,6 +29,25 @@ def did_you_mean(
     """
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
     return f"did you mean {' or '.join(map(shown, near))}?" if near else None
+
+
+def with_nearest_names(call: Callable[P, R]) -> Callable[P, R]:
+    """Return a function as it was, whose error on an unknown argument proposes the nearest name.
+
+    Raises:
+        TypeError: an argument's name is not known.
+    """
+    known = list(inspect.signature(call).parameters)
+
+    @functools.wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"it knows {', '.join(n for n in known if n != 'self')}"
+                raise TypeError(f"{call.__name__} does not know '{name}': {hint}")
+        return call(*args, **kwargs)
+
+    return checked
 
 
 def nearest_path(path: Union[str, Path]) -> str:

@@ -265,3 +265,12 @@ def test_a_text_that_is_refused_leaves_the_others_as_they_were(model):
     score = reader.score([torch.tensor([6]), torch.tensor([7])])[0]
     assert torch.equal(score.log_probs, model.score(torch.tensor([2, 5, 6])).log_probs[1:])
     assert reader.generate(2, Draw(temperature=0)).words.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("sample", "did you mean top_p"), ("generate", "did you"), ("stream", "did you"), ("score", "it knows texts$")],
+)
+def test_a_misspelt_argument_gets_the_nearest_name(model, name, known):
+    with pytest.raises(TypeError, match=f"^{name} does not know 'topp': {known}"):
+        getattr(model, name)("w1", topp=0.9)

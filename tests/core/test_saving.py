@@ -1,6 +1,8 @@
 """Saved models: to the last bit, or refused in one line."""
 
+import copy
 import json
+import pickle
 import sys
 from dataclasses import replace
 
@@ -267,6 +269,31 @@ def test_configurations_that_are_not_known_here(folder, changes, message):
 def test_changes_that_make_no_sense(folder, changes, message):
     with pytest.raises(ValueError, match=message):
         LanguageModel.load(folder, **changes)
+
+
+def test_misspelt_options():
+    with pytest.raises(ValueError, match=r"^unknown name 'mem_length' .*; did you mean .*mem_len"):
+        ModelConfig(17, 4, mem_length=3)
+    with pytest.raises(ValueError, match=r"^unknown name 'compressed_len' .*; it is an option of --memory "):
+        ModelConfig(17, segment_length=4, compressed_len=3)
+    with pytest.raises(TypeError, match="segment_length"):
+        ModelConfig(vocabulary_size=17)
+    config = ModelConfig(17, 4)
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+@pytest.mark.parametrize(
+    ("memory", "positions", "message"),
+    [
+        ("compressive", "disentangled", "disentangled and its variants tell right from left"),
+        ("lookahead", "shaw", "shaw has no distances to the right"),
+        ("token", "t5", "t5 has no distances to the right"),
+    ],
+)
+def test_positions_that_do_not_go_with_a_memory(memory, positions, message):
+    """The configuration refuses them, before there is a model."""
+    with pytest.raises(ValueError, match=f"^--position-encoding {message}"):
+        ModelConfig(17, 4, memory=memory, position_encoding=positions)
 
 
 def test_options_of_another_memory_are_refused():

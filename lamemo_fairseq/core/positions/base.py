@@ -34,9 +34,18 @@ class PositionEncoding(nn.Module):
     reads_words: ClassVar[bool] = False  # whether distances are counted in the text, by `counts`
 
     def __init__(self, config: PositionConfig):
+        self.check(config.looks_ahead)
         super().__init__()
         self.config = config
         self._known: Optional[Dict[Request, List[LayerBias]]] = None  # while parameters do not change
+
+    @classmethod
+    def check(cls, looks_ahead: bool) -> None:
+        """Refuse a memory that attends to the right, or one that does not; most encodings take both.
+
+        Raises:
+            ValueError: with the encoding's name and the remedy.
+        """
 
     def forward(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         """Return `biases`; in evaluation within `unchanged`, those that were computed before.

@@ -24,13 +24,16 @@ class ShawPositions(PositionEncoding):
     to the right, so that a memory that attends there is refused.
     """
 
-    def __init__(self, config: PositionConfig):
-        super().__init__(config)
-        if config.looks_ahead:
+    @classmethod
+    def check(cls, looks_ahead: bool) -> None:
+        if looks_ahead:
             raise ValueError(
                 "--position-encoding shaw has no distances to the right, which look-ahead memory and memory tokens "
                 "need: take disentangled or transformer-xl, or --memory recurrent"
             )
+
+    def __init__(self, config: PositionConfig):
+        super().__init__(config)
         layers, heads, size = config.layers, config.heads, config.head_dim
         distances = config.trained_distances
         # Entry t is the distance `distances - 1 - t`, as in the released checkpoints.

@@ -61,12 +61,15 @@ class DisentangledPositions(TransformerXLPositions):
     ``(q + u) . k + (q + v) . R_|i-j|`` to the left, ``(q + u) . k + (q + v') . R_|i-j|`` to the right.
     """
 
-    def __init__(self, config: PositionConfig):
-        if not config.looks_ahead:
+    @classmethod
+    def check(cls, looks_ahead: bool) -> None:
+        if not looks_ahead:
             raise ValueError(
                 "--position-encoding disentangled and its variants tell right from left, but without "
                 "look-ahead memory nothing attends to its right: take transformer-xl, or --memory lookahead"
             )
+
+    def __init__(self, config: PositionConfig):
         super().__init__(config)
         self.ahead_position_bias = nn.Parameter(torch.empty(config.heads, config.head_dim))
         # As released; its entries are ten times those of the other biases in the paper's sizes.

@@ -30,13 +30,16 @@ class T5Positions(PositionEncoding):
     the right, so that memory which attends there is refused.
     """
 
-    def __init__(self, config: PositionConfig):
-        super().__init__(config)
-        if config.looks_ahead:
+    @classmethod
+    def check(cls, looks_ahead: bool) -> None:
+        if looks_ahead:
             raise ValueError(
                 "--position-encoding t5 has no distances to the right, which look-ahead memory and memory tokens need: "
                 "take disentangled or transformer-xl, or --memory recurrent"
             )
+
+    def __init__(self, config: PositionConfig):
+        super().__init__(config)
         self.unit = UNIT / config.score_scale
         self.table = nn.Parameter(torch.empty(config.layers, config.heads, BUCKETS))  # b / unit
         nn.init.normal_(self.table, std=BUCKETS**-0.5 / UNIT)
