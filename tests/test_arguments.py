@@ -37,12 +37,16 @@ from preprocess.__main__ import parser as preprocess
         (convert, "core x.pt o --dictionary d --tokeniser moses", "did you mean --tokenizer?"),
         (convert, "exprot x.pt o", "did you mean export"),
         (tables, "table.yaml --pritn row", "did you mean --print"),
+        (preprocess, "", "the following arguments are required: DATASET: --help describes them\n"),
+        (preprocess, "own --destdir d --workers many", "argument --workers: invalid int value: 'many'\n"),
+        (tables, "--render", "the following arguments are required: table: --help describes them\n"),
     ],
 )
-def test_the_nearest_name_is_proposed(parser, command, message, capsys):
+def test_the_nearest_name_is_proposed_in_one_line(parser, command, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parser().parse_args(command.split())
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in told and told.count("\n") == 1, "the usage hides the message"
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        from lamemo_fairseq.arguments import in_words  # with fairseq, which takes seconds to import
+        from lamemo_fairseq.arguments import end  # with fairseq, which takes seconds to import
 
-        super().error(in_words(self, message))
+        end(self, message)
 
 
 def parser() -> argparse.ArgumentParser:
