@@ -112,8 +112,9 @@ def test_a_row_may_have_its_own_streams(tiny, capsys):
         arguments = commands.train(loaded, run_, "saved", {}, gpus=2)
         assert arguments[arguments.index("--batch-size") + 1] == str(number // 2)
         identity = plan.identity(run_)
-        assert identity["streams"] == number and plan.otherwise({"run": identity}) == []
-        assert plan.otherwise({"run": {**identity, "streams": 5}})
+        result = {"run": identity, "scale": None, "starts": []}
+        assert identity["streams"] == number and plan.otherwise(result) == []
+        assert plan.otherwise({**result, "run": {**identity, "streams": 5}}) == [f"streams 5 (table: {number})"]
         assert recipes.config(loaded, run_, "tiny", 2, {})["dataset"]["batch_size"] == number // 2
         script = recipes.script(loaded, run_, "tiny", {"cpu": False}, "")
         assert f"--batch-size $(({number} / GPUS))" in script and f"(({number} % GPUS))" in script
