@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from lamemo_fairseq.core.names import nearest_path
-from lamemo_fairseq.data.binarized import load_dictionary, load_lines
+from lamemo_fairseq.data.binarized import load_dictionary, load_lines, paths_of
 from lamemo_fairseq.data.original import COUNTED, OriginalText, read_counts
 
 from . import hints
@@ -101,6 +101,7 @@ def count_for(folder: Path, texts: Iterable[str], other_lines: bool = False) -> 
     dictionary = load_dictionary(str(folder / "dict.txt"))
     counted = read_counts(str(folder), COUNTED)
     for split, parts in files.items():
+        paths_of(str(folder), split, combine=False, choice="as SPLIT=TEXT")
         binarized = load_lines(str(folder), split, dictionary, None, combine=False)  # the sizes are a map of its file
         counts = _count_parts(parts, folder)
         text_lines = counts.lines + (not counts.ended)

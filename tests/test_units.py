@@ -216,7 +216,7 @@ def test_parts_of_a_text_are_counted_as_one(folders, tmp_path):
             "test={texts}/valid.txt",
             "has 40 lines, and .*test has 50: name the text that it was made from, or pass --oth",
         ),
-        ("other={texts}/test.txt", "no split 'other' in"),
+        ("other={texts}/test.txt", r"no split 'other' in .* \(or choose another as SPLIT=TEXT\)$"),
         ("test={texts}/none.txt", "there is no file"),
         ("test.txt", "name a split and its text, such as test=test.txt"),
     ],
