@@ -51,7 +51,7 @@ def parser() -> ArgumentParser:
             _coding(command, dataset)
     own = commands.add_parser("own", help="a text of one's own")
     _common(own, "training, validation and test text; or one text; or a folder or archive with train.txt and so on")
-    own.add_argument("--shares", type=float, nargs="+", help="share of each split in one text (90 5 5)")
+    own.add_argument("--shares", type=float, nargs="+", help="proportions of the splits in one text (90 5 5)")
     own.add_argument(
         "--first-bytes", type=int, nargs="+", help="bytes to read of each split's text, instead of all of it"
     )
@@ -221,7 +221,7 @@ def _own_files(
             raise ValueError("--first-bytes needs a file for each split, and --source names one text: leave it out")
         shares = shares or [90, 5, 5]
         if not 1 <= len(shares) <= len(SPLITS) or not all(0 < share < math.inf for share in shares):
-            raise ValueError("--shares takes up to three numbers above 0")
+            raise ValueError("--shares takes up to three numbers above 0, such as 90 5 5")
         return ("text",), Shares(tuple(shares))
     if shares is not None:
         if len(sources) == 1:

@@ -81,3 +81,9 @@ class Span(NamedTuple):
         with open(self.path, "rb") as file:
             file.seek(self.start)
             return file.read(self.size)
+
+
+def no_text(split: str, span: Span) -> ValueError:
+    """Return the error on a split whose text is empty or blank."""
+    has = f"{span.size:,} bytes without a word" if span.size else "0 bytes"
+    return ValueError(f"there is no text for {split} in {span.path}: it has {has}, name another text with --source")

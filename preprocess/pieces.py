@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .chunks import cut
-from .files import Span, replacing
+from .files import Span, no_text, replacing
 from .tokenization import EncodingError, LineTokenizer
 
 _PART = 1 << 16
@@ -48,7 +48,7 @@ class PieceTraining:
         # A list: SentencePiece would report an error in the middle as its own.
         sample = list(self._sample(text, replace(tokenizer, bpe="none")))
         if not sample:
-            raise ValueError(f"there is no text for train in {text.path}")
+            raise no_text("train", text)
         written = io.BytesIO()
         # Only if it is asked for: a model's file names the options that it was given.
         options: dict[str, Any] = {"byte_fallback": True} if self.byte_fallback else {}

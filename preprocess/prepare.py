@@ -27,7 +27,7 @@ from . import hints
 from .chunks import CHUNK, Chunk, cut, encode
 from .datasets import SPLITS, Dataset, WrongText
 from .download import download
-from .files import Identity, Span, replacing
+from .files import Identity, Span, no_text, replacing
 from .sources import Source, resolve
 from .tokenization import LineTokenizer, Tokenizer
 from .words import versions
@@ -172,7 +172,7 @@ def _make(
     splits = dataset.divide(files, tokenizer)
     for split, span in splits.items():
         if span.size <= 0:
-            raise _no_text(split, span)
+            raise no_text(split, span)
     if dataset.training is not None and isinstance(tokenizer, LineTokenizer):
         model = work / "sentencepiece.model"
         if not model.exists():
@@ -187,7 +187,7 @@ def _make(
     occurring = {split: binarize.count_symbols(paths) for split, paths in encoded.items()}
     for split, symbols in occurring.items():
         if not symbols:  # blank lines only
-            raise _no_text(split, splits[split])
+            raise no_text(split, splits[split])
     counts, everywhere = occurring["train"], set().union(*occurring.values())
     words = not _cut_already(tokenizer, counts)
     if dataset.closed:
@@ -259,10 +259,6 @@ def _cut_already(tokenizer: Tokenizer, counts: Mapping[str, int]) -> bool:
     if hint := hints.without_spaces(counts):
         _say(f"hint: {hint}")
     return False
-
-
-def _no_text(split: str, span: Span) -> ValueError:
-    return ValueError(f"there is no text for {split} in {span.path}")
 
 
 def _check_counts(dataset: Dataset, tokens: Mapping[str, int], types: int) -> None:

@@ -181,7 +181,9 @@ def test_one_text_that_cannot_be_cut_so_often(tmp_path, options, text, split, wh
     message = f"no text for {split} in .*book.txt: .* cut at {where} only, .* --shares 90 5 5: .*a file for each split"
     with pytest.raises(SystemExit, match=message):
         own(write(tmp_path / "book.txt", text), tmp_path / "data", *options)
-    with pytest.raises(SystemExit, match=r"no text for train in .*book.txt$"):
+    with pytest.raises(
+        SystemExit, match=r"no text for train in .*book.txt: it has 0 bytes, name another text with --source$"
+    ):
         own(write(tmp_path / "book.txt", b""), tmp_path / "data", *options)
 
 
@@ -207,7 +209,9 @@ def test_chunks_of_blank_lines_only(tmp_path):
 def test_a_split_of_blank_lines_is_none(texts, tmp_path, split, options):
     made = own(texts, tmp_path / "data", *options)
     write(texts / f"{split}.txt", b"\n \n\n")
-    with pytest.raises(SystemExit, match=rf"there is no text for {split} in .*{split}\.txt"):
+    with pytest.raises(
+        SystemExit, match=rf"there is no text for {split} in .*{split}\.txt: it has 4 bytes without a word"
+    ):
         own(texts, tmp_path / "data", *options)
     assert contents(tmp_path / "data") == made
 
@@ -334,7 +338,8 @@ def test_bad_input_names_the_option(texts, tmp_path):
     source = ("--source", texts)
     assert "--source" in refused("own", *data)
     assert "--source" in refused("own", *data, "--source", *[texts / "train.txt"] * 4)
-    assert "--shares" in refused("own", *data, "--source", texts / "train.txt", "--shares", "1", "0")
+    shares = refused("own", *data, "--source", texts / "train.txt", "--shares", 90, -5, 5)
+    assert shares == "preprocess: --shares takes up to three numbers above 0, such as 90 5 5"
     assert "--shares takes" in refused("own", *data, "--source", texts / "train.txt", "--shares", "nan", "1")
     assert "--first-bytes takes a number" in refused("own", *data, *source, "--first-bytes", 9, 9)
     assert "--first-bytes takes a number" in refused("own", *data, *source, "--first-bytes", 9, 0, 9)
