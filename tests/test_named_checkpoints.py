@@ -190,6 +190,24 @@ def test_arguments_that_a_model_in_python_does_not_have(arguments, message, data
         LaMemoLanguageModel.from_pretrained(checkpoint.parent, checkpoint.name, data, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"bpe": "sentencepiece", "sentencepiece_model": "x"},
+            "--bpe sentencepiece: --sentencepiece-model x: there is no",
+        ),
+        ({"bpe": "subword_nmt", "bpe_codes": "x"}, "--bpe subword_nmt: --bpe-codes x: there is no such file"),
+        ({"bpe": "fastbpe", "bpe_codes": "x"}, "--bpe fastbpe: --bpe-codes x: there is no such file"),
+        ({"bpe": "sentencepiece"}, "--bpe sentencepiece needs a file: pass --sentencepiece-model"),
+    ],
+    ids=str,
+)
+def test_a_file_of_pieces_that_is_missing_is_named(arguments, message, data, checkpoint):
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        LaMemoLanguageModel.from_pretrained(checkpoint.parent, checkpoint.name, data, **arguments)
+
+
 def test_a_model_in_python_is_found_or_not(data, checkpoint):
     hub = LaMemoLanguageModel.from_pretrained(
         checkpoint.parent, checkpoint.name, data, mem_len=4, bpe="bytes", batch_size=3, generation_args={"lenpen": 2.0}

@@ -11,7 +11,7 @@ from typing import Any, Callable, List, Optional
 
 from omegaconf.errors import MissingMandatoryValue
 
-from ..core.names import option_name
+from ..core.names import nearest_path, option_name
 from ..core.text.coders import Bytes, Coder, piece_coder, word_coder
 from ..core.text.encoding import TextEncoding
 from ..data.text_encoding import PREPROCESS, read_text_encoding
@@ -19,6 +19,8 @@ from ..data.text_encoding import PREPROCESS, read_text_encoding
 logger = logging.getLogger(__name__)
 
 END = "</s>"
+# Options of fairseq's coders that name files.
+_FILES = ("sentencepiece_model", "sentencepiece_model_path", "bpe_codes", "bpe_vocab", "bpe_merges")
 
 
 def recorded_pieces(record: TextEncoding) -> Optional[Coder]:
@@ -43,6 +45,19 @@ def recorded_pieces(record: TextEncoding) -> Optional[Coder]:
                 f"with {PREPROCESS}"
             )
     return piece_coder(record)
+
+
+def _check_files(choice: str, given: Any) -> None:
+    """Refuse files that are missing: fairseq's error does not name the option.
+
+    Raises:
+        FileNotFoundError: with the option.
+        MissingMandatoryValue: an option is not given.
+    """
+    for field in _FILES:
+        path = getattr(given, field, None)
+        if path is not None and "://" not in path and not os.path.exists(path):
+            raise FileNotFoundError(f"{choice}: {option_name(field)} {path}: there is no such file{nearest_path(path)}")
 
 
 class PromptCoding:
@@ -70,10 +85,12 @@ class PromptCoding:
 
         Raises:
             ValueError: the choice needs another option.
+            FileNotFoundError: a file that an option names is missing.
         """
         name = (given if isinstance(given, str) else getattr(given, "_name", None)) or ""
         self._named[option] = name
         try:
+            _check_files(f"--{option} {name}", given)
             self._coders[option] = Bytes() if name == "bytes" else build(given) if name else None
         except MissingMandatoryValue as error:
             missing = str(error.full_key).rsplit(".", 1)[-1]

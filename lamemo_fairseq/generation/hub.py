@@ -29,6 +29,8 @@ class LanguageModelHub(GeneratorHubInterface):
 
     def __init__(self, cfg: Any, task: Any, models: Sequence[Any]):
         try:
+            # As the data folder records it, where the call names none. First: its errors name the arguments.
+            tokenizer, bpe = task.build_tokenizer(cfg.tokenizer), task.build_bpe(cfg.bpe)
             super().__init__(cfg, task, models)
         except ImportError as error:
             if "fastBPE" not in str(error):
@@ -38,9 +40,7 @@ class LanguageModelHub(GeneratorHubInterface):
                 "bpe='fastbpe' needs the package fastBPE: "
                 "pip install cython setuptools wheel && pip install --no-build-isolation fastBPE"
             ) from error
-        # As the data folder records it, where the call names none.
-        self.tokenizer = task.build_tokenizer(cfg.tokenizer)
-        self.bpe = task.build_bpe(cfg.bpe)
+        self.tokenizer, self.bpe = tokenizer, bpe
 
     def encode(self, sentence: str) -> Tensor:
         """Return a text's word ids; ends of its lines become end-of-sentence tokens, one at the very end included."""
