@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamemo_fairseq import convert_checkpoint
+from lamemo_fairseq.checkpoints.convert import load_plain
 from lamemo_fairseq.host import checkpoints
 from lamemo_fairseq.host.checkpoints import DamagedCheckpointError, seal, verify
 from lamemo_fairseq.host.configuration import read_ours
@@ -199,6 +200,14 @@ def test_a_cut_file_that_is_mapped_is_refused_in_one_line(run, tmp_path):
     ) as refusal:
         read_ours(str(path))
     assert refusal.value.__suppress_context__
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path):
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(ValueError, match=r"empty\.pt is no checkpoint of .* \(it is empty\): pass another, or copy it"):
+        read_ours(str(tmp_path / "empty.pt"))
+    with pytest.raises(ValueError, match=r"nothing in it was run \(it is empty\)\. If it is cut short, fetch it again"):
+        load_plain(str(tmp_path / "empty.pt"))
 
 
 def test_documents_of_training_are_named_if_eval_lm_reads_one_text(data, run, tmp_path, caplog):

@@ -21,7 +21,16 @@ from ..core.memory import MEMORIES
 from ..core.names import option_name
 from ..core.positions.base import inverse_frequencies
 from ..core.released import ATTENTION_TYPES, from_released, model_options, to_released
-from ..host.configuration import check_options, complete, is_ours, names, not_ours, of_fairseq, why_not_read
+from ..host.configuration import (
+    check_options,
+    complete,
+    is_ours,
+    names,
+    not_ours,
+    of_fairseq,
+    why_damaged,
+    why_not_read,
+)
 from ..host.own import TASK
 from ..models.config import MemoryLanguageModelConfig
 from ..models.decoder import FairseqMemoryDecoder, vocabulary_checksum
@@ -61,7 +70,7 @@ def load_plain(path: str) -> Dict[str, Any]:
     except Exception as error:  # a text is read as code of pickle, and may end in any
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        reason = why_not_read(error) if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0]
+        reason = why_not_read(error) if isinstance(error, pickle.UnpicklingError) else why_damaged(error, path)
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain containers; nothing in it was run ({reason}). If it is "
             "cut short, fetch it again; if it holds another object, save it anew without"

@@ -6,6 +6,7 @@ So a checkpoint of this package is plain values of known options; one that names
 
 import argparse
 import logging
+import os
 import pickle
 import re
 import reprlib
@@ -98,7 +99,7 @@ def read_checkpoint(path: str, mapped: bool = False) -> Any:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; torch has an error without a name for one that ends too early
         raise CheckpointError(
-            f"{path} is no checkpoint of fairseq, or a damaged one ({type(error).__name__}: {_first(error)}): "
+            f"{path} is no checkpoint of fairseq, or a damaged one ({why_damaged(error, path)}): "
             "pass another, or copy it again"
         ) from None
 
@@ -385,6 +386,11 @@ def _short(value: Any) -> str:
 def _first(error: BaseException) -> str:
     """Return the first line of a message."""
     return str(error).strip().split("\n")[0]
+
+
+def why_damaged(error: Exception, path: str) -> str:
+    """Return torch's error on a file, which has no message if the file is empty."""
+    return "it is empty" if os.path.getsize(path) == 0 else f"{type(error).__name__}: {_first(error)}"
 
 
 def why_not_read(error: pickle.UnpicklingError) -> str:
