@@ -1,5 +1,6 @@
 """The benchmarks run; what they measure is not looked at."""
 
+import logging
 import os
 import re
 import runpy
@@ -38,6 +39,8 @@ def test_a_benchmark_prints_its_figures(command, row):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert re.search(row, done.stdout), done.stdout + done.stderr[-2000:]
+    if script == "training.py":
+        assert done.stderr.splitlines()[-1] == "quickstart lamemo-eager: update 3 of 3"
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -58,6 +61,31 @@ def test_a_benchmark_without_processes_of_its_own_prints_its_figures(command, ro
     monkeypatch.setattr(sys, "path", [*sys.path])
     runpy.run_path(str(FOLDER / script), run_name="__main__")
     assert row in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["attention", "decoding", "reading", "training", "scaling"])
+@pytest.mark.parametrize("device", ["cuda", "cud"])
+def test_a_device_that_is_not_there_is_refused_in_one_line(script, device):
+    absent = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    command = [sys.executable, FOLDER / f"{script}.py", "--device", device]
+    done = subprocess.run(command, capture_output=True, text=True, env=absent)
+    assert "Traceback" not in done.stderr and done.returncode in (1, 2)
+    *_, last = done.stderr.splitlines()
+    assert ("pass --device cpu" if device == "cuda" else "cpu") in last and "--device" in last
+
+
+def test_training_says_how_far_it_is_and_refuses_too_few_steps(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import training
+
+    told = []
+    progress = training.Progress(told.append, 60)
+    for name, text in (("train_inner", '{"loss": "2", "num_updates": "10"}'), ("train", '{"train_num_updates": "20"}')):
+        progress.emit(logging.makeLogRecord({"name": name, "msg": text}))
+    assert told == ["update 10 of 60"]
+    monkeypatch.setattr(sys, "argv", ["training.py", "--device", "cpu", "--steps", "2"])
+    with pytest.raises(SystemExit, match="--steps 2: pass 3 or more"):
+        training.main()
 
 
 def test_softmaxes_of_fewer_words_than_the_first_cutoff_are_refused(monkeypatch, capsys):

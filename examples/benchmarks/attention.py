@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from examples.benchmarks.devices import check_device
 from lamemo_fairseq.core.attention import Attended, RelativeBias, causal_attention
 from lamemo_fairseq.core.attention.eager import relative_shift
 from lamemo_fairseq.core.memory.lookahead import WINDOWS, memory_attention
@@ -268,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--result", type=Path, help="write the results to this JSON file")
     args = parser.parse_args(arguments)
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "float16"))
+    check_device(args.device)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{device}, torch {torch.__version__}, {dtype}", flush=True)
     results = {}

@@ -25,6 +25,7 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.search import Sampling
 
+from examples.benchmarks.devices import check_device
 from lamemo_fairseq.core.decoding.drawing import Draw, draw
 from lamemo_fairseq.core.decoding.sampler import Sampler
 from lamemo_fairseq.core.decoding.state import DecodingState
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="through the generator")
     parser.add_argument("--memory", nargs="+", choices=list(MEMORIES), default=list(MEMORIES))
     args = parser.parse_args()
+    check_device(args.device)
     on_gpu = args.device == "cuda"
     machine = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, enwik8 sizes, M = N = {args.length}", flush=True)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
+from examples.benchmarks.devices import check_device
 from lamemo_fairseq.core import MEMORIES, LanguageModel, ModelConfig
 from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.segments import Piece
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare the orders, and measure nothing")
     parser.add_argument("--result", help="file for a line of JSON a row")
     args = parser.parse_args()
+    check_device(args.device)
     args.options = {
         "memorizing": MEMORIES["memorizing"].options(store_len=64),
         "compressive": MEMORIES["compressive"].options(compressed_len=8, compression_rate=4),

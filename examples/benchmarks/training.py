@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +114,10 @@ def peak_gib(log: str, capacity: float) -> float:
 def gpus() -> list[str]:
     """Return the GPUs' names, from another program: a process that has used CUDA cannot be forked."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        sys.exit("--device cuda: nvidia-smi finds no GPU here, pass --device cpu")
 
 
 def model_options(size: str, path: str) -> list[str]:
@@ -285,6 +290,8 @@ def main() -> None:
     parser.add_argument("--options", default="", help="more options of fairseq-train")
     parser.add_argument("--no-parts", action="store_true")
     args = parser.parse_args()
+    if args.steps < 3:
+        sys.exit(f"--steps {args.steps}: pass 3 or more, of which the later ones are timed")
     args.paths = args.paths or [path for path in PATHS if not path.endswith(ELSEWHERE[args.device])]
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -333,14 +340,31 @@ def main() -> None:
         sys.exit(f"{unmeasured} of {len(args.sizes) * len(args.paths)} not measured")
 
 
+class Progress(logging.Handler):
+    """Tells the updates of a training, whose output goes to a file: on a CPU they take minutes."""
+
+    def __init__(self, tell: Callable[[str], None], steps: int):
+        super().__init__()
+        self.tell, self.steps = tell, steps
+
+    def emit(self, record: logging.LogRecord) -> None:
+        done = re.search(r'"num_updates": "(\d+)"', record.getMessage())
+        if done and record.name == "train_inner":
+            self.tell(f"update {done[1]} of {self.steps}")
+
+
 def one(args: argparse.Namespace, size: str, path: str, folder: str) -> None:
     """Measure one path in a process of its own, and write its output to a file."""
     log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    tell = partial(print, f"{size} {path}:", file=os.fdopen(os.dup(2), "w"), flush=True)
+    logging.getLogger().addHandler(Progress(tell, args.steps))
     os.dup2(log, 1)
     os.dup2(log, 2)
+    tell("comparing with eager attention")
     measured: dict[str, Any] = {"check": check(size, path, args.device)}
     if measured["check"]["ok"]:
         measured["work"] = work_per_token(size, path, SIZES[size][2])
+        tell("evaluating")
         measured["evaluation tok/s"] = evaluate(size, path, args.device)
         if args.device == "cuda":
             import torch

@@ -1,0 +1,13 @@
+"""The devices of the benchmarks, which they refuse in one line."""
+
+import sys
+
+import torch
+
+
+def check_device(device: str) -> None:
+    """End the program if there is no such device here."""
+    if device not in ("cpu", "cuda"):
+        sys.exit(f"--device {device} is not known: pass cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: PyTorch sees no GPU here, pass --device cpu")
