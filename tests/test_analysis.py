@@ -179,6 +179,7 @@ def test_one_command_from_checkpoints_to_figures(trained, capsys):
     options = ["--batch-size", "2", "--cut-memory", "0", "3", "--cpu"]
     assert __main__.main([data, *models, "--out", str(out), *options]) == 0
     told = capsys.readouterr().out
+    assert "with 3 slots, 2 streams" in told and "documents" not in told, "no documents were told apart"
     positions = lines(out / "loss_by_position.csv")
     for name, arch in names.items():
         path = trained / arch / "checkpoint_last.pt"

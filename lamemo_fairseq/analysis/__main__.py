@@ -43,7 +43,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         about = report.About(os.path.join(args.data, args.subset), str(Rule.parse(args.documents)))
         report.check_writable(args.out)
         models = {name: analyse(name, path, args) for name, path in paths.items()}
-        print(summary(models))
+        print(summary(models, Rule.parse(args.documents)))
         files = report.save(report.tabulate(models, about, paper=_is_wikitext_103(args.data)), args.out, about)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -215,9 +215,9 @@ def _is_wikitext_103(data: str) -> bool:
         return False
 
 
-def summary(models: Dict[str, Collected]) -> str:
+def summary(models: Dict[str, Collected], rule: Rule) -> str:
     """Return a line for each model."""
-    lines = []
+    lines, units = [], "streams" if rule.name == "one" else "documents"
     for name, collected in models.items():
         clauses = [
             f"{name}: loss {collected.losses.mean():.4f} bits over {int(collected.losses.counts.sum()):,} tokens"
@@ -232,7 +232,7 @@ def summary(models: Dict[str, Collected]) -> str:
         for length, losses in sorted(collected.curves.items()):
             mean = losses.by_class()[ALL]
             error = "" if mean.error is None else f" ± {mean.error:.4f}"
-            clauses.append(f"{mean.loss:.4f}{error} with {length} slots, {mean.documents:,} documents")
+            clauses.append(f"{mean.loss:.4f}{error} with {length} slots, {mean.documents:,} {units}")
         lines.append("; ".join(clauses))
     return "\n".join(lines)
 
