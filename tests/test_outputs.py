@@ -1,13 +1,15 @@
-"""What a training cannot write to is refused before it begins."""
+"""What a command cannot write to is refused before it begins."""
 
 import os
 
 import pytest
 from fairseq_cli import train
 
+from lamemo_fairseq.host.option_rules import GENERATE
 from lamemo_fairseq.host.outputs import check_outputs
 
 from .helpers import TASK, run_command, write_data
+from .test_options import read
 
 OPTIONS = ("save_dir", "log_file", "tensorboard_logdir")
 
@@ -47,6 +49,11 @@ def test_a_log_that_cannot_be_written(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"^--log-file {path}.*{message}"):
             check_outputs({"log_file": str(path)})
+
+
+def test_the_lines_that_generate_writes():
+    with pytest.raises(ValueError, match=r"^--results-path /proc/x: /proc cannot be written to \(.+\), pass a folder"):
+        read(GENERATE, "--results-path", "/proc/x")
 
 
 def test_the_pictures_of_tensorboard_are_the_first_ranks_alone():

@@ -1,4 +1,4 @@
-"""Check where a training writes before it begins: fairseq finds out only later, in a traceback."""
+"""Check where a command writes before it begins: fairseq finds out only later, in a traceback."""
 
 import os
 import tempfile

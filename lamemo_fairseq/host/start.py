@@ -17,9 +17,9 @@ from ..criterions import FAIRSEQ_CRITERIONS
 from .dataclass_defaults import defaults_of
 from .evaluated_options import check_evaluated
 from .generation_options import check_generation
-from .option_rules import EVALUATION, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings
+from .option_rules import EVALUATION, GENERATE, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings
 from .option_table import rules_for
-from .outputs import check_outputs
+from .outputs import check_folder, check_outputs
 from .refusals import print_in_one_line_under_hydra
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,8 @@ def check(command: str, settings: Settings, given: Collection[str], changed: Col
     if command in TRAINING:
         _check_choices(settings)
         check_outputs(settings)
+    if command == GENERATE and settings.get("results_path"):
+        check_folder("--results-path", settings["results_path"])
     if command in (*TRAINING, VALIDATE) and settings.get("batch_size") is None and settings.get("max_tokens") is None:
         raise ValueError("no --batch-size: pass the number of streams that a rank reads side by side, such as 16")
     for message in told:
