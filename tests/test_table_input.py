@@ -450,7 +450,8 @@ def test_a_folder_of_another_scale_is_told_before_anything_is_run(tiny, capsys, 
     for minutes, asked in (([], "without --scale"), (["--scale", 30], "with --scale 30")):
         assert run(tiny, *minutes) == 1
         assert f"out was begun with --scale 60, and this is {asked}: ask" in capsys.readouterr().err
-    assert run(tiny, "--render") == 0
+    assert run(tiny, "--render") == 1
+    assert "there are no results of this table" in capsys.readouterr().err, "nothing is rendered with either"
     (out / "scale.json").write_text('{"asked": 3}')
     assert run(tiny) == 1
     assert "scale.json does not say how the table was shrunk" in capsys.readouterr().err
