@@ -63,7 +63,8 @@ def overridden(loaded: Table, row: str, trained: Mapping[str, Any]) -> None:
     """
     from fairseq.models import MODEL_DATACLASS_REGISTRY
 
-    from lamemo_fairseq.host.configuration import check_options, is_our_model
+    from lamemo_fairseq.host.checkpoint_files import is_our_model
+    from lamemo_fairseq.host.configuration import check_options
     from lamemo_fairseq.host.dataclass_defaults import defaults_of
     from lamemo_fairseq.host.overrides import check_overrides, parse_overrides
 

@@ -21,16 +21,8 @@ from ..core.memory import MEMORIES
 from ..core.names import option_name
 from ..core.positions.base import inverse_frequencies
 from ..core.released import ATTENTION_TYPES, from_released, model_options, to_released
-from ..host.configuration import (
-    check_options,
-    complete,
-    is_ours,
-    names,
-    not_ours,
-    of_fairseq,
-    why_damaged,
-    why_not_read,
-)
+from ..host.checkpoint_files import is_ours, names, not_ours, of_fairseq, why_damaged, why_not_read
+from ..host.configuration import check_options, complete
 from ..host.own import TASK
 from ..models.config import MemoryLanguageModelConfig
 from ..models.decoder import FairseqMemoryDecoder, vocabulary_checksum

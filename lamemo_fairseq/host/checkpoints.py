@@ -21,7 +21,8 @@ from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
 
-from .configuration import CheckpointError, check, check_backend, complete, is_ours, names, read_checkpoint
+from .checkpoint_files import CheckpointError, is_ours, names, read_checkpoint
+from .configuration import check, check_backend, complete
 from .overrides import override
 from .restoring import check_expected, expects_ours, restores
 from .stand_in import stand_in

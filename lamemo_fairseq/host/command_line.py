@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from ..core.names import option_name
 from . import absent_options, start
-from .configuration import check_model, is_our_model, is_our_task
+from .checkpoint_files import is_our_model, is_our_task
+from .configuration import check_model
 from .evaluated_options import read_as_before, read_in_words
 from .option_rules import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
 from .own import TASK, not_fed

@@ -6,15 +6,9 @@ So a checkpoint of this package is plain values of known options; one that names
 
 import argparse
 import logging
-import os
-import pickle
-import re
-import reprlib
-import zipfile
 from dataclasses import fields
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
+from typing import Any, Dict, List, Mapping, Tuple, Type
 
-import torch
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.configs import (
@@ -26,7 +20,7 @@ from fairseq.dataclass.configs import (
 )
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
 from fairseq.registry import REGISTRIES
-from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
@@ -37,8 +31,21 @@ from ..core.names import did_you_mean, option_name
 from ..core.positions import POSITIONS
 from ..core.registry import Registry
 from ..criterions import FAIRSEQ_CRITERIONS
+from .checkpoint_files import (
+    IMPORT,
+    TRAIN,
+    CheckpointError,
+    first_line,
+    is_our_model,
+    is_our_task,
+    is_ours,
+    names,
+    not_ours,
+    of_fairseq,
+    read_checkpoint,
+    short,
+)
 from .dataclass_defaults import defaults_of, structured
-from .own import OwnModel, OwnTask
 
 logger = logging.getLogger(__name__)
 
@@ -66,71 +73,6 @@ _REGISTRIES: Dict[str, Registry[Any]] = {
     "position_encoding": POSITIONS,
     "attention_backend": BACKENDS,
 }
-_IMPORT = "python -m lamemo_fairseq.convert_checkpoint import"
-_TRAIN = "train with this package"
-
-
-class CheckpointError(ValueError):
-    """A file is not a checkpoint that may be read."""
-
-
-def read_checkpoint(path: str, mapped: bool = False) -> Any:
-    """Read tensors and plain values; nothing in the file is run.
-
-    Args:
-        path: a local file.
-        mapped: leave tensors on the disk until they are used, if the file's format allows it.
-
-    Raises:
-        CheckpointError: the file holds something else.
-    """
-    try:
-        # Options of optimizers and schedulers that fairseq has no dataclass for, such as sgd, are saved as a namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=True if mapped and zipfile.is_zipfile(path) else None
-            )
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is no checkpoint of tensors and plain values; nothing in it was run ({why_not_read(error)}): pass "
-            f"another, or if it is of the authors' code import it with {_IMPORT}"
-        ) from None
-    except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise  # the file cannot be opened; torch has an error without a name for one that ends too early
-        raise CheckpointError(
-            f"{path} is no checkpoint of fairseq, or a damaged one ({why_damaged(error, path)}): "
-            "pass another, or copy it again"
-        ) from None
-
-
-def is_our_model(name: Any) -> bool:
-    """Return whether an architecture is one of this package, or derived from one."""
-    return isinstance(name, str) and _is(ARCH_MODEL_REGISTRY.get(name), OwnModel)
-
-
-def is_our_task(name: Any) -> bool:
-    """Return whether a task is the one of this package, or derived from it."""
-    return isinstance(name, str) and _is(TASK_REGISTRY.get(name), OwnTask)
-
-
-def is_ours(state: Any) -> bool:
-    """Return whether a checkpoint names a model or a task of this package."""
-    model, task = names(state)
-    return is_our_model(model) or is_our_task(task)
-
-
-def names(state: Any) -> Tuple[Optional[str], Optional[str]]:
-    """Return the names of a checkpoint's model and task, None where it has none."""
-    state = state if isinstance(state, dict) else {}
-    args, cfg = state.get("args"), state.get("cfg")
-    if args is not None:  # fairseq prefers these to a configuration
-        chosen = [getattr(args, key, None) for key in ("arch", "task")]
-    else:
-        sections = [cfg.get(key) if isinstance(cfg, dict) else None for key in ("model", "task")]
-        chosen = [section.get("_name") if isinstance(section, dict) else None for section in sections]
-    model, task = (name if isinstance(name, str) else None for name in chosen)
-    return model, task
 
 
 def read_ours(path: str) -> Dict[str, Any]:
@@ -143,32 +85,10 @@ def read_ours(path: str) -> Dict[str, Any]:
     state = read_checkpoint(path, mapped=True)
     if not is_ours(state):
         known = names(state) != (None, None)
-        remedy = of_fairseq(state) if known else f"{_TRAIN}, or import with {_IMPORT}"
+        remedy = of_fairseq(state) if known else f"{TRAIN}, or import with {IMPORT}"
         raise CheckpointError(f"{not_ours(state, path)}: {remedy}")
     check(state, path)
     return state
-
-
-def not_ours(state: Any, path: str) -> str:
-    """Say that a checkpoint is none of this package."""
-    if names(state) != (None, None):
-        return f"{path} is {describe(state)}, which is not one of this package"
-    if not isinstance(state, dict):
-        held = f"no dictionary but a {type(state).__name__}"
-    else:
-        held = ", ".join(sorted(map(str, state))[:8]) or "nothing"
-    return f"{path} holds {held}, so it is no checkpoint of fairseq-train"
-
-
-def of_fairseq(state: Any) -> str:
-    """Return what to do with a checkpoint that names another model and task."""
-    return f"{_TRAIN}; fairseq's own commands read this one with --task {names(state)[1] or 'NAME'}"
-
-
-def describe(state: Any) -> str:
-    """Describe in a few words which model a checkpoint is of, that names a model or a task."""
-    model, task = names(state)
-    return f"a checkpoint of the model {_short(model)} and the task {_short(task)}"
 
 
 def check(state: Dict[str, Any], path: str) -> None:
@@ -179,15 +99,13 @@ def check(state: Dict[str, Any], path: str) -> None:
     """
     cfg = state.get("cfg")
     if state.get("args") is not None or not isinstance(cfg, dict):
-        raise CheckpointError(f"{path} has no configuration as this package saves it, under 'cfg' alone: {_TRAIN}")
+        raise CheckpointError(f"{path} has no configuration as this package saves it, under 'cfg' alone: {TRAIN}")
     model, task = names(state)
     if not is_our_model(model):
         own = f"; {MEMORIES.own}" if is_our_task(task) and model else ""
-        raise CheckpointError(
-            f"{path} names the model {_short(model)}, which is not one of this package: {_TRAIN}{own}"
-        )
+        raise CheckpointError(f"{path} names the model {short(model)}, which is not one of this package: {TRAIN}{own}")
     if not is_our_task(task):
-        raise CheckpointError(f"{path} names the task {_short(task)}, which is not one of this package: {_TRAIN}")
+        raise CheckpointError(f"{path} names the task {short(task)}, which is not one of this package: {TRAIN}")
     try:
         for name, section in cfg.items():
             _check_plain(section, f"cfg.{name}", namespace=name in _NAMESPACES)
@@ -222,8 +140,8 @@ def check_options(section: Any, dataclass: Type[FairseqDataclass]) -> None:
     except OmegaConfBaseException as error:
         name = str(error.full_key or error.key)
         value = given.get(name.split("[")[0].split(".")[0])
-        reason = _unknown(name, value) if isinstance(value, str) and name in _REGISTRIES else _first(error)
-        raise ValueError(f"{option_name(name)} cannot be {_short(value)}: {reason}") from None
+        reason = _unknown(name, value) if isinstance(value, str) and name in _REGISTRIES else first_line(error)
+        raise ValueError(f"{option_name(name)} cannot be {short(value)}: {reason}") from None
 
 
 def _unknown(option: str, name: str) -> str:
@@ -241,7 +159,7 @@ def check_backend(name: Any, path: str) -> None:
     """
     if str(name) not in BACKENDS.names():
         raise CheckpointError(
-            f"{path}: --attention-backend cannot be {_short(str(name))}, which is not known here: put its file back "
+            f"{path}: --attention-backend cannot be {short(str(name))}, which is not known here: put its file back "
             "into lamemo_fairseq/core/attention, or pass --model-overrides \"{'attention_backend': 'auto'}\" "
             "(in Python attention_backend='auto')"
         )
@@ -255,7 +173,7 @@ def check_model(cfg: Any, task: str) -> None:
     """
     name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
     if not is_our_model(name):
-        model = ARCH_MODEL_REGISTRY[name].__name__ if name in ARCH_MODEL_REGISTRY else _short(name)
+        model = ARCH_MODEL_REGISTRY[name].__name__ if name in ARCH_MODEL_REGISTRY else short(name)
         raise ValueError(
             f"--task {task} feeds segments with memory, which {model} does not have: "
             "pass --arch lamemo_lm or another architecture of this package, or --task language_modeling"
@@ -271,7 +189,7 @@ def check_criterion(cfg: Any) -> None:
     name = getattr(cfg, "_name", None)
     if name not in CRITERIONS:
         raise CheckpointError(
-            f"the checkpoint names the criterion {_short(name)}; those built from a checkpoint are "
+            f"the checkpoint names the criterion {short(name)}; those built from a checkpoint are "
             f"{', '.join(sorted(CRITERIONS))}: evaluate with fairseq-eval-lm, which builds none"
         )
     options = OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
@@ -294,7 +212,7 @@ def check_encoders(state: Dict[str, Any], given: Mapping[str, Any], path: str) -
             continue
         if not isinstance(name, str) or name not in known:
             raise CheckpointError(
-                f"{path} names the {kind} {_short(name)}; those built from a checkpoint are "
+                f"{path} names the {kind} {short(name)}; those built from a checkpoint are "
                 f"{', '.join(sorted(known))}: pass {kind}=NAME yourself"
             )
         dataclass = REGISTRIES[kind]["dataclass_registry"].get(name)
@@ -306,7 +224,7 @@ def check_encoders(state: Dict[str, Any], given: Mapping[str, Any], path: str) -
             remote = [value for value in section.values() if isinstance(value, str) and "://" in value]
             if remote:
                 raise CheckpointError(
-                    f"{path} names {_short(remote[0])}, and nothing is fetched because a file asks for it: "
+                    f"{path} names {short(remote[0])}, and nothing is fetched because a file asks for it: "
                     f"pass {kind}={name!r} and its file yourself"
                 )
 
@@ -354,9 +272,9 @@ def _check_plain(value: Any, where: str, namespace: bool = False) -> None:
             pending += [(where, item) for item in value]
         elif isinstance(value, str):
             if "${" in value or value == "???":
-                raise ValueError(f"{_short(where)} is {_short(value)}, which stands for another value")
+                raise ValueError(f"{short(where)} is {short(value)}, which stands for another value")
         elif value is not None and not isinstance(value, (bool, int, float)):
-            raise ValueError(f"{_short(where)} is a {type(value).__name__}, not a plain value")
+            raise ValueError(f"{short(where)} is a {type(value).__name__}, not a plain value")
 
 
 def _check_contents(state: Dict[str, Any]) -> None:
@@ -373,27 +291,3 @@ def _check_contents(state: Dict[str, Any]) -> None:
         raise ValueError("'extra_state' does not say where in the data it was saved")
     if not isinstance(state.get("task_state", {}), dict):
         raise ValueError("'task_state' is no dictionary")
-
-
-def _is(registered: Any, base: type) -> bool:
-    return isinstance(registered, type) and issubclass(registered, base)
-
-
-def _short(value: Any) -> str:
-    return reprlib.repr(value)
-
-
-def _first(error: BaseException) -> str:
-    """Return the first line of a message."""
-    return str(error).strip().split("\n")[0]
-
-
-def why_damaged(error: Exception, path: str) -> str:
-    """Return torch's error on a file, which has no message if the file is empty."""
-    return "it is empty" if os.path.getsize(path) == 0 else f"{type(error).__name__}: {_first(error)}"
-
-
-def why_not_read(error: pickle.UnpicklingError) -> str:
-    """Return what torch's message says of the file, without the advice to run the file."""
-    foreign = re.search(r"(?:GLOBAL|class|type) ([A-Za-z_][\w.]*\.\w+)", str(error))
-    return f"it holds the object {foreign[1]}" if foreign else "torch cannot read it"

@@ -9,18 +9,8 @@ from fairseq import utils
 from fairseq.file_io import PathManager
 
 from ..core.names import missing_checkpoint, nearest_path
-from .configuration import (
-    CheckpointError,
-    check,
-    check_encoders,
-    describe,
-    is_our_task,
-    is_ours,
-    names,
-    not_ours,
-    read_checkpoint,
-    read_ours,
-)
+from .checkpoint_files import CheckpointError, describe, is_our_task, is_ours, names, not_ours, read_checkpoint
+from .configuration import check, check_encoders, read_ours
 from .generation_options import refusal
 from .overrides import check_arguments, check_overrides, parse_overrides
 

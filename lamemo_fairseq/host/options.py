@@ -9,8 +9,8 @@ from typing import Any, Callable, Optional, Sequence
 
 from fairseq import options
 
+from .checkpoint_files import is_our_model, is_our_task
 from .command_line import CommandLine
-from .configuration import is_our_model, is_our_task
 from .generation_defaults import adapt_generation
 from .interruption import end_in_one_line
 from .named_checkpoints import check_checkpoints, take_task_from_checkpoint

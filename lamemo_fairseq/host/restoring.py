@@ -20,7 +20,8 @@ from ..core.fields import fixed_options
 from ..core.memory import MEMORIES
 from ..core.names import missing_checkpoint, option_name
 from .averages import supply_averages
-from .configuration import CheckpointError, complete, is_ours, not_ours, read_ours
+from .checkpoint_files import CheckpointError, is_ours, not_ours
+from .configuration import complete, read_ours
 from .optimizers import put_options
 from .overrides import owners_of_options
 
