@@ -132,19 +132,21 @@ SPAWNS = """
 import multiprocessing, os, signal, sys, time
 from lamemo_fairseq.host import signals
 
-def rank():
+def rank(ready):
     signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print("saved", flush=True), os._exit(143)))
-    print("begun", flush=True)
+    ready.set()
     time.sleep(60)
 
 if __name__ == "__main__":
     signals.pass_on_to_ranks()
-    started = multiprocessing.get_context("fork").Process(target=rank) if sys.argv[1] == "ranks" else None
-    if started is None:
-        print("begun", flush=True)
-        time.sleep(60)
-    started.start()
-    started.join()
+    if sys.argv[1] == "ranks":
+        fork = multiprocessing.get_context("fork")
+        ready = fork.Event()
+        started = fork.Process(target=rank, args=(ready,))
+        started.start()
+        ready.wait()
+    print("begun", flush=True)  # this process knows its rank by now
+    started.join() if sys.argv[1] == "ranks" else time.sleep(60)
 """
 
 
