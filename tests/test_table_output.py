@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from examples.tables import process, scale
+from examples.tables import folder, process, scale
 
 from .tables import ROOT, fork, run
 
@@ -58,3 +58,12 @@ def test_a_reader_that_has_read_enough_is_no_error(unbuffered, tmp_path):
     os.close(writer)
     assert ended.returncode == 128 + signal.SIGPIPE and not ended.stderr
     assert not unbuffered or {"table.md", "summary.svg"} <= {path.name for path in results.iterdir()}
+
+
+def test_new_files_of_the_package_are_changes(monkeypatch):
+    """A commit does not hold an own memory that was never added to it."""
+    memory = "?? lamemo_fairseq/core/memory/own/__init__.py"
+    monkeypatch.setattr(folder, "_git", lambda *_: f"M README.md\n{memory}\n?? notes.txt")
+    assert folder.environment(None)["changed_files"] == f"M README.md\n{memory}"
+    monkeypatch.setattr(folder, "_git", lambda *_: None)  # an installed package
+    assert folder.environment(None)["changed_files"] is None

@@ -238,11 +238,20 @@ def environment(devices: Optional[str]) -> Dict[str, Any]:
     return {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "changed_files": _git("status", "--porcelain", "--untracked-files=no"),
+        "changed_files": _changes(),
         "device": ", ".join(names) or f"{_processor()}, {torch.get_num_threads()} threads",
         "host": platform.platform(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "fairseq": _fairseq()},
     }
+
+
+def _changes() -> Optional[str]:
+    """Return the changed files as git lists them, and new ones of the package, such as an own memory's."""
+    listed = _git("status", "--porcelain", "--untracked-files=all")
+    if listed is None:
+        return None
+    ours = "?? lamemo_fairseq/"
+    return "\n".join(line for line in listed.splitlines() if line.startswith(ours) or not line.startswith("??"))
 
 
 def _git(*command: str) -> Optional[str]:

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import statistics
 
 import pytest
 import torch
@@ -118,18 +119,22 @@ def test_a_decoder_of_odd_widths(memory, positions, monkeypatch):
 
 @pytest.mark.parametrize(("memory", "positions"), MODELS)
 def test_all_kernels_at_odd_widths_are_as_exact_as_plain_operations(memory, positions, monkeypatch):
-    """Loss and gradients in float16 with rows and heads that break alignment; on a GPU as it is, else interpreted."""
+    """Loss and gradients in float16 with rows and heads that break alignment; on a GPU as it is, else interpreted.
+
+    The median of three models: in one of them a hidden unit near zero may be on the other side, by rounding.
+    """
     pytest.importorskip("triton")
     widths = {"decoder_embed_dim": 26, "decoder_attention_heads": 2, "decoder_ffn_embed_dim": 36}
     options = sizes_of(positions, **widths)
 
-    def gradients(dtype, backend, kernels):
+    def gradients(seed, dtype, backend, kernels):
         with monkeypatch.context() as patched:
             if kernels and DEVICE == "cpu":
                 patched.setattr(aligned, "matters", lambda x: True)
                 for module in (rows_module, layer):
                     patched.setattr(module, "fusable", lambda t: t.dtype in rows_module.DTYPES)
-            decoder = tiny_decoder(memory=memory, position_encoding=positions, attention_backend=backend, **options)
+            chosen = {"memory": memory, "position_encoding": positions, "attention_backend": backend}
+            decoder = tiny_decoder(seed=seed, **chosen, **options)
             for parameter in decoder.parameters():
                 parameter.data.mul_(0.5)  # softmaxes that are not one-hot
             decoder.to(DEVICE, dtype).train()
@@ -140,9 +145,13 @@ def test_all_kernels_at_odd_widths_are_as_exact_as_plain_operations(memory, posi
             found = torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)
         return [loss, *(g.double() for g in found if g is not None)]
 
-    def error(found):
+    def error(found, exact):
         pairs = zip(found, exact, strict=True)
-        return max(float((one - other).norm() / other.norm().clamp(min=1e-6)) for one, other in pairs)
+        return max(float((one - other).detach().norm() / other.norm().clamp(min=1e-6)) for one, other in pairs)
 
-    exact = gradients(torch.float64, "eager", kernels=False)
-    assert error(gradients(torch.float16, "fused", kernels=True)) < 2 * error(gradients(torch.float16, "eager", False))
+    def times_as_far_off(seed):
+        exact = gradients(seed, torch.float64, "eager", kernels=False)
+        fused, eager = (gradients(seed, torch.float16, name, name == "fused") for name in ("fused", "eager"))
+        return error(fused, exact) / error(eager, exact)
+
+    assert statistics.median(map(times_as_far_off, range(3))) < 2
