@@ -99,12 +99,12 @@ def _alone(alone: Dict[str, Any], name: str, key: str) -> List[float]:
 
 def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
     """Return one line a row: means and spreads over the seeds."""
-    lines = []
+    lines, beside = [], beside_reported(plan, results)
     for name, row in plan.table.rows.items():
         line: Dict[str, Any] = {"row": name, "title": row.title, "seeds": len(results[name])}
         for subset in plan.table.evaluation.subsets:
             line.update(_spread(subset, values(plan, results[name], Evaluation(subset))))
-            line[f"{subset} reported"] = getattr(row.paper, subset, None) if comparable(plan, results, name) else None
+            line[f"{subset} reported"] = getattr(row.paper, subset, None) if name in beside else None
         line.update(_spread("parameters", trained(results[name], "parameters")[:1]))
         line.update(_spread("tokens/s", rates(plan, name, results[name])))
         line.update(_spread("memory GiB", memory(plan, name, results[name])))
@@ -191,7 +191,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     table = plan.table
     digits = MEASURES[table.measure][2]
     splits = table.evaluation.subsets
-    beside = [name for name in table.rows if comparable(plan, results, name)]
+    beside = beside_reported(plan, results)
     measured = ["parameters", "tokens/s", "memory GiB", "training s"]
     head = ["model", *splits, "reported " + " / ".join(splits), *measured, "seeds"]
     lines = [
@@ -297,10 +297,10 @@ def reported(row: Row, splits: Sequence[str]) -> str:
     return " / ".join("-" if c is None else f"{c:g}" for c in cells) if any(c is not None for c in cells) else ""
 
 
-def comparable(plan: Plan, results: Dict[str, List[Result]], name: str) -> bool:
-    """Return whether a row's reported values may stand beside its results, or beside all if it has none."""
-    beside = results[name] or [result for of_row in results.values() for result in of_row]
-    return not any(result["scale"] or plan.otherwise(result) for result in beside)
+def beside_reported(plan: Plan, results: Dict[str, List[Result]]) -> List[str]:
+    """Return the rows whose reported values may stand beside their results, or beside all if they have none."""
+    apart = {name: any(r["scale"] or plan.otherwise(r) for r in of_row) for name, of_row in results.items()}
+    return [name for name in plan.table.rows if not (apart[name] if results[name] else any(apart.values()))]
 
 
 def _otherwise(plan: Plan, results: Dict[str, List[Result]]) -> Iterable[str]:
