@@ -40,10 +40,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
     logging.getLogger().setLevel(logging.INFO)
     try:
         paths = checkpoints(args.models)
-        about = report.About(os.path.join(args.data, args.subset), str(Rule.parse(args.documents)))
+        rule = Rule.parse(args.documents)
+        about = report.About(os.path.join(args.data, args.subset), str(rule))
         report.check_writable(args.out)
         models = {name: analyse(name, path, args) for name, path in paths.items()}
-        print(summary(models, Rule.parse(args.documents)))
+        print(summary(models, rule))
         files = report.save(report.tabulate(models, about, paper=_is_wikitext_103(args.data)), args.out, about)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -132,7 +132,7 @@ class ModelConfig:
         Raises:
             ValueError: a name is not known, or a value makes no sense.
         """
-        return cls(**dict(values))
+        return cls(**values)
 
     def _check_names(self) -> None:
         POSITIONS[self.position_encoding]
