@@ -3,7 +3,8 @@
 Shapes: B sequences, L columns of input, L' of them new.
 """
 
-from typing import List, NoReturn, Optional, Tuple
+import copy
+from typing import Any, Dict, List, NoReturn, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -23,14 +24,15 @@ class TextLayer(CacheLayerMixin):
         self.model = model
         self.state: Optional[DecodingState] = None
         self.columns = 0  # L, read so far, with padding; transformers takes it for the length
+        self.last: Optional[Tensor] = None  # [B], the ids in the last of them
 
-    def read(self, tokens: Tensor, counts: List[int], columns: int) -> Tensor:
+    def read(self, tokens: Tensor, counts: List[int], input_ids: Tensor) -> Tensor:
         """Read ``tokens [B, k]``, of sequence b the first ``counts[b]``: features ``[B, k, d]``.
 
         Args:
             tokens: word ids.
             counts: words of each sequence.
-            columns: L', the columns of the input.
+            input_ids: ``[B, L']``, of which they are the words.
 
         Raises:
             ValueError: there are fewer or more sequences than before.
@@ -42,10 +44,34 @@ class TextLayer(CacheLayerMixin):
             raise ValueError(
                 f"the cache has {self.batch_size} sequences, and the input {len(tokens)}: pass a new cache"
             )
-        self.columns += columns
+        self.columns, self.last = self.columns + input_ids.size(1), input_ids[:, -1].clone()
         if tokens.size(1) == 0:  # all columns are padding
             return self.model.embed_tokens.table(0).new_empty(len(tokens), 0, self.model.config.decoder_embed_dim)
         return self.state.read(tokens, counts)
+
+    def check_begun(self, input_ids: Tensor) -> None:
+        """Check that whole texts ``[B, L]`` begin with the columns read so far, by the last of these.
+
+        Raises:
+            ValueError: they end with these columns or before, or have another word there.
+        """
+        if self.last is None or len(input_ids) != len(self.last):  # `read` refuses other numbers of texts
+            return
+        begun = input_ids[:, self.columns - 1 : self.columns]
+        if input_ids.size(1) <= self.columns or not torch.equal(begun[:, 0], self.last.to(begun.device)):
+            raise ValueError(
+                f"the cache has read {self.columns} columns, and input_ids {list(input_ids.shape)} do not go on after "
+                "them: pass the whole texts, with at least one word that is new"
+            )
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "TextLayer":
+        """Return a copy of the state, for the same model."""
+        for part in (*self.model.modules(), *self.model.parameters(), *self.model.buffers()):
+            memo.setdefault(id(part), part)
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
 
     @property
     def batch_size(self) -> int:
@@ -62,11 +88,12 @@ class TextLayer(CacheLayerMixin):
         return self.columns + query_length, 0
 
     def reset(self) -> None:
-        self.state, self.columns, self.is_initialized = None, 0, False
+        self.state, self.columns, self.last, self.is_initialized = None, 0, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.state is not None:
+        if self.state is not None and self.last is not None:
             self.state.reorder(beam_idx.to(self.state.cache.tokens.device))
+            self.last = self.last[beam_idx.to(self.last.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))

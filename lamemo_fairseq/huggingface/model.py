@@ -42,13 +42,16 @@ class Packed(NamedTuple):
     real: Tensor  # [B, L] whether a column of the input is a word
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Optional[Tensor]) -> "Packed":
-        """Pack ``input_ids [B, L]``; the mask may be longer, and ends with them."""
-        length = input_ids.size(1)
+    def of(cls, input_ids: Tensor, attention_mask: Optional[Tensor], before: int = 0) -> "Packed":
+        """Pack ``input_ids [B, L]``; the mask may have the columns *before* them too."""
+        batch, length = input_ids.shape
         if attention_mask is None:
-            return cls(input_ids, [length] * len(input_ids), torch.ones_like(input_ids, dtype=torch.bool))
-        if attention_mask.dim() != 2 or attention_mask.size(1) < length:
-            raise ValueError(f"attention_mask is {list(attention_mask.shape)}: pass [B, L], with a 0 for each padding")
+            return cls(input_ids, [length] * batch, torch.ones_like(input_ids, dtype=torch.bool))
+        if attention_mask.shape not in ((batch, length), (batch, before + length)):
+            fitting = " or ".join(f"[{batch}, {columns}]" for columns in dict.fromkeys((length, before + length)))
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}: pass {fitting}, with a 0 for each padding"
+            )
         real = attention_mask[:, attention_mask.size(1) - length :].to(input_ids.device).bool()
         counts = real.sum(1).tolist()
         order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
@@ -139,14 +142,15 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: word ids. With a cache, the words after those that the cache has read.
-            attention_mask: ``[B, L]`` or, with a cache, of all columns so far; 0 for padding.
+            attention_mask: ``[B, L]`` or, with a cache, of all columns up to these; 0 for padding.
             cache: a `LamemoCache`, which is read on in place.
             inputs_embeds: not taken.
             labels: ``[B, L]`` the same ids, with -100 for those that are not to be predicted; shifted here.
             use_cache: return the cache; by default if there are no gradients.
             logits_to_keep: score only this many last columns (0: all), or the columns of these indices.
             return_dict: False returns a tuple.
-            kwargs: ``num_items_in_batch``, by which the loss is divided, and others that change nothing.
+            kwargs: ``num_items_in_batch``, by which the loss is divided, and others that change nothing. Of these,
+                ``position_ids [B, L]`` must rise, as a row is one text.
 
         Returns:
             Scores ``[B, L, V]``, log-probabilities if the softmax is adaptive; the loss and the cache.
@@ -161,14 +165,17 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache is a {type(cache).__name__}: pass LamemoCache(model), or none")
         if cache is not None and self.training:
             raise ValueError("a cache is read without dropout: call model.eval() first")
-        packed = Packed.of(input_ids, attention_mask)
+        if cache is not None and cache.text.model is not self.model:
+            raise ValueError("the cache is of another model: pass LamemoCache(model) of this one")
+        packed = Packed.of(input_ids, attention_mask, 0 if cache is None else cache.text.columns)
+        _refuse_several(packed.real, kwargs.get("position_ids"))
         if input_ids.device.type == "cpu":  # on a GPU, the host would wait for the answer
             check_known(self.model, packed.tokens, "input_ids have")
         if self.training or (cache is None and not use_cache and torch.is_grad_enabled()):
             features, extra = self._read_segments(packed)
         else:
             cache = LamemoCache(self) if cache is None else cache
-            features, extra = self._read_on(packed, cache), {}
+            features, extra = self._read_on(packed, input_ids, cache), {}
         columns = packed.unpacked(features)
         loss = None
         if labels is not None:
@@ -211,10 +218,20 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    def _prefill(
+        self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: Dict[str, Any], **kwargs: Any
+    ) -> Any:
+        cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        masked = mask.size(1) if mask is not None else getattr(generation_config, "_mask_length", -1)
+        # With a longer mask, transformers takes the ids for new ones alone.
+        if isinstance(cache, LamemoCache) and masked == input_ids.size(1):
+            cache.text.check_begun(input_ids)
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
     @torch.no_grad()
-    def _read_on(self, packed: Packed, cache: LamemoCache) -> Tensor:
+    def _read_on(self, packed: Packed, input_ids: Tensor, cache: LamemoCache) -> Tensor:
         """Read words after those of the cache: features ``[B, k, d]``."""
-        return cache.text.read(packed.tokens, packed.counts, packed.real.size(1))
+        return cache.text.read(packed.tokens, packed.counts, input_ids)
 
     def _read_segments(self, packed: Packed) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Read whole texts segment by segment: features ``[B, k, d]``, and the memory's losses, means over words.
@@ -261,6 +278,20 @@ def _ties(model: nn.Module) -> Dict[str, str]:
     first: Dict[int, str] = {}
     names = ((name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False))
     return {name: source for name, source in names if name != source}
+
+
+def _refuse_several(real: Tensor, position_ids: Optional[Tensor]) -> None:
+    """Refuse positions ``[.., L]`` that begin again within a row: its texts would be read as one.
+
+    Raises:
+        ValueError: the positions of a row's words do not rise.
+    """
+    if position_ids is None:
+        return
+    positions = position_ids.to(real.device).broadcast_to(real.shape)
+    for row, words in zip(positions, real, strict=True):
+        if (row[words].diff() < 1).any():
+            raise ValueError("position_ids begin again within a row: pass each text in a row of its own, padded")
 
 
 def _refuse_unknown(input_ids: Optional[Tensor], inputs_embeds: Optional[Tensor], kwargs: Dict[str, Any]) -> None:

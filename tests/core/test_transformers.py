@@ -1,5 +1,6 @@
 """Models in transformers: against the core's pass over whole segments, and through its own commands."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -38,9 +39,21 @@ def padded(given, side="left"):
     return {"input_ids": ids, "attention_mask": torch.nn.utils.rnn.pad_sequence(ones, True, 0, side)}
 
 
+def tiny_model() -> LamemoForCausalLM:
+    return LamemoForCausalLM.of(tiny_decoder())
+
+
 @pytest.fixture
 def model() -> LamemoForCausalLM:
-    return LamemoForCausalLM.of(tiny_decoder())
+    return tiny_model()
+
+
+@torch.no_grad()
+def read(model, ids) -> LamemoCache:
+    """A cache that has read words."""
+    cache = LamemoCache(model)
+    model(ids, cache=cache)
+    return cache
 
 
 def expected(model, text):
@@ -202,6 +215,24 @@ def test_a_cache_is_repeated_selected_and_begun_anew(model):
     close(model(new, cache=cache).logits[0].log_softmax(-1), expected(model, new[0]))
 
 
+@torch.no_grad()
+def test_copies_of_a_cache_go_on_apart_with_the_same_model(model):
+    """A prompt is read once, and gone on from in several ways."""
+    prompt, one, two = (text[None] for text in texts([7, 5, 4]))
+    cache = read(model, prompt)
+    copied = copy.deepcopy(cache)
+    assert copied.text.model is model.model
+    for of, new in ((copied, one), (cache, two)):
+        logits = model(new, cache=of, position_ids=torch.arange(7, 7 + new.size(1))[None]).logits
+        close(logits[0].log_softmax(-1), expected(model, torch.cat([prompt, new], 1)[0])[7:])
+    whole = torch.cat([prompt, one, two], 1)
+    words = model.generate(whole, max_new_tokens=3, eos_token_id=None)
+    assert torch.equal(model.generate(whole, cache=copied, max_new_tokens=3, eos_token_id=None), words)
+    new, mask = torch.cat([one, two], 1), torch.ones_like(whole)
+    given = model.generate(new, attention_mask=mask, cache=read(model, prompt), max_new_tokens=3, eos_token_id=None)
+    assert torch.equal(given[:, 9:], words[:, 16:])
+
+
 @pytest.mark.parametrize(
     ("use", "message"),
     [
@@ -209,8 +240,21 @@ def test_a_cache_is_repeated_selected_and_begun_anew(model):
         (lambda m, ids: m(ids, cache=DynamicCache()), r"cache is a DynamicCache: pass LamemoCache\(model\)"),
         (
             lambda m, ids: m(ids, attention_mask=torch.ones(1, 1, 9, 9)),
-            r"attention_mask is \[1, 1, 9, 9\]: pass \[B, L",
+            r"attention_mask is \[1, 1, 9, 9\]: pass \[1, 9\]",
         ),
+        (lambda m, ids: m(ids.expand(2, 9), attention_mask=torch.ones(1, 9)), r"is \[1, 9\]: pass \[2, 9\]"),
+        (
+            lambda m, ids: m(ids, attention_mask=torch.ones(1, 12), cache=read(m, ids[:, :2])),
+            r"is \[1, 12\]: pass \[1, 9\] or \[1, 11\]",
+        ),
+        (lambda m, ids: m(ids, cache=read(tiny_model(), ids)), "the cache is of another model"),
+        (lambda m, ids: m(ids, position_ids=torch.arange(9).remainder(5)[None]), "a row of its own, padded"),
+        (
+            lambda m, ids: m.generate(ids[:, 5:], cache=read(m, ids[:, :5])),
+            r"has read 5 columns, and input_ids \[1, 4\] do not go on after them",
+        ),
+        (lambda m, ids: m.generate(ids, cache=read(m, ids)), "with at least one word that is new"),
+        (lambda m, ids: m.generate(ids, cache=read(m, ids[:, 4:8])), "do not go on after them: pass the whole texts"),
         (lambda m, ids: m(ids, output_attentions=True), "the model has no use for 'output_attentions': leave it out"),
         (lambda m, ids: m(ids + 17), "input_ids have the word ids .*, and the model those from 0 to 16"),
         (lambda m, ids: m.generate(ids + 17), "input_ids have the word ids .*, and the model those from 0 to 16"),
