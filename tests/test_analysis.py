@@ -374,7 +374,7 @@ def test_a_folder_that_nothing_can_be_written_to_is_told_before_the_reading(trai
     with files_of_at_most(0):
         assert __main__.main([str(trained / "data"), path, "--out", str(tmp_path), "--cpu"]) == 1
     assert capsys.readouterr().err == (
-        f"error: nothing can be written to {tmp_path}: File too large; pass another folder as --out\n"
+        f"error: --out {tmp_path} cannot be written to (File too large), pass another folder\n"
     )
 
 

@@ -58,4 +58,6 @@ def test_a_missing_source_leaves_no_folder_behind(tmp_path):
     assert "there is no such file or folder" in refused("--source", tmp_path / "nowhere", "--destdir", data)
     assert not data.exists()
     message = refused("--source", __file__, "--destdir", "/proc/x", "--shares", "1")
-    assert message == "preprocess: --destdir /proc/x: no folder can be made in /proc, pass another folder"
+    assert message == (
+        "preprocess: --destdir /proc/x: /proc cannot be written to (No such file or directory), pass another folder"
+    )

@@ -1,15 +1,16 @@
 """Refusals of this package end a command in one line; any other error keeps its traceback."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fairseq import options
 
+from lamemo_fairseq.core.folder import check_folder
 from lamemo_fairseq.host import interruption, refusals
 from lamemo_fairseq.host.configuration import read_ours
-from lamemo_fairseq.host.outputs import check_folder
 from lamemo_fairseq.host.start import _first
 
 
@@ -26,12 +27,12 @@ def elsewhere():
 @pytest.mark.parametrize(
     "function, arguments, refused",
     [
-        (check_folder, ("--save-dir", "/dev/null/x"), True),
+        (check_folder, (Path("/dev/null/x"), "--save-dir"), True),
         (read_ours, (__file__,), True),  # of a class of this package
         (_first, ("half",), False),  # float() raises it
         (_first, ([],), False),
         (elsewhere, (), False),
-        (check_folder, ("--save-dir", None), False),
+        (check_folder, (None, "--save-dir"), False),
     ],
 )
 def test_what_is_printed(function, arguments, refused, monkeypatch, capsys):
@@ -78,7 +79,7 @@ def raise_(error):
 
 
 def test_development_mode_shows_the_traceback(monkeypatch, capsys):
-    error = error_of(check_folder, "--save-dir", "/dev/null/x")
+    error = error_of(check_folder, Path("/dev/null/x"), "--save-dir")
     others = []
     monkeypatch.setattr(refusals, "sys", SimpleNamespace(flags=SimpleNamespace(dev_mode=True), stderr=sys.stderr))
     refusals._print(lambda *error: others.append(error), type(error), error, error.__traceback__)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from pathlib import Path
+import tempfile
 
 import pytest
 
@@ -98,11 +98,17 @@ def test_figures_that_are_infinite_or_missing(tiny, monkeypatch, capsys):
 
 def test_a_folder_of_results_that_is_read_only_is_told(tiny, monkeypatch, capsys):
     results = shutil.copytree(ROOT / "examples" / "novels" / "words-quarter" / "results", tiny.parent / "results")
-    able = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != results and able(path, mode))
+
+    def refuses(**options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuses)
     table_file = ROOT / "examples" / "novels" / "words-quarter" / "table.yaml"
     assert runner.main([str(table_file), "--render", "--results", str(results)]) == 1
-    assert f"error: --results {results}: nothing can be written to it, pass another folder" in capsys.readouterr().err
+    assert (
+        f"error: --results {results} cannot be written to (Read-only file system), pass another"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("form", ["absent", "empty", "of other rows"])
@@ -347,7 +353,7 @@ def test_what_cannot_be_written_is_told(tiny, monkeypatch, capsys):
     there = tiny.parent / "file"
     assert capsys.readouterr().err == f"error: --results {there / 'results'}: {there} is a file, pass a folder\n"
     assert runner.main([str(tiny), "--out", "/proc/x/t"]) == 1
-    assert "error: --out /proc/x/t: no folder can be made in /proc, pass another" in capsys.readouterr().err
+    assert "error: --out /proc/x/t: /proc cannot be written to (No such file" in capsys.readouterr().err
     for option in ("--scale", "--speed"):
         assert run(tiny, option, 2, "--results", tiny.parent / "file" / "results") == 1
     (tiny.parent / "out").mkdir()

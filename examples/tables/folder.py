@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -68,10 +69,9 @@ def make(folder: Path, option: str) -> None:
     Raises:
         OSError: the folder cannot be made or written to; the message has the remedy.
     """
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        file.write(b"\0")
+        return
     from lamemo_fairseq.core.folder import make_folder  # with fairseq, which takes seconds to import
 
     make_folder(folder, option)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..arguments import ArgumentParser
 from ..core.config import ModelConfig
+from ..core.folder import make_folder
 from ..core.memory import MEMORIES
 from ..core.names import missing_checkpoint
 from ..data.documents import DocumentDataset
@@ -42,7 +43,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         paths = checkpoints(args.models)
         rule = Rule.parse(args.documents)
         about = report.About(os.path.join(args.data, args.subset), str(rule))
-        report.check_writable(args.out)
+        make_folder(args.out, "--out")  # a full disk is told now, not after hours of reading
         models = {name: analyse(name, path, args) for name, path in paths.items()}
         print(summary(models, rule))
         files = report.save(report.tabulate(models, about, paper=_is_wikitext_103(args.data)), args.out, about)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.folder import make_folder
 from . import document_report
 from .collect import Collected
 from .document_report import About, Lines, Models, by_column
@@ -45,20 +44,6 @@ def tabulate(models: Models, about: About, paper: bool) -> Dict[str, Lines]:
         "loss_by_document_position": document_report.by_position(models, about),
         "loss_by_memory": document_report.by_memory(models, about),
     }
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder and try to write to it: a full disk is reported before hours of reading, not after them.
-
-    Raises:
-        OSError: the folder cannot be made, or nothing can be written there.
-    """
-    make_folder(folder, "--out")
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"\0")
-    except OSError as error:
-        raise OSError(f"nothing can be written to {folder}: {error.strerror}; pass another folder as --out") from error
 
 
 def save(tables: Mapping[str, Lines], folder: Path, about: About) -> List[Path]:

@@ -1,6 +1,6 @@
 """The files of a model: those that `LanguageModel.save` writes, or those of transformers."""
 
-import errno
+import contextlib
 import functools
 import json
 import os
@@ -72,26 +72,53 @@ def made_for(folder: Path, tokenizer: Optional[Tokenizer], words: int) -> None:
 
 
 def make_folder(folder: Path, option: str = "") -> None:
-    """Make a folder, and those above it, where there is none.
+    """Make a folder to write to, and those above it, where there is none.
 
     Raises:
-        OSError: the folder cannot be made or written to; the message begins with the *option* that names it, if there
-            is one.
+        OSError: as `check_folder`; no folder is left behind.
     """
-    named = f"{option} {folder}".lstrip()
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not os.path.isdir(existing):
-        kind = "a file" if os.path.exists(existing) else "a link to nothing"
-        what = named if existing == folder else f"{named}: {existing}"
-        raise NotADirectoryError(f"{what} is {kind}, pass a folder")
+    check_folder(folder, option)
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise PermissionError(f"{named}: no folder can be made in {existing}, pass another folder") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{named}: nothing can be written to it, pass another folder")
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise OSError(
+            f"{option} {folder}: no folder can be made ({error.strerror}), pass another one".lstrip()
+        ) from error
+
+
+def check_folder(folder: Path, option: str = "") -> None:
+    """Check that a folder can be made and written to; nothing is made.
+
+    Raises:
+        OSError: it cannot; the message begins with the *option* that names it, if there is one.
+    """
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    what = f"{option} {folder}" + ("" if existing == folder else f": {existing.absolute()}")
+    if not os.path.isdir(existing):
+        kind = "a file" if os.path.exists(existing) else "a link to nothing"
+        raise NotADirectoryError(f"{what} is {kind}, pass a folder".lstrip())
+    if reason := why_not_written(existing):
+        raise OSError(f"{what} cannot be written to ({reason}), pass another folder".lstrip())
+
+
+def why_not_written(path: Path) -> Optional[str]:
+    """Return why a folder or a file that is there cannot be written to, None if it can.
+
+    It tries: rights say nothing of a full disk, nor of file systems such as /proc.
+    """
+    try:
+        if path.is_dir():
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(b"\0")
+        else:
+            path.open("ab").close()
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def put_in_place(unfinished: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from argparse import Namespace
+from pathlib import Path
 from typing import Any, Callable, Collection, Dict, Iterable, List, NamedTuple, Tuple
 
 import torch
@@ -12,6 +13,7 @@ from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY
 from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig, OmegaConf
 
+from ..core.folder import check_folder
 from ..core.names import did_you_mean, option_name
 from ..criterions import FAIRSEQ_CRITERIONS
 from .dataclass_defaults import defaults_of
@@ -19,7 +21,7 @@ from .evaluated_options import check_evaluated
 from .generation_options import check_generation
 from .option_rules import EVALUATION, GENERATE, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings
 from .option_table import rules_for
-from .outputs import check_folder, check_outputs
+from .outputs import check_outputs
 from .refusals import print_in_one_line_under_hydra
 
 logger = logging.getLogger(__name__)
@@ -123,7 +125,7 @@ def check(command: str, settings: Settings, given: Collection[str], changed: Col
         changed: options that differ from their defaults, to refuse if they cannot be followed.
 
     Raises:
-        ValueError: an option is refused, in one line, with its name and the remedy.
+        OSError, ValueError: an option is refused, in one line, with its name and the remedy.
     """
     told: List[str] = []
     for option, rules in rules_for(command).items():
@@ -141,7 +143,7 @@ def check(command: str, settings: Settings, given: Collection[str], changed: Col
         _check_choices(settings)
         check_outputs(settings)
     if command == GENERATE and settings.get("results_path"):
-        check_folder("--results-path", settings["results_path"])
+        check_folder(Path(settings["results_path"]), "--results-path")
     if command in (*TRAINING, VALIDATE) and settings.get("batch_size") is None and settings.get("max_tokens") is None:
         raise ValueError("no --batch-size: pass the number of streams that a rank reads side by side, such as 16")
     for message in told:
@@ -239,7 +241,7 @@ def check_line(command: str, settings: Settings, given: Collection[str], changed
     """Check the options of a command line, once for the task that is set up next.
 
     Raises:
-        ValueError: as `check` does.
+        OSError, ValueError: as `check` does.
     """
     global _line_checked
     check(command, settings, given, changed)
@@ -252,7 +254,7 @@ def check_task(config: Any, from_checkpoint: bool = False) -> None:
     """Check the whole configuration that contains a task's, if it is one of training and comes from a YAML.
 
     Raises:
-        ValueError: as `check` does.
+        OSError, ValueError: as `check` does.
     """
     global _line_checked
     checked, _line_checked = _line_checked or from_checkpoint, False
@@ -266,7 +268,7 @@ def check_config(config: DictConfig) -> None:
     """Check the configuration of a training run that was not read from a command line.
 
     Raises:
-        ValueError: as `check` does.
+        OSError, ValueError: as `check` does.
     """
     values: Any = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     for name, section in values.items():

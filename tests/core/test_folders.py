@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,33 @@ def refusal(folder, option="--out"):
 
 
 def test_a_folder_that_cannot_be_made():
-    assert refusal(Path("/proc/x/y")) == "--out /proc/x/y: no folder can be made in /proc, pass another folder"
-    assert refusal(Path("/proc/x"), "") == "/proc/x: no folder can be made in /proc, pass another folder"
+    why = "cannot be written to (No such file or directory), pass another folder"
+    assert refusal(Path("/proc/x/y")) == f"--out /proc/x/y: /proc {why}"
+    assert refusal(Path("/proc/x"), "") == f"/proc/x: /proc {why}"
+    assert refusal(Path("/proc"), "") == f"/proc {why}"
 
 
-def test_a_folder_that_is_read_only(tmp_path, monkeypatch):
-    """As on a file system that is mounted so, also for root."""
-    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode & os.W_OK))
-    assert refusal(tmp_path) == f"--out {tmp_path}: nothing can be written to it, pass another folder"
-    make_folder(tmp_path / "other", "--out")
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_nothing_is_left_where_nothing_can_be_written(number, tmp_path, monkeypatch):
+    """Also for root, to whom rights say nothing."""
+
+    def refuses(**options):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile, "TemporaryFile", refuses)
+        why = f"cannot be written to ({os.strerror(number)}), pass another folder"
+        assert refusal(tmp_path) == f"--out {tmp_path} {why}"
+        assert refusal(tmp_path / "new" / "folder") == f"--out {tmp_path}/new/folder: {tmp_path} {why}"
+    assert list(tmp_path.iterdir()) == []
+    make_folder(tmp_path / "new" / "folder", "--out")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_no_folder_is_left_above_one_that_cannot_be_made(tmp_path):
+    message = refusal(tmp_path / "new" / ("long" * 100))
+    assert message.endswith("long: no folder can be made (File name too long), pass another one")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_no_folder(tmp_path):
@@ -33,14 +52,6 @@ def test_what_is_no_folder(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     assert refusal(tmp_path / "file" / "x") == f"--out {tmp_path}/file/x: {tmp_path}/file is a file, pass a folder"
     assert refusal(tmp_path / "link") == f"--out {tmp_path}/link is a link to nothing, pass a folder"
-
-
-def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "mkdir", full)
-    assert "No space left" in refusal(tmp_path / "new")
 
 
 def test_a_misspelt_folder(tmp_path):
