@@ -339,7 +339,7 @@ def test_an_option_of_training_in_evaluation():
 
 @pytest.mark.parametrize("command", [EVAL_LM, VALIDATE, GENERATE, INTERACTIVE])
 def test_no_path(command):
-    with pytest.raises(ValueError, match="no --path: pass the checkpoint"):
+    with pytest.raises(ValueError, match=r"^no --path: pass the checkpoint of .*, such as --path "):
         read(command, "--path", "")
 
 

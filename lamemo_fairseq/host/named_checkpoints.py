@@ -13,6 +13,7 @@ from .checkpoint_files import CheckpointError, describe, is_our_task, is_ours, n
 from .configuration import check, check_encoders, read_ours
 from .generation_options import refusal
 from .overrides import check_arguments, check_overrides, parse_overrides
+from .start import need_path
 
 
 def take_task_from_checkpoint(parser: argparse.ArgumentParser, arguments: Optional[Sequence[str]]) -> None:
@@ -33,11 +34,8 @@ def take_task_from_checkpoint(parser: argparse.ArgumentParser, arguments: Option
         return
     if options.task is not None or options.user_dir is None:
         return
-    if not options.path and not {"-h", "--help"}.intersection(arguments or sys.argv):
-        raise ValueError(
-            "no --path: pass the checkpoint of a trained model, such as --path checkpoints/checkpoint_best.pt; --task "
-            "is read from it"
-        )
+    if not {"-h", "--help"}.intersection(arguments or sys.argv):
+        need_path(options.path)
     for path in _files(options):
         state = read_checkpoint(path, mapped=True)
         if not is_ours(state):

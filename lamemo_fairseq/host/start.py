@@ -5,7 +5,7 @@ import os
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Collection, Dict, Iterable, List, NamedTuple, Tuple
+from typing import Any, Callable, Collection, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 from fairseq.dataclass.configs import FairseqConfig
@@ -137,8 +137,8 @@ def check(command: str, settings: Settings, given: Collection[str], changed: Col
     _check_values(settings)
     check_evaluated(settings, trains=command in TRAINING)
     _check_ranks(settings)
-    if command in EVALUATION and not settings.get("path"):
-        raise ValueError("no --path: pass the checkpoint of a trained model")
+    if command in EVALUATION:
+        need_path(settings.get("path"))
     if command in TRAINING:
         _check_choices(settings)
         check_outputs(settings)
@@ -148,6 +148,19 @@ def check(command: str, settings: Settings, given: Collection[str], changed: Col
         raise ValueError("no --batch-size: pass the number of streams that a rank reads side by side, such as 16")
     for message in told:
         logger.warning(message)
+
+
+def need_path(path: Optional[str]) -> None:
+    """Refuse a command that evaluates or generates without ``--path``.
+
+    Raises:
+        ValueError: there is no path.
+    """
+    if not path:
+        raise ValueError(
+            "no --path: pass the checkpoint of a trained model, such as --path checkpoints/checkpoint_best.pt; --task "
+            "is read from it"
+        )
 
 
 def _check_ranks(settings: Settings) -> None:
