@@ -264,7 +264,7 @@ COLUMNS = ["error", "forward, ms", "forward, TFLOP/s", "forward and backward, ms
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", help="B,H,D,N,M; may be given several times")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--dtype", default=None, choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--result", type=Path, help="write the results to this JSON file")
     args = parser.parse_args(arguments)

@@ -149,7 +149,7 @@ def through_the_generator(model: MemoryLanguageModel, tokens: torch.Tensor, coun
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--length", type=int, default=512, help="memory M and segment N")
     parser.add_argument("--segments", type=int, default=4)

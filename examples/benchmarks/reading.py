@@ -150,7 +150,7 @@ def measured(models: dict[str, LanguageModel], tokens: Tensor, repeats: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sizes", nargs="*", default=["enwik8", "wt103"], metavar="SIZE", help=", ".join(SIZES))
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--memory", nargs="+", default=["lookahead", "recurrent"])
     parser.add_argument("--streams", type=int, nargs="+", default=[1])
