@@ -25,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.benchmarks.devices import check_device
+from lamemo_fairseq.arguments import ArgumentParser
 from lamemo_fairseq.core.attention import Attended, RelativeBias, causal_attention
 from lamemo_fairseq.core.attention.eager import relative_shift
 from lamemo_fairseq.core.memory.lookahead import WINDOWS, memory_attention
@@ -262,7 +263,7 @@ COLUMNS = ["error", "forward, ms", "forward, TFLOP/s", "forward and backward, ms
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", help="B,H,D,N,M; may be given several times")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--dtype", default=None, choices=("float16", "bfloat16", "float32"))

@@ -12,7 +12,6 @@ that of fairseq's loop. Its first call is not counted: on a GPU it compiles kern
 calls replay.
 """
 
-import argparse
 import platform
 import statistics
 import sys
@@ -26,6 +25,7 @@ from fairseq.data import Dictionary
 from fairseq.search import Sampling
 
 from examples.benchmarks.devices import check_device
+from lamemo_fairseq.arguments import ArgumentParser
 from lamemo_fairseq.core.decoding.drawing import Draw, draw
 from lamemo_fairseq.core.decoding.sampler import Sampler
 from lamemo_fairseq.core.decoding.state import DecodingState
@@ -148,7 +148,7 @@ def through_the_generator(model: MemoryLanguageModel, tokens: torch.Tensor, coun
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--length", type=int, default=512, help="memory M and segment N")

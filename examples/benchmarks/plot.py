@@ -19,6 +19,9 @@ except ModuleNotFoundError:
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from examples.tables.arguments import ArgumentParser
+
 SIZES = {
     "enwik8": "enwik8\n20 x 512 tokens, memory 512",
     "wt103-adaptive": "WikiText-103, adaptive softmax\n64 x 150 tokens, memory 150",
@@ -36,7 +39,7 @@ TEXT, PAGE = "#24292f", "white"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("figure", type=Path)
     args = parser.parse_args()

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from examples.benchmarks.devices import check_device
+from lamemo_fairseq.arguments import ArgumentParser
 from lamemo_fairseq.core import MEMORIES, LanguageModel, ModelConfig
 from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.segments import Piece
@@ -148,7 +149,7 @@ def measured(models: dict[str, LanguageModel], tokens: Tensor, repeats: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sizes", nargs="*", default=["enwik8", "wt103"], metavar="SIZE", help=", ".join(SIZES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--dtype", default="float16")

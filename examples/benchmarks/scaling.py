@@ -37,6 +37,8 @@ from training import (
     write_data,
 )
 
+from examples.tables.arguments import ArgumentParser
+
 HERE = Path(__file__).resolve().parent
 PROFILE = ("MB reduced", "host ms", "reduction ms", "exposed ms", "idle ms")
 COLUMNS = ("size", "path", "gradients", "GPUs", "tok/s", "efficiency", "peak GiB of a GPU", *PROFILE)
@@ -68,7 +70,7 @@ def train(size: str, path: str, world: int, backend: str, args: argparse.Namespa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="tokens/s against the number of GPUs")
+    parser = ArgumentParser(description="tokens/s against the number of GPUs")
     parser.add_argument("sizes", nargs="*", default=["enwik8"], help=", ".join(SIZES))
     parser.add_argument("--paths", nargs="*", default=["lamemo-graphs", "txl-graphs"], help=", ".join(PATHS))
     parser.add_argument("--worlds", nargs="*", type=int, default=[1, 2], help="numbers of GPUs, 1 first")

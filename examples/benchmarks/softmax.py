@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from examples.tables.arguments import ArgumentParser
 
 SIZES = {
     "decoder_layers": 2,
@@ -67,7 +68,7 @@ def measure(words: int, kind: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="full against adaptive softmax on this machine")
+    parser = ArgumentParser(description="full against adaptive softmax on this machine")
     parser.add_argument(
         "words",
         nargs="*",

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from examples.tables.arguments import ArgumentParser
+
 BEFORE, PROFILED = 40, 8  # updates: the memory is full and graphs are recorded by then
 
 PARTS = {
@@ -85,7 +87,7 @@ def profile(table: Any, row: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="table file, whose data are binarized")
     parser.add_argument("row")
     args = parser.parse_args()

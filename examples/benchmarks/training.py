@@ -29,10 +29,12 @@ from typing import Any
 
 from steps import profiled
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from examples.tables.arguments import ArgumentParser
+
 # As docs/speed.md recommends for training: freed memory can then be used for tensors of any size.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 FORK = multiprocessing.get_context("fork")
 CUTOFFS = "20000,40000,200000"
@@ -280,7 +282,7 @@ def work_per_token(size: str, path: str, streams: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="training steps of every path, side by side")
+    parser = ArgumentParser(description="training steps of every path, side by side")
     parser.add_argument("sizes", nargs="*", default=["enwik8"], help=", ".join(SIZES))
     parser.add_argument("--paths", nargs="*", help=f"by default those of the device; {', '.join(PATHS)}")
     parser.add_argument("--steps", type=int, default=60)

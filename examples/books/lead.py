@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from examples.tables import kept
+from examples.tables.arguments import ArgumentParser
 from examples.tables.plots import pyplot
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ def leads(table: str, opponent: str) -> tuple[float, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", type=Path)
     args = parser.parse_args()
     plt = pyplot()

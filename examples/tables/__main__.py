@@ -15,11 +15,12 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional
+from typing import Any, Dict, List, Optional
 
 import yaml
 
 from . import commands, folder, kept, names, plots, process, recipes, render, scale, speed, table, units, validation
+from .arguments import ArgumentParser
 from .execute import Plan, RunError, Slot, check, execute
 
 
@@ -42,15 +43,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        from lamemo_fairseq.arguments import end  # with fairseq, which takes seconds to import
-
-        end(self, message)
-
-
-def parser() -> argparse.ArgumentParser:
-    argument_parser = _Parser(
+def parser() -> ArgumentParser:
+    argument_parser = ArgumentParser(
         prog=f"python -m {__package__}",
         description=(__doc__ or "").replace("python -m examples.tables", f"python -m {__package__}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
