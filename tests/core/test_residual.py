@@ -323,13 +323,14 @@ def test_sums_over_many_programs():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [7, 8, 10])
 def test_joined_rows(dtype, width):
-    """Zeros stand behind them where a kernel would take them, and gradients are those of the latter rows."""
+    """Zeros stand behind them where a kernel would take them; the slots have a gradient if a memory maps them."""
     past, new = (normal(2, n, width, seed=n).to(DEVICE, dtype) for n in (3, 4))
     for join in (padded.join, padded._Join.apply):
-        given = new.clone().requires_grad_()
+        given, mapped = new.clone().requires_grad_(), past.clone().requires_grad_()
+        grad = normal(2, 7, width, seed=9).to(given)
+        assert torch.equal(torch.autograd.grad(join(mapped, given), mapped, grad)[0], grad[:, :3])
         joined = join(past, given)
         assert torch.equal(joined, torch.cat([past, new], dim=1))
-        grad = normal(2, 7, width, seed=9).to(joined)
         joined.backward(grad)
         assert torch.equal(given.grad, grad[:, 3:])
     stored = padded.stored_width(new, width)

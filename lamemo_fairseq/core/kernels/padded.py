@@ -7,7 +7,7 @@ Shapes: B streams, R rows of each, d width.
 """
 
 from copy import deepcopy
-from typing import Any, Dict, NewType, SupportsIndex, Tuple, cast
+from typing import Any, Dict, NewType, Optional, SupportsIndex, Tuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,7 @@ def readable(rows: Tensor) -> int:
 
 
 def join(past: Tensor, new: Tensor) -> Tensor:
-    """Return rows ``[B, m, d]`` without gradient and ``[B, R, d]`` after them, as `PaddedRows` where kernels run."""
+    """Return rows ``[B, m, d]`` and ``[B, R, d]`` after them, as `PaddedRows` where kernels run."""
     if not layout.fusable(new) or stored_width(new, new.size(-1)) == new.size(-1):
         return torch.cat([past, new], dim=1)
     joined: Tensor = _Join.apply(past, new)
@@ -129,5 +129,6 @@ class _Join(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _JoinContext, grad: Tensor) -> Tuple[None, Tensor]:
-        return None, grad[:, ctx.slots :]
+    def backward(ctx: _JoinContext, grad: Tensor) -> Tuple[Optional[Tensor], Tensor]:
+        # Slots have a gradient where a memory maps them by parameters.
+        return grad[:, : ctx.slots] if ctx.needs_input_grad[0] else None, grad[:, ctx.slots :]
