@@ -27,6 +27,7 @@ MARK = "\ufeff"  # the byte order mark that some editors write before a text
 LONGEST = 1 << 16  # tokens of a line of bytes; longer ones are stored in several pieces
 _END_OF_LINE = rb"(?:\r\n|\r(?!\n)|\n)"  # any that Python knows
 LONG_LINE = 1 << 22  # bytes; a longer line is cut between words, so that memory does not grow with it
+_SPACE = rb" (?=[^\xef])"  # not before a byte order mark, which is left out where a line begins
 ROW = 1 << 10  # tokens of each line that a text of letters is stored in
 
 
@@ -197,7 +198,7 @@ class LineTokenizer(Tokenizer):
             return self._blank
         # Words at the sides of a space do not depend on each other; other encoders may look further.
         apart = self.bpe == "none" and (self.tokenizer == "space" or (self.tokenizer == "words" and not self.pattern))
-        return self._lines._replace(reach=LONG_LINE, beyond=rb" ") if apart else self._lines
+        return self._lines._replace(reach=LONG_LINE, beyond=_SPACE) if apart else self._lines
 
     @cached_property
     def encoders(self) -> list[Encoder]:

@@ -110,7 +110,9 @@ def test_the_cut_of_long_lines_makes_no_difference(tokenizer, tmp_path, monkeypa
     path = tmp_path / "text"
     inside = False
 
-    @given(st.lists(st.sampled_from([b"one", b"2", b" ", b" ", b"\n", b"\xc3\xa9t."]), max_size=30).map(b"".join))
+    parts_of_lines = st.sampled_from([b"one", b"2", b" ", b" ", b"\n", b"\xc3\xa9t.", b" \xef\xbb\xbf"])
+
+    @given(st.lists(parts_of_lines, max_size=30).map(b"".join))
     @settings(max_examples=100, deadline=None)
     def check(text):
         nonlocal inside
