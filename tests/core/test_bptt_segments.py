@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lamemo_fairseq.core import MemoryState, ModelConfig, Passage
-from lamemo_fairseq.core.memory import Memory, MemoryConfig, MemoryOptions
+from lamemo_fairseq.core.memory import MEMORIES, Memory, MemoryConfig, MemoryOptions
 from lamemo_fairseq.core.memory.block_recurrent import BlockRecurrentMemory
 from lamemo_fairseq.core.memory.infini import InfiniMemory
 
-from .helpers import random_tokens, tiny_decoder
+from .helpers import first_of_each_memory, random_tokens, tiny_decoder
 
 
 def test_any_memory_may_let_gradient_through():
@@ -46,6 +46,15 @@ def test_any_memory_may_let_gradient_through():
     assert torch.equal(gradient, torch.ones_like(x))  # through the state
     assert not passage.state.total.requires_grad and not passage.state.total._is_view()
     assert torch.equal(passage.state.total, x.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("memory", [name for name in MEMORIES.names() if MEMORIES[name].carries_gradient])
+def test_gradient_reaches_the_segment_before(memory):
+    """Otherwise --bptt-segments would train as without it, and say nothing."""
+    decoder = tiny_decoder(first_of_each_memory()[memory], segment_length=6, bptt_segments=2).train()
+    features, _, _ = decoder.read_segment(torch.tensor([[4, 5, 6, 7, 8, 9]]), None)
+    (gradient,) = torch.autograd.grad(features[:, 3:].logsumexp(-1).sum(), decoder.embed_tokens.table(0))
+    assert gradient[4:7].any()
 
 
 def test_gradient_between_segments_is_refused_where_there_is_none():

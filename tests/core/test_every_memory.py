@@ -74,6 +74,21 @@ def test_evaluates_with_the_memory_carried_from_segment_to_segment(variant):
     assert torch.allclose(scores[:, -4:-1], alone) == (variant[0] == "none")
 
 
+@variants
+def test_training_without_dropout_reads_as_evaluation_does(variant):
+    """A model is evaluated as it was trained, also where an update has several segments."""
+    carries, tokens, read = MEMORIES[variant[0]].carries_gradient, random_tokens(2, 16), []
+    model = tiny_decoder(variant, segment_length=6 if carries else 3, bptt_segments=2 if carries else 1)
+    for training in (True, False):
+        state, features = None, []
+        for segment in tokens.split(model.segment_length, dim=1):
+            with torch.set_grad_enabled(training):
+                of_segment, state, _ = model.train(training)(segment, state)
+            features.append(of_segment)
+        read.append(torch.cat(features, dim=1))
+    torch.testing.assert_close(*read, rtol=0, atol=1e-9)
+
+
 LENGTHS = {"compressive": ("compressed_len",), "memorizing": ("store_len",), "token": ("memory_tokens",)}
 
 
