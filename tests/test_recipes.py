@@ -91,6 +91,22 @@ def test_examples_hold_what_a_page_shows():
     assert all(f"`{name}`" in named or name.endswith("_lm") for name in folders - {"README.md"})
 
 
+def test_what_is_rendered_anew_is_either_tracked_or_ignored():
+    """So that git shows no new file. Tracked ones are those that a page shows."""
+    names = [f"{plot}.{form}" for plot in ("summary", "curves", "memory") for form in ("svg", "png")]
+    names += ["table.md", "table.csv", "curves.csv", "evaluations.csv", "runs.lock"]
+    folders = [file.parent for file in (ROOT / "examples").glob("**/results/runs.jsonl")]
+    written = {str((folder / name).relative_to(ROOT)) for folder in folders for name in names}
+    outputs = [
+        subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
+        for command in (["ls-files", "examples"], ["check-ignore", "--no-index", *written])
+    ]
+    if any(done.returncode for done in outputs):
+        pytest.skip("the files in the repository are known from git")
+    tracked, ignored = (set(done.stdout.splitlines()) for done in outputs)
+    assert folders and written <= tracked ^ ignored
+
+
 def test_a_shell_recipe_computes_nothing_but_the_streams():
     """Whatever the values of a table look like."""
     words = ["data", "--lr", "$((1)); touch x", "--batch-size", "$((4 / GPUS))", "--title", "`x`"]
