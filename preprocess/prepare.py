@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .words import versions
 RECORD = "preprocess.json"
 COUNTED = "original.json"  # by `python -m preprocess count`, from a text that may be another one now
 UNFINISHED = "unfinished"
+_BOOKS = "books"
 # A change of any of these makes everything anew. One's own text may begin with a byte order mark.
 _LAYOUT, _LAYOUT_OF_OWN = 1, 2
 _OF_DATA = re.compile(
@@ -59,23 +60,19 @@ def prepare(
         WrongText: the text is not the one that was asked for.
         ValueError: the text cannot be read.
         FileNotFoundError: a source is missing.
-        FileExistsError: the folder holds data of another origin.
+        FileExistsError: the folder holds files of another origin.
         DownloadError: the data set cannot be downloaded.
     """
     texts = _local(dataset, sources) if sources else []  # a missing one leaves no folder behind
+    _refuse_others(destdir, dataset, texts)
     make_folder(destdir, "--destdir")
     with _alone(destdir):
         made_from = _made_from(dataset, texts, chunk_bytes)
         record = _read_record(destdir)
         if record is not None and record["made_from"] == made_from and _is_whole(destdir, record):
-            shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
+            _discard(destdir / UNFINISHED)
             _say(f"{destdir} is complete already: nothing to do")
             return record
-        if record is None and (other := sorted(path.name for path in destdir.iterdir() if _OF_DATA.match(path.name))):
-            raise FileExistsError(
-                f"{destdir} holds data that this command did not make ({other[0]}): remove it, or choose another "
-                "--destdir"
-            )
         if record is not None and (former := record["made_from"]["settings"]["name"]) != dataset.name:
             raise FileExistsError(
                 f"{destdir} holds data made by `python -m {__package__} {former}`: remove it, or choose another "
@@ -89,9 +86,34 @@ def prepare(
             ends = {file: text.ends(file) for file, text in zip(files, texts, strict=True) if dataset.documents}
             made = _make(dataset, files, ends, work, workers, chunk_bytes)
         except WrongText:
-            shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
+            _discard(destdir / UNFINISHED)
             raise
         return _publish(destdir, work, {"made_from": made_from, **made}, record)
+
+
+def _refuse_others(destdir: Path, dataset: Dataset, texts: Sequence[Source]) -> None:
+    """Refuse a folder without a record whose files are neither to be read nor left by an interrupted run.
+
+    Raises:
+        FileExistsError: the folder holds such a file. Nothing is written.
+    """
+    names = sorted(os.listdir(destdir)) if destdir.is_dir() else []
+    if not names or RECORD in names:
+        return
+    model = dataset.tokenizer.model if isinstance(dataset.tokenizer, LineTokenizer) else None
+    inputs = [*(part for text in texts for part in text.parts), *filter(None, (dataset.srcdict, model))]
+    absolute = [Path(os.path.abspath(path)) for path in inputs]
+    read = {path for file in absolute for path in (file, *file.parents)}
+    begun = {UNFINISHED}
+    if dataset.addresses:
+        begun |= {_BOOKS, dataset.archive, f"{dataset.archive}.part"}
+    for name in names:
+        expected = name.startswith(".") or name in begun or Path(os.path.abspath(destdir / name)) in read
+        if _OF_DATA.match(name) or not expected:
+            raise FileExistsError(
+                f"{destdir} holds {name}, which this command did not make: choose another --destdir, such as "
+                f"{destdir / 'data-bin'}"
+            )
 
 
 def _made_from(dataset: Dataset, texts: Sequence[Source], chunk_bytes: int) -> dict[str, Any]:
@@ -133,8 +155,8 @@ def _downloaded(dataset: Dataset, destdir: Path) -> list[Source]:
     if not (archive.exists() and Identity.of(archive).sha256 == dataset.sha256):
         download(dataset.addresses, archive, dataset.sha256, dataset.size, at_most=dataset.at_most)
     if dataset.books is not None:
-        dataset.books.download(dataset.addresses[0].rpartition("/")[0], archive, destdir / "books")
-        return dataset.books.resolve([destdir / "books"])
+        dataset.books.download(dataset.addresses[0].rpartition("/")[0], archive, destdir / _BOOKS)
+        return dataset.books.resolve([destdir / _BOOKS])
     return [Source(name, archive) for name in dataset.files]
 
 
@@ -291,7 +313,7 @@ def _publish(destdir: Path, work: Path, record: dict[str, Any], former: dict[str
     os.replace(work / RECORD, destdir / RECORD)
     for name in made:
         os.replace(work / "made" / name, destdir / name)
-    shutil.rmtree(destdir / UNFINISHED, ignore_errors=True)
+    _discard(destdir / UNFINISHED)
     for split, count in record["splits"].items():
         _say(f"{split}: {count['tokens']:,} tokens in {count['lines']:,} lines, {count['unknown']:,} unknown")
     _say(f"{record['types']:,} types in all splits, {record['dictionary']:,} words in {destdir / 'dict.txt'}")
@@ -326,10 +348,17 @@ def _work_folder(destdir: Path, made_from: dict[str, Any]) -> Path:
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     work = destdir / UNFINISHED / name
     work.mkdir(parents=True, exist_ok=True)
-    for other in work.parent.iterdir():
-        if other != work and re.fullmatch("[0-9a-f]{16}", other.name):  # the folder may be a link to a larger disk
-            shutil.rmtree(other, ignore_errors=True)
+    _discard(work.parent, but=work)
     return work
+
+
+def _discard(unfinished: Path, but: Path | None = None) -> None:
+    """Remove the folders of unfinished work, and nothing else: theirs may be a link to a larger disk, or a user's."""
+    for folder in unfinished.glob("*"):
+        if folder != but and re.fullmatch("[0-9a-f]{16}", folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        unfinished.rmdir()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from fairseq.data import Dictionary
 
 from lamemo_fairseq.data.binarized import load_lines
@@ -50,6 +51,13 @@ def own(texts, destdir, *options, workers=1):
     chunk = ("--chunk-bytes", "2000")
     main(["own", "--source", str(texts), "--destdir", str(destdir), "--workers", str(workers), *chunk, *options])
     return contents(destdir)
+
+
+def refused(*arguments):
+    """The message that ends the command."""
+    with pytest.raises(SystemExit) as error:
+        main(list(map(str, arguments)))
+    return str(error.value)
 
 
 def contents(folder):

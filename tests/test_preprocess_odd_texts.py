@@ -17,17 +17,15 @@ from fairseq.data import Dictionary
 from fairseq_cli.preprocess import cli_main as fairseq_preprocess
 
 from lamemo_fairseq.data.binarized import load_dictionary, load_lines
-from lamemo_fairseq.data.text_encoding import read_text_encoding
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 from preprocess import binarize, byte_lines
-from preprocess.__main__ import main
 from preprocess.datasets import DATASETS
 from preprocess.files import Identity
-from preprocess.prepare import RECORD, UNFINISHED, prepare
+from preprocess.prepare import RECORD, prepare
 from preprocess.tokenization import END
 
 from .helpers import run_command
-from .preprocessing import TEXTS, contents, own, prose, tokens_of, write, write_texts
+from .preprocessing import TEXTS, contents, own, prose, refused, tokens_of, write, write_texts
 
 MARK = "\ufeff".encode()
 
@@ -35,12 +33,6 @@ MARK = "\ufeff".encode()
 @pytest.fixture
 def texts(tmp_path):
     return write_texts(tmp_path / "texts")
-
-
-def refused(*arguments):
-    with pytest.raises(SystemExit) as error:
-        main(list(map(str, arguments)))
-    return str(error.value)
 
 
 def data_in(files):
@@ -269,78 +261,7 @@ def test_a_text_with_spaces_is_not(tmp_path, capsys, text):
     )
 
 
-# What the folder holds.
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--tokenizer", "moses"),
-        ("--bpe", "bytes"),
-        ("--bpe", "text8"),
-        ("--bpe", "sentencepiece", "--vocab-size", "90"),
-    ],
-)
-def test_the_record_says_how_the_text_became_tokens(texts, tmp_path, options):
-    own(texts, tmp_path / "data", *options)
-    encoding = read_text_encoding(str(tmp_path / "data"))
-    assert encoding.pieces == {"moses": "none", "text8": "characters"}.get(options[1], options[1])
-    assert encoding.tokenizer == {"--bpe": "space" if "sentencepiece" in options else "none"}.get(options[0], "moses")
-    if encoding.model is not None:
-        assert Identity.of(tmp_path / "data" / "sentencepiece.bpe.model").sha256 == encoding.model_sha256
-    assert encoding.source_lang == ("en" if "moses" in options else "")
-
-
-def test_another_corpus_is_not_replaced(texts, tmp_path):
-    own(texts, tmp_path / "data")
-    before = contents(tmp_path / "data")
-    message = refused("text8", "--destdir", tmp_path / "data", "--source", texts / "train.txt")
-    assert "data made by `python -m preprocess own`: remove it, or choose another --destdir for text8" in message
-    assert contents(tmp_path / "data") == before
-    (tmp_path / "data" / RECORD).unlink()
-    (tmp_path / "data" / "dict.txt").unlink()
-    assert "data that this command did not make" in refused("own", "--destdir", tmp_path / "data", "--source", texts)
-
-
-@pytest.mark.parametrize("name", ["../precious", "/precious", "a/../../precious", "..", ""])
-def test_a_record_cannot_lead_out_of_its_folder(texts, tmp_path, name):
-    own(texts, tmp_path / "data")
-    precious = write(tmp_path / "precious", b"precious")
-    path = tmp_path / "data" / RECORD
-    record = json.loads(path.read_text())
-    name = name.replace("/precious", str(precious)) if name.startswith("/") else name
-    record["files"][name] = {"name": "x", "size": 1, "sha256": "0"}
-    path.write_text(json.dumps(record))
-    message = refused("own", "--destdir", tmp_path / "data", "--source", texts)
-    assert f"{path} is damaged" in message and "no file of the folder" in message and precious.exists()
-
-
-@pytest.mark.parametrize(
-    "record",
-    ["[]", "{}", '{"files": {}, "made_from": 1}', '{"files": {"a": {}}, "made_from": {"settings": {"name": "own"}}}'],
-)
-def test_a_record_that_is_none(texts, tmp_path, record):
-    own(texts, tmp_path / "data")
-    (tmp_path / "data" / RECORD).write_text(record)
-    assert "is damaged" in refused("own", "--destdir", tmp_path / "data", "--source", texts)
-
-
-def test_unfinished_work_may_be_a_link_to_another_disk(texts, tmp_path):
-    scratch = tmp_path / "scratch"
-    (scratch / "0123456789abcdef").mkdir(parents=True)  # left by another run
-    (scratch / "precious").mkdir()
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / UNFINISHED).symlink_to(scratch)
-    own(texts, tmp_path / "data")
-    assert (scratch / "precious").exists() and not (scratch / "0123456789abcdef").exists()
-
-
-def test_a_lock_that_is_a_link_changes_nothing(texts, tmp_path):
-    precious = write(tmp_path / "precious", b"precious")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / ".lock").symlink_to(precious)
-    own(texts, tmp_path / "data")
-    assert precious.read_bytes() == b"precious"
+# No room.
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from preprocess.files import Identity
 from preprocess.prepare import RECORD, prepare
 
 from .helpers import run_command
-from .preprocessing import SPLITS, TEXTS, contents, counts_of, own, tokens_of, write, write_texts
+from .preprocessing import SPLITS, TEXTS, contents, counts_of, own, refused, tokens_of, write, write_texts
 
 
 @pytest.fixture
@@ -325,12 +325,6 @@ def test_a_sentencepiece_model_trained_and_reused(texts, tmp_path):
 
 
 # Bad input.
-
-
-def refused(*arguments):
-    with pytest.raises(SystemExit) as error:
-        main(list(map(str, arguments)))
-    return str(error.value)
 
 
 def test_bad_input_names_the_option(texts, tmp_path):
