@@ -51,7 +51,12 @@ def parser() -> ArgumentParser:
             _coding(command, dataset)
     own = commands.add_parser("own", help="a text of one's own")
     _common(own, "training, validation and test text; or one text; or a folder or archive with train.txt and so on")
-    own.add_argument("--shares", type=float, nargs="+", help="proportions of the splits in one text (90 5 5)")
+    own.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        help="proportions of training, validation and test text in one text, or of the first of them (90 5 5)",
+    )
     own.add_argument(
         "--first-bytes", type=int, nargs="+", help="bytes to read of each split's text, instead of all of it"
     )
