@@ -381,7 +381,9 @@ def test_a_folder_that_nothing_can_be_written_to_is_told_before_the_reading(trai
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.pt", "--out", "unused"], "there is no checkpoint missing.pt"),
+        (["missing.pt", "--out", "unused"], "there is no checkpoint missing.pt, "),
+        (["model=missing", "--out", "unused"], "there is no checkpoint missing, "),
+        (["lamemo", "--out", "unused"], "if it is a name, pass NAME=CHECKPOINT, such as lamemo=checkpoints/"),
         (["CHECKPOINT", "--out", "CHECKPOINT"], "checkpoint_last.pt is a file, pass a folder"),
         (["CHECKPOINT", "--out", "CHECKPOINT/out"], "checkpoint_last.pt is a file, pass a folder"),
         (["CHECKPOINT", "--out", "OUT", "--subset", "other"], "(or choose another with --subset)"),

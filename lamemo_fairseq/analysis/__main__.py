@@ -101,13 +101,22 @@ def checkpoints(models: List[str]) -> Dict[str, str]:
         FileNotFoundError: a checkpoint is missing.
     """
     paths: Dict[str, str] = {}
-    for name, path in map(named, models):
+    for given in models:
+        name, path = named(given)
         if name in paths:
             raise ValueError(f"two models are called '{name}': pass NAME=CHECKPOINT")
         if not Path(path).is_file():
-            raise FileNotFoundError(missing_checkpoint(path))
+            raise FileNotFoundError(_missing(given, path))
         paths[name] = path
     return paths
+
+
+def _missing(given: str, path: str) -> str:
+    """Return the message on a checkpoint that is not there, or a name without one."""
+    if path == given and path == Path(path).name and not path.endswith(".pt") and not Path(path).exists():
+        form = f"{path}=checkpoints/checkpoint_best.pt"
+        return f"there is no checkpoint {path}: if it is a name, pass NAME=CHECKPOINT, such as {form}"
+    return missing_checkpoint(path)
 
 
 def positive(text: str) -> int:
