@@ -1,4 +1,4 @@
-"""A tiny table, and its runner in this process."""
+"""A tiny table, its runner in this process, and files of tables and of results that tests change."""
 
 import json
 import os
@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 
 from examples.tables import __main__ as runner
-from examples.tables import process
+from examples.tables import process, table
 
 from .processes import _FORKS
 
@@ -52,6 +53,34 @@ rows:
     options: {{arch: lamemo_lm}}
     without_memory: {{memory: none, position_encoding: transformer-xl}}
 """
+
+
+def content(**changes):
+    """A table with every text that is rendered, as its file would say it."""
+    found = {
+        "title": "T", "data": "d", "measure": "perplexity", "streams": 2, "options": {"lr": 0.1},
+        "evaluation": {"subsets": ["valid", "test"], "memory": {"subset": "test", "lengths": [0, 8]}},
+        "rows": {"a": {"title": "A", "paper": {"test": 1.0, "source": "S"}}},
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+def load(path, **changes):
+    path.write_text(yaml.safe_dump(content(**changes), allow_unicode=False))
+    return table.load(path)
+
+
+def result(row="a", **changes):
+    """A complete line of a file of results."""
+    figures = {"loss": 1.0, "perplexity": 2.0, "identity": []}
+    found = {
+        "run": {"row": row, "seed": 1, "streams": 2, "options": {"--lr": 0.1}, "data": {}},
+        "training": {"parameters": 1, "curve": [[1, 2.0]]},
+        "evaluations": dict.fromkeys(("valid", "test", "test-memory-0", "test-memory-8"), figures),
+        "scale": None,
+        "starts": [{"device": "D", "versions": {"torch": "2"}, "commit": None, "changed_files": None}],
+    }
+    return {**found, **changes}
 
 
 def fork(argv, log, environment, keep_open=(), watch=lambda: None):
