@@ -77,6 +77,9 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_line(script):
     ("command", "message"),
     [
         *((f"{script}.py --device cud", "argument --device: invalid choice: 'cud'") for script in ON_A_DEVICE),
+        *((f"{script}.py enwik9", "argument sizes: invalid choice: 'enwik9'") for script in ON_A_DEVICE[2:]),
+        ("training.py --paths lamemo-graph", "argument --paths: invalid choice: 'lamemo-graph'"),
+        ("reading.py --memory look-ahead", "argument --memory: invalid choice: 'look-ahead'"),
         ("softmax.py x", "argument words: invalid int value: 'x'"),
         ("steps.py table.yaml", "the following arguments are required: row: --help describes them"),
         ("plot.py", "the following arguments are required: results, figure: --help describes them"),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from examples.benchmarks.devices import check_device
-from lamemo_fairseq.arguments import ArgumentParser
+from examples.tables.arguments import ArgumentParser, one_of
 from lamemo_fairseq.core import MEMORIES, LanguageModel, ModelConfig
 from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.segments import Piece
@@ -150,10 +150,10 @@ def measured(models: dict[str, LanguageModel], tokens: Tensor, repeats: int) -> 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sizes", nargs="*", default=["enwik8", "wt103"], metavar="SIZE", help=", ".join(SIZES))
+    parser.add_argument("sizes", nargs="*", type=one_of(SIZES), default=["enwik8", "wt103"], help=", ".join(SIZES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--memory", nargs="+", default=["lookahead", "recurrent"])
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument("--memory", nargs="+", type=one_of(MEMORIES.names()), default=["lookahead", "recurrent"])
     parser.add_argument("--streams", type=int, nargs="+", default=[1])
     parser.add_argument("--segments", type=int, default=96, help="of the text")
     parser.add_argument("--repeats", type=int, default=5)

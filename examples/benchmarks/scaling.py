@@ -37,7 +37,7 @@ from training import (
     write_data,
 )
 
-from examples.tables.arguments import ArgumentParser
+from examples.tables.arguments import ArgumentParser, one_of
 
 HERE = Path(__file__).resolve().parent
 PROFILE = ("MB reduced", "host ms", "reduction ms", "exposed ms", "idle ms")
@@ -71,8 +71,10 @@ def train(size: str, path: str, world: int, backend: str, args: argparse.Namespa
 
 def main() -> None:
     parser = ArgumentParser(description="tokens/s against the number of GPUs")
-    parser.add_argument("sizes", nargs="*", default=["enwik8"], help=", ".join(SIZES))
-    parser.add_argument("--paths", nargs="*", default=["lamemo-graphs", "txl-graphs"], help=", ".join(PATHS))
+    parser.add_argument("sizes", nargs="*", type=one_of(SIZES), default=["enwik8"], help=", ".join(SIZES))
+    parser.add_argument(
+        "--paths", nargs="*", type=one_of(PATHS), default=["lamemo-graphs", "txl-graphs"], help=", ".join(PATHS)
+    )
     parser.add_argument("--worlds", nargs="*", type=int, default=[1, 2], help="numbers of GPUs, 1 first")
     parser.add_argument("--backends", nargs="*", default=["pytorch_ddp", "legacy_ddp"])
     parser.add_argument("--steps", type=int, default=80)

@@ -30,7 +30,7 @@ from typing import Any
 from steps import profiled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from examples.tables.arguments import ArgumentParser
+from examples.tables.arguments import ArgumentParser, one_of
 
 # As docs/speed.md recommends for training: freed memory can then be used for tensors of any size.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -283,8 +283,10 @@ def work_per_token(size: str, path: str, streams: int) -> float:
 
 def main() -> None:
     parser = ArgumentParser(description="training steps of every path, side by side")
-    parser.add_argument("sizes", nargs="*", default=["enwik8"], help=", ".join(SIZES))
-    parser.add_argument("--paths", nargs="*", help=f"by default those of the device; {', '.join(PATHS)}")
+    parser.add_argument("sizes", nargs="*", type=one_of(SIZES), default=["enwik8"], help=", ".join(SIZES))
+    parser.add_argument(
+        "--paths", nargs="*", type=one_of(PATHS), help=f"by default those of the device; {', '.join(PATHS)}"
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--peak", type=float, default=790, help="TFLOP/s of the device in large products")
