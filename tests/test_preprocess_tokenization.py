@@ -8,6 +8,9 @@ from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamemo_fairseq.core import TextEncoding
+from lamemo_fairseq.core import Tokenizer as CoreTokenizer
+from lamemo_fairseq.generation.lines import encode_prompts
 from preprocess.chunks import cut
 from preprocess.files import Span
 from preprocess.tokenization import (
@@ -22,6 +25,8 @@ from preprocess.tokenization import (
     LineTokenizer,
     NormalizedLetterTokenizer,
 )
+
+from .helpers import dictionary_of
 
 
 def tokens_of(tokenizer, text):
@@ -46,6 +51,35 @@ def test_as_many_tokens_as_bytes(text):
     tokens = tokens_of(ByteTokenizer(), text)
     assert len(tokens) == len(text)
     assert tokens.count(END) == text.count(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "encoding"),
+    [
+        (LineTokenizer(), TextEncoding()),
+        (LineTokenizer(tokenizer="words"), TextEncoding("words")),
+        (ByteTokenizer(), TextEncoding("none", "bytes")),
+        (NormalizedLetterTokenizer(), TextEncoding("none", "characters", normalized=True)),
+    ],
+    ids=lambda value: getattr(value, "pieces", ""),
+)
+@given(st.lists(st.sampled_from([*"aB7 \n\r\t.'_\x0b\x1c\x85\u2028\ufeff", "\r\n", "\xe9"]), max_size=30).map("".join))
+@settings(max_examples=100, deadline=None)
+def test_the_core_reads_a_text_as_the_data_were_read(tokenizer, encoding, text):
+    """Also in pieces that end with lines: letters of text8 ran together there."""
+    words = tokens_of(tokenizer, text.encode())
+    core = CoreTokenizer(sorted({*words} - {END}), encoding)
+    found = [core.symbols[i] for i in core.encode(text).tolist()]
+    assert words in (found, [*found, END])  # a line without an end has one in the data
+    if encoding.normalized:
+        pieces = [core.encode(line) for line in text.splitlines(keepends=True)]
+        assert "".join(map(core.decode, pieces)) == core.decode(core.encode(text))
+
+
+def test_the_hub_reads_any_line_ends():
+    dictionary = dictionary_of(17)
+    ids = [encode_prompts([text], str, dictionary, by_word=False)[0].tolist() for text in ("w1\rw2", "w1\r\n\ufeffw2")]
+    assert ids == [encode_prompts(["w1 </s> w2"], str, dictionary)[0].tolist()] * 2
 
 
 def test_long_lines_of_bytes_are_stored_in_pieces():

@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 
 from ..core.names import nearest_path
+from ..core.text.encoding import MARK
 
-MARK = "\ufeff"  # the byte order mark that some editors write before a text
 _REMEDY = "save it as UTF-8 (iconv -f latin1 -t utf-8, or -f utf-16)"
 
 

@@ -49,7 +49,7 @@ class LanguageModelHub(GeneratorHubInterface):
             lambda line: self.apply_bpe(self.tokenize(clean_prompt(line))),
             self.src_dict,
             self.task.coding,
-            line_end="\n",
+            by_word=False,
         )
         return ids
 

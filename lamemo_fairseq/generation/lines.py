@@ -8,6 +8,7 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
+from ..core.text import TextEncoding
 from ..core.text.coders import BYTE_SYMBOLS, SPACE, Bytes, Characters, Words
 from .encoders import PromptCoding, split_lines
 
@@ -25,7 +26,7 @@ def encode_prompts(
     encode: Encode,
     dictionary: Dictionary,
     coding: Optional[PromptCoding] = None,
-    line_end: str = "",
+    by_word: bool = True,
 ) -> List[Tensor]:
     """Return the word ids of prompts, each line of which ends in an end-of-sentence token.
 
@@ -34,11 +35,11 @@ def encode_prompts(
         encode: text to tokens between spaces.
         dictionary: the words.
         coding: the coders behind *encode*, and how the data's text was encoded; None if that is not known.
-        line_end: the end of a line within a prompt, ``</s>`` by default.
+        by_word: whether the word ``</s>`` ends a line within a prompt, or a line end does.
     """
     encoded = []
     for prompt in prompts:
-        lines = [encode(line) for line in _lines(prompt, line_end, coding)]
+        lines = [encode(line) for line in _lines(prompt, by_word, coding)]
         ids = [dictionary.encode_line(line, add_if_not_exist=False).long() for line in lines]
         words = " ".join(lines).split()
         unknown = [word for word in words if word not in dictionary]
@@ -55,12 +56,13 @@ def encode_prompts(
     return encoded
 
 
-def _lines(prompt: str, line_end: str, coding: Optional[PromptCoding]) -> List[str]:
-    """Return the lines of a prompt; a text that is reduced to letters and spaces has a single one."""
-    if not line_end:
+def _lines(prompt: str, by_word: bool, coding: Optional[PromptCoding]) -> List[str]:
+    """Return the lines of a prompt, as the data's were found if their ends are not words of it."""
+    if by_word:
         return split_lines(prompt)
-    letters = coding is not None and coding.record is not None and coding.record.normalized and coding.follows_record
-    return [prompt] if letters else prompt.split(line_end)
+    record = None if coding is None or not coding.follows_record else coding.record
+    as_bytes = coding is not None and isinstance(coding.coder("bpe"), Bytes)
+    return (record or TextEncoding(pieces="bytes" if as_bytes else "none")).lines(prompt)
 
 
 def _advice(prompt: str, encode: Encode, dictionary: Dictionary, coding: Optional[PromptCoding]) -> str:

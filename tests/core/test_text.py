@@ -16,7 +16,7 @@ KINDS = [
     (TextEncoding("words"), ["the", "house", ",", "'", "s", "don't"], "the,house\ndon't", "the , house\ndon't"),
     (TextEncoding("none", "bytes"), list(BYTE_SYMBOLS.values()), "caf\xe9 \t the\n", "caf\xe9 \t the\n"),
     (TextEncoding("none", "characters"), [*"abc", "\u2581"], "a b\ncc", "a b\ncc"),
-    (TextEncoding("none", "characters", normalized=True), [*"abcone", "\u2581"], "B-1\nc\n", "b one c"),
+    (TextEncoding("none", "characters", normalized=True), [*"abcone", "\u2581"], "B-1\nc\n", "b one c "),
     (TextEncoding("moses"), ["the", "house", ",", "&apos;s"], "the house's, the\nhouse", "the house's, the\nhouse"),
 ]
 

@@ -49,11 +49,16 @@ class Characters:
 
 
 class Letters(Characters):
-    """A token a letter. Text is first reduced to small letters and single spaces, with digits spelt out."""
+    """A token a letter. Text is first reduced to small letters and single spaces, with digits spelt out.
+
+    What follows the last letter is a space, as in the data: texts that are read in pieces would run together.
+    """
 
     def encode(self, text: str) -> str:
         spelt = re.sub("[0-9]", lambda digit: f" {DIGITS[int(digit[0])]} ", text)
-        return super().encode(" ".join(re.findall("[a-z]+", re.sub("[A-Z]", lambda c: c[0].lower(), spelt))))
+        small = re.sub("[A-Z]", lambda c: c[0].lower(), spelt)
+        words = re.findall("[a-z]+", small)
+        return super().encode(" ".join(words) + " " * (words != [] and not small.endswith(words[-1])))
 
 
 class Words:

@@ -1,13 +1,16 @@
 """The way in which a text became tokens."""
 
+import re
 from dataclasses import asdict, dataclass, fields
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 from ..fields import Values
 from ..names import did_you_mean
 
 TOKENIZERS = ("space", "words", "moses", "none")
 MODEL, CODES = "sentencepiece.bpe.model", "bpe.codes"  # names in a folder, whatever the files were called before
+MARK = "\ufeff"  # the byte order mark that some editors write before a text
+_LINE_END = re.compile("\r\n|\r|\n")
 PIECES = ("none", "sentencepiece", "subword_nmt", "bytes", "characters")
 
 
@@ -37,6 +40,17 @@ class TextEncoding:
     def file_name(self) -> Optional[str]:
         """The name in a folder of the file that the pieces need, None if they need none."""
         return {"sentencepiece": MODEL, "subword_nmt": CODES}.get(self.pieces)
+
+    def lines(self, text: str) -> List[str]:
+        """Return the lines of a text, as the data's were found: with any line ends, and without byte order marks.
+
+        To bytes, both are text, and only a line feed ends a line. A text that is reduced to letters is one line.
+        """
+        if self.normalized:
+            return [text]
+        if self.pieces == "bytes":
+            return text.split("\n")
+        return [line.lstrip(MARK) for line in _LINE_END.split(text)]
 
     def to_dict(self) -> Dict[str, object]:
         """Return plain values by name; the path of the model is left out, as a folder has its own."""

@@ -98,7 +98,7 @@ class Tokenizer:
 
         In a text that is reduced to letters and spaces, as text8, the end of a line is a space.
         """
-        lines = [self._tokens(line) for line in ([text] if self.encoding.normalized else text.split("\n"))]
+        lines = [self._tokens(line) for line in self.encoding.lines(text)]
         self._tell_unknown(text, [token for line in lines for token in line])
         ids = [self.number(token) for line in lines for token in (*line, SPECIAL[END])]
         return torch.tensor(ids[:-1], dtype=torch.int64)
