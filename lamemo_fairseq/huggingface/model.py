@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
 from transformers.initialization import copy_
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.deprecation import deprecate_kwarg
 
 from ..core import LanguageModel, MemoryState
@@ -121,9 +122,15 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Union[str, Path], *args: Any, **kwargs: Any) -> None:
-        """Write the folder as transformers does, and the module that imports this package."""
+        """Write the folder as transformers does, and the module that imports this package.
+
+        transformers leaves weights in one file beside newer ones in several, and reads the former.
+        """
         super().save_pretrained(save_directory, *args, **kwargs)
         Path(save_directory, f"{CODE}.py").write_text(STUB, encoding="utf-8")
+        one, several = Path(save_directory, SAFE_WEIGHTS_NAME), Path(save_directory, SAFE_WEIGHTS_INDEX_NAME)
+        if one.exists() and several.exists():
+            min(one, several, key=lambda path: path.stat().st_mtime_ns).unlink()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
@@ -143,7 +150,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: word ids. With a cache, the words after those that the cache has read.
             attention_mask: ``[B, L]`` or, with a cache, of all columns up to these; 0 for padding.
-            cache: a `LamemoCache`, which is read on in place.
+            cache: a `LamemoCache`, which is read on in place, without gradients.
             inputs_embeds: not taken.
             labels: ``[B, L]`` the same ids, with -100 for those that are not to be predicted; shifted here.
             use_cache: return the cache; by default if there are no gradients.
@@ -171,19 +178,23 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         _refuse_several(packed.real, kwargs.get("position_ids"))
         if input_ids.device.type == "cpu":  # on a GPU, the host would wait for the answer
             check_known(self.model, packed.tokens, "input_ids have")
-        if self.training or (cache is None and not use_cache and torch.is_grad_enabled()):
-            features, extra = self._read_segments(packed)
-        else:
-            cache = LamemoCache(self) if cache is None else cache
-            features, extra = self._read_on(packed, input_ids, cache), {}
-        columns = packed.unpacked(features)
-        loss = None
-        if labels is not None:
-            loss = self._loss(columns, packed.real, labels, extra, kwargs.get("num_items_in_batch"))
-        scored = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.to(columns.device)
+        learns = self.training or (cache is None and not use_cache and torch.is_grad_enabled())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):  # else the output layer alone would learn
+            if learns:
+                features, extra = self._read_segments(packed)
+            else:
+                cache = LamemoCache(self) if cache is None else cache
+                features, extra = cache.text.read(packed.tokens, packed.counts, input_ids), {}
+            columns, loss = packed.unpacked(features), None
+            if labels is not None:
+                loss = self._loss(columns, packed.real, labels, extra, kwargs.get("num_items_in_batch"))
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.to(columns.device)
+            )
+            logits = self._scores(columns[:, kept])
         output = CausalLMOutputWithPast(
             loss=loss,
-            logits=self._scores(columns[:, scored]),
+            logits=logits,
             cache=cache if use_cache or (use_cache is None and self.config.use_cache) else None,
         )
         return output.to_tuple() if return_dict is False else output
@@ -227,11 +238,6 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(cache, LamemoCache) and masked == input_ids.size(1):
             cache.text.check_begun(input_ids)
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
-
-    @torch.no_grad()
-    def _read_on(self, packed: Packed, input_ids: Tensor, cache: LamemoCache) -> Tensor:
-        """Read words after those of the cache: features ``[B, k, d]``."""
-        return cache.text.read(packed.tokens, packed.counts, input_ids)
 
     def _read_segments(self, packed: Packed) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Read whole texts segment by segment: features ``[B, k, d]``, and the memory's losses, means over words.

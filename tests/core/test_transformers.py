@@ -1,6 +1,5 @@
 """Models in transformers: against the core's pass over whole segments, and through its own commands."""
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, dynamic_module_utils  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils  # noqa: E402
 from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, TOKENIZER_MAPPING  # noqa: E402
 
 from lamemo_fairseq.convert_checkpoint import main  # noqa: E402
@@ -21,49 +20,16 @@ from lamemo_fairseq.huggingface import LamemoCache, LamemoConfig, LamemoForCausa
 from lamemo_fairseq.huggingface.folder import export_folder  # noqa: E402
 
 from ..gpus import DEVICE  # noqa: E402
-from .helpers import first_of_each_memory, random_tokens, tiny_decoder, whole_segments  # noqa: E402
+from .helpers import first_of_each_memory, tiny_decoder  # noqa: E402
+from .transformers_cases import LENGTHS, close, expected, padded, texts, tiny_model  # noqa: E402
 
-LENGTHS = [9, 4, 11]
 FIRST = first_of_each_memory()
 ADAPTIVE = {"adaptive_softmax_cutoff": "6,11", "adaptive_softmax_factor": 2.0, "adaptive_input": True}
-
-
-def texts(lengths=LENGTHS):
-    return [random_tokens(1, length, seed=length)[0] for length in lengths]
-
-
-def padded(given, side="left"):
-    """Texts in one tensor, and its mask."""
-    ids = torch.nn.utils.rnn.pad_sequence(given, batch_first=True, padding_value=1, padding_side=side)
-    ones = [torch.ones_like(text) for text in given]
-    return {"input_ids": ids, "attention_mask": torch.nn.utils.rnn.pad_sequence(ones, True, 0, side)}
-
-
-def tiny_model() -> LamemoForCausalLM:
-    return LamemoForCausalLM.of(tiny_decoder())
 
 
 @pytest.fixture
 def model() -> LamemoForCausalLM:
     return tiny_model()
-
-
-@torch.no_grad()
-def read(model, ids) -> LamemoCache:
-    """A cache that has read words."""
-    cache = LamemoCache(model)
-    model(ids, cache=cache)
-    return cache
-
-
-def expected(model, text):
-    """Log-probabilities ``[T, V]`` after every word of a text, by the core's pass over whole segments."""
-    with torch.no_grad():
-        return model.model.log_probs(whole_segments(model.model, text[None]))[0]
-
-
-def close(found, wanted):
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("memory", MEMORIES.names())
@@ -185,91 +151,12 @@ def test_columns_and_labels(softmax):
 
 
 @torch.no_grad()
-def test_old_names_of_the_cache_are_taken(model):
-    text = texts()[0][None]
-    cache = LamemoCache(model)
-    output = model(text[:, :5], past_key_values=cache)
-    assert output.cache is cache is output.past_key_values
-    close(model(text[:, 5:], past_key_values=cache).logits, model(text).logits[:, 5:])
-
-
-@torch.no_grad()
-def test_a_cache_is_repeated_selected_and_begun_anew(model):
-    one, two = texts([6, 6, 3])[0], texts([6, 7])[1][:6]
-    cache = LamemoCache(model)
-    assert cache.batch_size == -1 and cache.get_max_length() == -1 and not cache.is_croppable
-    model(torch.stack([one, two]), cache=cache)
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0, 1, 3]))
-    new = texts([4])[0][None]
-    logits = model(new.expand(3, -1), cache=cache).logits
-    for found, text in zip(logits, (one, one, two), strict=True):
-        close(found.log_softmax(-1), expected(model, torch.cat([text, new[0]]))[-4:])
-    cache.crop(0)
-    for refused in (lambda: cache.crop(1), lambda: cache.update(one, one, 0), lambda: cache.offload(0)):
-        with pytest.raises(ValueError, match=r"a memory does not go back|holds the memory of a model as a whole"):
-            refused()
-    with pytest.raises(ValueError, match="the cache has 3 sequences, and the input 1: pass a new cache"):
-        model(new, cache=cache)
-    cache.reset()
-    close(model(new, cache=cache).logits[0].log_softmax(-1), expected(model, new[0]))
-
-
-@torch.no_grad()
-def test_copies_of_a_cache_go_on_apart_with_the_same_model(model):
-    """A prompt is read once, and gone on from in several ways."""
-    prompt, one, two = (text[None] for text in texts([7, 5, 4]))
-    cache = read(model, prompt)
-    copied = copy.deepcopy(cache)
-    assert copied.text.model is model.model
-    for of, new in ((copied, one), (cache, two)):
-        logits = model(new, cache=of, position_ids=torch.arange(7, 7 + new.size(1))[None]).logits
-        close(logits[0].log_softmax(-1), expected(model, torch.cat([prompt, new], 1)[0])[7:])
-    whole = torch.cat([prompt, one, two], 1)
-    words = model.generate(whole, max_new_tokens=3, eos_token_id=None)
-    assert torch.equal(model.generate(whole, cache=copied, max_new_tokens=3, eos_token_id=None), words)
-    new, mask = torch.cat([one, two], 1), torch.ones_like(whole)
-    given = model.generate(new, attention_mask=mask, cache=read(model, prompt), max_new_tokens=3, eos_token_id=None)
-    assert torch.equal(given[:, 9:], words[:, 16:])
-
-
-@pytest.mark.parametrize(
-    ("use", "message"),
-    [
-        (lambda m, ids: m(inputs_embeds=torch.rand(1, 2, 8)), "pass input_ids, and no inputs_embeds"),
-        (lambda m, ids: m(ids, cache=DynamicCache()), r"cache is a DynamicCache: pass LamemoCache\(model\)"),
-        (
-            lambda m, ids: m(ids, attention_mask=torch.ones(1, 1, 9, 9)),
-            r"attention_mask is \[1, 1, 9, 9\]: pass \[1, 9\]",
-        ),
-        (lambda m, ids: m(ids.expand(2, 9), attention_mask=torch.ones(1, 9)), r"is \[1, 9\]: pass \[2, 9\]"),
-        (
-            lambda m, ids: m(ids, attention_mask=torch.ones(1, 12), cache=read(m, ids[:, :2])),
-            r"is \[1, 12\]: pass \[1, 9\] or \[1, 11\]",
-        ),
-        (lambda m, ids: m(ids, cache=read(tiny_model(), ids)), "the cache is of another model"),
-        (lambda m, ids: m(ids, position_ids=torch.arange(9).remainder(5)[None]), "a row of its own, padded"),
-        (
-            lambda m, ids: m.generate(ids[:, 5:], cache=read(m, ids[:, :5])),
-            r"has read 5 columns, and input_ids \[1, 4\] do not go on after them",
-        ),
-        (lambda m, ids: m.generate(ids, cache=read(m, ids)), "with at least one word that is new"),
-        (lambda m, ids: m.generate(ids, cache=read(m, ids[:, 4:8])), "do not go on after them: pass the whole texts"),
-        (lambda m, ids: m(ids, output_attentions=True), "the model has no use for 'output_attentions': leave it out"),
-        (lambda m, ids: m(ids + 17), "input_ids have the word ids .*, and the model those from 0 to 16"),
-        (lambda m, ids: m.generate(ids + 17), "input_ids have the word ids .*, and the model those from 0 to 16"),
-        (lambda m, ids: m(ids[0]), r"input_ids are a tensor \[B, N\] of word ids, not torch.int64 \[9\]"),
-        (lambda m, ids: m(ids, token_type_ids=ids), "the model has no use for 'token_type_ids'"),
-        (lambda m, ids: m(ids, labels=ids[:, 1:]), r"labels are \[1, 8\], and input_ids \[1, 9\]: pass the same ids"),
-        (lambda m, ids: m.train()(ids, cache=LamemoCache(m)), r"call model.eval\(\) first"),
-        (lambda m, ids: m.generate(ids, cache_implementation="static"), "cache_implementation chooses among caches"),
-        (lambda m, ids: m.resize_token_embeddings(20), "the vocabulary is the dictionary's, and fixed"),
-    ],
-)
-def test_what_a_memory_cannot_do_is_refused(model, use, message):
-    with pytest.raises(ValueError, match=message) as refused:
-        use(model, texts()[0][None])
-    assert "\n" not in str(refused.value)
+def test_weights_in_several_files_replace_those_in_one(tmp_path):
+    ids = texts()[0][None]
+    for number, size in enumerate(("1TB", "2KB", "1TB")):
+        model = LamemoForCausalLM.of(tiny_decoder(seed=number))
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        close(LamemoForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
 def saved_core(folder, variant, encoding=None, words=None, **options):
