@@ -119,6 +119,7 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"{model.name_or_path}: the model {what} {min(names)}: it was saved with another configuration"
                 )
+        _restore(model.model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Union[str, Path], *args: Any, **kwargs: Any) -> None:
@@ -284,6 +285,25 @@ def _ties(model: nn.Module) -> Dict[str, str]:
     first: Dict[int, str] = {}
     names = ((name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False))
     return {name: source for name, source in names if name != source}
+
+
+def _restore(core: LanguageModel) -> None:
+    """Give an own memory's or encoding's tensors that no file has their values; transformers makes modules without."""
+    own = [
+        name for name, module in core.named_modules() if not isinstance(module, AdaptiveSoftmax) and _unsaved(module)
+    ]
+    fresh = LanguageModel(core.config) if own else core
+    for name in own:
+        module, made = core.get_submodule(name), fresh.get_submodule(name)
+        for tensor in _unsaved(module):
+            value, former = getattr(made, tensor), getattr(module, tensor)
+            setattr(module, tensor, value if former.is_meta else value.to(former))
+
+
+def _unsaved(module: nn.Module) -> List[str]:
+    """Return the names of a module's tensors that are neither parameters nor in files."""
+    plain = [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
+    return [*(name for name in module._non_persistent_buffers_set if getattr(module, name) is not None), *plain]
 
 
 def _refuse_several(real: Tensor, position_ids: Optional[Tensor]) -> None:

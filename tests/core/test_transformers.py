@@ -15,6 +15,7 @@ from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lamemo_fairseq.convert_checkpoint import main  # noqa: E402
 from lamemo_fairseq.core import MEMORIES, LanguageModel, TextEncoding, Tokenizer  # noqa: E402
+from lamemo_fairseq.core.memory.recurrent import RecurrentMemory  # noqa: E402
 from lamemo_fairseq.core.text.coders import BYTE_SYMBOLS  # noqa: E402
 from lamemo_fairseq.huggingface import LamemoCache, LamemoConfig, LamemoForCausalLM, LamemoTokenizer  # noqa: E402
 from lamemo_fairseq.huggingface.folder import export_folder  # noqa: E402
@@ -148,6 +149,21 @@ def test_columns_and_labels(softmax):
     assert model(**batch, use_cache=False).cache is None
     nothing = model(batch["input_ids"], attention_mask=torch.zeros_like(batch["input_ids"]))
     assert not nothing.logits.isnan().any()
+
+
+def test_tensors_that_no_file_has_come_back(tmp_path, monkeypatch):
+    """As those of an own memory; memory that nobody had written was taken for them."""
+    init = RecurrentMemory.__init__
+
+    def with_tensors(self, config):
+        init(self, config)
+        self.register_buffer("table", torch.arange(1.0, 4.0), persistent=False)
+        self.plain = torch.arange(1.0, 4.0)
+
+    monkeypatch.setattr(RecurrentMemory, "__init__", with_tensors)
+    LamemoForCausalLM.of(tiny_decoder(("recurrent", "shaw", "right"))).save_pretrained(tmp_path)
+    memory = LamemoForCausalLM.from_pretrained(tmp_path).model.memory
+    assert memory.table.tolist() == memory.plain.tolist() == [1, 2, 3]
 
 
 @torch.no_grad()
