@@ -57,8 +57,12 @@ def replaced(decoder, path, make):
         setattr(holder, name, make(getattr(holder, name)))
 
 
-@pytest.mark.parametrize("path", MAPS)
-@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+# Maps of a memory's own.
+OWN = {"continuous": [f"self_attn.{name}" for name in ("long_term_k_proj", "long_term_v_proj", "density_proj")]}
+EVERY = [(variant, path) for variant in VARIANTS for path in (*MAPS, *OWN.get(variant[0], ()))]
+
+
+@pytest.mark.parametrize(("variant", "path"), EVERY, ids=lambda part: part if isinstance(part, str) else "-".join(part))
 @torch.no_grad()
 def test_an_adapter_is_what_its_merged_weights_are(variant, path):
     """Read in segments, and token by token."""

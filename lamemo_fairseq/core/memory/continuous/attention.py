@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ...attention.padding import as_wide
 from ...kernels import aligned
-from ...kernels.padded import WideRows
+from ...kernels.module_tree import is_product
+from ...kernels.padded import WideRows, narrowed
 from ...layers import AttentionConfig, SelfAttention
 from ...positions import LayerBias
 from .options import ContinuousOptions
@@ -73,12 +74,20 @@ class ContinuousSelfAttention(SelfAttention):
         every query and basis function.
         """
         with torch.autocast(coefficients.device.type, enabled=False):
+            keys = self._density_keys(coefficients)
+        stored = coefficients.to(_dtype_of(self.long_term_v_proj))
+        values = aligned.through(self.long_term_v_proj, stored, self.config.embed_dim)
+        return LongTerm(self._split_heads(keys), self._split_heads(narrowed(values, keys.size(2))))
+
+    def _density_keys(self, coefficients: Tensor) -> Tensor:
+        """Return ``w^T B W_k`` ``[B, 2, H D]``. Maps that are no plain products are called, one after the other."""
+        if is_product(self.density_proj) and is_product(self.long_term_k_proj):
             exact = coefficients.dtype
             summed = self.density_proj.weight.to(exact) @ coefficients  # [B, 2, d]
-            keys = F.linear(summed, self.long_term_k_proj.weight.to(exact))
-        weight = self.long_term_v_proj.weight
-        values = aligned.linear(coefficients.to(weight.dtype), weight)
-        return LongTerm(self._split_heads(keys), self._split_heads(values))
+            return F.linear(summed, self.long_term_k_proj.weight.to(exact))
+        keys = self.long_term_k_proj(coefficients.to(_dtype_of(self.long_term_k_proj)))
+        density: Tensor = self.density_proj(keys.transpose(1, 2))
+        return density.transpose(1, 2).to(coefficients.dtype)
 
     def locate(self, q: Tensor, long_term: LongTerm) -> Density:
         """Locate ``q [B, H, Q, D]``: ``mu = sigmoid(w_mu . s)``, ``sigma^2 = softplus(w_sigma . s)``."""
@@ -93,6 +102,10 @@ class ContinuousSelfAttention(SelfAttention):
             weights = self.basis.expectation(*density, long_term.values.dtype)
         read_out: Tensor = weights @ long_term.values
         return read_out
+
+
+def _dtype_of(layer: nn.Linear) -> torch.dtype:
+    return layer.weight.dtype if is_product(layer) else next(layer.parameters()).dtype
 
 
 def divergence(density: Density, sigma: float) -> Tensor:
