@@ -89,6 +89,29 @@ def test_training_without_dropout_reads_as_evaluation_does(variant):
     torch.testing.assert_close(*read, rtol=0, atol=1e-9)
 
 
+@variants
+def test_gradients_are_those_of_what_is_computed(variant):
+    """By a difference along a direction in all parameters, after a memory that stays as it is."""
+    model, tokens, state = tiny_decoder(variant).train(), random_tokens(2, 12), None
+    for segment in tokens[:, :9].split(3, dim=1):
+        _, state, _ = model(segment, state)
+    parameters = list(model.parameters())
+    along = [
+        torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(i))
+        for i, p in enumerate(parameters)
+    ]
+
+    def moved(step):
+        for parameter, direction in zip(parameters, along, strict=True):
+            parameter.data += step * direction
+        return model.loss(model(tokens[:, 9:], state)[0], tokens[:, 10:].repeat(1, 2)[:, :3])
+
+    gradients = torch.autograd.grad(moved(0), parameters, allow_unused=True)
+    slope = sum((g * d).sum() for g, d in zip(gradients, along, strict=True) if g is not None)
+    above, below = moved(1e-6), moved(-2e-6)
+    torch.testing.assert_close(slope, (above - below) / 2e-6, rtol=1e-5, atol=1e-5)
+
+
 LENGTHS = {"compressive": ("compressed_len",), "memorizing": ("store_len",), "token": ("memory_tokens",)}
 
 
