@@ -31,6 +31,7 @@ from ..decoding.cache import AnyCache
 from ..fields import check_options
 from ..layers import CausalSelfAttention, DecoderLayer, SelfAttention
 from ..positions import LayerBias, Positions
+from ..positions.together import together
 from ..registry import Registry
 from .own import check_names, reached
 
@@ -163,7 +164,7 @@ class Segment(NamedTuple):
     """The values that all layers use of the segment that they read."""
 
     tokens: int  # n
-    biases: List[LayerBias]  # of each layer
+    biases: List[LayerBias]  # of each layer, as wide as padded heads
     lengths: Optional[Tensor] = None  # [B], tokens that are not padding; None if none is
 
 
@@ -294,7 +295,7 @@ class Memory(nn.Module, Generic[State, Options]):
     def segment(self, x: Tensor, state: State, positions: Positions, lengths: Optional[Tensor] = None) -> Segment:
         """Return the values that all layers use of ``x [B, n, d]``; they depend on shapes, positions and *lengths*."""
         rows, ahead = reached(self, self.reach(state, x.size(1)))
-        return Segment(x.size(1), positions(rows, ahead, x), lengths)
+        return Segment(x.size(1), together(positions(rows, ahead, x), x), lengths)
 
     def reach(self, state: State, current: int) -> Tuple[int, Optional[range]]:
         """Return arguments of `Positions`: the number of rows, *current* ones included, and the distances ahead."""

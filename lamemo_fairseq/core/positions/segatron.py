@@ -51,16 +51,16 @@ class SegatronPositions(TransformerXLPositions):
 
     def biases(self, causal: int, ahead: Optional[range], like: Tensor) -> List[LayerBias]:
         layers, content, position = self.config.layers, self.content_bias, self.position_bias
-        past = self._tables(0, range(causal - 1, -1, -1), like)
-        counted_past = self._counted_tables(range(causal), like)
+        past = self._tables(0, range(causal - 1, -1, -1), like).unbind()
+        counted_past = self._counted_tables(range(causal), like).unbind()
         if ahead is None:
             return [
                 LayerBias(RelativeBias(content, position, past[n]), None, None, Counted(position, counted_past[n]))
                 for n in range(layers)
             ]
         slots = max(ahead.stop - 1, 0)
-        future = self._tables(0, self._ahead_distances(ahead), like)
-        around = self._counted_tables(range(-slots, slots + 1), like)
+        future = self._tables(0, self._ahead_distances(ahead), like).unbind()
+        around = self._counted_tables(range(-slots, slots + 1), like).unbind()
         return [
             LayerBias(
                 RelativeBias(content, position, past[n]),

@@ -19,6 +19,7 @@ from ...decoding.cache import AnyCache
 from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import Positions
+from ...positions.together import together
 from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
 from .attention import TokenSelfAttention
 from .cache import TokenCache
@@ -102,7 +103,7 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
         """Read a segment ``x [B, n, d]``, and write the memory tokens ``[B, K, d]`` that the next one reads."""
         tokens = state.tokens.to(x) if state.tokens.size(1) > 0 else self.first_tokens(x)
         size, current, cached = tokens.size(1), x.size(1), state.hidden[0].size(1)
-        biases = positions(cached + size + current + size, range(size), x)
+        biases = together(positions(cached + size + current + size, range(size), x), x)
         blocks = Blocks(cached, size, current, self.config.options.memory_reads_cache, last=False)
         hidden: List[Tensor] = []
         rows = torch.cat([self.dropout(tokens), x, self.dropout(tokens)], dim=1)
