@@ -159,7 +159,7 @@ def import_checkpoint(released: Dict[str, Any], words: List[str]) -> tuple[Dict[
         if _is_first_table(name):
             weights[name] = _reordered(weight, order[: weight.size(0) + order.count(None)], name.split(".")[-2])
     weights["decoder.dictionary_version"] = vocabulary_checksum(dictionary)
-    _check_shapes(weights, options, dictionary)
+    _check_weights(weights, options, dictionary)
     mapped = to_released(from_released(state, config["n_layer"]), config["n_layer"], _joined(config))
     rest = {k: v for k, v in state.items() if k not in mapped}
     cfg = {
@@ -202,7 +202,8 @@ def _parts(released: Dict[str, Any]) -> tuple[Dict[str, Any], Dict[str, Tensor]]
     return config, state
 
 
-def _check_shapes(weights: Dict[str, Tensor], options: Dict[str, Any], dictionary: Dictionary) -> None:
+def _check_weights(weights: Dict[str, Tensor], options: Dict[str, Any], dictionary: Dictionary) -> None:
+    """Refuse weights of other shapes than the model's, and two of which the model would use one alone."""
     with torch.device("meta"):  # shapes without storage
         decoder = FairseqMemoryDecoder(MemoryLanguageModelConfig(**options), dictionary)
     wanted = {f"decoder.{name}": tuple(weight.shape) for name, weight in decoder.state_dict().items()}
@@ -212,6 +213,14 @@ def _check_shapes(weights: Dict[str, Tensor], options: Dict[str, Any], dictionar
             raise ValueError(
                 f"the released weights do not fit their model_config: {name} has the shape {there.get(name)}, "
                 f"and by the config {wanted.get(name)}"
+            )
+    first: Dict[int, str] = {}  # of the names that a weight has
+    for name, shared in decoder.state_dict(prefix="decoder.", keep_vars=True).items():
+        other = first.setdefault(id(shared), name)
+        if other != name and not torch.equal(weights[name], weights[other]):
+            raise ValueError(
+                f"the released checkpoint has other values for {name} than for {other}, which are one weight here: set "
+                "tie_weight to False in its model_config, so that the output layer is untied"
             )
 
 
@@ -279,7 +288,7 @@ def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
         "dropout": options["dropout"],
         "dropatt": options["attention_dropout"],
         "tie_weight": not options["untie_output"],
-        "tie_projs": [False] + [True] * (bands - 1),
+        "tie_projs": [False] + [not options["untie_output"]] * (bands - 1),
         "div_val": int(factor),
         "cutoffs": cutoffs,
         "pre_lnorm": options["decoder_normalize_before"],
