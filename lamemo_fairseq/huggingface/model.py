@@ -53,6 +53,8 @@ class Packed(NamedTuple):
             raise ValueError(
                 f"attention_mask is {list(attention_mask.shape)}: pass {fitting}, with a 0 for each padding"
             )
+        if attention_mask.is_floating_point() and (attention_mask < 0).any():
+            raise ValueError("attention_mask is to be added to scores: pass one with 1 for each word and 0 for padding")
         real = attention_mask[:, attention_mask.size(1) - length :].to(input_ids.device).bool()
         counts = real.sum(1).tolist()
         order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)

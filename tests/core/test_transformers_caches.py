@@ -86,6 +86,7 @@ def test_copies_of_a_cache_go_on_apart_with_the_same_model(model):
             r"attention_mask is \[1, 1, 9, 9\]: pass \[1, 9\]",
         ),
         (lambda m, ids: m(ids.expand(2, 9), attention_mask=torch.ones(1, 9)), r"is \[1, 9\]: pass \[2, 9\]"),
+        (lambda m, ids: m(ids, attention_mask=torch.full((1, 9), -torch.inf).triu(5)), r"is to be added to scores"),
         (
             lambda m, ids: m(ids, attention_mask=torch.ones(1, 12), cache=read(m, ids[:, :2])),
             r"is \[1, 12\]: pass \[1, 9\] or \[1, 11\]",
