@@ -13,7 +13,8 @@ import torch
 
 from lamemo_fairseq.core import LanguageModel
 from lamemo_fairseq.core.decoding.state import DecodingState
-from lamemo_fairseq.core.memory.associative.association import Association, Associations, dpfp
+from lamemo_fairseq.core.memory.associative.association import Association, Associations
+from lamemo_fairseq.core.memory.associative.features import dpfp
 
 from ..gpus import DEVICE
 from .helpers import (

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import aligned
+from .features import dpfp
 
 EPSILON = 1e-5  # as in the authors' code
-_ROLLS = (1, 2, 3)
 
 
 class Associations(NamedTuple):
@@ -77,17 +77,6 @@ class Association(nn.Module):
             return Associations(
                 past.matrix + features.transpose(1, 2) @ change, past.normalizer + (unmet * features).sum(1)
             )
-
-
-def dpfp(keys: Tensor) -> Tensor:
-    """Return the features of ``keys [.., e]``: ``[.., 6 e]``, not negative, in float32 or wider.
-
-    This is the deterministic parameter-free projection (Schlag et al. 2021, equation 37) with three rolls. The features
-    are products of ``x = [relu(u) ; relu(-u)]`` and ``x`` rolled by 1, 2 and 3.
-    """
-    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    x = torch.cat([keys.relu(), (-keys).relu()], dim=-1)
-    return torch.cat([x * x.roll(shift, dims=-1) for shift in _ROLLS], dim=-1)
 
 
 def _recalled(features: Tensor, past: Associations) -> Tensor:
