@@ -156,6 +156,7 @@ OPTIONS = {
     "associative_tokens": st.integers(-1, 3),
     "associative_dim": st.integers(-1, 3),
     "associative_decay": st.sampled_from([-0.5, 0.0, 0.9, 1.0, 1.5]),
+    "associative_value_lr_scale": st.sampled_from([-1.0, 0.05, 1.0]),
     "recurrent_states": st.integers(-1, 3),
     "recurrent_scale": st.sampled_from([-1.0, 0.0, 4.0, float("inf")]),
     "recurrent_layers": st.sampled_from([None, "1", "2,1", "3", "", "top"]),

@@ -92,6 +92,7 @@ _work([TRAIN], "test_infini.py", "memory_update_rule memory_gate_lr_scale")
 _work([TRAIN], "test_memorizing.py", "store_len store_layer retrieval retrieved_rows")
 _work([TRAIN], "test_sentence_ends.py", "sentence_ends paragraph_ends")
 _work([TRAIN], "test_associative.py", "associative_tokens associative_dim associative_decay")
+_work([TRAIN], "test_associative.py", "associative_value_lr_scale")
 _work([TRAIN], "test_block_recurrent.py", "recurrent_states recurrent_layers recurrent_scale state_gate")
 
 # Evaluation

@@ -15,6 +15,7 @@ from lamemo_fairseq.core import LanguageModel
 from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.memory.associative.association import Association, Associations
 from lamemo_fairseq.core.memory.associative.features import dpfp
+from lamemo_fairseq.core.memory.associative.options import AssociativeOptions
 
 from ..gpus import DEVICE
 from .helpers import (
@@ -40,8 +41,12 @@ SEGMENTED = {"segment_length": 6, "bptt_segments": 3}
 class AssociativePaper(Paper):
     """The model in numpy."""
 
-    decay = 1.0
     limited = 0  # keys that overlap more with those of their segment than with z
+
+    def __init__(self, decoder, *options):
+        super().__init__(decoder, *options)
+        own = decoder.config.own_options
+        self.decay, self.value_unit = own.associative_decay, own.associative_value_lr_scale
 
     def map(self, layer, name):
         return self.w[f"layers.{layer}.self_attn.association.{name}"]
@@ -64,7 +69,7 @@ class AssociativePaper(Paper):
         A, z = memory or (np.zeros((rows.shape[1], 12 * len(self.map(layer, "key.weight")) // 2)), 0.0)
         A, z = self.decay * A, self.decay * z
         keys = [self.phi(self.map(layer, "key.weight") @ m) for m in rows]
-        values = [self.map(layer, "value") @ m for m in rows]
+        values = [self.value_unit * self.map(layer, "value") @ m for m in rows]
         gates = [self.map(layer, "gate.weight") @ m + self.map(layer, "gate.bias") for m in rows]
         betas = [1 / (1 + np.exp(-gate[0])) for gate in gates]
         sizes = [z @ f + 1e-5 if memory else math.inf for f in keys]
@@ -112,6 +117,7 @@ class AssociativePaper(Paper):
         ({"associative_tokens": 1, "associative_dim": 1}, True),  # so few features that gamma is anything from 0 to 1
         ({"mem_len": 7}, False),
         ({"associative_decay": 0.6}, True),
+        ({"associative_value_lr_scale": 0.3}, True),
         ({"mem_len": 3, "segment_length": 8, "bptt_segments": 2, "decoder_layers": 3}, True),
         ({"mem_len": 3, "decoder_normalize_before": True, "clamp_len": 2}, True),
     ],
@@ -127,7 +133,6 @@ def test_segments_equal_the_papers_computation(options, limited):
         part, state, _ = decoder.read_segment(segment, state)
         parts.append(part)
     paper = AssociativePaper(decoder, options.get("decoder_normalize_before", False), options.get("clamp_len"))
-    paper.decay = options.get("associative_decay", 1.0)
     for stream in range(2):
         expected, memory, cache = paper.text(paper.embedding(words[stream]), 4, options["mem_len"])
         np.testing.assert_allclose(torch.cat(parts, dim=1)[stream].numpy(), expected, rtol=0, atol=1e-9)
@@ -226,7 +231,7 @@ def test_a_new_model_reads_nothing_and_its_tokens_are_as_large_as_embeddings():
 def test_a_key_met_before_gets_a_new_value():
     """The delta rule: with a gate that is open, the old value is replaced, and z stays what it was."""
     torch.manual_seed(0)
-    association = Association(6, 4).double()
+    association = Association(6, AssociativeOptions(associative_dim=4)).double()
     association.value.normal_()
     association.gate.bias.fill_(40.0)
     row = torch.randn(1, 1, 6).double()
@@ -246,7 +251,7 @@ def test_a_key_met_before_gets_a_new_value():
 @torch.no_grad()
 def test_of_zeros_nothing_is_read():
     rows, nothing = torch.randn(2, 3, 6), Associations(torch.zeros(2, 24, 6), torch.zeros(2, 24))
-    assert torch.equal(Association(6, 4).read(rows, nothing), rows)
+    assert torch.equal(Association(6, AssociativeOptions(associative_dim=4)).read(rows, nothing), rows)
 
 
 OPTIONS = [
@@ -400,7 +405,7 @@ def test_keys_that_have_grown_do_not_overshoot():
 def test_no_write_enlarges_what_the_matrix_has(met):
     """For values of zero, the change of A has eigenvalues from -1 to 0, however alike the keys."""
     torch.manual_seed(0)
-    association = Association(6, 4).double()
+    association = Association(6, AssociativeOptions(associative_dim=4)).double()
     association.gate.bias.fill_(3)
     rows = torch.randn(1, 6) + torch.randn(2, 9, 6).double() / 4
     normalizer = met * dpfp(association.key(rows))[:, 0]
@@ -430,6 +435,11 @@ def test_one_segment_an_update_is_told(caplog):
         (PLAIN, {"associative_dim": 0}, r"--associative-dim is 0, it must be at least 1"),
         (PLAIN, {"associative_decay": 0.0}, r"--associative-decay is 0.0, it must be above 0 and at most 1"),
         (PLAIN, {"associative_decay": 1.1}, r"--associative-decay is 1.1, it must be above 0 and at most 1"),
+        (
+            PLAIN,
+            {"associative_value_lr_scale": 0.0},
+            r"--associative-value-lr-scale is 0.0, it must be above 0 and finite",
+        ),
         (PLAIN, {"bptt_segments": 2}, r"--tokens-per-sample 3 .* --bptt-segments 2 .* pass a multiple"),
         (PLAIN, {"same_length": True}, r"--same-length .* leave it out, or pass --memory recurrent"),
         (("associative", "disentangled", "right"), {}, r"without look-ahead memory nothing attends to its right"),

@@ -68,6 +68,8 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
             "bptt_segments": 2,
             # A stream's memory lasts for an epoch here, and the authors' for a few segments.
             "associative_decay": 0.8,
+            # A memory token is the same in every segment: Adam moves all d entries of a row of W_V one way.
+            "associative_value_lr_scale": 0.05,
         },
         presets={
             # The width of keys is the paper's.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels import aligned
 from .features import dpfp
+from .options import AssociativeOptions
 
 EPSILON = 1e-5  # as in the authors' code
 
@@ -24,13 +25,13 @@ class Associations(NamedTuple):
 class Association(nn.Module):
     """The maps of a layer's memory: ``W_Q``, ``W_K``, ``W_V``, ``w_beta`` and its bias (section 3.1)."""
 
-    def __init__(self, embed_dim: int, key_dim: int, decay: float = 1.0):
+    def __init__(self, embed_dim: int, options: AssociativeOptions):
         super().__init__()
-        self.decay = decay
-        self.query = nn.Linear(embed_dim, key_dim, bias=False)
-        self.key = nn.Linear(embed_dim, key_dim, bias=False)
+        self.decay, self.value_unit = options.associative_decay, options.associative_value_lr_scale
+        self.query = nn.Linear(embed_dim, options.associative_dim, bias=False)
+        self.key = nn.Linear(embed_dim, options.associative_dim, bias=False)
         # Not an `nn.Linear`, whose weights a decoder draws: zeros let a new model read nothing.
-        self.value = nn.Parameter(torch.zeros(embed_dim, embed_dim))
+        self.value = nn.Parameter(torch.zeros(embed_dim, embed_dim))  # W_V / unit
         self.gate = nn.Linear(embed_dim, 1)
 
     def read(self, rows: Tensor, past: Associations) -> Tensor:
@@ -61,7 +62,7 @@ class Association(nn.Module):
             past: None before the first segment, whose keys are all new.
         """
         features = dpfp(aligned.mapped(self.key, rows))
-        values = aligned.linear(rows, self.value).to(features.dtype)
+        values = aligned.linear(rows, self.value).to(features.dtype) * self.value_unit
         strength = aligned.mapped(self.gate, rows).to(features.dtype).sigmoid()
         with torch.autocast(rows.device.type, enabled=False):
             if past is None:

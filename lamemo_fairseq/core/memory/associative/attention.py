@@ -16,5 +16,4 @@ class AssociativeSelfAttention(CausalSelfAttention):
             )
         super().__init__(config)
         assert isinstance(config.options, AssociativeOptions)
-        options = config.options
-        self.association = Association(config.embed_dim, options.associative_dim, options.associative_decay)
+        self.association = Association(config.embed_dim, config.options)
