@@ -105,12 +105,43 @@ def readable(rows: Tensor) -> int:
     return wide if end <= rows.untyped_storage().nbytes() else width
 
 
+_JOINED = "_lamemo_joined"
+
+
 def join(past: Tensor, new: Tensor) -> Tensor:
-    """Return rows ``[B, m, d]`` and ``[B, R, d]`` after them, as `PaddedRows` where kernels run."""
+    """Return rows ``[B, m, d]`` and ``[B, R, d]`` after them, as `PaddedRows` where kernels run.
+
+    `last_of` finds *new* again, if *past* has no gradient.
+    """
     if not layout.fusable(new) or stored_width(new, new.size(-1)) == new.size(-1):
-        return torch.cat([past, new], dim=1)
-    joined: Tensor = _Join.apply(past, new)
+        joined = torch.cat([past, new], dim=1)
+    else:
+        joined = _Join.apply(past, new)
+    if not past.requires_grad and not (new.is_inference() or joined.is_inference()):
+        setattr(joined, _JOINED, (new, joined._version, new._version))
     return joined
+
+
+def last_of(rows: Tensor, count: int) -> Tensor:
+    """Return the last *count* of ``rows [B, R, d]``: where `join` has put them there, as they were, without a slice.
+
+    Their gradient is then theirs alone, and not one of all rows that is zero for the others.
+    """
+    return rows[:, rows.size(1) - count :] if (new := joined_last(rows, count)) is None else new
+
+
+def joined_last(rows: Tensor, count: int) -> Optional[Tensor]:
+    """Return the rows that `join` has put last, if they are *count* and neither they nor *rows* have changed since.
+
+    None, too, where somebody waits for the gradient of all rows.
+    """
+    new, version, of_new = getattr(rows, _JOINED, (None, 0, 0))
+    if new is None or new.size(1) != count or rows._version != version or new._version != of_new:
+        return None
+    if rows.retains_grad or rows._backward_hooks:
+        return None
+    found: Tensor = new
+    return found
 
 
 class _JoinContext(Context):

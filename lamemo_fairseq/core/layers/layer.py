@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import aligned
 from ..kernels.activation import relu_dropout
 from ..kernels.module_tree import is_plain
-from ..kernels.padded import WideRows, narrowed
+from ..kernels.padded import WideRows, last_of, narrowed
 from ..kernels.residual import residual_norm, residual_sum_and_norm
 from ..kernels.rows import fusable
 from .activations import ACTIVATIONS
@@ -95,7 +95,7 @@ class DecoderLayer(nn.Module):
         """Run the layer with another attention: *attend* returns ``[B, Q, d]`` of its input, and a second result."""
         before = self.config.normalize_before
         attended, carried = attend(self.attention_input(rows))
-        last = rows[:, rows.size(1) - attended.size(1) :]
+        last = last_of(rows, attended.size(1))
         if before:
             x, normed = residual_sum_and_norm(attended, last, self.final_layer_norm, self.dropout)
             return x + self.dropout(self.feed_forward(normed)), carried

@@ -8,15 +8,16 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, List, Optional
 
+import torch
 from torch import Tensor, nn
 
 from ..attention import Attended, Operation, causal_attention, counted_attention
 from ..attention.padding import bias_for
 from ..kernels import aligned
 from ..kernels.module_tree import is_product
-from ..kernels.padded import WideRows, widened
+from ..kernels.padded import WideRows, joined_last, widened, with_zeros
 from ..positions import LayerBias
-from .heads import split_heads, wide_heads
+from .heads import project_last, split_heads, wide_heads
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,26 @@ class SelfAttention(nn.Module):
         if matters and keep_padding and self.config.head_dim % 8:
             weight = wide_heads(weight, self.config.head_dim, dim=0)
 
-        def wide() -> Tensor:  # before any cut, as a slice of `PaddedRows` is a plain tensor
+        def wide(rows: Tensor) -> Tensor:  # before any cut, as a slice of `PaddedRows` is a plain tensor
             return widened(rows) if matters else rows
 
         if queries == rows.size(1):
-            q, k, v = split_heads(aligned.linear(wide(), weight), 3, heads)
+            q, k, v = split_heads(aligned.linear(wide(rows), weight), 3, heads)
             return q, k, v
         width = weight.size(0) // 3
-        q_weight, kv_weight = weight.split([width, 2 * width])
-        k, v = split_heads(aligned.linear(wide(), kv_weight), 2, heads)
-        return self._split_heads(aligned.linear(wide()[:, rows.size(1) - queries :], q_weight)), k, v
+        new = joined_last(rows, queries)
+        if new is not None and self._learns_once(rows) and not (matters and width % 8):
+            q_rows, kv_rows = project_last(wide(new), wide(rows), with_zeros(weight, 2) if matters else weight)
+        else:
+            q_weight, kv_weight = weight.split([width, 2 * width])
+            kv_rows = aligned.linear(wide(rows), kv_weight)
+            q_rows = aligned.linear(wide(rows)[:, rows.size(1) - queries :], q_weight)
+        k, v = split_heads(kv_rows, 2, heads)
+        return self._split_heads(q_rows), k, v
+
+    def _learns_once(self, rows: Tensor) -> bool:
+        """Return whether gradients may do without gradients of their own: plain operations have these."""
+        return self.config.backend != "eager" and not torch.is_autocast_enabled(rows.device.type)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, bias: LayerBias, need_normalizer: bool) -> Attended:
         """Attend causally with unrotated heads ``[B, H, Q or R, D or D']``, by the backend that the options name."""
