@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lamemo_fairseq.core import MEMORIES, LanguageModel, MemoryState, ModelConfig
 from lamemo_fairseq.core.decoding.state import DecodingState
+from lamemo_fairseq.core.positions import POSITIONS
 
 Variant = Tuple[str, str, str]
 
@@ -126,7 +127,26 @@ def tiny_options(variant: Variant, options: Dict[str, Any]) -> Dict[str, Any]:
     memory, positions, choice = variant
     third = SEVERAL.get(choice) or {CHOICES.get(memory, "lookahead_window"): choice}
     chosen = {"memory": memory, "position_encoding": positions, **third}
-    return {**TINY, **(ENDS if positions == "segatron" else {}), **chosen, **options}
+    return {**TINY, **(ENDS if POSITIONS[positions].reads_words else {}), **chosen, **options}
+
+
+def looks_ahead(positions: str) -> bool:
+    """Tell whether a position encoding takes a memory that attends to the right."""
+    return not _refused(lambda: POSITIONS[positions].check(looks_ahead=True))
+
+
+def limits_distances(positions: str) -> bool:
+    """Tell whether a position encoding takes a limit of distances."""
+    memory = "lookahead" if looks_ahead(positions) else "none"
+    return not _refused(lambda: tiny_decoder((memory, positions, "right"), clamp_len=3))
+
+
+def _refused(make: Callable[[], Any]) -> bool:
+    try:
+        make()
+    except ValueError:
+        return True
+    return False
 
 
 def config_of(words: int, **options: Any) -> ModelConfig:

@@ -8,13 +8,18 @@ import torch
 from lamemo_fairseq.core.diagonal import DiagonalGraph, Diagonals, EagerStep, read_diagonally
 from lamemo_fairseq.core.memory import MEMORIES
 from lamemo_fairseq.core.memory.documents import DocumentStreams
+from lamemo_fairseq.core.positions import POSITIONS
 from lamemo_fairseq.core.segments import Piece
 
 from ..gpus import gpu
 from . import fake_graphs
 from .helpers import VARIANTS, first_of_each_memory, random_tokens, tiny_decoder
 
-LAYERED = [v for v in VARIANTS if MEMORIES[v[0]].is_layered() and v[1] != "segatron" and v[2] != "seldom"]
+LAYERED = [
+    (memory, positions, choice)
+    for memory, positions, choice in VARIANTS
+    if MEMORIES[memory].is_layered() and not POSITIONS[positions].reads_words and choice != "seldom"
+]
 FIRST = [v for v in first_of_each_memory().values() if v in LAYERED]
 # Each memory with each of its own choices, and each position encoding with one memory.
 CHOSEN = {**{v[1]: v for v in LAYERED}, **{(v[0], v[2]): v for v in reversed(LAYERED)}}.values()

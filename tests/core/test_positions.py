@@ -15,7 +15,7 @@ from lamemo_fairseq.core.memory.lookahead import WINDOWS
 from lamemo_fairseq.core.positions import POSITIONS, PositionConfig
 from lamemo_fairseq.core.positions.alibi import slopes
 
-from .helpers import random_tokens, tiny_decoder
+from .helpers import looks_ahead, random_tokens, tiny_decoder
 
 H, D, WIDTH = 3, 4, 6
 
@@ -195,7 +195,7 @@ def test_encodings_are_found_automatically():
 
 @pytest.mark.parametrize("name", POSITIONS.names())
 def test_biases_of_a_shape_are_computed_once_while_parameters_stay(name):
-    ahead = None if name in ("absolute", "shaw", "t5") else range(3)  # these do not look ahead
+    ahead = range(3) if looks_ahead(name) else None
     config = PositionConfig(2, WIDTH, 2, D, looks_ahead=ahead is not None, trained_distances=9, sentence_ends=(5,))
     encoding, like, requests = POSITIONS[name](config).eval(), torch.zeros(1), [(5, ahead), (7, None), (8, None)]
     fresh = [encoding.biases(*request, like) for request in requests]

@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 class ShawPositions(PositionEncoding):
     """``(q + u_l) . k + q . E_l[i - j] + b_l[i - j]``, all learned for each layer l.
 
-    Distances beyond the trained ``N + M``, or beyond ``clamp_len``, use the farthest one below. There are no distances
-    to the right, so that a memory that attends there is refused.
+    So many distances from 0 on are told apart as were trained, ``N + M``, or ``clamp_len`` if that is less, as in the
+    released code. Farther ones use the farthest of these. There are no distances to the right, so that a memory that
+    attends there is refused.
     """
 
     @classmethod
