@@ -11,6 +11,7 @@ from types import ModuleType
 
 from . import blocked, choice, eager
 from .counted import Counted
+from .inputs import check_causal
 from .operation import BACKENDS, Backend, Operation
 from .rotation import Rotation
 from .types import Attended, RelativeBias
@@ -22,7 +23,7 @@ def _fused() -> ModuleType:
     return fused
 
 
-causal_attention = Operation("causal attention", eager.causal_attention, _fused, blocked.causal_attention)
+causal_attention = Operation("causal attention", eager.causal_attention, _fused, blocked.causal_attention, check_causal)
 # This variant adds further scores for each pair.
 counted_attention = Operation("attention by distances counted in the text", eager.causal_attention)
 

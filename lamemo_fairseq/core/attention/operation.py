@@ -38,6 +38,7 @@ class Operation(Generic[P]):
         fused: imports and returns the module of the fused implementation, a function of the same name. It is called
             when the fused kernels are to run, so that nothing else needs Triton.
         blocked: the implementation for CPUs.
+        check: refuses arguments, by a ValueError; kernels read what they are told to.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class Operation(Generic[P]):
         eager: Callable[Concatenate[Tensor, P], Attended],
         fused: Optional[Callable[[], ModuleType]] = None,
         blocked: Optional[Callable[..., Attended]] = None,
+        check: Optional[Callable[Concatenate[Tensor, P], None]] = None,
     ):
-        self.name, self.__doc__ = name, eager.__doc__
+        self.name, self.__doc__, self._check = name, eager.__doc__, check
         self._implementations: Dict[str, Callable[Concatenate[Tensor, P], Attended]] = {"eager": eager}
         if blocked is not None:
             self._implementations["blocked"] = blocked
@@ -64,8 +66,10 @@ class Operation(Generic[P]):
 
         Raises:
             LackingError: the backend does not implement this operation.
-            ValueError: the backend is unknown, or cannot take these queries.
+            ValueError: the backend is unknown, or cannot take these queries; or arguments do not fit together.
         """
+        if self._check is not None:
+            self._check(q, *args, **kwargs)
         return self._implementations[self._chosen(backend, q)](q, *args, **kwargs)
 
     def check(self, backend: str) -> None:

@@ -17,7 +17,7 @@ from ...layers import SelfAttention
 from ...positions import LayerBias
 from ..base import last_rows
 from . import banded, eager
-from .windows import LookaheadWindow
+from .windows import LookaheadWindow, check_ahead, check_memory
 
 
 def _fused() -> ModuleType:
@@ -27,10 +27,18 @@ def _fused() -> ModuleType:
 
 
 lookahead_attention = Operation(
-    "look-ahead attention", eager.lookahead_attention, _fused, partial(banded.lookahead_attention, blocked.attend)
+    "look-ahead attention",
+    eager.lookahead_attention,
+    _fused,
+    partial(banded.lookahead_attention, blocked.attend),
+    check_ahead,
 )
 memory_attention = Operation(
-    "attention with look-ahead", eager.memory_attention, _fused, partial(banded.memory_attention, blocked.attend)
+    "attention with look-ahead",
+    eager.memory_attention,
+    _fused,
+    partial(banded.memory_attention, blocked.attend),
+    check_memory,
 )
 # This variant adds further scores for each pair.
 counted_memory_attention = Operation("look-ahead by distances counted in the text", eager.memory_attention)

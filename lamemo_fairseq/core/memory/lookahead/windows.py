@@ -3,9 +3,12 @@
 Shapes: B streams, N current tokens, m memory slots.
 """
 
-from typing import Callable, Dict, NamedTuple, Optional
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 from torch import Tensor
+
+from ...attention import Attended, RelativeBias
+from ...attention.inputs import check_bias, check_heads, check_shape, check_span
 
 
 class LookaheadWindow(NamedTuple):
@@ -36,3 +39,62 @@ def full_window(slots: int, current: int) -> LookaheadWindow:
 
 
 WINDOWS: Dict[str, Callable[[int, int], LookaheadWindow]] = {"right": right_window, "full": full_window}
+
+
+def check_ahead(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: RelativeBias,
+    window: LookaheadWindow,
+    stored: Attended,
+    dropout: float = 0.0,
+    scale: Optional[float] = None,
+    added: Optional[Tensor] = None,
+) -> None:
+    """Refuse arguments of `lookahead_attention` that do not fit together.
+
+    Raises:
+        ValueError: the message names the argument and what to pass.
+    """
+    check_heads(q, k, v, keys=q.size(2) - window.first + 1 if q.dim() == 4 else None)
+    _check_slots(q, bias, window, stored, q.size(2))
+    check_span(None, dropout)
+
+
+def check_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    biases: Tuple[RelativeBias, RelativeBias],
+    window: LookaheadWindow,
+    stored: Attended,
+    span: Optional[int] = None,
+    dropout: float = 0.0,
+    scale: Optional[float] = None,
+    added: Tuple[Optional[Tensor], Optional[Tensor]] = (None, None),
+) -> None:
+    """Refuse arguments of `memory_attention` that do not fit together.
+
+    Raises:
+        ValueError: the message names the argument and what to pass.
+    """
+    causal, ahead = biases
+    check_heads(q, k, v, keys=q.size(2) if q.dim() == 4 else None)
+    slots = stored.output.size(2) if stored.output.dim() == 4 else -1
+    check_bias("the causal bias", causal, q, q.size(2))
+    _check_slots(q, ahead, window, stored, slots)
+    check_span(span, dropout)
+    if slots >= q.size(2):
+        raise ValueError(f"there are {slots} stored read-outs and {q.size(2)} rows: pass slots, then current tokens")
+
+
+def _check_slots(q: Tensor, ahead: RelativeBias, window: LookaheadWindow, stored: Attended, slots: int) -> None:
+    batch, heads, _, size = q.shape
+    check_shape("the stored output", stored.output, "[B, H, m, D]", [batch, heads, slots, size])
+    check_shape("the stored normalizer", stored.normalizer, "[B, H, m]", [batch, heads, slots])
+    if not 1 <= window.first <= slots:
+        raise ValueError(f"the window begins at {window.first}, and there are {slots} slots: make it for these")
+    if window.lengths is not None:
+        check_shape("the window's lengths", window.lengths, "[B]", [batch])
+    check_bias("the bias ahead", ahead, q, len(window.distances(slots)))

@@ -1,0 +1,100 @@
+"""The check of what attention gets: kernels would read beyond tensors of other shapes, or numbers of other heads.
+
+Shapes: B streams, H heads, Q queries, K keys, D size of a head, U distances.
+"""
+
+from typing import NoReturn, Optional, Sequence
+
+from torch import Tensor
+
+from .types import RelativeBias
+
+
+def check_causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: RelativeBias,
+    span: Optional[int] = None,
+    dropout: float = 0.0,
+    scale: Optional[float] = None,
+    need_normalizer: bool = True,
+    nearest: int = 0,
+    added: Optional[Tensor] = None,
+) -> None:
+    """Refuse arguments of `causal_attention` that do not fit together.
+
+    Raises:
+        ValueError: the message names the argument and what to pass.
+    """
+    check_heads(q, k, v)
+    check_bias("bias", bias, q, k.size(2))
+    check_span(span, dropout)
+    if nearest < 0 or k.size(2) - q.size(2) < nearest:
+        raise ValueError(
+            f"nearest is {nearest} with {q.size(2)} queries and {k.size(2)} keys: pass at least 0, and a key for the "
+            f"first query, as many keys as queries and nearest together"
+        )
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, keys: Optional[int] = None) -> None:
+    """Refuse keys and values of other streams, heads or sizes than the queries ``[B, H, Q, D]``.
+
+    Args:
+        keys: K; None for any number.
+
+    Raises:
+        ValueError: the message names the tensor and the shape to pass.
+    """
+    if q.dim() != 4:
+        _refuse("q", q, "[B, H, Q, D]")
+    batch, heads, _, size = q.shape
+    if keys is None and k.dim() == 4:
+        keys = k.size(2)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != (batch, heads, keys, size):
+            _refuse(name, tensor, "[B, H, K, D]", [batch, heads, "K" if keys is None else keys, size])
+
+
+def check_bias(name: str, bias: RelativeBias, q: Tensor, distances: int) -> None:
+    """Refuse a bias of other heads or distances than those of queries ``[B, H, Q, D]``.
+
+    Raises:
+        ValueError: the message names the field and the shape to pass.
+    """
+    _, heads, _, size = q.shape
+    for field in ("content", "position"):
+        tensor = getattr(bias, field)
+        if tensor is not None and tensor.shape != (heads, size):
+            _refuse(f"{name}.{field}", tensor, "[H, D]", [heads, size])
+    if bias.table is not None and bias.table.shape != (heads, distances, size):
+        _refuse(f"{name}.table", bias.table, "[H, U, D]", [heads, distances, size])
+    if bias.score is not None and bias.score.shape != (heads, distances):
+        _refuse(f"{name}.score", bias.score, "[H, U]", [heads, distances])
+
+
+def check_span(span: Optional[int], dropout: float) -> None:
+    """Refuse a span without keys, and a probability that is none.
+
+    Raises:
+        ValueError: the message names the argument.
+    """
+    if span is not None and span < 1:
+        raise ValueError(f"span is {span}: pass at least 1, or None for all keys")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}: pass at least 0 and less than 1")
+
+
+def check_shape(name: str, tensor: Tensor, letters: str, shape: Sequence[int]) -> None:
+    """Refuse a tensor of another shape.
+
+    Raises:
+        ValueError: the message names the tensor and the shape to pass.
+    """
+    if tensor.shape != tuple(shape):
+        _refuse(name, tensor, letters, list(shape))
+
+
+def _refuse(name: str, tensor: Tensor, letters: str, shape: Optional[Sequence[object]] = None) -> NoReturn:
+    here = "" if shape is None else f", which is [{', '.join(map(str, shape))}] here"
+    raise ValueError(f"{name} is {list(tensor.shape)}: pass {letters}{here}")
