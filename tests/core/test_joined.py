@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lamemo_fairseq.core.kernels import aligned
-from lamemo_fairseq.core.kernels.padded import join, joined_last, last_of
+from lamemo_fairseq.core.kernels.padded import join, last_of, newest_of
 from lamemo_fairseq.core.layers.heads import project_last
 
 from .helpers import random_tokens, tiny_decoder
@@ -66,9 +66,10 @@ def test_nothing_is_computed_for_constant_rows():
 def test_the_last_rows_of_joined_ones():
     past, new, _ = given()
     rows = join(past, new)
-    assert last_of(rows, N) is new and last_of(rows, N - 1).equal(new[:, 1:]) and joined_last(rows, SLOTS + N) is None
-    assert last_of(rows.clone(), N).equal(new) and joined_last(rows[:, :], N) is None
-    assert joined_last(join(past.requires_grad_(), new), N) is None  # the past has a gradient
+    assert last_of(rows, N) is new and last_of(rows, N - 1).equal(new[:, 1:]) and newest_of(rows) is new
+    assert last_of(rows.clone(), N).equal(new) and newest_of(view := rows[:, :]) is view
+    rows = join(past.requires_grad_(), new)  # the past has a gradient
+    assert newest_of(rows) is rows
 
 
 @pytest.mark.parametrize("waits", [torch.Tensor.retain_grad, lambda rows: rows.register_hook(lambda grad: None)])
@@ -76,7 +77,7 @@ def test_somebody_who_waits_for_the_gradient_of_all_rows_gets_it(waits):
     past, new, _ = given()
     rows = join(past, new)
     waits(rows)
-    assert joined_last(rows, N) is None
+    assert newest_of(rows) is rows
 
 
 def test_rows_that_have_changed_are_not_taken_for_those_of_before():
@@ -133,9 +134,8 @@ def test_a_decoder(options, matters, monkeypatch):
     for known in (True, False):
         with monkeypatch.context() as patched:
             if not known:
-                patched.setattr("lamemo_fairseq.core.kernels.padded._JOINED", "unknown")
-                patched.setattr("lamemo_fairseq.core.kernels.padded.joined_last", lambda rows, count: None)
-                patched.setattr("lamemo_fairseq.core.layers.self_attention.joined_last", lambda rows, count: None)
+                for module in ("kernels.padded", "layers.layer", "layers.self_attention"):
+                    patched.setattr(f"lamemo_fairseq.core.{module}.newest_of", lambda rows: rows)
             chosen = {"memory": "recurrent", "position_encoding": "transformer-xl", "attention_backend": "blocked"}
             decoder = tiny_decoder(**chosen, **options, decoder_embed_dim=10, decoder_ffn_embed_dim=9).train()
             state, loss = None, 0.0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .module_tree import is_plain
 from .padded import WideRows, narrowed, widened, with_zeros
+from .shared import Shared, product, shared_of
 
 
 def matters(x: Tensor) -> bool:
@@ -20,18 +21,27 @@ def matters(x: Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2 and not torch.is_autocast_enabled("cuda")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """Return ``x [.., d]``, which may be `WideRows`, times ``weight [e, d]`` as `F.linear`: ``[.., e]``."""
-    return narrowed(wide_linear(x, weight, bias), weight.size(0))
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, shared: Optional[Shared] = None) -> Tensor:
+    """Return ``x [.., d]``, which may be `WideRows`, times ``weight [e, d]`` as `F.linear`: ``[.., e]``.
+
+    Args:
+        shared: of *x* before it was widened, if a residual shares it.
+    """
+    return narrowed(wide_linear(x, weight, bias, shared), weight.size(0))
 
 
-def wide_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> WideRows:
+def wide_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, shared: Optional[Shared] = None) -> WideRows:
     """Return `linear` without the copy that cuts off padding: zeros may follow the e columns."""
-    width = weight.size(1)
+    shared, width = shared or shared_of(x), weight.size(1)
     fits = x.size(-1) in (width, width + -width % 8)
     if not fits or not any(size % 8 for size in (x.size(-1), *weight.shape)) or not matters(x):
-        return WideRows(F.linear(x, weight, bias))  # `F.linear` reports shapes that do not fit
-    return WideRows(F.linear(widened(x), with_zeros(weight, 2), None if bias is None else with_zeros(bias)))
+        return WideRows(_product(x, weight, bias, shared))  # `F.linear` reports shapes that do not fit
+    wide, bias = with_zeros(weight, 2), None if bias is None else with_zeros(bias)
+    return WideRows(_product(widened(x), wide, bias, shared))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], shared: Optional[Shared]) -> Tensor:
+    return F.linear(x, weight, bias) if shared is None or bias is not None else product(x, weight, shared)
 
 
 def through(layer: nn.Module, x: Tensor, width: int) -> WideRows:

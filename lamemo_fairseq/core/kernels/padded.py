@@ -111,7 +111,7 @@ _JOINED = "_lamemo_joined"
 def join(past: Tensor, new: Tensor) -> Tensor:
     """Return rows ``[B, m, d]`` and ``[B, R, d]`` after them, as `PaddedRows` where kernels run.
 
-    `last_of` finds *new* again, if *past* has no gradient.
+    `newest_of` finds *new* again, if *past* has no gradient.
     """
     if not layout.fusable(new) or stored_width(new, new.size(-1)) == new.size(-1):
         joined = torch.cat([past, new], dim=1)
@@ -122,26 +122,27 @@ def join(past: Tensor, new: Tensor) -> Tensor:
     return joined
 
 
-def last_of(rows: Tensor, count: int) -> Tensor:
-    """Return the last *count* of ``rows [B, R, d]``: where `join` has put them there, as they were, without a slice.
+def newest_of(rows: Tensor) -> Tensor:
+    """Return the rows that `join` has put last in *rows*, as they were, or all *rows* if they are not joined.
 
-    Their gradient is then theirs alone, and not one of all rows that is zero for the others.
-    """
-    return rows[:, rows.size(1) - count :] if (new := joined_last(rows, count)) is None else new
-
-
-def joined_last(rows: Tensor, count: int) -> Optional[Tensor]:
-    """Return the rows that `join` has put last, if they are *count* and neither they nor *rows* have changed since.
-
-    None, too, where somebody waits for the gradient of all rows.
+    All, too, if one of them has changed since, or if somebody waits for the gradient of all rows.
     """
     new, version, of_new = getattr(rows, _JOINED, (None, 0, 0))
-    if new is None or new.size(1) != count or rows._version != version or new._version != of_new:
-        return None
+    if new is None or rows._version != version or new._version != of_new:
+        return rows
     if rows.retains_grad or rows._backward_hooks:
-        return None
+        return rows
     found: Tensor = new
     return found
+
+
+def last_of(rows: Tensor, count: int) -> Tensor:
+    """Return the last *count* of ``rows [B, R, d]``: those of `newest_of` if they are as many, else a slice.
+
+    The gradient of a slice is one of all rows, zero for the others.
+    """
+    newest = newest_of(rows)
+    return newest if newest.size(1) == count else rows[:, rows.size(1) - count :]
 
 
 class _JoinContext(Context):

@@ -16,12 +16,18 @@ from . import rows
 from .autograd import Context, Function
 from .module_tree import is_plain
 from .padded import WideRows, cut, stored_width
+from .shared import Shared
 
 LARGEST_WIDTH = 4096
 
 
 def residual_norm(
-    x: WideRows, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout, bias: Optional[Tensor] = None
+    x: WideRows,
+    residual: Tensor,
+    norm: nn.LayerNorm,
+    dropout: nn.Dropout,
+    bias: Optional[Tensor] = None,
+    shared: Optional[Shared] = None,
 ) -> Tensor:
     """Return ``norm(residual + dropout(x + bias))``.
 
@@ -30,12 +36,13 @@ def residual_norm(
         residual: ``[.., d]``, with any strides.
         norm, dropout: an `nn.LayerNorm` and an `nn.Dropout`, or modules in place of them, which are then called.
         bias: ``[d]`` or None.
+        shared: of *residual*, whose gradient a product may take.
 
     Returns:
         ``[.., d]`` in the dtype given; the kernel's sums and statistics are in float32.
     """
     if takes(x, residual, norm, dropout, bias):
-        return by_kernel(x, residual, norm, chance(dropout), bias, keep=torch.is_grad_enabled())[1]
+        return by_kernel(x, residual, norm, chance(dropout), bias, torch.is_grad_enabled(), shared)[1]
     return plain(x, residual, norm, dropout, bias)[1]
 
 
@@ -85,14 +92,16 @@ def plain(x: Tensor, residual: Tensor, norm: Map, dropout: Map, bias: Optional[T
 
 
 def by_kernel(
-    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, bias: Optional[Tensor] = None, keep: bool = True
-) -> Tuple[Optional[Tensor], Tensor]:
+    x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, bias: Optional[Tensor] = None, keep: bool = True,
+    shared: Optional[Shared] = None,
+) -> Tuple[Optional[Tensor], Tensor]:  # fmt: skip
     """Compute sum and norm by one kernel, their gradients by another; without *keep*, no sum and no gradients."""
     d = residual.size(-1)
     if x.size(-1) not in (d, stored_width(residual, d)):
         x = x[..., :d]
     seed = rows.draw_seed(x, dropout)
-    total, normed = _ResidualNorm.apply(x, residual, norm.weight, norm.bias, bias, norm.eps, seed, dropout, keep)
+    parameters = norm.weight, norm.bias, bias, norm.eps
+    total, normed = _ResidualNorm.apply(x, residual, *parameters, seed, dropout, keep, shared)
     return total, normed
 
 
@@ -100,13 +109,14 @@ class _Notes(Context):
     dropout: float
     with_bias: bool
     width_x: int
+    shared: Optional[Shared]
 
 
 class _ResidualNorm(Function):
     @staticmethod
     def forward(
         ctx: _Notes, x: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, bias: Optional[Tensor], eps: float,
-        seed: Optional[Tensor], dropout: float, keep: bool,
+        seed: Optional[Tensor], dropout: float, keep: bool, shared: Optional[Shared],
     ) -> Tuple[Optional[Tensor], Tensor]:  # fmt: skip
         from . import residual_kernel
 
@@ -115,7 +125,7 @@ class _ResidualNorm(Function):
         if saved is None:
             return None, cut(out, d)
         ctx.save_for_backward(*saved, gamma, seed)
-        ctx.dropout, ctx.with_bias, ctx.width_x = dropout, bias is not None, x.size(-1)
+        ctx.dropout, ctx.with_bias, ctx.width_x, ctx.shared = dropout, bias is not None, x.size(-1), shared
         ctx.set_materialize_grads(False)
         return cut(saved.total, d), cut(out, d)
 
@@ -133,5 +143,7 @@ class _ResidualNorm(Function):
         )
         d_gamma, d_beta, *d_bias = parameters.unbind()
         d_residual = cut(ds, grad.size(-1))
+        if ctx.shared is not None and dx is not ds:
+            ctx.shared.store(ds)
         dx = d_residual if dx is ds and ctx.width_x == grad.size(-1) else cut(dx, ctx.width_x)
-        return dx, d_residual, d_gamma, d_beta, d_bias[0] if d_bias else None, None, None, None, None
+        return dx, d_residual, d_gamma, d_beta, d_bias[0] if d_bias else None, *(None,) * 5

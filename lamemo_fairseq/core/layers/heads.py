@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.autograd import Context, Function
+from ..kernels.shared import Shared, add_product
 
 
 def split_heads(rows: Tensor, projections: int, heads: int) -> Tuple[Tensor, ...]:
@@ -59,42 +60,50 @@ def _side_by_side(gradients: List[Tensor]) -> bool:
     )
 
 
-def project_last(new: Tensor, rows: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
+def project_last(new: Tensor, rows: Tensor, weight: Tensor, shared: Optional[Shared] = None) -> Tuple[Tensor, Tensor]:
     """Map ``new [B, Q, d]`` to queries, and ``rows [B, R, d]`` that end with them to keys and values.
 
     The rows before them are constants: they get no gradient, and none is computed.
 
     Args:
         weight: ``[3 H D, d]`` of queries, keys and values.
+        shared: of *new*, if they have a residual too.
 
     Returns:
         ``[B, Q, H D]`` and ``[B, R, 2 H D]``.
     """
-    projected: Tuple[Tensor, Tensor] = _ProjectLast.apply(new, rows.detach(), weight)
+    projected: Tuple[Tensor, Tensor] = _ProjectLast.apply(new, rows.detach(), weight, shared)
     return projected
+
+
+class _LastContext(Context):
+    shared: Optional[Shared]
 
 
 class _ProjectLast(Function):
     @staticmethod
-    def forward(ctx: Context, new: Tensor, rows: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(
+        ctx: _LastContext, new: Tensor, rows: Tensor, weight: Tensor, shared: Optional[Shared]
+    ) -> Tuple[Tensor, Tensor]:
+        ctx.shared = shared
         ctx.save_for_backward(new, rows, weight)
         width = weight.size(0) // 3
         return F.linear(new, weight[:width]), F.linear(rows, weight[width:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, dq: Tensor, dkv: Tensor) -> Tuple[Optional[Tensor], None, Optional[Tensor]]:
+    def backward(ctx: _LastContext, dq: Tensor, dkv: Tensor) -> Tuple[Optional[Tensor], ...]:
         new, rows, weight = ctx.saved_tensors
         width, slots = weight.size(0) // 3, rows.size(1) - new.size(1)
         d_new = d_weight = None
         if ctx.needs_input_grad[0]:
-            d_new = dq @ weight[:width]
+            d_new = add_product(ctx.shared, dq, weight[:width], new)
             d_new.baddbmm_(dkv[:, slots:], weight[width:].expand(len(rows), -1, -1))
         if ctx.needs_input_grad[2]:
             d_weight = torch.empty_like(weight)
             torch.mm(dq.flatten(0, 1).t(), new.flatten(0, 1), out=d_weight[:width])
             torch.mm(dkv.flatten(0, 1).t(), rows.flatten(0, 1), out=d_weight[width:])
-        return d_new, None, d_weight
+        return d_new, None, d_weight, None
 
 
 def wide_heads(weight: Tensor, size: int, dim: int) -> Tensor:

@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import aligned
 from ..kernels.activation import relu_dropout
 from ..kernels.module_tree import is_plain
-from ..kernels.padded import WideRows, last_of, narrowed
+from ..kernels.padded import WideRows, last_of, narrowed, newest_of
 from ..kernels.residual import residual_norm, residual_sum_and_norm
 from ..kernels.rows import fusable
+from ..kernels.shared import as_residual
 from .activations import ACTIVATIONS
 from .self_attention import SelfAttention
 
@@ -94,15 +95,22 @@ class DecoderLayer(nn.Module):
     def around(self, rows: Tensor, attend: Callable[[Tensor], tuple[WideRows, Any]]) -> tuple[Tensor, Any]:
         """Run the layer with another attention: *attend* returns ``[B, Q, d]`` of its input, and a second result."""
         before = self.config.normalize_before
-        attended, carried = attend(self.attention_input(rows))
-        last = last_of(rows, attended.size(1))
         if before:
+            attended, carried = attend(self.attention_input(rows))
+            last = last_of(rows, attended.size(1))
             x, normed = residual_sum_and_norm(attended, last, self.final_layer_norm, self.dropout)
             return x + self.dropout(self.feed_forward(normed)), carried
-        x = residual_norm(attended, last, self.self_attn_layer_norm, self.dropout)
+        newest = newest_of(rows)
+        # Made before the products of these rows, which may add the residual's gradient to theirs.
+        residuals = {t.size(1): as_residual(t) for t in ((rows,) if newest is rows else (rows, newest))}
+        attended, carried = attend(self.attention_input(rows))
+        queries = attended.size(1)
+        last, shared = residuals.get(queries) or (rows[:, rows.size(1) - queries :], None)
+        x = residual_norm(attended, last, self.self_attn_layer_norm, self.dropout, shared=shared)
         # The kernel adds the bias and sums its gradient; a hook has to see the whole output.
         whole = is_plain(self.feed_forward, FeedForward) and is_plain(self.feed_forward.fc2, nn.Linear)
         apart = whole and fusable(x)
+        last, shared = as_residual(x)
         y = self.feed_forward.without_bias(x) if apart else self.feed_forward(x)
         bias = self.feed_forward.fc2.bias if apart else None
-        return residual_norm(y, x, self.final_layer_norm, self.dropout, bias), carried
+        return residual_norm(y, last, self.final_layer_norm, self.dropout, bias, shared), carried

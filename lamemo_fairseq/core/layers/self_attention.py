@@ -15,7 +15,8 @@ from ..attention import Attended, Operation, causal_attention, counted_attention
 from ..attention.padding import bias_for
 from ..kernels import aligned
 from ..kernels.module_tree import is_product
-from ..kernels.padded import WideRows, joined_last, widened, with_zeros
+from ..kernels.padded import WideRows, newest_of, widened, with_zeros
+from ..kernels.shared import shared_of
 from ..positions import LayerBias
 from .heads import project_last, split_heads, wide_heads
 
@@ -87,12 +88,13 @@ class SelfAttention(nn.Module):
             return widened(rows) if matters else rows
 
         if queries == rows.size(1):
-            q, k, v = split_heads(aligned.linear(wide(rows), weight), 3, heads)
+            q, k, v = split_heads(aligned.linear(wide(rows), weight, shared=shared_of(rows)), 3, heads)
             return q, k, v
         width = weight.size(0) // 3
-        new = joined_last(rows, queries)
-        if new is not None and self._learns_once(rows) and not (matters and width % 8):
-            q_rows, kv_rows = project_last(wide(new), wide(rows), with_zeros(weight, 2) if matters else weight)
+        new = newest_of(rows)
+        if new.size(1) == queries and self._learns_once(rows) and not (matters and width % 8):
+            fitting = with_zeros(weight, 2) if matters else weight
+            q_rows, kv_rows = project_last(wide(new), wide(rows), fitting, shared_of(new))
         else:
             q_weight, kv_weight = weight.split([width, 2 * width])
             kv_rows = aligned.linear(wide(rows), kv_weight)
