@@ -119,21 +119,63 @@ class Sums(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize(("memory", "positions"), [("recurrent", "transformer-xl"), ("lookahead", "disentangled")])
-def test_a_decoder_adds_no_gradients_of_rows(memory, positions, monkeypatch):
-    """With the kernels, in the second segment.
-
-    In LaMemo's last layer queries and residual are slices of rows that all have a gradient.
-    """
+@pytest.fixture
+def kernels(monkeypatch):
     pytest.importorskip("triton", reason="the kernels need Triton")
     if DEVICE == "cpu":
         for module in (rows_module, layer):
             monkeypatch.setattr(module, "fusable", lambda t: t.dtype in rows_module.DTYPES)
-    options = {"memory": memory, "position_encoding": positions, "attention_backend": "fused", "dropout": 0.5}
-    decoder = tiny_decoder(**options, dtype=torch.float32, decoder_layers=3).to(DEVICE).train()
+
+
+def decoder_of(memory, positions, **options):
+    sizes = {"attention_backend": "fused", "dropout": 0.5, "dtype": torch.float32, "decoder_layers": 3, **options}
+    return tiny_decoder(memory=memory, position_encoding=positions, **sizes).to(DEVICE).train()
+
+
+@pytest.mark.parametrize(("memory", "positions"), [("recurrent", "transformer-xl"), ("lookahead", "disentangled")])
+def test_a_decoder_adds_no_gradients_of_rows(memory, positions, kernels):
+    """In LaMemo's last layer queries and residual are slices of rows that all have a gradient."""
+    decoder = decoder_of(memory, positions)
     first, second = random_tokens(2, 6).to(DEVICE).split(3, dim=1)
     features = decoder.read_segment(second, decoder.read_segment(first, None).state).features
-    rows = 6 if memory == "lookahead" else 3
-    with Sums((2, rows)) as sums:
+    with Sums((2, 6 if memory == "lookahead" else 3)) as sums:
         features.sum().backward()
     assert sums.count == (2 if memory == "lookahead" else 0)
+
+
+TXL, LAMEMO = ("recurrent", "transformer-xl"), ("lookahead", "disentangled")
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        (TXL, {"dropout": 0.0}),
+        (TXL, {"checkpoint_activations": True}),
+        (TXL, {"decoder_normalize_before": True}),
+        (LAMEMO, {}),
+        (LAMEMO, {"hook": True}),
+    ],
+    ids=str,
+)
+def test_a_decoder_has_the_same_gradients(variant, options, kernels, monkeypatch):
+    """As one whose residuals share nothing, with the same random numbers."""
+    options, found = dict(options), []
+    hook = options.pop("hook", False)
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(layer, "as_residual", lambda rows: (rows, None))
+        decoder, seen = decoder_of(*variant, **options), []
+        if hook:
+            decoder.layers[1].register_full_backward_hook(lambda module, given, made, seen=seen: seen.extend(given))
+        torch.manual_seed(0)
+        state, loss = None, 0.0
+        for segment in random_tokens(2, 9).to(DEVICE).split(3, dim=1):
+            features, state, _ = decoder.read_segment(segment, state)
+            loss = loss + features.square().mean()
+        loss.backward()
+        found.append(
+            [loss, *(p.grad for p in decoder.parameters() if p.grad is not None), *filter(torch.is_tensor, seen)]
+        )
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
