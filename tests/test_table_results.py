@@ -306,7 +306,7 @@ def test_seeds_with_as_many_but_other_lengths_are_not_mixed():
     assert render.fullest([], at) == []
 
 
-def test_files_of_results_are_joined_by_hand(tmp_path):
+def test_files_of_results_are_joined_by_hand(tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     runs = [
         {
@@ -324,6 +324,7 @@ def test_files_of_results_are_joined_by_hand(tmp_path):
     path.write_text("\n\n".join(map(json.dumps, runs)) + "\n")
     joined = {**runs[1], "evaluations": dict(zip("xyz", held, strict=True))}  # those of one model; later ones count
     assert kept.read(path) == {"a/seed-1": joined, "b/seed-1": runs[2]}
+    assert "has several trainings of a/seed-1: the one with more evaluations counts" in capsys.readouterr().err
     path.write_text("\n\n".join(map(json.dumps, [runs[0], runs[3]])) + "\n")
     assert kept.read(path) == {"a/seed-1": runs[3]}
     for line in ('{"run": {"row": "a", "se', "{}", "3"):

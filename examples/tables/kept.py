@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, Dict, Iterable, Optional
 
@@ -52,10 +53,13 @@ SHAPE = {
 def read(path: Path) -> Dict[str, Result]:
     """Return the results in a file by the runs' names, several of one run joined; none if there is no such file.
 
+    Of two trainings of a run, that with more evaluations counts, or the later one. A line on stderr tells it.
+
     Raises:
         ValueError: a line of the file is not a result.
     """
     stored: Dict[str, Result] = {}
+    several: Dict[str, None] = {}
     if not path.exists():
         return stored
     # Not splitlines(): JSON may hold other characters that end a line for it.
@@ -66,9 +70,16 @@ def read(path: Path) -> Dict[str, Result]:
             result = json.loads(line.decode("utf-8"))
             if not fits(result, SHAPE):
                 raise ValueError
-            _put(stored, result)
+            if not _put(stored, result):
+                several[run_of(result).name] = None
         except (ValueError, RecursionError):
             raise ValueError(f"line {number} of {path} is not the result of a run: mend it, or take it out") from None
+    if several:
+        print(
+            f"{path} has several trainings of {', '.join(several)}: the one with more evaluations counts, or the later "
+            "one; take the others out",
+            file=sys.stderr,
+        )
     return stored
 
 
@@ -88,13 +99,16 @@ def add(path: Path, results: Iterable[Result]) -> None:
         os.replace(unfinished, path)
 
 
-def _put(stored: Dict[str, Result], result: Result) -> None:
+def _put(stored: Dict[str, Result], result: Result) -> bool:
+    """Store a result; return whether nothing is lost by it."""
     name = run_of(result).name
     former = stored.get(name)
-    if former is not None and former["training"] == result["training"]:
+    joins = former is None or former["training"] == result["training"]
+    if former is not None and joins:
         result = {**result, "evaluations": {**former["evaluations"], **result["evaluations"]}}
     if former is None or len(result["evaluations"]) >= len(former["evaluations"]):
         stored[name] = result
+    return joins
 
 
 def run_of(result: Result) -> Run:
