@@ -214,14 +214,11 @@ def _check_weights(weights: Dict[str, Tensor], options: Dict[str, Any], dictiona
                 f"the released weights do not fit their model_config: {name} has the shape {there.get(name)}, "
                 f"and by the config {wanted.get(name)}"
             )
-    first: Dict[int, str] = {}  # of the names that a weight has
-    for name, shared in decoder.state_dict(prefix="decoder.", keep_vars=True).items():
-        other = first.setdefault(id(shared), name)
-        if other != name and not torch.equal(weights[name], weights[other]):
-            raise ValueError(
-                f"the released checkpoint has other values for {name} than for {other}, which are one weight here: set "
-                "tie_weight to False in its model_config, so that the output layer is untied"
-            )
+    if pair := decoder.weights_of_two_values(weights, "decoder."):
+        raise ValueError(
+            f"the released checkpoint has other values for {pair[0]} than for {pair[1]}, which are one weight here: "
+            "set tie_weight to False in its model_config, so that the output layer is untied"
+        )
 
 
 def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dict[str, Any]:

@@ -5,7 +5,7 @@ Shapes: B streams, N tokens of a segment, T tokens of a text, V words, d model w
 
 import logging
 from dataclasses import replace
-from typing import Iterable, List, Optional, Union
+from typing import Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,16 @@ class MemoryDecoder(nn.Module):
         if unused:
             logger.info("--memory none leaves out weights of the saved model: %s", ", ".join(unused))
         return unused
+
+    def weights_of_two_values(self, weights: Mapping[str, Tensor], prefix: str = "") -> Optional[Tuple[str, str]]:
+        """Return the first two names of one weight, such as of tied embeddings, that *weights* give two values."""
+        first: Dict[int, str] = {}
+        for name, weight in self.state_dict(prefix=prefix, keep_vars=True).items():
+            other = first.setdefault(id(weight), name)
+            both = name in weights and other in weights and weights[name] is not weights[other]
+            if both and not torch.equal(weights[name], weights[other]):
+                return name, other
+        return None
 
     def reset_parameters(self) -> None:
         """Draw weights N(0, .02), layer-norm gains N(1, .02), biases 0; positions and memories draw their own."""

@@ -249,12 +249,12 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         return UNLIMITED
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Any], name: str) -> Dict[str, Any]:
-        """Refuse weights that were trained on other words; without memory, leave out weights that only a memory uses.
+        """Refuse weights of other words or of an untied output layer; leave out those that only another memory uses.
 
         So a model trained with memory can be evaluated without it: ``--model-overrides "{'memory': 'none'}"``.
 
         Raises:
-            ValueError: the checkpoint's dictionary is not this one.
+            ValueError: the checkpoint's dictionary is not this one, or it has two values for one weight of the model.
         """
         saved = state_dict.get(f"{name}.dictionary_version")
         if saved is not None and int(saved) != int(self.dictionary_version):
@@ -265,6 +265,11 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
                 f"{len(self.dictionary):,} words. Binarize the text with the checkpoint's dictionary "
                 f"({PREPROCESS} own --srcdict DICT, or fairseq-preprocess --srcdict DICT); to train a new model, take "
                 "another --save-dir"
+            )
+        if pair := self.weights_of_two_values(state_dict, f"{name}."):
+            raise ValueError(
+                f"the checkpoint has other values for {pair[0]} than for {pair[1]}, which are one weight of this "
+                "model: it was trained with --untie-output: pass that, or leave untie_output out of --model-overrides"
             )
         for key in self.weights_left_out(state_dict, f"{name}."):
             del state_dict[key]
