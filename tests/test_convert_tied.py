@@ -8,6 +8,13 @@ from lamemo_fairseq.convert_checkpoint import main
 
 from .test_convert_checkpoint import export, trained_here
 
+
+def test_a_window_is_of_look_ahead_memory_alone(tmp_path):
+    """Another memory is exported whatever the option says, which means nothing to it."""
+    trained_here(tmp_path, memory="recurrent", position_encoding="transformer-xl", lookahead_window="full")
+    assert export(tmp_path)["model_config"]["attn_type"] == 0
+
+
 ADAPTIVE = {"adaptive_softmax_cutoff": "6,11", "adaptive_softmax_factor": 2.0, "adaptive_input": True}
 
 

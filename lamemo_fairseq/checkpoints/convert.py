@@ -253,8 +253,9 @@ def export_checkpoint(checkpoint: Dict[str, Any], dictionary: Dictionary) -> Dic
 
 def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
     """Return the released configuration for our options."""
-    kind = tuple(str(options[k]) for k in ("memory", "position_encoding", "lookahead_window"))
-    kind = tuple(name.removesuffix("-normal") for name in kind)  # a variant that only begins otherwise
+    memory, positions = str(options["memory"]), str(options["position_encoding"])
+    window = str(options["lookahead_window"]) if memory == "lookahead" else "right"  # others have none
+    kind = (memory, positions.removesuffix("-normal"), window)  # a variant that only begins otherwise
     types = {names: number for number, names in ATTENTION_TYPES.items()}
     if kind not in types:
         raise ValueError(f"the released code has no model with {' and '.join(kind[:2])}")
