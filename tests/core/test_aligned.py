@@ -15,7 +15,7 @@ from lamemo_fairseq.core.layers import layer
 from lamemo_fairseq.core.memory import MEMORIES
 
 from ..gpus import DEVICE
-from .helpers import random_tokens, tiny_decoder
+from .helpers import VARIANTS, random_tokens, tiny_decoder
 
 # Every memory with its own positions, and positions that rotate or add a score alone.
 MODELS = [
@@ -96,15 +96,13 @@ def sizes_of(positions, **options):
     return {**options, "decoder_head_dim": 6} if positions == "rotary" else options
 
 
-@pytest.mark.parametrize(
-    ("memory", "positions"), [*MODELS, ("lookahead", "alibi"), ("token", "rotary"), ("token", "alibi")]
-)
-def test_a_decoder_of_odd_widths(memory, positions, monkeypatch):
-    options = sizes_of(positions, decoder_embed_dim=10, decoder_attention_heads=2, decoder_ffn_embed_dim=9)
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+def test_a_decoder_of_odd_widths(variant, monkeypatch):
+    options = sizes_of(variant[1], decoder_embed_dim=10, decoder_attention_heads=2, decoder_ffn_embed_dim=9)
     found = []
     for matters in (False, True):
         monkeypatch.setattr(aligned, "matters", lambda x, matters=matters: matters)
-        decoder = tiny_decoder(memory=memory, position_encoding=positions, **options).train()
+        decoder = tiny_decoder(variant, **options).train()
         state, loss = None, 0.0
         for segment in random_tokens(2, 3 * decoder.segment_length).split(decoder.segment_length, dim=1):
             features, state, _ = decoder.read_segment(segment, state)

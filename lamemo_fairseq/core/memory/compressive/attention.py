@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...attention import RelativeBias
 from ...attention.eager import causal_scores
+from ...attention.padding import bias_for
 from ...kernels.padded import WideRows
 from ...layers import SelfAttention
 from ...positions import LayerBias
@@ -36,7 +37,9 @@ class CompressiveSelfAttention(SelfAttention):
         """
         q, k, v = self.project(rows, queries, keep_padding=watched is None)
         attended = self.causal(q, k, v, bias, need_normalizer=False)
-        used = None if watched is None else usage(*bias.rotate(q, k), bias.causal, self.config.span, watched)
+        if watched is None:
+            return self.merge_heads(attended.output), None
+        used = usage(*bias.rotate(q, k), bias_for(q, bias.causal), self.config.span, watched)
         return self.merge_heads(attended.output), used
 
 
