@@ -23,9 +23,10 @@ def together(biases: Sequence[LayerBias], like: Tensor) -> List[LayerBias]:
     A tensor of several layers gets one gradient, the sum of theirs. Tensors of one layer each are padded together.
     """
     used: Dict[int, List[Tensor]] = defaultdict(list)
-    for bias in biases:
-        for tensor in _tensors(bias.causal) + _tensors(bias.ahead):
-            used[id(tensor)].append(tensor)
+    layers = [{id(t): t for t in _tensors(bias.causal) + _tensors(bias.ahead)} for bias in biases]
+    for tensors in layers:
+        for key, tensor in tensors.items():
+            used[key].append(tensor)
     pads = aligned.matters(like)
     alike: Dict[Tuple[torch.Size, torch.dtype], List[Tensor]] = defaultdict(list)
     given: Dict[int, Iterator[Tensor]] = {}
@@ -39,18 +40,23 @@ def together(biases: Sequence[LayerBias], like: Tensor) -> List[LayerBias]:
             alike[tensor.shape, tensor.dtype].append(tensor)
         else:
             given[key] = iter([tensor])
-    for tensors in alike.values():
-        for tensor, wide in zip(tensors, with_zeros(torch.stack(tensors)).unbind(), strict=True):
+    for group in alike.values():
+        for tensor, wide in zip(group, with_zeros(torch.stack(group)).unbind(), strict=True):
             given[id(tensor)] = iter([wide])
 
-    def replaced(bias: RelativeBias) -> RelativeBias:
-        tensors = {name: getattr(bias, name) for name in _FIELDS}
-        return bias._replace(**{name: next(given[id(t)]) for name, t in tensors.items() if t is not None})
-
+    # One tensor to the left and to the right stays one: attention may then take both sides in one call.
+    of_layers = [{key: next(given[key]) for key in tensors} for tensors in layers]
     return [
-        bias._replace(causal=replaced(bias.causal), ahead=None if bias.ahead is None else replaced(bias.ahead))
-        for bias in biases
+        bias._replace(
+            causal=_replaced(bias.causal, new), ahead=None if bias.ahead is None else _replaced(bias.ahead, new)
+        )
+        for bias, new in zip(biases, of_layers, strict=True)
     ]
+
+
+def _replaced(bias: RelativeBias, new: Dict[int, Tensor]) -> RelativeBias:
+    tensors = {name: getattr(bias, name) for name in _FIELDS}
+    return bias._replace(**{name: new[id(t)] for name, t in tensors.items() if t is not None})
 
 
 def _tensors(bias: Optional[RelativeBias]) -> List[Tensor]:
