@@ -171,12 +171,8 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
         _refuse_unknown(input_ids, inputs_embeds, kwargs)
         assert input_ids is not None
         check_segment(input_ids, "input_ids are")
-        if cache is not None and not isinstance(cache, LamemoCache):
-            raise ValueError(f"cache is a {type(cache).__name__}: pass LamemoCache(model), or none")
-        if cache is not None and self.training:
-            raise ValueError("a cache is read without dropout: call model.eval() first")
-        if cache is not None and cache.text.model is not self.model:
-            raise ValueError("the cache is of another model: pass LamemoCache(model) of this one")
+        if cache is not None:
+            self._check_cache(cache)
         packed = Packed.of(input_ids, attention_mask, 0 if cache is None else cache.text.columns)
         _refuse_several(packed.real, kwargs.get("position_ids"))
         if input_ids.device.type == "cpu":  # on a GPU, the host would wait for the answer
@@ -201,6 +197,19 @@ class LamemoForCausalLM(PreTrainedModel, GenerationMixin):
             cache=cache if use_cache or (use_cache is None and self.config.use_cache) else None,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _check_cache(self, cache: object) -> None:
+        """Refuse a cache that this model cannot read on.
+
+        Raises:
+            ValueError: it is not of this package or of another model, or this one is in training.
+        """
+        if not isinstance(cache, LamemoCache):
+            raise ValueError(f"cache is a {type(cache).__name__}: pass LamemoCache(model), or none")
+        if self.training:
+            raise ValueError("a cache is read without dropout: call model.eval() first")
+        if cache.text.model is not self.model:
+            raise ValueError("the cache is of another model: pass LamemoCache(model) of this one")
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the module that embeds words."""

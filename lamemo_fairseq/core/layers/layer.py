@@ -105,7 +105,7 @@ class DecoderLayer(nn.Module):
         residuals = {t.size(1): as_residual(t) for t in ((rows,) if newest is rows else (rows, newest))}
         attended, carried = attend(self.attention_input(rows))
         queries = attended.size(1)
-        last, shared = residuals.get(queries) or (rows[:, rows.size(1) - queries :], None)
+        last, shared = residuals.get(queries) or (last_of(rows, queries), None)
         x = residual_norm(attended, last, self.self_attn_layer_norm, self.dropout, shared=shared)
         # The kernel adds the bias and sums its gradient; a hook has to see the whole output.
         whole = is_plain(self.feed_forward, FeedForward) and is_plain(self.feed_forward.fc2, nn.Linear)
