@@ -269,9 +269,8 @@ class Memory(nn.Module, Generic[State, Options]):
             left = None if lengths is None else (lengths - start).clamp(0, segment.size(1))
             passages.append(self.pass_segment(segment, state, layers, positions, left))
             state = cast(State, passages[-1].state)
-        return Passage(
-            torch.cat([passage.features for passage in passages], dim=1), state.map(constant), _means(passages)
-        )
+        features = torch.cat([passage.features for passage in passages], dim=1)
+        return Passage(features, state.map(constant), _means(passages))
 
     def pass_segment(
         self,
