@@ -188,6 +188,26 @@ def test_a_checkpoint_due_at_the_end_of_an_epoch_is_kept(data, tmp_path):
     assert sorted(path.name for path in (tmp_path / "two").glob("checkpoint_?_*.pt")) == names[2:4]
 
 
+@pytest.mark.parametrize(
+    ("anew", "epoch"), [("--reset-optimizer", "checkpoint2.pt"), ("--restore-file", "checkpoint1.pt")]
+)
+def test_checkpoints_of_a_run_before_do_not_count_among_those_to_keep(anew, epoch, data, tmp_path, caplog):
+    """A run that begins anew counts from lower numbers; of all, fairseq keeps the highest."""
+    options = ["--disable-validation", "--save-interval-updates"]
+    for update in (7, 12, 21):  # inside an epoch, and at the end of one
+        train(data, tmp_path, *options, 5, "--max-update", update, "--keep-interval-updates", 9)
+    assert "yet to reach" not in caplog.text
+    former = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*[0-9].pt")}
+    named = tmp_path / "checkpoint_1_5.pt"
+    keep = ["--keep-interval-updates", 1, "--keep-last-epochs", 1, "--reset-dataloader", anew]
+    train(data, tmp_path, *options, 3, "--max-update", 14, *keep, *([named] if anew == "--restore-file" else []))
+    assert "yet to reach: this run replaces those of the same names, and --keep-interval-updates" in caplog.text
+    present = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*[0-9].pt")}
+    written = {name for name, contents in present.items() if contents != former.get(name)}
+    assert written == {epoch, "checkpoint_2_12.pt"}
+    assert {named.name, "checkpoint_3_15.pt", "checkpoint_4_20.pt", "checkpoint3.pt"} <= present.keys() - written
+
+
 def test_on_a_cpu_no_gpu_is_asked_for(data, tmp_path, monkeypatch):
     """On a machine that has one. A tensor on it would be of no use to the parameters, as one on meta is here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -14,7 +14,7 @@ import shutil
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
 from fairseq import checkpoint_utils
@@ -33,6 +33,7 @@ _END = b"PK\x05\x06"  # begins the last record of a zip file, 22 bytes if there 
 _END_LENGTH = 22
 _PREFIX = b"lamemo-fairseq sha256 "
 _SEAL_LENGTH = len(_PREFIX) + 64
+_spared: Set[str] = set()  # paths of checkpoints that no option removes
 
 
 class DamagedCheckpointError(ValueError):
@@ -264,10 +265,14 @@ def copy_checkpoint(source: str, target: str) -> None:
 
 
 class _PathManager(PathManager):
-    """Copies sealed checkpoints as `copy_checkpoint` does.
+    """Copies sealed checkpoints as `copy_checkpoint` does, and lists no file that `spare_former` has noted.
 
     fairseq copies over a checkpoint in place; a run killed there would be left without its last one.
     """
+
+    @staticmethod
+    def ls(path: str) -> List[str]:
+        return [name for name in PathManager.ls(path) if os.path.realpath(os.path.join(path, name)) not in _spared]
 
     @staticmethod
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Optional[bool]:
@@ -290,6 +295,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(unfinished)
         os.replace(unfinished, path)
+        _spared.discard(os.path.realpath(path))
     except BaseException as error:
         reason = _reason(error, unfinished)
         with contextlib.suppress(OSError):
@@ -338,3 +344,32 @@ def keep_due_checkpoint(cfg: Any, saved: str, due: Optional[str]) -> None:
         removable = [name for name, update in present if spared == -1 or update % spared]
         for name in removable[cfg.keep_interval_updates :]:
             os.remove(name)
+
+
+def spare_former(trainer: Any, epoch: int) -> None:
+    """Let no option remove checkpoints of updates or epochs that this run has yet to reach, until it writes them.
+
+    They are of a run that ``--reset-optimizer`` or ``--restore-file`` has begun anew. ``--keep-interval-updates`` and
+    ``--keep-last-epochs`` keep the highest numbers: they would keep those files, and remove each one of this run.
+
+    Args:
+        trainer: a `SegmentTrainer` that has loaded its checkpoint.
+        epoch: the one that it trains on next.
+    """
+    options, updates = trainer.cfg.checkpoint, trainer.get_num_updates()
+    _spared.clear()
+    _spared.add(os.path.realpath(options.restore_file))  # every start begins with it
+    if not (trainer.should_save_checkpoint_on_current_rank and os.path.isdir(options.save_dir)):
+        return
+    form = re.compile(rf"checkpoint(?:(\d+)|_\d+_(\d+)){re.escape(trainer.checkpoint_suffix)}\.pt")
+    matches = filter(None, map(form.fullmatch, sorted(os.listdir(options.save_dir))))
+    later = [m[0] for m in matches if (int(m[1]) >= epoch if m[1] else int(m[2]) > updates)]
+    _spared.update(os.path.realpath(os.path.join(options.save_dir, name)) for name in later)
+    if later and max(options.keep_interval_updates, options.keep_last_epochs) > 0:
+        logger.warning(
+            "--save-dir %s holds %s%s, of updates or epochs yet to reach: this run replaces those of the same names, "
+            "and --keep-interval-updates and --keep-last-epochs count and remove no others. Remove or move them",
+            options.save_dir,
+            later[0],
+            f" and {len(later) - 1} more" if later[1:] else "",
+        )

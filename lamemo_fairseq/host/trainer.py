@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import interruption, save_dir, schedules, signals
 from .averages import Averages
-from .checkpoints import keep_due_checkpoint, write_checkpoint
+from .checkpoints import keep_due_checkpoint, spare_former, write_checkpoint
 from .data_parallel import GradientReducer, reducer_for, wrapped
 from .dataclass_defaults import attributes
 from .lost_ranks import watch_ranks
@@ -344,6 +344,7 @@ class SegmentTrainer(Trainer):
 
         def finish() -> None:
             interruption.begin(self)
+            spare_former(self, self._batches.next_epoch_idx)
             if extra_state and not reset_optimizer:
                 self._restore(extra_state, reset_lr_scheduler, reset_meters)
 
