@@ -33,6 +33,14 @@ def test_features_by_a_kernel(shape, dtype, monkeypatch):
         torch.testing.assert_close(one.double(), exact, rtol=8 * eps, atol=8 * eps)
 
 
+def test_keys_that_are_not_numbers_stay_visible(monkeypatch):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    monkeypatch.setattr(rows, "fusable", lambda t: True)
+    keys = torch.ones(2, 7, device=DEVICE)
+    keys[1, 3] = float("nan")
+    torch.testing.assert_close(features.dpfp(keys), features.plain(keys), equal_nan=True)
+
+
 def test_no_keys_have_no_features(monkeypatch):
     monkeypatch.setattr(rows, "fusable", lambda t: True)
     assert features.dpfp(torch.empty(2, 0, 4)).shape == (2, 0, 24)
@@ -65,9 +73,8 @@ def compile_all(dtype: str) -> dict:
 
     found = {}
     for size in (16, 96):
-        forward, backward = (2 * size, kernels.TILE), (size, kernels.GRADIENT_TILE)
-        for kernel, chosen in ((kernels.features_kernel, forward), (kernels.features_gradient_kernel, backward)):
-            tile = kernels._tiles(torch.empty(2, size), *chosen)[1]
+        tile = kernels._tiles(torch.empty(2, size))[1]
+        for kernel in (kernels.features_kernel, kernels.features_gradient_kernel):
             pointers = [name for name in kernel.arg_names if name.startswith("p_")]
             halves = {"p_keys"} | ({"p_out"} if kernel is kernels.features_gradient_kernel else set())
             kinds = {name: f"*{dtype}" if name in halves else "*fp32" for name in pointers}

@@ -21,7 +21,7 @@ def dpfp(keys: Tensor) -> Tensor:
     This is the deterministic parameter-free projection (Schlag et al. 2021, equation 37) with three rolls. The features
     are products of ``x = [relu(u) ; relu(-u)]`` and ``x`` rolled by 1, 2 and 3.
     """
-    if rows.fusable(keys) and keys.numel() > 0:
+    if rows.fusable(keys) and keys.numel() > 0 and keys.size(-1) >= len(_ROLLS):
         features: Tensor = _Features.apply(keys)
         return features
     return plain(keys)
