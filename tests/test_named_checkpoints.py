@@ -267,6 +267,14 @@ def test_training_that_goes_on_with_another_function_of_the_same_weights(
     assert difference in told and "--lr" not in told
 
 
+def test_training_that_goes_on_with_other_bands_of_the_same_shapes(data, tmp_path):
+    """Words would change bands, and the weights of each band's class would stand for other words."""
+    criterion = ["--criterion", "chunked_cross_entropy", "--adaptive-softmax-cutoff"]
+    trained_with(data, tmp_path, *criterion, "10,20")
+    with pytest.raises(ValueError, match=r"cutoff is 10,25, the checkpoint was trained with 10,20\. Go on with"):
+        trained_with(data, tmp_path, *criterion, "10,25", max_update=3)
+
+
 def decoders_by_choice(variant, name, choices):
     """The decoders of the choices that make one, with the same seed."""
     for choice in choices:
@@ -330,6 +338,10 @@ def test_what_else_differs_is_told(data, checkpoint, tmp_path):
     for option in ("--lr is 0.02, the checkpoint was trained with 0.01", "--dropout is 0.3, the checkpoint"):
         assert option in told
     assert told.count("--lr ") == 1 and "max-update" not in told
+    end = tmp_path / "end"  # of an epoch
+    trained_with(data, end, max_epoch=1, max_update=99)
+    text = printed(lambda: trained_with(data, end, train_subset="valid", max_epoch=2, max_update=99))
+    assert "--train-subset is valid, the checkpoint was trained with train" in text
     text = printed(lambda: trained_with(data, tmp_path, lr=0.02, dropout=0.3, max_update=4))
     assert "the checkpoint was trained with" not in text
 

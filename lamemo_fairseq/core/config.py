@@ -66,7 +66,7 @@ class ModelConfig:
     attention_dropout: float = option(0.0, "dropout of attention weights")
     activation_dropout: Optional[float] = option(None, "dropout inside the feed-forward layers (default: --dropout)")
     adaptive_softmax_cutoff: Optional[str] = option(
-        None, "comma separated cutoffs of the adaptive softmax (default: full softmax)"
+        None, "comma separated cutoffs of the adaptive softmax (default: full softmax)", fixed=True
     )
     adaptive_softmax_factor: float = option(
         1.0, "factor by which each band's output is narrower than the one before (div_val)"

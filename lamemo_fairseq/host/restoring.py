@@ -46,7 +46,7 @@ _TOLD: Dict[str, Any] = {
     "optimizer": None,
     "lr_scheduler": None,
     "optimization": ("lr", "clip_norm", "sentence_avg", "update_freq"),
-    "dataset": ("batch_size", "max_tokens", "valid_subset", "combine_valid_subsets"),
+    "dataset": ("batch_size", "max_tokens", "train_subset", "valid_subset", "combine_valid_subsets"),
     "checkpoint": ("best_checkpoint_metric", "maximize_best_checkpoint_metric"),
     "common": (*_PRECISION, "seed"),
     "ema": ("store_ema", "ema_decay", "ema_start_update", "ema_update_freq"),
@@ -247,8 +247,8 @@ def check_weights(model: Any, weights: Mapping[str, Any], path: str, differences
     wrong = [name for name in sorted({*wanted, *weights}) if _shape(wanted.get(name)) != _shape(weights.get(name))]
     if not wrong:
         return
-    # Only learned distances depend on lengths.
-    lengths = set() if any(".distance_" in name for name in wrong) else {"mem_len", "tokens_per_sample"}
+    by_distance = any(".distance_" in name for name in wrong)  # which alone depend on lengths
+    lengths = set() if by_distance else {"bptt_segments", "mem_len", "tokens_per_sample"}
     possible = [d for d in differences if d.section == "model" and d.name not in _WEIGHTLESS | lengths]
     reason = _listed(possible) or (
         f"{wrong[0]} has the shape {_shape(wanted.get(wrong[0]))}, there {_shape(weights.get(wrong[0]))}"
