@@ -98,10 +98,12 @@ def test_every_criterion_counts_every_word(text, streams, shards, softmax, name,
         loss, size, logged = task.valid_step(batch, model, criterion)
         torch.testing.assert_close(loss.sum(), expected, rtol=1e-9, atol=1e-12)
         assert logged["ntokens"] == sum(lengths)
+        assert logged["nsentences"] == sum(length > 0 for length in lengths)
         assert size == (len(lengths) if average else sum(lengths))
         model.zero_grad()
-        trained, _, _ = task.train_step(batch, model, criterion, Losses(), 0)
+        trained, _, logged = task.train_step(batch, model, criterion, Losses(), 0)
         torch.testing.assert_close(trained.sum().detach(), expected, rtol=1e-9, atol=1e-12)
+        assert logged["nsentences"] == sum(length > 0 for length in lengths)
         model.eval()
     assert sorted(seen) == sorted(tokens)
 

@@ -107,7 +107,7 @@ class SegmentDataset(FairseqDataset):
         )
         return {
             "id": torch.tensor([s.key.segment * s.key.num_streams + s.key.stream for s in samples]),
-            "nsentences": len(samples),
+            "nsentences": int((lengths > 0).sum()),
             "ntokens": int(lengths.sum()),
             "net_input": {"src_tokens": sources, "src_lengths": lengths, "position": position},
             "target": targets,

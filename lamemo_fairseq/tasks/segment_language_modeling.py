@@ -303,6 +303,7 @@ class SegmentLanguageModelingTask(PromptTask):
         result = retry_out_of_memory(forward_and_backward, score, model, advance, alone=not several_ranks())
         self.losses.check()
         self.losses.note(result[0], inputs["position"], update_num + 1, self._decoder.streams)
+        result[2]["nsentences"] = sample["nsentences"]  # criterions count streams that have ended too
         return result
 
     def begin_next_segment(self, prepare: Callable[[Dict[str, Any]], Dict[str, Any]], seed: int) -> None:
@@ -330,6 +331,7 @@ class SegmentLanguageModelingTask(PromptTask):
             result = super().valid_step(sample, model, criterion, **kwargs)
         except DivergenceError as error:
             raise DivergenceError(f"{self.losses.when()}{error}") from error
+        result[2]["nsentences"] = sample["nsentences"]
         if not torch.isfinite(result[0]).all():
             position = sample["net_input"]["position"]
             raise DivergenceError(
