@@ -157,6 +157,15 @@ def test_what_the_released_code_lacks_is_not_exported(options, message, tmp_path
     assert not (tmp_path / "released.pt").exists()
 
 
+@pytest.mark.parametrize(("rate", "told"), [(None, 0), (0.0, 0), (0.25, 1)])
+def test_an_activation_dropout_that_the_released_code_lacks_is_told(rate, told, tmp_path, caplog):
+    trained_here(tmp_path, activation_dropout=rate)
+    export(tmp_path)
+    assert (
+        caplog.text.count("--activation-dropout 0.25 is left out: the released code trains on with dropout 0") == told
+    )
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

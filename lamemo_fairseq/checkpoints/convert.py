@@ -6,6 +6,7 @@ file is run.
 
 import argparse
 import collections
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -26,6 +27,8 @@ from ..host.configuration import check_options, complete
 from ..host.own import TASK
 from ..models.config import MemoryLanguageModelConfig
 from ..models.decoder import FairseqMemoryDecoder, vocabulary_checksum
+
+logger = logging.getLogger(__name__)
 
 # fairseq's own words, which a released vocabulary lacks, are never predicted: their probability underflows to 0.
 NEVER = -1e4
@@ -274,6 +277,14 @@ def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
     }
     for name in (name for name, is_unknown in unknown.items() if is_unknown):
         raise ValueError(f"the released code has no model with {option_name(name)} {options[name]}")
+    inner = options.get("activation_dropout")
+    if inner is not None and inner != options["dropout"]:
+        logger.warning(
+            "--activation-dropout %g is left out: the released code trains on with dropout %g inside the feed-forward "
+            "layers too; what it evaluates is the same",
+            inner,
+            options["dropout"],
+        )
     return {
         "attn_type": types[kind],
         "n_token": words,
