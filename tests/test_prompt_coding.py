@@ -210,6 +210,8 @@ def test_a_prompt_of_unknown_words_is_told_with_what_was_forgotten(symbols, prom
         ("letters", {}, "at\xe9", "dict.txt lists the words"),
         ("letters", {"bpe": "bytes"}, "xyz q", "leave out --tokenizer and --bpe"),
         ("letters", {}, "A T", "in small letters: write the prompt in small letters"),
+        ("bytes", {}, "the \u0416", "dict.txt lists the words"),
+        ("bytes", {"bpe": "bytes"}, "the OF", "in small letters: write the prompt in small letters"),
     ],
 )
 def test_a_recorded_encoding_is_not_guessed(kind, named, prompt, advice, folders, tmp_path, caplog):

@@ -112,6 +112,12 @@ class PromptCoding:
         made = {"tokenizer": self.record.tokenizer, "bpe": self.record.pieces}
         return all(name == made[o] or {name, made[o]} <= plain for o, name in self._named.items())
 
+    @property
+    def unit(self) -> str:
+        """What a token of a prompt is, in the plural."""
+        named = TextEncoding(pieces=self._named["bpe"])
+        return (self.record if self.record is not None and not any(self._named.values()) else named).unit
+
     def _follow_record(self) -> None:
         if self.record is not None and not any(self._named.values()):
             self._coders = {"tokenizer": word_coder(self.record), "bpe": recorded_pieces(self.record)}

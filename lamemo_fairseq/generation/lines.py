@@ -1,4 +1,7 @@
-"""Encode prompts as they are typed into word ids. A prompt with hardly any known word gets a warning."""
+"""Encode prompts as they are typed into word ids.
+
+A prompt gets a warning if most of its words are unknown, or any of its bytes or characters.
+"""
 
 import logging
 import re
@@ -37,20 +40,23 @@ def encode_prompts(
         coding: the coders behind *encode*, and how the data's text was encoded; None if that is not known.
         by_word: whether the word ``</s>`` ends a line within a prompt, or a line end does.
     """
+    unit = "words" if coding is None else coding.unit
+    limit = MOSTLY if unit == "words" else 0  # of all that is written, words alone may be in no data
     encoded = []
     for prompt in prompts:
         lines = [encode(line) for line in _lines(prompt, by_word, coding)]
         ids = [dictionary.encode_line(line, add_if_not_exist=False).long() for line in lines]
         words = " ".join(lines).split()
         unknown = [word for word in words if word not in dictionary]
-        if len(unknown) > MOSTLY * len(words):
+        if len(unknown) > limit * len(words):
             logger.warning(
-                "%d of the %d words of the prompt %r are unknown to the dictionary, such as %s: %s",
+                "%d of the %d %s of the prompt %r are unknown to the dictionary, such as %s: %s",
                 len(unknown),
                 len(words),
+                unit,
                 prompt if len(prompt) <= 60 else prompt[:60] + "...",
                 ", ".join(map(repr, list(dict.fromkeys(unknown))[:3])),
-                _advice(prompt, encode, dictionary, coding),
+                _advice(prompt, encode, dictionary, coding, limit),
             )
         encoded.append(torch.cat(ids))
     return encoded
@@ -65,14 +71,14 @@ def _lines(prompt: str, by_word: bool, coding: Optional[PromptCoding]) -> List[s
     return (record or TextEncoding(pieces="bytes" if as_bytes else "none")).lines(prompt)
 
 
-def _advice(prompt: str, encode: Encode, dictionary: Dictionary, coding: Optional[PromptCoding]) -> str:
+def _advice(prompt: str, encode: Encode, dictionary: Dictionary, coding: Optional[PromptCoding], limit: float) -> str:
     """Return a remedy: the step that the dictionary's text went through but the prompt did not."""
     recorded = coding is not None and coding.record is not None
     if coding is not None and recorded and not coding.follows_record:
         return "its text was not encoded like this: leave out --tokenizer and --bpe"
     for what, changed in _ways(encode, dictionary, recorded):
         words = changed(prompt).split()
-        if words and sum(word not in dictionary for word in words) <= MOSTLY * len(words):
+        if words and sum(word not in dictionary for word in words) <= limit * len(words):
             return what
     if not recorded and _share(dictionary, lambda symbol: symbol.startswith(SPACE) and symbol != SPACE) > HARDLY:
         return "it holds pieces of words: pass --bpe sentencepiece --sentencepiece-model FILE"

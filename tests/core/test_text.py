@@ -141,6 +141,16 @@ def test_a_text_of_unknown_words_is_told(caplog):
     assert "3 of the 4 words of the text 'a B B c' are unknown to the dictionary, such as 'B', 'c':" in caplog.text
 
 
+def test_a_single_unknown_character_is_told(caplog):
+    """Below half of a text's words are in no data; a character that a model reads as unknown is a mistake."""
+    tokenizer = Tokenizer([*"at", "\u2581"], TextEncoding("none", "characters"))
+    tokenizer.encode("a tat at")
+    Tokenizer(["a"]).encode("a a B")
+    assert not caplog.text
+    tokenizer.encode("A tat at")
+    assert "1 of the 8 characters of the text 'A tat at' are unknown to the dictionary, such as 'A':" in caplog.text
+
+
 def test_a_model_takes_its_tokenizer_along(tmp_path):
     model = tiny_decoder()
     model.tokenizer = Tokenizer([f"w{i}" for i in range(13)], TextEncoding("words"))

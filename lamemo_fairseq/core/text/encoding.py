@@ -41,6 +41,11 @@ class TextEncoding:
         """The name in a folder of the file that the pieces need, None if they need none."""
         return {"sentencepiece": MODEL, "subword_nmt": CODES}.get(self.pieces)
 
+    @property
+    def unit(self) -> str:
+        """What a token is, in the plural: bytes, characters, or else words or pieces of them, here ``words``."""
+        return self.pieces if self.pieces in ("bytes", "characters") else "words"
+
     def lines(self, text: str) -> List[str]:
         """Return the lines of a text, as the data's were found: with any line ends, and without byte order marks.
 

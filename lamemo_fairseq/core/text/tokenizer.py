@@ -24,7 +24,7 @@ DICTIONARY, ENCODING = "dict.txt", "text.json"
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # fairseq's own, which come before the words of dict.txt
 END, UNKNOWN = 2, 3
 FORMAT = 1  # of text.json
-MOSTLY = 0.5  # share of unknown words above which a text gets a warning
+MOSTLY = 0.5  # share of unknown words above which a text gets a warning; bytes and characters may all be known
 
 
 class Tokenizer:
@@ -177,13 +177,13 @@ class Tokenizer:
         return tokens
 
     def _tell_unknown(self, text: str, tokens: Sequence[str]) -> None:
-        unknown = [token for token in tokens if token not in self._ids]
-        if len(unknown) > MOSTLY * len(tokens):
+        unknown, unit = [token for token in tokens if token not in self._ids], self.encoding.unit
+        if len(unknown) > (MOSTLY * len(tokens) if unit == "words" else 0):
             shown = ", ".join(map(repr, list(dict.fromkeys(unknown))[:3]))
             logger.warning(
-                "%d of the %d words of the text %r are unknown to the dictionary, such as %s: write it like "
-                "the data's text (dict.txt lists the words)",
-                *(len(unknown), len(tokens), text if len(text) <= 60 else text[:60] + "...", shown),
+                "%d of the %d %s of the text %r are unknown to the dictionary, such as %s: write it like "
+                "the data's text (dict.txt lists the %s)",
+                *(len(unknown), len(tokens), unit, text if len(text) <= 60 else text[:60] + "...", shown, unit),
             )
 
 
