@@ -13,6 +13,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..core import LanguageModel
 from ..core.decoding.state import DecodingState
 
+_FACTOR = 6364136223846793005  # odd, so that every earlier column counts
+
 
 class TextLayer(CacheLayerMixin):
     """The state of B sequences in all layers of a model: slots, unfinished segments, and positions."""
@@ -24,7 +26,7 @@ class TextLayer(CacheLayerMixin):
         self.model = model
         self.state: Optional[DecodingState] = None
         self.columns = 0  # L, read so far, with padding; transformers takes it for the length
-        self.last: Optional[Tensor] = None  # [B], the ids in the last of them
+        self.digest: Optional[Tensor] = None  # [B] int64, of the ids in them
 
     def read(self, tokens: Tensor, counts: List[int], input_ids: Tensor) -> Tensor:
         """Read ``tokens [B, k]``, of sequence b the first ``counts[b]``: features ``[B, k, d]``.
@@ -44,21 +46,21 @@ class TextLayer(CacheLayerMixin):
             raise ValueError(
                 f"the cache has {self.batch_size} sequences, and the input {len(tokens)}: pass a new cache"
             )
-        self.columns, self.last = self.columns + input_ids.size(1), input_ids[:, -1].clone()
+        self.columns, self.digest = self.columns + input_ids.size(1), _digest(input_ids, self.digest)
         if tokens.size(1) == 0:  # all columns are padding
             return self.model.embed_tokens.table(0).new_empty(len(tokens), 0, self.model.config.decoder_embed_dim)
         return self.state.read(tokens, counts)
 
     def check_begun(self, input_ids: Tensor) -> None:
-        """Check that whole texts ``[B, L]`` begin with the columns read so far, by the last of these.
+        """Check that whole texts ``[B, L]`` begin with the columns read so far, padding included.
 
         Raises:
-            ValueError: they end with these columns or before, or have another word there.
+            ValueError: they end with these columns or before, or have other ids in them.
         """
-        if self.last is None or len(input_ids) != len(self.last):  # `read` refuses other numbers of texts
+        if self.digest is None or len(input_ids) != len(self.digest):  # `read` refuses other numbers of texts
             return
-        begun = input_ids[:, self.columns - 1 : self.columns]
-        if input_ids.size(1) <= self.columns or not torch.equal(begun[:, 0], self.last.to(begun.device)):
+        begun = _digest(input_ids[:, : self.columns])
+        if input_ids.size(1) <= self.columns or not torch.equal(begun, self.digest.to(begun.device)):
             raise ValueError(
                 f"the cache has read {self.columns} columns, and input_ids {list(input_ids.shape)} do not go on after "
                 "them: pass the whole texts, with at least one word that is new"
@@ -88,12 +90,12 @@ class TextLayer(CacheLayerMixin):
         return self.columns + query_length, 0
 
     def reset(self) -> None:
-        self.state, self.columns, self.last, self.is_initialized = None, 0, None, False
+        self.state, self.columns, self.digest, self.is_initialized = None, 0, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.state is not None and self.last is not None:
+        if self.state is not None and self.digest is not None:
             self.state.reorder(beam_idx.to(self.state.cache.tokens.device))
-            self.last = self.last[beam_idx.to(self.last.device)]
+            self.digest = self.digest[beam_idx.to(self.digest.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
@@ -135,3 +137,14 @@ class LamemoCache(Cache):
         assert isinstance(core, LanguageModel)
         self.text = TextLayer(core)
         super().__init__(layers=[self.text])
+
+
+def _digest(ids: Tensor, before: Optional[Tensor] = None) -> Tensor:
+    """Return a number ``[B]`` for each row of ids ``[B, L]``, behind columns whose number is *before*.
+
+    It is a polynomial in `_FACTOR` modulo 2^64, with the ids as coefficients: of other texts it is another one, but for
+    a chance that does not matter.
+    """
+    powers = torch.full_like(ids[0], _FACTOR, dtype=torch.int64).cumprod(0)
+    own = (ids * powers.flip(0)).sum(1)
+    return own if before is None else own + before.to(own.device) * powers[-1]

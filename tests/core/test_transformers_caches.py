@@ -76,6 +76,28 @@ def test_copies_of_a_cache_go_on_apart_with_the_same_model(model):
     assert torch.equal(given[:, 9:], words[:, 16:])
 
 
+def other_word(model, ids):
+    """A cache that has read the beginning of a text with another second word."""
+    read_ids = ids[:, :6].clone()
+    read_ids[:, 1] = (read_ids[:, 1] + 1) % 17
+    return read(model, read_ids)
+
+
+@torch.no_grad()
+def test_a_cache_knows_its_texts_however_they_were_read(model):
+    ids = torch.stack([texts([9])[0], texts([9])[0].roll(1)])
+    cache = LamemoCache(model)
+    for piece in (ids[:, :3], ids[:, 3:4], ids[:, 4:7]):
+        model(piece, cache=cache)
+    cache.batch_select_indices(torch.tensor([1, 0, 1]))
+    mixed = ids[torch.tensor([1, 0, 1])]
+    options = {"max_new_tokens": 2, "eos_token_id": None, "do_sample": False}
+    words = model.generate(mixed, **options)
+    with pytest.raises(ValueError, match="do not go on after them"):
+        model.generate(ids[torch.tensor([0, 1, 1])], cache=copy.deepcopy(cache), **options)
+    assert torch.equal(model.generate(mixed, cache=cache, **options), words)
+
+
 @pytest.mark.parametrize(
     ("use", "message"),
     [
@@ -99,6 +121,8 @@ def test_copies_of_a_cache_go_on_apart_with_the_same_model(model):
         ),
         (lambda m, ids: m.generate(ids, cache=read(m, ids)), "with at least one word that is new"),
         (lambda m, ids: m.generate(ids, cache=read(m, ids[:, 4:8])), "do not go on after them: pass the whole texts"),
+        (lambda m, ids: m.generate(ids, cache=read(m, ids[:, :4].flip(1))), "do not go on after them: pass the whole"),
+        (lambda m, ids: m.generate(ids, cache=other_word(m, ids)), "do not go on after them: pass the whole texts"),
         (lambda m, ids: m(ids, output_attentions=True), "the model has no use for 'output_attentions': leave it out"),
         (lambda m, ids: m(ids + 17), "input_ids have the word ids .*, and the model those from 0 to 16"),
         (lambda m, ids: m.generate(ids + 17), "input_ids have the word ids .*, and the model those from 0 to 16"),
