@@ -24,7 +24,7 @@ from lamemo_fairseq.lm_eval.answers import Answers
 from lamemo_fairseq.models.language_models import TransformerXLLanguageModel
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
 from preprocess import words as preprocess_words
-from preprocess.tokenization import NormalizedLetterTokenizer
+from preprocess.tokenization import LineTokenizer, NormalizedLetterTokenizer
 
 from .helpers import TASK, dictionary_of, run_command
 from .preprocessing import TEXTS, own, tokens_of, write, write_texts
@@ -116,6 +116,28 @@ def test_letters_are_reduced_as_the_text_was(tmp_path):
     encode, _ = coders(task)
     (ids,) = encode_prompts(["o'\nclock"], encode, task.source_dictionary, task.coding, by_word=False)
     assert task.source_dictionary.string(ids).split() == encode("o clock").split()  # the end of a line is a space
+
+
+@pytest.mark.parametrize("text", ["a b\nc\n\n \nd e\r\n\rf", "\n\na\n", "a\n\n", "\ufeff\na \n\t\n\ufeffb", "", "\n"])
+def test_paragraphs_are_lines_where_they_were(text, tmp_path, caplog):
+    """In the core, and in the hub; a text's last paragraph has its end where the text ends with that of a line."""
+    data = tmp_path / "data"
+    prose = b"a b\nc\n\nd e f\na\n\n" * 40
+    own(write(tmp_path / "text", prose), data, "--tokenizer", "words", "--paragraphs", "--shares", "9", "1")
+    dictionary = load_dictionary(str(data / "dict.txt"))
+    core_tokenizer(dictionary, read_text_encoding(str(data))).save(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    symbols, ids, _ = LineTokenizer(tokenizer="words", paragraphs=True).encode(text.encode())
+    made = [symbols[i] for i in ids]
+    found = tokenizer.encode(text)
+    ended = text.endswith("\n") or not made
+    assert [tokenizer.symbols[i] for i in found] == (made if ended else made[:-1])
+    assert torch.equal(tokenizer.encode(tokenizer.decode(found)), found)
+    task = task_of(data)
+    encode, _ = coders(task)
+    (ids,) = encode_prompts([text], encode, dictionary, task.coding, by_word=False)
+    assert ids.tolist() == [*found.tolist(), dictionary.eos()] and task.coding.line_end == "\n\n"
+    assert not caplog.text
 
 
 def test_what_is_repeated_here_is_as_in_preprocess():

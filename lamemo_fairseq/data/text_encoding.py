@@ -51,4 +51,5 @@ def _read(record: Dict[str, Any], folder: str) -> TextEncoding:
         source_lang=settings["source_lang"],
         model=os.path.join(folder, MODEL) if pieces else None,
         model_sha256=record["files"][MODEL]["sha256"] if pieces else "",
+        paragraphs=settings.get("paragraphs", False),
     )

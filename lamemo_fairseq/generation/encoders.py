@@ -113,6 +113,11 @@ class PromptCoding:
         return all(name == made[o] or {name, made[o]} <= plain for o, name in self._named.items())
 
     @property
+    def line_end(self) -> str:
+        """What stands between two lines of a text."""
+        return (self.record if self.record is not None and self.follows_record else TextEncoding()).line_end
+
+    @property
     def unit(self) -> str:
         """What a token of a prompt is, in the plural."""
         named = TextEncoding(pieces=self._named["bpe"])

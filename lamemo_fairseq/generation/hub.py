@@ -60,7 +60,8 @@ class LanguageModelHub(GeneratorHubInterface):
         lines: List[List[int]] = [[]]
         for i in ids[:-1] if ids and ids[-1] == eos else ids:
             lines.append([]) if i == eos else lines[-1].append(i)
-        return "\n".join(super(LanguageModelHub, self).decode(torch.tensor(line)) for line in lines)
+        end = self.task.coding.line_end
+        return end.join(super(LanguageModelHub, self).decode(torch.tensor(line)) for line in lines)
 
     def sample(self, sentences: Union[str, Sequence[str]], beam: int = 1, verbose: bool = False, **kwargs: Any) -> Any:
         """Continue a text, or several texts, each with its best continuation.

@@ -14,6 +14,7 @@ from .helpers import tiny_decoder
 KINDS = [
     (TextEncoding(), ["the", "old", "house"], "the  old\n\nhouse house", "the old\n\nhouse house"),
     (TextEncoding("words"), ["the", "house", ",", "'", "s", "don't"], "the,house\ndon't", "the , house\ndon't"),
+    (TextEncoding(paragraphs=True), ["the", "old", "house"], "the\nold\n\n\nhouse\n", "the old\n\nhouse\n\n"),
     (TextEncoding("none", "bytes"), list(BYTE_SYMBOLS.values()), "caf\xe9 \t the\n", "caf\xe9 \t the\n"),
     (TextEncoding("none", "characters"), [*"abc", "\u2581"], "a b\ncc", "a b\ncc"),
     (TextEncoding("none", "characters", normalized=True), [*"abcone", "\u2581"], "B-1\nc\n", "b one c "),

@@ -26,6 +26,7 @@ class TextEncoding:
         model: path of the file that the pieces need: a SentencePiece model, or the codes of subword-nmt.
         model_sha256: its checksum, as recorded.
         normalized: whether the text was first reduced to small letters and spaces, like text8.
+        paragraphs: whether the lines of a paragraph, up to an empty line, were joined.
     """
 
     tokenizer: str = "space"
@@ -35,6 +36,7 @@ class TextEncoding:
     model: Optional[str] = None
     model_sha256: str = ""
     normalized: bool = False
+    paragraphs: bool = False
 
     @property
     def file_name(self) -> Optional[str]:
@@ -49,17 +51,28 @@ class TextEncoding:
     def lines(self, text: str) -> List[str]:
         """Return the lines of a text, as the data's were found: with any line ends, and without byte order marks.
 
-        To bytes, both are text, and only a line feed ends a line. A text that is reduced to letters is one line.
+        To bytes, both are text, and only a line feed ends a line. A text that is reduced to letters is one line. With
+        `paragraphs`, a paragraph is a line, and the last one ends if the text ends with the end of a line.
         """
         if self.normalized:
             return [text]
         if self.pieces == "bytes":
             return text.split("\n")
-        return [line.lstrip(MARK) for line in _LINE_END.split(text)]
+        lines = [line.lstrip(MARK) for line in _LINE_END.split(text)]
+        return _joined(lines) if self.paragraphs else lines
+
+    @property
+    def line_end(self) -> str:
+        """What stands between two lines."""
+        return "\n\n" if self.paragraphs else "\n"
 
     def to_dict(self) -> Dict[str, object]:
-        """Return plain values by name; the path of the model is left out, as a folder has its own."""
-        return {name: value for name, value in asdict(self).items() if name != "model"}
+        """Return plain values by name; the path of the model is left out, as a folder has its own.
+
+        Without `paragraphs` its name is left out too, so that versions from before that option can read the values.
+        """
+        left_out = {"model"} if self.paragraphs else {"model", "paragraphs"}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @classmethod
     def from_dict(cls, values: Values, model: Optional[str] = None) -> "TextEncoding":
@@ -82,3 +95,14 @@ class TextEncoding:
             if name not in names:
                 raise ValueError(f"unknown {what} '{name}' in a text's encoding: the known ones are {', '.join(names)}")
         return encoding
+
+
+def _joined(lines: List[str]) -> List[str]:
+    """Join lines up to an empty one; what follows the end of the last paragraph is an empty line."""
+    paragraphs: List[List[str]] = [[]]
+    for line in lines:
+        if line.strip():
+            paragraphs[-1].append(line)
+        elif paragraphs[-1]:
+            paragraphs.append([])
+    return [" ".join(paragraph) for paragraph in paragraphs]

@@ -96,7 +96,8 @@ class Tokenizer:
     def encode(self, text: str) -> Tensor:
         """Return the word ids ``[T]`` of a text, int64: ``</s>`` for every end of a line, none at the text's end.
 
-        In a text that is reduced to letters and spaces, as text8, the end of a line is a space.
+        In a text that is reduced to letters and spaces, as text8, the end of a line is a space. Where the data's lines
+        are paragraphs, empty lines end them, and so does an end of a line at the text's end.
         """
         lines = [self._tokens(line) for line in self.encoding.lines(text)]
         self._tell_unknown(text, [token for line in lines for token in line])
@@ -121,7 +122,7 @@ class Tokenizer:
                 lines.append([])
             else:
                 lines[-1].append(self.symbols[number])
-        return "\n".join(self._text(" ".join(line)) for line in lines)
+        return self.encoding.line_end.join(self._text(" ".join(line)) for line in lines)
 
     def save(self, folder: Union[str, Path]) -> None:
         """Write ``dict.txt``, ``text.json`` and, if there is one, the file that the pieces need.
