@@ -141,9 +141,11 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
             rows = torch.cat([rows, self.dropout(self.first_tokens(rows))], dim=1)
         if past is not None:
             rows = association.read(rows, past)
-        slots = slots.to(rows)
-        hidden = last_rows(torch.cat([slots, rows[:, :current]], dim=1), self.config.mem_len)
-        rows, _ = layer(join(slots, rows), segment.biases[n], rows.size(1))
+        slots, tokens = slots.to(rows), rows[:, :current]
+        kept = tokens if current >= self.config.mem_len else torch.cat([slots, tokens], dim=1)
+        hidden = last_rows(kept, self.config.mem_len)
+        joined = join(slots, rows) if slots.size(1) else rows
+        rows, _ = layer(joined, segment.biases[n], rows.size(1))
         written = association.write(rows[:, current:], past)
         last = n == self.config.layers - 1
         return LayerPassage(rows[:, :current] if last else rows, (*written, hidden))

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import aligned
+from ...kernels.module_tree import is_plain
+from ...kernels.shared import as_residual
+from . import delta, recall
 from .features import dpfp
 from .options import AssociativeOptions
 
@@ -39,6 +42,9 @@ class Association(nn.Module):
 
         An empty memory leaves the rows as they are, to the last bit.
         """
+        if recall.takes(rows, past.matrix):
+            residual, shared = as_residual(rows)
+            return recall.by_kernels(residual, aligned.mapped(self.query, rows), *past, EPSILON, shared)
         features = dpfp(aligned.mapped(self.query, rows))
         with torch.autocast(rows.device.type, enabled=False):
             read_out = _recalled(features, past) / _overlap(features, past)
@@ -61,6 +67,12 @@ class Association(nn.Module):
         Args:
             past: None before the first segment, whose keys are all new.
         """
+        maps = self.key, self.gate
+        if past is not None and delta.takes(rows, past.matrix) and all(is_plain(m, nn.Linear) for m in maps):
+            # One product in place of three.
+            weight = torch.cat([self.key.weight, self.value, self.gate.weight])
+            mapped = aligned.wide_linear(rows, weight)
+            return Associations(*delta.by_kernels(mapped, self.gate.bias, *past, EPSILON, self.decay, self.value_unit))
         features = dpfp(aligned.mapped(self.key, rows))
         values = aligned.linear(rows, self.value).to(features.dtype) * self.value_unit
         strength = aligned.mapped(self.gate, rows).to(features.dtype).sigmoid()

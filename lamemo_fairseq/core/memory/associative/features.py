@@ -21,10 +21,15 @@ def dpfp(keys: Tensor) -> Tensor:
     This is the deterministic parameter-free projection (Schlag et al. 2021, equation 37) with three rolls. The features
     are products of ``x = [relu(u) ; relu(-u)]`` and ``x`` rolled by 1, 2 and 3.
     """
-    if rows.fusable(keys) and keys.numel() > 0 and keys.size(-1) >= len(_ROLLS):
+    if takes(keys, keys.size(-1)):
         features: Tensor = _Features.apply(keys)
         return features
     return plain(keys)
+
+
+def takes(like: Tensor, size: int) -> bool:
+    """Tell whether the kernels take keys of *size* numbers, in as many rows and of the dtype of *like*."""
+    return rows.fusable(like) and like.numel() > 0 and size >= len(_ROLLS)
 
 
 def plain(keys: Tensor) -> Tensor:
