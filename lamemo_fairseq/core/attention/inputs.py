@@ -3,11 +3,13 @@
 Shapes: B streams, H heads, Q queries, K keys, D size of a head, U distances.
 """
 
-from typing import NoReturn, Optional, Sequence
+from typing import Literal, NoReturn, Optional, Sequence
 
 from torch import Tensor
 
 from .types import RelativeBias
+
+Give = Literal["pass", "return"]
 
 
 def check_causal(
@@ -28,7 +30,7 @@ def check_causal(
         ValueError: the message names the argument and what to pass.
     """
     check_heads(q, k, v)
-    check_bias("bias", bias, q, k.size(2))
+    check_bias("bias", bias, q.size(1), q.size(3), k.size(2))
     check_span(span, dropout)
     if nearest < 0 or k.size(2) - q.size(2) < nearest:
         raise ValueError(
@@ -56,21 +58,23 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, keys: Optional[int] = None) -> 
             _refuse(name, tensor, "[B, H, K, D]", [batch, heads, "K" if keys is None else keys, size])
 
 
-def check_bias(name: str, bias: RelativeBias, q: Tensor, distances: int) -> None:
-    """Refuse a bias of other heads or distances than those of queries ``[B, H, Q, D]``.
+def check_bias(name: str, bias: RelativeBias, heads: int, size: int, distances: int, give: Give = "pass") -> None:
+    """Refuse a bias of other shapes than those for *heads* of a *size* and so many *distances*.
+
+    Args:
+        give: the remedy's verb.
 
     Raises:
-        ValueError: the message names the field and the shape to pass.
+        ValueError: the message names the field and the shape to give.
     """
-    _, heads, _, size = q.shape
-    for field in ("content", "position"):
-        tensor = getattr(bias, field)
-        if tensor is not None and tensor.shape != (heads, size):
-            _refuse(f"{name}.{field}", tensor, "[H, D]", [heads, size])
-    if bias.table is not None and bias.table.shape != (heads, distances, size):
-        _refuse(f"{name}.table", bias.table, "[H, U, D]", [heads, distances, size])
-    if bias.score is not None and bias.score.shape != (heads, distances):
-        _refuse(f"{name}.score", bias.score, "[H, U]", [heads, distances])
+    for field, tensor, letters, shape in (
+        ("content", bias.content, "[H, D]", (heads, size)),
+        ("position", bias.position, "[H, D]", (heads, size)),
+        ("table", bias.table, "[H, U, D]", (heads, distances, size)),
+        ("score", bias.score, "[H, U]", (heads, distances)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            _refuse(f"{name}.{field}", tensor, letters, shape, give)
 
 
 def check_span(span: Optional[int], dropout: float) -> None:
@@ -85,16 +89,18 @@ def check_span(span: Optional[int], dropout: float) -> None:
         raise ValueError(f"dropout is {dropout}: pass at least 0 and less than 1")
 
 
-def check_shape(name: str, tensor: Tensor, letters: str, shape: Sequence[int]) -> None:
+def check_shape(name: str, tensor: Tensor, letters: str, shape: Sequence[int], give: Give = "pass") -> None:
     """Refuse a tensor of another shape.
 
     Raises:
-        ValueError: the message names the tensor and the shape to pass.
+        ValueError: the message names the tensor and the shape to *give*, the remedy's verb.
     """
     if tensor.shape != tuple(shape):
-        _refuse(name, tensor, letters, list(shape))
+        _refuse(name, tensor, letters, shape, give)
 
 
-def _refuse(name: str, tensor: Tensor, letters: str, shape: Optional[Sequence[object]] = None) -> NoReturn:
+def _refuse(
+    name: str, tensor: Tensor, letters: str, shape: Optional[Sequence[object]] = None, give: Give = "pass"
+) -> NoReturn:
     here = "" if shape is None else f", which is [{', '.join(map(str, shape))}] here"
-    raise ValueError(f"{name} is {list(tensor.shape)}: pass {letters}{here}")
+    raise ValueError(f"{name} is {list(tensor.shape)}: {give} {letters}{here}")

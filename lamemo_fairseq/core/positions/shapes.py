@@ -1,12 +1,11 @@
 """The check of a position encoding's results: a wrong shape would give scores of other distances, or other heads.
 
-Shapes: L layers, H heads, D size of a head, U distances.
+Shapes: D size of a head, U distances.
 """
 
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Optional, Sequence
 
-from torch import Tensor
-
+from ..attention.inputs import check_bias, check_shape
 from .bias import LayerBias, PositionConfig
 
 
@@ -34,23 +33,8 @@ def check_biases(
     for bias in {id(bias): bias for bias in biases}.values():  # layers often share one
         for kind, fields, distances in (("causal", bias.causal, causal), ("ahead", bias.ahead, len(ahead or ()))):
             if fields is not None:
-                _check(f"{encoding}.biases: {kind}", fields._asdict(), config, distances)
+                check_bias(f"{encoding}.biases: {kind}", fields, config.heads, config.head_dim, distances, "return")
         if bias.rotation is not None:
-            angles = {"cos": bias.rotation.cos, "sin": bias.rotation.sin}
-            _check(f"{encoding}.biases: rotation", angles, config, causal)
-
-
-def _check(what: str, tensors: Mapping[str, Optional[Tensor]], config: PositionConfig, distances: int) -> None:
-    heads, size = config.heads, config.head_dim
-    shapes: Dict[str, Tuple[str, List[int]]] = {
-        "content": ("[H, D]", [heads, size]),
-        "position": ("[H, D]", [heads, size]),
-        "table": ("[H, U, D]", [heads, distances, size]),
-        "score": ("[H, U]", [heads, distances]),
-        "cos": ("[U, D/2]", [distances, size // 2]),
-        "sin": ("[U, D/2]", [distances, size // 2]),
-    }
-    for name, tensor in tensors.items():
-        letters, shape = shapes[name]
-        if tensor is not None and list(tensor.shape) != shape:
-            raise ValueError(f"{what}.{name} is {list(tensor.shape)}: return {letters}, which is {shape} here")
+            for name, angles in (("cos", bias.rotation.cos), ("sin", bias.rotation.sin)):
+                shape = (causal, config.head_dim // 2)
+                check_shape(f"{encoding}.biases: rotation.{name}", angles, "[U, D/2]", shape, "return")

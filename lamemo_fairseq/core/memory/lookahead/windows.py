@@ -82,7 +82,7 @@ def check_memory(
     causal, ahead = biases
     check_heads(q, k, v, keys=q.size(2) if q.dim() == 4 else None)
     slots = stored.output.size(2) if stored.output.dim() == 4 else -1
-    check_bias("the causal bias", causal, q, q.size(2))
+    check_bias("the causal bias", causal, q.size(1), q.size(3), q.size(2))
     _check_slots(q, ahead, window, stored, slots)
     check_span(span, dropout)
     if slots >= q.size(2):
@@ -97,4 +97,4 @@ def _check_slots(q: Tensor, ahead: RelativeBias, window: LookaheadWindow, stored
         raise ValueError(f"the window begins at {window.first}, and there are {slots} slots: make it for these")
     if window.lengths is not None:
         check_shape("the window's lengths", window.lengths, "[B]", [batch])
-    check_bias("the bias ahead", ahead, q, len(window.distances(slots)))
+    check_bias("the bias ahead", ahead, heads, size, len(window.distances(slots)))
