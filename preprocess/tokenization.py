@@ -18,12 +18,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lamemo_fairseq.core.text.coders import SPACE
+from lamemo_fairseq.core.text.encoding import MARK
+
 from .files import Span
 from .words import PIECES, WORDS, Encoder
 
 END = "</s>"  # fairseq's end-of-sentence token
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # fairseq's encoders for bytes and characters write this for a space
-MARK = "\ufeff"  # the byte order mark that some editors write before a text
 LONGEST = 1 << 16  # tokens of a line of bytes; longer ones are stored in several pieces
 _END_OF_LINE = rb"(?:\r\n|\r(?!\n)|\n)"  # any that Python knows
 LONG_LINE = 1 << 22  # bytes; a longer line is cut between words, so that memory does not grow with it
