@@ -142,6 +142,17 @@ def test_streams_from_tokens(fit):
     assert "train: 4 streams" in text and "valid: 1 streams" in text
 
 
+@pytest.mark.parametrize("criterion", ["cross_entropy", "chunked_cross_entropy", "label_smoothed_cross_entropy"])
+def test_a_last_segment_of_one_token_counts_in_the_loss_per_token(fit, criterion):
+    """fairseq's criterions leave out a batch with as many tokens as streams."""
+    sizes = ["--tokens-per-sample", 7, "--batch-size", 4]  # of 15 tokens a stream of the validation
+    _, text = fit("--max-update", 1, "--no-save", "--sentence-avg", "--criterion", criterion, sizes=sizes)
+    [values] = re.findall(r"valid on .* loss ([\d.]+) .* nll_loss ([\d.]+) .* ppl ([\d.]+)", text)
+    loss, per_token, perplexity = map(float, values)
+    assert perplexity == pytest.approx(2**per_token, rel=1e-3)
+    assert per_token == pytest.approx(loss * 12 / 60, abs=1e-3)  # of 3 segments of 4 streams, and of 60 tokens
+
+
 def test_the_seed_of_validation_changes_nothing_else(fit, tmp_path):
     for seed in (1, 2):
         options = [

@@ -12,6 +12,7 @@ from fairseq.logging import metrics
 from fairseq.tasks import register_task
 
 from ..core.memory import DivergenceError
+from ..criterions.averages import log_loss_per_token
 from ..criterions.memory_losses import PREFIX, WithMemoryLosses
 from ..data.binarized import check_split, load_lines, paths_of
 from ..data.documents import DocumentDataset, DocumentOptions
@@ -342,6 +343,7 @@ class SegmentLanguageModelingTask(PromptTask):
 
     def reduce_metrics(self, logging_outputs: List[Dict[str, Any]], criterion: Any) -> None:
         """Log the criterion's losses, and the memory's losses per token, in nats or in the units of their papers."""
+        log_loss_per_token(logging_outputs, criterion)
         super().reduce_metrics(logging_outputs, criterion)
         tokens = sum(logged.get("ntokens", 0) for logged in logging_outputs)
         for name in {name for logged in logging_outputs for name in logged if name.startswith(PREFIX)}:
