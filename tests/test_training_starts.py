@@ -201,11 +201,25 @@ def test_checkpoints_of_a_run_before_do_not_count_among_those_to_keep(anew, epoc
     named = tmp_path / "checkpoint_1_5.pt"
     keep = ["--keep-interval-updates", 1, "--keep-last-epochs", 1, "--reset-dataloader", anew]
     train(data, tmp_path, *options, 3, "--max-update", 14, *keep, *([named] if anew == "--restore-file" else []))
-    assert "yet to reach: this run replaces those of the same names, and --keep-interval-updates" in caplog.text
+    assert "yet to reach: this run replaces those of the same names, and no --keep-... option" in caplog.text
     present = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*[0-9].pt")}
     written = {name for name, contents in present.items() if contents != former.get(name)}
     assert written == {epoch, "checkpoint_2_12.pt"}
     assert {named.name, "checkpoint_3_15.pt", "checkpoint_4_20.pt", "checkpoint3.pt"} <= present.keys() - written
+
+
+@pytest.mark.parametrize("anew", ["--reset-optimizer", "--reset-meters", "--valid-subset"])
+def test_the_best_checkpoints_of_a_run_before_stay(anew, data, tmp_path):
+    """Values of other validations are not compared, so that neither run's best checkpoints stand for the other's."""
+    options = ["--validate-interval-updates", 2, "--save-interval-updates", 2, "--keep-best-checkpoints", 1]
+    train(data, tmp_path, *options, "--max-update", 4)
+    [former] = tmp_path.glob("checkpoint.best_*")
+    contents = former.read_bytes()
+    if anew == "--valid-subset":
+        for name in ("valid.idx", "valid.bin"):
+            shutil.copy(data / name, data / name.replace("valid", "other"))
+    train(data, tmp_path, *options, "--max-update", 8, anew, *(["other"] if anew == "--valid-subset" else []))
+    assert former.read_bytes() == contents and len(list(tmp_path.glob("checkpoint.best_*"))) == 2
 
 
 def test_on_a_cpu_no_gpu_is_asked_for(data, tmp_path, monkeypatch):

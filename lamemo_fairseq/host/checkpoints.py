@@ -347,29 +347,38 @@ def keep_due_checkpoint(cfg: Any, saved: str, due: Optional[str]) -> None:
 
 
 def spare_former(trainer: Any, epoch: int) -> None:
-    """Let no option remove checkpoints of updates or epochs that this run has yet to reach, until it writes them.
+    """Let no option remove checkpoints that are not of this run's past, until it writes some of the same names.
 
-    They are of a run that ``--reset-optimizer`` or ``--restore-file`` has begun anew. ``--keep-interval-updates`` and
-    ``--keep-last-epochs`` keep the highest numbers: they would keep those files, and remove each one of this run.
+    They are of a run before, which ``--reset-optimizer`` or ``--restore-file`` has begun anew. Of all files together,
+    ``--keep-interval-updates`` and ``--keep-last-epochs`` keep the highest numbers, and would remove each new file.
+    ``--keep-best-checkpoints`` would compare values of other validations, if the best value so far is forgotten.
 
     Args:
         trainer: a `SegmentTrainer` that has loaded its checkpoint.
         epoch: the one that it trains on next.
     """
-    options, updates = trainer.cfg.checkpoint, trainer.get_num_updates()
+    options, updates, suffix = trainer.cfg.checkpoint, trainer.get_num_updates(), re.escape(trainer.checkpoint_suffix)
     _spared.clear()
     _spared.add(os.path.realpath(options.restore_file))  # every start begins with it
     if not (trainer.should_save_checkpoint_on_current_rank and os.path.isdir(options.save_dir)):
         return
-    form = re.compile(rf"checkpoint(?:(\d+)|_\d+_(\d+)){re.escape(trainer.checkpoint_suffix)}\.pt")
-    matches = filter(None, map(form.fullmatch, sorted(os.listdir(options.save_dir))))
-    later = [m[0] for m in matches if (int(m[1]) >= epoch if m[1] else int(m[2]) > updates)]
-    _spared.update(os.path.realpath(os.path.join(options.save_dir, name)) for name in later)
-    if later and max(options.keep_interval_updates, options.keep_last_epochs) > 0:
+    numbered = re.compile(rf"checkpoint(?:(\d+)|_\d+_(\d+)){suffix}\.pt")
+    best = re.compile(rf"checkpoint\.best_.*{suffix}\.pt")
+    forgotten = not hasattr(checkpoint_utils.save_checkpoint, "best")
+
+    def is_former(name: str) -> bool:
+        number = numbered.fullmatch(name)
+        if number is None:
+            return forgotten and best.fullmatch(name) is not None
+        return int(number[1]) >= epoch if number[1] else int(number[2]) > updates
+
+    former = sorted(filter(is_former, os.listdir(options.save_dir)))
+    _spared.update(os.path.realpath(os.path.join(options.save_dir, name)) for name in former)
+    if former and max(options.keep_interval_updates, options.keep_last_epochs, options.keep_best_checkpoints) > 0:
         logger.warning(
-            "--save-dir %s holds %s%s, of updates or epochs yet to reach: this run replaces those of the same names, "
-            "and --keep-interval-updates and --keep-last-epochs count and remove no others. Remove or move them",
+            "--save-dir %s holds %s%s, of a run before or of updates yet to reach: this run replaces those of the same "
+            "names, and no --keep-... option counts or removes the others. Remove or move them",
             options.save_dir,
-            later[0],
-            f" and {len(later) - 1} more" if later[1:] else "",
+            former[0],
+            f" and {len(former) - 1} more" if former[1:] else "",
         )
