@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lamemo_fairseq.core.text.coders import SPACE
+from lamemo_fairseq.core.text.coders import DIGITS, SPACE
 from lamemo_fairseq.core.text.encoding import MARK
 
 from .files import Span
@@ -257,5 +257,4 @@ _LETTERS = " abcdefghijklmnopqrstuvwxyz"
 _LETTER_IDS = np.full(256, len(_LETTERS), dtype=np.uint8)
 _LETTER_IDS[np.frombuffer(_LETTERS.encode(), dtype=np.uint8)] = np.arange(len(_LETTERS))
 _SMALL = bytes(ord(chr(b).lower()) if chr(b).isascii() and chr(b).isalpha() else ord(" ") for b in range(256))
-_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-_DIGITS = {b"%d" % value: b" %s " % name.encode() for value, name in enumerate(_NAMES)}
+_DIGITS = {b"%d" % value: b" %s " % name.encode() for value, name in enumerate(DIGITS)}

@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
+from lamemo_fairseq.core.text.coders import WORD
+
 Encoder = Callable[[str], str]
 
 
@@ -26,9 +28,6 @@ class Options(Protocol):
 
 
 MakeEncoder = Callable[[Options], Encoder]
-
-# Words with an apostrophe inside, numbers, and any other mark by itself.
-WORD = r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?|\d+|[^\w\s]"
 
 
 def _as_it_is(line: str) -> str:

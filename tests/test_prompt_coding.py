@@ -23,7 +23,6 @@ from lamemo_fairseq.generation.lines import encode_prompts
 from lamemo_fairseq.lm_eval.answers import Answers
 from lamemo_fairseq.models.language_models import TransformerXLLanguageModel
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingConfig, SegmentLanguageModelingTask
-from preprocess import words as preprocess_words
 from preprocess.tokenization import LineTokenizer, NormalizedLetterTokenizer
 
 from .helpers import TASK, dictionary_of, run_command
@@ -138,10 +137,6 @@ def test_paragraphs_are_lines_where_they_were(text, tmp_path, caplog):
     (ids,) = encode_prompts([text], encode, dictionary, task.coding, by_word=False)
     assert ids.tolist() == [*found.tolist(), dictionary.eos()] and task.coding.line_end == "\n\n"
     assert not caplog.text
-
-
-def test_what_is_repeated_here_is_as_in_preprocess():
-    assert text_coders.WORD == preprocess_words.WORD
 
 
 @pytest.mark.parametrize(

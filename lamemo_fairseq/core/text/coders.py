@@ -6,7 +6,8 @@ from typing import Callable, Dict, Optional, Protocol, Sequence
 
 from .encoding import CODES, MODEL, TextEncoding
 
-WORD = r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?|\d+|[^\w\s]"  # as in `preprocess.words`
+# Words with an apostrophe inside, numbers, and any other mark by itself.
+WORD = r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?|\d+|[^\w\s]"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a space in tokens
 _PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
