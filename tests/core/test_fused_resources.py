@@ -4,7 +4,7 @@ from .resources import usages, used
 
 KERNELS = ("forward_kernel", "row_kernel", "key_kernel", "query_kernel")
 POSITION_KERNELS = ("position_kernel", "table_kernel", "class_sum_kernel")
-OTHERS = ("store_kernel", "group_kernel", "candidate_kernel", "retrieval_kernel")
+OTHERS = ("store_kernel", "group_kernel", "best_group_kernel", "candidate_kernel", "retrieval_kernel")
 
 
 def compile_all(head: int, dtype: str) -> dict:
@@ -14,11 +14,14 @@ def compile_all(head: int, dtype: str) -> dict:
 
     from lamemo_fairseq.core.attention.fused import kernels, position_kernels, tiles
     from lamemo_fairseq.core.memory.memorizing import kernel as memorizing
+    from lamemo_fairseq.core.memory.memorizing import retrieval
 
     block = max(16, triton.next_power_of_2(head))
     chosen = tiles.tiles_for(head, {"fp32": torch.float32}.get(dtype, torch.bfloat16))
     tile_of = {f"{name}_kernel": tile for name, tile in chosen._asdict().items()} | {
-        "store_kernel": chosen.key if dtype == "fp32" else chosen.query
+        "store_kernel": chosen.key if dtype == "fp32" else chosen.query,
+        "best_group_kernel": tiles.Tile(0, 0, 1, 2),
+        "candidate_kernel": tiles.Tile(0, 0, 1, 2),
     }
     flags = dict.fromkeys(("CONTENT", "POSITION", "STORED", "TABLE"), True)
     flags |= dict.fromkeys(("FIRST", "DROPOUT", "CHUNKED", "ADD", "LEARNED", "MASKED", "BACKWARD"), False)
@@ -47,15 +50,17 @@ def compile_all(head: int, dtype: str) -> dict:
             "BLOCK_K": tile.keys,
             "BLOCK_U": 16,
             "COUNT": 32,
+            "PARTS": 32,
             "BLOCK_C": 32,
-            "SIZE": 16,
+            "SIZE": 8,
+            "BLOCK": retrieval.MAXIMA if name == "best_group_kernel" else retrieval.CANDIDATES,
             **flags,
         }
         constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
         kinds = {n: f"*{dtype}" for n in kernel.arg_names if n.startswith("p_")}
-        kinds |= dict.fromkeys(single, "*fp32") | {"p_first": "*i32", "p_seed": "*i32", "p_groups": "*i64"}
-        if name == "retrieval_kernel":
-            kinds["p_rows"] = "*i64"
+        kinds |= dict.fromkeys(single, "*fp32") | {"p_first": "*i32", "p_seed": "*i32", "p_groups": "*i32"}
+        if name in ("candidate_kernel", "retrieval_kernel"):
+            kinds["p_rows"] = "*i32"
         kinds |= dict.fromkeys(("scale", "dropout", "eps"), "fp32")
         # Pointers and strides are multiples of 16, but for those of position scores, which count vectors of 8 elements.
         scores = {"s_pc", "s_ph", "s_pr", "s_pi", "s_pb"}

@@ -206,8 +206,8 @@ def test_products_are_compared_in_single_precision():
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(6, torch.float32), (5, torch.float16)])
-@pytest.mark.parametrize(("rows", "count"), [(200, 5), (93, 3), (40, 33)])
-def test_retrieval_by_kernels(rows, count, size, dtype):
+@pytest.mark.parametrize(("rows", "count"), [(200, 5), (93, 3), (40, 33), (1030, 2), (75, 17)])
+def test_retrieval_by_kernels(rows, count, size, dtype, monkeypatch):
     """The same rows, ties included, the same read-outs and gradients; few groups of keys are left to `search`."""
     retrieval = pytest.importorskip("lamemo_fairseq.core.memory.memorizing.retrieval", reason="the kernels need Triton")
     generator = torch.Generator().manual_seed(0)
@@ -219,7 +219,11 @@ def test_retrieval_by_kernels(rows, count, size, dtype):
     keys[:, :, rows // 2 :] = keys[:, :, : -(-rows // 2)][:, :, : rows - rows // 2]  # every key twice
     expected = search.nearest(q, keys, None, count)
     if rows > 2 * count:
-        assert torch.equal(retrieval.nearest(q, keys, count), expected)
+        found = retrieval.nearest(q, keys, count)
+        assert found.tolist() == expected.sort(-1).values.tolist()
+        with monkeypatch.context() as patch:
+            patch.setattr(search, "AT_ONCE", 100)  # a stream and some queries at a time
+            assert torch.equal(retrieval.nearest(q, keys, count), found)
     results = []
     for owner, exact in ((retrieval, dtype), (eager, torch.float64)):
         inputs = q.to(exact).requires_grad_()
@@ -227,6 +231,19 @@ def test_retrieval_by_kernels(rows, count, size, dtype):
         results.append([*found, *torch.autograd.grad(found.output, inputs, grad.to(exact))])
     for found, exact in zip(*results, strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=60 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("finite", [0, 3, 40])
+def test_maxima_that_are_no_numbers_choose_groups_once(finite):
+    """Other groups would be written beyond the end of a row. A GPU's NaN has all bits but the sign."""
+    retrieval = pytest.importorskip("lamemo_fairseq.core.memory.memorizing.retrieval", reason="the kernels need Triton")
+    best = torch.full((2, 50), 2**31 - 1, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    best[:, :finite] = torch.arange(finite, device=DEVICE)
+    assert best.isnan().sum() == 2 * (50 - finite)
+    chosen = torch.full((2, 5), -1, dtype=torch.int32, device=DEVICE)
+    counts = {"COUNT": 5, "PARTS": 8}
+    retrieval.kernel.best_group_kernel[(2,)](best, chosen, 50, **counts, **retrieval._block(50, 1024))
+    assert chosen.tolist() == [list(range(finite, finite + 5))] * 2
 
 
 def test_a_store_may_be_wider_than_its_heads():

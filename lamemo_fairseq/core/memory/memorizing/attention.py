@@ -98,8 +98,7 @@ class StoreSelfAttention(SelfAttention):
         """Mix the read-outs of queries ``[B, H, Q, D or D']`` from their segment with those from the store."""
         width = min(q.size(-1), store.keys.size(-1))  # zeros behind the heads of one alone have no use
         store = store._replace(keys=store.keys[..., :width], values=store.values[..., :width])
-        rows = store.keys.size(2)
-        read = in_blocks(q[..., :width], rows, lambda some, streams: self.retrieve(some, store.of(streams)))
+        read = self.retrieve(q[..., :width], store)
         share = self.share(attended, read, store).to(q.dtype)
         return torch.lerp(attended.output, as_wide(q, read.output), share)
 
@@ -160,6 +159,9 @@ class DenseSelfAttention(StoreSelfAttention):
         return store_attention(self.config.backend, q, k, v, *stored, self._dropout, self.scale).output
 
     def retrieve(self, q: Tensor, store: Store) -> Attended:
+        return in_blocks(q, store.keys.size(2), lambda some, streams: self._retrieve(some, store.of(streams)))
+
+    def _retrieve(self, q: Tensor, store: Store) -> Attended:
         hidden = None if store.hidden is None else store.hidden[:, None, None]
         weights, normalizer = eager.weights_of(q @ store.keys.transpose(-1, -2), hidden, self.scale)
         return Attended(weights.to(store.values.dtype) @ store.values, normalizer)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...attention import Attended, RelativeBias
 from ...attention.eager import causal_attention, softmax_and_normalizer
 from ...attention.padding import as_wide
-from .search import nearest
+from .search import in_blocks, nearest
 
 
 def store_attention(
@@ -53,6 +53,15 @@ def retrieved_attention(
         count: k, at most m.
         scale: of the scores.
     """
+
+    def read(some: Tensor, streams: slice) -> Attended:
+        unread = None if hidden is None else hidden[streams]
+        return _retrieved(some, keys[streams], values[streams], unread, count, scale)
+
+    return in_blocks(q, keys.size(2), read)
+
+
+def _retrieved(q: Tensor, keys: Tensor, values: Tensor, hidden: Optional[Tensor], count: int, scale: float) -> Attended:
     rows = nearest(q, keys, hidden, count)
     taken_keys, taken_values = (_taken(stored, rows) for stored in (keys, values))
     scores = (taken_keys @ q.unsqueeze(-1)).squeeze(-1)

@@ -87,28 +87,61 @@ def group_kernel(
 
 
 @triton.jit
+def first_of(b_x, COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Find the COUNT largest of a row, of equal ones the first: return whether each is one, and its place among these.
+
+    Bisection finds a bound that COUNT numbers reach, or the one that the last of them are equal to. It begins with the
+    smallest one of the maxima of PARTS >= COUNT parts of the row.
+    """
+    bits = tl.where(b_x != b_x, float("inf"), b_x).to(tl.int32, bitcast=True)  # NaN has bits beyond all others
+    b_key = (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)  # in the same order
+    maxima = tl.max(tl.reshape(b_key, [PARTS, BLOCK // PARTS]), 1)
+    low, high = tl.min(maxima, 0), tl.max(maxima, 0) + 1
+    reached = tl.sum((b_key >= low).to(tl.int32), 0)  # numbers that reach low: COUNT or more; fewer reach high
+    while (reached != COUNT) & (high - low > 1):
+        middle = low + ((high - low) >> 1)
+        count = tl.sum((b_key >= middle).to(tl.int32), 0)
+        low, high = tl.where(count >= COUNT, middle, low), tl.where(count >= COUNT, high, middle)
+        reached = tl.where(count >= COUNT, count, reached)
+    above, last = b_key >= high, (b_key >= low) & (b_key < high)
+    free = COUNT - tl.sum(above.to(tl.int32), 0)
+    taken = above | (last & (tl.cumsum(last.to(tl.int32), 0) <= free))
+    return taken, tl.cumsum(taken.to(tl.int32), 0) - 1
+
+
+@triton.jit
+def best_group_kernel(p_best, p_groups, G, COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the COUNT groups of a query with the largest maxima, the oldest first."""
+    row, g = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    b_best = tl.load(p_best + row * G + g, g < G, other=-float("inf"))
+    taken, place = first_of(b_best, COUNT, PARTS, BLOCK)
+    tl.store(p_groups + row * COUNT + place, g, taken)
+
+
+@triton.jit
 def candidate_kernel(
-    p_q, p_k, p_groups, p_scores,
+    p_q, p_k, p_groups, p_rows,
     s_qb, s_qh, s_qi, s_kb, s_kh, s_kj,
     H, Q, K,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
+    D: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the products of each query with the keys of its COUNT groups, minus infinity behind the last key."""
+    """Write the COUNT keys with the largest products with a query, of those in its COUNT groups, the oldest first."""
     b, h = stream_and_head(H)
-    i, d = tl.program_id(0), tl.arange(0, BLOCK_D)
-    m_d = d < D
-    b_q = tl.load(p_q + b * s_qb + h * s_qh + i * s_qi + d, m_d, other=0.0).to(tl.float32)
-    p_k += b * s_kb + h * s_kh
-    row = (b * H + h) * Q + i
-    for start in range(0, COUNT * SIZE, BLOCK_K):
-        c = start + tl.arange(0, BLOCK_K)
-        m_c = c < COUNT * SIZE
-        j = tl.load(p_groups + row * COUNT + c // SIZE, m_c, other=0) * SIZE + c % SIZE
-        m_j = m_c & (j < K)
-        # [BLOCK_K, BLOCK_D]
-        b_k = tl.load(p_k + j[:, None] * s_kj + d[None, :], m_j[:, None] & m_d[None, :], other=0.0)
-        b_s = tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)
-        tl.store(p_scores + row * COUNT * SIZE + c, tl.where(m_j, b_s, -float("inf")), m_c)
+    i, c, d = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, 8)
+    row, m_c = (b * H + h) * Q + i, c < COUNT * SIZE
+    j = tl.load(p_groups + row * COUNT + c // SIZE, m_c, other=0) * SIZE + c % SIZE
+    m_j = m_c & (j < K)
+    p_q += b * s_qb + h * s_qh + i * s_qi
+    p_k += b * s_kb + h * s_kh + j[:, None].to(tl.int64) * s_kj
+    b_s = tl.zeros([BLOCK], tl.float32)
+    for d0 in range(0, D, 8):  # 16 bytes in half precision
+        m_d = d0 + d < D
+        b_q = tl.load(p_q + d0 + d, m_d, other=0.0).to(tl.float32)
+        # [BLOCK, 8]
+        b_k = tl.load(p_k + d0 + d[None, :], m_j[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        b_s += tl.sum(b_k * b_q[None, :], 1)
+    taken, place = first_of(tl.where(m_j, b_s, -float("inf")), COUNT, PARTS, BLOCK)
+    tl.store(p_rows + row * COUNT + place, j, taken)
 
 
 @triton.jit
@@ -126,7 +159,7 @@ def retrieval_kernel(
     i, d, c = tl.program_id(0), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     m_d, m_c = d < D, c < COUNT
     row = (b * H + h) * Q + i
-    j = tl.load(p_rows + row * COUNT + c, m_c, other=0)
+    j = tl.load(p_rows + row * COUNT + c, m_c, other=0).to(tl.int64)
     m_k = m_c[:, None] & m_d[None, :]
     # [BLOCK_C, BLOCK_D]
     b_k = tl.load(p_k + b * s_kb + h * s_kh + j[:, None] * s_kj + d[None, :], m_k, other=0.0).to(tl.float32)

@@ -5,7 +5,7 @@ No product of a query and a key is stored but those of the groups that may have 
 Shapes: B streams, H heads, Q queries, m stored rows, k retrieved rows, D size of a head, G groups of keys.
 """
 
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 import triton
@@ -18,16 +18,18 @@ from ...kernels.autograd import Context, Function
 from ...kernels.rows import heads_like
 from ...kernels.shared_kernels import block_of
 from . import eager, kernel
-from .search import first, group_size
+from .search import blocks, group_size
 
 LARGEST_COUNT = 128  # rows of one query in registers
+LARGEST_WIDTH, LARGEST_GROUPS = 32, 1 << 15  # keys of a group; groups, whose maxima for a query are in registers
+MAXIMA, CANDIDATES = 1024, 256  # of a query, in the registers of a warp
 
 
 def retrieved_attention(
     q: Tensor, keys: Tensor, values: Tensor, hidden: Optional[Tensor], count: int, scale: float
 ) -> Attended:
     """Attend as `eager.retrieved_attention` does; it does so itself where keys are hidden or few, or k is large."""
-    if hidden is not None or count > LARGEST_COUNT or group_size(keys.size(2), count) <= 2:
+    if hidden is not None or count > LARGEST_COUNT or not _width(keys.size(2), count):
         return eager.retrieved_attention(q, keys, values, hidden, count, scale)
     q, keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, keys.to(q), values.to(q)))
     output, normalizer = _Retrieval.apply(q, keys, values, nearest(q.detach(), keys, count), scale)
@@ -35,29 +37,56 @@ def retrieved_attention(
 
 
 def nearest(q: Tensor, keys: Tensor, count: int) -> Tensor:
-    """Return rows ``[B, H, Q, k]`` as `search.nearest` does, of queries ``[B, H, Q, D]`` and keys ``[B, H, m, D]``.
+    """Return rows ``[B, H, Q, k]``, int32, of queries ``[B, H, Q, D]`` and keys ``[B, H, m, D]``.
 
-    Products are summed in float32.
+    They are those of `search.nearest`, but the oldest come first. Products are summed in float32.
     """
+    batch, heads, queries, _ = q.shape
+    parts = list(blocks(batch, heads, queries, triton.cdiv(keys.size(2), _width(keys.size(2), count)), 0))
+    if len(parts) == 1:
+        return _nearest(q, keys, count)
+    rows = q.new_empty(batch, heads, queries, count, dtype=torch.int32)
+    for streams, some in parts:  # as their maxima are too many for one
+        rows[streams, :, some] = _nearest(q[streams, :, some], keys[streams], count)
+    return rows
+
+
+def _nearest(q: Tensor, keys: Tensor, count: int) -> Tensor:
     (batch, heads, queries, size), rows = q.shape, keys.size(2)
     tile = tiles_for(size, q.dtype).query
-    width, block = min(group_size(rows, count), tile.keys), block_of(size)
+    width = _width(rows, count)
     groups = triton.cdiv(rows, width)
     strides, sizes = (*q.stride()[:3], *keys.stride()[:3]), {"H": heads, "Q": queries, "K": rows}
     best = q.new_empty(batch, heads, queries, groups, dtype=torch.float32)
     kernel.group_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
         q, keys, best, *strides, **sizes, G=groups,
-        D=size, BLOCK_D=block, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
+        D=size, BLOCK_D=block_of(size), BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", SIZE=width, **tile.options(),
     )  # fmt: skip
-    chosen = first(best, count).sort(-1).values
-    scores = q.new_empty(batch, heads, queries, count * width, dtype=torch.float32)
+    chosen, found = (q.new_empty(batch, heads, queries, count, dtype=torch.int32) for _ in range(2))
+    counts = {"COUNT": count, "PARTS": triton.next_power_of_2(count)}
+    kernel.best_group_kernel[(batch * heads * queries,)](best, chosen, groups, **counts, **_block(groups, MAXIMA))
     kernel.candidate_kernel[(queries, batch * heads)](
-        q, keys, chosen, scores, *strides, **sizes,
-        D=size, BLOCK_D=block, BLOCK_K=64, COUNT=count, SIZE=width,
-    )  # fmt: skip
-    found = first(scores, count)
-    return chosen.gather(-1, found // width) * width + found % width
+        q, keys, chosen, found, *strides, **sizes, D=size, **counts, SIZE=width, **_block(count * width, CANDIDATES)
+    )
+    return found
+
+
+def _width(rows: int, count: int) -> int:
+    """Return the keys of a group, 0 if there are too few or too many keys for groups.
+
+    The groups are smaller than those of `search.group_size`: a candidate costs more than a maximum here, as all of its
+    key is read again.
+    """
+    if not 2 * count < rows <= LARGEST_WIDTH * LARGEST_GROUPS:
+        return 0
+    return min(max(2, group_size(rows, 4 * count)), LARGEST_WIDTH)
+
+
+def _block(columns: int, per_warp: int) -> Dict[str, int]:
+    """Return the block of a program that has a row in registers: in one warp if possible, which needs no barrier."""
+    block = block_of(columns)
+    return {"BLOCK": block, "num_warps": max(1, block // per_warp)}
 
 
 class _RetrievalContext(Context):
