@@ -211,16 +211,16 @@ def test_an_empty_file_is_said_to_be_empty(tmp_path):
 
 
 def test_documents_of_training_are_named_if_eval_lm_reads_one_text(data, run, tmp_path, caplog):
+    """Those of any model, of several."""
     for documents in ("none", "recorded"):
         state = torch.load(run / "checkpoint_last.pt", weights_only=False)
         state["cfg"]["task"]["documents"] = documents
-        torch.save(state, tmp_path / "model.pt")
+        torch.save(state, tmp_path / f"{documents}.pt")
+    for names in (["none"], ["recorded"], ["recorded", "none"]):
+        paths = ":".join(str(tmp_path / f"{name}.pt") for name in names)
         caplog.clear()
-        run_command(
-            eval_lm.cli_main,
-            *[data, *TASK, "--path", tmp_path / "model.pt", "--gen-subset", "valid", "--num-workers", 0],
-        )
-        assert ("trained with --documents recorded, but without" in caplog.text) == (documents == "recorded")
+        run_command(eval_lm.cli_main, data, *TASK, "--path", paths, "--gen-subset", "valid", "--num-workers", 0)
+        assert ("trained with --documents recorded, but without" in caplog.text) == ("recorded" in names)
 
 
 def test_a_full_disk_leaves_the_former_checkpoint(data, run, tmp_path):

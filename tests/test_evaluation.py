@@ -169,6 +169,14 @@ def test_several_models_are_averaged_and_scores_are_made_in_parts(options, at_on
     assert count == 11 and found == pytest.approx(expected / count, rel=1e-9)
 
 
+def test_models_of_other_segment_lengths_are_refused():
+    """The first one's segments would be read by all, and the loss would depend on the order of the models."""
+    [one], [other] = models_of(1, tokens_per_sample=3), models_of(1, tokens_per_sample=6)
+    for models in ([one, other], [other, one]):
+        with pytest.raises(ValueError, match=r"trained with --tokens-per-sample 3 and 6: pass --tokens-per-sample"):
+            evaluate(models, dictionary_of(10), batches_of_ten([[4, 5, 2]]))
+
+
 @pytest.mark.parametrize("options", [{}, {"adaptive_softmax_cutoff": "4,7"}], ids=["full", "adaptive"])
 def test_a_rank_scores_nothing_once_its_streams_have_ended(options):
     """Of seven tokens in segments of three, the second of two ranks has no token of the second segment."""

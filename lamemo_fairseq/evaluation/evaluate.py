@@ -85,9 +85,11 @@ def evaluate(
         The ``loss`` in bits, the ``perplexity``, which is 2 to its power, and the `report`.
 
     Raises:
-        ValueError: the value of an option makes no sense, or nothing was scored.
+        ValueError: the value of an option makes no sense, models divide a text into segments of other lengths, or
+            nothing was scored.
         DivergenceError: a token has no probability.
     """
+    _check_lengths(models)
     device = next(models[0].parameters()).device if device is None else device
     units = WordUnits.of(post_process, dictionary).to(device)
     original = Original.of(split)
@@ -116,6 +118,16 @@ def evaluate(
     if is_first_rank():
         logger.info("Units: %s", sentence(reported))
     return {"loss": totals.bits(totals.words), "perplexity": totals.perplexity(totals.words), **reported}
+
+
+def _check_lengths(models: List[Any]) -> None:
+    """Refuse models that would read each other's segments, with a loss that depends on their order."""
+    lengths = sorted({model.decoder.segment_length for model in models})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the models of --path were trained with --tokens-per-sample {' and '.join(map(str, lengths))}: pass "
+            "--tokens-per-sample, the length of the segments that all of them read"
+        )
 
 
 class ScoredSegment(NamedTuple):

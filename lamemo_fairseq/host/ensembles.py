@@ -25,7 +25,7 @@ def load_model_ensemble_and_task(
     """
     if not (isinstance(task, OwnTask) or expects_ours()):
         return original(filenames, arg_overrides, task, *args, **kwargs)
-    evaluated, models = task, []
+    evaluated, models, documents = task, [], []
     with opening():
         for path in [path for name in filenames for path in utils.split_paths(name)]:
             try:
@@ -35,6 +35,7 @@ def load_model_ensemble_and_task(
                     raise
                 raise ValueError(f"{path}: {error}") from error
             models += loaded
+            documents.append(str(cfg.task.documents))
     if evaluated is not None:
-        evaluated.trained_documents = str(cfg.task.documents)
+        evaluated.trained_documents = next((d for d in documents if d != "none"), "none")
     return models, cfg, task
