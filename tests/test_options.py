@@ -295,12 +295,33 @@ def test_a_refused_option_may_have_its_default_value():
         "averages that are not kept": (["--ema-decay", 0.9], "--ema-decay is ignored: without --store-ema"),
         "a scale of nothing": (["--fp16-init-scale", 4], "--fp16-init-scale is ignored: without --fp16 or --amp"),
         "the best of nothing": (["--disable-validation", "--patience", 3], "--patience is ignored: with --disable-val"),
+        "a best one that is not saved": (
+            ["--validate-interval-updates", 10, "--save-interval-updates", 4],
+            "--validate-interval-updates: checkpoint_best.pt is the best of those models that are saved, and a better",
+        ),
+        "a best epoch that is not saved": (
+            ["--save-interval", 2],
+            "--save-interval: checkpoint_best.pt is the best of",
+        ),
         "no end": ([], "neither --max-update nor --max-epoch is given"),
     }.values(),
 )
 def test_options_that_depend_on_others_are_told(words, warning, caplog):
     start_training(*words)
     assert warning in caplog.text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--validate-interval-updates", 10, "--save-interval-updates", 5],
+        ["--validate-interval", 4, "--save-interval", 2],
+        ["--save-interval", 2, "--no-save"],
+    ],
+)
+def test_validations_that_come_with_saves_are_not_told(words, caplog):
+    start_training(*words)
+    assert "checkpoint_best.pt" not in caplog.text
 
 
 @pytest.mark.parametrize(

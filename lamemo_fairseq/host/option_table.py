@@ -22,6 +22,7 @@ from .option_rules import (
     TRAIN,
     TRAINING,
     VALIDATE,
+    Condition,
     Rule,
     Settings,
     is_one,
@@ -36,6 +37,17 @@ from .option_rules import (
 def _no_fused_kernels(settings: Settings) -> bool:
     q = torch.empty(1, 1, 1, 1)
     return str(settings.get("attention_backend")) == "fused" and on_cpu(settings) and why_not_fused(q) is not None
+
+
+def _between_saves(validations: str, saves: str) -> Condition:
+    """Hold if some validations come without a save, by the intervals of both."""
+
+    def applies(settings: Settings) -> bool:
+        every, saved = int(settings.get(validations) or 0), int(settings.get(saves) or 0)
+        kept = without("no_save", "disable_validation")(settings)
+        return kept and every > 0 and (saved == 0 or every % saved > 0)
+
+    return applies
 
 
 _RULES = [
@@ -249,6 +261,22 @@ _RULES = [
         "max_valid_steps",
         TRAINING,
         "fairseq evaluates one batch more than it says, and streams then end before the split does",
+    ),
+    rule(
+        NOTED,
+        "validate_interval_updates",
+        TRAINING,
+        "checkpoint_best.pt is the best of those models that are saved, and a better one in between is lost; pass "
+        "--save-interval-updates with the same number",
+        _between_saves("validate_interval_updates", "save_interval_updates"),
+    ),
+    rule(
+        NOTED,
+        "save_interval",
+        TRAINING,
+        "checkpoint_best.pt is the best of those models that are saved, and a better one in between is lost; pass "
+        "--validate-interval with the same number",
+        _between_saves("validate_interval", "save_interval"),
     ),
     rule(
         NOTED,
