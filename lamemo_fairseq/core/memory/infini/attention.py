@@ -13,6 +13,7 @@ from ...attention.padding import as_wide
 from ...kernels.padded import WideRows
 from ...layers import AttentionConfig, SelfAttention
 from ...positions import LayerBias
+from . import fused
 from .options import InfiniOptions
 
 EPS = 1e-6  # of the read-out's denominator
@@ -64,6 +65,9 @@ class InfiniSelfAttention(SelfAttention):
         Returns:
             As *local*.
         """
+        if fused.takes(q, past.matrix):
+            gate = (self.memory_gate.to(past.matrix.dtype) * self.gate_unit).sigmoid() * past.written
+            return fused.mixed(q, local, past.matrix, past.normalizer, gate, EPS)
         with torch.autocast(q.device.type, enabled=False):
             wide = past._replace(matrix=as_wide(local, past.matrix))
             read_out = _read(self._features(q, past), wide)
@@ -86,19 +90,28 @@ class InfiniSelfAttention(SelfAttention):
         Returns:
             The associations before each segment, of B k entries, and those after the last ones.
         """
-        with torch.autocast(k.device.type, enabled=False):
-            keys, values = self._features(k, past), v[..., : self.config.head_dim].to(past.matrix.dtype)
-            by_segment = len(past.written), -1
-            written = [past]
-            if self.delta:
-                for key, value in zip(*(t.unflatten(0, by_segment).unbind(1) for t in (keys, values)), strict=True):
+        by_segment, written = (len(past.written), -1), [past]
+        if self.delta:
+            with torch.autocast(k.device.type, enabled=False):
+                segments = (t.unflatten(0, by_segment).unbind(1) for t in self._key_values(past, k, v))
+                for key, value in zip(*segments, strict=True):
                     new = value - _read(key, written[-1])
                     written.append(_added(written[-1], key.transpose(-1, -2) @ new, key.sum(-2)))
-            else:
-                matrices, sums = (keys.transpose(-1, -2) @ values).unflatten(0, by_segment), keys.sum(-2)
-                for added in zip(matrices.unbind(1), sums.unflatten(0, by_segment).unbind(1), strict=True):
-                    written.append(_added(written[-1], *added))
-            return _interleaved(written[:-1]), written[-1]
+        else:
+            for added in zip(*(t.unflatten(0, by_segment).unbind(1) for t in self._sums(past, k, v)), strict=True):
+                written.append(_added(written[-1], *added))
+        return _interleaved(written[:-1]), written[-1]
+
+    def _sums(self, past: Associations, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
+        """Return ``sigma(K)^T V`` and ``sum sigma(K)`` of each segment, as precise as *past*."""
+        if fused.takes(k, past.matrix):
+            return fused.segment_sums(k, v, self.config.head_dim)
+        with torch.autocast(k.device.type, enabled=False):
+            keys, values = self._key_values(past, k, v)
+            return keys.transpose(-1, -2) @ values, keys.sum(-2)
+
+    def _key_values(self, past: Associations, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
+        return self._features(k, past), v[..., : self.config.head_dim].to(past.matrix.dtype)
 
     def _features(self, heads: Tensor, past: Associations) -> Tensor:
         """Return ``sigma(x) = ELU(x) + 1`` of heads ``[B, H, N, D or D']``: ``[B, H, N, D]`` in the dtype of *past*."""
