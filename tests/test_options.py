@@ -216,6 +216,19 @@ WRONG = {
     "parts of nothing": (["--lr-scheduler", "tri_stage", "--phase-ratio", "(0.1,0.4,0.5)"], "pass --max-update"),
     "triangular": (["--lr-scheduler", "triangular"], "--max-lr is not given"),
     "a peak below the base": (["--lr-scheduler", "triangular", "--max-lr", 1e-4], "pass --max-lr, a rate above --lr"),
+    "a fall from nowhere": (["--lr-scheduler", "inverse_sqrt", "--warmup-updates", 0], "pass --warmup-updates above 0"),
+    "half the memory for float32": (
+        ["--memory-efficient-bf16", "--optimizer", "sgd", "--lr", 1e-3],
+        "--memory-efficient-bf16 is refused: --optimizer sgd .*pass --bf16, or another optimizer such as adam",
+    ),
+    "a rate beside another": (
+        ["--optimizer", "adafactor", "--lr", 1e-3, "--relative-step"],
+        "--relative-step is refused: it chooses the learning rate in place of --lr, .*leave it out",
+    ),
+    "a first rate beside another": (
+        ["--optimizer", "adafactor", "--lr", 1e-3, "--warmup-init"],
+        "--warmup-init is ref",
+    ),
     "pass_through": (["--lr-scheduler", "pass_through"], "is for --optimizer composite"),
     "a plateau of nothing": (["--lr-scheduler", "reduce_lr_on_plateau", "--disable-validation"], "leave out --disable"),
 }
@@ -244,7 +257,9 @@ def test_choices_that_are_not_made():
     with pytest.raises(ValueError, match=r"no --batch-size: pass the number of streams"):
         start_training(streams=None)
     start_training("--max-tokens", 64, streams=None)
-    start_training(optimizer=("adafactor", None))
+    with pytest.raises(ValueError, match=r"no --lr: pass one"):
+        start_training(optimizer=("adafactor", None))
+    start_training(optimizer=("adadelta", None))
 
 
 def test_a_validation_needs_a_number_of_streams():
@@ -309,6 +324,18 @@ def test_a_refused_option_may_have_its_default_value():
 def test_options_that_depend_on_others_are_told(words, warning, caplog):
     start_training(*words)
     assert warning in caplog.text
+
+
+def test_a_product_of_all_scales_is_told(caplog):
+    start_training("--scale-parameter", "--max-update", 1, optimizer=("adafactor", 1e-3))
+    assert "--scale-parameter: fairseq multiplies the learning rate by the scale of each parameter in" in caplog.text
+
+
+def test_a_window_that_fairseq_asks_for_is_not_ignored(caplog):
+    start_training("--bf16", "--update-freq", "2,4", "--fp16-scale-window", 8, "--max-update", 1)
+    assert not caplog.messages
+    start_training("--bf16", "--fp16-scale-window", 8, "--max-update", 1)
+    assert "--fp16-scale-window is ignored: without --fp16" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,9 @@ def check_split(folder: str, split: str, impl: Optional[str]) -> None:
         check_files(path, impl)
 
 
-_CHOICE = "with --valid-subset, --gen-subset, or none with --disable-validation"  # in fairseq's commands
+_CHOICE = (
+    "with --train-subset, --valid-subset, --gen-subset, or none with --disable-validation"  # in fairseq's commands
+)
 
 
 def paths_of(folder: str, split: str, combine: bool, choice: str = _CHOICE) -> List[str]:

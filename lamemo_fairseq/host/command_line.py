@@ -29,7 +29,7 @@ _MARKS = {
 }
 
 # Optimizers that follow --lr alone.
-_WITH_RATE = ("adam", "adamax", "adagrad", "cpu_adam", "lamb", "nag", "sgd")
+_WITH_RATE = ("adafactor", "adam", "adamax", "adagrad", "cpu_adam", "lamb", "nag", "sgd")
 
 _KINDS = {"int": "a whole number", "float": "a number", "<lambda>": "a number, or several separated by commas"}
 

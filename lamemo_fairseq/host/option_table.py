@@ -97,11 +97,13 @@ _RULES = [
     rule(IGNORED, "fp16_init_scale min_loss_scale", TRAINING, "without --fp16 or --amp", without("fp16", "amp")),
     rule(
         IGNORED,
-        "fp16_scale_window fp16_scale_tolerance threshold_loss_scale",
+        "fp16_scale_window",
         TRAINING,
         "without --fp16",
-        without("fp16"),
+        # With several values of --update-freq fairseq asks for it also with --bf16.
+        lambda s: not (s.get("fp16") or (s.get("bf16") and "," in str(s.get("update_freq")))),
     ),
+    rule(IGNORED, "fp16_scale_tolerance threshold_loss_scale", TRAINING, "without --fp16", without("fp16")),
     rule(IGNORED, "amp_batch_retries", TRAINING, "without --amp", without("amp")),
     rule(IGNORED, "fp16_no_flatten_grads", TRAINING, "without --fp16 or --bf16", without("fp16", "bf16")),
     rule(IGNORED, "on_cpu_convert_precision", TRAINING, "batches are word ids, which have no precision"),

@@ -19,6 +19,7 @@ from ..criterions import FAIRSEQ_CRITERIONS
 from .dataclass_defaults import defaults_of
 from .evaluated_options import check_evaluated
 from .generation_options import check_generation
+from .optimizer_rules import check_optimizer
 from .option_rules import EVALUATION, GENERATE, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings
 from .option_table import rules_for
 from .outputs import check_outputs
@@ -59,6 +60,12 @@ _NEEDS = (
         "cosine",
         _positive("max_update", "lr_period_updates"),
         "pass --max-update, over which the rate falls, or --lr-period-updates",
+    ),
+    Need(
+        "lr_scheduler",
+        "inverse_sqrt",
+        _positive("warmup_updates"),
+        "pass --warmup-updates above 0, from which its fall is counted",
     ),
     Need(
         "lr_scheduler",
@@ -193,6 +200,7 @@ def _check_values(settings: Settings) -> None:
 def _check_choices(settings: Settings) -> None:
     if not settings.get("optimizer"):
         raise ValueError("no --optimizer: pass one, such as --optimizer adam")
+    check_optimizer(settings)
     check_criterion_name(str(settings.get("criterion")))
     for need in _NEEDS:
         if str(settings.get(need.option)) == need.choice and not need.met(settings):
