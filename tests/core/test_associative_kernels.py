@@ -15,8 +15,15 @@ from lamemo_fairseq.core.memory.associative.association import Association, Asso
 from lamemo_fairseq.core.memory.associative.options import AssociativeOptions
 
 from ..gpus import DEVICE
+from .buffers import fill_with_nan
 from .helpers import tiny_decoder
 from .resources import usages, used
+
+
+@pytest.fixture(autouse=True)
+def nan_buffers(monkeypatch):
+    fill_with_nan(monkeypatch)
+
 
 SHAPES = [(2, 5, 16), (3, 1, 1), (1, 2), (7, 3), (2, 33, 96), (1, 40, 64), (5,)]
 

@@ -21,6 +21,7 @@ from lamemo_fairseq.core.memory.lookahead import banded
 
 from ..gpus import DEVICE
 from .attention_cases import CASES, NAMES, Case, computed
+from .buffers import fill_with_nan
 
 GPU = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
@@ -38,16 +39,7 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def nan_buffers(monkeypatch):
-    """A buffer that is not written in full, or read before it is, shows."""
-
-    def filled(allocate, *args, **kwargs):
-        made = allocate(*args, **kwargs)
-        return made.fill_(math.nan) if made.is_floating_point() else made
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        allocate = getattr(owner, name)
-        # A function, not a partial: it has to become a method of Tensor.
-        monkeypatch.setattr(owner, name, lambda *a, _allocate=allocate, **k: filled(_allocate, *a, **k))
+    fill_with_nan(monkeypatch)
 
 
 def run(case, backend, dtype, wrap=lambda t: t, dropout=0.0):
@@ -225,6 +217,28 @@ def test_dropout_of_attention_to_a_store():
     (gradient,) = torch.autograd.grad(read(inputs).square().sum(), inputs)
     ahead, behind = (read((q + sign * 1e-2 * along).float()).square().sum() for sign in (1, -1))
     assert float((gradient * along).sum()) == pytest.approx(float(ahead - behind) / 2e-2, rel=1e-3)
+
+
+def test_attentions_that_share_biases_give_the_sum_of_their_gradients():
+    """The last one has no table, and thus no gradient of the position bias."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 2, 9, 5, generator=generator).to(DEVICE) for _ in range(4))
+    shared = [torch.randn(2, n, 5, generator=generator).squeeze(1).to(DEVICE) for n in (1, 1, 17)]
+    queries = slice(0, 4), slice(4, 6), slice(6, 9)
+    found = []
+    for tensors in ([shared] * 3, [[t.clone() for t in shared] for _ in queries]):
+        biases = [RelativeBias(*(t.requires_grad_() for t in three)) for three in tensors]
+        biases[2] = biases[2]._replace(table=None)
+        attentions = [
+            bands.BandedAttention(own, slice(0, 9), bands.Band(-9, 9, 8 - own.start), bias)
+            for own, bias in zip(queries, biases, strict=True)
+        ]
+        output = function.attend(q, k, v, attentions, 0.0).output
+        inputs = [t for three in tensors for t in three] if tensors[0] is not shared else shared
+        gradients = torch.autograd.grad(output, inputs, grad, allow_unused=True)
+        found.append([sum(g for g in gradients[n::3] if g is not None) for n in range(3)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_of_two_attentions_at_once_is_not_the_same():

@@ -12,8 +12,15 @@ from lamemo_fairseq.core.memory.infini.attention import Associations, InfiniSelf
 from lamemo_fairseq.core.memory.infini.options import InfiniOptions
 
 from ..gpus import DEVICE
+from .buffers import fill_with_nan
 from .helpers import tiny_decoder
 from .resources import usages, used
+
+
+@pytest.fixture(autouse=True)
+def nan_buffers(monkeypatch):
+    fill_with_nan(monkeypatch)
+
 
 B, SEGMENTS, N, H = 2, 3, 7, 2
 WIDTHS = [(5, 8), (8, 8), (41, 48), (3, 3)]  # D and D'

@@ -4,8 +4,9 @@ Shapes: B streams, H heads, R rows, D size of a head.
 """
 
 import math
+from collections import defaultdict
 from dataclasses import replace
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,7 @@ class _AttendContext(Context):
     scale: float
     dropout: float
     seeds: List[Optional[Tensor]]  # by attention
+    first_use: List[int]  # of its content and position bias, by attention
 
 
 class _Attend(Function):
@@ -102,7 +104,7 @@ class _Attend(Function):
         ]
         normalizer = in_order[0] if len(attentions) == 1 else torch.cat(in_order, dim=2)
         ctx.attentions, ctx.scale = [_without_tensors(p) for p in attentions], scale
-        ctx.dropout, ctx.seeds = dropout, own
+        ctx.dropout, ctx.seeds, ctx.first_use = dropout, own, _first_use(grouped(biases))
         # Tensors without gradient are saved too: none of them may change before the backward pass.
         constants = [(p.first, *(p.stored or (None, None))) for p in attentions]
         ctx.save_for_backward(q, k, v, output, *biases, *saved, *(t for three in constants for t in three))
@@ -121,13 +123,14 @@ class _Attend(Function):
         else:
             (dq,), (dk, dv) = heads_like(q), heads_like(k, 2)
         gradients: List[Optional[Tensor]] = []
+        parts: Dict[int, List[Tensor]] = defaultdict(list)  # of content and position bias, by their first attention
         for n, attention in enumerate(ctx.attentions):
             first, stored_output, stored_normalizer = constants[n]
             stored = None if stored_output is None else Attended(stored_output, stored_normalizer)
             queries, keys = attention.queries, attention.keys
             whole = BandedAttention(queries, keys, attention.band, biases[n], first, stored, attention.eps)
             inputs = _inputs(whole, q, k, v, biases[n], ctx.scale, ctx.dropout, ctx.seeds[n])
-            bias_gradients = launch.backward(
+            of_vectors, bias_gradients = launch.backward(
                 inputs,
                 launch.Saved(output[:, :, queries], news[n]),
                 grad[:, :, queries],
@@ -136,11 +139,36 @@ class _Attend(Function):
                 dv[:, :, keys],
                 add=n > 0,
             )
+            parts[ctx.first_use[n]].append(of_vectors)
             gradients += [
                 None if b is None or g is None else g.to(b.dtype)
                 for b, g in zip(biases[n], bias_gradients, strict=True)
             ]
+        for n, summed in parts.items():
+            gradients[4 * n : 4 * n + 2] = _vector_gradients(summed, biases[n])
         return None, None, None, None, dq, dk, dv, *gradients
+
+
+def _first_use(biases: Sequence[RelativeBias]) -> List[int]:
+    """Return for each attention the first one with the same content and position bias, the very tensors."""
+    return [next(n for n, first in enumerate(biases) if _same_vectors(first, own)) for own in biases]
+
+
+def _same_vectors(one: RelativeBias, other: RelativeBias) -> bool:
+    alike = one.content is other.content and one.position is other.position
+    return alike and (one.table is None) == (other.table is None)
+
+
+def _vector_gradients(parts: List[Tensor], bias: RelativeBias) -> List[Optional[Tensor]]:
+    """Return the gradients of a content and a position bias, None for those that have no effect."""
+    dtypes = [None if t is None else t.dtype for t in (bias.content, bias.position if bias.table is not None else None)]
+    known = {dtype for dtype in dtypes if dtype is not None}
+    if not known:
+        return [None, None]
+    both = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).sum((0, 2))
+    if len(known) == 1:
+        both = both.to(known.pop())  # one copy, not two
+    return [None if dtype is None else one.to(dtype) for one, dtype in zip(both.unbind(1), dtypes, strict=True)]
 
 
 def _widened(attention: BandedAttention, q: Tensor) -> BandedAttention:

@@ -89,7 +89,9 @@ def forward(x: Inputs, out: Tensor) -> Tuple[Tensor, Saved]:
     return merged, Saved(out, new)
 
 
-def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, add: bool) -> RelativeBias:
+def backward(
+    x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, add: bool
+) -> Tuple[Tensor, RelativeBias]:
     """Compute the gradients of one banded attention.
 
     Args:
@@ -98,7 +100,8 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
         dk, dv: written, or with *add* added to.
 
     Returns:
-        The gradients of the bias, None for its fields that are None; in float32 but for the table.
+        Parts ``[B, H, P, 2, D]`` of the gradients of content and position bias, float32, whose sum over streams and
+        parts these are; and the gradients of the bias's other fields, None for those that are None.
     """
     learned = x.bias.score is not None and x.bias.score.requires_grad  # a contiguous copy does not tell
     x, layout = _contiguous(x), Layout.of(x)
@@ -131,8 +134,7 @@ def backward(x: Inputs, saved: Saved, grad: Tensor, dq: Tensor, dk: Tensor, dv: 
         **geometry, U=_distances(x.bias), entry=x.band.shift, scale=x.scale, **_block_sizes(x, tile),
         TABLE=table is not None, FIRST=x.first is not None, **tile.options(),
     )  # fmt: skip
-    d_content, d_position = sums.sum((0, 2)).unbind(1)
-    return RelativeBias(d_content, None if table is None else d_position, d_table, d_score)
+    return sums, RelativeBias(table=d_table, score=d_score)
 
 
 class Rows(NamedTuple):
