@@ -24,9 +24,9 @@ _ARGUMENTS = [
     "--lr",
     "0.1",
     "--max-update",
-    "1",
+    "2",
 ]
 for arch in ("lamemo_lm", "transformer_xl_lm"):
     for schedule in ("fixed", "inverse_sqrt", "cosine"):
-        chosen = [*_ARGUMENTS, "--arch", arch, "--lr-scheduler", schedule, "--warmup-updates", "0"]
+        chosen = [*_ARGUMENTS, "--arch", arch, "--lr-scheduler", schedule, "--warmup-updates", "1"]
         convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), chosen))
