@@ -98,7 +98,9 @@ def forward_kernel(
     p_v += b * s_vb + h * s_vh
     p_row, column = i, i
     if POSITION:
-        p_row, column = score_rows(p_scores + (h * s_ph + b * s_pb) * 8, i, s_pc, s_pr, s_pi, C, shift, CHUNKED)
+        # Behind the last query its scores are read again, so that no mask is needed there.
+        own = tl.minimum(i, Q - 1)
+        p_row, column = score_rows(p_scores + (h * s_ph + b * s_pb) * 8, own, s_pc, s_pr, s_pi, C, shift, CHUNKED)
     first = tl.load(p_first + b) if FIRST else 0
     seed = tl.load(p_seed) + bh if DROPOUT else 0
     b_top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
@@ -109,8 +111,6 @@ def forward_kernel(
     stop = tl.cdiv(tl.minimum(K, i0 + BLOCK_Q + high), BLOCK_K)
     whole = tl.maximum(tl.maximum(i0 + BLOCK_Q - 1 + low, first), 0)
     whole_stop = tl.maximum(tl.minimum(K, i0 + 1 + high), 0)
-    if i0 + BLOCK_Q > Q:
-        whole_stop = 0
     before, begin, end, edges = split(start, stop, tl.cdiv(whole, BLOCK_K), whole_stop // BLOCK_K)
     for n in range(begin, end):
         j0 = n * BLOCK_K

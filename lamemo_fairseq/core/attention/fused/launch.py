@@ -66,15 +66,19 @@ class Layout(NamedTuple):
         return cls(chunk, 1, shift + max(8, _round_up(min(keys, x.band.high + 8), 8)), shift)
 
 
-def forward(x: Inputs, out: Tensor) -> Tuple[Tensor, Saved]:
-    """Attend, and write the read-outs into ``out [B, H, Q, D]``; return the normalisers ``[B, H, Q]`` as well."""
+def forward(x: Inputs, out: Tensor, tile: Optional[Tile] = None) -> Tuple[Tensor, Saved]:
+    """Attend, and write the read-outs into ``out [B, H, Q, D]``; return the normalisers ``[B, H, Q]`` as well.
+
+    Args:
+        tile: another one than that for rows with positions.
+    """
     x, layout = _contiguous(x), Layout.of(x)
     batch, heads, queries, size = x.q.shape
     scores = _position_scores(x, layout) if _has_positions(x.bias) else None
     merged = x.q.new_empty(batch, heads, queries, dtype=torch.float32)
     new = merged if x.stored is None else torch.empty_like(merged)
     stored_output, stored_normalizer = (None, None) if x.stored is None else x.stored
-    tile = tiles_for(size, x.q.dtype).forward
+    tile = tile or tiles_for(size, x.q.dtype).forward
     if x.dropout:  # its random numbers would not fit
         tile = tile._replace(registers=None)
     kernels.forward_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](

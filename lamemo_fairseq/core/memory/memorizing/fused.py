@@ -70,7 +70,9 @@ class _StoreAttention(Function):
         inputs = launch.Inputs(
             q, stored_k, stored_v, RelativeBias(), EVERYTHING, None, None, 0.0, scale, dropout, own[0]
         )
-        normalizer, _ = launch.forward(inputs, of_store)
+        tiles = tiles_for(q.size(3), q.dtype)
+        # Long rows without positions take fewer instructions a pair with wider tiles.
+        normalizer, _ = launch.forward(inputs, of_store, tiles.forward if q.dtype == torch.float32 else tiles.query)
         causal = Band(-UNBOUNDED, 0, queries - 1)
         inputs = launch.Inputs(
             q, k, v, RelativeBias(), causal, None, (of_store, normalizer), 0.0, scale, dropout, own[1]
