@@ -311,7 +311,7 @@ def test_a_refused_option_may_have_its_default_value():
         "a scale of nothing": (["--fp16-init-scale", 4], "--fp16-init-scale is ignored: without --fp16 or --amp"),
         "the best of nothing": (["--disable-validation", "--patience", 3], "--patience is ignored: with --disable-val"),
         "a best one that is not saved": (
-            ["--validate-interval-updates", 10, "--save-interval-updates", 4],
+            ["--validate-interval-updates", 10],
             "--validate-interval-updates: checkpoint_best.pt is the best of those models that are saved, and a better",
         ),
         "a best epoch that is not saved": (
@@ -341,7 +341,7 @@ def test_a_window_that_fairseq_asks_for_is_not_ignored(caplog):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--validate-interval-updates", 10, "--save-interval-updates", 5],
+        ["--validate-interval-updates", 10, "--save-interval-updates", 20],
         ["--validate-interval", 4, "--save-interval", 2],
         ["--save-interval", 2, "--no-save"],
     ],

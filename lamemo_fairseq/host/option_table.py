@@ -22,7 +22,6 @@ from .option_rules import (
     TRAIN,
     TRAINING,
     VALIDATE,
-    Condition,
     Rule,
     Settings,
     is_one,
@@ -39,16 +38,7 @@ def _no_fused_kernels(settings: Settings) -> bool:
     return str(settings.get("attention_backend")) == "fused" and on_cpu(settings) and why_not_fused(q) is not None
 
 
-def _between_saves(validations: str, saves: str) -> Condition:
-    """Hold if some validations come without a save, by the intervals of both."""
-
-    def applies(settings: Settings) -> bool:
-        every, saved = int(settings.get(validations) or 0), int(settings.get(saves) or 0)
-        kept = without("no_save", "disable_validation")(settings)
-        return kept and every > 0 and (saved == 0 or every % saved > 0)
-
-    return applies
-
+_NO_BEST = ("no_save", "disable_validation")
 
 _RULES = [
     # Devices and precision
@@ -270,7 +260,8 @@ _RULES = [
         TRAINING,
         "checkpoint_best.pt is the best of those models that are saved, and a better one in between is lost; pass "
         "--save-interval-updates with the same number",
-        _between_saves("validate_interval_updates", "save_interval_updates"),
+        # Who gives both numbers has chosen them.
+        lambda s: bool(s.get("validate_interval_updates")) and without(*_NO_BEST, "save_interval_updates")(s),
     ),
     rule(
         NOTED,
@@ -278,7 +269,7 @@ _RULES = [
         TRAINING,
         "checkpoint_best.pt is the best of those models that are saved, and a better one in between is lost; pass "
         "--validate-interval with the same number",
-        _between_saves("validate_interval", "save_interval"),
+        lambda s: without(*_NO_BEST)(s) and int(s.get("validate_interval") or 1) % int(s.get("save_interval") or 1) > 0,
     ),
     rule(
         NOTED,
