@@ -91,21 +91,21 @@ def change_kernel(
 
 
 @triton.jit
-def outer_kernel(
-    p_matrix, p_features, p_rows, p_out, m, factor,
-    F: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write ``factor A + sum_i phi_i rows_i^T`` for ``A [B, F, D]`` and ``rows [B, m, D]``."""
-    b, i = tl.program_id(2).to(tl.int64), tl.arange(0, BLOCK_M)
+def outer_kernel(p_matrix, p_features, p_rows, p_out, m, factor, F: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Write ``factor A + sum_i phi_i rows_i^T`` for ``A [B, F, D]`` and ``rows [B, m, D]``.
+
+    Rows are added one by one: a product of tiles would take registers that loads ahead need.
+    """
+    b = tl.program_id(2).to(tl.int64)
     f, d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, m_i, m_f, m_d = b * m + i, i < m, f < F, d < D
-    # [BLOCK_M, BLOCK]
-    b_features = tl.load(p_features + row[:, None] * F + f[None, :], m_i[:, None] & m_f[None, :], other=0.0)
-    b_rows = tl.load(p_rows + row[:, None] * D + d[None, :], m_i[:, None] & m_d[None, :], other=0.0)
+    m_f, m_d = f < F, d < D
     # [BLOCK, BLOCK]
     at, there = (b * F + f[:, None]) * D + d[None, :], m_f[:, None] & m_d[None, :]
-    b_old = tl.load(p_matrix + at, there, other=0.0)
-    tl.store(p_out + at, factor * b_old + tl.dot(tl.trans(b_features), b_rows, input_precision="ieee"), there)
+    b_sum = tl.load(p_matrix + at, there, other=0.0) * factor
+    for i in tl.range(0, m, loop_unroll_factor=2):
+        b_phi = tl.load(p_features + (b * m + i) * F + f, m_f, other=0.0)
+        b_sum += b_phi[:, None] * tl.load(p_rows + (b * m + i) * D + d, m_d, other=0.0)[None, :]
+    tl.store(p_out + at, b_sum, there)
 
 
 @triton.jit
@@ -220,7 +220,7 @@ def outer(matrix: Tensor, features: Tensor, rows: Tensor, factor: float) -> Tens
     """Return ``factor matrix + features^T rows`` for ``[B, F, d]``, ``[B, m, F]`` and ``[B, m, d]``."""
     out, (batch, count, width), size = torch.empty_like(matrix), features.shape, matrix.size(2)
     outer_kernel[(triton.cdiv(size, COLUMNS), triton.cdiv(width, COLUMNS), batch)](
-        matrix, features, rows, out, count, factor, F=width, D=size, **_blocks(count)
+        matrix, features, rows, out, count, factor, F=width, D=size, BLOCK=COLUMNS, num_warps=8
     )
     return out
 
