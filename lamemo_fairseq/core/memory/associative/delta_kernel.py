@@ -164,10 +164,10 @@ def alike_gradient_kernel(
     f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, m_i, m_f = b * m + i, i < m, f < F
     there, at = m_i[:, None] & m_f[None, :], row[:, None] * F + f[None, :]
-    # [BLOCK_M, BLOCK]
-    b_features = tl.load(p_features + at, there, other=0.0)
-    b_dalike = tl.load(p_dalike + row[:, None] * m + i[None, :], m_i[:, None] & m_i[None, :], other=0.0)
-    b_grad = tl.load(p_out + at, there, other=0.0) + tl.dot(b_dalike, b_features, input_precision="ieee")
+    b_grad = tl.load(p_out + at, there, other=0.0)  # [BLOCK_M, BLOCK]
+    for n in tl.range(0, m, loop_unroll_factor=2):
+        d_alike = tl.load(p_dalike + row * m + n, m_i, other=0.0)
+        b_grad += d_alike[:, None] * tl.load(p_features + (b * m + n) * F + f, m_f, other=0.0)[None, :]
     b_z = tl.load(p_z + b * F + f, m_f, other=0.0) * decay
     b_grad += tl.load(p_doverlap + row, m_i, other=0.0)[:, None] * b_z[None, :]
     unmet = tl.load(p_numbers + row * NUMBERS + 3, m_i, other=0.0)
