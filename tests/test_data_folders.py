@@ -28,11 +28,11 @@ def data(tmp_path):
     return write_data(tmp_path / "data", train=200, valid=60)
 
 
-def opened(*folders, split="train", impl=None):
+def opened(*folders, split="train", impl=None, **options):
     config = SegmentLanguageModelingConfig(
         data=os.pathsep.join(map(str, folders)), tokens_per_sample=8, train_subset="train", dataset_impl=impl
     )
-    return SegmentLanguageModelingTask.setup_task(config).load_dataset(split)
+    return SegmentLanguageModelingTask.setup_task(config).load_dataset(split, **options)
 
 
 # Shards.
@@ -43,6 +43,16 @@ def test_shards_with_one_dictionary(data, tmp_path):
     (other / "dict.txt").write_text((data / "dict.txt").read_text().replace(" 1\n", " 7\n"))  # other counts
     assert len(opened(data, other).tokens) == 200
     assert len(opened(data, other, split="valid").tokens) == 60  # which only the first has
+
+
+def test_a_split_that_other_shards_have_too_is_told(data, tmp_path, caplog):
+    """A loss of the first folder alone would pass for one of all of them."""
+    other, third = (write_data(tmp_path / name, seed=1, train=100, valid=30) for name in ("other", "third"))
+    opened(data, other, combine=True, epoch=2)  # to train on
+    opened(data, split="valid")
+    assert "alone" not in caplog.text
+    assert len(opened(data, other, third, split="valid").tokens) == 60
+    assert f"'valid' is read from {data} alone, and not from {other}, {third}: evaluate each folder with" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -89,5 +89,10 @@ def paths_of(folder: str, split: str, combine: bool, choice: str = _CHOICE) -> L
     )
 
 
+def has_split(folder: str, split: str) -> bool:
+    """Return whether a data folder has files of a split."""
+    return _exists(os.path.join(folder, split))
+
+
 def _exists(path: str) -> bool:
     return os.path.exists(path + ".idx") or os.path.exists(path + ".bin")

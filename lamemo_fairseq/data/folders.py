@@ -1,5 +1,6 @@
 """The folders that the data argument names: one, or several shards that are trained on in turn."""
 
+import logging
 import os
 from dataclasses import replace
 from itertools import zip_longest
@@ -11,8 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_original_cwd
 
 from ..core.names import nearest_path
-from .binarized import load_dictionary
+from .binarized import has_split, load_dictionary
 from .text_encoding import PREPROCESS, read_text_encoding
+
+logger = logging.getLogger(__name__)
 
 
 def data_folders(data: str) -> List[str]:
@@ -44,6 +47,18 @@ def data_folders(data: str) -> List[str]:
             raise NotADirectoryError(f"the data argument {folder}{among} is a file: pass the {right}")
         os.scandir(folder).close()  # raises PermissionError, which names the folder
     return folders
+
+
+def tell_of_others(folders: List[str], split: str) -> None:
+    """Warn of folders whose split is left out, as all splits but those to train on are read from the first one."""
+    others = [folder for folder in folders[1:] if has_split(folder, split)]
+    if others:
+        logger.warning(
+            "the split '%s' is read from %s alone, and not from %s: evaluate each folder with a command of its own",
+            split,
+            folders[0],
+            ", ".join(others),
+        )
 
 
 def _seen_from_hydra(folder: str) -> str:

@@ -16,7 +16,7 @@ from ..criterions.averages import log_loss_per_token
 from ..criterions.memory_losses import PREFIX, WithMemoryLosses
 from ..data.binarized import check_split, load_lines, paths_of
 from ..data.documents import DocumentDataset, DocumentOptions
-from ..data.folders import data_folders, shared_dictionary
+from ..data.folders import data_folders, shared_dictionary, tell_of_others
 from ..data.iterator import SegmentBatchIterator
 from ..data.segments import SegmentDataset, streams_of_a_rank, without_padding
 from ..data.streams import ENOUGH_SEGMENTS, TokenSequence
@@ -124,6 +124,8 @@ class SegmentLanguageModelingTask(PromptTask):
         folder = paths[(epoch - 1) % len(paths)]
         path = os.path.join(folder, split)
         former, options = self.datasets.get(split), self._document_options()
+        if not combine or split != self.cfg.train_subset:  # not to train on
+            tell_of_others(paths, split)
         for later in paths if former is None and split == self.cfg.train_subset else ():
             check_split(later, split, self.cfg.dataset_impl)
             if options is not None:
