@@ -10,11 +10,14 @@ from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..kernels import aligned
 from ..kernels.autograd import Context, Function
-from ..kernels.shared import Shared, add_product
+from ..kernels.module_tree import is_plain, is_product
+from ..kernels.padded import narrowed, widened
+from ..kernels.shared import Shared, add_product, shared_of
 
 
 def split_heads(rows: Tensor, projections: int, heads: int) -> Tuple[Tensor, ...]:
@@ -104,6 +107,29 @@ class _ProjectLast(Function):
             torch.mm(dq.flatten(0, 1).t(), new.flatten(0, 1), out=d_weight[:width])
             torch.mm(dkv.flatten(0, 1).t(), rows.flatten(0, 1), out=d_weight[width:])
         return d_new, None, d_weight, None
+
+
+def mapped_to_heads(
+    layer: nn.Linear, rows: Tensor, projections: int, heads: int, size: int, wide: bool
+) -> Tuple[Tensor, ...]:
+    """Map ``rows [B, R, d]`` to the heads of n *projections*: ``[B, H, R, D]`` each for D = *size*.
+
+    If they may be *wide*, they are of D' numbers where that makes products faster.
+    """
+    if not (wide and size % 8 and aligned.matters(rows) and is_product(layer)):
+        return split_heads(aligned.mapped(layer, rows), projections, heads)
+    weight = wide_heads(layer.weight, size, dim=0)
+    return split_heads(aligned.linear(widened(rows), weight, shared=shared_of(rows)), projections, heads)
+
+
+def mapped_from_heads(layer: nn.Linear, heads: Tensor, size: int) -> Tensor:
+    """Map heads ``[B, H, R, D or D']``, which D = *size* numbers are of, as one row each: ``[B, R, e]``."""
+    rows = heads.transpose(1, 2)
+    if heads.size(-1) == size or not is_plain(layer, nn.Linear):
+        return aligned.mapped(layer, rows[..., :size].flatten(2))
+    weight = wide_heads(layer.weight, size, dim=1)
+    bias = layer.bias if layer.bias is None else F.pad(layer.bias, (0, len(weight) - layer.out_features))
+    return narrowed(aligned.wide_linear(rows.flatten(2), weight, bias), layer.out_features)
 
 
 def wide_heads(weight: Tensor, size: int, dim: int) -> Tensor:

@@ -121,7 +121,9 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
         self.tell_untrained("--memory block-recurrent writes into its states")
         # First states are read only where a text begins, and the next update is the first to read the last window's
         # states.
-        return passage._replace(features=passage.features + no_contribution(self.cells.parameters()))
+        cells = (cast(RecurrentCell, cell) for cell in self.cells)
+        unread = self.cells.parameters() if x.size(1) <= self.period else [cell.first_states for cell in cells]
+        return passage._replace(features=passage.features + no_contribution(unread))
 
     def layer_states(self, state: BlockRecurrentState) -> List[LayerState]:
         of_layer = dict(zip(self.recurrent, state.states, strict=True))

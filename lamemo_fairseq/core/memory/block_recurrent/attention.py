@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from ...attention import Operation, RelativeBias
 from ...attention.padding import as_wide
-from ...kernels import aligned
 from ...kernels.padded import WideRows
 from ...kernels.unit import unit
 from ...layers import AttentionConfig, SelfAttention
-from ...layers.heads import split_heads
+from ...layers.heads import mapped_to_heads
 from ...positions import LayerBias
 from ..base import no_contribution
 from . import eager
@@ -78,7 +77,7 @@ class StrictSelfAttention(SelfAttention):
 
     def prepare(self, q: Tensor, k: Tensor) -> Tuple[Tensor, Tensor]:
         """Normalise queries and keys, and multiply queries by ``|a_h| / scale``: attention undoes the scale."""
-        return scaled(q, self.head_scale, self.scale), unit(k)
+        return unit(q, length_of(self.head_scale, self.scale)), unit(k)
 
     def own_bias(self, bias: LayerBias) -> LayerBias:
         """Multiply biases of queries as the queries are, and biases of scores by ``|a_h|``."""
@@ -148,8 +147,8 @@ class RecurrentSelfAttention(StrictSelfAttention):
         """
         read_out, seen = self.read_window(rows, bias, past)
         windows, states = pass_windows(seen)
-        q = self._state_queries(rows)
-        cross = torch.cat([self._cross(q[:, :, window], before) for window, before in windows], dim=2)
+        q, factor = self._state_queries(rows, wide=True), length_of(self.state_scale, self.scale)
+        cross = torch.cat([self._cross(q[:, :, window], factor, before) for window, before in windows], dim=2)
         return self.merge_heads(torch.cat([read_out, as_wide(read_out, cross)], dim=1)), (seen, states)
 
     def join(self, read_out: Tensor, rows: Tensor, states: KeyValues) -> Tensor:
@@ -160,23 +159,26 @@ class RecurrentSelfAttention(StrictSelfAttention):
             rows: ``[B, N, d]``.
             states: ``[B, H, S, D]``.
         """
-        cross = self._cross(self._state_queries(rows), states)
+        factor = length_of(self.state_scale, self.scale)
+        cross = self._cross(self._state_queries(rows, wide=False), factor, states)
         return torch.cat([read_out, as_wide(read_out, cross)], dim=1)
 
-    def _state_queries(self, rows: Tensor) -> Tensor:
-        return split_heads(aligned.mapped(self.state_query, rows), 1, self.config.heads)[0]
+    def _state_queries(self, rows: Tensor, wide: bool) -> Tensor:
+        return mapped_to_heads(self.state_query, rows, 1, self.config.heads, self.config.head_dim, wide)[0]
 
-    def _cross(self, q: Tensor, states: KeyValues) -> Tensor:
-        return read(self.config.backend, q, self.state_scale, states)
-
-
-def scaled(q: Tensor, head_scale: Tensor, scale: float) -> Tensor:
-    """Return queries ``[B, H, Q, D or D']`` of length ``|a_h| / scale``, in their dtype."""
-    return unit(q, head_scale.to(torch.promote_types(q.dtype, torch.float32)).abs() / scale)
+    def _cross(self, q: Tensor, factor: Tensor, states: KeyValues) -> Tensor:
+        return read(self.config.backend, q, factor, states, self.scale)
 
 
-def read(backend: str, q: Tensor, head_scale: Tensor, seen: KeyValues) -> Tensor:
-    """Let queries ``[B, H, Q, D]`` attend to all of *seen*: ``[B, H, Q, D or D']``, as wide as *seen*; no positions."""
-    scale = q.size(-1) ** -0.5
-    queries = as_wide(seen.keys, scaled(q, head_scale, scale))
+def length_of(head_scale: Tensor, scale: float) -> Tensor:
+    """Return the lengths ``|a_h| / scale`` of queries, for ``a [H]``: ``[H]``, in float32 or wider."""
+    return head_scale.to(torch.promote_types(head_scale.dtype, torch.float32)).abs() / scale
+
+
+def read(backend: str, q: Tensor, factor: Tensor, seen: KeyValues, scale: float) -> Tensor:
+    """Let queries ``[B, H, Q, D or D']`` attend to all of *seen*: ``[B, H, Q, D or D']``, as wide as *seen*.
+
+    There are no positions. Queries get the lengths *factor* ``[H]`` that `length_of` returns for the *scale*.
+    """
+    queries = as_wide(seen.keys, unit(q, factor))
     return unmasked_attention(backend, queries, seen.keys.to(q.dtype), seen.values.to(q.dtype), scale).output
