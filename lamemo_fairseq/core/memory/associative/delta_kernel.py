@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...kernels.shared_kernels import block_of
 from .features_kernel import gradient_into, with_overlap
+from .product_kernel import product
 
 COLUMNS = 64  # of a tile
 NUMBERS = tl.constexpr(5)  # of a memory token, in the order of `Written.numbers`
@@ -208,7 +209,7 @@ def forward(
         **sizes,
         **blocks,
     )
-    recalled = made @ matrix
+    recalled = product(made, matrix, maps)
     change, rows = torch.empty_like(recalled), 4
     change_kernel[(triton.cdiv(batch * count, rows),)](
         maps, recalled, numbers, change, batch * count, width, decay, unit, **sizes, ROWS=rows, BLOCK=block_of(size)
@@ -235,11 +236,11 @@ def backward(
     d_maps, d_recalled = torch.empty_like(maps), torch.empty_like(written.recalled)
     d_alike, d_overlap = torch.empty_like(written.alike), matrix.new_empty(batch, 1, count)
     row_gradient_kernel[(batch,)](
-        maps, written.recalled, written.numbers, written.alike, written.features @ d_matrix,
+        maps, written.recalled, written.numbers, written.alike, product(written.features, d_matrix, maps),
         d_maps, d_recalled, d_alike, d_overlap, count, width, decay, unit, **sizes, **blocks,
     )  # fmt: skip
-    d_features = written.change @ d_matrix.transpose(1, 2)
-    d_features.baddbmm_(d_recalled, matrix.transpose(1, 2))
+    d_features = product(written.change, d_matrix.transpose(1, 2), maps)
+    product(d_recalled, matrix.transpose(1, 2), maps, add_to=d_features)
     alike_gradient_kernel[(triton.cdiv(features, COLUMNS), batch)](
         written.features, normalizer, d_normalizer, written.numbers, d_alike, d_overlap, d_features, count, decay,
         F=features, **blocks,

@@ -47,10 +47,11 @@ class _Recall(Function):
         shared: Optional[Shared],
     ) -> Tensor:  # fmt: skip
         from . import features_kernel, recall_kernel
+        from .product_kernel import product
 
-        keys, normalizer = keys.contiguous(), normalizer.contiguous()
+        keys, matrix, normalizer = keys.contiguous(), matrix.contiguous(), normalizer.contiguous()
         features, overlap = features_kernel.with_overlap(keys, keys.size(-1), normalizer, 1.0, eps)
-        recalled = features @ matrix
+        recalled = product(features, matrix, rows)
         ctx.save_for_backward(keys, matrix, normalizer, features, overlap, recalled)
         ctx.shared = shared
         return cut(recall_kernel.mixed(rows, recalled, overlap), rows.size(-1))
@@ -59,14 +60,15 @@ class _Recall(Function):
     @once_differentiable
     def backward(ctx: _RecallContext, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         from . import features_kernel, recall_kernel
+        from .product_kernel import product
 
         keys, matrix, normalizer, features, overlap, recalled = ctx.saved_tensors
         d_recalled, d_overlap, d_rows = recall_kernel.mixed_gradient(grad, recalled, overlap)
-        d_features = d_recalled @ matrix.transpose(1, 2)
+        d_features = product(d_recalled, matrix.transpose(1, 2), grad)
         d_keys = features_kernel.backward(keys, d_features, features_kernel.Overlap(normalizer, d_overlap))
         d_matrix = d_normalizer = None
         if ctx.needs_input_grad[2]:
-            d_matrix = features.transpose(1, 2) @ d_recalled
+            d_matrix = product(features.transpose(1, 2), d_recalled, grad)
         if ctx.needs_input_grad[3]:
             d_normalizer = (d_overlap.unsqueeze(1) @ features).squeeze(1)
         if ctx.shared is not None:
