@@ -8,7 +8,14 @@ from fairseq import options
 from fairseq.dataclass.configs import GenerationConfig
 
 from lamemo_fairseq.host import named_checkpoints
-from lamemo_fairseq.host.generation_options import NAMES, REFUSED, WITHOUT_EFFECT, check_generation, check_names
+from lamemo_fairseq.host.generation_options import (
+    NAMES,
+    REFUSED,
+    WITHOUT_EFFECT,
+    check_generation,
+    check_names,
+    warn_without_effect,
+)
 
 from .helpers import USER_DIR
 
@@ -94,6 +101,15 @@ def test_values_out_of_range_are_refused(given, message):
 def test_what_makes_sense_is_accepted(given):
     check_generation(Namespace(**given))
     check_generation(GenerationConfig(**given))
+
+
+@pytest.mark.parametrize("name", ["temperature", "lenpen", "unnormalized", "unkpen", "min_len", "no_repeat_ngram_size"])
+def test_options_of_new_words_have_no_effect_on_given_text(name, caplog):
+    warn_without_effect(Namespace(**{name: 2}))
+    assert not caplog.messages
+    warn_without_effect(Namespace(score_reference=True, **{name: 2}))
+    option = "--" + name.replace("_", "-")
+    assert caplog.messages == [f"{option} has no effect: --score-reference scores given text"]
 
 
 def test_unknown_names_are_refused_with_the_nearest():

@@ -47,6 +47,9 @@ WITHOUT_EFFECT: Dict[str, str] = {
 }
 """Options that are harmless, and why they do not apply."""
 
+_OF_NEW_WORDS = ("temperature", "lenpen", "unnormalized", "unkpen", "min_len", "no_repeat_ngram_size")
+"""Options that change the scores of generated words alone."""
+
 _DEFAULTS = GenerationConfig()
 NAMES: List[str] = [field.name for field in fields(GenerationConfig) if not field.name.startswith("_")]
 
@@ -83,10 +86,13 @@ def check_generation(options: Any) -> None:
 
 
 def warn_without_effect(options: Any) -> None:
-    """Log a warning for each option of `WITHOUT_EFFECT` that is given."""
+    """Log a warning for each option of `WITHOUT_EFFECT` that is given, and others with ``--score-reference``."""
     for name, reason in WITHOUT_EFFECT.items():
         if getattr(options, name, None):
             logger.warning("%s has no effect: %s", option_name(name), reason)
+    for name in _OF_NEW_WORDS if getattr(options, "score_reference", False) else ():
+        if getattr(options, name, getattr(_DEFAULTS, name)) != getattr(_DEFAULTS, name):
+            logger.warning("%s has no effect: --score-reference scores given text", option_name(name))
 
 
 def _check_ranges(value: Any) -> None:
