@@ -4,7 +4,7 @@ from .resources import usages, used
 
 KERNELS = ("forward_kernel", "row_kernel", "key_kernel", "query_kernel")
 POSITION_KERNELS = ("position_kernel", "table_kernel", "class_sum_kernel")
-OTHERS = ("store_kernel", "group_kernel", "best_group_kernel", "candidate_kernel", "retrieval_kernel")
+OTHERS = ("store_kernel", "group_kernel", "best_group_kernel", "candidate_kernel", "retrieval_kernel", "append_kernel")
 
 
 def compile_all(head: int, dtype: str) -> dict:
@@ -39,6 +39,8 @@ def compile_all(head: int, dtype: str) -> dict:
         "p_dlearned",
         "p_copies",
     }
+    blocks = {"best_group_kernel": retrieval.MAXIMA, "candidate_kernel": retrieval.CANDIDATES}
+    blocks["append_kernel"] = retrieval.COPIED
     found = {}
     for name, owner in owner_of.items():
         kernel = getattr(owner, name)
@@ -53,13 +55,13 @@ def compile_all(head: int, dtype: str) -> dict:
             "PARTS": 32,
             "BLOCK_C": 32,
             "SIZE": 8,
-            "BLOCK": retrieval.MAXIMA if name == "best_group_kernel" else retrieval.CANDIDATES,
+            "BLOCK": blocks.get(name),
             **flags,
         }
         constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
         kinds = {n: f"*{dtype}" for n in kernel.arg_names if n.startswith("p_")}
         kinds |= dict.fromkeys(single, "*fp32") | {"p_first": "*i32", "p_seed": "*i32", "p_groups": "*i32"}
-        if name in ("candidate_kernel", "retrieval_kernel"):
+        if name in ("candidate_kernel", "retrieval_kernel", "append_kernel"):
             kinds["p_rows"] = "*i32"
         kinds |= dict.fromkeys(("scale", "dropout", "eps"), "fp32")
         # Pointers and strides are multiples of 16, but for those of position scores, which count vectors of 8 elements.

@@ -15,7 +15,7 @@ from lamemo_fairseq.core.decoding.state import DecodingState
 from lamemo_fairseq.core.decoding.step import kernel_step
 from lamemo_fairseq.core.kernels import aligned
 from lamemo_fairseq.core.memory import memorizing
-from lamemo_fairseq.core.memory.memorizing import eager, search
+from lamemo_fairseq.core.memory.memorizing import attention, eager, search
 from lamemo_fairseq.core.memory.memorizing.options import MemorizingOptions
 
 from ..gpus import DEVICE
@@ -231,6 +231,23 @@ def test_retrieval_by_kernels(rows, count, size, dtype, monkeypatch):
         results.append([*found, *torch.autograd.grad(found.output, inputs, grad.to(exact))])
     for found, exact in zip(*results, strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=60 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("stored", "new", "size"), [(7, 3, 9), (7, 3, 20), (900, 3, 900), (5, 4, 4), (2, 9, 10), (0, 3, 5)]
+)
+def test_rows_appended_by_a_kernel(stored, new, size, dtype, monkeypatch):
+    """Some rows leave, or none; new ones are views of a projection."""
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(2, 3, stored, 8, generator=generator).to(DEVICE, dtype)
+    rows = torch.randn(2, new, 3, 2, 8, generator=generator).to(DEVICE, dtype)[:, :, :, 1].transpose(1, 2)
+    found = []
+    for kernels in (False, True):
+        monkeypatch.setattr(attention, "fusable", lambda t, kernels=kernels: kernels)
+        found.append(attention.appended(old, rows, size))
+    assert torch.equal(*found) and found[1].is_contiguous()
 
 
 @pytest.mark.parametrize("finite", [0, 3, 40])

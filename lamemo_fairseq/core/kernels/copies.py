@@ -5,11 +5,19 @@ from typing import Callable, Dict, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
+LARGE = 1 << 24  # bytes; a launch of its own then costs nothing, and copies faster than one for many tensors
+
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into its target, of the same shape and any dtype; one launch serves all pairs of like dtypes."""
+    """Copy each source into its target, of the same shape and any dtype.
+
+    One launch serves all pairs of like dtypes, but for large tensors.
+    """
     groups: Dict[Tuple[torch.dtype, torch.dtype], Tuple[List[Tensor], List[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
+        if target.numel() * target.element_size() >= LARGE:
+            target.copy_(source)
+            continue
         like = groups.setdefault((target.dtype, source.dtype), ([], []))
         like[0].append(target)
         like[1].append(source)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...attention import Attended, Operation, RelativeBias
 from ...attention.padding import as_wide
 from ...kernels.padded import WideRows
+from ...kernels.rows import fusable
 from ...kernels.unit import unit
 from ...layers import AttentionConfig, SelfAttention
 from ...positions import LayerBias
@@ -57,6 +58,9 @@ class Store(NamedTuple):
 def appended(stored: Tensor, new: Tensor, size: int) -> Tensor:
     """Return the last *size* of stored rows ``[B, H, m, D or D']`` and new rows after them, as wide as the new ones."""
     left = min(stored.size(2), max(0, size - new.size(2)))
+    if fusable(new) and left > 0 and stored.size(3) == new.size(3) and stored.dtype == new.dtype:
+        made: Tensor = _retrieval().appended(stored, new, left, min(size, left + new.size(2)))
+        return made
     rows = (as_wide(new, stored[:, :, stored.size(2) - left :]), new[:, :, max(0, new.size(2) - size) :])
     return torch.cat(rows, dim=2)
 

@@ -180,3 +180,20 @@ def retrieval_kernel(
         b_out = tl.sum(b_w[:, None] * b_v, 0) / total
         tl.store(p_out + at, b_out.to(p_out.dtype.element_ty), m_d)
         tl.store(p_lse + row, top + tl.log(total))
+
+
+@triton.jit
+def append_kernel(p_old, p_new, p_out, s_nb, s_nh, s_ni, H, OLD, KEPT, NEW, SIZE, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the last KEPT of OLD rows of D numbers and, behind them, the last ``SIZE - KEPT`` of NEW rows."""
+    n, start = tl.program_id(1), tl.program_id(0) * BLOCK
+    e = start + tl.arange(0, BLOCK)
+    p_old += (n.to(tl.int64) * OLD + (OLD - KEPT)) * D
+    p_out += n.to(tl.int64) * SIZE * D
+    if start + BLOCK <= KEPT * D:  # nearly always
+        tl.store(p_out + e, tl.load(p_old + e))
+    else:
+        is_old, row = e < KEPT * D, NEW - SIZE + e // D
+        b_old = tl.load(p_old + e, is_old, other=0.0)
+        p_new += (n // H).to(tl.int64) * s_nb + (n % H).to(tl.int64) * s_nh
+        b_new = tl.load(p_new + row * s_ni + e % D, (e < SIZE * D) & (is_old == 0), other=0.0)
+        tl.store(p_out + e, tl.where(is_old, b_old, b_new), e < SIZE * D)

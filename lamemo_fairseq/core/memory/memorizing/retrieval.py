@@ -23,6 +23,7 @@ from .search import blocks, group_size
 LARGEST_COUNT = 128  # rows of one query in registers
 LARGEST_WIDTH, LARGEST_GROUPS = 32, 1 << 15  # keys of a group; groups, whose maxima for a query are in registers
 MAXIMA, CANDIDATES = 1024, 256  # of a query, in the registers of a warp
+COPIED = 4096  # numbers that a program copies
 
 
 def retrieved_attention(
@@ -87,6 +88,17 @@ def _block(columns: int, per_warp: int) -> Dict[str, int]:
     """Return the block of a program that has a row in registers: in one warp if possible, which needs no barrier."""
     block = block_of(columns)
     return {"BLOCK": block, "num_warps": max(1, block // per_warp)}
+
+
+def appended(stored: Tensor, new: Tensor, kept: int, size: int) -> Tensor:
+    """Return the last *kept* rows of ``stored [B, H, m, D]``, and rows of ``new [B, H, N, D]`` behind: *size* rows."""
+    stored, new = stored.contiguous(), new if new.stride(-1) == 1 else new.contiguous()
+    batch, heads, rows, width = stored.shape
+    out = stored.new_empty(batch, heads, size, width)
+    kernel.append_kernel[(triton.cdiv(size * width, COPIED), batch * heads)](
+        stored, new, out, *new.stride()[:3], heads, rows, kept, new.size(2), size, D=width, BLOCK=COPIED
+    )
+    return out
 
 
 class _RetrievalContext(Context):
