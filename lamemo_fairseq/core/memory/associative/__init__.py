@@ -31,8 +31,8 @@ from ..base import (
     Passage,
     Segment,
     last_rows,
-    no_contribution,
 )
+from ..unread import with_unread
 from .association import Association, Associations
 from .attention import AssociativeSelfAttention
 from .cache import AssociativeCache
@@ -122,7 +122,7 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
             return passage
         self.tell_untrained("--memory associative writes, and a new model's matrices stay zero")
         unread = [self.tokens, *(p for layer in layers for p in _association(layer).parameters())]
-        return passage._replace(features=passage.features + no_contribution(unread))
+        return passage._replace(features=with_unread(passage.features, unread))
 
     def reach(self, state: AssociativeState, current: int) -> Tuple[int, Optional[range]]:
         return state.hidden[0].size(1) + current + self.tokens.size(0), None

@@ -34,8 +34,8 @@ from ..base import (
     MemoryState,
     Passage,
     Segment,
-    no_contribution,
 )
+from ..unread import with_unread
 from .attention import KeyValues, RecurrentSelfAttention, WindowSelfAttention
 from .cache import BlockRecurrentCache
 from .cell import RecurrentCell
@@ -123,7 +123,7 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState, BlockRecurrentOptions]):
         # states.
         cells = (cast(RecurrentCell, cell) for cell in self.cells)
         unread = self.cells.parameters() if x.size(1) <= self.period else [cell.first_states for cell in cells]
-        return passage._replace(features=passage.features + no_contribution(unread))
+        return passage._replace(features=with_unread(passage.features, unread))
 
     def layer_states(self, state: BlockRecurrentState) -> List[LayerState]:
         of_layer = dict(zip(self.recurrent, state.states, strict=True))

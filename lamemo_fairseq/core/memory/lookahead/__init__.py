@@ -26,8 +26,8 @@ from ..base import (
     MemoryState,
     Segment,
     last_rows,
-    no_contribution,
 )
+from ..unread import with_unread
 from .attention import LookaheadSelfAttention, counted_memory_attention, lookahead_attention, memory_attention
 from .cache import LookaheadCache
 from .options import LookaheadOptions
@@ -174,7 +174,7 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
         if self.training and n == self.config.layers - 1 and not looked:
             # Nothing uses the biases of the look-ahead. Layers may share them, or have their own.
             unused = {id(part): part for of_layer in segment.biases for part in of_layer.ahead or ()}
-            out = out + no_contribution(unused.values())
+            out = with_unread(out, unused.values())
         if phase is not None:
             phase = phase.new_empty(len(phase), (phase.size(1) + 1) % self.cycle, 0)
         return LayerPassage(out, LayerMemory(inputs, carried, phase).tensors())

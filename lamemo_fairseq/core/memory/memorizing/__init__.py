@@ -36,8 +36,8 @@ from ..base import (
     MemoryState,
     Segment,
     last_rows,
-    no_contribution,
 )
+from ..unread import with_unread
 from .attention import RETRIEVALS, Store, appended
 from .cache import MemorizingCache
 from .options import DENSE, TOP_K, MemorizingOptions
@@ -120,7 +120,7 @@ class MemorizingMemory(Memory[MemorizingState, MemorizingOptions]):
         store, size = Store(before[1].to(rows), before[2].to(rows)), self.config.options.store_len
         out, new = layer(joined, segment.tokens, store)
         if self.training:
-            out = out + no_contribution(bias.causal)  # with a single layer, nothing has used positions
+            out = with_unread(out, bias.causal)  # with a single layer, nothing has used positions
         return LayerPassage(
             out, (hidden, appended(store.keys, new.keys, size), appended(store.values, new.values, size))
         )

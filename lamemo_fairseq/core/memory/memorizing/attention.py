@@ -19,7 +19,7 @@ from ...kernels.rows import fusable
 from ...kernels.unit import unit
 from ...layers import AttentionConfig, SelfAttention
 from ...positions import LayerBias
-from ..base import no_contribution
+from ..unread import with_unread
 from . import eager
 from .options import DENSE, TOP_K, MemorizingOptions
 from .search import in_blocks
@@ -130,7 +130,7 @@ class TopKSelfAttention(StoreSelfAttention):
     def read(self, q: Tensor, k: Tensor, v: Tensor, store: Store) -> Tensor:
         local = self.causal(q, k, v, NO_POSITIONS, need_normalizer=False)
         if store.keys.size(2) == 0:  # nothing has used the gate
-            return local.output + no_contribution([self.gate])
+            return with_unread(local.output, [self.gate])
         return self.combine(q, local, store)
 
     def retrieve(self, q: Tensor, store: Store) -> Attended:

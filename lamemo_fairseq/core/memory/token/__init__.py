@@ -20,7 +20,8 @@ from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import Positions
 from ...positions.together import together
-from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows, no_contribution
+from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows
+from ..unread import with_unread
 from .attention import TokenSelfAttention
 from .cache import TokenCache
 from .eager import Blocks
@@ -116,5 +117,5 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
             rows, _ = layer(rows, bias, blocks._replace(last=i == len(layers) - 1))
         features, written = rows[:, :current], self.dropout(rows[:, current:])
         if self.training:
-            features = features + no_contribution([self.initial_tokens])  # read only where a stream begins
+            features = with_unread(features, [self.initial_tokens])  # read only where a stream begins
         return Passage(features, TokenState(written, tuple(hidden)))
