@@ -460,7 +460,7 @@ def configuration(data, **changes):
     cfg.task = {"_name": "segment_language_modeling", "data": str(data), "tokens_per_sample": 8}
     cfg.model = {"_name": "lamemo_lm", "decoder_layers": 1}
     cfg.criterion, cfg.lr_scheduler = {"_name": "cross_entropy"}, {"_name": "fixed"}
-    cfg.optimizer = {"_name": "adam"}
+    cfg.optimizer, cfg.optimization.lr = {"_name": "adam"}, [1e-3]
     cfg.common.cpu, cfg.dataset.batch_size, cfg.optimization.max_update = True, 4, 3
     for name, value in changes.items():
         OmegaConf.update(cfg, name.replace("__", "."), value, force_add=True)
@@ -487,6 +487,14 @@ def test_a_yaml_is_checked_as_a_command_line_is(data, caplog):
     ):
         with pytest.raises(ValueError, match=message):
             tasks.setup_task(configuration(data, **changes).task)
+
+
+def test_the_rate_that_a_yaml_leaves_to_fairseq_is_told(data, caplog):
+    for changes in ({"optimization__lr": [0.25]}, {"optimization__lr": [0.25], "lr_scheduler___name": "manual"}):
+        caplog.clear()
+        tasks.setup_task(configuration(data, **changes).task)
+        told = "optimization.lr is 0.25, fairseq's default, which is too large: set one" in caplog.text
+        assert told == (len(changes) == 1)
 
 
 def test_a_warm_up_as_long_as_the_run_is_told(data, caplog):

@@ -16,6 +16,7 @@ from . import absent_options, start
 from .checkpoint_files import is_our_model, is_our_task
 from .configuration import check_model
 from .evaluated_options import read_as_before, read_in_words
+from .optimizer_rules import WITH_RATE
 from .option_rules import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
 from .own import TASK, not_fed
 
@@ -27,9 +28,6 @@ _MARKS = {
     TRAIN: "--arch",
     VALIDATE: "--path",
 }
-
-# Optimizers that follow --lr alone.
-_WITH_RATE = ("adafactor", "adam", "adamax", "adagrad", "cpu_adam", "lamb", "nag", "sgd")
 
 _KINDS = {"int": "a whole number", "float": "a number", "<lambda>": "a number, or several separated by commas"}
 
@@ -119,7 +117,7 @@ class CommandLine:
         given = self._given()
         changed = {name for name in given if settings.get(name) != defaults.get(name)}
         default_rate = self.command == TRAIN and "lr" not in given and settings["lr_scheduler"] != "manual"
-        if default_rate and settings["optimizer"] in _WITH_RATE:
+        if default_rate and settings["optimizer"] in WITH_RATE:
             raise ValueError(f"no --lr: pass one, such as 2.5e-4; fairseq's default of {defaults['lr']} is too large")
         start.check_line(self.command, settings, given, changed)
 

@@ -7,6 +7,9 @@ from .option_rules import Settings
 
 logger = logging.getLogger(__name__)
 
+WITH_RATE = ("adafactor", "adam", "adamax", "adagrad", "cpu_adam", "lamb", "nag", "sgd")
+"""Optimizers for which fairseq's default of ``--lr`` is too large."""
+
 _FLOAT32_ALONE = ("adadelta", "adagrad", "sgd")
 
 

@@ -19,7 +19,7 @@ from ..criterions import FAIRSEQ_CRITERIONS
 from .dataclass_defaults import defaults_of
 from .evaluated_options import check_evaluated
 from .generation_options import check_generation
-from .optimizer_rules import check_optimizer
+from .optimizer_rules import WITH_RATE, check_optimizer
 from .option_rules import EVALUATION, GENERATE, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings
 from .option_table import rules_for
 from .outputs import check_outputs
@@ -305,6 +305,9 @@ def check_config(config: DictConfig) -> None:
             if settings[name] != default:
                 changed.add(name)
     settings.update({name: values[name].get("_name") for name in ("criterion", "optimizer", "lr_scheduler")})
+    if "lr" not in changed and settings["optimizer"] in WITH_RATE and settings["lr_scheduler"] != "manual":
+        rate = ", ".join(map(str, settings["lr"]))
+        logger.warning("optimization.lr is %s, fairseq's default, which is too large: set one, such as [2.5e-4]", rate)
     check(HYDRA, settings, changed, changed)
 
 
