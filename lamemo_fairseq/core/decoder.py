@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .diagonal import Diagonals
 from .graphs import SegmentGraphs
+from .kernels.padded import made_once
 from .layers import AttentionConfig, DecoderLayer, LayerConfig
 from .layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from .memory import MEMORIES, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
@@ -76,7 +77,8 @@ class MemoryDecoder(nn.Module):
         before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
         words = self._words_of_rows(tokens, state) if self.positions.reads_words else None
         positions = self.positions if words is None else self.positions.of(words)
-        passage: Passage = self.memory(x, before, self.layers, positions, lengths)
+        with made_once(self.memory.carries_gradient):  # of an update's segments, which come in turn
+            passage: Passage = self.memory(x, before, self.layers, positions, lengths)
         check_state(self.memory, passage.state)
         if words is None:
             return passage._replace(features=self.dropout(passage.features))

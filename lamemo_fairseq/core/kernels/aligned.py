@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .module_tree import is_plain
-from .padded import WideRows, narrowed, widened, with_zeros
+from .padded import WideRows, narrowed, of_weight, widened, with_zeros
 from .shared import Shared, product, shared_of
 
 
@@ -36,7 +36,8 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, shared
     fits = x.size(-1) in (width, width + -width % 8)
     if not fits or not any(size % 8 for size in (x.size(-1), *weight.shape)) or not matters(x):
         return WideRows(_product(x, weight, bias, shared))  # `F.linear` reports shapes that do not fit
-    wide, bias = with_zeros(weight, 2), None if bias is None else with_zeros(bias)
+    wide = of_weight(weight, "aligned", lambda: with_zeros(weight, 2))
+    bias = None if bias is None else with_zeros(bias)
     return WideRows(_product(widened(x), wide, bias, shared))
 
 

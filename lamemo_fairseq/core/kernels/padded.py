@@ -6,8 +6,10 @@ Such a width is 410; d' is the next multiple of 8. `PaddedRows [.., d]` have the
 Shapes: B streams, R rows of each, d width.
 """
 
+import threading
+from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Dict, NewType, Optional, SupportsIndex, Tuple, cast
+from typing import Any, Callable, Dict, Iterator, NewType, Optional, SupportsIndex, Tuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +61,38 @@ def with_zeros(t: Tensor, dims: int = 1) -> Tensor:
     """Return *t* with zeros behind its last *dims* dimensions, up to multiples of 8."""
     amounts = [amount for size in reversed(t.shape[-dims:]) for amount in (0, -size % 8)]
     return F.pad(t, amounts) if any(amounts) else t
+
+
+class _Made(threading.local):
+    """The weights that were made of others within `made_once`, by what they are; None outside."""
+
+    weights: Optional[Dict[object, Tuple[Tensor, Tensor]]] = None
+
+
+_MADE = _Made()
+
+
+@contextmanager
+def made_once(active: bool = True) -> Iterator[None]:
+    """Within it, `of_weight` makes a weight once: segments of an update then share it, and one gradient of it.
+
+    Not *active*, it makes each one anew, as activations have to that are computed again.
+    """
+    before, _MADE.weights = _MADE.weights, {} if active else None
+    try:
+        yield
+    finally:
+        _MADE.weights = before
+
+
+def of_weight(weight: Tensor, name: object, make: Callable[[], Tensor]) -> Tensor:
+    """Return what *make* returns, which depends on *weight* and the *name* alone."""
+    if _MADE.weights is None:
+        return make()
+    key = id(weight), name, torch.is_grad_enabled()
+    if key not in _MADE.weights:
+        _MADE.weights[key] = weight, make()  # with the weight, whose number another one would get otherwise
+    return _MADE.weights[key][1]
 
 
 def widened(rows: Tensor) -> WideRows:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..kernels import aligned
 from ..kernels.autograd import Context, Function
 from ..kernels.module_tree import is_plain, is_product
-from ..kernels.padded import narrowed, widened
+from ..kernels.padded import narrowed, of_weight, widened
 from ..kernels.shared import Shared, add_product, shared_of
 
 
@@ -137,6 +137,10 @@ def wide_heads(weight: Tensor, size: int, dim: int) -> Tensor:
 
     Padding a weight costs little next to padding the heads of all rows.
     """
-    by_head = weight.unflatten(dim, (-1, size))
-    ends = [0 if n == dim else -length % 8 for n, length in enumerate(by_head.shape)]
-    return F.pad(by_head, [zeros for end in reversed(ends) for zeros in (0, end)]).flatten(dim, dim + 1)
+
+    def make() -> Tensor:
+        by_head = weight.unflatten(dim, (-1, size))
+        ends = [0 if n == dim else -length % 8 for n, length in enumerate(by_head.shape)]
+        return F.pad(by_head, [zeros for end in reversed(ends) for zeros in (0, end)]).flatten(dim, dim + 1)
+
+    return of_weight(weight, (size, dim), make)

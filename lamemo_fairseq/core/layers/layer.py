@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import aligned
 from ..kernels.activation import relu_dropout
 from ..kernels.module_tree import is_plain
-from ..kernels.padded import WideRows, last_of, narrowed, newest_of
+from ..kernels.padded import WideRows, last_of, made_once, narrowed, newest_of
 from ..kernels.residual import residual_norm, residual_sum_and_norm
 from ..kernels.rows import fusable
 from ..kernels.shared import as_residual
@@ -81,7 +81,8 @@ class DecoderLayer(nn.Module):
             The last Q rows ``[B, Q, d]``, as many as the attention returned, and the attention's second result.
         """
         if self.config.checkpoint_activations and self.training:
-            passed: tuple[Tensor, Any] = checkpoint(self._forward, rows, *attention_args, use_reentrant=False)
+            with made_once(active=False):  # else other tensors would be saved the second time
+                passed: tuple[Tensor, Any] = checkpoint(self._forward, rows, *attention_args, use_reentrant=False)
             return passed
         return self._forward(rows, *attention_args)
 

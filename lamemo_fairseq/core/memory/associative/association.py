@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels import aligned
 from ...kernels.module_tree import is_plain
+from ...kernels.padded import of_weight
 from ...kernels.shared import as_residual
 from . import delta, recall
 from .features import dpfp
@@ -70,8 +71,8 @@ class Association(nn.Module):
         maps = self.key, self.gate
         if past is not None and delta.takes(rows, past.matrix) and all(is_plain(m, nn.Linear) for m in maps):
             # One product in place of three.
-            weight = torch.cat([self.key.weight, self.value, self.gate.weight])
-            mapped = aligned.wide_linear(rows, weight)
+            weights = self.key.weight, self.value, self.gate.weight
+            mapped = aligned.wide_linear(rows, of_weight(self.value, "maps", lambda: torch.cat(weights)))
             return Associations(*delta.by_kernels(mapped, self.gate.bias, *past, EPSILON, self.decay, self.value_unit))
         features = dpfp(aligned.mapped(self.key, rows))
         values = aligned.linear(rows, self.value).to(features.dtype) * self.value_unit
