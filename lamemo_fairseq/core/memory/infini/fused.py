@@ -23,8 +23,8 @@ def takes(heads: Tensor, matrix: Tensor) -> bool:
 
 def segment_sums(k: Tensor, v: Tensor, size: int) -> Tuple[Tensor, Tensor]:
     """Return ``sigma(K)^T V [B, H, D, D]`` and ``sum sigma(K) [B, H, D]``, float32, of ``[B, H, N, D or D']``."""
-    joined: Tensor = _Sums.apply(k, v, size)
-    return joined[:, :, :size, :size], joined[:, :, :size, size]
+    sums: Tuple[Tensor, Tensor] = _Sums.apply(k, v, size)
+    return sums
 
 
 def mixed(q: Tensor, local: Tensor, matrix: Tensor, normalizer: Tensor, gate: Tensor, eps: float) -> Tensor:
@@ -44,21 +44,23 @@ class _SumsContext(Context):
 
 class _Sums(Function):
     @staticmethod
-    def forward(ctx: _SumsContext, k: Tensor, v: Tensor, size: int) -> Tensor:
+    def forward(ctx: _SumsContext, k: Tensor, v: Tensor, size: int) -> Tuple[Tensor, Tensor]:
         from . import kernel
 
         k, v = _by_rows(k), _by_rows(v)
         features, values = kernel.features(k, size, v)
         ctx.save_for_backward(k, features, values)
         ctx.size = size
-        return features.transpose(2, 3) @ values
+        joined = features.transpose(2, 3) @ values
+        return joined[:, :, :size, :size], joined[:, :, :size, size]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _SumsContext, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: _SumsContext, d_matrix: Tensor, d_normalizer: Tensor) -> Tuple[Optional[Tensor], ...]:
         from . import kernel
 
         k, features, values = ctx.saved_tensors
+        grad = _joined(d_matrix, d_normalizer)
         dk, dv = kernel.features_gradient(k, ctx.size, values @ grad.transpose(2, 3), features @ grad)
         return dk, dv, None
 
@@ -76,9 +78,7 @@ class _Mixed(Function):
         from . import kernel
 
         q, local, gate, size = _by_rows(q), _by_rows(local), gate.contiguous(), matrix.size(-1)
-        joined = matrix.new_zeros(*matrix.shape[:2], *kernel.stored(size))
-        joined[:, :, :size, :size] = matrix
-        joined[:, :, :size, size] = normalizer
+        joined = _joined(matrix, normalizer)
         features, _ = kernel.features(q, size)
         read = features @ joined
         ctx.save_for_backward(q, local, gate, joined, features, read)
@@ -99,6 +99,17 @@ class _Mixed(Function):
             d_joined = features.transpose(2, 3) @ d_read
             d_matrix, d_normalizer = d_joined[:, :, :size, :size], d_joined[:, :, :size, size]
         return dq, d_local, d_matrix, d_normalizer, d_gate, None
+
+
+def _joined(matrix: Tensor, normalizer: Tensor) -> Tensor:
+    """Return a matrix with its normaliser behind it as one factor of features: ``[B, H, F, W]``, zeros elsewhere."""
+    from . import kernel
+
+    size = matrix.size(-1)
+    joined = matrix.new_zeros(*matrix.shape[:2], *kernel.stored(size))
+    joined[:, :, :size, :size] = matrix
+    joined[:, :, :size, size] = normalizer
+    return joined
 
 
 def _by_rows(heads: Tensor) -> Tensor:
