@@ -18,11 +18,12 @@ from examples.tables.arguments import ArgumentParser
 BEFORE, PROFILED = 40, 8  # updates: the memory is full and graphs are recorded by then
 
 PARTS = {
-    "attention": r"^(forward|key|query|row|position|table|class_sum)_kernel|flash|fmha",
-    "products": r"gemm|cutlass|nvjet|cublas|splitK",
+    "attention": r"^(forward|key|query|row|position|table|class_sum|store)_kernel|flash|fmha",
+    "retrieval": r"^(group|best_group|candidate|retrieval)_kernel",
+    "products": r"gemm|cutlass|nvjet|cublas|splitK|^product_kernel",
     "loss": r"softmax|nll",
     "norms, dropout": r"norm|dropout|^sum_kernel|GammaBeta|masked_scale|RowwiseMoments",
-    "copies": r"copy|Copy|Memcpy|memcpy|Memset|CatArray|cat_|Fill",
+    "copies": r"copy|Copy|Memcpy|memcpy|Memset|CatArray|cat_|Fill|^append_kernel",
     "optimizer": r"adam|addcdiv|addcmul|sqrt|multi_tensor",
 }
 
