@@ -318,6 +318,10 @@ def test_a_refused_option_may_have_its_default_value():
             ["--save-interval", 2],
             "--save-interval: checkpoint_best.pt is the best of",
         ),
+        "a rate of nothing": (
+            ["--lr-scheduler", "polynomial_decay", "--total-num-update", 5, "--max-update", 9],
+            "--total-num-update is 5 and --max-update 9: the learning rate is 0 in the updates between",
+        ),
         "no end": ([], "neither --max-update nor --max-epoch is given"),
     }.values(),
 )
@@ -344,11 +348,13 @@ def test_a_window_that_fairseq_asks_for_is_not_ignored(caplog):
         ["--validate-interval-updates", 10, "--save-interval-updates", 20],
         ["--validate-interval", 4, "--save-interval", 2],
         ["--save-interval", 2, "--no-save"],
+        ["--lr-scheduler", "polynomial_decay", "--total-num-update", 9],
+        ["--lr-scheduler", "polynomial_decay", "--total-num-update", 5, "--end-learning-rate", 1e-5],
     ],
 )
-def test_validations_that_come_with_saves_are_not_told(words, caplog):
-    start_training(*words)
-    assert "checkpoint_best.pt" not in caplog.text
+def test_intervals_and_lengths_that_serve_are_not_told(words, caplog):
+    start_training(*words, "--max-update", 9)
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,14 @@ def _check_choices(settings: Settings) -> None:
             warmup,
             updates,
         )
+    falls = float(settings.get("total_num_update") or 0) if settings.get("lr_scheduler") == "polynomial_decay" else 0
+    if 0 < falls < updates and not float(settings.get("end_learning_rate") or 0):
+        logger.warning(
+            "--total-num-update is %d and --max-update %d: the learning rate is 0 in the updates between, and "
+            "nothing is learned; pass the same number, or --end-learning-rate",
+            falls,
+            updates,
+        )
 
 
 def check_criterion_name(name: str) -> None:
