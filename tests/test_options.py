@@ -217,6 +217,11 @@ WRONG = {
     "triangular": (["--lr-scheduler", "triangular"], "--max-lr is not given"),
     "a peak below the base": (["--lr-scheduler", "triangular", "--max-lr", 1e-4], "pass --max-lr, a rate above --lr"),
     "a fall from nowhere": (["--lr-scheduler", "inverse_sqrt", "--warmup-updates", 0], "pass --warmup-updates above 0"),
+    "rates of epochs": (
+        ["--lr", "0.1,0.01", "--lr-scheduler", "step"],
+        "--lr has several values.*--lr-scheduler fixed",
+    ),
+    "a window of several": (["--bf16", "--update-freq", "2,4"], "--fp16-scale-window with --bf16: pass one, such as"),
     "half the memory for float32": (
         ["--memory-efficient-bf16", "--optimizer", "sgd", "--lr", 1e-3],
         "--memory-efficient-bf16 is refused: --optimizer sgd .*pass --bf16, or another optimizer such as adam",
@@ -348,7 +353,8 @@ def test_a_window_that_fairseq_asks_for_is_not_ignored(caplog):
         ["--validate-interval-updates", 10, "--save-interval-updates", 20],
         ["--validate-interval", 4, "--save-interval", 2],
         ["--save-interval", 2, "--no-save"],
-        ["--lr-scheduler", "polynomial_decay", "--total-num-update", 9],
+        ["--lr-scheduler", "polynomial_decay", "--total-num-update", 9, "--lr", "0.1,0.01"],
+        ["--lr-scheduler", "fixed", "--lr", "0.1,0.01", "--update-freq", "2,4"],
         ["--lr-scheduler", "polynomial_decay", "--total-num-update", 5, "--end-learning-rate", 1e-5],
     ],
 )

@@ -1,6 +1,7 @@
-"""Options of fairseq's optimizers that end a run with a message of another kind, or spoil it without one."""
+"""Options of fairseq's optimizers and schedules that end a run with a traceback, or spoil it without a word."""
 
 import logging
+from typing import Any
 
 from ..core.names import option_name
 from .option_rules import Settings
@@ -11,15 +12,29 @@ WITH_RATE = ("adafactor", "adam", "adamax", "adagrad", "cpu_adam", "lamb", "nag"
 """Optimizers for which fairseq's default of ``--lr`` is too large."""
 
 _FLOAT32_ALONE = ("adadelta", "adagrad", "sgd")
+# Schedules for which --lr has a single value.
+_ONE_RATE = ("cosine", "inverse_sqrt", "manual", "reduce_lr_on_plateau", "step", "tri_stage", "triangular")
+_HALF = ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16")
 
 
 def check_optimizer(settings: Settings) -> None:
-    """Refuse options that the chosen optimizer cannot follow.
+    """Refuse options that the chosen optimizer or schedule cannot follow.
 
     Raises:
         ValueError: with the option and the remedy.
     """
-    optimizer = str(settings.get("optimizer"))
+    optimizer, schedule = str(settings.get("optimizer")), str(settings.get("lr_scheduler"))
+    if _several(settings.get("lr")) and schedule in _ONE_RATE:
+        raise ValueError(
+            f"--lr has several values, one an epoch, which --lr-scheduler {schedule} does not follow: pass one, or "
+            "--lr-scheduler fixed"
+        )
+    half = next((name for name in _HALF if settings.get(name)), None)
+    if _several(settings.get("update_freq")) and half is not None and settings.get("fp16_scale_window") is None:
+        raise ValueError(
+            f"--update-freq has several values, for which fairseq asks for a --fp16-scale-window with "
+            f"{option_name(half)}: pass one, such as 2000, or one value"
+        )
     for precision in ("fp16", "bf16"):
         name = f"memory_efficient_{precision}"
         if settings.get(name) and optimizer in _FLOAT32_ALONE:
@@ -38,3 +53,7 @@ def check_optimizer(settings: Settings) -> None:
             "--scale-parameter: fairseq multiplies the learning rate by the scale of each parameter in turn, and keeps "
             "the product for the next one, so that all but the first hardly move; leave it out"
         )
+
+
+def _several(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 1
