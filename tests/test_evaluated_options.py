@@ -25,7 +25,7 @@ WRONG = {
     "--adam-betas [0.9,0.98]": None,
     "--optimizer adamax --lr 1 --adamax-betas x": f"--adamax-betas is 'x': {BETAS}",
     "--optimizer lamb --lr 1 --lamb-betas 1": f"--lamb-betas is '1': {BETAS}",
-    "--optimizer adafactor --adafactor-eps 1e-30": "--adafactor-eps is '1e-30': pass two small numbers",
+    "--optimizer adafactor --lr 1e-3 --adafactor-eps 1e-30": "--adafactor-eps is '1e-30': pass two small numbers",
     "--lr-scheduler tri_stage --max-update 9 --phase-ratio (.1": rf"--phase-ratio is '\(.1': {LISTS}",
     "--lr-scheduler tri_stage --max-update 9 --phase-ratio .1,.2": "--phase-ratio is 0.1, 0.2: pass three numbers",
     "--lr-scheduler tri_stage --max-update 9 --phase-ratio .1,.2,.3": "0.3: pass three numbers that add up to 1",

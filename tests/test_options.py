@@ -217,6 +217,19 @@ WRONG = {
     "triangular": (["--lr-scheduler", "triangular"], "--max-lr is not given"),
     "a peak below the base": (["--lr-scheduler", "triangular", "--max-lr", 1e-4], "pass --max-lr, a rate above --lr"),
     "a fall from nowhere": (["--lr-scheduler", "inverse_sqrt", "--warmup-updates", 0], "pass --warmup-updates above 0"),
+    "no update after the warm-up": (
+        ["--lr-scheduler", "cosine", "--warmup-updates", 5, "--max-update", 5],
+        "--lr-scheduler cosine is incomplete: pass fewer --warmup-updates than --max-update",
+    ),
+    "no next period": (["--lr-scheduler", "cosine", "--max-update", 5, "--t-mult", 0], "pass --t-mult above 0"),
+    "no steps": (["--lr-scheduler", "step", "--lr-deacy-period", 0], "pass --lr-deacy-period above 0, --lr-decay up"),
+    "steps upwards": (["--lr-scheduler", "step", "--min-lr", 1], "and --min-lr below --lr"),
+    "no way down": (["--lr-scheduler", "tri_stage", "--warmup-steps", 3], "pass --decay-steps above 0"),
+    "no triangle": (
+        ["--lr-scheduler", "triangular", "--max-lr", 1, "--lr-period-updates", 1],
+        "pass --lr-period-updates of 2 or more",
+    ),
+    "a plateau that rises": (["--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", 2], "pass --lr-shrink below 1"),
     "rates of epochs": (
         ["--lr", "0.1,0.01", "--lr-scheduler", "step"],
         "--lr has several values.*--lr-scheduler fixed",

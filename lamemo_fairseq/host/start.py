@@ -63,6 +63,19 @@ _NEEDS = (
     ),
     Need(
         "lr_scheduler",
+        "cosine",  # fairseq would divide by zero in the last update
+        lambda s: _positive("lr_period_updates")(s) or s.get("max_update") != s.get("warmup_updates"),
+        "pass fewer --warmup-updates than --max-update",
+    ),
+    Need("lr_scheduler", "cosine", _positive("t_mult"), "pass --t-mult above 0"),
+    Need(
+        "lr_scheduler",
+        "step",
+        lambda s: s["lr_deacy_period"] > 0 and s["lr_decay"] <= 1 and s["min_lr"] < _first(s.get("lr")),
+        "pass --lr-deacy-period above 0, --lr-decay up to 1 and --min-lr below --lr",
+    ),
+    Need(
+        "lr_scheduler",
         "inverse_sqrt",
         _positive("warmup_updates"),
         "pass --warmup-updates above 0, from which its fall is counted",
@@ -87,6 +100,18 @@ _NEEDS = (
     ),
     Need(
         "lr_scheduler",
+        "tri_stage",
+        lambda s: bool(s.get("phase_ratio")) or _positive("decay_steps")(s),
+        "pass --decay-steps above 0",
+    ),
+    Need(
+        "lr_scheduler",
+        "triangular",
+        lambda s: float(s.get("lr_period_updates") or 0) >= 2,
+        "pass --lr-period-updates of 2 or more",
+    ),
+    Need(
+        "lr_scheduler",
         "triangular",
         lambda s: float(s.get("max_lr") or 0) > _first(s.get("lr")),
         "pass --max-lr, a rate above --lr",
@@ -96,6 +121,12 @@ _NEEDS = (
         "reduce_lr_on_plateau",
         lambda s: not s.get("disable_validation"),
         "it lowers the rate by the validation loss: leave out --disable-validation",
+    ),
+    Need(
+        "lr_scheduler",
+        "reduce_lr_on_plateau",
+        lambda s: float(s.get("lr_shrink") or 0) < 1,
+        "pass --lr-shrink below 1, by which the rate is multiplied",
     ),
     Need(
         "lr_scheduler",
