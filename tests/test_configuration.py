@@ -16,7 +16,8 @@ COMMANDS = [
     "--arch lamemo_lm --optimizer adam --lr 0.1",
     "--arch lamemo_lm --optimizer adam --lr 0.1,0.2 --adam-betas (0.8,0.9) --mem-len 7 --save-dir it's/a,b=c --seed 3",
     "--arch transformer_xl_lm --optimizer nag --lr 0.1 --lr-scheduler cosine --warmup-updates 2",
-    "--arch transformer_xl_lm --optimizer nag --lr 0.1 --lr-scheduler cosine --bpe bytes --update-freq 2,3 --bf16",
+    "--arch transformer_xl_lm --optimizer nag --lr 0.1 --lr-scheduler cosine --bpe bytes --update-freq 2,3",
+    "--arch transformer_xl_lm --optimizer nag --lr 0.1 --lr-scheduler cosine --update-freq 2 --bf16",
     "--arch transformer_xl_lm --optimizer adam --lr 0.1",
 ]
 
