@@ -18,7 +18,7 @@ stamp=$(cat "$root/constraints.txt" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' 
 mark=$venv/made-by-install.sh # there from the start, and empty until the end
 if [ -e "$venv" ]; then
     if [ ! -e "$mark" ]; then
-        echo "$venv is there already and was not made by this script: move it away, or name another folder" >&2
+        echo "$venv is there already and was not made by this script: move it away, and a new one is made there" >&2
         exit 1
     fi
     if [ "$(cat "$mark")" = "$stamp" ]; then exit 0; fi

@@ -48,7 +48,8 @@ def test_missing_split(data, tmp_path):
 def test_missing_dictionary(data, tmp_path):
     (data / "dict.txt").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"no dictionary at .*python -m preprocess own --source .*or with fairseq-preprocess"
+        FileNotFoundError,
+        match=r"no dictionary at .*python -m (lamemo_fairseq\.)?preprocess own --source .*or with fairseq-preprocess",
     ):
         train_on(data, tmp_path / "run")
 

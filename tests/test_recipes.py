@@ -44,7 +44,8 @@ def test_every_row_is_printed_as_fairseq_takes_it(path, monkeypatch, caplog):
     ours = next(row for row in loaded.rows if row.startswith("lamemo"))
     for row in loaded.rows:
         commands_, script, text = (printed(loaded, row, path, form) for form in recipes.FORMS)
-        assert f"`{row}`" in page and (row != ours or commands_ in page)
+        assert f"`{row}`" in page, f"{path.parent.name}/README.md lists no `{row}`"
+        assert row != ours or commands_ in page
         train, test = map(one_line, commands_.split("\n\n"))
         number = table.streams(loaded, row)
         script = one_line(script).replace(f"$(({number} / GPUS))", str(number))
