@@ -11,7 +11,6 @@ from typing import (
     ClassVar,
     Dict,
     Generic,
-    Iterable,
     List,
     Mapping,
     NamedTuple,
@@ -371,13 +370,9 @@ def last_rows(rows: Tensor, count: int, dim: int = 1) -> Tensor:
     return rows.detach().narrow(dim, rows.size(dim) - count, count).clone()
 
 
-def no_contribution(parameters: Iterable[Optional[Tensor]]) -> Tensor:
-    """Return zero, with a gradient of zero for those of *parameters* that are not None.
-
-    Data-parallel reducers wait for a gradient of every parameter, even in a step that does not use it.
-    """
-    used = [p.sum(dtype=torch.float32) for p in parameters if p is not None]
-    return 0.0 * torch.stack(used).sum() if used else torch.zeros(())
+def last_of_both(past: Tensor, new: Tensor, count: int) -> Tensor:
+    """Return `last_rows` of ``past [B, m, d]`` and ``new [B, N, d]`` behind, without joining what is not kept."""
+    return last_rows(new if new.size(1) >= count else torch.cat([past, new.detach()], dim=1), count)
 
 
 def _check(memory: Type[Memory[Any, Any]]) -> None:

@@ -21,6 +21,12 @@ def with_unread(rows: Tensor, parameters: Iterable[Optional[Tensor]]) -> Tensor:
     return same
 
 
+def no_contribution(parameters: Iterable[Optional[Tensor]]) -> Tensor:
+    """Return zero, with a gradient of zero for those of *parameters* that are not None."""
+    used = [p.sum(dtype=torch.float32) for p in parameters if p is not None]
+    return 0.0 * torch.stack(used).sum() if used else torch.zeros(())
+
+
 class _UnreadContext(Context):
     parameters: Tuple[Tensor, ...]  # for their shapes: they may change before the backward pass
 

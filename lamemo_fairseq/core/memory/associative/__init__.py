@@ -30,7 +30,7 @@ from ..base import (
     MemoryState,
     Passage,
     Segment,
-    last_rows,
+    last_of_both,
 )
 from ..unread import with_unread
 from .association import Association, Associations
@@ -141,9 +141,8 @@ class AssociativeMemory(Memory[AssociativeState, AssociativeOptions]):
             rows = torch.cat([rows, self.dropout(self.first_tokens(rows))], dim=1)
         if past is not None:
             rows = association.read(rows, past)
-        slots, tokens = slots.to(rows), rows[:, :current]
-        kept = tokens if current >= self.config.mem_len else torch.cat([slots, tokens], dim=1)
-        hidden = last_rows(kept, self.config.mem_len)
+        slots = slots.to(rows)
+        hidden = last_of_both(slots, rows[:, :current], self.config.mem_len)
         joined = join(slots, rows) if slots.size(1) else rows
         rows, _ = layer(joined, segment.biases[n], rows.size(1))
         written = association.write(rows[:, current:], past)

@@ -21,7 +21,7 @@ from ...kernels.unit import unit
 from ...layers import AttentionConfig, SelfAttention
 from ...layers.heads import mapped_to_heads
 from ...positions import LayerBias
-from ..base import no_contribution
+from ..unread import no_contribution
 from . import eager
 from .options import BlockRecurrentOptions
 

@@ -27,8 +27,8 @@ from ..base import (
     MemoryState,
     Segment,
     last_rows,
-    no_contribution,
 )
+from ..unread import no_contribution
 from .attention import CompressiveSelfAttention
 from .cache import CompressiveCache
 from .compressions import COMPRESSIONS

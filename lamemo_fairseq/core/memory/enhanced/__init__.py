@@ -12,7 +12,6 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 from dataclasses import dataclass
 from typing import ClassVar, Optional, Sequence, Tuple, Type
 
-import torch
 from torch import Tensor
 
 from ...decoding.cache import AnyCache, fill_slots
@@ -27,7 +26,7 @@ from ..base import (
     MemoryOptions,
     MemoryState,
     Segment,
-    last_rows,
+    last_of_both,
 )
 from .cache import EnhancedCache
 
@@ -69,13 +68,7 @@ class EnhancedMemory(Memory[EnhancedState, MemoryOptions]):
     ) -> LayerPassage:
         past = before[0].to(rows)
         out, _ = layer(join(past, rows), segment.biases[n], segment.tokens)
-        return LayerPassage(out, (self._slots(past, out),))
-
-    def _slots(self, past: Tensor, new: Tensor) -> Tensor:
-        """Return the last M of the rows ``past [B, m, d]`` and ``new [B, N, d]``."""
-        if new.size(1) >= self.config.mem_len:
-            return last_rows(new, self.config.mem_len)
-        return last_rows(torch.cat([past, new.detach()], dim=1), self.config.mem_len)
+        return LayerPassage(out, (last_of_both(past, out, self.config.mem_len),))
 
     def fill_cache(self, cache: AnyCache, parts: Sequence[LayerState], layers: Sequence[DecoderLayer]) -> None:
         fill_slots(cache, parts, layers, self.slots)

@@ -20,7 +20,7 @@ from ...kernels.padded import join
 from ...layers import DecoderLayer, SelfAttention
 from ...positions import Positions
 from ...positions.together import together
-from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_rows
+from ..base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryState, Passage, last_of_both
 from ..unread import with_unread
 from .attention import TokenSelfAttention
 from .cache import TokenCache
@@ -110,9 +110,7 @@ class TokenMemory(Memory[TokenState, TokenOptions]):
         rows = torch.cat([self.dropout(tokens), x, self.dropout(tokens)], dim=1)
         for i, (layer, bias, past) in enumerate(zip(layers, biases, state.hidden, strict=True)):
             past = past.to(x)
-            own = rows[:, size : size + current]
-            newest = own if current >= self.config.mem_len else torch.cat([past, own], dim=1)
-            hidden.append(last_rows(newest, self.config.mem_len))
+            hidden.append(last_of_both(past, rows[:, size : size + current], self.config.mem_len))
             rows = join(past, rows)
             rows, _ = layer(rows, bias, blocks._replace(last=i == len(layers) - 1))
         features, written = rows[:, :current], self.dropout(rows[:, current:])
