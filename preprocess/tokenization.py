@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamemo_fairseq.core.text.coders import DIGITS, SPACE
-from lamemo_fairseq.core.text.encoding import MARK
+from lamemo_fairseq.core.text.encoding import MARK, joined_paragraphs
 
 from .files import Span
 from .words import PIECES, WORDS, Encoder
@@ -212,7 +212,7 @@ class LineTokenizer(Tokenizer):
         """
         lines = io.StringIO(decoded(text), newline=None)
         stripped = (line.rstrip("\n").lstrip(MARK) for line in lines)
-        return _paragraphs(stripped) if self.paragraphs else stripped
+        return joined_paragraphs(stripped) if self.paragraphs else stripped
 
     def encode(self, text: bytes, more: bool = False) -> Encoded:
         numbers: defaultdict[str, int] = defaultdict(count().__next__)
@@ -233,18 +233,6 @@ class LineTokenizer(Tokenizer):
 
     def files(self) -> dict[str, Path]:
         return {} if self.model is None else {"sentencepiece.bpe.model": self.model}
-
-
-def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
-    paragraph: list[str] = []
-    for line in lines:
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield " ".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield " ".join(paragraph)
 
 
 def _rows(size: int, row: int) -> NDArray[np.int32]:

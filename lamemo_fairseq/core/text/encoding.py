@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, Iterator, List, Optional
 
 from ..fields import Values
 from ..names import did_you_mean
@@ -59,7 +59,9 @@ class TextEncoding:
         if self.pieces == "bytes":
             return text.split("\n")
         lines = [line.lstrip(MARK) for line in _LINE_END.split(text)]
-        return _joined(lines) if self.paragraphs else lines
+        if not self.paragraphs:
+            return lines
+        return [*joined_paragraphs(lines), *([] if lines[-1].strip() else [""])]  # no words yet of the next one
 
     @property
     def line_end(self) -> str:
@@ -97,12 +99,14 @@ class TextEncoding:
         return encoding
 
 
-def _joined(lines: List[str]) -> List[str]:
-    """Join lines up to an empty one; what follows the end of the last paragraph is an empty line."""
-    paragraphs: List[List[str]] = [[]]
+def joined_paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """Join lines up to an empty one; empty lines are left out."""
+    paragraph: List[str] = []
     for line in lines:
         if line.strip():
-            paragraphs[-1].append(line)
-        elif paragraphs[-1]:
-            paragraphs.append([])
-    return [" ".join(paragraph) for paragraph in paragraphs]
+            paragraph.append(line)
+        elif paragraph:
+            yield " ".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield " ".join(paragraph)
