@@ -85,11 +85,9 @@ def evaluate(
         The ``loss`` in bits, the ``perplexity``, which is 2 to its power, and the `report`.
 
     Raises:
-        ValueError: the value of an option makes no sense, models divide a text into segments of other lengths, or
-            nothing was scored.
+        ValueError: as `score_segments`, or nothing was scored.
         DivergenceError: a token has no probability.
     """
-    _check_lengths(models)
     device = next(models[0].parameters()).device if device is None else device
     units = WordUnits.of(post_process, dictionary).to(device)
     original = Original.of(split)
@@ -152,11 +150,12 @@ def score_segments(
     """Yield the scores of every batch that is not empty; *timer* measures the models' time.
 
     Raises:
-        ValueError: *softmax_batch* is negative.
+        ValueError: *softmax_batch* is negative, or models divide a text into segments of other lengths.
         DivergenceError: a token has no probability.
     """
     if softmax_batch < 0:
         raise ValueError(f"--softmax-batch is {softmax_batch}: pass a number of tokens, or leave it out")
+    _check_lengths(models)
     timer = timer or StopwatchMeter()
     with ExitStack() as unchanged:
         for model in models:
