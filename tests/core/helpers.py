@@ -169,6 +169,14 @@ def tiny_decoder(
     return model.to(dtype).eval()
 
 
+def features_and_gradients(decoder: LanguageModel, tokens: Tensor) -> List[Tensor]:
+    """Return the features of ``tokens [B, N]`` in training, and the gradients of all parameters but embeddings."""
+    scores = decoder.train().read_segment(tokens.to(decoder.embed_tokens.table(0).device), None).features
+    parameters = [p for name, p in decoder.named_parameters() if not name.startswith("embed_tokens")]
+    gradients = torch.autograd.grad(scores.logsumexp(-1).sum(), parameters, allow_unused=True)
+    return [scores, *(g for g in gradients if g is not None)]
+
+
 @torch.no_grad()
 def enlarge(model: nn.Module) -> None:
     """Multiply weights by ten, as initial ones are so small that attention would hardly matter.

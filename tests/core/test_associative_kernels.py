@@ -16,7 +16,7 @@ from lamemo_fairseq.core.memory.associative.options import AssociativeOptions
 
 from ..gpus import DEVICE
 from .buffers import fill_with_nan
-from .helpers import tiny_decoder
+from .helpers import features_and_gradients, tiny_decoder
 from .resources import usages, used
 
 
@@ -73,11 +73,7 @@ def test_a_decoder_with_the_kernel(monkeypatch):
                 p.mul_(0.4)
         if kernels:
             monkeypatch.setattr(features.rows, "fusable", lambda t: t.dtype == torch.float32)
-        tokens = torch.arange(4, 16).view(2, 6).to(DEVICE)
-        scores = decoder.train().read_segment(tokens, None).features
-        parameters = [p for name, p in decoder.named_parameters() if not name.startswith("embed_tokens")]
-        gradients = torch.autograd.grad(scores.logsumexp(-1).sum(), parameters, allow_unused=True)
-        found.append([scores, *(g for g in gradients if g is not None)])
+        found.append(features_and_gradients(decoder, torch.arange(4, 16).view(2, 6)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
