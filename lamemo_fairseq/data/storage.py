@@ -125,10 +125,10 @@ def _checked(path: str, impl: Optional[str]) -> Tuple[Index, "_Format"]:
     if stored == 0:
         raise ValueError(f"{path} holds no tokens: was the text empty?")
     with open(path + ".idx", "rb") as file:
-        magic = file.read(8)
-    form = _FORMATS.get(magic)
+        begin = file.read(max(map(len, _FORMATS)))
+    form = next((form for magic, form in _FORMATS.items() if begin.startswith(magic)), None)
     if form is None:
-        if magic == HuffmanMMapIndex._HDR_MAGIC[:8]:
+        if begin.startswith(HuffmanMMapIndex._HDR_MAGIC):
             refuse_format(path, "huffman")
         raise _damaged(path, f".idx of {os.path.getsize(path + '.idx'):,} bytes begins like no index of fairseq's")
     if impl is not None and impl not in form.names:
@@ -212,7 +212,7 @@ class _Format(NamedTuple):
     open: Callable[[str], Any]
 
 
-_FORMATS: Dict[bytes, _Format] = {
-    MMapIndexedDataset.Index._HDR_MAGIC[:8]: _Format(("mmap",), _read_mmap, MMapIndexedDataset),
+_FORMATS: Dict[bytes, _Format] = {  # by what their indices begin with
+    MMapIndexedDataset.Index._HDR_MAGIC: _Format(("mmap",), _read_mmap, MMapIndexedDataset),
     indexed_dataset.IndexedDataset._HDR_MAGIC: _Format(("lazy", "cached"), _read_older, OlderLines),
 }
