@@ -165,6 +165,14 @@ def test_a_wrong_reach_names_the_memory(monkeypatch, returned, message, position
         model.read(tokens, state)
 
 
+def test_distances_ahead_that_a_class_promises(monkeypatch):
+    """Weights of the distances ahead would never be trained, and several ranks would wait for their gradients."""
+    message = r"^AverageMemory has looks_ahead = True, and its reach returned None for the distances ahead: return the"
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(looks_ahead=True)})
+    with pytest.raises(TypeError, match=message):
+        tiny_decoder(("recurrent", "disentangled", "right")).read(random_tokens(2, 3))
+
+
 def read_twice(monkeypatch, keep, training, **members):
     """Read two segments with a memory whose state is what *keep* makes of a layer's rows."""
 

@@ -292,7 +292,7 @@ class Memory(nn.Module, Generic[State, Options]):
 
     def segment(self, x: Tensor, state: State, positions: Positions, lengths: Optional[Tensor] = None) -> Segment:
         """Return the values that all layers use of ``x [B, n, d]``; they depend on shapes, positions and *lengths*."""
-        rows, ahead = reached(self, self.reach(state, x.size(1)))
+        rows, ahead = reached(self, self.reach(state, x.size(1)), for_positions=True)
         return Segment(x.size(1), together(positions(rows, ahead, x), x), lengths)
 
     def reach(self, state: State, current: int) -> Tuple[int, Optional[range]]:

@@ -73,11 +73,16 @@ def check_state(memory: Any, state: Any) -> None:
         )
 
 
-def reached(memory: Any, returned: object) -> Tuple[int, Optional[range]]:
+def reached(memory: Any, returned: object, for_positions: bool = False) -> Tuple[int, Optional[range]]:
     """Return what the ``reach`` of a `Memory` has *returned*.
 
+    Args:
+        for_positions: the positions are asked for these distances. A memory that asks for others by itself, as memory
+            tokens do, may leave `reach` as it is.
+
     Raises:
-        TypeError: that is no pair of a number and a range or None, or the memory does not look ahead.
+        TypeError: that is no pair of a number and a range or None, or the class and the distances do not agree on
+            whether the memory looks ahead.
     """
     rows, ahead = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
     if not isinstance(rows, int) or not (ahead is None or isinstance(ahead, range)):
@@ -89,5 +94,10 @@ def reached(memory: Any, returned: object) -> Tuple[int, Optional[range]]:
         raise TypeError(
             f"{type(memory).__name__}.reach returned distances ahead, which not all position encodings have: write "
             "looks_ahead = True in the class, or return None for them"
+        )
+    if for_positions and ahead is None and memory.looks_ahead:  # their weights would never be trained
+        raise TypeError(
+            f"{type(memory).__name__} has looks_ahead = True, and its reach returned None for the distances ahead: "
+            "return their range, which is range(0) in a segment without, or leave looks_ahead out of the class"
         )
     return rows, ahead
