@@ -1,5 +1,6 @@
 """Registering a memory: what would be lost or wrong without a word is refused in one line, with the remedy."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -209,3 +210,41 @@ def test_a_state_with_a_gradient(monkeypatch):
     with torch.no_grad():
         read_twice(monkeypatch, lambda rows: rows[:, -4:], False)
     read_twice(monkeypatch, lambda rows: rows[:, -4:], True, carries_gradient=True)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda rows, slots: (rows, slots), "returned a tuple: return LayerPassage(rows, state)"),
+        (lambda rows, slots: rows, "returned a Tensor: return LayerPassage(rows, state)"),
+        (lambda rows, slots: None, "returned a NoneType: return LayerPassage(rows, state)"),
+        (
+            lambda rows, slots: LayerPassage(rows, slots),
+            "returned a state that is a tensor [1, 3, 8]: return a tuple of tensors, (tensor,) for one",
+        ),
+        (lambda rows, slots: LayerPassage(rows, [slots]), "returned a state that is a list: return a tuple of tensors"),
+        (lambda rows, slots: LayerPassage(rows, (slots, None)), "returned a state that is a tuple of NoneType, Tensor"),
+        (
+            lambda rows, slots: LayerPassage(rows, (slots,) * 2),
+            "returned 2 tensors as state, and got 1: return as many",
+        ),
+        (
+            lambda rows, slots: LayerPassage((rows, None), (slots,)),
+            "returned rows that are a tuple of NoneType, Tensor",
+        ),
+        (
+            lambda rows, slots: LayerPassage(rows.float(), (slots,)),
+            "returned rows in torch.float32, and got torch.float64: call .to(rows) on what it adds",
+        ),
+    ],
+)
+def test_a_layer_returns_its_passage(monkeypatch, returned, message):
+    """One stream's tensor would be taken for a tuple; others would end within a host."""
+
+    def pass_layer(self, n, layer, rows, before, segment):
+        out, _ = layer(rows, segment.biases[n], segment.tokens)
+        return returned(out, last_rows(rows, 4))
+
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(pass_layer=pass_layer)})
+    with pytest.raises(TypeError, match=f"^{re.escape('AverageMemory.pass_layer ' + message)}"):
+        tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(1, 3))

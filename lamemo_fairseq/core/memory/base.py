@@ -32,7 +32,7 @@ from ..layers import CausalSelfAttention, DecoderLayer, SelfAttention
 from ..positions import LayerBias, Positions
 from ..positions.together import together
 from ..registry import Registry
-from .own import check_names, reached
+from .own import check_names, passed, reached
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +284,7 @@ class Memory(nn.Module, Generic[State, Options]):
         after: List[LayerState] = []
         asides: List[Tuple[Tensor, ...]] = []
         for n, (layer, before) in enumerate(zip(layers, self.layer_states(state), strict=True)):
-            x, of_layer, aside = self.pass_layer(n, layer, x, before, segment)
+            x, of_layer, aside = passed(self, self.pass_layer(n, layer, x, before, segment), x, before)
             after.append(of_layer)
             asides.append(aside)
         losses = self.losses_of(asides, state, lengths) if self.training else {}

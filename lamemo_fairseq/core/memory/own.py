@@ -1,9 +1,13 @@
-"""Checks of a user's own memory: what is wrong is named in one line, in place of an error from within a host."""
+"""Checks of a user's own memory: what is wrong is named in one line, in place of an error from within a host.
+
+They look at types and shapes, never at numbers, for which the host would wait.
+"""
 
 from dataclasses import fields
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, Mapping, Optional, Tuple, cast
 
 import torch
+from torch import Tensor
 
 
 def check_names(memory: Any, others: Mapping[str, Any]) -> None:
@@ -73,6 +77,29 @@ def check_state(memory: Any, state: Any) -> None:
         )
 
 
+def passed(
+    memory: Any, returned: Any, rows: Tensor, before: Tuple[Tensor, ...]
+) -> Tuple[Tensor, Tuple[Tensor, ...], Tuple[Tensor, ...]]:
+    """Return what the ``pass_layer`` of a `Memory` has *returned* for *rows* and the state *before*.
+
+    Raises:
+        TypeError: that is no `LayerPassage`, its state is not made of as many tensors, or its rows have another dtype.
+    """
+    name = f"{type(memory).__name__}.pass_layer"
+    if getattr(returned, "_fields", ()) != ("rows", "state", "aside"):
+        raise TypeError(f"{name} returned a {type(returned).__name__}: return LayerPassage(rows, state)")
+    state, made = returned.state, returned.rows
+    if not isinstance(state, tuple) or not all(isinstance(tensor, Tensor) for tensor in state):
+        raise TypeError(f"{name} returned a state that is {_kind(state)}: return a tuple of tensors, (tensor,) for one")
+    if len(state) != len(before):
+        raise TypeError(f"{name} returned {len(state)} tensors as state, and got {len(before)}: return as many")
+    if not isinstance(made, Tensor) or made.dim() != 3:
+        raise TypeError(f"{name} returned rows that are {_kind(made)}: return the layer's output, [B, n, d]")
+    if made.dtype != rows.dtype and not torch.is_autocast_enabled(rows.device.type):
+        raise TypeError(f"{name} returned rows in {made.dtype}, and got {rows.dtype}: call .to(rows) on what it adds")
+    return cast(Tuple[Tensor, Tuple[Tensor, ...], Tuple[Tensor, ...]], returned)
+
+
 def reached(memory: Any, returned: object, for_positions: bool = False) -> Tuple[int, Optional[range]]:
     """Return what the ``reach`` of a `Memory` has *returned*.
 
@@ -101,3 +128,12 @@ def reached(memory: Any, returned: object, for_positions: bool = False) -> Tuple
             "return their range, which is range(0) in a segment without, or leave looks_ahead out of the class"
         )
     return rows, ahead
+
+
+def _kind(value: object) -> str:
+    """Return the words for what was returned in place of something else."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    if isinstance(value, tuple):
+        return f"a tuple of {', '.join(sorted({type(part).__name__ for part in value}))}"
+    return f"a {type(value).__name__}"
