@@ -19,7 +19,7 @@ from .layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbeddin
 from .memory import MEMORIES, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
 from .memory.base import last_rows
 from .memory.groups import GroupedState, read_groups
-from .memory.own import check_state
+from .memory.own import check_fields, check_passage
 from .positions import POSITIONS, PositionConfig, PositionEncoding
 from .segments import SegmentReader
 
@@ -74,16 +74,21 @@ class MemoryDecoder(nn.Module):
         """Read one segment as `read` does, without a CUDA graph."""
         x = self.embed(tokens, lengths)
         # The memory of a resumed run is still on the host.
-        before = self.memory.initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
+        before = self._initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
         words = self._words_of_rows(tokens, state) if self.positions.reads_words else None
         positions = self.positions if words is None else self.positions.of(words)
         with made_once(self.memory.carries_gradient):  # of an update's segments, which come in turn
             passage: Passage = self.memory(x, before, self.layers, positions, lengths)
-        check_state(self.memory, passage.state)
+        check_passage(self.memory, passage, x)
         if words is None:
             return passage._replace(features=self.dropout(passage.features))
         after = replace(passage.state, words=last_rows(words, self.memory.slots) if self.memory.slots else None)
         return passage._replace(features=self.dropout(passage.features), state=after)
+
+    def _initial_state(self, x: Tensor) -> MemoryState:
+        state: MemoryState = self.memory.initial_state(x)
+        check_fields(self.memory, state, len(x), "initial_state")
+        return state
 
     def embed(self, tokens: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
         """Return what goes into the first layer, ``[B, N, d]``, for the ``tokens [B, N]`` of a segment."""

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from lamemo_fairseq.core.config import refuse_names
 from lamemo_fairseq.core.fields import option
 from lamemo_fairseq.core.kernels.padded import join
-from lamemo_fairseq.core.memory import MEMORIES, Architecture, Memory, MemoryOptions
+from lamemo_fairseq.core.memory import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState
 from lamemo_fairseq.core.memory.base import LayerPassage, last_rows
 from lamemo_fairseq.core.memory.recurrent import RecurrentMemory
 
@@ -215,14 +216,14 @@ def test_a_state_with_a_gradient(monkeypatch):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda rows, slots: (rows, slots), "returned a tuple: return LayerPassage(rows, state)"),
-        (lambda rows, slots: rows, "returned a Tensor: return LayerPassage(rows, state)"),
-        (lambda rows, slots: None, "returned a NoneType: return LayerPassage(rows, state)"),
+        (lambda rows, slots: (rows, slots), "returned type tuple: return LayerPassage(rows, state)"),
+        (lambda rows, slots: rows, "returned type Tensor: return LayerPassage(rows, state)"),
+        (lambda rows, slots: None, "returned type NoneType: return LayerPassage(rows, state)"),
         (
             lambda rows, slots: LayerPassage(rows, slots),
             "returned a state that is a tensor [1, 3, 8]: return a tuple of tensors, (tensor,) for one",
         ),
-        (lambda rows, slots: LayerPassage(rows, [slots]), "returned a state that is a list: return a tuple of tensors"),
+        (lambda rows, slots: LayerPassage(rows, [slots]), "returned a state that is of type list: return a tuple"),
         (lambda rows, slots: LayerPassage(rows, (slots, None)), "returned a state that is a tuple of NoneType, Tensor"),
         (
             lambda rows, slots: LayerPassage(rows, (slots,) * 2),
@@ -248,3 +249,77 @@ def test_a_layer_returns_its_passage(monkeypatch, returned, message):
     monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(pass_layer=pass_layer)})
     with pytest.raises(TypeError, match=f"^{re.escape('AverageMemory.pass_layer ' + message)}"):
         tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(1, 3))
+
+
+@dataclass(frozen=True)
+class AverageState(MemoryState):
+    """Of another class than the one that the memory names."""
+
+    hidden: Any = ()
+    mean: Any = None
+    count: Any = 0
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (AverageState, "AverageMemory{} returned a state of type AverageState, and the class names RecurrentState: "),
+        (lambda rows: None, "AverageMemory{} returned a state of type NoneType, and the class names RecurrentState"),
+        (
+            lambda rows: RecurrentMemory.state((rows.transpose(0, 1), rows)),
+            "AverageMemory{} returned a state whose hidden is [3, 2, 8] for 2 streams: return tensors with the streams",
+        ),
+        (
+            lambda rows: RecurrentMemory.state((rows.sum(),)),
+            "AverageMemory{} returned a state whose hidden is [] for 2",
+        ),
+        (
+            lambda rows: RecurrentMemory.state([rows]),
+            "AverageMemory{} returned a state whose hidden is of type list: return",
+        ),
+        (lambda rows: RecurrentMemory.state(3), "AverageMemory{} returned a state whose hidden is of type int: return"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_state_is_made_of_tensors_with_the_streams_first(monkeypatch, made, message, first):
+    """Streams elsewhere would be mixed up where single ones are cleared; another class would not be read again."""
+
+    def initial_state(self, x):
+        return made(x.new_zeros(2, 3, 8)) if first else RecurrentMemory.initial_state(self, x)
+
+    def joined(self, parts, like):
+        return made(parts[0][0])
+
+    members = {"initial_state": initial_state, "joined": joined}
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(**members)})
+    expected = message.format(".initial_state" if first else "")
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(expected)}"):
+        tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(2, 3))
+
+
+@pytest.mark.parametrize("carries_gradient", [False, True])
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            lambda passage: (*passage,),
+            "AverageMemory.pass_segment returned type tuple: return Passage(features, state)",
+        ),
+        (
+            lambda passage: passage._replace(features=passage.features.repeat(1, 2, 1)),
+            "AverageMemory returned features [2, 6, 8], and the segment is [2, 3, 8]: return the last layer's rows",
+        ),
+        (
+            lambda passage: passage._replace(losses={"own": torch.zeros(())}),
+            "AverageMemory returned losses, and its class says that it has none, so that training would not add them: ",
+        ),
+    ],
+)
+def test_a_segment_returns_its_passage(monkeypatch, made, message, carries_gradient):
+    def pass_segment(self, *args):
+        return made(RecurrentMemory.pass_segment(self, *args))
+
+    members = {"pass_segment": pass_segment, "carries_gradient": carries_gradient}
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(**members)})
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
+        tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(2, 3))

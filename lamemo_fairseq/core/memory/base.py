@@ -32,7 +32,7 @@ from ..layers import CausalSelfAttention, DecoderLayer, SelfAttention
 from ..positions import LayerBias, Positions
 from ..positions.together import together
 from ..registry import Registry
-from .own import check_names, passed, reached
+from .own import check_names, passed_layer, passed_segment, reached
 
 logger = logging.getLogger(__name__)
 
@@ -259,14 +259,14 @@ class Memory(nn.Module, Generic[State, Options]):
             The features ``[B, N, d]``, the state after them without gradient, and the means of the segments' losses.
         """
         if not self.carries_gradient:
-            return self.pass_segment(x, state, layers, positions, lengths)
+            return passed_segment(self, self.pass_segment(x, state, layers, positions, lengths))
         passages: List[Passage] = []
         limit = self.segments_at_once if torch.is_grad_enabled() else 1
         at_once = self.period * max(1, min(limit, x.size(1) // self.period))
         for start in range(0, x.size(1), at_once):
             segment = x[:, start : start + at_once]
             left = None if lengths is None else (lengths - start).clamp(0, segment.size(1))
-            passages.append(self.pass_segment(segment, state, layers, positions, left))
+            passages.append(passed_segment(self, self.pass_segment(segment, state, layers, positions, left)))
             state = cast(State, passages[-1].state)
         features = torch.cat([passage.features for passage in passages], dim=1)
         return Passage(features, state.map(constant), _means(passages))
@@ -284,7 +284,7 @@ class Memory(nn.Module, Generic[State, Options]):
         after: List[LayerState] = []
         asides: List[Tuple[Tensor, ...]] = []
         for n, (layer, before) in enumerate(zip(layers, self.layer_states(state), strict=True)):
-            x, of_layer, aside = passed(self, self.pass_layer(n, layer, x, before, segment), x, before)
+            x, of_layer, aside = passed_layer(self, self.pass_layer(n, layer, x, before, segment), x, before)
             after.append(of_layer)
             asides.append(aside)
         losses = self.losses_of(asides, state, lengths) if self.training else {}

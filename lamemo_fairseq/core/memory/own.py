@@ -4,10 +4,12 @@ They look at types and shapes, never at numbers, for which the host would wait.
 """
 
 from dataclasses import fields
-from typing import Any, Mapping, Optional, Tuple, cast
+from typing import Any, Mapping, Optional, Tuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+P = TypeVar("P")
 
 
 def check_names(memory: Any, others: Mapping[str, Any]) -> None:
@@ -57,27 +59,87 @@ def check_members(options: type) -> None:
             )
 
 
-def check_state(memory: Any, state: Any) -> None:
-    """Refuse a state that a `Memory` must not return after a segment; shipped ones never do.
+def check_fields(memory: Any, state: Any, streams: int, method: str = "") -> None:
+    """Refuse a state of another class, or with a field that is not made of tensors with the streams first.
+
+    Args:
+        streams: B.
+        method: the one that returned it, if not the pass over a segment.
 
     Raises:
-        ValueError: the state has more rows than the options say, so that tokens would attend further; or a gradient,
-            so that the next update's backward pass would need this one's graph.
+        TypeError: the class or a field's type is wrong.
+        ValueError: a tensor has another number of streams.
     """
+    name = type(memory).__name__ + (f".{method}" if method else "")
+    if type(state) is not memory.state:
+        raise TypeError(
+            f"{name} returned a state of type {type(state).__name__}, and the class names {memory.state.__name__}: "
+            f"return that, or write state = {type(state).__name__} in the class, by which a saved state is read"
+        )
+    for field, value in state.own().items():
+        tensors = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(tensor, Tensor) for tensor in tensors):
+            raise TypeError(
+                f"{name} returned a state whose {field} is {_kind(value)}: return a tensor or a tuple of tensors, each "
+                "with the streams first"
+            )
+        other = next((tensor for tensor in tensors if tensor.shape[:1] != (streams,)), None)
+        if other is not None:
+            raise ValueError(
+                f"{name} returned a state whose {field} is {list(other.shape)} for {streams} streams: return tensors "
+                f"with the streams first, [{streams}, ..]"
+            )
+
+
+def check_passage(memory: Any, passage: Any, x: Tensor) -> None:
+    """Refuse results of a segment ``x [B, N, d]`` that a `Memory` must not return; shipped ones never do.
+
+    Raises:
+        TypeError: the state is none of this memory's.
+        ValueError: there are not as many features as tokens, or losses that no host asks for. Or the state is not of B
+            streams, has more rows than the options say, so that tokens would attend further, or a gradient, so that
+            the next update's backward pass would need this one's graph.
+    """
+    name, state = type(memory).__name__, passage.state
+    if passage.features.shape != x.shape:
+        raise ValueError(
+            f"{name} returned features {list(passage.features.shape)}, and the segment is {list(x.shape)}: return the "
+            "last layer's rows of its tokens, without slots"
+        )
+    if passage.losses and not memory.has_losses:
+        raise ValueError(
+            f"{name} returned losses, and its class says that it has none, so that training would not add them: write "
+            "has_losses = True in the class"
+        )
+    check_fields(memory, state, len(x))
     for option, (rows, most) in memory.rows_held(state).items():
         if rows > most:
             raise ValueError(
-                f"{type(memory).__name__} returned a state of {rows} rows a layer, and {option} is {most}: keep the "
+                f"{name} returned a state of {rows} rows a layer, and {option} is {most}: keep the "
                 f"last {most}, as by last_rows, or let rows_held return the option that counts these rows"
             )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in state.tensors()):
         raise ValueError(
-            f"{type(memory).__name__} returned a state with a gradient, which would go on into the next update: call "
+            f"{name} returned a state with a gradient, which would go on into the next update: call "
             "detach() on its tensors, as last_rows does, or write carries_gradient = True in the class"
         )
 
 
-def passed(
+def passed_segment(memory: Any, returned: P) -> P:
+    """Return what the ``pass_segment`` of a `Memory` has *returned*.
+
+    Raises:
+        TypeError: that is no `Passage`.
+    """
+    if getattr(returned, "_fields", ()) != ("features", "state", "losses"):
+        raise TypeError(
+            f"{type(memory).__name__}.pass_segment returned type {type(returned).__name__}: return "
+            "Passage(features, state)"
+        )
+    return returned
+
+
+def passed_layer(
     memory: Any, returned: Any, rows: Tensor, before: Tuple[Tensor, ...]
 ) -> Tuple[Tensor, Tuple[Tensor, ...], Tuple[Tensor, ...]]:
     """Return what the ``pass_layer`` of a `Memory` has *returned* for *rows* and the state *before*.
@@ -87,7 +149,7 @@ def passed(
     """
     name = f"{type(memory).__name__}.pass_layer"
     if getattr(returned, "_fields", ()) != ("rows", "state", "aside"):
-        raise TypeError(f"{name} returned a {type(returned).__name__}: return LayerPassage(rows, state)")
+        raise TypeError(f"{name} returned type {type(returned).__name__}: return LayerPassage(rows, state)")
     state, made = returned.state, returned.rows
     if not isinstance(state, tuple) or not all(isinstance(tensor, Tensor) for tensor in state):
         raise TypeError(f"{name} returned a state that is {_kind(state)}: return a tuple of tensors, (tensor,) for one")
@@ -136,4 +198,4 @@ def _kind(value: object) -> str:
         return f"a tensor {list(value.shape)}"
     if isinstance(value, tuple):
         return f"a tuple of {', '.join(sorted({type(part).__name__ for part in value}))}"
-    return f"a {type(value).__name__}"
+    return f"of type {type(value).__name__}"
