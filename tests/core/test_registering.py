@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lamemo_fairseq.core.config import refuse_names
+from lamemo_fairseq.core.decoding.cache import FrozenCache, SegmentCache
 from lamemo_fairseq.core.fields import option
 from lamemo_fairseq.core.kernels.padded import join
 from lamemo_fairseq.core.memory import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState
@@ -130,6 +131,41 @@ def test_a_memory_without_an_architecture():
         ValueError, match=r"^memory 'average': AverageMemory has no architecture: write architecture = "
     ):
         MEMORIES.register("average")(type("AverageMemory", (Memory,), {"cache": RecurrentMemory.cache}))
+
+
+class Undecided(MemoryState):
+    hidden: Any
+
+
+class Endless(SegmentCache):
+    """Without `empty`."""
+
+
+def initial_state(self, x):
+    """Of a memory without slots."""
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"initial_state": initial_state}, "reads no segment: define pass_layer(n, layer, rows, before, segment)"),
+        ({"pass_layer": Memory.losses_of}, "has no state before the first segment: define initial_state(x)"),
+        ({"fills_caches": True}, "has fills_caches = True: define fill_cache too, or leave fills_caches out"),
+        ({"has_losses": True}, "has has_losses = True: define losses_of too, or leave has_losses out"),
+        ({"layout": ("mean",)}, ".layout has 'mean', which is no option: name fields of the class's options"),
+        ({"state": Undecided}, "Undecided is no dataclass: write @dataclass(frozen=True) above it"),
+        ({"cache": Endless}, "Endless begins no decoding: extend SegmentCache, and define empty in it"),
+        ({"cache": dict}, "dict begins no decoding: extend SegmentCache, and define empty in it"),
+    ],
+)
+def test_a_class_that_lacks_a_method(members, message):
+    """In place of a NotImplementedError in the middle of a run, such as in its first generation."""
+    whole = {} if "initial_state" in members or "pass_layer" in members else vars(RecurrentMemory)
+    own = {name: whole[name] for name in ("initial_state", "pass_layer") if name in whole}
+    names = {"architecture": Architecture("average_lm", "AverageLanguageModel", "Averages."), "cache": FrozenCache}
+    with pytest.raises(ValueError, match=f"^memory 'average': (AverageMemory ?)?{re.escape(message)}$"):
+        MEMORIES.register("average")(type("AverageMemory", (Memory,), {**names, **own, **members}))
+    assert "average" not in MEMORIES.names()
 
 
 def test_an_option_that_every_model_has(monkeypatch):

@@ -32,7 +32,7 @@ from ..layers import CausalSelfAttention, DecoderLayer, SelfAttention
 from ..positions import LayerBias, Positions
 from ..positions.together import together
 from ..registry import Registry
-from .own import check_names, passed_layer, passed_segment, reached
+from .own import check_methods, check_names, passed_layer, passed_segment, reached
 
 logger = logging.getLogger(__name__)
 
@@ -376,7 +376,7 @@ def last_of_both(past: Tensor, new: Tensor, count: int) -> Tensor:
 
 
 def _check(memory: Type[Memory[Any, Any]]) -> None:
-    """Refuse a class whose options would be lost, whose decoding could be wrong, or whose names are another's.
+    """Refuse a class that lacks something, whose options would be lost, or whose names are another's.
 
     Raises:
         ValueError: with the remedy.
@@ -388,6 +388,7 @@ def _check(memory: Type[Memory[Any, Any]]) -> None:
             "values that it had as a token, else a SegmentCache of its own (docs/extending.md)"
         )
     check_names(memory, {name: MEMORIES[name] for name in MEMORIES.names()})
+    check_methods(memory, Memory)
 
 
 MEMORIES: Registry[Type[Memory[Any, Any]]] = Registry(

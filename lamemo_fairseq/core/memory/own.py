@@ -4,10 +4,13 @@ They look at types and shapes, never at numbers, for which the host would wait.
 """
 
 from dataclasses import fields
+from inspect import get_annotations
 from typing import Any, Mapping, Optional, Tuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from ..decoding.cache import SegmentCache
 
 P = TypeVar("P")
 
@@ -43,6 +46,36 @@ def check_names(memory: Any, others: Mapping[str, Any]) -> None:
                     f"{memory.__name__}.architecture has the {kind} '{value}', which {other.__name__} of --memory "
                     f"{name} has too: give your own another one"
                 )
+
+
+def check_methods(memory: Any, base: Any) -> None:
+    """Refuse a class that lacks a method, or names a state that its tensors cannot be told from.
+
+    Args:
+        memory: a subclass of *base*, which is `Memory`.
+
+    Raises:
+        ValueError: the message names the method to define.
+    """
+
+    def lacks(method: str) -> bool:
+        return getattr(memory, method) is getattr(base, method)
+
+    name = memory.__name__
+    if lacks("pass_layer") and lacks("pass_segment"):
+        raise ValueError(f"{name} reads no segment: define pass_layer(n, layer, rows, before, segment)")
+    if lacks("initial_state"):
+        raise ValueError(f"{name} has no state before the first segment: define initial_state(x)")
+    if "__dataclass_fields__" not in vars(memory.state) and get_annotations(memory.state):
+        raise ValueError(f"{memory.state.__name__} is no dataclass: write @dataclass(frozen=True) above it")
+    for attribute, method in (("fills_caches", "fill_cache"), ("has_losses", "losses_of")):
+        if getattr(memory, attribute) and lacks(method) and (method == "fill_cache" or lacks("pass_segment")):
+            raise ValueError(f"{name} has {attribute} = True: define {method} too, or leave {attribute} out")
+    if not issubclass(memory.cache, SegmentCache) or memory.cache.empty.__func__ is SegmentCache.empty.__func__:  # type: ignore[attr-defined]
+        raise ValueError(f"{memory.cache.__name__} begins no decoding: extend SegmentCache, and define empty in it")
+    unknown = sorted(set(memory.layout) - {f.name for f in fields(memory.options)})
+    if unknown:
+        raise ValueError(f"{name}.layout has '{unknown[0]}', which is no option: name fields of the class's options")
 
 
 def check_members(options: type) -> None:
