@@ -19,7 +19,7 @@ from .layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbeddin
 from .memory import MEMORIES, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
 from .memory.base import last_rows
 from .memory.groups import GroupedState, read_groups
-from .memory.own import check_fields, check_passage
+from .memory.own import check_fields, check_passage, check_unchanged, versions
 from .positions import POSITIONS, PositionConfig, PositionEncoding
 from .segments import SegmentReader
 
@@ -77,8 +77,10 @@ class MemoryDecoder(nn.Module):
         before = self._initial_state(x) if state is None else state.map(lambda t: t.to(x.device))
         words = self._words_of_rows(tokens, state) if self.positions.reads_words else None
         positions = self.positions if words is None else self.positions.of(words)
+        unchanged = versions(before)
         with made_once(self.memory.carries_gradient):  # of an update's segments, which come in turn
             passage: Passage = self.memory(x, before, self.layers, positions, lengths)
+        check_unchanged(self.memory, before, unchanged)
         check_passage(self.memory, passage, x)
         if words is None:
             return passage._replace(features=self.dropout(passage.features))

@@ -359,3 +359,24 @@ def test_a_segment_returns_its_passage(monkeypatch, made, message, carries_gradi
     monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(**members)})
     with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
         tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(2, 3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_state_is_not_changed_in_place(monkeypatch, training):
+    """A batch that is read again, as after an overflow, would be read with another memory."""
+
+    def pass_layer(self, n, layer, rows, before, segment):
+        out, _ = layer(join(before[0], rows), segment.biases[n], segment.tokens)
+        return LayerPassage(out, (before[0].add_(rows.detach()) if before[0].size(1) else last_rows(rows, 3),))
+
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(pass_layer=pass_layer)})
+    model, tokens = tiny_decoder(("recurrent", "transformer-xl", "right")).train(training), random_tokens(2, 3)
+    with torch.set_grad_enabled(training):
+        _, state, _ = model.read(tokens)
+        with pytest.raises(
+            ValueError, match=r"^AverageMemory changed the state before a segment in place, which .* clone\(\)$"
+        ):
+            model.read(tokens, state)
+    with torch.inference_mode():  # whose tensors count no changes
+        _, state, _ = model.eval().read(tokens)
+        model.read(tokens, state)

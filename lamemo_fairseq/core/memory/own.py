@@ -5,7 +5,7 @@ They look at types and shapes, never at numbers, for which the host would wait.
 
 from dataclasses import fields
 from inspect import get_annotations
-from typing import Any, Mapping, Optional, Tuple, TypeVar, cast
+from typing import Any, List, Mapping, Optional, Tuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -122,6 +122,26 @@ def check_fields(memory: Any, state: Any, streams: int, method: str = "") -> Non
                 f"{name} returned a state whose {field} is {list(other.shape)} for {streams} streams: return tensors "
                 f"with the streams first, [{streams}, ..]"
             )
+
+
+def versions(state: Any) -> List[int]:
+    """Return how often each tensor of a state has been changed in place."""
+    if torch.compiler.is_compiling():  # which does not follow them
+        return []
+    return [0 if tensor.is_inference() else tensor._version for tensor in state.tensors()]
+
+
+def check_unchanged(memory: Any, state: Any, before: List[int]) -> None:
+    """Refuse a pass over a segment that has changed the *state* before it, whose `versions` were those *before*.
+
+    Raises:
+        ValueError: it has. The same batch is read again after an overflow, and a state may serve several segments.
+    """
+    if versions(state) != before:
+        raise ValueError(
+            f"{type(memory).__name__} changed the state before a segment in place, which may be read again: change a "
+            "copy, as of clone()"
+        )
 
 
 def check_passage(memory: Any, passage: Any, x: Tensor) -> None:
