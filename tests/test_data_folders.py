@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -53,6 +54,22 @@ def test_a_split_that_other_shards_have_too_is_told(data, tmp_path, caplog):
     assert "alone" not in caplog.text
     assert len(opened(data, other, third, split="valid").tokens) == 60
     assert f"'valid' is read from {data} alone, and not from {other}, {third}: evaluate each folder with" in caplog.text
+
+
+def test_parts_that_are_left_out_are_told(data, caplog):
+    """Training joins them, so that a loss of the first part would pass for one of all that was trained on."""
+    caplog.set_level(logging.INFO)
+    write_data(data, train1=50, train2=40, train4=30, valid1=20)
+    assert len(opened(data, combine=True).tokens) == 290
+    assert "without" not in caplog.text
+    assert len(opened(data).tokens) == 200 and len(opened(data, split="valid").tokens) == 60
+    opened(data, split="train2")
+    told = {record.getMessage(): record.levelname for record in caplog.records if "without" in record.getMessage()}
+    assert told == {
+        "the split 'train' is read without train1, train2, which training joins to it: evaluate each with a command of "
+        "its own": "WARNING",
+        "the split 'valid' is read without valid1": "INFO",
+    }
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,21 @@ def test_a_split_in_parts(fit, data, tmp_path):
         fit(*options, "--valid-subset", "valid,valid1", "--combine-valid-subsets", data=parts)
 
 
+def test_validation_on_the_split_that_is_trained_on(fit, data, tmp_path):
+    """It reads what evaluation reads, in every epoch the same. fairseq validates on the text of the epoch's folder."""
+    parts, other = shutil.copytree(data, tmp_path / "parts"), shutil.copytree(data, tmp_path / "other")
+    write_data(parts, train1=160, seed=1)
+    write_data(other, train=80, seed=2)
+    options = ["--max-epoch", 2, "--lr", 1e-9, "--valid-subset", "train", "--no-save"]
+    losses = {}
+    for name, folders in {"alone": data, "joined": parts, "in turn": f"{parts}:{other}"}.items():
+        _, text = fit(*options, data=folders)
+        losses[name] = re.findall(r"valid on 'train' subset \| loss ([\d.]+)", text)
+        left_out = "'train' is read without train1, which training joins to it: evaluate each with a command of its own"
+        assert (left_out in text) == (name != "alone") and ("train: 320 tokens" in text) == (name != "alone")
+    assert len(set(losses["alone"])) == 1 and losses["alone"] == losses["joined"] == losses["in turn"]
+
+
 def test_streams_from_tokens(fit):
     options = ["--max-update", 1, "--no-save"]
     sizes = ["--tokens-per-sample", 8, "--max-tokens", 32]

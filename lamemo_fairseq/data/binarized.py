@@ -74,11 +74,8 @@ def paths_of(folder: str, split: str, combine: bool, choice: str = _CHOICE) -> L
         ValueError: the split is in a format that is not read.
     """
     path = os.path.join(folder, split)
-    paths = [path]
-    while combine and _exists(f"{path}{len(paths)}"):
-        paths.append(f"{path}{len(paths)}")
     if _exists(path):
-        return paths
+        return [path, *(os.path.join(folder, part) for part in parts_of(folder, split) if combine)]
     if (form := other_format(path)) is not None:
         refuse_format(path, form)
     there = sorted(f[: -len(".idx")] for f in os.listdir(folder) if f.endswith(".idx"))
@@ -87,6 +84,14 @@ def paths_of(folder: str, split: str, combine: bool, choice: str = _CHOICE) -> L
         f"{PREPROCESS} own --srcdict dict.txt or fairseq-preprocess --only-source --srcdict dict.txt (or choose "
         f"another {choice})"
     )
+
+
+def parts_of(folder: str, split: str) -> List[str]:
+    """Return the names of the splits that are joined to a split to combine it: ``split1``, ``split2`` and so on."""
+    parts: List[str] = []
+    while has_split(folder, name := f"{split}{len(parts) + 1}"):
+        parts.append(name)
+    return parts
 
 
 def has_split(folder: str, split: str) -> bool:

@@ -43,6 +43,20 @@ class DocumentOptions:
     scored: bool = False
     clear: bool = True
 
+    @classmethod
+    def of(cls, cfg: Any) -> Optional["DocumentOptions"]:
+        """Return the way that the options of a task ask for, None for one text."""
+        source = str(cfg.documents)
+        if source == "none":
+            return None
+        by_separator = source == "separator"
+        return cls(
+            source=source,
+            separator=cfg.document_separator if by_separator else "",
+            scored=by_separator and cfg.score_separators,
+            clear=str(cfg.at_document) == "clear",
+        )
+
     def check(self, path: str) -> None:
         """Refuse a split that is read later if its record of documents is missing or damaged."""
         if self.source == "recorded":

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_original_cwd
 
 from ..core.names import nearest_path
-from .binarized import has_split, load_dictionary
+from .binarized import has_split, load_dictionary, parts_of
 from .text_encoding import PREPROCESS, read_text_encoding
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,22 @@ def tell_of_others(folders: List[str], split: str) -> None:
             folders[0],
             ", ".join(others),
         )
+
+
+def tell_of_parts(folder: str, split: str, train_subset: str) -> None:
+    """Tell of the parts of a split that are left out, as only a split to train on is joined with them.
+
+    A loss of the first part alone would pass for one of all that was trained on.
+    """
+    parts = parts_of(folder, split)
+    if parts and split == train_subset:
+        logger.warning(
+            "the split '%s' is read without %s, which training joins to it: evaluate each with a command of its own",
+            split,
+            ", ".join(parts),
+        )
+    elif parts:
+        logger.info("the split '%s' is read without %s", split, ", ".join(parts))
 
 
 def _seen_from_hydra(folder: str) -> str:

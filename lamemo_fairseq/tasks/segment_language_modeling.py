@@ -16,7 +16,7 @@ from ..criterions.averages import log_loss_per_token
 from ..criterions.memory_losses import PREFIX, WithMemoryLosses
 from ..data.binarized import check_split, load_lines, paths_of
 from ..data.documents import DocumentDataset, DocumentOptions
-from ..data.folders import data_folders, shared_dictionary, tell_of_others
+from ..data.folders import data_folders, shared_dictionary, tell_of_others, tell_of_parts
 from ..data.iterator import SegmentBatchIterator
 from ..data.segments import SegmentDataset, streams_of_a_rank, without_padding
 from ..data.streams import ENOUGH_SEGMENTS, TokenSequence
@@ -61,7 +61,8 @@ class SegmentLanguageModelingTask(PromptTask):
         self._decoder: Any = None
         self._iterators: Dict[Any, SegmentBatchIterator] = {}
         self._batches: Optional[SegmentBatchIterator] = None  # batches that a model is trained on
-        self._trains = False  # whether batches that are asked for are to be trained on
+        self._trains = False  # whether splits and batches that are asked for are to be trained on
+        self._to_train_on: Dict[str, SegmentDataset] = {}  # apart from splits of the same name to validate on
         self._from_checkpoint = bool(kwargs.get("from_checkpoint", False))
 
     @classmethod
@@ -114,7 +115,7 @@ class SegmentLanguageModelingTask(PromptTask):
         return super().build_criterion(cfg, from_checkpoint)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> SegmentDataset:
-        """Load a split.
+        """Load a split; in `training_batches`, one to train on. It leaves one of the same name to validate on alone.
 
         Raises:
             FileNotFoundError: there is no such split.
@@ -123,9 +124,12 @@ class SegmentLanguageModelingTask(PromptTask):
         paths = utils.split_paths(self.cfg.data)
         folder = paths[(epoch - 1) % len(paths)]
         path = os.path.join(folder, split)
-        former, options = self.datasets.get(split), self._document_options()
+        loaded = self._to_train_on if self._trains else self.datasets
+        former, options = loaded.get(split), DocumentOptions.of(self.cfg)
         if not combine or split != self.cfg.train_subset:  # not to train on
             tell_of_others(paths, split)
+        if not combine:
+            tell_of_parts(folder, split, self.cfg.train_subset)
         for later in paths if former is None and split == self.cfg.train_subset else ():
             check_split(later, split, self.cfg.dataset_impl)
             if options is not None:
@@ -141,27 +145,20 @@ class SegmentLanguageModelingTask(PromptTask):
         sizes = {"segment_length": self.segment_length, "eos": self.dictionary.eos()}
         seed = self.cfg.seed if rolls else None
         if options is None:
-            self.datasets[split] = SegmentDataset(tokens, split, **sizes, roll_seed=seed)
+            loaded[split] = SegmentDataset(tokens, split, **sizes, roll_seed=seed)
         else:
             documents = options.find(paths_of(folder, split, combine), tokens, self.dictionary)
-            self.datasets[split] = DocumentDataset(documents, options, tokens, split, **sizes, roll_seed=seed)
+            loaded[split] = DocumentDataset(documents, options, tokens, split, **sizes, roll_seed=seed)
         logger.info("%s: %s tokens in %s lines", path, f"{len(tokens):,}", f"{len(lines):,}")
-        return self.datasets[split]
+        return loaded[split]
 
-    def _document_options(self) -> Optional[DocumentOptions]:
-        if str(self.cfg.documents) == "none":
-            return None
-        by_separator = str(self.cfg.documents) == "separator"
-        return DocumentOptions(
-            source=str(self.cfg.documents),
-            separator=self.cfg.document_separator if by_separator else "",
-            scored=by_separator and self.cfg.score_separators,
-            clear=str(self.cfg.at_document) == "clear",
-        )
+    def dataset(self, split: str) -> Any:
+        """Return a split. One to train on may be of another folder than one to validate on, or have more parts."""
+        return self._to_train_on[split] if self._trains and split in self._to_train_on else super().dataset(split)
 
     @contextlib.contextmanager
     def training_batches(self) -> Iterator[None]:
-        """Let batches that are asked for in this context be for training; all others are for evaluation."""
+        """Let splits and batches that are asked for in this context be for training; all others are for evaluation."""
         self._trains = True
         try:
             yield
