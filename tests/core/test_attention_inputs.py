@@ -95,7 +95,69 @@ MEMORY = [
         r"stored output is \[1, 3, 6, 4\]: pass",
     ),
 ]
+NONE = [
+    (
+        causal_attention,
+        of_causal(bias=None),
+        r"bias is of type NoneType: pass a RelativeBias, RelativeBias\(\) for none",
+    ),
+    (lookahead_attention, of_slots(bias=None), r"the bias ahead is of type NoneType: pass a RelativeBias, Relat"),
+    (
+        lookahead_attention,
+        of_slots(window=None),
+        r"window is of type NoneType: pass WINDOWS\[NAME\]\(slots, current to",
+    ),
+    (
+        lookahead_attention,
+        of_slots(stored=None),
+        r"stored is of type NoneType: pass Attended\(output, normalizer\), of",
+    ),
+    (memory_attention, of_memory(biases=(bias(K), None)), r"the bias ahead is of type NoneType: pass a RelativeBias"),
+    (memory_attention, of_memory(biases=(None, bias(M))), r"the causal bias is of type NoneType: pass a RelativeBias"),
+    (memory_attention, of_memory(biases=bias(K)), r"biases are no pair: pass the causal RelativeBias and that ahead"),
+    (memory_attention, of_memory(biases=None), r"biases are no pair"),
+    (memory_attention, of_memory(window=None), r"window is of type NoneType"),
+    (memory_attention, of_memory(stored=None), r"stored is of type NoneType"),
+]
+
+
+def in_half(arguments, *names):
+    """Those arguments in float16; a bias in it too."""
+    halved = {name: arguments[name] for name in names}
+    return {
+        **arguments,
+        **{
+            name: type(value)(*(t.half() for t in value)) if isinstance(value, RelativeBias) else value.half()
+            for name, value in halved.items()
+        },
+    }
+
+
+DTYPES = [
+    (
+        causal_attention,
+        in_half(of_causal(), "q"),
+        r"^k is torch.float32, and q is torch.float16: pass all in one dtype, as by t.to\(q\)$",
+    ),
+    (causal_attention, in_half(of_causal(), "q", "k"), r"^v is torch.float32, and q is torch.float16: pass all"),
+    (causal_attention, in_half(of_causal(), "q", "k", "v"), r"^bias\.content is torch.float32, and q is torch.float16"),
+    (causal_attention, in_half(of_causal(), "bias"), r"^bias\.content is torch.float16, and q is torch.float32"),
+    (lookahead_attention, in_half(of_slots(), "v"), r"^v is torch.float16, and q is torch.float32"),
+    (
+        lookahead_attention,
+        in_half(of_slots(), "bias"),
+        r"^the bias ahead\.content is torch.float16, and q is torch.flo",
+    ),
+    (memory_attention, in_half(of_memory(), "k"), r"^k is torch.float16, and q is torch.float32"),
+    (
+        memory_attention,
+        in_half(of_memory(), "q", "k", "v"),
+        r"^the causal bias\.content is torch.float32, and q is tor",
+    ),
+]
 CASES = [
+    *NONE,
+    *DTYPES,
     *((causal_attention, *case) for case in [*HEADS, *BIASES, *NUMBERS]),
     *((lookahead_attention, *case) for case in AHEAD),
     *((memory_attention, *case) for case in MEMORY),
@@ -121,3 +183,9 @@ def test_arguments_that_fit_together(backend):
     ):
         q = arguments.pop("q")
         assert operation(backend, q, **arguments).output.shape == q.shape
+
+
+def test_autocast_converts_dtypes():
+    arguments = in_half(of_causal(), "q")
+    with torch.autocast("cpu", torch.float16):
+        assert causal_attention("eager", arguments.pop("q"), **arguments).output.dtype == torch.float16

@@ -3,6 +3,8 @@
 Shapes: L layers, H heads, D size of a head, U distances.
 """
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +91,25 @@ def test_an_encoding_without_distances_to_the_right(memory):
     with pytest.raises(ValueError, match=r"^PastPositions.biases returned ahead=None, and this memory attends to the "):
         tiny_decoder(variant(memory, "past"))(random_tokens(2, 3))
     tiny_decoder(variant("recurrent", "past"))(random_tokens(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            lambda bias: LayerBias(None, None),
+            "causal is of type NoneType: return a RelativeBias, RelativeBias() for none",
+        ),
+        (lambda bias: bias.causal, " returned a RelativeBias: return a LayerBias for each layer"),
+    ],
+)
+def test_a_layer_without_a_bias(monkeypatch, made, message):
+    def biases(self, causal, ahead, like):
+        return [made(bias) for bias in LearntPositions.biases(self, causal, ahead, like)]
+
+    monkeypatch.setattr(PastPositions, "biases", biases)
+    with pytest.raises(ValueError, match=f"^PastPositions.biases.*{re.escape(message)}"):
+        tiny_decoder(variant("recurrent", "past"))(random_tokens(2, 3))
 
 
 @pytest.mark.parametrize("missing", ["table", "score"])

@@ -3,8 +3,9 @@
 Shapes: B streams, H heads, Q queries, K keys, D size of a head, U distances.
 """
 
-from typing import Literal, NoReturn, Optional, Sequence
+from typing import Literal, Mapping, NoReturn, Optional, Sequence
 
+import torch
 from torch import Tensor
 
 from .types import RelativeBias
@@ -31,6 +32,7 @@ def check_causal(
     """
     check_heads(q, k, v)
     check_bias("bias", bias, q.size(1), q.size(3), k.size(2))
+    check_dtypes(q, k, v, {"bias": bias})
     check_span(span, dropout)
     if nearest < 0 or k.size(2) - q.size(2) < nearest:
         raise ValueError(
@@ -58,15 +60,19 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, keys: Optional[int] = None) -> 
             _refuse(name, tensor, "[B, H, K, D]", [batch, heads, "K" if keys is None else keys, size])
 
 
-def check_bias(name: str, bias: RelativeBias, heads: int, size: int, distances: int, give: Give = "pass") -> None:
+def check_bias(
+    name: str, bias: Optional[RelativeBias], heads: int, size: int, distances: int, give: Give = "pass"
+) -> None:
     """Refuse a bias of other shapes than those for *heads* of a *size* and so many *distances*.
 
     Args:
         give: the remedy's verb.
 
     Raises:
-        ValueError: the message names the field and the shape to give.
+        ValueError: it is no bias, or a field has another shape; the message names the field and the shape to give.
     """
+    if not isinstance(bias, RelativeBias):
+        raise ValueError(f"{name} is of type {type(bias).__name__}: {give} a RelativeBias, RelativeBias() for none")
     for field, tensor, letters, shape in (
         ("content", bias.content, "[H, D]", (heads, size)),
         ("position", bias.position, "[H, D]", (heads, size)),
@@ -75,6 +81,23 @@ def check_bias(name: str, bias: RelativeBias, heads: int, size: int, distances: 
     ):
         if tensor is not None and tensor.shape != shape:
             _refuse(f"{name}.{field}", tensor, letters, shape, give)
+
+
+def check_dtypes(q: Tensor, k: Tensor, v: Tensor, biases: Mapping[str, RelativeBias]) -> None:
+    """Refuse tensors of several dtypes, which some backends would compute in the widest; autocast converts them.
+
+    Args:
+        biases: by name.
+
+    Raises:
+        ValueError: the message names both dtypes.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        return
+    fields = ((f"{name}.{field}", t) for name, bias in biases.items() for field, t in bias._asdict().items())
+    for name, tensor in (("k", k), ("v", v), *fields):
+        if tensor is not None and tensor.dtype != q.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, and q is {q.dtype}: pass all in one dtype, as by t.to(q)")
 
 
 def check_span(span: Optional[int], dropout: float) -> None:

@@ -25,6 +25,9 @@ def check_biases(
         raise ValueError(
             f"{encoding}.biases returned {len(biases)} biases: return one for each of {config.layers} layers"
         )
+    other = next((bias for bias in biases if not isinstance(bias, LayerBias)), None)
+    if other is not None:
+        raise ValueError(f"{encoding}.biases returned a {type(other).__name__}: return a LayerBias for each layer")
     if ahead is not None and any(bias.ahead is None for bias in biases[config.first_ahead :]):
         raise ValueError(
             f"{encoding}.biases returned ahead=None, and this memory attends to the right: return a RelativeBias for "
@@ -32,7 +35,7 @@ def check_biases(
         )
     for bias in {id(bias): bias for bias in biases}.values():  # layers often share one
         for kind, fields, distances in (("causal", bias.causal, causal), ("ahead", bias.ahead, len(ahead or ()))):
-            if fields is not None:
+            if fields is not None or kind == "causal":
                 check_bias(f"{encoding}.biases: {kind}", fields, config.heads, config.head_dim, distances, "return")
         if bias.rotation is not None:
             for name, angles in (("cos", bias.rotation.cos), ("sin", bias.rotation.sin)):

@@ -8,7 +8,7 @@ from typing import Callable, Dict, NamedTuple, Optional, Tuple
 from torch import Tensor
 
 from ...attention import Attended, RelativeBias
-from ...attention.inputs import check_bias, check_heads, check_shape, check_span
+from ...attention.inputs import check_bias, check_dtypes, check_heads, check_shape, check_span
 
 
 class LookaheadWindow(NamedTuple):
@@ -57,8 +57,10 @@ def check_ahead(
     Raises:
         ValueError: the message names the argument and what to pass.
     """
+    _check_types(window, stored)
     check_heads(q, k, v, keys=q.size(2) - window.first + 1 if q.dim() == 4 else None)
     _check_slots(q, bias, window, stored, q.size(2))
+    check_dtypes(q, k, v, {"the bias ahead": bias})
     check_span(None, dropout)
 
 
@@ -79,14 +81,28 @@ def check_memory(
     Raises:
         ValueError: the message names the argument and what to pass.
     """
+    if isinstance(biases, RelativeBias) or not isinstance(biases, tuple) or len(biases) != 2:
+        raise ValueError("biases are no pair: pass the causal RelativeBias and that ahead, RelativeBias() for none")
     causal, ahead = biases
+    _check_types(window, stored)
     check_heads(q, k, v, keys=q.size(2) if q.dim() == 4 else None)
     slots = stored.output.size(2) if stored.output.dim() == 4 else -1
     check_bias("the causal bias", causal, q.size(1), q.size(3), q.size(2))
     _check_slots(q, ahead, window, stored, slots)
+    check_dtypes(q, k, v, {"the causal bias": causal, "the bias ahead": ahead})
     check_span(span, dropout)
     if slots >= q.size(2):
         raise ValueError(f"there are {slots} stored read-outs and {q.size(2)} rows: pass slots, then current tokens")
+
+
+def _check_types(window: LookaheadWindow, stored: Attended) -> None:
+    if not isinstance(window, LookaheadWindow):
+        raise ValueError(f"window is of type {type(window).__name__}: pass WINDOWS[NAME](slots, current tokens)")
+    if not isinstance(stored, Attended):
+        raise ValueError(
+            f"stored is of type {type(stored).__name__}: pass Attended(output, normalizer), of zeros and -inf if slots "
+            "have read nothing yet"
+        )
 
 
 def _check_slots(q: Tensor, ahead: RelativeBias, window: LookaheadWindow, stored: Attended, slots: int) -> None:
