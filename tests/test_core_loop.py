@@ -88,6 +88,18 @@ def test_the_loop_equals_fairseq_train(memory, docs, tiny_data, tmp_path, monkey
         assert torch.equal(weight, saved[f"decoder.{name}"]), name
 
 
+@pytest.mark.parametrize(("length", "updates", "most"), [(65, 3, 2), (69, 4, 3), (4, 1, 0), (0, 1, 0), (65, 0, 2)])
+def test_a_text_too_short_for_the_updates(docs, length, updates, most):
+    """The last segment may be shorter, and none may be empty."""
+    config = ModelConfig(9, LENGTH, memory="none", position_encoding="alibi", **{**SIZES, "mem_len": 0})
+    text = torch.randint(4, 9, (length,))
+    message = f"^updates is {updates}, and a text of {length} words in {STREAMS} streams of segments of 8 has {most}: "
+    with pytest.raises(ValueError, match=message):
+        docs.train(config, text, STREAMS, updates)
+    if most:
+        assert len(docs.train(config, text, STREAMS, most)[1]) == most
+
+
 def run_in_shell(block: str) -> None:
     """Run the conversions of a block of commands, in this process; what it installs is there."""
     for line in block.splitlines():

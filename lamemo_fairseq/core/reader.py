@@ -249,7 +249,12 @@ def check_segment(tokens: Tensor, what: str = "a segment is") -> None:
     """
     if not isinstance(tokens, Tensor):
         raise ValueError(f"{what} a tensor [B, N] of word ids, not a {type(tokens).__name__}")
-    if tokens.dim() != 2 or not _has_integers(tokens) or not tokens.numel():
+    if tokens.dim() == 2 and not tokens.numel():
+        raise ValueError(
+            f"{what} a tensor [B, N] of word ids, and this one is {list(tokens.shape)}: read no further than the text, "
+            "or a longer one"
+        )
+    if tokens.dim() != 2 or not _has_integers(tokens):
         raise ValueError(f"{what} a tensor [B, N] of word ids, not {tokens.dtype} {list(tokens.shape)}")
 
 
