@@ -111,6 +111,21 @@ def test_going_on_with_another_optimizer(fit, tmp_path):
     assert after["momentum"]["last_optimizer_state"]["param_groups"][0]["betas"] == (0.5, 0.5)
 
 
+def test_the_best_value_of_a_restored_run_is_told_where_no_checkpoint_has_it(fit, tmp_path):
+    """It counts, as in fairseq: a run that never reaches it ended without checkpoint_best.pt, and said nothing."""
+    fit("--max-epoch", 2, folder="first")
+    path, worse = tmp_path / "first" / "checkpoint_last.pt", ["--max-epoch", 4, "--lr", 9]
+    names, text = fit(*worse, "--restore-file", path, folder="other")
+    best = f"is {loaded(path)['extra_state']['best']:.6g} or less, the best value in {path}; pass --reset-meters, once,"
+    told = f"{tmp_path / 'other'} has no checkpoint_best.pt, and gets one once loss {best}"
+    assert "checkpoint_best.pt" not in names and text.count(told) == 1
+    names, text = fit(*worse, "--restore-file", path, "--reset-meters", folder="anew")
+    assert "checkpoint_best.pt" in names and "gets one" not in text
+    for folder, options in (("kept", ["--no-save"]), ("unmeasured", ["--disable-validation"])):
+        assert "gets one" not in fit(*worse, "--restore-file", path, *options, folder=folder)[1]
+    assert "gets one" not in fit(*worse, folder="first")[1]  # which has it
+
+
 def test_a_checkpoint_without_optimizer(fit, tmp_path):
     """It serves evaluation and finetuning; a run that went on from it would begin anew without a word."""
     fit("--max-update", 4, "--disable-validation", "--no-save-optimizer-state")

@@ -11,6 +11,7 @@ import re
 from typing import Any, Dict, List, Set
 
 import torch
+from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from torch import Tensor
@@ -117,6 +118,31 @@ def check_named_checkpoint(cfg: Any, suffix: str) -> None:
         raise FileNotFoundError(missing_checkpoint(path, option))
     if begun and os.path.realpath(path) != os.path.realpath(last):
         logger.warning("%s %s is taken, although there is a %s from a run that has begun", option, path, last)
+
+
+def tell_of_former_best(trainer: Any, path: str) -> None:
+    """Tell that the best value of a restored run counts, in a folder that has no best checkpoint.
+
+    A run that never reaches the value ends without ``checkpoint_best.pt``, as in fairseq.
+
+    Args:
+        trainer: it has restored the checkpoint *path*.
+    """
+    cfg, name = trainer.cfg.checkpoint, f"checkpoint_best{trainer.checkpoint_suffix}.pt"
+    best = getattr(checkpoint_utils.save_checkpoint, "best", None)
+    if best is None or cfg.no_save or trainer.cfg.dataset.disable_validation:
+        return
+    if trainer.should_save_checkpoint_on_current_rank and not PathManager.isfile(os.path.join(cfg.save_dir, name)):
+        logger.warning(
+            "--save-dir %s has no %s, and gets one once %s is %.6g or %s, the best value in %s; pass --reset-meters, "
+            "once, to count the validations of this run alone",
+            cfg.save_dir,
+            name,
+            cfg.best_checkpoint_metric,
+            best,
+            "more" if cfg.maximize_best_checkpoint_metric else "less",
+            path,
+        )
 
 
 def _warn_of_former_checkpoints(folder: str, suffix: str) -> None:
