@@ -1,5 +1,6 @@
 """Small models of the core, and ways to read with them."""
 
+import logging
 from dataclasses import fields
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -243,14 +244,19 @@ def read_texts(model: LanguageModel, tokens: Tensor, lengths: Optional[Tensor] =
 
 def whole_segments(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Return features of ``tokens [B, T]`` by the pass over segments, the last one filled up with more tokens."""
-    length, total = model.segment_length, tokens.size(1)
-    filled = torch.cat([tokens, random_tokens(len(tokens), -total % length, seed=9)], dim=1)
+    total = tokens.size(1)
+    filled = torch.cat([tokens, random_tokens(len(tokens), -total % model.segment_length, seed=9)], dim=1)
+    return read_features(model, filled)[0][:, :total]
+
+
+def read_features(model: LanguageModel, tokens: Tensor) -> Tuple[Tensor, MemoryState]:
+    """Return features of ``tokens [B, T]``, read from an empty memory segment by segment, and the state after them."""
     state, features = None, []
-    for segment in filled.split(length, dim=1):
+    for segment in tokens.split(model.segment_length, dim=1):
         passage = model.read_segment(segment, state)
         state = passage.state
         features.append(passage.features)
-    return torch.cat(features, dim=1)[:, :total]
+    return torch.cat(features, dim=1), state
 
 
 def read_by_token(model: LanguageModel, tokens: Tensor, first: int = 1) -> Tensor:
@@ -280,7 +286,20 @@ def assert_decoding_follows_reordered_beams(decoder: LanguageModel, length: int 
         read = [n + 1 for n in read]
 
 
-def reached_by_gradient(decoder: LanguageModel, tokens: Tensor) -> List[bool]:
+def assert_updates_change_the_gradient_alone(make: Callable[..., LanguageModel]) -> None:
+    """Models that read one segment an update, or three, have the same scores; the gradient of three reaches farther.
+
+    *make* takes the options that tell the models apart.
+    """
+    one, three = (make(segment_length=2 * k, bptt_segments=k) for k in (1, 3))
+    assert one.memory.period == three.memory.period == 2
+    tokens = random_tokens(2, 17)
+    torch.testing.assert_close(read_streams(one, tokens), read_streams(three, tokens), rtol=0, atol=1e-12)
+    reached = [_reached_by_gradient(decoder, tokens[:, :6]) for decoder in (one, three)]
+    assert reached == [[False, False, True], [True, True, True]]
+
+
+def _reached_by_gradient(decoder: LanguageModel, tokens: Tensor) -> List[bool]:
     """Read ``tokens [B, 6]`` in updates; tell which pairs of them the gradient of the last pair's features reaches."""
     x = decoder.embed_tokens(tokens).detach().requires_grad_()
     state, features = decoder.memory.initial_state(x), []
@@ -288,6 +307,18 @@ def reached_by_gradient(decoder: LanguageModel, tokens: Tensor) -> List[bool]:
         passage = decoder.memory(update, state, decoder.layers, decoder.positions)
         state = passage.state
         features.append(passage.features)
-    assert not any(tensor.requires_grad for tensor in state.tensors())
+        assert not any(tensor.requires_grad for tensor in state.tensors())
     (gradient,) = torch.autograd.grad(torch.cat(features, dim=1)[:, 4:].logsumexp(-1).sum(), x)
     return [bool(pair.abs().max() > 0) for pair in gradient.split(2, dim=1)]
+
+
+def assert_one_segment_an_update_is_told(make: Callable[..., LanguageModel], memory: str, caplog: Any) -> None:
+    """A training whose updates have one segment is told, once, that nothing trains what *memory* writes."""
+    caplog.set_level(logging.WARNING)
+    for segments, told in ((2, 0), (1, 1)):
+        model = make(segment_length=4, bptt_segments=segments)
+        model.read_segment(random_tokens(2, 4), None)
+        model.train()
+        for _ in range(2):
+            model.read_segment(random_tokens(2, 4), None)
+        assert caplog.text.count(f"--bptt-segments 1 trains nothing that --memory {memory} writes") == told

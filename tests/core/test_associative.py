@@ -4,8 +4,8 @@ Shapes: one stream; n tokens of a segment, m memory tokens, s cached rows, d mod
 F = 6 e its features.
 """
 
-import logging
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,8 +20,11 @@ from lamemo_fairseq.core.memory.associative.options import AssociativeOptions
 from ..gpus import DEVICE
 from .helpers import (
     assert_decoding_follows_reordered_beams,
+    assert_one_segment_an_update_is_told,
+    assert_updates_change_the_gradient_alone,
     config_of,
     random_tokens,
+    read_features,
     read_streams,
     read_texts,
     tiny_decoder,
@@ -128,14 +131,12 @@ def test_segments_equal_the_papers_computation(options, limited):
     """Four segments, the last one shorter."""
     options = {**ODD, **options}
     decoder = tiny_decoder(PLAIN, **options)
-    words, state, parts = random_tokens(2, 14), None, []
-    for segment in words.split(decoder.segment_length, dim=1):
-        part, state, _ = decoder.read_segment(segment, state)
-        parts.append(part)
+    words = random_tokens(2, 14)
+    features, state = read_features(decoder, words)
     paper = AssociativePaper(decoder, options.get("decoder_normalize_before", False), options.get("clamp_len"))
     for stream in range(2):
         expected, memory, cache = paper.text(paper.embedding(words[stream]), 4, options["mem_len"])
-        np.testing.assert_allclose(torch.cat(parts, dim=1)[stream].numpy(), expected, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(features[stream].numpy(), expected, rtol=0, atol=1e-9)
         for layer, (A, z) in enumerate(memory):
             np.testing.assert_allclose(state.matrices[layer][stream].numpy(), A.T, rtol=1e-9, atol=1e-9)
             np.testing.assert_allclose(state.normalizers[layer][stream].numpy(), z, rtol=1e-9, atol=1e-9)
@@ -199,20 +200,7 @@ def test_gradient_flows_through_the_matrices_to_an_earlier_segment():
 
 
 def test_more_segments_an_update_change_the_gradient_alone():
-    """The features are the same however the tokens are cut into updates."""
-    one, three = (tiny_decoder(PLAIN, segment_length=2 * k, bptt_segments=k) for k in (1, 3))
-    tokens, reached = random_tokens(2, 17), []
-    torch.testing.assert_close(read_streams(one, tokens), read_streams(three, tokens), rtol=0, atol=1e-12)
-    for decoder in (one, three):
-        x = decoder.embed_tokens(tokens[:, :6]).detach().requires_grad_()
-        state, parts = decoder.memory.initial_state(x), []
-        for part in x.split(decoder.segment_length, dim=1):
-            features, state, _ = decoder.memory(part, state, decoder.layers, decoder.positions)
-            assert not any(t.requires_grad for t in state.tensors())
-            parts.append(features)
-        (gradient,) = torch.autograd.grad(torch.cat(parts, dim=1)[:, 4:].logsumexp(-1).sum(), x)
-        reached.append([bool(part.abs().max() > 0) for part in gradient.split(2, dim=1)])
-    assert reached == [[False, False, True], [True, True, True]]
+    assert_updates_change_the_gradient_alone(partial(tiny_decoder, PLAIN))
 
 
 @torch.no_grad()
@@ -417,14 +405,7 @@ def test_no_write_enlarges_what_the_matrix_has(met):
 
 
 def test_one_segment_an_update_is_told(caplog):
-    caplog.set_level(logging.WARNING)
-    for segments, told in ((2, 0), (1, 1)):
-        decoder = tiny_decoder(PLAIN, segment_length=4, bptt_segments=segments)
-        decoder.read_segment(random_tokens(2, 4), None)
-        decoder.train()
-        for _ in range(2):
-            decoder.read_segment(random_tokens(2, 4), None)
-        assert caplog.text.count("--bptt-segments 1 trains nothing that --memory associative writes") == told
+    assert_one_segment_an_update_is_told(partial(tiny_decoder, PLAIN), "associative", caplog)
 
 
 @pytest.mark.parametrize(

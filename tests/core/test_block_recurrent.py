@@ -4,7 +4,7 @@ Shapes: one stream; n tokens of a window, M tokens that a token sees, S states, 
 d model width.
 """
 
-import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,11 +22,13 @@ from .block_recurrent_paper import paper_of
 from .helpers import (
     assert_decoding_follows_reordered_beams,
     assert_fused_is_as_exact,
+    assert_one_segment_an_update_is_told,
     assert_streams_end_anywhere,
+    assert_updates_change_the_gradient_alone,
     config_of,
     random_tokens,
-    reached_by_gradient,
     read_by_token,
+    read_features,
     read_streams,
     tiny_decoder,
     tiny_options,
@@ -69,15 +71,12 @@ def model(variant=FIXED, scale=1.0, **options):
 def test_windows_equal_the_papers_computation(variant, options, recurrent):
     """The last window is a part of one."""
     decoder = model(variant, **ODD, **options)
-    words, state, parts = random_tokens(2, 30 if decoder.memory.slots > 16 else 17), None, []
-    for segment in words.split(decoder.segment_length, dim=1):
-        part, state, _ = decoder.read_segment(segment, state)
-        parts.append(part)
-    features = torch.cat(parts, dim=1).numpy()
+    words = random_tokens(2, 30 if decoder.memory.slots > 16 else 17)
+    features, state = read_features(decoder, words)
     paper = paper_of(decoder, variant, recurrent)
     for stream in range(2):
         expected = paper.text(paper.embedding(words[stream]))
-        np.testing.assert_allclose(features[stream], expected, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(features[stream].numpy(), expected, rtol=0, atol=1e-9)
         for layer, states in zip(recurrent, state.states, strict=True):
             np.testing.assert_allclose(states[stream].numpy(), paper.states[layer], rtol=0, atol=1e-9)
         for layer, (keys, values) in paper.past.items():
@@ -126,11 +125,7 @@ def test_gradient_flows_through_the_states_to_earlier_windows(variant):
 
 @gates
 def test_more_windows_an_update_change_the_gradient_alone(variant):
-    one, three = (model(variant, segment_length=2 * k, bptt_segments=k) for k in (1, 3))
-    tokens = random_tokens(2, 17)
-    torch.testing.assert_close(read_streams(one, tokens), read_streams(three, tokens), rtol=0, atol=1e-12)
-    reached = [reached_by_gradient(decoder, tokens[:, :6]) for decoder in (one, three)]
-    assert reached == [[False, False, True], [True, True, True]]
+    assert_updates_change_the_gradient_alone(partial(model, variant))
 
 
 @pytest.mark.parametrize("past", [0, 2, 4])
@@ -371,14 +366,7 @@ def test_layers_with_states(layers, named, expected):
 
 
 def test_one_window_an_update_is_told(caplog):
-    caplog.set_level(logging.WARNING)
-    for windows, told in ((2, 0), (1, 1)):
-        decoder = model(segment_length=4, bptt_segments=windows)
-        decoder.read_segment(random_tokens(2, 4), None)
-        decoder.train()
-        for _ in range(2):
-            decoder.read_segment(random_tokens(2, 4), None)
-        assert caplog.text.count("--bptt-segments 1 trains nothing that --memory block-recurrent writes") == told
+    assert_one_segment_an_update_is_told(model, "block-recurrent", caplog)
 
 
 @pytest.mark.parametrize(

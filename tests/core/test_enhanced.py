@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from .helpers import random_tokens, read_streams, tiny_decoder
+from .helpers import random_tokens, read_features, read_streams, tiny_decoder
 from .paper import Paper
 
 ENHANCED = ("enhanced", "transformer-xl", "right")
@@ -44,16 +44,13 @@ class EnhancedPaper(Paper):
 @torch.no_grad()
 def test_segments_equal_the_papers_computation(options):
     decoder = tiny_decoder(ENHANCED, **{**ODD, **options})
-    words, state, parts = random_tokens(2, 13), None, []
-    for segment in words.split(decoder.segment_length, dim=1):
-        part, state, _ = decoder.read_segment(segment, state)
-        parts.append(part)
-    features = torch.cat(parts, dim=1).numpy()
+    words = random_tokens(2, 13)
+    features, state = read_features(decoder, words)
     pre_norm = options.get("decoder_normalize_before", False)
     paper = EnhancedPaper(decoder, pre_norm, options.get("clamp_len"))
     for stream in range(2):
         expected, memory = paper.text(paper.embedding(words[stream]), decoder.segment_length, decoder.memory.slots)
-        np.testing.assert_allclose(features[stream], expected, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(features[stream].numpy(), expected, rtol=0, atol=1e-9)
         for mine, other in zip(state.outputs, memory, strict=True):
             np.testing.assert_allclose(mine[stream].numpy(), other, rtol=0, atol=1e-9)
 

@@ -19,7 +19,15 @@ from lamemo_fairseq.core.memory.memorizing import attention, eager, search
 from lamemo_fairseq.core.memory.memorizing.options import MemorizingOptions
 
 from ..gpus import DEVICE
-from .helpers import assert_fused_is_as_exact, random_tokens, read_by_token, read_streams, tiny_decoder, whole_segments
+from .helpers import (
+    assert_fused_is_as_exact,
+    random_tokens,
+    read_by_token,
+    read_features,
+    read_streams,
+    tiny_decoder,
+    whole_segments,
+)
 from .paper import Paper
 
 TOP_K, DENSE = ("memorizing", "transformer-xl", "top-k"), ("memorizing", "transformer-xl", "dense")
@@ -127,18 +135,15 @@ def test_segments_equal_the_papers_computation(variant, options, monkeypatch):
     monkeypatch.setattr(search, "AT_ONCE", 100)  # a stream and some queries at a time
     top = 3 if variant == TOP_K else None
     decoder = model(variant, **ODD, **options, **({"retrieved_rows": top} if top else {}))
-    words, state, parts = random_tokens(2, 22), None, []
-    for segment in words.split(decoder.segment_length, dim=1):
-        part, state, _ = decoder.read_segment(segment, state)
-        parts.append(part)
-    features = torch.cat(parts, dim=1).numpy()
+    words = random_tokens(2, 22)
+    features, state = read_features(decoder, words)
     layers = options.get("decoder_layers", 2)
     store_layer = options.get("store_layer", layers - layers // 4) - 1
     for stream in range(2):
         pre_norm = options.get("decoder_normalize_before", False)
         paper = MemorizingPaper(decoder, top, options["store_len"], store_layer, pre_norm)
         expected = paper.text(paper.embedding(words[stream]), decoder.segment_length, decoder.memory.slots)
-        np.testing.assert_allclose(features[stream], expected, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(features[stream].numpy(), expected, rtol=0, atol=1e-9)
         for mine, other in ((state.keys, paper.keys), (state.values, paper.values)):
             np.testing.assert_allclose(mine[stream].transpose(0, 1).numpy(), other, rtol=0, atol=1e-9)
 

@@ -3,6 +3,8 @@
 Shapes: one stream; n tokens of a segment, K memory tokens, m cached rows, H heads, D size of a head, d model width.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ import torch
 from ..gpus import DEVICE
 from .helpers import (
     assert_decoding_follows_reordered_beams,
+    assert_updates_change_the_gradient_alone,
     random_tokens,
-    reached_by_gradient,
+    read_features,
     read_streams,
     read_texts,
     segments_of,
@@ -83,10 +86,7 @@ def test_four_segments_equal_the_papers_computation(variant, options):
     options = {**ODD, **options}
     decoder = tiny_decoder(variant, **options)
     words = random_tokens(2, 18)
-    state, parts = None, []
-    for segment in words.split(decoder.segment_length, dim=1):
-        part, state, _ = decoder.read_segment(segment, state)
-        parts.append(part)
+    features, state = read_features(decoder, words)
     paper = TokenPaper(
         decoder,
         options.get("memory_reads_cache", False),
@@ -95,7 +95,7 @@ def test_four_segments_equal_the_papers_computation(variant, options):
     )
     for row in range(2):
         expected, tokens, cache = paper.text(paper.embedding(words[row]), 5, options["mem_len"])
-        np.testing.assert_allclose(torch.cat(parts, dim=1)[row].numpy(), expected, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(features[row].numpy(), expected, rtol=0, atol=1e-9)
         np.testing.assert_allclose(state.tokens[row].numpy(), tokens, rtol=0, atol=1e-9)
         for hidden, rows in zip(state.hidden, cache, strict=True):
             np.testing.assert_allclose(hidden[row].numpy(), rows, rtol=0, atol=1e-9)
@@ -169,13 +169,7 @@ def test_every_parameter_has_a_gradient_where_directions_are_told_apart(options)
 
 
 def test_more_segments_an_update_change_the_gradient_alone():
-    """The features are the same however the tokens are cut into updates."""
-    one, three = (tiny_decoder(PLAIN, segment_length=2 * k, bptt_segments=k) for k in (1, 3))
-    assert one.memory.period == three.memory.period == 2
-    tokens = random_tokens(2, 17)
-    torch.testing.assert_close(read_streams(one, tokens), read_streams(three, tokens), rtol=0, atol=1e-12)
-    reached = [reached_by_gradient(decoder, tokens[:, :6]) for decoder in (one, three)]
-    assert reached == [[False, False, True], [True, True, True]]
+    assert_updates_change_the_gradient_alone(partial(tiny_decoder, PLAIN))
 
 
 OPTIONS = [
