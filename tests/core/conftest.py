@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from ..gpus import gpu
 from . import hosts, interpreter
 
 
@@ -20,3 +21,14 @@ def pytest_configure() -> None:
         first_of_each_memory()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+
+
+@pytest.fixture(params=["stand-ins", pytest.param("cuda", marks=gpu)])
+def device(request, monkeypatch):
+    """A GPU, or a CPU with stand-ins for graphs."""
+    if request.param == "cuda":
+        return "cuda"
+    from . import fake_graphs  # imports the core, which must not see a host
+
+    fake_graphs.install(monkeypatch)
+    return "cpu"

@@ -12,7 +12,6 @@ from lamemo_fairseq.core.positions import POSITIONS
 from lamemo_fairseq.core.segments import Piece
 
 from ..gpus import gpu
-from . import fake_graphs
 from .helpers import VARIANTS, first_of_each_memory, random_tokens, tiny_decoder
 
 LAYERED = [
@@ -259,15 +258,6 @@ def test_what_cannot_be_read_so_is_refused(variant, options, message):
     with pytest.raises(ValueError, match=message) as error:
         tiny_decoder(variant, **options)
     assert "\n" not in str(error.value)
-
-
-@pytest.fixture(params=["stand-ins", pytest.param("cuda", marks=gpu)])
-def device(request, monkeypatch):
-    """A GPU, or a CPU with stand-ins for graphs."""
-    if request.param == "cuda":
-        return "cuda"
-    fake_graphs.install(monkeypatch)
-    return "cpu"
 
 
 @pytest.mark.parametrize("variant", FIRST, ids=lambda v: v[0])

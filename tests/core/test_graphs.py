@@ -1,7 +1,6 @@
 """Segments from CUDA graphs against the same segments without."""
 
 import gc
-import weakref
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ from lamemo_fairseq.core.memory.position import real_tokens
 
 from ..gpus import gpu
 from . import fake_graphs
-from .helpers import VARIANTS, first_of_each_memory, random_tokens, read_streams, segments_of, tiny_decoder
+from .graph_cases import SEGMENT, SIZES, scores
+from .helpers import VARIANTS, first_of_each_memory, random_tokens, segments_of, tiny_decoder
 
-# One variant of each memory, two of the compressive one; sizes with which every state stops growing.
+# One variant of each memory, two of the compressive one.
 MEMORIES = [v for v in VARIANTS if v[1] in ("disentangled", "segatron") or (v[0] != "lookahead" and v[1] != "shaw")]
 ALIKE = [v for v in MEMORIES if v[2] != "seldom"]  # every segment is read as the one before it
 # In float32 a GPU runs the fused kernels, and a CPU what it runs in float64.
@@ -24,17 +24,6 @@ BY_DTYPE = [
     *((variant, torch.float64) for variant in MEMORIES),
     *(pytest.param(variant, torch.float32, marks=[] if variant in FIRST else gpu) for variant in MEMORIES),
 ]
-SEGMENT = 4
-SIZES = {"segment_length": SEGMENT, "compressed_len": 2}
-
-
-@pytest.fixture(params=["stand-ins", pytest.param("cuda", marks=gpu)])
-def device(request, monkeypatch):
-    """A GPU, or a CPU with stand-ins for graphs."""
-    if request.param == "cuda":
-        return "cuda"
-    fake_graphs.install(monkeypatch)
-    return "cpu"
 
 
 def test_graphs_and_recomputed_activations_exclude_each_other():
@@ -176,12 +165,6 @@ def test_as_without_graphs(variant, backend_dtype, device):
     torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
 
 
-def scores(decoder, tokens):
-    """Of an evaluation in streams, segment by segment."""
-    with torch.no_grad():
-        return read_streams(decoder.eval(), tokens).split(SEGMENT, dim=1)
-
-
 @pytest.mark.parametrize("variant", MEMORIES)
 def test_evaluation_is_as_without_graphs(variant, device):
     """Before training, and after it has changed the weights; either has a graph of its own."""
@@ -221,126 +204,6 @@ def test_documents_are_scored_as_without_graphs(device):
         torch.testing.assert_close(with_graphs, without, rtol=0, atol=1e-12)
     recording = graphed.graphs.recording(training=False)
     assert recording is not None and recording.passes > 1
-
-
-def test_after_a_recording_that_failed(device, monkeypatch):
-    """Such as for lack of memory: the one before it is gone, and is made again."""
-    decoder = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device).eval()
-    segments, state = random_tokens(2, 6 * SEGMENT).to(device).split(SEGMENT, dim=1), None
-    with torch.no_grad():
-        for segment in segments[:4]:
-            state = decoder.graphs(decoder.read_segment, decoder, segment, state).state
-        with monkeypatch.context() as patched, pytest.raises(MemoryError):
-            patched.setattr(graphs, "_EvaluationRecording", no_memory)
-            for _ in range(2):
-                decoder.graphs(decoder.read_segment, decoder, segments[4][:, :3], state)
-        found = decoder.graphs(decoder.read_segment, decoder, segments[4], state)
-        assert torch.equal(found.features, decoder.read_segment(segments[4], state).features)
-
-
-def no_memory(*_):
-    raise MemoryError
-
-
-def test_parameters_that_moved_are_read_where_they_are(device):
-    decoder = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device)
-    tokens = random_tokens(2, 6 * SEGMENT).to(device)
-    scores(decoder, tokens)
-    for parameter in decoder.parameters():
-        parameter.data = parameter.data * 1.1
-    found = scores(decoder, tokens)
-    decoder.graphs = None
-    assert all(torch.equal(*pair) for pair in zip(found, scores(decoder, tokens), strict=True))
-
-
-def another_module(decoder):
-    decoder.layers[1].feed_forward.fc1 = torch.nn.Sequential(decoder.layers[1].feed_forward.fc1, torch.nn.Tanh())
-
-
-def another_parameter(decoder):
-    norm = decoder.layers[0].final_layer_norm
-    norm.weight = torch.nn.Parameter(2 * norm.weight)
-
-
-def other_dropout(decoder):
-    for layer in decoder.layers:
-        layer.dropout.p = 0.6
-
-
-def a_layer_without_dropout(decoder):
-    decoder.layers[0].eval()
-
-
-def a_frozen_layer(decoder):
-    decoder.layers[0].requires_grad_(False)
-
-
-def a_layer_that_learns_again(decoder):
-    decoder.layers[1].requires_grad_(True)
-
-
-CHANGES = [another_module, another_parameter, other_dropout, a_layer_without_dropout]
-
-
-@pytest.mark.parametrize("change", [*CHANGES, a_frozen_layer, a_layer_that_learns_again])
-def test_a_changed_module_is_recorded_anew(change, device):
-    """Its features and gradients are those without a graph, and not those from before."""
-    decoder = tiny_decoder(dtype=torch.float32, **SIZES, dropout=0.3, cuda_graphs=True).to(device).train()
-    decoder.layers[1].requires_grad_(False)
-    segments, state = random_tokens(2, 8 * SEGMENT).to(device).split(SEGMENT, dim=1), None
-
-    def read(step, segment):
-        torch.manual_seed(7)
-        decoder.zero_grad()
-        features, after, _ = step(segment, state)
-        features.square().sum().backward()
-        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in decoder.parameters())
-        return [features, *after.tensors(), *grads]
-
-    def by_graph(segment, before):
-        return decoder.graphs(decoder.read_segment, decoder, segment, before)
-
-    for segment in segments[:4]:
-        state = by_graph(segment, state).state
-    old = read(by_graph, segments[4])
-    recording = decoder.graphs.recording()
-    assert recording.passes > 1
-    change(decoder)
-    expected = read(decoder.read_segment, segments[4])
-    assert len(old) != len(expected) or not all(map(torch.equal, old, expected))
-    for _ in range(3):  # as it is, recorded, replayed
-        torch.testing.assert_close(read(by_graph, segments[4]), expected, rtol=1e-5, atol=1e-5)
-    assert decoder.graphs.recording() is not recording
-
-
-def test_a_decoder_is_freed_with_its_last_name(device):
-    """And with it its graphs, which hold much of a GPU's memory."""
-    decoder = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device)
-    scores(decoder, random_tokens(2, 6 * SEGMENT).to(device))
-    assert decoder.graphs.recording(training=False) is not None
-    gone = weakref.ref(decoder)
-    gc.collect()
-    gc.disable()
-    try:
-        del decoder
-        assert gone() is None
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
-def test_hooks_are_called(kind, device):
-    decoder, calls = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device), []
-    tokens = random_tokens(2, 6 * SEGMENT).to(device)
-    scores(decoder, tokens)
-    passes = decoder.graphs.recording(training=False).passes
-    register = getattr(decoder.layers[0], f"register_{kind}_hook")
-    handle = register(lambda *_: calls.append(1))
-    scores(decoder, tokens)
-    assert len(calls) == 6 and decoder.graphs.recording(training=False).passes == passes
-    handle.remove()
-    scores(decoder, tokens)
-    assert len(calls) == 6 and decoder.graphs.recording(training=False).passes > passes
 
 
 def recorded(**options):
