@@ -8,7 +8,7 @@ from typing import Any, Callable, List
 
 import torch
 
-from .processes import fault
+from .faults import fault
 
 OUT_OF_MEMORY = "CUDA out of memory (injected)"
 

@@ -13,8 +13,9 @@ import pytest
 from lamemo_fairseq.host import interruption, lost_ranks
 from lamemo_fairseq.host.lost_ranks import Watch, watch_ranks
 
+from .faults import killed_while_another_waits
 from .helpers import TASK, write_data
-from .processes import killed_while_another_waits, output_of, train_in_processes
+from .processes import output_of, train_in_processes
 from .test_ranks import TRAIN
 
 

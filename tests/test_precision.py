@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from . import processes
+from . import faults
 from .gpus import gpu, gpus
 from .helpers import ON_GPU, TASK, write_data
 from .processes import assert_same_run, computed, output_of, train_in_processes, weights
@@ -127,7 +127,7 @@ def test_a_run_resumed_on_a_gpu_is_the_same_to_the_last_bit(precision, data, tmp
     command = [data, *ON_GPU, "--arch", "lamemo_lm", *TRAIN, *precision, "--max-update", 40]
     command += ["--save-interval-updates", 15, "--fp16-init-scale", 64, "--fp16-scale-window", 7]
     assert train_in_processes(command, tmp_path / "whole") == [0]
-    assert train_in_processes(command, tmp_path / "killed", fault=processes.killed_after_update(22)) == [-9]
+    assert train_in_processes(command, tmp_path / "killed", fault=faults.killed_after_update(22)) == [-9]
     assert train_in_processes(command, tmp_path / "killed") == [0]
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
@@ -149,8 +149,8 @@ def test_a_device_that_goes_ahead_computes_the_same_to_the_last_bit(options, tmp
     updates = 90 if "--cuda-graphs" in options else 30
     data = write_data(tmp_path / "data", train=220 * updates)  # read once before the end
     command = [data, *options, "--arch", "lamemo_lm", *TRAIN, *AHEAD, "--max-update", updates]
-    assert train_in_processes(command, tmp_path / "waiting", fault=processes.waiting_for_the_host()) == [0]
-    assert train_in_processes(command, tmp_path / "ahead", fault=processes.telling_what_went_ahead()) == [0]
+    assert train_in_processes(command, tmp_path / "waiting", fault=faults.waiting_for_the_host()) == [0]
+    assert train_in_processes(command, tmp_path / "ahead", fault=faults.telling_what_went_ahead()) == [0]
     assert_same_run(tmp_path / "waiting", tmp_path / "ahead")
     told = output_of(tmp_path / "ahead")
     assert told.count("an update went ahead") == updates
@@ -171,7 +171,7 @@ def test_two_gpus_compute_what_one_does_and_go_on_after_a_kill(precision, data, 
     assert train_in_processes([*command, "--batch-size", 4], tmp_path / "one") == [0]
     two = [*command, "--batch-size", 2]
     assert train_in_processes(two, tmp_path / "two", ranks=2) == [0, 0]
-    assert 0 not in train_in_processes(two, tmp_path / "killed", 2, processes.killed_after_update(33))
+    assert 0 not in train_in_processes(two, tmp_path / "killed", 2, faults.killed_after_update(33))
     assert train_in_processes(two, tmp_path / "killed", ranks=2) == [0, 0]
 
     def curve(folder):

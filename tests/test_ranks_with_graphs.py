@@ -16,9 +16,10 @@ from lamemo_fairseq.host.data_parallel import GradientReducer
 from lamemo_fairseq.host.mixed_precision import FP16Optimizer
 from lamemo_fairseq.host.trainer import SegmentTrainer
 
+from .faults import die, fault
 from .gpus import gpus
 from .helpers import ON_GPU, TASK, write_data
-from .processes import assert_same_run, die, fault, output_of, train_in_processes
+from .processes import assert_same_run, output_of, train_in_processes
 
 MODEL = [
     "--decoder-layers", 2, "--decoder-embed-dim", 16, "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 32,

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from . import processes
+from . import faults
 from .helpers import TASK, record_documents, write_data
 from .processes import assert_same_run, computed, output_of, train_in_processes, weights
 
@@ -54,20 +54,20 @@ def whole(data, tmp_path_factory):
 
 
 FAULTS = {
-    "inside the first update": processes.killed_inside_update(1),
-    "before the first save": processes.killed_after_update(4),
-    "mid-epoch": processes.killed_after_update(7),
-    "inside an update": processes.killed_inside_update(8),
-    "at the epoch's edge": processes.killed_after_update(SEGMENTS),
-    "after the epoch's edge": processes.killed_inside_update(SEGMENTS + 1),
-    "during validation": processes.killed_in_validation(9),
-    "right after a save": processes.killed_after_saving(2),
-    "right after the save at the epoch's edge": processes.killed_after_saving(3),
-    "right after the last save": processes.killed_after_saving(7),
-    "while writing the first checkpoint": processes.killed_while_writing(1),
-    "while writing a later checkpoint": processes.killed_while_writing(3),
-    "while copying a checkpoint": processes.killed_while_copying(2),
-    "while copying a later checkpoint": processes.killed_while_copying(5),
+    "inside the first update": faults.killed_inside_update(1),
+    "before the first save": faults.killed_after_update(4),
+    "mid-epoch": faults.killed_after_update(7),
+    "inside an update": faults.killed_inside_update(8),
+    "at the epoch's edge": faults.killed_after_update(SEGMENTS),
+    "after the epoch's edge": faults.killed_inside_update(SEGMENTS + 1),
+    "during validation": faults.killed_in_validation(9),
+    "right after a save": faults.killed_after_saving(2),
+    "right after the save at the epoch's edge": faults.killed_after_saving(3),
+    "right after the last save": faults.killed_after_saving(7),
+    "while writing the first checkpoint": faults.killed_while_writing(1),
+    "while writing a later checkpoint": faults.killed_while_writing(3),
+    "while copying a checkpoint": faults.killed_while_copying(2),
+    "while copying a later checkpoint": faults.killed_while_copying(5),
 }
 
 
@@ -86,7 +86,7 @@ def test_killed_again_and_again(data, whole, tmp_path):
     moments = random.Random(1)
     exits, reached = [], set()
     for _ in range(KILLS):
-        exits += train_in_processes(command, tmp_path, fault=processes.killed_after_seconds(moments.uniform(1, 3)))
+        exits += train_in_processes(command, tmp_path, fault=faults.killed_after_seconds(moments.uniform(1, 3)))
         reached.add(max((update for update, _ in computed(tmp_path)), default=-1))
     print(f"{exits.count(-9)} kills, in updates {sorted(reached)}")
     assert train_in_processes(command, tmp_path) == [0] and set(exits) <= {-9, 0}
@@ -123,7 +123,7 @@ def test_killed_again_and_again(data, whole, tmp_path):
 def test_killed_with_other_options(options, arch, ranks, streams, data, whole, tmp_path):
     """Killed in the second epoch; with LaMemo's memory in the first one too, two saves before."""
     command = arguments(data, *options, arch=arch, streams=streams)
-    for fault in (processes.killed_after_update(8), processes.killed_inside_update(18))[arch != "lamemo_lm" :]:
+    for fault in (faults.killed_after_update(8), faults.killed_inside_update(18))[arch != "lamemo_lm" :]:
         assert -9 in train_in_processes(command, tmp_path, ranks, fault)
     assert train_in_processes(command, tmp_path, ranks) == [0] * ranks
     reference = whole(*options, ranks=ranks, arch=arch, streams=streams)
@@ -141,7 +141,7 @@ def test_the_loss_scale_grows_at_the_same_update(data, whole, tmp_path):
     # Of the three ways to train in fp16, the others need a GPU.
     precision = ("--fp16", "--memory-efficient-fp16", "--fp16-init-scale", 64, "--fp16-scale-window", 7)
     command = arguments(data, *precision)
-    assert train_in_processes(command, tmp_path, fault=processes.killed_after_update(11)) == [-9]
+    assert train_in_processes(command, tmp_path, fault=faults.killed_after_update(11)) == [-9]
     assert train_in_processes(command, tmp_path) == [0]
     assert_same_run(whole(*precision), tmp_path)
     scales = [re.findall(r"loss_scale=(\d+)", output_of(f)) for f in (whole(*precision), tmp_path)]
@@ -151,7 +151,7 @@ def test_the_loss_scale_grows_at_the_same_update(data, whole, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_weights_behind_rounded_ones_are_kept(ranks, data, whole, tmp_path):
     command = arguments(data, "--bf16", streams=2)
-    assert -9 in train_in_processes(command, tmp_path, ranks, fault=processes.killed_after_update(7))
+    assert -9 in train_in_processes(command, tmp_path, ranks, fault=faults.killed_after_update(7))
     assert train_in_processes(command, tmp_path, ranks) == [0] * ranks
     assert_same_run(whole("--bf16", ranks=ranks, streams=2), tmp_path)
 
@@ -161,7 +161,7 @@ def test_patience_waits_as_long(data, tmp_path):
     options = ["--patience", 3, "--max-update", 60, "--validate-interval-updates", 5, "--lr", 1e-9]
     command = arguments(data, *options, "--best-checkpoint-metric", "wpb")
     assert train_in_processes(command, tmp_path / "whole") == [0]
-    assert train_in_processes(command, tmp_path / "killed", fault=processes.killed_after_update(12)) == [-9]
+    assert train_in_processes(command, tmp_path / "killed", fault=faults.killed_after_update(12)) == [-9]
     assert train_in_processes(command, tmp_path / "killed") == [0]
     last = [max(update for update, _ in computed(tmp_path / name)) for name in ("whole", "killed")]
     assert last[0] == last[1] < 60
@@ -174,7 +174,7 @@ def test_patience_begins_anew_in_finetuning(data, tmp_path):
     assert train_in_processes(command, tmp_path / "trained") == [0]
     finetune = [*command, "--finetune-from-model", tmp_path / "trained" / "checkpoints" / "checkpoint_last.pt"]
     assert train_in_processes(finetune, tmp_path / "whole") == [0]
-    assert train_in_processes(finetune, tmp_path / "killed", fault=processes.killed_after_update(12)) == [-9]
+    assert train_in_processes(finetune, tmp_path / "killed", fault=faults.killed_after_update(12)) == [-9]
     assert train_in_processes(finetune, tmp_path / "killed") == [0]
     last = [max(update for update, _ in computed(tmp_path / name)) for name in ("trained", "whole", "killed")]
     assert last[0] == last[1] == last[2] < 60

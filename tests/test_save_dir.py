@@ -12,7 +12,8 @@ import pytest
 from lamemo_fairseq.host import lost_ranks, save_dir
 from lamemo_fairseq.tasks.segment_language_modeling import SegmentLanguageModelingTask
 
-from .processes import fault, output_of, train_in_processes
+from .faults import fault
+from .processes import output_of, train_in_processes
 from .test_training_starts import OPTIONS, TASK, data, train  # noqa: F401
 
 

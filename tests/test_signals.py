@@ -11,7 +11,7 @@ import pytest
 
 from lamemo_fairseq.host import signals
 
-from . import processes
+from . import faults
 from .helpers import TASK, record_documents, write_data
 from .processes import assert_same_run, output_of, train_in_processes
 from .test_resume import SEGMENTS, TOKENS, arguments
@@ -40,7 +40,7 @@ def saved_after(update, folder):
 )
 def test_a_run_is_saved_and_goes_on(number, update, code, data, whole, tmp_path):
     command = arguments(data, *RARE)
-    assert train_in_processes(command, tmp_path, fault=processes.told_to_end(number, update)) == [code]
+    assert train_in_processes(command, tmp_path, fault=faults.told_to_end(number, update)) == [code]
     printed = output_of(tmp_path)
     assert printed.count("Terminated") == 1 and saved_after(update, tmp_path) in printed
     assert "Traceback" not in printed
@@ -50,27 +50,27 @@ def test_a_run_is_saved_and_goes_on(number, update, code, data, whole, tmp_path)
 
 def test_a_checkpoint_that_was_due_is_written_once(data, tmp_path):
     command = arguments(data, "--save-interval-updates", 5)
-    assert train_in_processes(command, tmp_path, fault=processes.told_to_end(signal.SIGTERM, 5)) == [143]
+    assert train_in_processes(command, tmp_path, fault=faults.told_to_end(signal.SIGTERM, 5)) == [143]
     assert output_of(tmp_path).count("Preparing to save checkpoint") == 1
     assert (tmp_path / "checkpoints" / "checkpoint_best.pt").exists()  # it was validated too
 
 
 def test_the_last_update_is_the_end_anyway(data, tmp_path):
     command = arguments(data, "--max-update", 3)
-    assert train_in_processes(command, tmp_path, fault=processes.told_to_end(signal.SIGTERM, 3)) == [0]
+    assert train_in_processes(command, tmp_path, fault=faults.told_to_end(signal.SIGTERM, 3)) == [0]
 
 
 @pytest.mark.parametrize("option", ["--no-save", "--no-last-checkpoints"])
 def test_a_run_that_keeps_nothing_ends_at_once(option, data, tmp_path):
     command = arguments(data, *RARE, option)
-    assert train_in_processes(command, tmp_path, fault=processes.told_to_end(signal.SIGTERM, 8)) == [143]
+    assert train_in_processes(command, tmp_path, fault=faults.told_to_end(signal.SIGTERM, 8)) == [143]
     assert "Terminated after update 7" in output_of(tmp_path) and "Traceback" not in output_of(tmp_path)
 
 
 @pytest.mark.parametrize("told", [[1], [0, 1]], ids=["one rank is told", "both are told"])
 def test_ranks_end_after_the_same_update(told, data, whole, tmp_path):
     command = arguments(data, *RARE, streams=2)
-    fault = processes.told_to_end(signal.SIGTERM, 8, told, slow=2.0)
+    fault = faults.told_to_end(signal.SIGTERM, 8, told, slow=2.0)
     assert train_in_processes(command, tmp_path, 2, fault, patience=20) == [143, 143], output_of(tmp_path)[-3000:]
     printed = output_of(tmp_path)
     assert printed.count("Terminated") == 1 and "Traceback" not in printed and "ends the run" not in printed
