@@ -10,7 +10,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig
 from lamemo_fairseq.host.absent_options import ABSENT
 from lamemo_fairseq.host.option_rules import EVAL_LM, TRAIN
 
-from .test_options import read
+from .command_lines import read
 
 
 def test_the_table_has_those_that_models_with_memory_lack():

@@ -5,7 +5,7 @@ import pytest
 from lamemo_fairseq.host import start
 from lamemo_fairseq.host.option_rules import EVAL_LM, GENERATE, VALIDATE
 
-from .test_options import configuration, read, start_training
+from .command_lines import configuration, read, start_training
 
 LISTS = "pass a number, or several separated by commas"
 BETAS = r"pass two numbers from 0 to below 1, such as '\(0\.9, 0\.999\)'"

@@ -8,8 +8,8 @@ from fairseq_cli import train
 from lamemo_fairseq.host.option_rules import GENERATE
 from lamemo_fairseq.host.outputs import check_outputs
 
+from .command_lines import read
 from .helpers import TASK, run_command, write_data
-from .test_options import read
 
 OPTIONS = ("save_dir", "log_file", "tensorboard_logdir")
 
