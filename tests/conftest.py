@@ -75,6 +75,14 @@ def tiny_data(tmp_path_factory):
 
 
 @pytest.fixture
+def texts(tmp_path):
+    """The folder of `preprocessing.TEXTS`, with a file for each split."""
+    from .preprocessing import write_texts
+
+    return write_texts(tmp_path / "texts")
+
+
+@pytest.fixture
 def nan_buffers(monkeypatch):
     """A buffer that is not written in full, or read before it is, shows."""
 

@@ -11,11 +11,6 @@ from preprocess.prepare import RECORD, UNFINISHED
 from .preprocessing import contents, own, refused, write, write_texts
 
 
-@pytest.fixture
-def texts(tmp_path):
-    return write_texts(tmp_path / "texts")
-
-
 @pytest.mark.parametrize(
     "options",
     [

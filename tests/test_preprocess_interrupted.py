@@ -13,12 +13,7 @@ import pytest
 from preprocess.__main__ import main
 from preprocess.prepare import RECORD
 
-from .preprocessing import SPLITS, TEXTS, contents, own, write, write_texts
-
-
-@pytest.fixture
-def texts(tmp_path):
-    return write_texts(tmp_path / "texts")
+from .preprocessing import SPLITS, TEXTS, contents, own, write
 
 
 def test_a_second_time_nothing_is_done(texts, tmp_path, capsys):

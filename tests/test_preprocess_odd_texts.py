@@ -25,14 +25,9 @@ from preprocess.prepare import RECORD, prepare
 from preprocess.tokenization import END
 
 from .helpers import run_command
-from .preprocessing import TEXTS, contents, own, prose, refused, tokens_of, write, write_texts
+from .preprocessing import TEXTS, contents, own, prose, refused, tokens_of, write
 
 MARK = "\ufeff".encode()
-
-
-@pytest.fixture
-def texts(tmp_path):
-    return write_texts(tmp_path / "texts")
 
 
 def data_in(files):

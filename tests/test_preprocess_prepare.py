@@ -22,12 +22,7 @@ from preprocess.files import Identity
 from preprocess.prepare import RECORD, prepare
 
 from .helpers import run_command
-from .preprocessing import SPLITS, TEXTS, contents, counts_of, own, tokens_of, write, write_texts
-
-
-@pytest.fixture
-def texts(tmp_path):
-    return write_texts(tmp_path / "texts")
+from .preprocessing import SPLITS, TEXTS, contents, counts_of, own, tokens_of, write
 
 
 @pytest.mark.parametrize("unit", ["words", "bytes"])

@@ -8,12 +8,7 @@ import pytest
 from preprocess import words
 from preprocess.__main__ import main
 
-from .preprocessing import TEXTS, contents, own, refused, write, write_texts
-
-
-@pytest.fixture
-def texts(tmp_path):
-    return write_texts(tmp_path / "texts")
+from .preprocessing import TEXTS, contents, own, refused, write
 
 
 def test_bad_input_names_the_option(texts, tmp_path):
