@@ -1,12 +1,11 @@
 """convert_checkpoint names the folder that was meant, says what it replaces, and never writes over its own input."""
 
 import pytest
-import torch
 
 from lamemo_fairseq.convert_checkpoint import main
 from lamemo_fairseq.core import LanguageModel, ModelConfig
 
-from .test_convert_checkpoint import SQUARE, released
+from .released import SQUARE, import_released, released
 
 SIZES = {"decoder_layers": 1, "decoder_embed_dim": 8, "decoder_attention_heads": 2, "decoder_ffn_embed_dim": 8}
 
@@ -21,8 +20,7 @@ def model(tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     """A released checkpoint, imported."""
-    torch.save(released(SQUARE)[2], tmp_path / "released.pt")
-    main(["import", str(tmp_path / "released.pt"), str(tmp_path)])
+    import_released(released(SQUARE)[2], tmp_path)
     return tmp_path / "checkpoint.pt"
 
 

@@ -6,7 +6,7 @@ import torch
 from lamemo_fairseq.checkpoints.convert import load_plain
 from lamemo_fairseq.convert_checkpoint import main
 
-from .test_convert_checkpoint import export, trained_here
+from .released import export, trained_here
 
 
 def test_a_window_is_of_look_ahead_memory_alone(tmp_path):
