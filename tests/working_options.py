@@ -108,9 +108,9 @@ _work([EVAL_LM], "test_ranks.py", "output_word_probs")
 _work([EVAL_LM], "test_commands.py", "softmax_batch")
 _work([EVAL_LM], FAIRSEQS_OWN, "output_word_stats post_process tokenizer bpe")
 _work(GENERATION, FAIRSEQS_OWN, "post_process checkpoint_suffix")
-_work([VALIDATE, GENERATE], "test_prompt_coding.py", "num_shards shard_id")
+_work([VALIDATE, GENERATE], "test_prompt_commands.py", "num_shards shard_id")
 _work([GENERATE], FAIRSEQS_OWN, "quiet results_path")
-_work([GENERATE], "test_prompt_coding.py", "scoring prefix_size")
+_work([GENERATE], "test_prompt_commands.py", "scoring prefix_size")
 _work(
     GENERATION,
     "test_generation_commands.py",
