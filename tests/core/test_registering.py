@@ -5,18 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
 from lamemo_fairseq.core.config import refuse_names
 from lamemo_fairseq.core.decoding.cache import FrozenCache, SegmentCache
 from lamemo_fairseq.core.fields import option
-from lamemo_fairseq.core.kernels.padded import join
 from lamemo_fairseq.core.memory import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState
-from lamemo_fairseq.core.memory.base import LayerPassage, last_rows
 from lamemo_fairseq.core.memory.recurrent import RecurrentMemory
 
 from .conftest import pytest_configure
-from .helpers import random_tokens, tiny_decoder
+from .own_memory import average
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,6 @@ class Hiding(MemoryOptions):
 @dataclass(frozen=True)
 class OfEveryModel(MemoryOptions):
     dropout: float = option(0.1, "dropout of averages")
-
-
-def average(name="average_lm", class_name="AverageLanguageModel", **members):
-    """A memory of the user's own."""
-    own = {"architecture": Architecture(name, class_name, "Averages."), "cache": RecurrentMemory.cache}
-    return type("AverageMemory", (RecurrentMemory,), {**own, **members})
 
 
 REMEDY = (
@@ -175,208 +166,3 @@ def test_an_option_that_every_model_has(monkeypatch):
     )
     with pytest.raises(ValueError, match=message):
         refuse_names(["dropout"], "taken")
-
-
-@pytest.mark.parametrize("positions", ["transformer-xl", "alibi", "rotary"])
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        (lambda rows: rows, "AverageMemory.reach returned 7: return the number of rows that the segment's tokens att"),
-        (lambda rows: (rows, 3), r"AverageMemory.reach returned \(7, 3\): return the number of rows"),
-        (lambda rows: (rows, range(1, 4)), "AverageMemory.reach returned distances ahead, .* looks_ahead = True in th"),
-        (lambda rows: (rows - 3, None), "--memory recurrent: a segment attends to 7 rows, and the memory's reach ret"),
-        (lambda rows: (rows + 1, None), "--memory recurrent: a segment attends to 7 rows, and the memory's reach ret"),
-    ],
-)
-def test_a_wrong_reach_names_the_memory(monkeypatch, returned, message, positions):
-    """Of too few distances, or too many, each key would have the score of another one."""
-
-    def reach(self, state, current):
-        return returned(RecurrentMemory.reach(self, state, current)[0])
-
-    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(reach=reach)})
-    model = tiny_decoder(("recurrent", positions, "right"))
-    tokens = random_tokens(2, 3)
-    state = RecurrentMemory.initial_state(model.memory, model.embed(tokens))
-    state = state.map(lambda rows: rows.new_ones(2, 4, rows.size(2)))
-    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
-        model.read(tokens, state)
-
-
-def test_distances_ahead_that_a_class_promises(monkeypatch):
-    """Weights of the distances ahead would never be trained, and several ranks would wait for their gradients."""
-    message = r"^AverageMemory has looks_ahead = True, and its reach returned None for the distances ahead: return the"
-    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(looks_ahead=True)})
-    with pytest.raises(TypeError, match=message):
-        tiny_decoder(("recurrent", "disentangled", "right")).read(random_tokens(2, 3))
-
-
-def read_twice(monkeypatch, keep, training, **members):
-    """Read two segments with a memory whose state is what *keep* makes of a layer's rows."""
-
-    def pass_layer(self, n, layer, rows, before, segment):
-        joined = join(before[0], rows)
-        out, _ = layer(joined, segment.biases[n], segment.tokens)
-        return LayerPassage(out, (keep(joined),))
-
-    monkeypatch.setattr(
-        MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(pass_layer=pass_layer, **members)}
-    )
-    model = tiny_decoder(("recurrent", "transformer-xl", "right")).train(training)
-    _, state, _ = model.read(random_tokens(2, 3))
-    return model.read(random_tokens(2, 3), state)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_state_of_more_rows_than_mem_len(monkeypatch, training):
-    """Its tokens would attend further than the option says, in training and evaluation alike."""
-    message = r"^AverageMemory returned a state of 6 rows a layer, and --mem-len is 4: keep the last 4, as by last_rows"
-    with pytest.raises(ValueError, match=message):
-        read_twice(monkeypatch, lambda rows: last_rows(rows, 1000), training)
-    read_twice(monkeypatch, lambda rows: last_rows(rows, 4), training)
-    rows_held = {"rows_held": lambda self, state: {"--compressed-len": (state.hidden[0].size(1), 6)}}
-    read_twice(monkeypatch, lambda rows: last_rows(rows, 1000), training, **rows_held)
-
-
-def test_a_state_with_a_gradient(monkeypatch):
-    """torch would say, in the next update, that it goes through a graph a second time."""
-    with pytest.raises(
-        ValueError, match=r"^AverageMemory returned a state with a gradient, .*: call detach\(\) on its "
-    ):
-        read_twice(monkeypatch, lambda rows: rows[:, -4:], True)
-    with torch.no_grad():
-        read_twice(monkeypatch, lambda rows: rows[:, -4:], False)
-    read_twice(monkeypatch, lambda rows: rows[:, -4:], True, carries_gradient=True)
-
-
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        (lambda rows, slots: (rows, slots), "returned type tuple: return LayerPassage(rows, state)"),
-        (lambda rows, slots: rows, "returned type Tensor: return LayerPassage(rows, state)"),
-        (lambda rows, slots: None, "returned type NoneType: return LayerPassage(rows, state)"),
-        (
-            lambda rows, slots: LayerPassage(rows, slots),
-            "returned a state that is a tensor [1, 3, 8]: return a tuple of tensors, (tensor,) for one",
-        ),
-        (lambda rows, slots: LayerPassage(rows, [slots]), "returned a state that is of type list: return a tuple"),
-        (lambda rows, slots: LayerPassage(rows, (slots, None)), "returned a state that is a tuple of NoneType, Tensor"),
-        (
-            lambda rows, slots: LayerPassage(rows, (slots,) * 2),
-            "returned 2 tensors as state, and got 1: return as many",
-        ),
-        (
-            lambda rows, slots: LayerPassage((rows, None), (slots,)),
-            "returned rows that are a tuple of NoneType, Tensor",
-        ),
-        (
-            lambda rows, slots: LayerPassage(rows.float(), (slots,)),
-            "returned rows in torch.float32, and got torch.float64: call .to(rows) on what it adds",
-        ),
-    ],
-)
-def test_a_layer_returns_its_passage(monkeypatch, returned, message):
-    """One stream's tensor would be taken for a tuple; others would end within a host."""
-
-    def pass_layer(self, n, layer, rows, before, segment):
-        out, _ = layer(rows, segment.biases[n], segment.tokens)
-        return returned(out, last_rows(rows, 4))
-
-    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(pass_layer=pass_layer)})
-    with pytest.raises(TypeError, match=f"^{re.escape('AverageMemory.pass_layer ' + message)}"):
-        tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(1, 3))
-
-
-@dataclass(frozen=True)
-class AverageState(MemoryState):
-    """Of another class than the one that the memory names."""
-
-    hidden: Any = ()
-    mean: Any = None
-    count: Any = 0
-
-
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        (AverageState, "AverageMemory{} returned a state of type AverageState, and the class names RecurrentState: "),
-        (lambda rows: None, "AverageMemory{} returned a state of type NoneType, and the class names RecurrentState"),
-        (
-            lambda rows: RecurrentMemory.state((rows.transpose(0, 1), rows)),
-            "AverageMemory{} returned a state whose hidden is [3, 2, 8] for 2 streams: return tensors with the streams",
-        ),
-        (
-            lambda rows: RecurrentMemory.state((rows.sum(),)),
-            "AverageMemory{} returned a state whose hidden is [] for 2",
-        ),
-        (
-            lambda rows: RecurrentMemory.state([rows]),
-            "AverageMemory{} returned a state whose hidden is of type list: return",
-        ),
-        (lambda rows: RecurrentMemory.state(3), "AverageMemory{} returned a state whose hidden is of type int: return"),
-    ],
-)
-@pytest.mark.parametrize("first", [True, False])
-def test_a_state_is_made_of_tensors_with_the_streams_first(monkeypatch, made, message, first):
-    """Streams elsewhere would be mixed up where single ones are cleared; another class would not be read again."""
-
-    def initial_state(self, x):
-        return made(x.new_zeros(2, 3, 8)) if first else RecurrentMemory.initial_state(self, x)
-
-    def joined(self, parts, like):
-        return made(parts[0][0])
-
-    members = {"initial_state": initial_state, "joined": joined}
-    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(**members)})
-    expected = message.format(".initial_state" if first else "")
-    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(expected)}"):
-        tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(2, 3))
-
-
-@pytest.mark.parametrize("carries_gradient", [False, True])
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        (
-            lambda passage: (*passage,),
-            "AverageMemory.pass_segment returned type tuple: return Passage(features, state)",
-        ),
-        (
-            lambda passage: passage._replace(features=passage.features.repeat(1, 2, 1)),
-            "AverageMemory returned features [2, 6, 8], and the segment is [2, 3, 8]: return the last layer's rows",
-        ),
-        (
-            lambda passage: passage._replace(losses={"own": torch.zeros(())}),
-            "AverageMemory returned losses, and its class says that it has none, so that training would not add them: ",
-        ),
-    ],
-)
-def test_a_segment_returns_its_passage(monkeypatch, made, message, carries_gradient):
-    def pass_segment(self, *args):
-        return made(RecurrentMemory.pass_segment(self, *args))
-
-    members = {"pass_segment": pass_segment, "carries_gradient": carries_gradient}
-    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(**members)})
-    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
-        tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(2, 3))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_state_is_not_changed_in_place(monkeypatch, training):
-    """A batch that is read again, as after an overflow, would be read with another memory."""
-
-    def pass_layer(self, n, layer, rows, before, segment):
-        out, _ = layer(join(before[0], rows), segment.biases[n], segment.tokens)
-        return LayerPassage(out, (before[0].add_(rows.detach()) if before[0].size(1) else last_rows(rows, 3),))
-
-    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(pass_layer=pass_layer)})
-    model, tokens = tiny_decoder(("recurrent", "transformer-xl", "right")).train(training), random_tokens(2, 3)
-    with torch.set_grad_enabled(training):
-        _, state, _ = model.read(tokens)
-        with pytest.raises(
-            ValueError, match=r"^AverageMemory changed the state before a segment in place, which .* clone\(\)$"
-        ):
-            model.read(tokens, state)
-    with torch.inference_mode():  # whose tensors count no changes
-        _, state, _ = model.eval().read(tokens)
-        model.read(tokens, state)

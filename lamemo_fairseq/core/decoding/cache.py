@@ -257,11 +257,44 @@ class SegmentCache(Generic[M, L]):
         return [t for _, _, value in self._fields() for t in _tensors(value)]
 
     def _fields(self) -> Iterator[Tuple[object, str, Buffers]]:
-        """Yield the owner, name and value of every field that holds buffers."""
+        """Yield the owner, name and value of every field that holds buffers.
+
+        Raises:
+            TypeError: a field is none that `reorder` could follow.
+        """
         for owner in (self, *self.layers):
             for name, value in vars(owner).items():
                 if name not in ("layers", "positions"):
+                    self._check_field(f"{type(owner).__name__}.{name}", value)
                     yield owner, name, value
+
+    def _check_field(self, name: str, value: object) -> None:
+        batch, named = len(self.positions), hasattr(value, "_fields")
+        for part in value if isinstance(value, tuple) and named else () if value is None else (value,):
+            if not isinstance(part, Tensor) or part.shape[:1] != (batch,):
+                kind = list(part.shape) if isinstance(part, Tensor) else f"of type {type(part).__name__}"
+                raise TypeError(
+                    f"{name} is {kind}: a field of a cache is a tensor with the {batch} sequences first, a NamedTuple "
+                    "of such tensors, or None, so that reorder takes the rows of every sequence along"
+                )
+
+    def check(self, layers: int, columns: int) -> None:
+        """Refuse what `empty` must not return for so many layers of a model, and columns C; shipped ones never do.
+
+        Raises:
+            TypeError: a field is none that `reorder` could follow.
+            ValueError: there are not as many layers, or a buffer of another number of columns.
+        """
+        name = type(self).__name__
+        if len(self.layers) != layers:
+            raise ValueError(f"{name}.empty returned {len(self.layers)} layers: return one for each of {layers} layers")
+        self.tensors()
+        for dim, buffer in self.column_buffers():
+            if buffer.size(dim) != columns:
+                raise ValueError(
+                    f"{name}.column_buffers yields a buffer {list(buffer.shape)} with columns in dimension {dim}: "
+                    f"make {columns} of them, memory.slots + memory.period"
+                )
 
 
 AnyCache = SegmentCache[Any, Any]
