@@ -1,5 +1,6 @@
 """fairseq's options for generation: each works, or is refused in one line that names it and what to pass."""
 
+import math
 from argparse import Namespace
 
 import pytest
@@ -55,7 +56,14 @@ def test_what_means_nothing_here_is_refused_by_name(name):
         ({"prefix_size": -1}, "--prefix-size is -1"),
         ({"no_repeat_ngram_size": -1}, "--no-repeat-ngram-size is -1"),
         ({"temperature": 0.0}, "--temperature is 0.0: pass a positive number"),
-        ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"temperature": math.nan}, "--temperature is nan"),
+        ({"temperature": 1e-40}, "--temperature is 1e-40: pass a positive number, 1e-30 or more"),
+        ({"lenpen": math.nan}, r"--lenpen is nan: pass a number between -1e\+30 and 1e\+30"),
+        ({"unkpen": math.nan}, "--unkpen is nan"),
+        ({"unkpen": -math.inf}, "--unkpen is -inf"),
+        ({"max_len_a": math.inf}, "--max-len-a is inf"),
+        ({"diversity_rate": 1e39}, r"--diversity-rate is 1e\+39"),
+        ({"diverse_beam_groups": 5, "diverse_beam_strength": math.inf}, "--diverse-beam-strength is inf"),
         ({"sampling_topk": 5}, "--sampling-topk is for sampling"),
         ({"sampling_topp": 0.9}, "--sampling-topp is for sampling"),
         ({"sampling": True, "sampling_topk": -3}, "--sampling-topk is -3"),
@@ -93,6 +101,7 @@ def test_values_out_of_range_are_refused(given, message):
         {"sampling": True, "sampling_topp": 1.0},
         {"diverse_beam_groups": 5, "diverse_beam_strength": 0.2, "nbest": 5},
         {"diversity_rate": 0.0},
+        {"unkpen": math.inf, "lenpen": -2.0, "temperature": 1e-30},
         {"no_early_stop": True, "sacrebleu": True, "unnormalized": True},
         {"score_reference": True},
     ],

@@ -1,5 +1,7 @@
 """Ways of searching: no n-gram twice, diverse beams and siblings, at any number of texts at a time."""
 
+import math
+
 import pytest
 import torch
 from fairseq import search
@@ -127,6 +129,22 @@ def test_a_function_of_allowed_words_is_told_which_text_it_is():
     found = PromptGenerator([model_of()], WORDS, beam_size=2, max_len_b=4, search_strategy=strategy).generate([], batch)
     assert asked == {31, 12}
     assert set(found[0][0]["tokens"][3:].tolist()) <= {EOS, 6} and set(found[1][0]["tokens"][5:].tolist()) <= {EOS, 5}
+
+
+@pytest.mark.parametrize("way", ["beam", "sampling"])
+@pytest.mark.parametrize("power", [19.9, -19.9, 300.0, -300.0])
+def test_a_length_penalty_that_makes_all_scores_alike_is_refused(way, power):
+    """fairseq ends in an OverflowError, or all scores are 0 or infinite and the first hypothesis is the best."""
+    torch.manual_seed(0)
+    texts, options = prompts_of([1, 23]), {"max_len_b": 9, "min_len": 9, "search_strategy": SEARCHES[way]()}
+    with pytest.raises(
+        ValueError, match=r"--lenpen -?\d.* of up to 33 tokens 0 or inf.* between -19.7 and 19.7, or --"
+    ):
+        generate([model_of()], texts, len_penalty=power, **options)
+    assert len(generate([model_of()], texts, len_penalty=power, normalize_scores=False, **options)) == 2
+    for largest in (19.7, -19.7):
+        for hypotheses in generate([model_of()], texts, len_penalty=largest, **options):
+            assert all(0 < -float(h["score"]) < math.inf for h in hypotheses)
 
 
 @pytest.mark.parametrize("way", ["beam", "diverse", "siblings"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.decoding.state import DecodingState
 from ..core.memory import DivergenceError
 from ..data.dictionary import NO_WORD
-from ..host.generation_options import refusal
+from ..host.generation_options import check_length_penalty, refusal
 from .progress import counter
 from .repetition import aligned_right, repeating_words
 from .sampling import is_plain_sampling, sampled_continuations
@@ -178,6 +178,8 @@ class PromptGenerator(SequenceGenerator):
                 f"--max-len-a and --max-len-b allow {limit} new words, fewer than --min-len {self.min_len}: "
                 "pass a larger --max-len-b"
             )
+        if self.normalize_scores:
+            check_length_penalty(self.len_penalty, max(lengths[sequence] for sequence in sequences) + limit)
         index = torch.tensor(sequences, device=tokens.device)
         lengths = [lengths[sequence] for sequence in sequences]
         prompts = tokens[index, : max(lengths)]

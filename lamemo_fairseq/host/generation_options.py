@@ -1,6 +1,7 @@
 """fairseq's options for generation: which of them make sense for a language model with memory."""
 
 import logging
+import math
 from dataclasses import fields
 from typing import Any, Dict, Iterable, List
 
@@ -50,6 +51,7 @@ WITHOUT_EFFECT: Dict[str, str] = {
 _OF_NEW_WORDS = ("temperature", "lenpen", "unnormalized", "unkpen", "min_len", "no_repeat_ngram_size")
 """Options that change the scores of generated words alone."""
 
+_GREATEST = 1e30  # of a number that scores are changed by; float32 overflows not far beyond
 _DEFAULTS = GenerationConfig()
 NAMES: List[str] = [field.name for field in fields(GenerationConfig) if not field.name.startswith("_")]
 
@@ -95,6 +97,20 @@ def warn_without_effect(options: Any) -> None:
             logger.warning("%s has no effect: --score-reference scores given text", option_name(name))
 
 
+def check_length_penalty(power: float, tokens: int) -> None:
+    """Refuse a length penalty whose power of a number of tokens float32 cannot hold. All scores would be alike.
+
+    Raises:
+        ValueError: the penalty is too large; the message has those that are not.
+    """
+    most = math.floor(10 * math.log(_GREATEST) / math.log(max(2, tokens))) / 10
+    if abs(power) > most:
+        raise ValueError(
+            f"--lenpen {power:g} makes scores of up to {tokens} tokens 0 or infinite, so that none is the best: pass a "
+            f"number between {-most} and {most}, or --unnormalized"
+        )
+
+
 def _check_ranges(value: Any) -> None:
     for name, least in (
         ("beam", 1),
@@ -108,10 +124,16 @@ def _check_ranges(value: Any) -> None:
     ):
         if not value(name) >= least:
             raise ValueError(f"{option_name(name)} is {value(name)}: pass {least} or more")
-    if not value("temperature") > 0:
+    for name in ("lenpen", "unkpen", "max_len_a", "diverse_beam_strength", "diversity_rate"):
+        forbids = name == "unkpen" and value(name) > 0  # an infinite penalty forbids unknown words
+        if not (abs(value(name)) <= _GREATEST or forbids):
+            raise ValueError(
+                f"{option_name(name)} is {value(name)}: pass a number between {-_GREATEST:g} and {_GREATEST:g}"
+            )
+    if not value("temperature") >= 1 / _GREATEST:
         raise ValueError(
-            f"--temperature is {value('temperature')}: pass a positive number; for the most probable words leave out "
-            "--sampling, or pass --sampling-topk 1"
+            f"--temperature is {value('temperature')}: pass a positive number, {1 / _GREATEST:g} or more; for the most "
+            "probable words leave out --sampling, or pass --sampling-topk 1"
         )
     if value("nbest") > value("beam"):
         raise ValueError(f"--nbest {value('nbest')} is more than --beam {value('beam')} finds: pass a larger --beam")
