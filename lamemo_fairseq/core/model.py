@@ -175,7 +175,7 @@ class LanguageModel(MemoryDecoder):
             raise ValueError("generate continues at least one text of at least one word: begin a text with its </s>")
         reader = self.reader(len(prompts))
         reader.read(prompts)
-        return reader.generate(count, _draw(temperature, top_k, top_p), seed)
+        return reader.generate(count, Draw(temperature, top_k, top_p), seed)
 
     @with_nearest_names
     def sample(
@@ -224,7 +224,7 @@ class LanguageModel(MemoryDecoder):
         """
         reader = self.reader()
         reader.read(prompt)
-        return reader.stream(count, _draw(temperature, top_k, top_p), seed)
+        return reader.stream(count, Draw(temperature, top_k, top_p), seed)
 
     def _continued(self, text: str, new: List[int], stop_at_end: bool) -> str:
         assert self.tokenizer is not None  # this tokenizer has encoded the text
@@ -325,15 +325,3 @@ class LanguageModel(MemoryDecoder):
 def _tuples(state: MemoryState) -> Dict[str, int]:
     """Return the lengths of a state's tuples, which have an entry for each layer or for some."""
     return {name: len(value) for name, value in state.own().items() if isinstance(value, tuple)}
-
-
-def _draw(temperature: float, top_k: int, top_p: float) -> Draw:
-    wrong = {
-        "temperature": (temperature, temperature >= 0, "0 for the most probable word, or above"),
-        "top_k": (top_k, top_k >= 0, "0 for all words, or how many"),
-        "top_p": (top_p, 0 < top_p <= 1, "above 0, and 1 at most"),
-    }
-    for name, (value, fine, remedy) in wrong.items():
-        if not fine:
-            raise ValueError(f"{name} is {value}: pass {remedy}")
-    return Draw(temperature, top_k, top_p)

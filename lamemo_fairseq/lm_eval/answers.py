@@ -63,11 +63,8 @@ class Settings:
             temperature = 0.0
         elif temperature == 0:
             temperature = 1.0
-        draw = Draw(
-            temperature=temperature,
-            top_k=int(_number("top_k", given.get("top_k", 0))),
-            top_p=_number("top_p", given.get("top_p", 1.0)),
-        )
+        tops = int(_number("top_k", given.get("top_k", 0))), _number("top_p", given.get("top_p", 1.0))
+        draw = Draw(temperature, *tops) if temperature else Draw(temperature)  # without choice, tasks write any top_p
         return cls(tuple(string for string in strings if string), int(count), draw)
 
 

@@ -117,11 +117,17 @@ def test_a_continuation_that_the_tokenizer_drops_is_not_certain():
         ({"max_gen_toks": -1}, "max_gen_toks is -1"),
         ({"until": 3}, "until is 3"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"do_sample": True, "top_p": 0}, "top_p is 0: pass above 0"),
+        ({"temperature": 1e-40}, "temperature is 1e-40: pass 0 for"),
     ],
 )
 def test_settings_that_are_not_served(given, message):
     with pytest.raises(ValueError, match=message):
         Settings.of(given)
+
+
+def test_without_choice_any_top_words_are_taken():
+    assert Settings.of({"top_p": 0}).draw == Settings.of({"do_sample": False, "temperature": 0.7, "top_k": 3}).draw
 
 
 def test_what_answers_need():

@@ -245,6 +245,7 @@ def test_samples_are_texts(model):
         ),
         (lambda m: m.generate(["w1"], -1), "count is -1: pass the number of new words"),
         (lambda m: m.generate(["w1"], 1, temperature=-1.0), "temperature is -1.0: pass 0 for the most probable"),
+        (lambda m: m.generate(["w1"], 1, temperature=1e-40), "temperature is 1e-40: pass 0 .* word, or 1e-30 and more"),
         (lambda m: m.generate(["w1"], 1, top_p=0.0), "top_p is 0.0: pass above 0, and 1 at most"),
         (lambda m: m.generate(["w1"], 1, top_k=-2), "top_k is -2: pass 0 for all words, or how many"),
         (lambda m: m.reader(0), "batch_size is 0, it must be positive"),

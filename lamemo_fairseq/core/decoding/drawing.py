@@ -10,6 +10,8 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+_LEAST_TEMPERATURE = 1e-30
+
 
 def truncated(log_probs: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tuple[Tensor, Optional[Tensor]]:
     """Keep the top words' ``log_probs [B, V]``, as `draw` does.
@@ -49,11 +51,26 @@ def draw(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: flo
 
 @dataclass(frozen=True)
 class Draw:
-    """`draw` with its options; on a GPU the step's last kernel can do it."""
+    """`draw` with its options; on a GPU the step's last kernel can do it.
+
+    Raises:
+        ValueError: an option is out of its range. Below the least temperature float32 overflows, and any word is drawn.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        warm = self.temperature == 0 or self.temperature >= _LEAST_TEMPERATURE
+        wrong = {
+            "temperature": (warm, f"0 for the most probable word, or {_LEAST_TEMPERATURE:g} and more"),
+            "top_k": (self.top_k >= 0, "0 for all words, or how many"),
+            "top_p": (0 < self.top_p <= 1, "above 0, and 1 at most"),
+        }
+        for name, (fine, remedy) in wrong.items():
+            if not fine:
+                raise ValueError(f"{name} is {getattr(self, name)}: pass {remedy}")
 
     def __call__(self, log_probs: Tensor) -> Tensor:
         return draw(log_probs, self.temperature, self.top_k, self.top_p)
