@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from fairseq import search
 
 from lamemo_fairseq.core.decoding.drawing import draw
 from lamemo_fairseq.core.decoding.sampler import Sampler
@@ -41,12 +42,12 @@ def generate(models, texts, **options):
 
 
 @torch.no_grad()
-def log_probs(model, text):
+def log_probs(model, text, temperature=1.0):
     """Of every token of a text, by the pass over whole segments."""
     tokens = torch.cat([torch.tensor([EOS]), text[:-1]]).unsqueeze(0)
     features = whole_segments(model.decoder, tokens)
     scores = model.get_normalized_probs((model.decoder.output_layer(features), None), True)
-    return scores[0].gather(1, text.unsqueeze(1)).squeeze(1)
+    return (scores[0] / temperature).log_softmax(-1).gather(1, text.unsqueeze(1)).squeeze(1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
@@ -114,6 +115,22 @@ def test_scores_of_hypotheses_are_those_of_their_texts(variant, adaptive):
             expected = log_probs(model, found)
             torch.testing.assert_close(hypothesis["positional_scores"].double(), expected, rtol=0, atol=1e-5)
             assert float(hypothesis["score"]) == pytest.approx(float(expected.mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive_softmax_cutoff": "6,11"}], ids=["full", "adaptive"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["beam", "sampling"])
+def test_a_temperature_is_that_of_the_prompt_too(sampled, options):
+    """As in fairseq. A hypothesis would else be ranked by probabilities of two distributions."""
+    models, texts, warm = [model_of(seed=seed, **options) for seed in range(2)], prompts_of(LENGTHS), 2.5
+    strategy = search.Sampling(dictionary_of(17)) if sampled else None
+    for some in (models[:1], models):
+        found = generate(some, texts, temperature=warm, unk_penalty=1.0, search_strategy=strategy)
+        for text, hypotheses in zip(texts, found, strict=True):
+            for hypothesis in hypotheses:
+                tokens, scores = hypothesis["tokens"], hypothesis["positional_scores"].double()
+                expected = torch.stack([log_probs(m, tokens, warm) for m in some]).exp().mean(0).log()
+                expected[len(text) :] -= tokens[len(text) :].eq(3).double()  # an unknown word
+                torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
 
 
 def test_a_prompt_gives_the_same_alone_and_in_a_batch():

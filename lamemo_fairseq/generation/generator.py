@@ -28,13 +28,13 @@ class ReadPrompts(NamedTuple):
     log_probs: Tensor  # [B, L - 1], of the prompts' tokens after the first
 
 
-def read_prompts(model: Any, tokens: Tensor, lengths: Sequence[int]) -> ReadPrompts:
+def read_prompts(model: Any, tokens: Tensor, lengths: Sequence[int], temperature: float = 1.0) -> ReadPrompts:
     """Read ``tokens [B, L]`` of *lengths*, segment by segment, up to each prompt's last token."""
     state = DecodingState(model.decoder, len(tokens))
     before = [n - 1 for n in lengths]
     log_probs = [torch.zeros(len(tokens), 0, device=tokens.device)]
     with counter(max(before), "prompt") as bar:
-        for chunk in stream_log_probs(model, state, tokens[:, :-1], tokens[:, 1:], before):
+        for chunk in stream_log_probs(model, state, tokens[:, :-1], tokens[:, 1:], before, temperature):
             log_probs.append(chunk)
             bar.update(chunk.size(1))
     return ReadPrompts(state, torch.cat(log_probs, dim=1))
@@ -184,7 +184,7 @@ class PromptGenerator(SequenceGenerator):
         lengths = [lengths[sequence] for sequence in sequences]
         prompts = tokens[index, : max(lengths)]
         last = prompts[torch.arange(len(sequences)), torch.tensor(lengths) - 1]
-        read = [read_prompts(model, prompts, lengths) for model in self.model.models]
+        read = [read_prompts(model, prompts, lengths, self.temperature) for model in self.model.models]
         if is_plain_sampling(self) and not kwargs:
             with counter(limit, "generated") as bar:
                 hypotheses = sampled_continuations(self, read[0].state, last, limit, bar)

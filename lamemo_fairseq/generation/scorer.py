@@ -16,19 +16,31 @@ from .progress import counter
 
 
 def stream_log_probs(
-    model: Any, state: DecodingState, tokens: Tensor, target: Tensor, lengths: Sequence[int]
+    model: Any, state: DecodingState, tokens: Tensor, target: Tensor, lengths: Sequence[int], temperature: float = 1.0
 ) -> Iterator[Tensor]:
     """Read the first ``lengths[b]`` of ``tokens [B, L]`` of each sequence b into *state*.
 
-    Columns beyond *lengths* need not hold words.
+    Columns beyond *lengths* need not hold words. With a *temperature*, probabilities are those that words are drawn by.
 
     Yields:
         Log-probabilities ``[B, k]`` of *target*, in float32 or wider; those beyond a sequence's length mean nothing.
     """
     for chunk, features in read_into(state, model.decoder, tokens.clamp(min=0), lengths, TOKENS_AT_ONCE):
         words = target[:, chunk].clamp(min=0)
+        if temperature != 1:
+            yield _tempered(state.decoder, features, words, temperature)
+            continue
         probs = model.get_normalized_probs((state.decoder.output_layer(features), None), True, {"target": words})
         yield probs.gather(-1, words.unsqueeze(-1)).squeeze(-1)
+
+
+def _tempered(decoder: Any, features: Tensor, words: Tensor, temperature: float) -> Tensor:
+    """Return log-probabilities ``[B, k]`` of *words* at a temperature, which needs the scores of all words."""
+    rows = []
+    for row, targets in zip(features.split(1), words.split(1), strict=True):  # they may be large: of a text at a time
+        log_probs = (decoder.log_probs(row) / temperature).log_softmax(-1)
+        rows.append(log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+    return torch.cat(rows)
 
 
 class StreamingScorer:

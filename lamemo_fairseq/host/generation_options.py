@@ -49,7 +49,7 @@ WITHOUT_EFFECT: Dict[str, str] = {
 """Options that are harmless, and why they do not apply."""
 
 _OF_NEW_WORDS = ("temperature", "lenpen", "unnormalized", "unkpen", "min_len", "no_repeat_ngram_size")
-"""Options that change the scores of generated words alone."""
+"""Options of generation, which change no score of a given text."""
 
 _GREATEST = 1e30  # of a number that scores are changed by; float32 overflows not far beyond
 _DEFAULTS = GenerationConfig()
