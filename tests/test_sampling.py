@@ -111,6 +111,7 @@ def pick_by_rank(monkeypatch):
         {"topp": 0.8, "temperature": 1.6, "unk_penalty": 2.0, "len_penalty": 0.5},
         {"min_len": 0, "normalize_scores": False, "max_len_a": 0.5, "max_len_b": 3},
         {"topk": 5, "tokens_to_suppress": ("w0", "w3"), "max_len_b": 40},
+        {"topp": 1.0, "unk_penalty": -3.0, "temperature": 2.0, "max_len_b": 20},
     ],
     ids=str,
 )

@@ -89,6 +89,9 @@ def sampled_continuations(
     repeated = torch.arange(len(last), device=last.device).repeat_interleave(beam)
     state.reorder(repeated)
     top_p = generator.search.sampling_topp
+    if top_p == 1 and generator.unk_penalty < 0:
+        # Probabilities add up to more than 1, where fairseq leaves the others out. To `Draw`, 1 means all words.
+        top_p = math.nextafter(1, 0)
     # fairseq reads only one of the two options.
     tops = {"top_p": top_p} if top_p > 0 else {"top_k": max(0, generator.search.sampling_topk)}
     exact = torch.promote_types(state.cache.layers[0].keys.dtype, torch.float32)
