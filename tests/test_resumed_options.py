@@ -288,7 +288,10 @@ def test_another_rate_is_taken(schedule, update, data, tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    [["--best-checkpoint-metric", "ppl"], ["--maximize-best-checkpoint-metric"], ["--valid-subset", "other"]],
+    [
+        *(["--best-checkpoint-metric", "ppl"], ["--maximize-best-checkpoint-metric"]),
+        *(["--valid-subset", "other"], ["--max-valid-steps", 1]),
+    ],
     ids=lambda value: value[0],
 )
 def test_values_of_other_validations_are_not_compared(other, data, tmp_path, caplog):
@@ -305,6 +308,23 @@ def test_values_of_other_validations_are_not_compared(other, data, tmp_path, cap
     assert read(tmp_path)["optimizer_history"][-1]["num_updates"] == 14
     assert read(tmp_path)["extra_state"]["best"] > 0.5
     assert f"{other[0]} is " in caplog.text and "the next validation is the best one so far" in caplog.text
+
+
+def test_other_streams_of_validations_are_told(data, tmp_path, caplog):
+    """Their loss is another: each token has seen another context."""
+    options = [*ADAM, "--max-update"]
+    train(configured(data / "1", *options, 2, "--batch-size-valid", 3), tmp_path)
+    path = tmp_path / "checkpoint_last.pt"
+    for update, given in ((3, []), (4, ["--batch-size-valid", 1])):
+        caplog.clear()
+        train(configured(data / "1", *options, update, *given), tmp_path)
+        before, now = (3, 4) if update == 3 else (4, 1)
+        told = [text for text in caplog.messages if "the checkpoint was trained with" in text]
+        assert told == [f"{path}: --batch-size-valid is {now}, the checkpoint was trained with {before}"]
+    train(configured(data / "1", *options, SEGMENTS), tmp_path / "other")  # to the end of an epoch
+    caplog.clear()
+    train(configured(data / "1", *options, SEGMENTS + 1, "--batch-size", 2), tmp_path / "other")
+    assert "--batch-size is 2, the" in caplog.text and "--batch-size-valid is" not in caplog.text  # it follows
 
 
 def test_a_rate_that_goes_by_other_validations_begins_anew(data, tmp_path):

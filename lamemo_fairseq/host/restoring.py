@@ -46,13 +46,18 @@ _TOLD: Dict[str, Any] = {
     "optimizer": None,
     "lr_scheduler": None,
     "optimization": ("lr", "clip_norm", "sentence_avg", "update_freq"),
-    "dataset": ("batch_size", "max_tokens", "train_subset", "valid_subset", "combine_valid_subsets"),
+    "dataset": (
+        *("batch_size", "max_tokens", "train_subset"),
+        *("batch_size_valid", "max_tokens_valid", "valid_subset", "combine_valid_subsets", "max_valid_steps"),
+    ),
     "checkpoint": ("best_checkpoint_metric", "maximize_best_checkpoint_metric"),
     "common": (*_PRECISION, "seed"),
     "ema": ("store_ema", "ema_decay", "ema_start_update", "ema_update_freq"),
 }
 # Options of which another value makes values of validations that cannot be compared with those before.
-_COMPARED = ("valid_subset", "combine_valid_subsets", *_TOLD["checkpoint"])
+_COMPARED = ("valid_subset", "combine_valid_subsets", "max_valid_steps", *_TOLD["checkpoint"])
+# Options of validation that are those of training if nobody gives them.
+_FOLLOWING = {"batch_size_valid": "batch_size", "max_tokens_valid": "max_tokens"}
 _NAMED = {"model": "arch"}  # the options that choose a section, where it has another name
 
 
@@ -269,6 +274,8 @@ def _differences(trainer: Any, state: Dict[str, Any]) -> List[_Difference]:
         mine, theirs = _options(now, section), _options(then, section)
         for name in [n for n in mine if n in theirs and (told is None or n in told)]:
             concerns = not (name in owners and section == "model" and not owners[name] & chosen)
+            if name in _FOLLOWING:
+                concerns = any(options[name] != options[_FOLLOWING[name]] for options in (mine, theirs))
             if name == "valid_subset":  # the first split alone is compared
                 mine[name], theirs[name] = (str(options[name]).split(",")[0] for options in (mine, theirs))
             if concerns and mine[name] != theirs[name]:
