@@ -1,0 +1,217 @@
+"""Mistakes of a new memory that no error tells: found by reading with a tiny model, and named with the remedy.
+
+Shapes: B streams, N tokens of a segment, d model width.
+"""
+
+from typing import Callable, List, Optional, Tuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lamemo_fairseq.core import MEMORIES, LanguageModel, MemoryState
+from lamemo_fairseq.core.decoding.cache import FrozenCache
+from lamemo_fairseq.core.decoding.state import DecodingState
+
+from .buffers import fill_with_nan
+from .helpers import Variant, random_tokens, read_by_token, tiny_decoder, whole_segments
+
+Read = Tuple[Tensor, Optional[MemoryState], Tensor]  # a segment [B, N], the memory before it, the features after
+SEGMENTS = 6  # which fill the memory of a tiny model, whose segments have 3 tokens
+
+
+def mistake_of(variant: Variant) -> Optional[str]:
+    """Return the first mistake of a memory, in one line with the remedy; None if there is none.
+
+    One mistake may be found by several checks. The first ones name causes, the last ones what comes of many.
+    """
+    for check in CHECKS:
+        found = check(variant)
+        if found is not None:
+            return f"--memory {variant[0]}: {found}"
+    return None
+
+
+def _read(model: LanguageModel, tokens: Tensor) -> List[Read]:
+    state, read = None, []
+    for segment in tokens.split(model.segment_length, dim=1):
+        features, after, _ = model(segment, state)
+        read.append((segment, state, features))
+        state = after
+    return read
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return not torch.allclose(one, other, rtol=0, atol=1e-9)  # in float64; also NaN
+
+
+@torch.no_grad()
+def _unwritten(variant: Variant) -> Optional[str]:
+    model, tokens = tiny_decoder(variant), random_tokens(2, 3 * SEGMENTS)
+    with pytest.MonkeyPatch.context() as patch:
+        fill_with_nan(patch)
+        read = _read(model, tokens)
+    for index, (_, _, features) in enumerate(read):
+        if not features.isfinite().all():
+            return (
+                f"segment {index} reads numbers that nobody has written: initial_state returns no rows, as "
+                "x.new_empty(B, 0, d) has none, or zeros"
+            )
+    return None
+
+
+@torch.no_grad()
+def _kept_elsewhere(variant: Variant) -> Optional[str]:
+    """Read the segments again from the last to the first, each with the memory that it had."""
+    model, after = tiny_decoder(variant), None
+    for segment, state, features in reversed(_read(model, random_tokens(2, 3 * SEGMENTS))):
+        again = model(segment, state)
+        made = [] if after is None else after.tensors()
+        if not torch.equal(again.features, features) or not all(map(torch.equal, again.state.tensors(), made)):
+            return (
+                "a segment that is read again, with the same state and after others, gives something else: keep all "
+                "that goes on to the next segment in the state, and nothing in attributes or buffers"
+            )
+        after = state
+    return None
+
+
+@torch.no_grad()
+def _of_other_streams(variant: Variant) -> Optional[str]:
+    model, tokens = tiny_decoder(variant), random_tokens(3, 3 * SEGMENTS)
+    together = torch.cat([features for *_, features in _read(model, tokens)], dim=1)
+    for stream, text in enumerate(tokens.split(1)):
+        if _differ(torch.cat([features for *_, features in _read(model, text)], dim=1)[0], together[stream]):
+            return (
+                "a stream that is read alone has other features than beside others: let nothing depend on other "
+                "streams, as a mean over the first dimension does"
+            )
+    return None
+
+
+@torch.no_grad()
+def _of_later_tokens(variant: Variant) -> Optional[str]:
+    model = tiny_decoder(variant)
+    for segment, state, features in _read(model, random_tokens(2, 3 * SEGMENTS)):
+        for changed in range(1, segment.size(1)):
+            other = segment.clone()
+            other[:, changed:] = 4 + (other[:, changed:] - 3) % 13
+            if _differ(model(other, state).features[:, :changed], features[:, :changed]):
+                return (
+                    "features depend on later tokens of their segment, which they would predict: let tokens attend to "
+                    "what the state had before the segment"
+                )
+    return None
+
+
+@torch.no_grad()
+def _at_the_end(variant: Variant) -> Optional[str]:
+    """Read last segments of 1 and 2 tokens, each alone and then both at once, which leaves padding in one."""
+    model, lengths = tiny_decoder(variant), torch.tensor([1, 2])
+    *_, (segment, state, _) = _read(model, random_tokens(2, 3 * SEGMENTS))
+    assert state is not None
+    for stream, length in enumerate(lengths.tolist()):
+        own = state.map(lambda t, row=stream: t[row : row + 1])
+        try:
+            alone = model(segment[stream : stream + 1, :length], own).features
+        except (RuntimeError, TypeError, ValueError) as error:
+            return f"a stream that ends after {length} tokens of a segment of 3 ends in: {str(error).splitlines()[0]}"
+        if _differ(model(segment[:, :2], state, lengths).features[stream, :length], alone[0]):
+            return (
+                f"a stream that ends after {length} tokens has other features if padding is behind them: leave out "
+                "what lies beyond segment.lengths, where there are some"
+            )
+    return None
+
+
+@torch.no_grad()
+def _unread(variant: Variant) -> Optional[str]:
+    model, segment = tiny_decoder(variant), random_tokens(1, 3)
+    texts = (random_tokens(1, 3 * SEGMENTS, seed=seed) for seed in (1, 2))
+    one, two = (model(segment, _read(model, text)[-1][1]).features for text in texts)
+    if MEMORIES[variant[0]].remembers and not _differ(one, two):
+        return "a segment after two texts has the same features: let the layers read what the state has"
+    return None
+
+
+def _untrained(variant: Variant) -> Optional[str]:
+    carries = MEMORIES[variant[0]].carries_gradient
+    sizes = {"segment_length": 6, "bptt_segments": 2} if carries else {}
+    model, state, trained = tiny_decoder(variant, **sizes).train(), None, set()
+    text, length = random_tokens(2, 6 * SEGMENTS + 1), model.segment_length
+    for index in range(text.size(1) // length):
+        segment = text[:, index * length : (index + 1) * length + 1]
+        features, state, losses = model(segment[:, :-1], state)
+        model.zero_grad()
+        sum(losses.values(), model.loss(features, segment[:, 1:])).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None:
+                return (
+                    f"{name} has no gradient in update {index}, and several ranks would wait for it: let features "
+                    "depend on it in every update, with carries_gradient = True through the state, or add it by "
+                    "with_unread (core/memory/unread.py)"
+                )
+            trained |= {name} if parameter.grad.any() else set()
+    names = [name for name, _ in model.named_parameters() if name not in trained]
+    if names:
+        return (
+            f"{names[0]} is never trained, its gradient is zero in every update: let features depend on it before "
+            "detach(), or write carries_gradient = True for what only the next segment reads"
+        )
+    return None
+
+
+@torch.no_grad()
+def _decoded(variant: Variant) -> Optional[str]:
+    model, tokens = tiny_decoder(variant), random_tokens(2, 3 * SEGMENTS)
+    expected = model.output_layer(whole_segments(model, tokens))
+    wrong = (read_by_token(model, tokens) - expected).abs().amax((0, 2)) > 1e-9
+    if not wrong.any():
+        return None
+    found = f"token {int(wrong.int().argmax())} has other scores if tokens are decoded one by one, in segments of 3"
+    cache = MEMORIES[variant[0]].cache
+    if cache is FrozenCache:
+        return f"{found}: FrozenCache serves slots that are as they were as tokens, others need a cache of their own"
+    return f"{found}: let end_segment and next_position of {cache.__name__} make the slots that the state has"
+
+
+@torch.no_grad()
+def _reordered(variant: Variant) -> Optional[str]:
+    model, tokens, lengths = tiny_decoder(variant), random_tokens(3, 3 * SEGMENTS), [8, 4, 13]
+    state, order = DecodingState(model, 3), [2, 0, 0]
+    state.read(tokens[:, : max(lengths)], lengths)
+    state.reorder(torch.tensor(order))
+    tokens, lengths = tokens[order], [lengths[source] for source in order]
+    found = state.read(torch.stack([tokens[row, n : n + 1] for row, n in enumerate(lengths)]))
+    expected = whole_segments(model, tokens)
+    if any(_differ(found[row, 0], expected[row, n]) for row, n in enumerate(lengths)):
+        return "sequences that were reordered go on from others: keep all that decoding needs in fields of the cache"
+    return None
+
+
+def _in_half(variant: Variant) -> Optional[str]:
+    model, tokens = tiny_decoder(variant, dtype=torch.bfloat16).train(), random_tokens(2, 3 * SEGMENTS)
+    try:
+        for *_, features in _read(model, tokens):
+            features.sum().backward()
+            if features.dtype != torch.bfloat16:
+                return f"features are {features.dtype} in a model of torch.bfloat16: call .to(rows) on what is added"
+        with torch.no_grad():
+            read_by_token(model.eval(), tokens)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"in half precision: {str(error).splitlines()[0]}"
+    return None
+
+
+CHECKS: List[Callable[[Variant], Optional[str]]] = [
+    _unwritten,
+    _kept_elsewhere,
+    _of_other_streams,
+    _of_later_tokens,
+    _at_the_end,
+    _unread,
+    _untrained,
+    _decoded,
+    _reordered,
+    _in_half,
+]

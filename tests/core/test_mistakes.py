@@ -1,0 +1,152 @@
+"""Mistakes that no error tells: no memory makes one, and each is named in one line if a new memory makes it."""
+
+import pytest
+import torch
+from torch import nn
+
+from lamemo_fairseq.core import MEMORIES
+from lamemo_fairseq.core.decoding.cache import FrozenCache
+from lamemo_fairseq.core.kernels.padded import join
+from lamemo_fairseq.core.memory.base import LayerPassage, last_rows
+from lamemo_fairseq.core.memory.recurrent import RecurrentMemory, RecurrentState
+
+from .helpers import first_of_each_memory
+from .mistakes import CHECKS, mistake_of
+from .own_memory import average
+
+
+@pytest.mark.parametrize("memory", MEMORIES.names())
+def test_a_memory_makes_no_silent_mistake(memory):
+    mistake = mistake_of(first_of_each_memory()[memory])
+    if mistake is not None:
+        pytest.fail(mistake, pytrace=False)
+
+
+def reading(change=lambda self, n, past, rows: past, keep=lambda self, n, joined: joined):
+    """Read slots that are *change* of the past ones, and let *keep* of all rows be the next slots."""
+
+    def pass_layer(self, n, layer, rows, before, segment):
+        joined = join(change(self, n, before[0], rows), rows)
+        out, _ = layer(joined, segment.biases[n], segment.tokens)
+        return LayerPassage(out, (last_rows(keep(self, n, joined), self.config.mem_len),))
+
+    return {"pass_layer": pass_layer}
+
+
+def uninitialised(self, x):
+    return RecurrentState((x.new_empty(len(x), 2, x.size(2)),) * self.config.layers)
+
+
+def from_an_attribute(self, n, past, rows):
+    own = getattr(self, f"own_{n}", past)
+    return own if own.shape == past.shape else past
+
+
+def to_an_attribute(self, n, joined):
+    setattr(self, f"own_{n}", last_rows(joined, self.config.mem_len))
+    return joined
+
+
+def count_calls(self, n, past, rows):
+    self.calls = getattr(self, "calls", 0) + 1
+    return past / self.calls
+
+
+class Gated(RecurrentMemory):
+    """A gate of the slots that are kept."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.zeros(config.embed_dim))
+
+    def reset_parameters(self):
+        nn.init.normal_(self.gate)
+
+
+def gated(**members):
+    own = average(**members)
+    return type("GatedMemory", (Gated,), {**vars(own)})
+
+
+class Fading(FrozenCache):
+    """Of slots that fade, which it does not know."""
+
+
+class OtherBeams(FrozenCache):
+    def reorder(self, order):
+        self.positions = [self.positions[source] for source in order.tolist()]
+        self.sync()
+
+
+FADED = reading(keep=lambda self, n, joined: joined / 2)
+MISTAKES = {
+    "uninitialised": (average(initial_state=uninitialised), "segment 0 reads numbers that nobody has written: initial"),
+    "attributes": (
+        average(**reading(from_an_attribute, to_an_attribute)),
+        "a segment that is read again, with the same state and after others, gives something else: keep all that",
+    ),
+    "a counter": (average(**reading(count_calls)), "a segment that is read again, with the same state and"),
+    "other streams": (
+        average(**reading(keep=lambda self, n, joined: joined - joined.mean(0))),
+        "a stream that is read alone has other features than beside others: let nothing depend on other streams",
+    ),
+    "the future": (
+        average(**reading(lambda self, n, past, rows: past + rows.mean(1, keepdim=True))),
+        "features depend on later tokens of their segment, which they would predict: let tokens attend to what the sta",
+    ),
+    "pairs of rows": (
+        average(**reading(lambda self, n, past, rows: past + rows.unflatten(1, (-1, 3)).size(3))),
+        "a stream that ends after 1 tokens of a segment of 3 ends in: ",
+    ),
+    "padding": (
+        average(**reading(lambda self, n, past, rows: past * rows.size(1))),
+        "a stream that ends after 1 tokens has other features if padding is behind them: leave out what lies beyond se",
+    ),
+    "unread": (
+        average(**reading(lambda self, n, past, rows: 0 * past + 1)),
+        "a segment after two texts has the same fea",
+    ),
+    "a gate of the state": (
+        gated(**reading(keep=lambda self, n, joined: joined * self.gate)),
+        "memory.gate has no gradient in update 0, and several ranks would wait for it: let features ",
+    ),
+    "a gate of slots": (
+        gated(**reading(lambda self, n, past, rows: past * self.gate if past.size(1) else past)),
+        "memory.gate has no gradient in update 0, and several ranks would wait for it",
+    ),
+    "a gate without effect": (
+        gated(**reading(lambda self, n, past, rows: past + 0 * self.gate)),
+        "memory.gate is never trained, its gradient is zero in every update: let features depend on it before detach()",
+    ),
+    "float32": (
+        average(**reading(lambda self, n, past, rows: past if past.dtype == torch.float64 else past.float())),
+        "in half precision: slots are torch.float32, and the rows after them torch.bfloat16: call .to(rows) on the",
+    ),
+    "slots that change": (
+        average(**FADED),
+        "token 3 has other scores if tokens are decoded one by one, in segments of 3: FrozenCache serves slots that",
+    ),
+    "a cache of its own": (
+        average(**FADED, cache=Fading),
+        "token 3 has other scores if tokens are decoded one by one, in segments of 3: let end_segment and next_positi",
+    ),
+    "beams": (
+        average(cache=OtherBeams),
+        "sequences that were reordered go on from others: keep all that decoding need",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named(mistake, monkeypatch):
+    made, message = MISTAKES[mistake]
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": made})
+    assert str(mistake_of(first_of_each_memory()["recurrent"])).startswith(f"--memory recurrent: {message}")
+
+
+def test_every_check_is_the_first_to_find_a_mistake(monkeypatch):
+    variant, first = first_of_each_memory()["recurrent"], set()
+    for made, _ in MISTAKES.values():
+        monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": made})
+        first.add(next(check for check in CHECKS if check(variant)))
+    assert first == set(CHECKS)
