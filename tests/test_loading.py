@@ -1,5 +1,7 @@
 """Batches that are loaded ahead when a process ends."""
 
+import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -62,6 +64,37 @@ dataloader._MultiProcessingDataLoaderIter.__init__ = start_and_register
 iterator = SegmentBatchIterator(split_of(numbered(600), 5, words=700), 2, buffer_size=4, num_workers=1)
 next(iterator.next_epoch_itr())
 """
+
+
+# As fairseq-train starts a rank for each GPU.
+LOADS_IN_A_SPAWNED_RANK = """
+import multiprocessing
+
+import torch
+
+from lamemo_fairseq.data.iterator import SegmentBatchIterator
+from tests.test_streams import numbered, split_of
+
+
+def load(rank):
+    iterator = SegmentBatchIterator(split_of(numbered(600), 5, words=700), 2, buffer_size=4, num_workers=1)
+    next(iterator.next_epoch_itr())
+    print([worker._popen.method for worker in multiprocessing.active_children()])
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(load, nprocs=1)
+"""
+
+
+def test_workers_of_a_spawned_rank_are_started_as_those_of_any_other(tmp_path):
+    """They would import everything anew in each epoch."""
+    root, script = Path(__file__).parent.parent, tmp_path / "script.py"
+    script.write_text(LOADS_IN_A_SPAWNED_RANK)
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, script], cwd=root, env=environment, capture_output=True, text=True)
+    default = multiprocessing.get_all_start_methods()[0]
+    assert (done.stdout, done.returncode) == (f"['{default}']\n", 0), done.stderr
 
 
 def test_workers_end_before_torch_waits_for_them():

@@ -10,7 +10,7 @@ from ..core.memory.base import SavedField
 from ..core.memory.groups import SavedGroups, join_batches, save_groups
 from ..core.memory.position import SegmentPosition
 from ..core.memory.streams import StreamMemory
-from ..host.loading import end, end_at_exit
+from ..host.loading import end, end_at_exit, start_workers_as_by_default
 from ..host.ranks import gather_objects, gather_streams
 from ..host.signals import heed_only_the_parent
 from .documents import DocumentDataset
@@ -108,6 +108,7 @@ class SegmentBatchIterator(EpochBatchIterator):
         self.update_freq = update_freq
         self._gathered: Optional[Tuple[SegmentPosition, Union[Dict[str, SavedField], SavedGroups]]] = None
         self._loaded_ahead: Any = None
+        start_workers_as_by_default()
         super().__init__(
             dataset=dataset,
             collate_fn=partial(_collate, dataset),

@@ -4,10 +4,14 @@ fairseq does not end these threads when a training stops inside an epoch. Python
 are. A thread that is inside torch then aborts the process (SIGABRT), after a training that had succeeded. After every
 validation of ``--max-valid-steps`` one more thread would hold its batches for ever. With workers, a thread would also
 hold the files that its batches are shared through, until no more can be opened.
+
+Workers start with every epoch. In a rank that fairseq has spawned they would be spawned too, and import everything
+before they load a batch: ten seconds an epoch. Here they are started as in any other process.
 """
 
 import atexit
 import contextlib
+import multiprocessing
 import queue
 import time
 from typing import Any
@@ -38,6 +42,12 @@ def end(batches: Any) -> None:
         _end_thread(batches, time.monotonic() + PATIENCE)
         with contextlib.suppress(queue.Full):
             batches._queue.put_nowait(RuntimeError("another iterator over the same split was begun: read that one"))
+
+
+def start_workers_as_by_default() -> None:
+    """From now on, start processes by the system's default method, also in a process that was itself spawned."""
+    if multiprocessing.parent_process() is not None:
+        multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
 
 
 def _end_all() -> None:
