@@ -135,27 +135,31 @@ def _unread(variant: Variant) -> Optional[str]:
 
 
 def _untrained(variant: Variant) -> Optional[str]:
-    carries = MEMORIES[variant[0]].carries_gradient
-    sizes = {"segment_length": 6, "bptt_segments": 2} if carries else {}
-    model, state, trained = tiny_decoder(variant, **sizes).train(), None, set()
-    text, length = random_tokens(2, 6 * SEGMENTS + 1), model.segment_length
-    for index in range(text.size(1) // length):
-        segment = text[:, index * length : (index + 1) * length + 1]
-        features, state, losses = model(segment[:, :-1], state)
-        model.zero_grad()
-        sum(losses.values(), model.loss(features, segment[:, 1:])).backward()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is None:
-                return (
-                    f"{name} has no gradient in update {index}, and several ranks would wait for it: let features "
-                    "depend on it in every update, with carries_gradient = True through the state, or add it by "
-                    "with_unread (core/memory/unread.py)"
-                )
-            trained |= {name} if parameter.grad.any() else set()
-    names = [name for name, _ in model.named_parameters() if name not in trained]
-    if names:
+    """Train in updates of each number of segments, of which the last one is too short for a whole segment."""
+    for segments in (1, 2) if MEMORIES[variant[0]].carries_gradient else (1,):
+        model, state, zero = (
+            tiny_decoder(variant, segment_length=3 * segments, bptt_segments=segments).train(),
+            None,
+            {},
+        )
+        length, text = 3 * segments, random_tokens(2, 3 * segments * SEGMENTS + 3)
+        for index, start in enumerate(range(0, text.size(1) - 1, length)):
+            update = text[:, start : start + length + 1]
+            features, state, losses = model(update[:, :-1], state)
+            model.zero_grad()
+            sum(losses.values(), model.loss(features, update[:, 1:])).backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is None:
+                    return (
+                        f"{name} has no gradient in update {index} with --bptt-segments {segments}, and several ranks "
+                        "would wait for it: let features depend on it in every update, with carries_gradient = True "
+                        "through the state, or add it by with_unread (core/memory/unread.py)"
+                    )
+                zero[name] = zero.get(name, True) and not parameter.grad.any()
+    if True in zero.values():
+        name = next(name for name, always in zero.items() if always)
         return (
-            f"{names[0]} is never trained, its gradient is zero in every update: let features depend on it before "
+            f"{name} is never trained, its gradient is zero in every update: let features depend on it before "
             "detach(), or write carries_gradient = True for what only the next segment reads"
         )
     return None

@@ -108,11 +108,15 @@ MISTAKES = {
     ),
     "a gate of the state": (
         gated(**reading(keep=lambda self, n, joined: joined * self.gate)),
-        "memory.gate has no gradient in update 0, and several ranks would wait for it: let features ",
+        "memory.gate has no gradient in update 0 with --bptt-segments 1, and several ranks would w",
     ),
     "a gate of slots": (
         gated(**reading(lambda self, n, past, rows: past * self.gate if past.size(1) else past)),
-        "memory.gate has no gradient in update 0, and several ranks would wait for it",
+        "memory.gate has no gradient in update 0 with --bptt-segments 1, and several ranks",
+    ),
+    "a gate that later segments of an update read": (
+        gated(**reading(keep=lambda self, n, joined: joined * self.gate), carries_gradient=True),
+        "memory.gate has no gradient in update 0 with --bptt-segments 1, and several ranks",
     ),
     "a gate without effect": (
         gated(**reading(lambda self, n, past, rows: past + 0 * self.gate)),
