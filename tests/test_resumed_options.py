@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -308,6 +309,24 @@ def test_values_of_other_validations_are_not_compared(other, data, tmp_path, cap
     assert read(tmp_path)["optimizer_history"][-1]["num_updates"] == 14
     assert read(tmp_path)["extra_state"]["best"] > 0.5
     assert f"{other[0]} is " in caplog.text and "the next validation is the best one so far" in caplog.text
+
+
+def test_values_of_another_text_are_not_compared(data, tmp_path, caplog):
+    """The folder may have gone on to other data, or been made again. Its place alone tells nothing."""
+    options = [*ADAM, "--validate-interval-updates", 4, "--max-update"]
+    train(configured(data / "1", *options, 8), tmp_path)
+    state, path = read(tmp_path), tmp_path / "checkpoint_last.pt"
+    state["extra_state"]["best"] = 0.5
+    torch.save(state, path)
+    moved = shutil.copytree(data / "1", tmp_path / "moved")
+    train(configured(moved, *options, 9), tmp_path)
+    assert read(tmp_path)["extra_state"]["best"] == 0.5 and "the text of the split 'valid'" not in caplog.text
+    for end in ("idx", "bin"):
+        shutil.copy(data / "2" / f"valid.{end}", moved)
+    train(configured(moved, *options, 12), tmp_path)
+    assert read(tmp_path)["extra_state"]["best"] > 0.5
+    told = r"the text of the split 'valid' is (\w{8}), there it was (?!\1)\w{8}: the next validation is the best one so"
+    assert len(re.findall(told, caplog.text)) == 1
 
 
 def test_other_streams_of_validations_are_told(data, tmp_path, caplog):

@@ -25,7 +25,7 @@ def trainer_with(**optimizer):
     return Trainer(
         optimizer=SimpleNamespace(param_groups=[], **optimizer),
         lr_scheduler=SimpleNamespace(),
-        cfg=SimpleNamespace(ema=SimpleNamespace(store_ema=False)),
+        cfg=SimpleNamespace(ema=SimpleNamespace(store_ema=False), dataset=SimpleNamespace(disable_validation=True)),
         _amp_retries=0,
     )
 

@@ -24,6 +24,7 @@ from .checkpoint_files import CheckpointError, is_ours, not_ours
 from .configuration import complete, read_ours
 from .optimizers import put_options
 from .overrides import owners_of_options
+from .training_state import VALIDATED, first_validated, validated_text
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,8 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
                 f"{path} was saved with --no-save-optimizer-state, so that no run can go on from it: pass "
                 "--finetune-from-model to begin a run with its weights"
             )
-        _forget_the_best(run, state, path, [d for d in differences if d.name in _COMPARED])
+        validations = [str(d) for d in differences if d.name in _COMPARED]
+        _forget_the_best(run, state, path, validations or _other_text(run.trainer, state))
     told = [d for d in differences if (d.section == "model" or not run.anew) and d.name not in _COMPARED]
     if told:
         logger.warning("%s: %s", path, _listed(told))
@@ -182,18 +184,30 @@ def _upgrade_positions(run: _Run, state: Dict[str, Any], path: str) -> None:
         )
 
 
-def _forget_the_best(run: _Run, state: Dict[str, Any], path: str, differences: List[_Difference]) -> None:
+def _other_text(trainer: Any, state: Dict[str, Any]) -> List[str]:
+    """Return the difference between the texts of validations, if there is one and the checkpoint knows its own."""
+    then = state["extra_state"].get(type(trainer.task).__name__, {}).get(VALIDATED)
+    now = validated_text(trainer)
+    split = first_validated(trainer.cfg.dataset)
+    return [f"the text of the split '{split}' is {now}, there it was {then}"] if now and then and now != then else []
+
+
+def _forget_the_best(run: _Run, state: Dict[str, Any], path: str, differences: List[str]) -> None:
     """Remove the best value of a validation so far from a checkpoint, if it says nothing on those to come.
+
+    Args:
+        differences: between the validations of then and now.
 
     Raises:
         CheckpointError: the learning rate depends on the value too.
     """
     if not differences or run.trainer.cfg.dataset.disable_validation:
         return
+    told = "; ".join(differences)
     if not run.schedule_anew and run.trainer.cfg.lr_scheduler._name == "reduce_lr_on_plateau":
         raise CheckpointError(
-            f"{path}: {_listed(differences)}, and --lr-scheduler reduce_lr_on_plateau goes by it. Go on with the "
-            "former, or pass --reset-lr-scheduler to begin the schedule anew"
+            f"{path}: {told}, and --lr-scheduler reduce_lr_on_plateau goes by it. Go on with the former, or pass "
+            "--reset-lr-scheduler to begin the schedule anew"
         )
     extra = state["extra_state"]
     extra.pop("best", None)
@@ -201,7 +215,7 @@ def _forget_the_best(run: _Run, state: Dict[str, Any], path: str, differences: L
     logger.warning(
         "%s: %s: the next validation is the best one so far, and --patience counts from there",
         path,
-        _listed(differences),
+        told,
     )
 
 

@@ -3,12 +3,13 @@
 - The float32 weights behind those of ``--fp16`` and ``--bf16``. fairseq derives them anew from the rounded weights.
 - When the loss scale last changed; with ``--amp`` the scale itself, and how often a batch was tried again.
 - How long ``--patience`` has waited, the state of the schedule, and when the averages of ``--store-ema`` were updated.
+- The text that is validated on: values of another one cannot be compared with the best so far.
 """
 
 import logging
 import os
 import re
-from typing import Any, Dict, List, Set
+from typing import Any, Dict, List, Optional, Set
 
 import torch
 from fairseq import checkpoint_utils
@@ -23,7 +24,20 @@ from .schedules import schedule_state
 logger = logging.getLogger(__name__)
 
 _PATIENCE = ("best", "num_runs")  # attributes that fairseq adds to its function
+VALIDATED = "validated"  # the name of the text that the best value so far is of
 _AVERAGES = ("update_freq_counter", "decay")
+
+
+def first_validated(dataset: Any) -> str:
+    """Return the name of the split whose validation decides on the best checkpoint, of fairseq's options of data."""
+    return "valid" if dataset.combine_valid_subsets else str(dataset.valid_subset).split(",")[0]
+
+
+def validated_text(trainer: Any) -> Optional[str]:
+    """Return the fingerprint of the text of that split, None without validations."""
+    options = trainer.cfg.dataset
+    split = None if options.disable_validation else trainer.task.datasets.get(first_validated(options))
+    return None if split is None else str(split.tokens.fingerprint)
 
 
 def training_state(trainer: Any) -> Dict[str, Any]:
@@ -46,6 +60,7 @@ def training_state(trainer: Any) -> Dict[str, Any]:
         state["averages"] = {name: getattr(trainer.ema, name) for name in _AVERAGES}
     state["amp_retries"] = getattr(trainer, "_amp_retries", 0)
     state["schedule"] = schedule_state(trainer)
+    state[VALIDATED] = validated_text(trainer)
     return state
 
 
