@@ -6,6 +6,8 @@ import pytest
 import torch
 from fairseq_cli import eval_lm, train
 
+from lamemo_fairseq.core.memory.recurrent import RecurrentMemory
+
 from .helpers import TASK, run_command, write_data
 from .test_commands import TRAIN, evaluate, printed
 
@@ -74,3 +76,30 @@ def test_commands_with_a_memory_that_has_no_slots(tmp_path):
     assert tokens == 301 and loss != usual[1]
     with pytest.raises(ValueError, match=r"--model-overrides: mem_len belongs to --memory .* leave it out"):
         evaluated(16, {"mem_len": 40})
+
+
+def test_a_weight_that_nothing_trains_is_told(tmp_path, monkeypatch):
+    """As the gate of a new memory that detaches what it gates; weights that wait for their gradient are not."""
+    made = RecurrentMemory.__init__
+
+    def with_gate(memory, config):
+        made(memory, config)
+        memory.gate = torch.nn.Parameter(torch.zeros(3))
+
+    data = write_data(tmp_path / "data", train=600, valid=60, test=301)
+    command = [
+        data,
+        *TASK,
+        "--arch",
+        "transformer_xl_lm",
+        *TRAIN,
+        "--max-update",
+        3,
+        "--save-dir",
+        tmp_path,
+        "--no-save",
+    ]
+    assert "no gradient" not in printed(train.cli_main, *command)
+    monkeypatch.setattr(RecurrentMemory, "__init__", with_gate)
+    told = "memory.gate has no gradient in the first update: it may never be trained, and several ranks would wait for"
+    assert printed(train.cli_main, *command).count(told) == 1

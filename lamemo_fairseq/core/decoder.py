@@ -37,6 +37,7 @@ class MemoryDecoder(nn.Module):
         self.segment_length = config.segment_length
         self.graphs = SegmentGraphs(config.own_options.cycle) if config.cuda_graphs else None
         self.diagonals = Diagonals(config.reading_order)
+        self._gradients_seen = False
         # The order of the modules is the order in which they draw random numbers.
         self.embed_tokens = _embedding(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -151,6 +152,19 @@ class MemoryDecoder(nn.Module):
         layer = self.adaptive_softmax if self.output is None else self.output
         assert layer is not None
         return layer
+
+    def tell_without_gradient(self) -> None:
+        """Warn, after the first backward pass, of a parameter to train that it has given no gradient."""
+        if self._gradients_seen:
+            return
+        self._gradients_seen = True
+        names = [name for name, p in self.named_parameters() if p.requires_grad and p.grad is None]
+        if names:
+            logger.warning(
+                "%s has no gradient in the first update: it may never be trained, and several ranks would wait for it; "
+                "let features depend on it, or add it by with_unread (core/memory/unread.py)",
+                " and ".join(names) if len(names) < 3 else f"{names[0]}, one of {len(names)} such weights,",
+            )
 
     def weights_left_out(self, names: Iterable[str], prefix: str = "") -> List[str]:
         """Return those weights by name that only a memory uses, if this model has none, and say so.

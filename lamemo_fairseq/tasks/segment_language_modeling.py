@@ -301,6 +301,7 @@ class SegmentLanguageModelingTask(PromptTask):
             return scored
 
         result = retry_out_of_memory(forward_and_backward, score, model, advance, alone=not several_ranks())
+        self._decoder.tell_without_gradient()
         self.losses.check()
         self.losses.note(result[0], inputs["position"], update_num + 1, self._decoder.streams)
         result[2]["nsentences"] = sample["nsentences"]  # criterions count streams that have ended too
