@@ -249,6 +249,7 @@ def on_two_ranks(data, tmp_path_factory):
 def test_the_same_streams_go_on_over_another_number_of_ranks(ranks, streams, on_two_ranks, tmp_path):
     expected, go_on = on_two_ranks
     found = go_on(tmp_path, ranks, streams)
+    assert "the checkpoint was trained with" not in output_of(tmp_path)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-10)
 

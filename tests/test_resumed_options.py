@@ -346,6 +346,28 @@ def test_other_streams_of_validations_are_told(data, tmp_path, caplog):
     assert "--batch-size is 2, the" in caplog.text and "--batch-size-valid is" not in caplog.text  # it follows
 
 
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (["--batch-size", 4], ["--batch-size times ranks is 4, the checkpoint was trained with 8"]),
+        (["--batch-size", 8], []),
+        (
+            ["--batch-size", 8, "--batch-size-valid", 4],
+            ["--batch-size-valid times ranks is 4, the checkpoint was trained with 8"],
+        ),
+    ],
+    ids=str,
+)
+def test_streams_are_counted_over_all_ranks(given, told, data, tmp_path, caplog):
+    train(configured(data / "1", *ADAM, "--max-update", SEGMENTS), tmp_path)  # to the end of an epoch
+    state, path = read(tmp_path), tmp_path / "checkpoint_last.pt"
+    state["cfg"]["distributed_training"]["distributed_world_size"] = 2
+    torch.save(state, path)
+    caplog.clear()
+    train(configured(data / "1", *ADAM, "--max-update", SEGMENTS + 1, *given), tmp_path)
+    assert [text for text in caplog.messages if "was trained with" in text] == [f"{path}: {text}" for text in told]
+
+
 def test_a_rate_that_goes_by_other_validations_begins_anew(data, tmp_path):
     options = [*ADAM, *PLATEAU, "--max-update"]
     train(configured(data / "1", *options, 2), tmp_path)

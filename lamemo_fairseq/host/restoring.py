@@ -39,6 +39,9 @@ _WEIGHTLESS = {
 _PRECISION = {
     "fp16", "bf16", "amp", "memory_efficient_fp16", "memory_efficient_bf16", "fp16_no_flatten_grads",
 }  # fmt: skip
+_ALL_RANKS = " times ranks"  # after an option of a rank's streams, to count those of all
+# Options of validation that are those of training if nobody gives them.
+_FOLLOWING = {f"{name}_valid{end}": f"{name}{end}" for name in ("batch_size", "max_tokens") for end in ("", _ALL_RANKS)}
 # Sections, and those of their options that change how a run goes on; None for all of them.
 _TOLD: Dict[str, Any] = {
     "model": None,
@@ -48,8 +51,9 @@ _TOLD: Dict[str, Any] = {
     "lr_scheduler": None,
     "optimization": ("lr", "clip_norm", "sentence_avg", "update_freq"),
     "dataset": (
-        *("batch_size", "max_tokens", "train_subset"),
-        *("batch_size_valid", "max_tokens_valid", "valid_subset", "combine_valid_subsets", "max_valid_steps"),
+        *("train_subset", "valid_subset", "combine_valid_subsets", "max_valid_steps"),
+        *_FOLLOWING,
+        *_FOLLOWING.values(),
     ),
     "checkpoint": ("best_checkpoint_metric", "maximize_best_checkpoint_metric"),
     "common": (*_PRECISION, "seed"),
@@ -57,8 +61,6 @@ _TOLD: Dict[str, Any] = {
 }
 # Options of which another value makes values of validations that cannot be compared with those before.
 _COMPARED = ("valid_subset", "combine_valid_subsets", "max_valid_steps", *_TOLD["checkpoint"])
-# Options of validation that are those of training if nobody gives them.
-_FOLLOWING = {"batch_size_valid": "batch_size", "max_tokens_valid": "max_tokens"}
 _NAMED = {"model": "arch"}  # the options that choose a section, where it has another name
 
 
@@ -281,6 +283,7 @@ def check_weights(model: Any, weights: Mapping[str, Any], path: str, differences
 def _differences(trainer: Any, state: Dict[str, Any]) -> List[_Difference]:
     """Return the differences between the options of a run and those of a checkpoint, each name once."""
     now, then = _resolved(trainer.cfg), _resolved(complete(state["cfg"]))
+    _count_ranks(now, then)
     chosen = {cfg["model"][name] for cfg in (now, then) for name in ("memory", "position_encoding")}
     owners = owners_of_options()
     differences: Dict[str, _Difference] = {}
@@ -296,6 +299,16 @@ def _differences(trainer: Any, state: Dict[str, Any]) -> List[_Difference]:
                 shown = _NAMED.get(section, section) if name == "_name" else name
                 differences.setdefault(shown, _Difference(section, shown, mine[name], theirs[name]))
     return list(differences.values())
+
+
+def _count_ranks(*runs: Mapping[str, Any]) -> None:
+    """Count the streams of all ranks, if runs have other numbers of ranks: of one rank alone they tell nothing."""
+    ranks = [run["distributed_training"]["distributed_world_size"] for run in runs]
+    for run, count in zip(runs, ranks, strict=True) if len(set(ranks)) > 1 else ():
+        dataset = run["dataset"]
+        for name in {*_FOLLOWING, *_FOLLOWING.values()} & set(dataset):
+            value = dataset.pop(name)
+            dataset[name + _ALL_RANKS] = value and value * count
 
 
 def _resolved(cfg: Any) -> Dict[str, Any]:
