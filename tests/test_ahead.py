@@ -43,7 +43,7 @@ def trained(begins=True, between=nothing, targets=True, begin=FairseqMemoryDecod
                 p -= 1e-3 * (0 if p.grad is None else p.grad)
         decoder.zero_grad()
         for later, words, after in segments[number + 1 : number + 2] if begins else ():
-            begin(decoder, words, after, later, seed=number + 1 + off)
+            begin(decoder, words, after, after.clone(), later, seed=number + 1 + off)
         between(decoder)
     assert decoder.graphs.recording().passes > AHEAD
     return computed
@@ -51,7 +51,7 @@ def trained(begins=True, between=nothing, targets=True, begin=FairseqMemoryDecod
 
 def other_output_weights(decoder):
     with torch.no_grad():
-        decoder.output.biases[0].mul_(1.5)
+        decoder.loss_layer.biases[0].mul_(1.5)
 
 
 def other_weights(decoder):
@@ -94,20 +94,26 @@ CASES = {
 }
 
 
+KINDS = {FullSoftmax: {}, AdaptiveSoftmax: {"adaptive_softmax_cutoff": "5,10"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("options", "discarded"), CASES.values(), ids=CASES)
-def test_a_loss_ahead_is_taken_only_where_it_is_the_same(options, discarded, losses):
+def test_a_loss_ahead_is_taken_only_where_it_is_the_same(options, discarded, kind, losses):
+    options = {**options, **KINDS[kind]}
     expected = trained(False, **options)
     losses.clear()
     assert all(map(torch.equal, trained(**options), expected))
-    assert losses == {FullSoftmax: SEGMENTS + discarded}
+    assert losses == {kind: SEGMENTS + discarded}
 
 
-def test_no_loss_is_computed_that_is_not_asked_for(losses):
-    """Some criterions compute their own. The host would have to wait for an adaptive softmax."""
-    for options, wanted in ({"targets": False}, {}), ({"adaptive_softmax_cutoff": "5,10"}, {AdaptiveSoftmax: SEGMENTS}):
-        expected = trained(False, **options)
-        losses.clear()
-        assert all(map(torch.equal, trained(**options), expected)) and losses == wanted
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_loss_is_computed_that_is_not_asked_for(kind, losses):
+    """Some criterions compute their own."""
+    options = {"targets": False, **KINDS[kind]}
+    expected = trained(False, **options)
+    losses.clear()
+    assert all(map(torch.equal, trained(**options), expected)) and losses == {}
 
 
 def test_memory_that_does_not_suffice_ahead(losses, monkeypatch):

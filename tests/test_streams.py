@@ -121,7 +121,7 @@ def test_batches_looked_at_early_are_those_that_follow(workers, buffer_size):
         prepared.append({**batch, "prepared": True})
         return prepared[-1]
 
-    assert iterator.peek(prepare) is None  # nothing is read yet
+    assert iterator.peek(prepare) == (None, None)  # nothing is read yet
     for epoch in (1, 2):
         (expected,) = epoch_of(dataset, 2, epoch=epoch)
         for number, batch in enumerate(iterator.next_epoch_itr()):
@@ -131,8 +131,9 @@ def test_batches_looked_at_early_are_those_that_follow(workers, buffer_size):
             decoder(**batch["net_input"])
             if number % 3 == 0:
                 saved = iterator.state_dict()
-                first, again = iterator.peek(prepare), iterator.peek(prepare)
+                (loaded, first), (_, again) = iterator.peek(prepare), iterator.peek(prepare)
                 assert first is again and first is (prepared[-1] if number + 1 < len(expected) else None)
+                assert loaded == (first and {key: first[key] for key in first if key != "prepared"})
                 now = iterator.state_dict()
                 assert now.keys() == saved.keys() and now["iterations_in_epoch"] == saved["iterations_in_epoch"]
         assert number + 1 == len(expected)
@@ -151,7 +152,7 @@ def test_what_goes_wrong_early_is_raised_in_its_place():
     batches = iterator.next_epoch_itr()
     next(batches)
     next(batches)
-    assert iterator.peek(lambda batch: batch) is None and iterator.iterations_in_epoch == 2
+    assert iterator.peek(lambda batch: batch) == (None, None) and iterator.iterations_in_epoch == 2
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
 

@@ -46,23 +46,23 @@ class Peekable(Iterator):
         end_at_exit(items)
         self._items = items
         self._begun = False
-        self._peeked: List[Any] = []
+        self._peeked: List[Tuple[Any, Any]] = []
         self._error: Optional[Exception] = None
 
     def __next__(self) -> Any:
         if self._error is not None:
             raise self._error
-        return self._peeked.pop() if self._peeked else self._next()
+        return self._peeked.pop()[1] if self._peeked else self._next()
 
-    def peek(self, prepare: Callable[[Any], Any]) -> Any:
-        """Return ``prepare(item)`` of the next item without consuming it; None if there is none."""
+    def peek(self, prepare: Callable[[Any], Any]) -> Tuple[Any, Any]:
+        """Return the next item and ``prepare(item)``, which will be consumed; None and None if there is none."""
         if not self._peeked and self._error is None:
             try:
-                self._peeked.append(self._next())
-                self._peeked[0] = prepare(self._peeked[0])
+                item = self._next()
+                self._peeked.append((item, prepare(item)))
             except Exception as error:  # StopIteration is one of them
                 self._error = error
-        return self._peeked[0] if self._peeked else None
+        return self._peeked[0] if self._peeked else (None, None)
 
     def _next(self) -> Any:
         item = next(self._items)
@@ -134,10 +134,10 @@ class SegmentBatchIterator(EpochBatchIterator):
         keys: List[SegmentKey] = self.frozen_batches[0]
         return self.collate_fn([self.dataset[key] for key in keys])
 
-    def peek(self, prepare: Callable[[Dict[str, Any]], Dict[str, Any]]) -> Optional[Dict[str, Any]]:
-        """Return the next batch, prepared, without consuming it; None at the end of an epoch."""
+    def peek(self, prepare: Callable[[Dict[str, Any]], Dict[str, Any]]) -> Tuple[Any, Any]:
+        """Return the next batch as it was loaded, and prepared, without consuming it; None at the end of an epoch."""
         batches = self._cur_epoch_itr
-        return batches._itr.peek(prepare) if batches is not None and batches.has_next() else None
+        return batches._itr.peek(prepare) if batches is not None and batches.has_next() else (None, None)
 
     def _get_iterator_for_epoch(self, *args: Any, **kwargs: Any) -> Any:
         end(self._loaded_ahead)

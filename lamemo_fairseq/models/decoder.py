@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..core.decoder import MemoryDecoder
 from ..core.decoding.state import DecodingState
-from ..core.layers.vocabulary import FullSoftmax
 from ..core.memory import DivergenceError, MemoryOptions, StreamMemory
 from ..core.memory.groups import GroupedState
 from ..core.memory.position import SegmentPosition, real_tokens
@@ -176,28 +175,31 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             assert reader.state is not None
             self.streams.write(position, self.training, reader.state)
 
-    def begin_segment(self, tokens: Tensor, target: Tensor, position: SegmentPosition, seed: int) -> None:
+    def begin_segment(
+        self, tokens: Tensor, target: Tensor, on_host: Tensor, position: SegmentPosition, seed: int
+    ) -> None:
         """Run the next training segment, if a CUDA graph can, before `forward` is asked for it.
 
-        The loss is computed too if `forward` is asked for losses. That of an adaptive softmax would make the host wait.
+        The loss is computed too if `forward` is asked for losses.
 
         Args:
             tokens, target: ``[B, N]`` word ids, the tensors that `forward` will get.
+            on_host: *target* on the host, where an adaptive softmax counts them and waits for nothing.
             position: of these tokens.
             seed: of the random numbers that `forward` will draw.
         """
         state, self._ahead = self.streams.before(position), None
         if self.graphs is None or state is None or position.ragged or isinstance(state, GroupedState):
             return
-        # Before the layers run, as the host waits for the counts of targets that an adaptive softmax needs.
-        layer, plan = self.loss_layer, self.loss_layer.plan(target)
+        layer = self.loss_layer
+        plan: Any = layer.plan(target, on_host)
         features = self.graphs.begin(self, tokens, state, seed)
         self._ahead = _Ahead(target, plan)
-        if features is None or not self._scores or not isinstance(layer, FullSoftmax):
+        if features is None or not self._scores:
             return
         try:
             with torch.enable_grad():
-                loss = layer.loss(features, target)
+                loss = layer.loss(features, target, plan)
         except torch.cuda.OutOfMemoryError:  # in `forward` it can be dealt with
             return
         self._ahead = _Ahead(target, plan, features, loss, self._loss_versions())

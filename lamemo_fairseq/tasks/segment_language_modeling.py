@@ -316,10 +316,10 @@ class SegmentLanguageModelingTask(PromptTask):
         """
         if self._decoder is None or self._decoder.graphs is None or self._batches is None:
             return
-        sample = self._batches.peek(prepare)
+        loaded, sample = self._batches.peek(prepare)
         if sample:
-            inputs = sample["net_input"]
-            self._decoder.begin_segment(inputs["src_tokens"], sample["target"], inputs["position"], seed)
+            inputs, target = sample["net_input"], (sample["target"], loaded["target"])
+            self._decoder.begin_segment(inputs["src_tokens"], *target, inputs["position"], seed)
 
     def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any, **kwargs: Any) -> Any:
         """Return the loss of a batch.

@@ -142,3 +142,14 @@ def test_losses_of_half_precision_add_up_in_float32(dtype):
     decoder = tiny_decoder(words=WORDS, dtype=dtype, **SOFTMAXES["adaptive, divided"])
     logits, _ = decoder.adaptive_softmax(decoder.read_text(random_tokens(1, 6)), random_tokens(1, 6).view(-1))
     assert {t.dtype for t in logits} == {torch.float32}
+
+
+@pytest.mark.parametrize("words", [[], [4], [16, 4, 11, 10, 6, 4]], ids=str)
+def test_targets_are_counted_on_the_host(words):
+    """A device without values stands for one that must not be waited for."""
+    decoder, on_host = tiny_decoder(**SOFTMAXES["adaptive"]), torch.tensor([words], dtype=torch.long)
+    expected = [len(tokens) for _, tokens in decoder.loss_layer.plan(on_host).tokens()]
+    decoder.to("meta")
+    assert [len(tokens) for _, tokens in decoder.loss_layer.plan(on_host.to("meta"), on_host).tokens()] == expected
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        list(decoder.loss_layer.plan(on_host.to("meta")).tokens())

@@ -154,7 +154,7 @@ class FullSoftmax(_Output):
         """Score all words: ``[B, N, d] -> [B, N, V]``."""
         return F.linear(self._project(features, 0), self.weights[0], self.biases[0])
 
-    def plan(self, target: Tensor) -> None:
+    def plan(self, target: Tensor, on_host: Optional[Tensor] = None) -> None:
         """Return nothing: a full softmax needs no plan."""
 
     def loss(self, features: Tensor, target: Tensor, plan: None = None) -> Tensor:
@@ -215,9 +215,18 @@ class AdaptiveSoftmax(_Output):
             targets.append(target[tokens] - self.bands.starts[i] if len(tokens) else None)
         return logits, targets
 
-    def plan(self, target: Tensor) -> "BandPlan":
-        """Sort targets ``[B, N]`` by band; called before the layers, so that the counts are there in time."""
-        return BandPlan(self._band_of(target.reshape(-1)), len(self.bands))
+    def plan(self, target: Tensor, on_host: Optional[Tensor] = None) -> "BandPlan":
+        """Sort targets ``[B, N]`` by band; called before the layers, so that the counts are there in time.
+
+        Args:
+            target: word ids.
+            on_host: the same, on the host if *target* is not; they are counted there, and nothing is waited for.
+        """
+        counts = None
+        if on_host is not None:
+            cuts = torch.tensor(self.bands.starts[1:])
+            counts = torch.bincount(torch.bucketize(on_host.reshape(-1), cuts, right=True), minlength=len(self.bands))
+        return BandPlan(self._band_of(target.reshape(-1)), len(self.bands), counts)
 
     def loss(self, features: Tensor, target: Tensor, plan: "Optional[BandPlan]" = None) -> Tensor:
         """Return the sum of the negative log-likelihoods of *target* ``[B, N]``, a float32 scalar."""
@@ -274,19 +283,21 @@ class AdaptiveSoftmax(_Output):
 class BandPlan:
     """The tokens of each band.
 
-    The counts decide shapes, so the host needs them. It asks for them before the layers are computed and reads them
-    afterwards, so that it never waits for the device.
+    The counts decide shapes, so the host needs them. Where it cannot count, it asks for them before the layers are
+    computed and reads them afterwards, so that it never waits for the device.
 
     Args:
         band: ``[T]``, the band of each token's target.
         bands: number of bands.
+        counts: ``[bands]`` on the host, the number of tokens in each.
     """
 
-    def __init__(self, band: Tensor, bands: int):
+    def __init__(self, band: Tensor, bands: int, counts: Optional[Tensor] = None):
         self.band = band
         self._order = band.argsort(stable=True)
-        counts = torch.zeros(bands, dtype=torch.long, device=band.device)
-        counts = counts.scatter_add_(0, band, torch.ones_like(band))
+        if counts is None:
+            counts = torch.zeros(bands, dtype=torch.long, device=band.device)
+            counts = counts.scatter_add_(0, band, torch.ones_like(band))
         self._counts = copy_to_host(counts)
 
     def tokens(self) -> Iterator[Tuple[int, Tensor]]:
