@@ -10,6 +10,7 @@ import torch
 from lamemo_fairseq.core.attention import Attended
 from lamemo_fairseq.core.decoding.cache import FrozenCache, LayerCache
 from lamemo_fairseq.core.kernels.padded import join
+from lamemo_fairseq.core.layers import CausalSelfAttention
 from lamemo_fairseq.core.memory import MEMORIES, MemoryState
 from lamemo_fairseq.core.memory.base import LayerPassage, last_rows
 from lamemo_fairseq.core.memory.recurrent import RecurrentMemory
@@ -283,3 +284,16 @@ def test_a_cache_of_other_sizes(monkeypatch, made, message):
     monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(cache=Cache)})
     with torch.no_grad(), pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         tiny_decoder(("recurrent", "transformer-xl", "right")).reader()
+
+
+@pytest.mark.parametrize("returned", [lambda rows, second: rows, lambda rows, second: (rows, second, second)])
+def test_an_attention_returns_a_pair(monkeypatch, returned):
+    class OwnAttention(CausalSelfAttention):
+        def forward(self, rows, bias, current):
+            return returned(*super().forward(rows, bias, current))
+
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(attention=OwnAttention)})
+    with pytest.raises(
+        TypeError, match=r"^OwnAttention.forward returned type \w+: return the rows of merge_heads and a "
+    ):
+        tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(2, 3))

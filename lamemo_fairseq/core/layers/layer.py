@@ -87,7 +87,7 @@ class DecoderLayer(nn.Module):
         return self._forward(rows, *attention_args)
 
     def _forward(self, rows: Tensor, *attention_args: object) -> tuple[Tensor, Any]:
-        return self.around(rows, lambda normed: self.self_attn(normed, *attention_args))
+        return self.around(rows, lambda normed: _attended(self.self_attn, self.self_attn(normed, *attention_args)))
 
     def attention_input(self, rows: Tensor) -> Tensor:
         """Return the attention's input for ``rows [B, R, d]``."""
@@ -115,3 +115,17 @@ class DecoderLayer(nn.Module):
         y = self.feed_forward.without_bias(x) if apart else self.feed_forward(x)
         bias = self.feed_forward.fc2.bias if apart else None
         return residual_norm(y, last, self.final_layer_norm, self.dropout, bias, shared), carried
+
+
+def _attended(attention: SelfAttention, returned: Any) -> tuple[WideRows, Any]:
+    """Return what the ``forward`` of an attention has *returned*.
+
+    Raises:
+        TypeError: that is no pair.
+    """
+    if not isinstance(returned, tuple) or len(returned) != 2:  # two streams of a tensor would be taken for one
+        raise TypeError(
+            f"{type(attention).__name__}.forward returned type {type(returned).__name__}: return the rows of "
+            "merge_heads and a second result, None if there is none"
+        )
+    return returned
