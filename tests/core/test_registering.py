@@ -117,11 +117,12 @@ def test_names_of_another_memory(members, message):
     assert "average" not in MEMORIES.names()
 
 
-def test_a_memory_without_an_architecture():
+@pytest.mark.parametrize("own", [{}, {"architecture": "average_lm"}])
+def test_a_memory_without_an_architecture(own):
     with pytest.raises(
         ValueError, match=r"^memory 'average': AverageMemory has no architecture: write architecture = "
     ):
-        MEMORIES.register("average")(type("AverageMemory", (Memory,), {"cache": RecurrentMemory.cache}))
+        MEMORIES.register("average")(type("AverageMemory", (Memory,), {"cache": RecurrentMemory.cache, **own}))
 
 
 class Undecided(MemoryState):

@@ -27,7 +27,7 @@ def check_names(memory: Any, others: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an option, or the architecture, has the name of another memory's, or there is no architecture.
     """
-    if not hasattr(memory, "architecture"):
+    if not hasattr(getattr(memory, "architecture", None), "class_name"):
         raise ValueError(
             f"{memory.__name__} has no architecture: write architecture = Architecture(name, class_name, summary)"
         )
