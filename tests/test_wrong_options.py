@@ -39,6 +39,13 @@ WRONG = {
     "no epoch to save": (["--save-interval", 0], "--save-interval is 0"),
     "a negative norm": (["--clip-norm", -1], "--clip-norm is -1.0, it must be at least 0"),
     "a negative rate": (["--lr", -1], "--lr is -1.0, it must be at least 0"),
+    "no norm": (["--clip-norm", "nan"], "--clip-norm is nan: pass a number"),
+    "no end": (["--stop-time-hours", "nan"], "--stop-time-hours is nan: pass a number"),
+    "a decay that grows": (["--weight-decay", -1], "--weight-decay is -1.0, it must be at least 0"),
+    "more than all": (
+        ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 2],
+        "--label-smoothing is 2.0, it must be between 0 and 1",
+    ),
     "a negative limit": (["--max-update", -1], "--max-update is -1"),
     "no rank": (["--distributed-world-size", 0], "--distributed-world-size is 0, it must be at least 1"),
     "ranks for which there are no GPUs": (["--distributed-world-size", 99], "99, and fairseq starts one rank a GPU"),

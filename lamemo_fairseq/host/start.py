@@ -1,11 +1,12 @@
 """Checks before a command begins: options without a use, values out of range, options that are missing."""
 
 import logging
+import math
 import os
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Collection, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Collection, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq.dataclass.configs import FairseqConfig
@@ -36,7 +37,7 @@ _AT_LEAST: Dict[int, Tuple[str, ...]] = {
     0: (
         *("num_workers", "data_buffer_size", "seed", "lr", "clip_norm", "warmup_updates", "max_update", "max_epoch"),
         *("stop_time_hours", "validate_interval_updates", "validate_after_updates", "save_interval_updates"),
-        *("empty_cache_freq", "ema_start_update", "shard_id", "softmax_batch"),
+        *("empty_cache_freq", "ema_start_update", "shard_id", "softmax_batch", "weight_decay", "adam_eps"),
     ),
 }
 
@@ -214,18 +215,21 @@ def _check_ranks(settings: Settings) -> None:
 
 
 def _check_values(settings: Settings) -> None:
+    for name, value in settings.items():
+        if any(isinstance(v, float) and math.isnan(v) for v in _listed(value)):  # no comparison would find it
+            raise ValueError(f"{option_name(name)} is nan: pass a number")
     for least, names in _AT_LEAST.items():
         for name in names:
-            value = settings.get(name)
-            values = value if isinstance(value, (list, tuple)) else [value]
+            values = _listed(settings.get(name))
             if any(isinstance(v, (int, float)) and v < least for v in values):
                 raise ValueError(f"{option_name(name)} is {', '.join(map(str, values))}, it must be at least {least}")
     if (settings.get("shard_id") or 0) >= (settings.get("num_shards") or 1):
         raise ValueError(
             f"--shard-id is {settings['shard_id']}, it must be below --num-shards, {settings.get('num_shards')}"
         )
-    if settings.get("store_ema") and not 0 <= settings["ema_decay"] <= 1:
-        raise ValueError(f"--ema-decay is {settings['ema_decay']}, it must be between 0 and 1")
+    for name in ("ema_decay", "label_smoothing") if settings.get("store_ema") else ("label_smoothing",):
+        if not 0 <= (settings.get(name) or 0) <= 1:
+            raise ValueError(f"{option_name(name)} is {settings[name]}, it must be between 0 and 1")
 
 
 def _check_choices(settings: Settings) -> None:
@@ -289,9 +293,12 @@ def not_known(kind: str, name: str, known: Iterable[str]) -> str:
     return f"{kind}{name} is not known: {did_you_mean(name, names) or otherwise}"
 
 
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
 def _first(value: Any) -> float:
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return float(values[0] or 0)
+    return float(_listed(value)[0] or 0)
 
 
 _line_checked = False  # whether the command line of the next task has been checked
