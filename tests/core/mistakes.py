@@ -3,6 +3,7 @@
 Shapes: B streams, N tokens of a segment, d model width.
 """
 
+from dataclasses import fields
 from typing import Callable, List, Optional, Tuple
 
 import pytest
@@ -134,6 +135,33 @@ def _unread(variant: Variant) -> Optional[str]:
     return None
 
 
+@torch.no_grad()
+def _of_other_options(variant: Variant) -> Optional[str]:
+    """Read on with one more of what each option counts: a state of other shapes is refused, or fills up to the same."""
+    memory, tokens = MEMORIES[variant[0]], random_tokens(2, 9 * SEGMENTS)
+    model = tiny_decoder(variant)
+    states = [state for _, state, _ in _read(model, tokens)]
+    for option in fields(memory.options):
+        value = getattr(model.memory.config.options, option.name)
+        if option.name in memory.layout or not isinstance(value, int) or isinstance(value, bool):
+            continue
+        try:
+            other = tiny_decoder(variant, **{option.name: value + 1})
+            expected = _read(other, tokens)[-1][1]
+            state = states[-1]
+            for segment in tokens.split(model.segment_length, dim=1):
+                state = other(segment, state).state
+        except ValueError:  # which names the option
+            continue
+        except RuntimeError:
+            state = None
+        shapes = [[t.shape for t in each.tensors()] for each in (state, expected) if each is not None]
+        if shapes[0] != shapes[-1] or len(shapes) < 2:
+            flag = "--" + option.name.replace("_", "-")
+            return f"a state depends on {flag}, and a resumed run could have another: write '{option.name}' into layout"
+    return None
+
+
 def _untrained(variant: Variant) -> Optional[str]:
     """Train in updates of each number of segments, of which the last one is too short for a whole segment."""
     for segments in (1, 2) if MEMORIES[variant[0]].carries_gradient else (1,):
@@ -214,6 +242,7 @@ CHECKS: List[Callable[[Variant], Optional[str]]] = [
     _of_later_tokens,
     _at_the_end,
     _unread,
+    _of_other_options,
     _untrained,
     _decoded,
     _reordered,

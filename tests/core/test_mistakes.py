@@ -1,12 +1,16 @@
 """Mistakes that no error tells: no memory makes one, and each is named in one line if a new memory makes it."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
 from lamemo_fairseq.core import MEMORIES
 from lamemo_fairseq.core.decoding.cache import FrozenCache
+from lamemo_fairseq.core.fields import option
 from lamemo_fairseq.core.kernels.padded import join
+from lamemo_fairseq.core.memory import MemoryOptions
 from lamemo_fairseq.core.memory.base import LayerPassage, last_rows
 from lamemo_fairseq.core.memory.recurrent import RecurrentMemory, RecurrentState
 
@@ -68,6 +72,20 @@ def gated(**members):
     return type("GatedMemory", (Gated,), {**vars(own)})
 
 
+@dataclass(frozen=True)
+class SlotOptions(MemoryOptions):
+    slot_count: int = option(2, "slots that are there from the beginning")
+
+
+def slots_from_the_beginning(self, x):
+    return RecurrentState((x.new_ones(len(x), self.config.options.slot_count, x.size(2)),) * self.config.layers)
+
+
+def replaced_slots(self, n, layer, rows, before, segment):
+    out, _ = layer(join(before[0], rows), segment.biases[n], segment.tokens)
+    return LayerPassage(out, (before[0] + last_rows(rows, 1),))
+
+
 class Fading(FrozenCache):
     """Of slots that fade, which it does not know."""
 
@@ -105,6 +123,10 @@ MISTAKES = {
     "unread": (
         average(**reading(lambda self, n, past, rows: 0 * past + 1)),
         "a segment after two texts has the same fea",
+    ),
+    "a layout": (
+        average(options=SlotOptions, initial_state=slots_from_the_beginning, pass_layer=replaced_slots),
+        "a state depends on --slot-count, and a resumed run could have another: write 'slot_count' into layout",
     ),
     "a gate of the state": (
         gated(**reading(keep=lambda self, n, joined: joined * self.gate)),
