@@ -102,6 +102,15 @@ def test_shards_without_what_training_needs(data, tmp_path):
         opened(data, other)
 
 
+def test_parts_of_a_later_shard_are_checked_before_the_first_epoch(data, tmp_path):
+    other = write_data(tmp_path / "other", train=50, train1=50)
+    (other / "dict.txt").write_text((data / "dict.txt").read_text())
+    (other / "train1.bin").write_bytes(b"?")
+    with pytest.raises(ValueError, match=rf"{other}/train1 is damaged"):
+        opened(data, other, combine=True)
+    assert len(opened(data, other).tokens) == 200  # the part alone is read
+
+
 def test_folders_that_are_not_there(data, tmp_path):
     nowhere = tmp_path / "nowhere"
     with pytest.raises(FileNotFoundError, match=rf"data folder {nowhere} is not there: pass the folder"):

@@ -53,10 +53,12 @@ def load_lines(folder: str, split: str, dictionary: Dictionary, impl: Optional[s
     return lines[0] if len(lines) == 1 else ConcatDataset(lines)
 
 
-def check_split(folder: str, split: str, impl: Optional[str]) -> None:
-    """Make the checks of `load_lines` that do not read the ids."""
-    for path in paths_of(folder, split, combine=False):
+def check_split(folder: str, split: str, impl: Optional[str], combine: bool) -> List[str]:
+    """Make the checks of `load_lines` that do not read the ids; return the paths that were checked."""
+    paths = paths_of(folder, split, combine)
+    for path in paths:
         check_files(path, impl)
+    return paths
 
 
 _CHOICE = (

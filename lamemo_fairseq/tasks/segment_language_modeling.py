@@ -131,9 +131,9 @@ class SegmentLanguageModelingTask(PromptTask):
         if not combine:
             tell_of_parts(folder, split, self.cfg.train_subset)
         for later in paths if former is None and split == self.cfg.train_subset else ():
-            check_split(later, split, self.cfg.dataset_impl)
-            if options is not None:
-                options.check(os.path.join(later, split))
+            for part in check_split(later, split, self.cfg.dataset_impl, combine):
+                if options is not None:
+                    options.check(part)
         lines = load_lines(folder, split, self.dictionary, self.cfg.dataset_impl, combine)
         tokens = TokenSequence(lines, len(self.dictionary), path)
         if self.segment_length is None:
