@@ -90,7 +90,7 @@ class MemoryDecoder(nn.Module):
 
     def _initial_state(self, x: Tensor) -> MemoryState:
         state: MemoryState = self.memory.initial_state(x)
-        check_fields(self.memory, state, len(x), "initial_state")
+        check_fields(self.memory, state, x, "initial_state")
         return state
 
     def embed(self, tokens: Tensor, lengths: Optional[Tensor] = None) -> Tensor:

@@ -48,10 +48,13 @@ def _differ(one: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def _unwritten(variant: Variant) -> Optional[str]:
-    model, tokens = tiny_decoder(variant), random_tokens(2, 3 * SEGMENTS)
     with pytest.MonkeyPatch.context() as patch:
         fill_with_nan(patch)
-        read = _read(model, tokens)
+        model = tiny_decoder(variant)
+        read = _read(model, random_tokens(2, 3 * SEGMENTS))
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"{name} has no initial value: let reset_parameters of its class draw it"
     for index, (_, _, features) in enumerate(read):
         if not features.isfinite().all():
             return (
@@ -71,7 +74,7 @@ def _kept_elsewhere(variant: Variant) -> Optional[str]:
         if not torch.equal(again.features, features) or not all(map(torch.equal, again.state.tensors(), made)):
             return (
                 "a segment that is read again, with the same state and after others, gives something else: keep all "
-                "that goes on to the next segment in the state, and nothing in attributes or buffers"
+                "that goes on to the next segment in the state, and draw random numbers in training alone"
             )
         after = state
     return None

@@ -90,6 +90,11 @@ class Fading(FrozenCache):
     """Of slots that fade, which it does not know."""
 
 
+def without_a_value(self, config):
+    Gated.__init__(self, config)
+    self.gate = nn.Parameter(torch.empty(config.embed_dim))
+
+
 class OtherBeams(FrozenCache):
     def reorder(self, order):
         self.positions = [self.positions[source] for source in order.tolist()]
@@ -99,6 +104,10 @@ class OtherBeams(FrozenCache):
 FADED = reading(keep=lambda self, n, joined: joined / 2)
 MISTAKES = {
     "uninitialised": (average(initial_state=uninitialised), "segment 0 reads numbers that nobody has written: initial"),
+    "no initial value": (
+        gated(__init__=without_a_value, reset_parameters=RecurrentMemory.reset_parameters),
+        "memory.gate has no initial value: let reset_parameters of its class draw it",
+    ),
     "attributes": (
         average(**reading(from_an_attribute, to_an_attribute)),
         "a segment that is read again, with the same state and after others, gives something else: keep all that",

@@ -155,6 +155,10 @@ class AverageState(MemoryState):
             lambda rows: RecurrentMemory.state([rows]),
             "AverageMemory{} returned a state whose hidden is of type list: return",
         ),
+        (
+            lambda rows: RecurrentMemory.state((rows.new_empty(2, 0, 8, device="meta"),)),
+            "AverageMemory{} returned a state whose hidden is on meta, and the segment on cpu: make it of the segment",
+        ),
         (lambda rows: RecurrentMemory.state(3), "AverageMemory{} returned a state whose hidden is of type int: return"),
     ],
 )
@@ -296,4 +300,26 @@ def test_an_attention_returns_a_pair(monkeypatch, returned):
     with pytest.raises(
         TypeError, match=r"^OwnAttention.forward returned type \w+: return the rows of merge_heads and a "
     ):
+        tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(2, 3))
+
+
+def test_a_loss_is_a_scalar(monkeypatch):
+    """A criterion would add one for each stream to the sum of all."""
+
+    def pass_segment(self, *args):
+        return RecurrentMemory.pass_segment(self, *args)._replace(losses={"own": torch.zeros(2)})
+
+    members = {"pass_segment": pass_segment, "has_losses": True}
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(**members)})
+    with pytest.raises(ValueError, match=r"^AverageMemory returned a loss \[2\]: return scalars, means over tokens$"):
+        tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(2, 3))
+
+
+def test_a_layer_gets_its_own_bias(monkeypatch):
+    def pass_layer(self, n, layer, rows, before, segment):
+        return RecurrentMemory.pass_layer(self, n, layer, rows, before, segment._replace(biases=[segment.biases] * 2))
+
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(pass_layer=pass_layer)})
+    message = r"^--memory recurrent: attention got type list as a layer's bias: pass segment.biases\[n\]$"
+    with pytest.raises(TypeError, match=message):
         tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(2, 3))

@@ -121,8 +121,14 @@ class SelfAttention(nn.Module):
         """Refuse a bias of other distances than those of *keys* keys: each key would get the score of another one.
 
         Raises:
+            TypeError: it is no bias of one layer.
             ValueError: the message names the memory, whose `reach` has asked for the distances.
         """
+        if not isinstance(bias, LayerBias):
+            raise TypeError(
+                f"--memory {self.config.memory}: attention got type {type(bias).__name__} as a layer's bias: pass "
+                "segment.biases[n]"
+            )
         table, score, rotation = bias.causal.table, bias.causal.score, bias.rotation
         known = [tensor.size(1) for tensor in (table, score) if tensor is not None]
         if rotation is not None and rotation.cos.dim() == 2:

@@ -92,17 +92,18 @@ def check_members(options: type) -> None:
             )
 
 
-def check_fields(memory: Any, state: Any, streams: int, method: str = "") -> None:
+def check_fields(memory: Any, state: Any, x: Tensor, method: str = "") -> None:
     """Refuse a state of another class, or with a field that is not made of tensors with the streams first.
 
     Args:
-        streams: B.
+        x: the segment ``[B, N, d]``.
         method: the one that returned it, if not the pass over a segment.
 
     Raises:
         TypeError: the class or a field's type is wrong.
-        ValueError: a tensor has another number of streams.
+        ValueError: a tensor has another number of streams, or is on another device.
     """
+    streams = len(x)
     name = type(memory).__name__ + (f".{method}" if method else "")
     if type(state) is not memory.state:
         raise TypeError(
@@ -121,6 +122,12 @@ def check_fields(memory: Any, state: Any, streams: int, method: str = "") -> Non
             raise ValueError(
                 f"{name} returned a state whose {field} is {list(other.shape)} for {streams} streams: return tensors "
                 f"with the streams first, [{streams}, ..]"
+            )
+        other = next((tensor for tensor in tensors if tensor.device != x.device), None)
+        if other is not None:
+            raise ValueError(
+                f"{name} returned a state whose {field} is on {other.device}, and the segment on {x.device}: make it "
+                "of the segment's tensors, as by x.new_empty"
             )
 
 
@@ -164,7 +171,10 @@ def check_passage(memory: Any, passage: Any, x: Tensor) -> None:
             f"{name} returned losses, and its class says that it has none, so that training would not add them: write "
             "has_losses = True in the class"
         )
-    check_fields(memory, state, len(x))
+    loss = next((loss for loss in passage.losses.values() if loss.dim() > 0), None)
+    if loss is not None:
+        raise ValueError(f"{name} returned a loss {list(loss.shape)}: return scalars, means over tokens")
+    check_fields(memory, state, x)
     for option, (rows, most) in memory.rows_held(state).items():
         if rows > most:
             raise ValueError(
