@@ -329,6 +329,20 @@ def test_values_of_another_text_are_not_compared(data, tmp_path, caplog):
     assert len(re.findall(told, caplog.text)) == 1
 
 
+def test_another_text_to_train_on_is_told(data, tmp_path, caplog):
+    """Inside an epoch it is refused. Folders that are trained on in turn have other texts anyway."""
+    options = [*ADAM, "--disable-validation", "--max-update"]
+    train(configured(data / "1", *options, SEGMENTS), tmp_path)  # to the end of an epoch
+    told = r"checkpoint_last.pt: the text of the split 'train' is (\w{8}), there it was (?!\1)\w{8}$"
+    for update, folders, count in ((1, "1", 0), (2, "2", 1), (3, "12", 0)):
+        path = shutil.copytree(tmp_path, tmp_path.parent / f"after{update}") if update < 3 else tmp_path
+        cfg = configured(data / "1", *options, SEGMENTS + 1)
+        cfg.task.data = os.pathsep.join(str(data / number) for number in folders)
+        caplog.clear()
+        train(cfg, path)
+        assert sum(bool(re.search(told, text)) for text in caplog.messages) == count
+
+
 def test_other_streams_of_validations_are_told(data, tmp_path, caplog):
     """Their loss is another: each token has seen another context."""
     options = [*ADAM, "--max-update"]

@@ -36,7 +36,7 @@ from .optimizers import adopt, meanwhile
 from .quiet import without_records
 from .ranks import group_between_hosts, is_first_rank
 from .restoring import restoring
-from .training_state import check_named_checkpoint, restore_training_state, tell_of_former_best, training_state
+from .training_state import check_named_checkpoint, restore_training_state, tell_of_restored, training_state
 
 logger = logging.getLogger(__name__)
 
@@ -345,8 +345,8 @@ class SegmentTrainer(Trainer):
         def finish() -> None:
             interruption.begin(self)
             spare_former(self, self._batches.next_epoch_idx)
-            tell_of_former_best(self, filename)
             if extra_state and not reset_optimizer:
+                tell_of_restored(self, filename, extra_state["train_iterator"], self._batches.dataset)
                 self._restore(extra_state, reset_lr_scheduler, reset_meters)
 
         self._finish_loading = finish
