@@ -135,7 +135,7 @@ def losses(cuda_graphs, device, variant=VARIANTS[0], dtype=torch.float64):
     """Losses of training on streams; the last segment is short and ragged."""
     options = {**sizes_of(variant), "decoder_head_dim": 4, "cuda_graphs": cuda_graphs}
     decoder = tiny_decoder(variant, dtype=dtype, **options).to(device).train()
-    tokens = random_tokens(2, 6 * SEGMENT).to(device)
+    tokens = random_tokens(2, 8 * SEGMENT).to(device)
     lengths = [tokens.size(1) - 1, tokens.size(1) - 3]
     found, state = [], None
     optimizer = torch.optim.SGD(decoder.parameters(), lr=1e-3)
