@@ -92,12 +92,13 @@ def check_dtypes(q: Tensor, k: Tensor, v: Tensor, biases: Mapping[str, RelativeB
     Raises:
         ValueError: the message names both dtypes.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    parts = [k, v, *(t for bias in biases.values() for t in bias if t is not None)]
+    if all(t.dtype == q.dtype for t in parts) or torch.is_autocast_enabled(q.device.type):
         return
-    fields = ((f"{name}.{field}", t) for name, bias in biases.items() for field, t in bias._asdict().items())
-    for name, tensor in (("k", k), ("v", v), *fields):
-        if tensor is not None and tensor.dtype != q.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, and q is {q.dtype}: pass all in one dtype, as by t.to(q)")
+    named = {"k": k, "v": v}
+    named.update((f"{name}.{field}", t) for name, bias in biases.items() for field, t in bias._asdict().items())
+    name, other = next((name, t.dtype) for name, t in named.items() if t is not None and t.dtype != q.dtype)
+    raise ValueError(f"{name} is {other}, and q is {q.dtype}: pass all in one dtype, as by t.to(q)")
 
 
 def check_span(span: Optional[int], dropout: float) -> None:

@@ -103,7 +103,7 @@ def check_fields(memory: Any, state: Any, x: Tensor, method: str = "") -> None:
         TypeError: the class or a field's type is wrong.
         ValueError: a tensor has another number of streams, or is on another device.
     """
-    streams = len(x)
+    streams, device = len(x), x.device
     name = type(memory).__name__ + (f".{method}" if method else "")
     if type(state) is not memory.state:
         raise TypeError(
@@ -111,24 +111,22 @@ def check_fields(memory: Any, state: Any, x: Tensor, method: str = "") -> None:
             f"return that, or write state = {type(state).__name__} in the class, by which a saved state is read"
         )
     for field, value in state.own().items():
-        tensors = value if isinstance(value, tuple) else (value,)
-        if not all(isinstance(tensor, Tensor) for tensor in tensors):
-            raise TypeError(
-                f"{name} returned a state whose {field} is {_kind(value)}: return a tensor or a tuple of tensors, each "
-                "with the streams first"
-            )
-        other = next((tensor for tensor in tensors if tensor.shape[:1] != (streams,)), None)
-        if other is not None:
-            raise ValueError(
-                f"{name} returned a state whose {field} is {list(other.shape)} for {streams} streams: return tensors "
-                f"with the streams first, [{streams}, ..]"
-            )
-        other = next((tensor for tensor in tensors if tensor.device != x.device), None)
-        if other is not None:
-            raise ValueError(
-                f"{name} returned a state whose {field} is on {other.device}, and the segment on {x.device}: make it "
-                "of the segment's tensors, as by x.new_empty"
-            )
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"{name} returned a state whose {field} is {_kind(value)}: return a tensor or a tuple of tensors, "
+                    "each with the streams first"
+                )
+            if tensor.dim() == 0 or tensor.size(0) != streams:
+                raise ValueError(
+                    f"{name} returned a state whose {field} is {list(tensor.shape)} for {streams} streams: return "
+                    f"tensors with the streams first, [{streams}, ..]"
+                )
+            if tensor.device != device:
+                raise ValueError(
+                    f"{name} returned a state whose {field} is on {tensor.device}, and the segment on {device}: make "
+                    "it of the segment's tensors, as by x.new_empty"
+                )
 
 
 def versions(state: Any) -> List[int]:
