@@ -260,7 +260,7 @@ class SegmentCache(Generic[M, L]):
         """Yield the owner, name and value of every field that holds buffers.
 
         Raises:
-            TypeError: a field is none that `reorder` could follow.
+            ValueError: a field is none that `reorder` could follow.
         """
         for owner in (self, *self.layers):
             for name, value in vars(owner).items():
@@ -273,7 +273,7 @@ class SegmentCache(Generic[M, L]):
         for part in value if isinstance(value, tuple) and named else () if value is None else (value,):
             if not isinstance(part, Tensor) or part.shape[:1] != (batch,):
                 kind = list(part.shape) if isinstance(part, Tensor) else f"of type {type(part).__name__}"
-                raise TypeError(
+                raise ValueError(
                     f"{name} is {kind}: a field of a cache is a tensor with the {batch} sequences first, a NamedTuple "
                     "of such tensors, or None, so that reorder takes the rows of every sequence along"
                 )
@@ -282,8 +282,8 @@ class SegmentCache(Generic[M, L]):
         """Refuse what `empty` must not return for so many layers of a model, and columns C; shipped ones never do.
 
         Raises:
-            TypeError: a field is none that `reorder` could follow.
-            ValueError: there are not as many layers, or a buffer of another number of columns.
+            ValueError: a field is none that `reorder` could follow, there are not as many layers, or a buffer has
+                another number of columns.
         """
         name = type(self).__name__
         if len(self.layers) != layers:

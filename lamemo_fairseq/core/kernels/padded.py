@@ -148,10 +148,10 @@ def join(past: Tensor, new: Tensor) -> Tensor:
     `newest_of` finds *new* again, if *past* has no gradient.
 
     Raises:
-        TypeError: they are of two dtypes, of which each path would make another one.
+        ValueError: they are of two dtypes, of which each path would make another one.
     """
     if past.dtype != new.dtype and not torch.is_autocast_enabled(new.device.type):
-        raise TypeError(f"slots are {past.dtype}, and the rows after them {new.dtype}: call .to(rows) on the slots")
+        raise ValueError(f"slots are {past.dtype}, and the rows after them {new.dtype}: call .to(rows) on the slots")
     if not layout.fusable(new) or stored_width(new, new.size(-1)) == new.size(-1):
         joined = torch.cat([past, new], dim=1)
     else:

@@ -121,10 +121,10 @@ def _attended(attention: SelfAttention, returned: Any) -> tuple[WideRows, Any]:
     """Return what the ``forward`` of an attention has *returned*.
 
     Raises:
-        TypeError: that is no pair.
+        ValueError: that is no pair.
     """
     if not isinstance(returned, tuple) or len(returned) != 2:  # two streams of a tensor would be taken for one
-        raise TypeError(
+        raise ValueError(
             f"{type(attention).__name__}.forward returned type {type(returned).__name__}: return the rows of "
             "merge_heads and a second result, None if there is none"
         )

@@ -121,11 +121,11 @@ class SelfAttention(nn.Module):
         """Refuse a bias of other distances than those of *keys* keys: each key would get the score of another one.
 
         Raises:
-            TypeError: it is no bias of one layer.
-            ValueError: the message names the memory, whose `reach` has asked for the distances.
+            ValueError: it is no bias of one layer, or of other distances; the message names the memory, whose `reach`
+                has asked for them.
         """
         if not isinstance(bias, LayerBias):
-            raise TypeError(
+            raise ValueError(
                 f"--memory {self.config.memory}: attention got type {type(bias).__name__} as a layer's bias: pass "
                 "segment.biases[n]"
             )

@@ -100,20 +100,19 @@ def check_fields(memory: Any, state: Any, x: Tensor, method: str = "") -> None:
         method: the one that returned it, if not the pass over a segment.
 
     Raises:
-        TypeError: the class or a field's type is wrong.
-        ValueError: a tensor has another number of streams, or is on another device.
+        ValueError: the class or a field's type is wrong, or a tensor has another number of streams or another device.
     """
     streams, device = len(x), x.device
     name = type(memory).__name__ + (f".{method}" if method else "")
     if type(state) is not memory.state:
-        raise TypeError(
+        raise ValueError(
             f"{name} returned a state of type {type(state).__name__}, and the class names {memory.state.__name__}: "
             f"return that, or write state = {type(state).__name__} in the class, by which a saved state is read"
         )
     for field, value in state.own().items():
         for tensor in value if isinstance(value, tuple) else (value,):
             if not isinstance(tensor, Tensor):
-                raise TypeError(
+                raise ValueError(
                     f"{name} returned a state whose {field} is {_kind(value)}: return a tensor or a tuple of tensors, "
                     "each with the streams first"
                 )
@@ -153,10 +152,9 @@ def check_passage(memory: Any, passage: Any, x: Tensor) -> None:
     """Refuse results of a segment ``x [B, N, d]`` that a `Memory` must not return; shipped ones never do.
 
     Raises:
-        TypeError: the state is none of this memory's.
-        ValueError: there are not as many features as tokens, or losses that no host asks for. Or the state is not of B
-            streams, has more rows than the options say, so that tokens would attend further, or a gradient, so that
-            the next update's backward pass would need this one's graph.
+        ValueError: there are not as many features as tokens, or losses that no host asks for. Or the state is none of
+            this memory's or not of B streams, has more rows than the options say, so that tokens would attend further,
+            or a gradient, so that the next update's backward pass would need this one's graph.
     """
     name, state = type(memory).__name__, passage.state
     if passage.features.shape != x.shape:
@@ -190,10 +188,10 @@ def passed_segment(memory: Any, returned: P) -> P:
     """Return what the ``pass_segment`` of a `Memory` has *returned*.
 
     Raises:
-        TypeError: that is no `Passage`.
+        ValueError: that is no `Passage`.
     """
     if getattr(returned, "_fields", ()) != ("features", "state", "losses"):
-        raise TypeError(
+        raise ValueError(
             f"{type(memory).__name__}.pass_segment returned type {type(returned).__name__}: return "
             "Passage(features, state)"
         )
@@ -206,20 +204,22 @@ def passed_layer(
     """Return what the ``pass_layer`` of a `Memory` has *returned* for *rows* and the state *before*.
 
     Raises:
-        TypeError: that is no `LayerPassage`, its state is not made of as many tensors, or its rows have another dtype.
+        ValueError: that is no `LayerPassage`, its state is not made of as many tensors, or its rows have another dtype.
     """
     name = f"{type(memory).__name__}.pass_layer"
     if getattr(returned, "_fields", ()) != ("rows", "state", "aside"):
-        raise TypeError(f"{name} returned type {type(returned).__name__}: return LayerPassage(rows, state)")
+        raise ValueError(f"{name} returned type {type(returned).__name__}: return LayerPassage(rows, state)")
     state, made = returned.state, returned.rows
     if not isinstance(state, tuple) or not all(isinstance(tensor, Tensor) for tensor in state):
-        raise TypeError(f"{name} returned a state that is {_kind(state)}: return a tuple of tensors, (tensor,) for one")
+        raise ValueError(
+            f"{name} returned a state that is {_kind(state)}: return a tuple of tensors, (tensor,) for one"
+        )
     if len(state) != len(before):
-        raise TypeError(f"{name} returned {len(state)} tensors as state, and got {len(before)}: return as many")
+        raise ValueError(f"{name} returned {len(state)} tensors as state, and got {len(before)}: return as many")
     if not isinstance(made, Tensor) or made.dim() != 3:
-        raise TypeError(f"{name} returned rows that are {_kind(made)}: return the layer's output, [B, n, d]")
+        raise ValueError(f"{name} returned rows that are {_kind(made)}: return the layer's output, [B, n, d]")
     if made.dtype != rows.dtype and not torch.is_autocast_enabled(rows.device.type):
-        raise TypeError(f"{name} returned rows in {made.dtype}, and got {rows.dtype}: call .to(rows) on what it adds")
+        raise ValueError(f"{name} returned rows in {made.dtype}, and got {rows.dtype}: call .to(rows) on what it adds")
     return cast(Tuple[Tensor, Tuple[Tensor, ...], Tuple[Tensor, ...]], returned)
 
 
@@ -231,22 +231,22 @@ def reached(memory: Any, returned: object, for_positions: bool = False) -> Tuple
             tokens do, may leave `reach` as it is.
 
     Raises:
-        TypeError: that is no pair of a number and a range or None, or the class and the distances do not agree on
+        ValueError: that is no pair of a number and a range or None, or the class and the distances do not agree on
             whether the memory looks ahead.
     """
     rows, ahead = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
     if not isinstance(rows, int) or not (ahead is None or isinstance(ahead, range)):
-        raise TypeError(
+        raise ValueError(
             f"{type(memory).__name__}.reach returned {returned!r}: return the number of rows that the segment's tokens "
             "attend to, their own included, and None or the range of distances ahead"
         )
     if ahead is not None and not memory.looks_ahead:
-        raise TypeError(
+        raise ValueError(
             f"{type(memory).__name__}.reach returned distances ahead, which not all position encodings have: write "
             "looks_ahead = True in the class, or return None for them"
         )
     if for_positions and ahead is None and memory.looks_ahead:  # their weights would never be trained
-        raise TypeError(
+        raise ValueError(
             f"{type(memory).__name__} has looks_ahead = True, and its reach returned None for the distances ahead: "
             "return their range, which is range(0) in a segment without, or leave looks_ahead out of the class"
         )
