@@ -13,6 +13,7 @@ from lamemo_fairseq.core.layers.vocabulary import AdaptiveSoftmax, FullSoftmax
 from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
 from .core import fake_graphs
+from .gpus import gpu
 from .helpers import random_tokens, read_streams, segments_of, tiny_decoder
 
 SEGMENTS = 7
@@ -23,11 +24,19 @@ def nothing(decoder):
     pass
 
 
-def trained(begins=True, between=nothing, targets=True, begin=FairseqMemoryDecoder.begin_segment, off=0, **options):
+def trained(
+    begins=True,
+    between=nothing,
+    targets=True,
+    begin=FairseqMemoryDecoder.begin_segment,
+    off=0,
+    device="cpu",
+    **options,
+):
     """The losses and gradients of all segments; *between* is called when the next segment has begun."""
-    decoder = tiny_decoder(dtype=torch.float32, dropout=0.3, **options).train()
+    decoder = tiny_decoder(dtype=torch.float32, dropout=0.3, **options).train().to(device)
     decoder.graphs = graphs.SegmentGraphs()
-    tokens = random_tokens(2, SEGMENTS * decoder.segment_length + 1)
+    tokens = random_tokens(2, SEGMENTS * decoder.segment_length + 1).to(device)
     following = tokens[:, 1:].split(decoder.segment_length, dim=1)
     read = zip(segments_of(decoder, tokens[:, :-1], "train"), following, strict=True)
     segments = [(position, words, after) for (position, words), after in read]
@@ -43,7 +52,7 @@ def trained(begins=True, between=nothing, targets=True, begin=FairseqMemoryDecod
                 p -= 1e-3 * (0 if p.grad is None else p.grad)
         decoder.zero_grad()
         for later, words, after in segments[number + 1 : number + 2] if begins else ():
-            begin(decoder, words, after, after.clone(), later, seed=number + 1 + off)
+            begin(decoder, words, after, after.to("cpu", copy=True), later, seed=number + 1 + off)
         between(decoder)
     assert decoder.graphs.recording().passes > AHEAD
     return computed
@@ -105,6 +114,13 @@ def test_a_loss_ahead_is_taken_only_where_it_is_the_same(options, discarded, kin
     losses.clear()
     assert all(map(torch.equal, trained(**options), expected))
     assert losses == {kind: SEGMENTS + discarded}
+
+
+@gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_ahead_on_a_gpu(kind):
+    options = {"device": "cuda", **KINDS[kind]}
+    assert all(map(torch.equal, trained(**options), trained(False, **options)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
