@@ -157,6 +157,21 @@ def test_what_goes_wrong_early_is_raised_in_its_place():
         next(batches)
 
 
+def test_a_batch_that_cannot_be_prepared_early_is_handed_out_as_it_is():
+    """Whoever asks for it prepares it again, when the device may have room for it."""
+    iterator = SegmentBatchIterator(split_of(numbered(60), 5, words=99), 2)
+
+    def without_room(batch):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    for number, batch in enumerate(iterator.next_epoch_itr()):
+        assert batch["net_input"]["position"].index == number and batch["target"].shape == (2, 5)
+        for _ in range(2):
+            loaded, prepared = iterator.peek(without_room)
+            assert prepared is None and (loaded is None) == (number == 5)
+    assert number == 5
+
+
 @settings(max_examples=200, deadline=None)
 @given(tokens=st.integers(1, 10**9), streams=st.integers(1, 500), length=st.integers(1, 2000))
 def test_streams_are_contiguous_and_equal_within_a_token(tokens, streams, length):

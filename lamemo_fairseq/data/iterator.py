@@ -1,6 +1,7 @@
 """Batches of consecutive segments, in order, each rank reading its own streams."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
@@ -52,16 +53,26 @@ class Peekable(Iterator):
     def __next__(self) -> Any:
         if self._error is not None:
             raise self._error
-        return self._peeked.pop()[1] if self._peeked else self._next()
+        if not self._peeked:
+            return self._next()
+        item, prepared = self._peeked.pop()
+        return item if prepared is None else prepared
 
     def peek(self, prepare: Callable[[Any], Any]) -> Tuple[Any, Any]:
-        """Return the next item and ``prepare(item)``, which will be consumed; None and None if there is none."""
+        """Return the next item and ``prepare(item)``, which will be consumed; None and None if there is none.
+
+        An item that cannot be prepared is consumed as it is, and None stands for the second.
+        """
         if not self._peeked and self._error is None:
             try:
                 item = self._next()
-                self._peeked.append((item, prepare(item)))
             except Exception as error:  # StopIteration is one of them
                 self._error = error
+                return None, None
+            prepared = None
+            with suppress(Exception):  # whoever consumes the item prepares it, and meets the error
+                prepared = prepare(item)
+            self._peeked.append((item, prepared))
         return self._peeked[0] if self._peeked else (None, None)
 
     def _next(self) -> Any:
