@@ -10,6 +10,7 @@ import torch
 
 from lamemo_fairseq.core import graphs
 from lamemo_fairseq.core.layers.vocabulary import AdaptiveSoftmax, FullSoftmax
+from lamemo_fairseq.core.memory import StreamMemory
 from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
 from .core import fake_graphs
@@ -132,16 +133,32 @@ def test_no_loss_is_computed_that_is_not_asked_for(kind, losses):
     assert all(map(torch.equal, trained(**options), expected)) and losses == {}
 
 
-def test_memory_that_does_not_suffice_ahead(losses, monkeypatch):
+WITHOUT_MEMORY = {
+    "the memory of streams": (StreamMemory, "before", 0),
+    "the plan of the loss": (FullSoftmax, "plan", 0),
+    "the segment": (graphs._TrainingRecording, "_connected", AHEAD),
+    "the loss": (FullSoftmax, "loss", AHEAD),
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "times"), WITHOUT_MEMORY.values(), ids=WITHOUT_MEMORY)
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("other")], ids=str)
+def test_memory_that_does_not_suffice_ahead(error, owner, name, times, losses, monkeypatch):
+    """Where the segment is asked for, the trainer tries once more; ahead of that it would end the run."""
     failed = []
 
     def begin_without_memory(*args, **kwargs):
-        def fail(*_):
+        def fail(*_, **__):
             failed.append(True)
-            raise torch.cuda.OutOfMemoryError("out of memory")
+            raise error
 
         with monkeypatch.context() as patched:
-            patched.setattr(FullSoftmax, "loss", fail)
+            patched.setattr(owner, name, fail)
             FairseqMemoryDecoder.begin_segment(*args, **kwargs)
 
-    assert all(map(torch.equal, trained(begin=begin_without_memory), trained(False))) and len(failed) == AHEAD
+    if "out of memory" not in str(error):
+        with pytest.raises(RuntimeError, match="other"):
+            trained(begin=begin_without_memory)
+    else:
+        assert all(map(torch.equal, trained(begin=begin_without_memory), trained(False)))
+        assert len(failed) == (times or SEGMENTS - 1)

@@ -188,20 +188,26 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             position: of these tokens.
             seed: of the random numbers that `forward` will draw.
         """
-        state, self._ahead = self.streams.before(position), None
+        self._ahead = None
+        try:
+            self._begin(tokens, target, on_host, position, seed)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):  # in `forward` it can be dealt with
+                raise
+
+    def _begin(self, tokens: Tensor, target: Tensor, on_host: Tensor, position: SegmentPosition, seed: int) -> None:
+        """Begin a segment as far as the device's memory suffices; arguments as for `begin_segment`."""
+        state = self.streams.before(position)
         if self.graphs is None or state is None or position.ragged or isinstance(state, GroupedState):
             return
         layer = self.loss_layer
         plan: Any = layer.plan(target, on_host)
-        features = self.graphs.begin(self, tokens, state, seed)
         self._ahead = _Ahead(target, plan)
+        features = self.graphs.begin(self, tokens, state, seed)
         if features is None or not self._scores:
             return
-        try:
-            with torch.enable_grad():
-                loss = layer.loss(features, target, plan)
-        except torch.cuda.OutOfMemoryError:  # in `forward` it can be dealt with
-            return
+        with torch.enable_grad():
+            loss = layer.loss(features, target, plan)
         self._ahead = _Ahead(target, plan, features, loss, self._loss_versions())
 
     def _same(self, ahead: _Ahead, features: Tensor, target: Tensor) -> bool:
