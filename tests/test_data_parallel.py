@@ -195,7 +195,7 @@ def trainer(monkeypatch):
     made = SegmentTrainer.__new__(SegmentTrainer)
     made._group, made._group_of_figures, made._reducer, made._updating = None, "figures", None, True
     made.device, made.task, made.stream = torch.device("cuda"), SimpleNamespace(scored="scored"), Stream()
-    monkeypatch.setattr("lamemo_fairseq.host.trainer._beside", lambda device: made.stream)
+    monkeypatch.setattr("lamemo_fairseq.host.ahead._beside", lambda device: made.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "all before")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return made

@@ -1,47 +1,31 @@
-"""The trainer of this package's task: fairseq's, extended for models with state.
-
-It also lets the device go ahead of the host. fairseq waits for the norm of the gradients, and only then updates, logs,
-loads a batch and runs the model. The device would have nothing to do meanwhile. Here the device is given the update,
-and if a CUDA graph is recorded the next segment's forward pass, before the host waits. The numbers are the same to the
-last bit. With several ranks, hosts exchange their losses beside the backward pass and the next segment, and wait for
-neither. If ranks disagree about the norm, fairseq ends the run as usual; its crash.pt then holds the updated weights.
-"""
+"""The trainer of this package's task: the memory of streams in checkpoints, exact resumes, ends that are saved."""
 
 import logging
 import os
 import time
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import suppress
 from signal import SIGTERM
-from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional
+from typing import Any, Callable, Dict, NoReturn, Optional
 
 import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils, utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
-from fairseq.tasks import FairseqTask
-from fairseq.trainer import Trainer
-from omegaconf import OmegaConf
-from torch import Tensor
 
 from . import interruption, save_dir, schedules, signals
+from .ahead import AheadTrainer
 from .averages import Averages
 from .checkpoints import keep_due_checkpoint, spare_former, write_checkpoint
-from .data_parallel import GradientReducer, reducer_for, wrapped
-from .dataclass_defaults import attributes
-from .lost_ranks import watch_ranks
-from .mixed_precision import FP16Optimizer
-from .optimizers import adopt, meanwhile
 from .quiet import without_records
-from .ranks import group_between_hosts, is_first_rank
+from .ranks import is_first_rank
 from .restoring import restoring
 from .training_state import check_named_checkpoint, restore_training_state, tell_of_restored, training_state
 
 logger = logging.getLogger(__name__)
 
 
-class SegmentTrainer(Trainer):
+class SegmentTrainer(AheadTrainer):
     """Trains a model of this package.
 
     Raises:
@@ -49,79 +33,19 @@ class SegmentTrainer(Trainer):
         FileNotFoundError: the checkpoint named by an option is missing.
     """
 
-    cfg: Any
-    device: torch.device
-    _grad_norm_buf: Optional[Tensor]  # the norms of all ranks
-
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None):
-        self._reducer: Optional[GradientReducer] = None
         self._begun_at = time.monotonic()
-        self._group: Any = None  # for collectives, in place of fairseq's
         with without_records("fairseq.trainer"):  # fairseq counts all absent biases as one that is shared
             super().__init__(cfg, task, model, criterion, quantizer)
-        self._group_of_figures: Any = None
-        if self.data_parallel_world_size > 1:
-            self._group_of_figures = group_between_hosts()
-            watch_ranks(self._group_of_figures, self.cfg.distributed_training.distributed_init_method)
-            if self._grad_norm_buf is not None:
-                self._grad_norm_buf = self._grad_norm_buf.cpu()
-        self._configuration = self._options = self.cfg
         self.begun = False
         self._batches: Any = None  # of the epoch
-        self._updating = False
         self._finish_loading: Optional[Callable[[], None]] = None
-        self._signal_of_any = False
         self._due, self._written = -1, -1  # the updates after which fairseq asked for a checkpoint, and wrote one
         check_named_checkpoint(self.cfg.checkpoint, self.checkpoint_suffix)
         folder = self.cfg.checkpoint.save_dir
         if is_first_rank() and not self.cfg.checkpoint.no_save and PathManager.supports_rename(folder):
             # Before a checkpoint is looked for, which another run may be writing.
             save_dir.claim(folder, self.checkpoint_suffix)
-
-    @property
-    def model(self) -> Any:
-        """The model, wrapped for several ranks."""
-        if getattr(self, "_wrapped_model", None) is None and self.use_distributed_wrapper:
-            options, group = self.cfg.distributed_training, self.data_parallel_process_group
-            self._reducer = reducer_for(options, self._model.to(self.device), group)
-            if self._reducer is not None:
-                self._wrapped_model = wrapped(options, self._model, self._reducer, group)
-        return super().model
-
-    @property
-    def data_parallel_process_group(self) -> Any:
-        """The ranks as a process group."""
-        return super().data_parallel_process_group if self._group is None else self._group
-
-    @contextmanager
-    def _beside_the_gradients(self, after: Optional[torch.cuda.Event] = None, known: bool = False) -> Iterator[None]:
-        """Let ranks exchange values on their hosts: a kernel would wait until the next segment's have ended.
-
-        Args:
-            after: copies to the host wait for this.
-            known: whether the numbers are on the host, or need only *after*; if not, copies wait for all work before.
-        """
-        if self._group_of_figures is None:
-            yield
-            return
-        device, self.device, self._group = self.device, torch.device("cpu"), self._group_of_figures
-        try:
-            if device.type != "cuda":
-                yield
-                return
-            stream = _beside(device)
-            if after is not None:
-                stream.wait_event(after)
-            if not known:
-                stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                yield
-        finally:
-            self.device, self._group = device, None
-
-    def _build_optimizer(self) -> None:
-        super()._build_optimizer()
-        adopt(self._optimizer)
 
     def _build_ema(self) -> None:
         if self.cfg.ema.store_ema:
@@ -136,7 +60,6 @@ class SegmentTrainer(Trainer):
     def begin_epoch(self, epoch: int) -> None:
         """Begin an epoch, or go on with one."""
         schedules.begin_epoch(self)
-        self._options = attributes(OmegaConf.to_container(self.cfg, resolve=True))
         super().begin_epoch(epoch)
 
     def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
@@ -144,9 +67,6 @@ class SegmentTrainer(Trainer):
         if self.asked_to_end() is not None and self._batches.iterations_in_epoch > len(samples):
             self._batches.unread(len(samples))
             self.save_and_end()
-        self._updating, self.cfg = True, self._options  # fairseq reads options fifty times, which OmegaConf looks up
-        if self._reducer is not None:
-            self._reducer.begin_update(len(samples))
         try:
             return super().train_step(samples, raise_oom)
         except FloatingPointError as error:
@@ -154,61 +74,6 @@ class SegmentTrainer(Trainer):
             if told is error:
                 raise
             raise told from None
-        finally:
-            self._updating, self.cfg = False, self._configuration
-
-    def _seed_after(self, updates: int) -> int:
-        """Return the seed of the update that comes after this many updates."""
-        return self.cfg.common.seed + updates
-
-    def _set_seed(self) -> None:
-        """Seed only the training device. torch.manual_seed also records a stack trace for every absent backend."""
-        if self.device.type not in ("cpu", "cuda"):
-            return super()._set_seed()
-        seed = self._seed_after(self.get_num_updates())
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-
-    def clip_grad_norm(self, clip_norm: float) -> Tensor:
-        """Return the norm of the gradients. With ``--fp16`` and ``--bf16`` the device does not wait for it."""
-        if not self._goes_ahead():
-            return super().clip_grad_norm(clip_norm)
-
-        def go_ahead(norm: Tensor) -> None:
-            if self.optimizer.begin_step(norm, clip_norm):
-                seed = self._seed_after(self.get_num_updates() + 1)
-                self.task.begin_next_segment(lambda sample: sample and self._prepare_sample(sample)[0], seed)
-
-        with meanwhile(go_ahead):
-            return super().clip_grad_norm(clip_norm)
-
-    def _goes_ahead(self) -> bool:
-        """Return whether an update is nothing but a step of the optimizer."""
-        return (
-            type(self.task).optimizer_step is FairseqTask.optimizer_step
-            and type(self.optimizer) is FP16Optimizer
-            and not self.is_fsdp
-            and self.cfg.distributed_training.ddp_backend != "slowmo"
-        )
-
-    def _aggregate_logging_outputs(
-        self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
-    ) -> Any:
-        """Return sums over all ranks, on the host. fairseq divides gradients by one of them, if it is not zero."""
-        if self._updating and self._reducer is not None:
-            self._reducer.begin_rest()  # before the host waits for other ranks, which may wait for these gradients
-        # The losses of an update are known before its backward pass.
-        scored = self.task.scored if self._updating else None
-        known = scored is not None and not any(torch.is_tensor(stat) for stat in extra_stats_to_sum)
-        with self._beside_the_gradients(scored, known):
-            logging_outputs, stats = _on_the_host((logging_outputs, extra_stats_to_sum))
-            # The ranks end after the same update, whichever of them received a signal.
-            ours = signals.received() or 0
-            outputs, sums = super()._aggregate_logging_outputs(logging_outputs, *stats, ours, ignore=ignore)
-            if self._updating:
-                self._signal_of_any = float(sums[-1]) > 0
-            return outputs, sums[:-1]
 
     def asked_to_end(self) -> Optional[int]:
         """Return a scheduler's signal that this rank, or another one in the last update, has received."""
@@ -241,19 +106,6 @@ class SegmentTrainer(Trainer):
             path = checkpoint_utils.save_checkpoint(self._configuration.checkpoint, self, self._batches, loss)
             if path is not None:
                 self.task.post_save(path, self.get_num_updates())
-
-    def _check_grad_norms(self, grad_norm: Tensor) -> None:
-        """Compare the norms of all ranks, without waiting for the next segment."""
-        with self._beside_the_gradients(known=not grad_norm.is_cuda):
-            super()._check_grad_norms(grad_norm)
-
-    def _reduce_and_log_stats(self, logging_outputs: Any, sample_size: Any, grad_norm: Optional[Tensor] = None) -> Any:
-        """Log the criterion's results; with a norm, those of an update whose backward pass the host has awaited."""
-        if self.device.type == "cuda" and grad_norm is not None:
-            # The optimizer runs on the current stream. These values are older, so another stream copies them.
-            with torch.cuda.stream(_beside(self.device)):
-                logging_outputs, sample_size = _on_the_host((logging_outputs, sample_size))
-        return super()._reduce_and_log_stats(logging_outputs, sample_size, grad_norm)
 
     def consolidate_optimizer(self) -> None:
         """Bring the memory of every rank's streams to the first one, which alone saves.
@@ -388,13 +240,3 @@ class SegmentTrainer(Trainer):
                 loss=extra_state.get("val_loss"),
                 again=self.cfg.checkpoint.reset_dataloader,
             )
-
-
-@cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _on_the_host(sample: Any) -> Any:
-    """Return a copy with all tensors within lists, tuples and dictionaries on the host; their dtypes stay."""
-    return utils.apply_to_sample(lambda t: t.cpu(), sample)
