@@ -53,6 +53,7 @@ SIZES: dict[str, tuple[str, int, int, list[str]]] = {
     "enwik8-320": ("enwik8", 208, 320, []),
     "wt103-adaptive": ("wt103", 267_735, 64, ["--adaptive-softmax-cutoff", CUTOFFS]),
     "wt103-full": ("wt103", 267_735, 64, []),
+    "wt103-adaptive-32": ("wt103", 267_735, 32, ["--adaptive-softmax-cutoff", CUTOFFS]),  # half of the paper's batch
     "wt103-adaptive-256": ("wt103", 267_735, 256, ["--adaptive-softmax-cutoff", CUTOFFS]),
     "wt103-adaptive-768": ("wt103", 267_735, 768, ["--adaptive-softmax-cutoff", CUTOFFS]),
     "quickstart": ("enwik8", 208, 16, QUICKSTART.split()),
