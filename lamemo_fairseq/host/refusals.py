@@ -79,7 +79,7 @@ def out_of_memory(error: BaseException) -> Optional[str]:
         lacking = match[1] if match else "a tensor"
     return (
         f"out of memory, with no room for {lacking}: pass a smaller --tokens-per-sample, --mem-len (of a trained model "
-        "--model-overrides \"{'mem_len': M}\") or --batch-size"
+        "--model-overrides \"{'mem_len': M}\") or --batch-size; in generation also --beam, --max-len-a or --max-len-b"
     )
 
 
