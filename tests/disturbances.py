@@ -171,6 +171,23 @@ def out_of_memory_in_the_backward_pass(every: int = 3) -> None:
 
 
 @fault
+def out_of_memory_twice(segment: int) -> None:
+    """The batch of a segment is dropped, and with it the update."""
+    from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
+
+    features, left = FairseqMemoryDecoder.extract_features, [2]
+
+    def failing(self, src_tokens, src_lengths=None, position=None, *args):
+        if torch.is_grad_enabled() and position.index == segment and left[0] > 0:
+            left[0] -= 1
+            _strike(f"segment {segment}")
+            raise RuntimeError(OUT_OF_MEMORY)
+        return features(self, src_tokens, src_lengths, position, *args)
+
+    FairseqMemoryDecoder.extract_features = failing
+
+
+@fault
 def memory_spoilt(update: int, stream: int) -> None:
     """Before an update one stream's memory holds a NaN."""
 

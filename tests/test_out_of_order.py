@@ -8,7 +8,7 @@ from lamemo_fairseq.tasks.faults import retry_out_of_memory
 from . import disturbances
 from .disturbances import OUT_OF_MEMORY, out_of_memory, struck
 from .helpers import TASK, random_tokens, segments_of, tiny_decoder, write_data
-from .processes import assert_same_run, output_of, train_in_processes
+from .processes import assert_same_run, computed, output_of, train_in_processes
 
 TRAIN = [
     "--decoder-layers", 2, "--decoder-embed-dim", 16, "--decoder-attention-heads", 2, "--decoder-ffn-embed-dim", 32,
@@ -103,6 +103,19 @@ def test_undisturbed_on_one_of_two_ranks(options, fault, on_rank, data, undistur
     assert_same_run(undisturbed(ranks=2), tmp_path)
     if fault is not None:
         assert struck(output_of(tmp_path, on_rank)) >= 3
+
+
+@pytest.mark.parametrize("segment", range(4))
+def test_an_update_that_is_dropped_moves_the_memory_on(segment, data, tmp_path):
+    """The weights stay the same, so that later losses show it."""
+    options = ["--update-freq", 3, "--optimizer", "sgd", "--lr", 1e-30, "--dropout", 0, *UNUSED]
+    options += ["--save-interval-updates", 1, "--max-epoch", 1, "--roll"]
+    whole = run(data, tmp_path / "whole", *options)
+    dropped = run(data, tmp_path / "dropped", *options, fault=disturbances.out_of_memory_twice(segment))
+    assert struck(output_of(dropped)) >= 1
+    losses = [[value for (_, what), value in computed(folder).items() if "loss" in what] for folder in (whole, dropped)]
+    first = segment // 3 * 3
+    assert len(losses[0]) == 11 and losses[1] == losses[0][:first] + losses[0][first + 3 :]
 
 
 class Step:

@@ -5,7 +5,7 @@ import os
 import time
 from contextlib import suppress
 from signal import SIGTERM
-from typing import Any, Callable, Dict, NoReturn, Optional
+from typing import Any, Callable, Dict, List, NoReturn, Optional
 
 import torch
 import torch.distributed as dist
@@ -68,12 +68,21 @@ class SegmentTrainer(AheadTrainer):
             self._batches.unread(len(samples))
             self.save_and_end()
         try:
-            return super().train_step(samples, raise_oom)
+            logged = super().train_step(samples, raise_oom)
+            self._read_left_out(samples)
+            return logged
         except FloatingPointError as error:
             told = self.task.losses.explained(error)
             if told is error:
                 raise
             raise told from None
+
+    def _read_left_out(self, samples: List[Dict[str, Any]]) -> None:
+        """Read the batches of an update that fairseq left without reading them, as memory ran out in one before."""
+        decoder = self.get_model().decoder
+        for sample in samples:
+            if sample and not decoder.streams.has_read(sample["net_input"]["position"]):
+                decoder.move_on(**self._prepare_sample(sample)[0]["net_input"])
 
     def asked_to_end(self) -> Optional[int]:
         """Return a scheduler's signal that this rank, or another one in the last update, has received."""

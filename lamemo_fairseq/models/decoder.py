@@ -153,6 +153,11 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
             return passage.features, passage.losses if self.memory.has_losses else None
         return self.read_text(src_tokens, src_lengths), None
 
+    def move_on(self, src_tokens: Tensor, src_lengths: Tensor, position: SegmentPosition, **unused: Any) -> None:
+        """Read a segment without gradients, so that the memory moves on although the batch is dropped."""
+        with torch.no_grad():
+            self.extract_features(src_tokens, src_lengths, position)
+
     def read_streams(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:
         """Yield the features ``[B, N, d]`` of batches, in order, as `extract_features` returns them in evaluation.
 

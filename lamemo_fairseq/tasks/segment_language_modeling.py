@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+from functools import partial
 from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -288,10 +289,6 @@ class SegmentLanguageModelingTask(PromptTask):
                 sample, model, forward, optimizer, update_num, ignore_grad, **kwargs
             )
 
-        def advance() -> None:
-            with torch.no_grad():
-                self._decoder.extract_features(**inputs)
-
         if self._decoder.memory.has_losses:
             criterion = WithMemoryLosses(criterion)
 
@@ -300,6 +297,7 @@ class SegmentLanguageModelingTask(PromptTask):
             self.scored = torch.cuda.current_stream().record_event() if inputs["src_tokens"].is_cuda else None
             return scored
 
+        advance = partial(self._decoder.move_on, **inputs)
         result = retry_out_of_memory(forward_and_backward, score, model, advance, alone=not several_ranks())
         self._decoder.tell_without_gradient()
         self.losses.check()

@@ -87,6 +87,10 @@ class StreamMemory:
         """Return the training memory after the segment at *position*, None if there is none."""
         return self._of_reading(position, training=True).get(position.index + 1)
 
+    def has_read(self, position: SegmentPosition) -> bool:
+        """Return whether training has read the segment at *position*, or its streams end there."""
+        return position.last or any(index > position.index for index in self._of_reading(position, training=True))
+
     def before(self, position: SegmentPosition, training: bool = True) -> Optional[MemoryState]:
         """Return the memory before the segment at *position*, None if it is empty or missing.
 
