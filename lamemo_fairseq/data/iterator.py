@@ -1,5 +1,6 @@
 """Batches of consecutive segments, in order, each rank reading its own streams."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,6 +17,8 @@ from ..host.ranks import gather_objects, gather_streams
 from ..host.signals import heed_only_the_parent
 from .documents import DocumentDataset
 from .segments import ROLL, TEXT, Segment, SegmentDataset, SegmentKey
+
+logger = logging.getLogger(__name__)
 
 # What a checkpoint that is older than the option was trained with; the memory knows its own options.
 _BEFORE: Dict[str, object] = {"--documents": "none"}
@@ -216,6 +219,15 @@ class SegmentBatchIterator(EpochBatchIterator):
                 streams = slice(self.streams.start, self.streams.stop)
                 self.memory.restore(self._position(state_dict["epoch"], done - 1), state_dict["memory"], streams)
         super().load_state_dict(state_dict)
+
+    def tell_of_another_text(self, state_dict: Dict[str, Any], path: str) -> None:
+        """Warn if the checkpoint *path*, with this saved state, was trained on another text.
+
+        Inside an epoch another text has been refused.
+        """
+        then, now = (state_dict.get("layout") or {}).get(TEXT), self.dataset.tokens.fingerprint
+        if then not in (None, now):
+            logger.warning("%s: the text of the split '%s' is %s, there it was %s", path, self.dataset.split, now, then)
 
     def _layout_options(self) -> Dict[str, Any]:
         """Return the values that the position in an epoch and the memory depend on, by the names of the options."""

@@ -20,7 +20,7 @@ from .checkpoints import keep_due_checkpoint, spare_former, write_checkpoint
 from .quiet import without_records
 from .ranks import is_first_rank
 from .restoring import restoring
-from .training_state import check_named_checkpoint, restore_training_state, tell_of_restored, training_state
+from .training_state import check_named_checkpoint, restore_training_state, tell_of_former_best, training_state
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,9 @@ class SegmentTrainer(AheadTrainer):
             interruption.begin(self)
             spare_former(self, self._batches.next_epoch_idx)
             if extra_state and not reset_optimizer:
-                tell_of_restored(self, filename, extra_state["train_iterator"], self._batches.dataset)
+                tell_of_former_best(self, filename)
+                if len(utils.split_paths(self.cfg.task.data)) == 1:  # else each epoch has a text of its own
+                    self._batches.tell_of_another_text(extra_state["train_iterator"], filename)
                 self._restore(extra_state, reset_lr_scheduler, reset_meters)
 
         self._finish_loading = finish

@@ -12,13 +12,12 @@ import re
 from typing import Any, Dict, List, Optional, Set
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from torch import Tensor
 
 from ..core.names import missing_checkpoint
-from ..data.segments import TEXT, SegmentDataset
 from .commands import names_of
 from .schedules import schedule_state
 
@@ -136,24 +135,13 @@ def check_named_checkpoint(cfg: Any, suffix: str) -> None:
         logger.warning("%s %s is taken, although there is a %s from a run that has begun", option, path, last)
 
 
-def tell_of_restored(trainer: Any, path: str, position: Dict[str, Any], split: SegmentDataset) -> None:
-    """Tell what a run takes over that it may not expect: the best value so far, and an epoch of another text.
-
-    Args:
-        trainer: it has restored the checkpoint *path*.
-        position: saved with it, in the text that it was trained on.
-        split: to train on. Inside an epoch, another text has been refused.
-    """
-    _tell_of_former_best(trainer, path)
-    then, now = position.get("layout", {}).get(TEXT), split.tokens.fingerprint
-    if len(utils.split_paths(trainer.cfg.task.data)) == 1 and then not in (None, now):  # else each epoch has its own
-        logger.warning("%s: the text of the split '%s' is %s, there it was %s", path, split.split, now, then)
-
-
-def _tell_of_former_best(trainer: Any, path: str) -> None:
+def tell_of_former_best(trainer: Any, path: str) -> None:
     """Tell that the best value of a restored run counts, in a folder that has no best checkpoint.
 
     A run that never reaches the value ends without ``checkpoint_best.pt``, as in fairseq.
+
+    Args:
+        trainer: it has restored the checkpoint *path*.
     """
     cfg, name = trainer.cfg.checkpoint, f"checkpoint_best{trainer.checkpoint_suffix}.pt"
     best = getattr(checkpoint_utils.save_checkpoint, "best", None)
