@@ -54,14 +54,27 @@ def test_weights(fault, data, tmp_path):
     assert saved["optimizer_history"][-1]["num_updates"] == 5
 
 
-def test_gradients(data, tmp_path):
+@pytest.mark.parametrize(
+    ("arch", "options", "segment"),
+    [
+        ("lamemo_lm", (), 2),
+        ("lamemo_lm", ("--update-freq", 2), 5),  # the memory before the first of them is no longer there
+        ("transformer_xl_lm", ("--position-encoding", "alibi"), 2),  # fairseq's hooks fail at modules without a tensor
+        ("transformer_xl_lm", ("--position-encoding", "rotary"), 2),
+        ("relative_transformer_lm", ("--position-encoding", "absolute", "--mem-len", 0), 2),
+    ],
+    ids=str,
+)
+def test_gradients(arch, options, segment, data, tmp_path):
     """The loss is finite, so that nothing but the norm of the gradients tells."""
-    assert train(data, tmp_path, disturbances.gradients_spoilt(update=3), "--disable-validation") == [1]
+    spoilt = disturbances.gradients_spoilt(update=3)
+    assert train(data, tmp_path, spoilt, "--disable-validation", *options, arch=arch) == [1]
     message = (
-        "NaN or infinity in update 3, epoch 1: the gradients after segment 2 are not finite, although the loss is. "
-        "Go on from an earlier checkpoint, named with --restore-file, at a lower --lr"
+        f"NaN or infinity in update 3, epoch 1: the gradients after segment {segment} are not finite, although the "
+        "loss is. Go on from an earlier checkpoint, named with --restore-file, at a lower --lr"
     )
-    assert message in output_of(tmp_path)
+    told = output_of(tmp_path)
+    assert message in told.splitlines()[-1] and "another exception occurred" not in told
 
 
 @pytest.mark.parametrize("options", [[], ["--clip-norm", 0.1]])
@@ -103,6 +116,16 @@ def test_what_fairseq_says_of_gradients(text, told):
     explained = watch.explained(error)
     assert str(explained).startswith(told)
     assert (explained is error) == (text == told)
+
+
+def test_a_loss_that_nobody_has_looked_at_explains_the_gradients():
+    """fairseq's second run of an update may end before it."""
+    watch, position = LossWatch(), SegmentPosition("train", 1, 4, 16, (0, 1), 3)
+    watch.note(torch.tensor(float("nan")), position, 4, tiny_decoder().streams)
+    told = str(watch.explained(FloatingPointError("gradients are Nan/Inf")))
+    assert told.startswith(
+        "NaN or infinity in update 4, epoch 1: the loss of segment 3 of streams 0, 1 of 'train' is not"
+    )
 
 
 def test_nothing_is_saved_after_a_loss_that_nobody_has_looked_at(data, tmp_path):

@@ -71,8 +71,12 @@ class SegmentTrainer(AheadTrainer):
             logged = super().train_step(samples, raise_oom)
             self._read_left_out(samples)
             return logged
-        except FloatingPointError as error:
-            told = self.task.losses.explained(error)
+        except Exception as error:
+            # fairseq runs the update once more, with hooks, to name a module: that may fail and hide the first error.
+            first: Optional[BaseException] = error
+            while not (first is None or isinstance(first, FloatingPointError)):
+                first = first.__context__
+            told = error if first is None else self.task.losses.explained(first)
             if told is error:
                 raise
             raise told from None

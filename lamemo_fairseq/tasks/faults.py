@@ -68,8 +68,8 @@ class LossWatch:
     def explained(self, error: FloatingPointError) -> FloatingPointError:
         """Return the error to end the run with, where fairseq says that gradients are not fine; any other as it is.
 
-        fairseq has run the update once more, to name a module: the segment noted last is of that update. On several
-        ranks it takes gradients that are no numbers for different ones.
+        fairseq has run the update once more, to name a module, or tried to: the segment noted last is of that update.
+        On several ranks it takes gradients that are no numbers for different ones.
         """
         text = str(error)
         if _OF_FAIRSEQ.match(text) is None:
@@ -77,6 +77,10 @@ class LossWatch:
         if self._noted is None or not re.search(r"Nan/Inf|= +-?(nan|inf)", text):
             return DivergenceError(" ".join(re.sub("-{9,}", "", text).split()))
         _, position, update, _ = self._noted
+        try:
+            self.check()  # where the second run did not come to it
+        except DivergenceError as found:
+            return found
         return DivergenceError(
             f"NaN or infinity in update {update}, epoch {position.epoch}: the gradients after segment {position.index} "
             f"are not finite, although the loss is. {_REMEDY}"
