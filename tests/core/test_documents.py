@@ -184,8 +184,10 @@ def test_memory_by_position_is_cleared_where_the_position_says_so(variant):
     assert memory.before(second) is None
     read(tokens, first)
     alone = model.read(others).features
-    assert memory.saved(first) is not None
+    after = memory.saved(first)
     begun = memory.before(second)
+    assert after is not None and memory.saved(first) is after  # a checkpoint of now does not depend on it
+    assert memory.before(second) is begun and memory.read(second, training=True) is begun
     for _ in range(2):
         features = read(others, second)
         assert begun is None or memory.read(second, training=True).tensors()[0] is begun.tensors()[0]

@@ -5,7 +5,7 @@ a dummy batch on a rank without a batch. So nothing here depends on the order of
 its position in them, and gets exactly the memory of that position.
 """
 
-from typing import Dict, List, Mapping, Optional, Tuple, Type, Union, cast
+from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union, cast
 
 from .base import MemoryState, SavedField
 from .groups import SavedGroups, advance, load_groups
@@ -18,6 +18,14 @@ class MissingMemoryError(RuntimeError):
 
 class DivergenceError(FloatingPointError):
     """A loss or a memory is not a finite number."""
+
+
+class _Asked(NamedTuple):
+    """The memory before a segment that has not been read yet."""
+
+    position: SegmentPosition
+    after: Optional[MemoryState]  # of the segment before
+    state: Optional[MemoryState]
 
 
 class StreamMemory:
@@ -44,6 +52,7 @@ class StreamMemory:
         self._state = state
         self._readings: Dict[Tuple[str, bool], Reading] = {}
         self._states: Dict[Tuple[str, bool], Dict[int, Optional[MemoryState]]] = {}
+        self._asked: Dict[Tuple[str, bool], _Asked] = {}
 
     def __reduce__(self) -> Tuple[object, ...]:
         # A copied or stored model (an averaged one, say) has read nothing yet.
@@ -67,7 +76,11 @@ class StreamMemory:
             )
         for index in [i for i in states if i < position.index]:
             del states[index]
-        return self.before(position, training)
+        state = self.before(position, training)
+        if state is not None:
+            states[position.index] = state
+        self._asked.pop(key, None)
+        return state
 
     def write(self, position: SegmentPosition, training: bool, state: MemoryState) -> None:
         """Store the memory after the segment at *position*, unless its streams end there."""
@@ -94,15 +107,18 @@ class StreamMemory:
     def before(self, position: SegmentPosition, training: bool = True) -> Optional[MemoryState]:
         """Return the memory before the segment at *position*, None if it is empty or missing.
 
-        Unlike `read`, it allows the segment before to be read again.
+        Unlike `read`, it allows the segment before to be read again, and `saved` returns what it would have. `read`
+        then returns the same tensors.
         """
         states = self._of_reading(position, training)
         if position.index not in states:
             return None
-        state = advance(states[position.index], len(position.streams), position.cleared, position.ended)
-        if state is not None:  # the same tensors for every later call
-            states[position.index] = state
-        return state
+        key, after = (position.split, training), states[position.index]
+        asked = self._asked.get(key)
+        if asked is None or asked.position != position or asked.after is not after:
+            state = advance(after, len(position.streams), position.cleared, position.ended)
+            asked = self._asked[key] = _Asked(position, after, state)
+        return asked.state
 
     def _of_reading(self, position: SegmentPosition, training: bool) -> Dict[int, Optional[MemoryState]]:
         key = (position.split, training)
