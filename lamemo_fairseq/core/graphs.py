@@ -280,7 +280,7 @@ class _TrainingRecording(_Recording):
             return _Begun(self, tokens, state, before, after, *self._connected())
 
     def versions(self) -> List[int]:
-        """Return how often each parameter has been changed in place."""
+        """Return how often each parameter has been changed in place. PyTorch counts no change through ``.data``."""
         return [p._version for p in self.parameters]
 
 

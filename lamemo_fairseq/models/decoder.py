@@ -111,7 +111,7 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         if self.training:
             self._scores = target is not None
         if target is not None:
-            ahead, self._ahead = self._ahead, None
+            ahead, self._ahead = self._ahead, None  # validation lets a loss go, as it may need the device's memory
             target = target if real is None else target[real].unsqueeze(0)
             plan: Any = ahead.plan if ahead is not None and ahead.target is target else self.loss_layer.plan(target)
             features, extra = self.extract_features(src_tokens, src_lengths, position)
