@@ -101,5 +101,5 @@ def test_a_weight_that_nothing_trains_is_told(tmp_path, monkeypatch):
     ]
     assert "no gradient" not in printed(train.cli_main, *command)
     monkeypatch.setattr(RecurrentMemory, "__init__", with_gate)
-    told = "memory.gate has no gradient in the first update: it may never be trained, and several ranks would wait for"
+    told = "memory.gate: no gradient in the first update; it may never be trained, and several ranks would wait for"
     assert printed(train.cli_main, *command).count(told) == 1

@@ -19,7 +19,7 @@ from .layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbeddin
 from .memory import MEMORIES, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
 from .memory.base import last_rows
 from .memory.groups import GroupedState, read_groups
-from .memory.own import check_fields, check_passage, check_unchanged, versions
+from .memory.own import check_fields, check_parts, check_passage, check_unchanged, versions
 from .positions import POSITIONS, PositionConfig, PositionEncoding
 from .segments import SegmentReader
 
@@ -43,6 +43,8 @@ class MemoryDecoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.memory = _memory(config)
         self.positions = _positions(config, self.memory)
+        for part in (self.memory, self.positions):
+            check_parts(part)
         self.layers = _layers(config, self.memory)
         self.output: Optional[FullSoftmax] = None
         self.adaptive_softmax: Optional[AdaptiveSoftmax] = None
@@ -161,8 +163,8 @@ class MemoryDecoder(nn.Module):
         names = [name for name, p in self.named_parameters() if p.requires_grad and p.grad is None]
         if names:
             logger.warning(
-                "%s has no gradient in the first update: it may never be trained, and several ranks would wait for it; "
-                "let features depend on it, or add it by with_unread (core/memory/unread.py)",
+                "%s: no gradient in the first update; it may never be trained, and several ranks would wait for it. "
+                "Let features depend on it, as where slots are read, or add it by with_unread (core/memory/unread.py)",
                 " and ".join(names) if len(names) < 3 else f"{names[0]}, one of {len(names)} such weights,",
             )
 

@@ -183,8 +183,8 @@ def _untrained(variant: Variant) -> Optional[str]:
                 if parameter.grad is None:
                     return (
                         f"{name} has no gradient in update {index} with --bptt-segments {segments}, and several ranks "
-                        "would wait for it: let features depend on it in every update, with carries_gradient = True "
-                        "through the state, or add it by with_unread (core/memory/unread.py)"
+                        "would wait for it: let features depend on it in every update, as where slots are read, "
+                        "not where they are stored; or add it by with_unread (core/memory/unread.py)"
                     )
                 zero[name] = zero.get(name, True) and not parameter.grad.any()
     if True in zero.values():

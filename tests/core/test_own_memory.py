@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lamemo_fairseq.core.attention import Attended
 from lamemo_fairseq.core.decoding.cache import FrozenCache, LayerCache
 from lamemo_fairseq.core.kernels.padded import join
 from lamemo_fairseq.core.layers import CausalSelfAttention
 from lamemo_fairseq.core.memory import MEMORIES, MemoryState
-from lamemo_fairseq.core.memory.base import LayerPassage, last_rows
+from lamemo_fairseq.core.memory.base import LayerPassage, Memory, last_rows
 from lamemo_fairseq.core.memory.recurrent import RecurrentMemory
 
 from .helpers import random_tokens, tiny_decoder
@@ -323,3 +324,23 @@ def test_a_layer_gets_its_own_bias(monkeypatch):
     message = r"^--memory recurrent: attention got type list as a layer's bias: pass segment.biases\[n\]$"
     with pytest.raises(ValueError, match=message):
         tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    [
+        (lambda: [nn.Linear(2, 2)], "list that .*: make it an nn.ModuleList or nn.ParameterList"),
+        (lambda: (nn.Parameter(torch.ones(2)),), "tuple that .*: make it an nn.ModuleList"),
+        (lambda: {"in": nn.Linear(2, 2)}, "dict that .*: make it an nn.ModuleDict or nn.ParameterDict"),
+    ],
+)
+def test_weights_that_the_model_does_not_know(monkeypatch, made, kind):
+    """They would be drawn anew when the model is loaded."""
+
+    def init(self, config):
+        Memory.__init__(self, config)
+        self.gates = made()
+
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(__init__=init)})
+    with pytest.raises(ValueError, match=rf"^AverageMemory\.gates is a {kind}"):
+        tiny_decoder(("recurrent", "transformer-xl", "right"))

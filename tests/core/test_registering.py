@@ -145,6 +145,7 @@ def initial_state(self, x):
         ({"fills_caches": True}, "has fills_caches = True: define fill_cache too, or leave fills_caches out"),
         ({"has_losses": True}, "has has_losses = True: define losses_of too, or leave has_losses out"),
         ({"layout": ("mean",)}, ".layout has 'mean', which is no option: name fields of the class's options"),
+        ({"layout": "mean"}, ".layout is a string: write ('mean',)"),
         ({"state": Undecided}, "Undecided is no dataclass: write @dataclass(frozen=True) above it"),
         ({"cache": Endless}, "Endless begins no decoding: extend SegmentCache, and define empty in it"),
         ({"cache": dict}, "dict begins no decoding: extend SegmentCache, and define empty in it"),

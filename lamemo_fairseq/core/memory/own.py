@@ -8,7 +8,7 @@ from inspect import get_annotations
 from typing import Any, List, Mapping, Optional, Tuple, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..decoding.cache import SegmentCache
 
@@ -73,9 +73,28 @@ def check_methods(memory: Any, base: Any) -> None:
             raise ValueError(f"{name} has {attribute} = True: define {method} too, or leave {attribute} out")
     if not issubclass(memory.cache, SegmentCache) or memory.cache.empty.__func__ is SegmentCache.empty.__func__:  # type: ignore[attr-defined]
         raise ValueError(f"{memory.cache.__name__} begins no decoding: extend SegmentCache, and define empty in it")
+    if isinstance(memory.layout, str):
+        raise ValueError(f"{name}.layout is a string: write ({memory.layout!r},)")
     unknown = sorted(set(memory.layout) - {f.name for f in fields(memory.options)})
     if unknown:
         raise ValueError(f"{name}.layout has '{unknown[0]}', which is no option: name fields of the class's options")
+
+
+def check_parts(module: nn.Module) -> None:
+    """Refuse modules and parameters that a list, tuple or dictionary hides from the model.
+
+    Raises:
+        ValueError: they would not be trained, saved or moved to a device; the message names the attribute.
+    """
+    for owner in module.modules():
+        for name, value in vars(owner).items():
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            if not name.startswith("_") and any(isinstance(part, (nn.Module, nn.Parameter)) for part in parts):
+                kind = "Dict" if isinstance(value, dict) else "List"
+                raise ValueError(
+                    f"{type(owner).__name__}.{name} is a {type(value).__name__} that hides weights from the model, "
+                    f"which would not be trained or saved: make it an nn.Module{kind} or nn.Parameter{kind}"
+                )
 
 
 def check_members(options: type) -> None:
