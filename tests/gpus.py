@@ -59,10 +59,11 @@ def _moves(node):
 
 def check_marks(items):
     """See that ``-m gpu`` selects some of the tests, and all of those that use a GPU."""
-    if len({item.path for item in items}) == 1:
+    paths = {item.path for item in items}
+    if len(paths) == 1:
         pytest.skip("checks the marks of the tests that it runs with")
-    using = {path: users(path) for path in {item.path for item in items}}
+    using = {path: users(path) for path in paths}
     marked = [item for item in items if item.get_closest_marker("gpu")]
-    assert marked
+    assert marked or len(paths) < len(list(next(iter(paths)).parent.glob("test_*.py")))
     names = {(item.path, getattr(item, "originalname", item.name)) for item in items if item not in marked}
     assert not {(path.name, name) for path, name in names if name in using[path]}
