@@ -269,8 +269,10 @@ class SegmentCache(Generic[M, L]):
                     yield owner, name, value
 
     def _check_field(self, name: str, value: object) -> None:
-        batch, named = len(self.positions), hasattr(value, "_fields")
-        for part in value if isinstance(value, tuple) and named else () if value is None else (value,):
+        if value is None:
+            return
+        batch = len(self.positions)
+        for part in value if isinstance(value, tuple) and hasattr(value, "_fields") else (value,):
             if not isinstance(part, Tensor) or part.shape[:1] != (batch,):
                 kind = list(part.shape) if isinstance(part, Tensor) else f"of type {type(part).__name__}"
                 raise ValueError(
