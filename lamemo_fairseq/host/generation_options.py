@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterable, List
 
 from fairseq.dataclass.configs import GenerationConfig
 
+from ..core.decoding.drawing import LEAST_TEMPERATURE
 from ..core.names import did_you_mean, option_name
 
 logger = logging.getLogger(__name__)
@@ -130,10 +131,10 @@ def _check_ranges(value: Any) -> None:
             raise ValueError(
                 f"{option_name(name)} is {value(name)}: pass a number between {-_GREATEST:g} and {_GREATEST:g}"
             )
-    if not value("temperature") >= 1 / _GREATEST:
+    if not value("temperature") >= LEAST_TEMPERATURE:
         raise ValueError(
-            f"--temperature is {value('temperature')}: pass a positive number, {1 / _GREATEST:g} or more; for the most "
-            "probable words leave out --sampling, or pass --sampling-topk 1"
+            f"--temperature is {value('temperature')}: pass a positive number, {LEAST_TEMPERATURE:g} or more; for the "
+            "most probable words leave out --sampling, or pass --sampling-topk 1"
         )
     if value("nbest") > value("beam"):
         raise ValueError(f"--nbest {value('nbest')} is more than --beam {value('beam')} finds: pass a larger --beam")

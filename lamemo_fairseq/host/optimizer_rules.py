@@ -1,10 +1,9 @@
 """Options of fairseq's optimizers and schedules that end a run with a traceback, or spoil it without a word."""
 
 import logging
-from typing import Any
 
 from ..core.names import option_name
-from .option_rules import Settings
+from .option_rules import Settings, listed
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +23,13 @@ def check_optimizer(settings: Settings) -> None:
         ValueError: with the option and the remedy.
     """
     optimizer, schedule = str(settings.get("optimizer")), str(settings.get("lr_scheduler"))
-    if _several(settings.get("lr")) and schedule in _ONE_RATE:
+    if len(listed(settings.get("lr"))) > 1 and schedule in _ONE_RATE:
         raise ValueError(
             f"--lr has several values, one an epoch, which --lr-scheduler {schedule} does not follow: pass one, or "
             "--lr-scheduler fixed"
         )
     half = next((name for name in _HALF if settings.get(name)), None)
-    if _several(settings.get("update_freq")) and half is not None and settings.get("fp16_scale_window") is None:
+    if len(listed(settings.get("update_freq"))) > 1 and half is not None and settings.get("fp16_scale_window") is None:
         raise ValueError(
             f"--update-freq has several values, for which fairseq asks for a --fp16-scale-window with "
             f"{option_name(half)}: pass one, such as 2000, or one value"
@@ -53,7 +52,3 @@ def check_optimizer(settings: Settings) -> None:
             "--scale-parameter: fairseq multiplies the learning rate by the scale of each parameter in turn, and keeps "
             "the product for the next one, so that all but the first hardly move; leave it out"
         )
-
-
-def _several(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 1

@@ -23,6 +23,11 @@ REFUSED, IGNORED, NOTED = "refused", "ignored", "noted"
 _JOINED = {REFUSED: " is refused: ", IGNORED: " is ignored: ", NOTED: ": "}
 
 
+def listed(value: Any) -> Sequence[Any]:
+    """Return the values of an option that may have one or several."""
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
 def always(_: Settings) -> bool:
     """Hold for any settings."""
     return True

@@ -6,7 +6,7 @@ import os
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Collection, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Collection, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 from fairseq.dataclass.configs import FairseqConfig
@@ -21,7 +21,7 @@ from .dataclass_defaults import defaults_of
 from .evaluated_options import check_evaluated
 from .generation_options import check_generation
 from .optimizer_rules import WITH_RATE, check_optimizer
-from .option_rules import EVALUATION, GENERATE, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings
+from .option_rules import EVALUATION, GENERATE, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings, listed
 from .option_table import rules_for
 from .outputs import check_outputs
 from .refusals import print_in_one_line_under_hydra
@@ -216,11 +216,11 @@ def _check_ranks(settings: Settings) -> None:
 
 def _check_values(settings: Settings) -> None:
     for name, value in settings.items():
-        if any(isinstance(v, float) and math.isnan(v) for v in _listed(value)):  # no comparison would find it
+        if any(isinstance(v, float) and math.isnan(v) for v in listed(value)):  # no comparison would find it
             raise ValueError(f"{option_name(name)} is nan: pass a number")
     for least, names in _AT_LEAST.items():
         for name in names:
-            values = _listed(settings.get(name))
+            values = listed(settings.get(name))
             if any(isinstance(v, (int, float)) and v < least for v in values):
                 raise ValueError(f"{option_name(name)} is {', '.join(map(str, values))}, it must be at least {least}")
     if (settings.get("shard_id") or 0) >= (settings.get("num_shards") or 1):
@@ -293,12 +293,8 @@ def not_known(kind: str, name: str, known: Iterable[str]) -> str:
     return f"{kind}{name} is not known: {did_you_mean(name, names) or otherwise}"
 
 
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
 def _first(value: Any) -> float:
-    return float(_listed(value)[0] or 0)
+    return float(listed(value)[0] or 0)
 
 
 _line_checked = False  # whether the command line of the next task has been checked

@@ -10,7 +10,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-_LEAST_TEMPERATURE = 1e-30
+LEAST_TEMPERATURE = 1e-30
 
 
 def truncated(log_probs: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tuple[Tensor, Optional[Tensor]]:
@@ -62,9 +62,9 @@ class Draw:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        warm = self.temperature == 0 or self.temperature >= _LEAST_TEMPERATURE
+        warm = self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE
         wrong = {
-            "temperature": (warm, f"0 for the most probable word, or {_LEAST_TEMPERATURE:g} and more"),
+            "temperature": (warm, f"0 for the most probable word, or {LEAST_TEMPERATURE:g} and more"),
             "top_k": (self.top_k >= 0, "0 for all words, or how many"),
             "top_p": (0 < self.top_p <= 1, "above 0, and 1 at most"),
         }
