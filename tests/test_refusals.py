@@ -11,7 +11,7 @@ from fairseq import options
 from lamemo_fairseq.core.folder import check_folder
 from lamemo_fairseq.host import interruption, refusals
 from lamemo_fairseq.host.configuration import read_ours
-from lamemo_fairseq.host.start import _first
+from lamemo_fairseq.host.optimizer_rules import _first
 
 
 def error_of(function, *arguments):

@@ -6,7 +6,7 @@ import os
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Collection, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Collection, Dict, Iterable, List, Optional, Tuple
 
 import torch
 from fairseq.dataclass.configs import FairseqConfig
@@ -20,7 +20,7 @@ from ..criterions import FAIRSEQ_CRITERIONS
 from .dataclass_defaults import defaults_of
 from .evaluated_options import check_evaluated
 from .generation_options import check_generation
-from .optimizer_rules import WITH_RATE, check_optimizer
+from .optimizer_rules import WITH_RATE, check_needs, check_optimizer
 from .option_rules import EVALUATION, GENERATE, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings, listed
 from .option_table import rules_for
 from .outputs import check_outputs
@@ -40,120 +40,6 @@ _AT_LEAST: Dict[int, Tuple[str, ...]] = {
         *("empty_cache_freq", "ema_start_update", "shard_id", "softmax_batch", "weight_decay", "adam_eps"),
     ),
 }
-
-
-class Need(NamedTuple):
-    """A requirement of a choice."""
-
-    option: str
-    choice: str
-    met: Callable[[Settings], bool]
-    remedy: str
-
-
-def _positive(*names: str) -> Callable[[Settings], bool]:
-    return lambda settings: any(float(settings.get(name) or 0) > 0 for name in names)
-
-
-_NEEDS = (
-    Need(
-        "lr_scheduler",
-        "cosine",
-        _positive("max_update", "lr_period_updates"),
-        "pass --max-update, over which the rate falls, or --lr-period-updates",
-    ),
-    Need(
-        "lr_scheduler",
-        "cosine",  # fairseq would divide by zero in the last update
-        lambda s: _positive("lr_period_updates")(s) or s.get("max_update") != s.get("warmup_updates"),
-        "pass fewer --warmup-updates than --max-update",
-    ),
-    Need("lr_scheduler", "cosine", _positive("t_mult"), "pass --t-mult above 0"),
-    Need(
-        "lr_scheduler",
-        "step",
-        lambda s: s["lr_deacy_period"] > 0 and s["lr_decay"] <= 1 and s["min_lr"] < _first(s.get("lr")),
-        "pass --lr-deacy-period above 0, --lr-decay up to 1 and --min-lr below --lr",
-    ),
-    Need(
-        "lr_scheduler",
-        "inverse_sqrt",
-        _positive("warmup_updates"),
-        "pass --warmup-updates above 0, from which its fall is counted",
-    ),
-    Need(
-        "lr_scheduler",
-        "polynomial_decay",
-        _positive("total_num_update"),
-        "pass --total-num-update, the number of updates over which the rate falls, such as that of --max-update",
-    ),
-    Need(
-        "lr_scheduler",
-        "tri_stage",
-        lambda s: _positive("warmup_steps", "hold_steps", "decay_steps")(s) or bool(s.get("phase_ratio")),
-        "pass --warmup-steps, --hold-steps and --decay-steps, or --phase-ratio such as '(0.1,0.4,0.5)'",
-    ),
-    Need(
-        "lr_scheduler",
-        "tri_stage",
-        lambda s: not s.get("phase_ratio") or _positive("max_update")(s),
-        "with --phase-ratio pass --max-update, of which it gives parts",
-    ),
-    Need(
-        "lr_scheduler",
-        "tri_stage",
-        lambda s: bool(s.get("phase_ratio")) or _positive("decay_steps")(s),
-        "pass --decay-steps above 0",
-    ),
-    Need(
-        "lr_scheduler",
-        "triangular",
-        lambda s: float(s.get("lr_period_updates") or 0) >= 2,
-        "pass --lr-period-updates of 2 or more",
-    ),
-    Need(
-        "lr_scheduler",
-        "triangular",
-        lambda s: float(s.get("max_lr") or 0) > _first(s.get("lr")),
-        "pass --max-lr, a rate above --lr",
-    ),
-    Need(
-        "lr_scheduler",
-        "reduce_lr_on_plateau",
-        lambda s: not s.get("disable_validation"),
-        "it lowers the rate by the validation loss: leave out --disable-validation",
-    ),
-    Need(
-        "lr_scheduler",
-        "reduce_lr_on_plateau",
-        lambda s: float(s.get("lr_shrink") or 0) < 1,
-        "pass --lr-shrink below 1, by which the rate is multiplied",
-    ),
-    Need(
-        "lr_scheduler",
-        "pass_through",
-        lambda s: str(s.get("optimizer")) == "composite",
-        "it is for --optimizer composite: pass another, such as fixed or cosine",
-    ),
-    Need(
-        "optimizer",
-        "composite",
-        lambda s: bool(s.get("groups")),
-        "it takes groups of parameters from a YAML, which these models do not form: pass another, such as adam",
-    ),
-    Need(
-        "criterion",
-        "adaptive_loss",
-        lambda s: bool(s.get("adaptive_softmax_cutoff")),
-        "pass --adaptive-softmax-cutoff, such as 20000,60000, or --criterion cross_entropy",
-    ),
-    Need(
-        "criterion",
-        "adaptive_loss",
-        lambda s: s.get("ddp_backend") in ("legacy_ddp", "no_c10d"),
-        "pass --ddp-backend legacy_ddp as well",
-    ),
-)
 
 
 def check(command: str, settings: Settings, given: Collection[str], changed: Collection[str]) -> None:
@@ -237,9 +123,7 @@ def _check_choices(settings: Settings) -> None:
         raise ValueError("no --optimizer: pass one, such as --optimizer adam")
     check_optimizer(settings)
     check_criterion_name(str(settings.get("criterion")))
-    for need in _NEEDS:
-        if str(settings.get(need.option)) == need.choice and not need.met(settings):
-            raise ValueError(f"{option_name(need.option)} {need.choice} is incomplete: {need.remedy}")
+    check_needs(settings)
     restored = settings.get("restore_file") not in (None, "checkpoint_last.pt")
     if settings.get("finetune_from_model") and restored:
         raise ValueError("--finetune-from-model begins a run and --restore-file goes on with one: pass one of the two")
@@ -291,10 +175,6 @@ def not_known(kind: str, name: str, known: Iterable[str]) -> str:
     names = list(known)
     otherwise = f"pass one of {', '.join(names)}" if len(names) < 20 else "--help lists the known names"
     return f"{kind}{name} is not known: {did_you_mean(name, names) or otherwise}"
-
-
-def _first(value: Any) -> float:
-    return float(listed(value)[0] or 0)
 
 
 _line_checked = False  # whether the command line of the next task has been checked
