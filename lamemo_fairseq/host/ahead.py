@@ -9,6 +9,7 @@ norm, fairseq ends the run as usual; its crash.pt then holds the updated weights
 
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from . import signals
 from .data_parallel import GradientReducer, reducer_for, wrapped
-from .dataclass_defaults import attributes
 from .lost_ranks import watch_ranks
 from .mixed_precision import FP16Optimizer
 from .optimizers import adopt, meanwhile
@@ -95,7 +95,7 @@ class AheadTrainer(Trainer):
 
     def begin_epoch(self, epoch: int) -> None:
         """Begin an epoch, or go on with one."""
-        self._options = attributes(OmegaConf.to_container(self.cfg, resolve=True))
+        self._options = _attributes(OmegaConf.to_container(self.cfg, resolve=True))
         super().begin_epoch(epoch)
 
     def train_step(self, samples: Any, raise_oom: bool = False) -> Any:
@@ -183,3 +183,10 @@ def _beside(device: torch.device) -> torch.cuda.Stream:
 def _on_the_host(sample: Any) -> Any:
     """Return a copy with all tensors within lists, tuples and dictionaries on the host; their dtypes stay."""
     return utils.apply_to_sample(lambda t: t.cpu(), sample)
+
+
+def _attributes(section: Any) -> Any:
+    """Return a dictionary, and those within it, as objects with its entries as attributes; all else as it is."""
+    if not isinstance(section, dict):
+        return section
+    return SimpleNamespace(**{str(name): _attributes(entry) for name, entry in section.items()})

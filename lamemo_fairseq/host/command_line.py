@@ -9,12 +9,12 @@ from typing import Any, Dict, Iterator, NoReturn, Sequence, Set
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
-from omegaconf import OmegaConf
 
 from ..core.names import option_name
 from . import absent_options, start
 from .checkpoint_files import is_our_model, is_our_task
 from .configuration import check_model
+from .dataclass_defaults import defaults_of
 from .evaluated_options import read_as_before, read_in_words
 from .optimizer_rules import WITH_RATE
 from .option_rules import EVAL_LM, GENERATE, INTERACTIVE, TRAIN, VALIDATE
@@ -126,8 +126,7 @@ class CommandLine:
         if self.command != TRAIN or not is_our_model(self.named.arch):
             return {}
         dataclass = MODEL_DATACLASS_REGISTRY[ARCH_MODEL_NAME_REGISTRY[self.named.arch]]
-        plain = OmegaConf.to_container(OmegaConf.structured(dataclass), resolve=False, enum_to_str=True)
-        return {str(k): v for k, v in plain.items() if not str(v).startswith("${")}  # type: ignore[union-attr]
+        return {name: value for name, value in defaults_of(dataclass).items() if not str(value).startswith("${")}
 
     def _given(self) -> Set[str]:
         strings = {word.split("=", 1)[0] for word in self.words if word.startswith("-")}

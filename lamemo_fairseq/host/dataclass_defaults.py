@@ -1,7 +1,6 @@
-"""fairseq's dataclasses of options: their defaults, made once, as a resume asks a dozen times; and plain copies."""
+"""fairseq's dataclasses of options, and their defaults: made once, as a resume asks a dozen times."""
 
 import copy
-from types import SimpleNamespace
 from typing import Any, Dict, Type
 
 from fairseq.dataclass import FairseqDataclass
@@ -23,10 +22,3 @@ def structured(dataclass: Type[FairseqDataclass]) -> Any:
     if dataclass not in _options:
         _options[dataclass] = OmegaConf.structured(dataclass())
     return _options[dataclass]
-
-
-def attributes(section: Any) -> Any:
-    """Return a dictionary, and those within it, as objects with its entries as attributes; all else as it is."""
-    if not isinstance(section, dict):
-        return section
-    return SimpleNamespace(**{str(name): attributes(entry) for name, entry in section.items()})
