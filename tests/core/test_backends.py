@@ -46,7 +46,7 @@ def test_fused_by_name_needs_a_gpu(monkeypatch):
 
 
 def test_fused_by_name_needs_triton(monkeypatch):
-    monkeypatch.setattr(choice, "_has_triton", lambda: False)
+    monkeypatch.setattr(choice, "has_triton", lambda: False)
     with pytest.raises(ValueError, match="pip install triton"):
         causal_attention("fused", *rows(), RelativeBias())
 

@@ -3,13 +3,13 @@
 Shapes: B streams, H heads, Q queries, D size of a head.
 """
 
-import importlib.util
 import logging
 from functools import cache
 from typing import Callable, Optional
 
 from torch import Tensor
 
+from ..kernels.rows import has_triton
 from . import blocked
 from .operation import BACKENDS, Operation, refusal
 
@@ -53,16 +53,11 @@ def why_not_fused(q: Tensor, operation: Optional[Operation[...]] = None) -> Opti
     """Return why the fused kernels cannot take queries ``q [B, H, Q, D]`` of an operation, None if they can."""
     if operation is not None and not operation.has("fused"):
         return operation.lacks("fused")
-    if not _has_triton():
+    if not has_triton():
         return "Triton is not installed (pip install triton)"
     from .fused import why_not
 
     return why_not(q)
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @cache

@@ -16,11 +16,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def fusable(rows: Tensor) -> bool:
     """Tell whether the kernels take *rows*: on a GPU, in single or half precision, outside autocast and compilation."""
     fits = rows.is_cuda and rows.dtype in DTYPES
-    return fits and not torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling() and _has_triton()
+    return fits and not torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling() and has_triton()
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Return whether Triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 

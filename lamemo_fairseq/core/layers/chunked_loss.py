@@ -3,7 +3,6 @@
 Shapes: T tokens, V words, d width.
 """
 
-import importlib.util
 from functools import cache
 from typing import Optional, Tuple
 
@@ -14,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.autograd import Context, Function
 from ..kernels.padded import with_zeros
+from ..kernels.rows import has_triton
 
 SMALLEST_CHUNK = 1 << 25  # scores, 64 MiB in half precision
 
@@ -96,7 +96,7 @@ class _LinearCrossEntropy(Function):
 
 def _softmax_gradient(scores: Tensor, target: Tensor, learns: bool) -> Tuple[Tensor, Tensor]:
     """Return the summed loss, and its gradient with respect to scores ``[T, V]``, which may be overwritten."""
-    if scores.is_cuda and scores.dtype != torch.float64 and _has_triton():
+    if scores.is_cuda and scores.dtype != torch.float64 and has_triton():
         from ..kernels.softmax_kernel import softmax_gradient_
 
         return softmax_gradient_(scores, target, learns).sum(), scores
@@ -128,8 +128,3 @@ def _add_product(total: Optional[Tensor], d_scores: Tensor, features: Tensor, dt
 def _sums_in_single() -> bool:
     """Return whether PyTorch has products of half-precision numbers that come out in float32."""
     return "dtype_out" in torch.ops.aten.addmm.overloads()
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
