@@ -18,7 +18,7 @@ from .core.memory import DivergenceError
 from .evaluation.evaluate import evaluate
 from .evaluation.opening import open_split
 from .host.interruption import end_in_one_line
-from .host.refusals import explain_out_of_memory
+from .refusals import explain_out_of_memory
 
 OVERRIDES = (
     *("mem_len", "tokens_per_sample"),

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "lamemo_fairseq"
 
 # From the bottom up. Modules of one line do not import one another.
 PACKAGE = [
-    "core needs_fairseq",
+    "core needs_fairseq refusals",
     "huggingface lm_eval arguments locks",
     "criterions",
     "host",

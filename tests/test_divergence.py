@@ -10,7 +10,7 @@ from fairseq_cli import eval_lm, validate
 
 from lamemo_fairseq.core.memory import DivergenceError
 from lamemo_fairseq.core.memory.position import SegmentPosition
-from lamemo_fairseq.host.refusals import is_refusal
+from lamemo_fairseq.refusals import is_refusal
 from lamemo_fairseq.tasks.faults import LossWatch
 
 from . import disturbances

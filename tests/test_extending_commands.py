@@ -63,12 +63,54 @@ def extended(folder, changed=lambda text: text):
 def test_names_that_fairseq_would_mistake(old, new, message, tmp_path):
     """fairseq would train another model, or leave the option out, and not say so."""
     extended(tmp_path, lambda text: text.replace(old, new))
+    assert told_by(tmp_path, "-c", "import lamemo_fairseq") == f"{message}\n"
+
+
+REFUSED = ("def initial_state", "def initial_stat")
+NO_STATE = "memory 'last-inputs': LastInputsMemory has no state before the first segment: define initial_state(x)"
+
+
+@pytest.mark.parametrize("command", ["train", "interactive"])
+def test_a_refused_memory_ends_a_command_in_one_line(command, tmp_path):
+    """The memory is registered while --user-dir is imported, before the command line is checked."""
+    extended(tmp_path, lambda text: text.replace(*REFUSED))
+    given = ["data-bin", "--user-dir", "lamemo_fairseq", "--task", "segment_language_modeling"]
+    assert told_by(tmp_path, "-m", f"fairseq_cli.{command}", *given) == f"{NO_STATE}\n"
+
+
+def test_a_refused_memory_ends_a_run_of_hydra_in_one_line(tmp_path):
+    extended(tmp_path, lambda text: text.replace(*REFUSED))
+    told = told_by(tmp_path, "-m", "fairseq_cli.hydra_train", "common.user_dir=lamemo_fairseq")
+    assert told.endswith(f"\n{NO_STATE}\n") and "Traceback" not in told
+
+
+def test_a_refused_memory_ends_a_table_in_one_line(tmp_path):
+    extended(tmp_path, lambda text: text.replace(*REFUSED))
+    shutil.copytree(ROOT / "examples/tables", tmp_path / "examples/tables")
+    shutil.copytree(ROOT / "examples/enwik8", tmp_path / "examples/enwik8")
+    given = ["examples/enwik8/table.yaml", "--speed", "--set", "cpu=true", "fp16=false"]
+    assert told_by(tmp_path, "-m", "examples.tables", *given) == f"error: {NO_STATE}\n"
+
+
+@pytest.mark.parametrize(
+    ("new", "error"),
+    [("def initial state", "SyntaxError: "), ("initial_stat\n    def initial_state", "NameError: ")],
+)
+def test_a_mistake_in_a_users_file_shows_its_line(new, error, tmp_path):
+    extended(tmp_path, lambda text: text.replace("def initial_state", new))
+    told = told_by(tmp_path, "-m", "fairseq_cli.train", "data-bin", "--user-dir", "lamemo_fairseq")
+    assert 'lamemo_fairseq/core/memory/last_inputs/__init__.py", line ' in told
+    assert told.splitlines()[-1].startswith(error)
+
+
+def told_by(folder, *command):
+    """Return what a command that fails prints as errors, with the package of a folder."""
     done = subprocess.run(
-        [sys.executable, "-c", "import lamemo_fairseq"], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"ValueError: {message}"
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stderr
 
 
 @pytest.mark.parametrize(

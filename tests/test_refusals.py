@@ -8,8 +8,9 @@ import pytest
 import torch
 from fairseq import options
 
+from lamemo_fairseq import refusals
 from lamemo_fairseq.core.folder import check_folder
-from lamemo_fairseq.host import interruption, refusals
+from lamemo_fairseq.host import interruption
 from lamemo_fairseq.host.configuration import read_ours
 from lamemo_fairseq.host.optimizer_rules import _first
 

@@ -28,7 +28,7 @@ from ..evaluation.evaluate import score_segments
 from ..evaluation.opening import Opened, open_split
 from ..evaluation.output import TokenLog
 from ..host.interruption import end_in_one_line
-from ..host.refusals import explain_out_of_memory
+from ..refusals import explain_out_of_memory
 from . import report
 from .collect import Collected, collect
 from .documents import ALL, Rule, of_streams

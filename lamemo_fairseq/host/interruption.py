@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterator, Optional, Type
 
 import torch.distributed as dist
 
-from .refusals import hook_once
+from ..refusals import hook_once
 from .signals import Terminated
 
 

@@ -9,6 +9,7 @@ from typing import Any, Callable, Optional, Sequence
 
 from fairseq import options
 
+from ..refusals import explain_out_of_memory, print_in_one_line
 from .checkpoint_files import is_our_model, is_our_task
 from .command_line import CommandLine
 from .generation_defaults import adapt_generation
@@ -18,7 +19,6 @@ from .option_rules import EVAL_LM, on_cpu
 from .own import TASK
 from .quiet import leave_out_warnings, log_in_fairseqs_format
 from .ranks import launched_ranks
-from .refusals import explain_out_of_memory, print_in_one_line
 from .signals import pass_on_to_ranks
 from .stand_in import stand_in
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..core.folder import check_folder
 from ..core.names import did_you_mean, option_name
 from ..criterions import FAIRSEQ_CRITERIONS
+from ..refusals import print_in_one_line_under_hydra
 from .dataclass_defaults import defaults_of
 from .evaluated_options import check_evaluated
 from .generation_options import check_generation
@@ -24,7 +25,6 @@ from .optimizer_rules import WITH_RATE, check_needs, check_optimizer
 from .option_rules import EVALUATION, GENERATE, GENERATION, HYDRA, REFUSED, TRAINING, VALIDATE, Settings, listed
 from .option_table import rules_for
 from .outputs import check_outputs
-from .refusals import print_in_one_line_under_hydra
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ def pytest_configure() -> None:
         raise pytest.UsageError(str(error)) from None
     if os.environ.get("TRITON_INTERPRET") == "1":
         interpreter.quicken()
-    from .helpers import first_of_each_memory  # imports the core, which must not see a host
-
     try:
+        from .helpers import first_of_each_memory  # imports the core, which must not see a host
+
         first_of_each_memory()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None

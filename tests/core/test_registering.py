@@ -1,7 +1,9 @@
 """Registering a memory: what would be lost or wrong without a word is refused in one line, with the remedy."""
 
 import re
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -93,6 +95,19 @@ def test_a_memory_without_tests_stops_them_in_one_line(monkeypatch):
     monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "average": RecurrentMemory})
     message = r"^--memory average has no tests: add a line to VARIANTS in tests/core/helpers\.py .*\(\"average\", \"tr"
     with pytest.raises(pytest.UsageError, match=message):
+        pytest_configure()
+
+
+def test_a_memory_that_is_refused_stops_the_tests_in_one_line(monkeypatch):
+    """pytest would print an INTERNALERROR, with all calls of the import."""
+
+    def refuse(name):
+        raise ValueError("memory 'average': AverageMemory reads no segment")
+
+    helpers = ModuleType("helpers")
+    helpers.__getattr__ = refuse  # as if the import of the core failed
+    monkeypatch.setitem(sys.modules, pytest_configure.__module__.replace("conftest", "helpers"), helpers)
+    with pytest.raises(pytest.UsageError, match=r"^memory 'average': AverageMemory reads no segment$"):
         pytest_configure()
 
 
