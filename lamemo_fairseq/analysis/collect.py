@@ -18,28 +18,30 @@ from .documents import DocumentLosses
 from .recording import record
 
 
-class Attention:
-    """Sums of the weights that current tokens give to each key, over streams, heads and segments.
-
-    Only whole segments with a full memory count: those with the largest K of the split.
-    """
+class _Sums:
+    """Sums by layer, over streams, heads and segments. Only segments with the largest memory so far count."""
 
     def __init__(self) -> None:
-        self.sums: Dict[int, Tensor] = {}  # a layer: [N, K], float64
-        self.counts: Dict[int, int] = {}  # a layer: queries whose weights are in the sum
+        self.sums: Dict[int, Tensor] = {}  # a layer: [..], float64
+        self.counts: Dict[int, int] = {}  # a layer: streams and heads whose values are in the sum
 
-    def add(self, layer: int, weights: Tensor) -> None:
+    def add(self, layer: int, values: Tensor) -> None:
+        """Add ``values [B, H, ..]`` of a segment."""
         total = self.sums.get(layer)
-        if total is None or weights.size(-1) > total.size(-1):
-            total = torch.zeros(weights.shape[2:], dtype=torch.float64)
+        if total is None or values.size(-1) > total.size(-1):
+            total = torch.zeros(values.shape[2:], dtype=torch.float64)
             self.sums[layer], self.counts[layer] = total, 0
-        if weights.shape[2:] == total.shape:
-            total += weights.double().sum((0, 1)).cpu()
-            self.counts[layer] += weights.size(0) * weights.size(1)
+        if values.shape[2:] == total.shape:
+            total += values.double().sum((0, 1)).cpu()
+            self.counts[layer] += values.size(0) * values.size(1)
 
     def mean(self, layer: int) -> Tensor:
-        """Return mean weights ``[N, K]`` of a layer."""
+        """Return the mean ``[..]`` of a layer."""
         return self.sums[layer] / self.counts[layer]
+
+
+class Attention(_Sums):
+    """Means of the weights ``[N, K]`` that current tokens give to each key, with a full memory."""
 
     def by_distance(self, layer: int) -> Tensor:
         """Return the mean weight at distances ``0 .. K-1`` from the query, over queries with a key there: ``[K]``."""
@@ -57,25 +59,12 @@ class Attention:
         return weights[:, : weights.size(1) - weights.size(0)].mean(0)
 
 
-class Mixing:
-    """Sums of alpha, the share that a slot keeps of its former content, over streams, heads and segments."""
-
-    def __init__(self) -> None:
-        self.sums: Dict[int, Tensor] = {}  # a layer: [m], float64
-        self.counts: Dict[int, int] = {}
-
-    def add(self, layer: int, alpha: Tensor) -> None:
-        total = self.sums.get(layer)
-        if total is None or alpha.size(-1) > total.size(-1):
-            total = torch.zeros(alpha.size(-1), dtype=torch.float64)
-            self.sums[layer], self.counts[layer] = total, 0
-        if alpha.size(-1) == total.size(-1):
-            total += alpha.double().sum((0, 1)).cpu()
-            self.counts[layer] += alpha.size(0) * alpha.size(1)
+class Mixing(_Sums):
+    """Means of alpha ``[m]``, the share that a slot keeps of its former content."""
 
     def by_age(self, layer: int, segment_length: int) -> Tensor:
         """Return the mean alpha of the slots written 1, 2, ... segments ago: ``[ceil(m / N)]``."""
-        alpha = self.sums[layer] / self.counts[layer]
+        alpha = self.mean(layer)
         age = (torch.arange(alpha.size(0), 0, -1) + segment_length - 1) // segment_length
         sums = torch.zeros(int(age.max()), dtype=torch.float64).index_add_(0, age - 1, alpha)
         return sums / torch.bincount(age - 1)
