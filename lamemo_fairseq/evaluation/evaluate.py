@@ -23,6 +23,7 @@ from ..core.memory import DivergenceError
 from ..core.memory.position import SegmentPosition, real_tokens
 from ..data.segments import SegmentDataset
 from ..host.commands import names_of
+from ..host.ensembles import mean_over_models
 from ..host.ranks import is_first_rank
 from ..host.stand_in import stand_in
 from .output import TokenLog, print_words, words_of
@@ -199,7 +200,7 @@ def target_log_probs(models: List[Any], features: List[Tensor], target: Tensor, 
     for model, rows in zip(models, features, strict=True):
         blocks = zip(rows.split(at_once or max(1, len(rows))), target.split(at_once or max(1, len(rows))), strict=True)
         logs.append(torch.cat([_log_probs(model, model.decoder.output_layer(r[None]), t) for r, t in blocks]))
-    return logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
+    return mean_over_models(logs)
 
 
 def _log_probs(model: Any, scores: Tensor, target: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.decoding.state import DecodingState
 from ..core.memory import DivergenceError
 from ..data.dictionary import NO_WORD
+from ..host.ensembles import mean_over_models
 from ..host.generation_options import check_length_penalty, refusal
 from .progress import counter
 from .repetition import aligned_right, repeating_words
@@ -84,7 +85,7 @@ class PromptedEnsemble(EnsembleModel):
             logs.append(log_p if temperature == 1.0 else (log_p / temperature).log_softmax(-1))
         if self.bar is not None:
             self.bar.update(1)
-        together = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
+        together = mean_over_models(logs)
         if prompts.words is not None:
             together = self._without_repetition(together, prompts.words, tokens[:, 1:])
         return together, None
@@ -192,7 +193,7 @@ class PromptGenerator(SequenceGenerator):
             words = aligned_right(prompts[:, 1:], [n - 1 for n in lengths]) if self.no_repeat_ngram_size else None
             ids = sample.get("id", torch.arange(len(tokens)))[index.cpu()].to(index)
             hypotheses = self._search(Prompts([r.state for r in read], words), ids, last, limit, kwargs)
-        log_probs = torch.stack([r.log_probs for r in read]).logsumexp(0) - math.log(len(read))
+        log_probs = mean_over_models([r.log_probs for r in read])
         return [self._with_prompt(prompts[i, 1:n], log_probs[i, : n - 1], hypotheses[i]) for i, n in enumerate(lengths)]
 
     def _search(

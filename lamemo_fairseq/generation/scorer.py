@@ -3,7 +3,6 @@
 Shapes: B sequences, L tokens of the longest, k tokens at a time.
 """
 
-import math
 from typing import Any, Dict, Iterator, List, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..core.decoding.state import TOKENS_AT_ONCE, DecodingState
 from ..core.segments import read_into
 from ..data.dictionary import NO_WORD
+from ..host.ensembles import mean_over_models
 from .progress import counter
 
 
@@ -69,7 +69,7 @@ class StreamingScorer:
                     log_probs.append(chunk)
                     bar.update(chunk.size(1))
             logs.append(torch.cat(log_probs[1:] or log_probs, dim=1))
-        together = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
+        together = mean_over_models(logs)
         return [
             [
                 {

@@ -1,8 +1,11 @@
-"""Checkpoints to evaluate: several in fairseq-eval-lm, and the file's name in an error."""
+"""Several models: loaded by fairseq-eval-lm, with the file's name in an error, and their mean probability."""
 
-from typing import Any, Callable, Sequence
+import math
+from typing import Any, Callable, List, Sequence
 
+import torch
 from fairseq import checkpoint_utils, utils
+from torch import Tensor
 
 from .own import OwnTask
 from .restoring import expects_ours, opening
@@ -39,3 +42,8 @@ def load_model_ensemble_and_task(
     if evaluated is not None:
         evaluated.trained_documents = next((d for d in documents if d != "none"), "none")
     return models, cfg, task
+
+
+def mean_over_models(log_probs: List[Tensor]) -> Tensor:
+    """Return the logarithm of the mean of probabilities, of which every model gives the logarithms."""
+    return log_probs[0] if len(log_probs) == 1 else torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))
