@@ -12,13 +12,12 @@ from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 from torch import Tensor
 
 from ..core.decoding.state import DecodingState
-from ..core.memory import DivergenceError
 from ..data.dictionary import NO_WORD
 from ..host.ensembles import mean_over_models
 from ..host.generation_options import check_length_penalty, refusal
 from .progress import counter
 from .repetition import aligned_right, repeating_words
-from .sampling import is_plain_sampling, sampled_continuations
+from .sampling import is_plain_sampling, no_word_left, sampled_continuations
 from .scorer import stream_log_probs
 
 
@@ -245,10 +244,7 @@ class PromptGenerator(SequenceGenerator):
                 f"prefix_allowed_tokens_fn leaves a text no word after {new_words} new ones: let it allow the end, "
                 f"{self.eos}, or pass a smaller min_len than {self.min_len}"
             )
-        raise DivergenceError(
-            f"no word has a probability after {new_words} new ones: the weights have diverged, or do not fit into this "
-            "precision"
-        )
+        raise no_word_left(new_words)
 
     def _with_prompt(
         self, prompt: Tensor, log_probs: Tensor, hypotheses: List[Dict[str, Tensor]]

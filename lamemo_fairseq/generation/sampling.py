@@ -19,6 +19,14 @@ from ..core.memory import DivergenceError
 WORDS_BETWEEN_QUESTIONS = 32
 
 
+def no_word_left(new_words: int) -> DivergenceError:
+    """Return the error on a text that no word can follow, after so many *new_words*."""
+    return DivergenceError(
+        f"no word has a probability after {new_words} new ones: the weights have diverged, or do not fit into this "
+        "precision"
+    )
+
+
 def is_plain_sampling(generator: Any) -> bool:
     """Tell whether fairseq's *generator* is asked to sample from one model, and for nothing else."""
     return (
@@ -156,10 +164,7 @@ class NewTexts:
         """
         at_an_end, broken = torch.stack([self._ended.sum(), self._not_finite]).tolist()
         if broken:
-            raise DivergenceError(
-                f"no word has a probability after {self.count} new ones: the weights have diverged, or do not fit "
-                "into this precision"
-            )
+            raise no_word_left(self.count)
         if at_an_end < len(self.running) and not (shrink and at_an_end * 2 >= len(self.running)):
             return None
         left = self._ended.logical_not().nonzero().squeeze(1)
