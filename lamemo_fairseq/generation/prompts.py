@@ -58,7 +58,7 @@ class PromptDataset(FairseqDataset):
             return {}
         source = data_utils.collate_tokens([s["source"] for s in samples], NO_WORD, pad_to_length=pad_to_length)
         lengths = torch.tensor([len(s["source"]) for s in samples])
-        target = torch.cat([source[:, 1:], source.new_full((len(source), 1), NO_WORD)], dim=1)
+        target = targets_of(source)
         if self.with_end:
             target[torch.arange(len(source)), lengths - 1] = self.eos
         return {
@@ -82,3 +82,8 @@ class PromptDataset(FairseqDataset):
     def _text(self, index: int) -> Tensor:
         text = torch.as_tensor(self.texts[index]).long()
         return text[:-1] if len(text) > 0 and text[-1] == self.eos else text
+
+
+def targets_of(source: Tensor) -> Tensor:
+    """Return the word after each of ``source [B, L]``, and `NO_WORD` after the last."""
+    return torch.cat([source[:, 1:], source.new_full((len(source), 1), NO_WORD)], dim=1)

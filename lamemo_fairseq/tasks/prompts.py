@@ -13,6 +13,7 @@ from ..evaluation.words import check_post_process
 from ..generation import PromptDataset, PromptGenerator, StreamingScorer
 from ..generation.encoders import PromptCoding
 from ..generation.lines import encode_prompts
+from ..generation.prompts import targets_of
 from ..host.generation_options import check_generation, refusal, warn_without_effect
 from ..host.own import OwnTask
 
@@ -69,9 +70,7 @@ class PromptTask(OwnTask, FairseqTask):
         if constraints is not None:
             raise NotImplementedError(refusal("constraints"))
         if "target" not in sample:  # from fairseq-interactive, to be scored
-            source = sample["net_input"]["src_tokens"]
-            end = source.new_full((len(source), 1), self.dictionary.pad())
-            sample = {**sample, "target": torch.cat([source[:, 1:], end], dim=1)}
+            sample = {**sample, "target": targets_of(sample["net_input"]["src_tokens"])}
         with torch.no_grad():
             return generator.generate(models, sample, prefix_tokens=prefix_tokens)
 
