@@ -122,9 +122,12 @@ class Plan:
         wanted.pop("--data", None)
         words = departures({"streams": identity["streams"], **identity["options"]}, wanted)
         data, of_table = data_of(result), unchanged.data(run)
-        known = data not in (None, of_table) and has_dictionary(of_table)
-        same = known and identity["data"] == data_identity(of_table)  # by another path
-        return words if same else [*words, *departures({"data": data or of_table}, {"data": of_table})]
+        here = data_identity(of_table) if data is not None and identity["data"] and has_dictionary(of_table) else None
+        if here is not None and identity["data"] == here:  # maybe by another path
+            return words
+        if here is not None and data == of_table:  # data made anew, or those of another machine
+            return [*words, *differences(identity["data"], here, f"data {data},")]
+        return [*words, *departures({"data": data or of_table}, {"data": of_table})]
 
     def trained(self) -> List[Run]:
         """Return the trained runs of the table's rows, whatever their seeds."""
@@ -268,6 +271,7 @@ def _train(plan: Plan, run: Run, folder: RunFolder, slot: Slot, lock: int, board
     if ended.code:
         again = diverged(plan, run, start) or retry(ended.code, folder.log, "to go on from the last checkpoint", start)
         raise RunError(failure("fairseq-train", ended.code, folder.log, again, start))
+    folder.forget_evaluations()
     if not folder.checkpoint.exists():
         raise RunError(
             f"fairseq-train ended without {folder.checkpoint}, as no validation had a loss. Let row '{run.row}' "

@@ -93,6 +93,11 @@ class RunFolder:
     def evaluated(self, name: str) -> Path:
         return self.path / "evaluations" / f"{name}.json"
 
+    def forget_evaluations(self) -> None:
+        """Remove evaluations of a former training, whose checkpoints somebody has removed."""
+        for former in (self.results, *self.path.glob("evaluations/*.json")):
+            former.unlink(missing_ok=True)
+
     def check(self, wanted: Dict[str, Any]) -> None:
         """Refuse a folder unless it holds the run *wanted*, or one without a checkpoint.
 

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterable, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 from .folder import flock
 from .table import Run
@@ -59,9 +59,9 @@ def read(path: Path) -> Dict[str, Result]:
         ValueError: a line of the file is not a result.
     """
     stored: Dict[str, Result] = {}
-    several: Dict[str, None] = {}
     if not path.exists():
         return stored
+    several = []
     # Not splitlines(): JSON may hold other characters that end a line for it.
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
@@ -71,29 +71,31 @@ def read(path: Path) -> Dict[str, Result]:
             if not fits(result, SHAPE):
                 raise ValueError
             if not _put(stored, result):
-                several[run_of(result).name] = None
+                several.append(run_of(result).name)
         except (ValueError, RecursionError):
             raise ValueError(f"line {number} of {path} is not the result of a run: mend it, or take it out") from None
-    if several:
-        print(
-            f"{path} has several trainings of {', '.join(several)}: the one with more evaluations counts, or the later "
-            "one; take the others out",
-            file=sys.stderr,
-        )
+    _tell(f"{path} has several trainings of", several, "take the others out")
     return stored
+
+
+def _tell(what: str, several: List[str], then: str) -> None:
+    """Tell of which runs there are *several* trainings, if of any."""
+    if several:
+        names = ", ".join(dict.fromkeys(several))
+        print(f"{what} {names}: the one with more evaluations counts, or the later one; {then}", file=sys.stderr)
 
 
 def add(path: Path, results: Iterable[Result]) -> None:
     """Add results to a file, each to the stored results of the same run.
 
-    Several processes may do so at once.
+    Several processes may do so at once. Of two trainings of a run one is left, as for `read`, and a line tells it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         flock(lock.fileno(), fcntl.LOCK_EX, path)
         stored = read(path)
-        for result in results:
-            _put(stored, result)
+        several = [run_of(result).name for result in results if not _put(stored, result)]
+        _tell(f"{path} had another training of", several, "the other is no longer in this file")
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text("".join(json.dumps(stored[key]) + "\n" for key in sorted(stored)), encoding="utf-8")
         os.replace(unfinished, path)
@@ -103,7 +105,7 @@ def _put(stored: Dict[str, Result], result: Result) -> bool:
     """Store a result; return whether nothing is lost by it."""
     name = run_of(result).name
     former = stored.get(name)
-    joins = former is None or former["training"] == result["training"]
+    joins = former is None or all(former[key] == result[key] for key in ("run", "training"))
     if former is not None and joins:
         result = {**result, "evaluations": {**former["evaluations"], **result["evaluations"]}}
     if former is None or len(result["evaluations"]) >= len(former["evaluations"]):

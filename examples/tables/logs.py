@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-_RECORD = re.compile(r"^[\d\-]+ [\d:]+ \| INFO \| (\w+) \| (\{.*\})\s*$")
+_RECORD = re.compile(r"^[\d\-]+ [\d:]+ \| INFO \| ([\w.-]+) \| (\{.*\})\s*$")
 _PARAMETERS = re.compile(r"num\. shared model params: ([\d,]+)")
 _CAPACITY = re.compile(r"rank +0: .*total memory = ([\d.]+) GB")  # of the device whose free memory is logged
 _STARTED = "training on "

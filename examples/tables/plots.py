@@ -36,8 +36,11 @@ def write(plan: Plan, runs: Sequence[Run]) -> List[Path]:
     plt = pyplot()
     results = {name: of_row for name, of_row in render.collect(plan, runs).items() if of_row}
     apart = [f"--scale {scale['asked']['minutes']:g}: no reproduction" for scale in render.scales(plan, results)]
-    if any(plan.otherwise(result) for of_row in results.values() for result in of_row):
+    everything = [result for of_row in results.values() for result in of_row]
+    if any(plan.otherwise(result) for result in everything):
         apart.append("other options or data than the table's: see table.md")
+    if any(render.stale(plan, result) for result in everything):
+        apart.append("other options of evaluations than the table's: see table.md")
     files = []
     for name, draw in {"summary": _summary, "curves": _curves, "memory": _memory}.items():
         file = plan.rendered / f"{name}.svg"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Dict, Iterable, List, Optional, Sequence
@@ -53,7 +54,7 @@ def write(plan: Plan, runs: Sequence[Run]) -> str:
     _put(plan.rendered / "table.md", text)
     _csv(plan.rendered / "table.csv", summaries(plan, results))
     _csv(plan.rendered / "evaluations.csv", evaluation_lines(plan, results))
-    _csv(plan.rendered / "curves.csv", curve_lines(results))
+    _csv(plan.rendered / "curves.csv", curve_lines(plan, results))
     return text
 
 
@@ -109,7 +110,7 @@ def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, An
         line.update(_spread("tokens/s", rates(plan, name, results[name])))
         line.update(_spread("memory GiB", memory(plan, name, results[name])))
         line.update(_spread("training s", trained(results[name], "seconds")))
-        line["departures"] = "; ".join(dict.fromkeys(word for r in results[name] for word in plan.otherwise(r)))
+        line["departures"] = "; ".join(dict.fromkeys(word for r in results[name] for word in departures(plan, r)))
         lines.append(line)
     return lines
 
@@ -141,21 +142,37 @@ def evaluation_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[
                     "subset": evaluation.subset,
                     "mem_len": evaluation.mem_len,
                     "tokens_per_sample": evaluation.tokens_per_sample,
-                    "departures": "; ".join(plan.otherwise(result)),
+                    "departures": "; ".join(departures(plan, result, [evaluation])),
                 }
                 measured = {key: value for key, value in stored.items() if key != "identity" and key not in line}
                 lines.append({**line, **measured})
     return lines
 
 
-def curve_lines(results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
+def curve_lines(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
     """Return one line for each validation: the base-2 loss."""
     return [
-        {"row": name, "seed": result["run"]["seed"], "update": update, "valid loss": loss}
+        {"row": name, "seed": result["run"]["seed"], "update": update, "valid loss": loss, "departures": departed}
         for name, runs in results.items()
         for result in runs
+        for departed in ["; ".join(departures(plan, result, []))]
         for update, loss in result["training"]["curve"]
     ]
+
+
+def departures(plan: Plan, result: Result, evaluations: Optional[Sequence[Evaluation]] = None) -> List[str]:
+    """Return where a run, or its *evaluations* (all if not given), departs from the table: for files without a page."""
+    shrunk = [scale.departure(result["scale"])] if result["scale"] else []
+    other = [e.name for e in stale(plan, result) if evaluations is None or e in evaluations]
+    return [*plan.otherwise(result), *shrunk, *(f"{name} evaluated with other options" for name in other)]
+
+
+def stale(plan: Plan, result: Result) -> List[Evaluation]:
+    """Return the evaluations of a run that were made with other options than the table asks for."""
+    run, done = run_of(result), result["evaluations"]
+    here = replace(plan, shards=result["scale"]["shards"]) if result["scale"] else plan
+    asked = [(e, here.evaluation_identity(run, e)) for e in plan.evaluations(run) if e.name in done]
+    return [e for e, identity in asked if done[e.name].get("identity") != identity]
 
 
 def _csv(path: Path, lines: List[Dict[str, Any]]) -> None:
@@ -211,7 +228,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         f"# {escaped(table.title)}",
         f"{MEASURES[table.measure][1].capitalize()}{_unit(table)}; mean and standard deviation over the seeds.",
     ]
-    sections += map(scale.note, scales(plan, results))
+    sections += _shrunk(plan, results)
     sections += _otherwise(plan, results)
     left_out = [row.title for name, row in table.rows.items() if reported(row, splits) and name not in beside]
     if left_out:
@@ -235,9 +252,9 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         sections.append(f"Not complete: {', '.join(lacking)}.")
     for result in (result for of_row in results.values() for result in of_row):
         run = run_of(result)
-        stale = [e.name for e in plan.missing(run) if e.name in result["evaluations"]]
-        if stale:
-            sections.append(f"{run.name} was evaluated with other options than here: {', '.join(stale)}.")
+        if departed := stale(plan, result):
+            names = ", ".join(e.name for e in departed)
+            sections.append(f"{run.name} was evaluated with other options than here: {names}.")
         wanted, done = result["run"]["options"].get("--max-update"), result["training"].get("updates")
         if isinstance(wanted, int) and isinstance(done, int) and done < wanted:  # stopped by time, patience or epochs
             sections.append(f"{run.name} ended after {done:,} of {wanted:,} updates.")
@@ -301,6 +318,15 @@ def beside_reported(plan: Plan, results: Dict[str, List[Result]]) -> List[str]:
     """Return the rows whose reported values may stand beside their results, or beside all if they have none."""
     apart = {name: any(r["scale"] or plan.otherwise(r) for r in of_row) for name, of_row in results.items()}
     return [name for name in plan.table.rows if not (apart[name] if results[name] else any(apart.values()))]
+
+
+def _shrunk(plan: Plan, results: Dict[str, List[Result]]) -> Iterable[str]:
+    """Tell how runs were shrunk, and which, unless all were shrunk alike."""
+    everything = [result for of_row in results.values() for result in of_row]
+    for one in scales(plan, results):
+        names = [run_of(result).name for result in everything if result["scale"] == one]
+        only = f" Only these runs were shrunk so: {', '.join(names) or 'none'}."
+        yield scale.note(one) + (only if len(names) < len(everything) else "")
 
 
 def _otherwise(plan: Plan, results: Dict[str, List[Result]]) -> Iterable[str]:

@@ -176,6 +176,13 @@ def _shards(plan: Plan, runs: Sequence[Run], tokens: float) -> int:
     return max(1, min(math.ceil(largest / tokens), longest))
 
 
+def departure(scale: Dict[str, Any]) -> str:
+    """Return how a shrunk run departs from its table, in a few words."""
+    asked, changes, shards = scale["asked"], scale["changes"], scale["shards"]
+    read = f", 1 of {shards} parts of a split read" if shards > 1 else ""
+    return f"--scale {asked['minutes']:g}: {changes['max-update']} of {scale['of_updates']} updates{read}"
+
+
 def note(scale: Dict[str, Any]) -> str:
     """Return the note that belongs beside the results of a shrunk table."""
     asked, changes, shards = scale["asked"], scale["changes"], scale["shards"]

@@ -1,0 +1,126 @@
+"""Results of several kinds in one table: other scales, evaluations, data and trainings are told, in files too."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from examples.tables import execute, folder, kept, logs, plots, process, render, table
+
+from .tables import load, result, run
+from .test_table_records import HEAD, SCALE
+
+
+def rendered(path, results, **changes):
+    """The page and the CSV files of a table with the seeds of these results."""
+    loaded = load(path / "t.yaml", seeds=[one["run"]["seed"] for one in results], **changes)
+    plan = execute.Plan(loaded, path, kept={kept.run_of(one).name: one for one in results})
+    files = {}
+    text = render.write(plan, table.runs(loaded))
+    for name in ("table", "evaluations", "curves"):
+        files[name] = list(csv.DictReader(io.StringIO((path / f"{name}.csv").read_text())))
+    return text, files, plan
+
+
+def of_seed(seed, **changes):
+    return result(run={**result()["run"], "seed": seed}, **changes)
+
+
+def test_runs_that_were_shrunk_are_named_beside_others(tmp_path):
+    """Every file of figures says it, as a CSV has no page."""
+    text, files, _ = rendered(tmp_path, [of_seed(1, scale=SCALE), of_seed(2)])
+    assert "reproduce nothing. Only these runs were shrunk so: a/seed-1." in text
+    words = "--scale 60: 3 of 12 updates"
+    assert words in files["table"][0]["departures"]
+    for name in ("evaluations", "curves"):
+        assert {line["seed"] for line in files[name] if words in line["departures"]} == {"1"}
+    text, files, _ = rendered(tmp_path, [of_seed(1, scale=SCALE)])
+    assert "reproduce nothing." in text and "Only these" not in text
+
+
+def test_evaluations_with_other_options_are_told_in_files_and_plots(tmp_path):
+    results = [of_seed(1), of_seed(2)]
+    _, _, plan = rendered(tmp_path, results, evaluation={"subsets": ["valid", "test"]})
+    for one in results:
+        for evaluation in plan.evaluations(kept.run_of(one)):
+            figures = {**one["evaluations"][evaluation.name]}
+            figures["identity"] = plan.evaluation_identity(kept.run_of(one), evaluation)
+            one["evaluations"][evaluation.name] = figures
+    results[1]["evaluations"]["test"]["identity"] = ["--batch-size", "1"]
+    text, files, plan = rendered(tmp_path, results, evaluation={"subsets": ["valid", "test"]})
+    assert "a/seed-2 was evaluated with other options than here: test." in text
+    told = "test evaluated with other options"
+    assert files["table"][0]["departures"] == told
+    assert [(e["seed"], e["subset"]) for e in files["evaluations"] if e["departures"] == told] == [("2", "test")]
+    assert not any(line["departures"] for line in files["curves"])
+    plots.write(plan, table.runs(plan.table))
+    assert "other options of evaluations than the table" in (tmp_path / "summary.svg").read_text()
+
+
+def test_data_made_anew_since_a_run_are_told(tiny, tmp_path):
+    """By the path of the table, and of a single run: there is no other run to compare it with."""
+    plan = execute.Plan(table.load(tiny), tmp_path, {})
+    one = table.Run("lamemo", 1)
+    start = {"commands": [["fairseq-train", plan.table.data]], **result()["starts"][0]}
+    line = result(run=plan.identity(one), starts=[start])
+    assert plan.otherwise(line) == []
+    of_test = "size of test.bin"
+    line["run"]["data"][of_test] += 2
+    assert plan.otherwise(line) == [
+        f"data {plan.table.data}, {of_test} is {line['run']['data'][of_test] - 2}, there it was "
+        f"{line['run']['data'][of_test]}"
+    ]
+
+
+def test_lines_of_two_runs_are_not_joined(tmp_path, capsys):
+    """The same training with other options: one of the lines is of something else."""
+    path = tmp_path / "runs.jsonl"
+    lines = [result(), result(run={**result()["run"], "options": {"--lr": 5}})]
+    lines[1]["evaluations"] = {"valid": {"loss": 9.0, "perplexity": 9.0}}
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert kept.read(path) == {"a/seed-1": lines[0]}
+    assert "has several trainings of a/seed-1" in capsys.readouterr().err
+
+
+def test_a_training_that_takes_the_place_of_another_is_told(tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    kept.add(path, [result()])
+    kept.add(path, [result()])
+    assert capsys.readouterr().err == ""
+    kept.add(path, [result(training={"parameters": 2, "curve": []})])
+    assert f"{path} had another training of a/seed-1: the one with more evaluations counts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["valid", "valid-small", "valid.1"])
+def test_the_curve_of_a_split_with_any_name(split, tmp_path):
+    """Its validations also tell which rates have the seconds of a validation in them."""
+    lines = ['train_inner | {"num_updates": "1", "wps": "9"}', 'train_inner | {"num_updates": "2", "wps": "5"}']
+    lines += [f'{split} | {{"{split}_num_updates": "2", "{split}_loss": "3.5"}}']
+    lines += ['train_inner | {"num_updates": "3", "wps": "1"}', 'train_inner | {"num_updates": "4", "wps": "5"}']
+    (tmp_path / "log").write_text(HEAD + "".join(f"2026-01-01 00:00:00 | INFO | {line}\n" for line in lines))
+    found = logs.training(tmp_path / "log", split)
+    assert found["curve"] == [[2, 3.5]] and found["tokens_per_second"] == 5
+
+
+def test_evaluations_of_a_former_training_are_made_again(tiny, monkeypatch):
+    """Checkpoints and trained.json were removed to train a run again."""
+    plan = execute.Plan(table.load(tiny), tiny.parent / "out", {})
+    one = table.Run("lamemo", 1)
+    held, asked = plan.folder(one), []
+    for evaluation in plan.evaluations(one):
+        identity = plan.evaluation_identity(one, evaluation)
+        folder.write_json(held.evaluated(evaluation.name), {"loss": 1.0, "perplexity": 2.0, "identity": identity})
+
+    def train_alone(argv, log, *rest):
+        if "examples.tables.evaluate" in argv:
+            asked.extend(job["result"] for job in json.loads((held.path / "evaluations" / "jobs.json").read_text()))
+            return process.Ended(1, 0.1)
+        held.checkpoints.mkdir(exist_ok=True)
+        held.checkpoint.touch()
+        log.write_text(HEAD)
+        return process.Ended(0, 0.1)
+
+    monkeypatch.setattr(process, "run", train_alone)
+    assert run(tiny, "--only", "lamemo") == 1
+    assert len(asked) == len(plan.evaluations(one))
