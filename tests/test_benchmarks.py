@@ -207,6 +207,19 @@ def test_a_lead_is_by_seed_and_told_beside_the_last_point(monkeypatch, tmp_path)
     }
     monkeypatch.setattr(lead.kept, "read", lambda path: stored)
     assert lead.leads("books/words", "transformer_xl") == (20, [pytest.approx(10)])
+    for key, value, told in (
+        ("training", {"updates": 900, "tokens_an_update": 2e4}, "several updates or tokens an update of LaMemo"),
+        ("run", {"row": "lamemo", "seed": 2, "data": {"size": 1}}, "several data"),
+        ("evaluations", {"test": {"perplexity": 95.0, "identity": []}}, "several options of the test evaluation"),
+        ("run", {"row": "lamemo_2n", "seed": 2}, "no seed of both rows"),
+    ):
+        other = {**stored, "lamemo-2": {**stored["lamemo-2"], key: value}}
+        other |= {"xl-2": {**stored["transformer_xl-1"], "run": {"row": "transformer_xl", "seed": 2}}}
+        opponent = "transformer_xl_longer" if "no seed" in told else "transformer_xl"
+        monkeypatch.setattr(lead.kept, "read", lambda path, other=other: other)
+        with pytest.raises(ValueError, match=f"examples/books/words/results/runs.jsonl has .*{told}"):
+            lead.leads("books/words", opponent)
+    monkeypatch.setattr(lead.kept, "read", lambda path: stored)
     monkeypatch.setattr(sys, "argv", ["lead", str(tmp_path / "lead.svg")])
     lead.main()
     drawn = (tmp_path / "lead.svg").read_text()

@@ -7,6 +7,7 @@ of the same seed. Its bar is the standard deviation, if there are several.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -40,11 +41,30 @@ def leads(table: str, opponent: str) -> tuple[float, list[float]]:
         row: {run["run"]["seed"]: run for run in runs if run["run"]["row"] == row} for row in ("lamemo", opponent)
     }
     pairs = [(run, by_row[opponent][seed]) for seed, run in by_row["lamemo"].items() if seed in by_row[opponent]]
+    _check(table, pairs)
     training = pairs[0][0]["training"]
     return training["updates"] * training["tokens_an_update"] / 1e6, [
         100 * (1 - lamemo["evaluations"]["test"]["perplexity"] / other["evaluations"]["test"]["perplexity"])
         for lamemo, other in pairs
     ]
+
+
+def _check(table: str, pairs: Sequence[tuple[kept.Result, kept.Result]]) -> None:
+    """Refuse pairs that cannot be compared, or that stand at other points of the picture.
+
+    Raises:
+        ValueError: there is no pair, or they differ in more than the model and its updates.
+    """
+    same = {
+        "data": lambda run: run["run"].get("data"),
+        "options of the test evaluation": lambda run: run["evaluations"]["test"].get("identity"),
+    }
+    lengths = {(lamemo["training"]["updates"], lamemo["training"]["tokens_an_update"]) for lamemo, _ in pairs}
+    several = ["updates or tokens an update of LaMemo"] if len(lengths) > 1 else []
+    several += [name for name, of in same.items() if any(of(run) != of(pairs[0][0]) for pair in pairs for run in pair)]
+    if several or not pairs:
+        what = f"runs of several {', '.join(several)}" if several else "no seed of both rows"
+        raise ValueError(f"examples/{table}/results/runs.jsonl has {what}: a lead is over runs that are alike")
 
 
 def main() -> None:
