@@ -163,6 +163,19 @@ def test_a_checkpoint_from_before_the_options_of_look_ahead(data, tmp_path):
     assert read(tmp_path)["optimizer_history"][-1]["num_updates"] == 5
 
 
+def test_a_memory_saved_before_an_option_was_in_the_layout(data, tmp_path):
+    """The value is that of the checkpoint's configuration, not the option's default."""
+    options = [*ADAM, "--arch", "compressive_transformer_lm", "--mem-len", 4, "--compressed-len"]
+    train(configured(data / "1", *options, 3, "--max-update", 4), tmp_path)
+    before = read(tmp_path)
+    assert before["extra_state"]["train_iterator"]["layout"].pop("--compressed-len") == 3
+    torch.save(before, tmp_path / "checkpoint_last.pt")
+    with pytest.raises(ValueError, match=r"--compressed-len is 5, there it was 3\. .*--reset-dataloader"):
+        train(configured(data / "1", *options, 5, "--max-update", 5), tmp_path)
+    train(configured(data / "1", *options, 3, "--max-update", 5), tmp_path)
+    assert read(tmp_path)["optimizer_history"][-1]["num_updates"] == 5
+
+
 def test_t5_biases_of_before_begin_a_run_but_no_optimizer_goes_on(data, tmp_path):
     options = [*EMA, "--arch", "transformer_xl_lm", "--position-encoding", "t5", "--max-update"]
     train(configured(data / "1", *options, 4), tmp_path)

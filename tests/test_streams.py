@@ -11,7 +11,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset, MMapIndexedDatasetB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamemo_fairseq.core.memory import MEMORIES, StreamMemory
+from lamemo_fairseq.core.memory import StreamMemory
 from lamemo_fairseq.core.memory.lookahead import LookaheadState
 from lamemo_fairseq.core.memory.position import real_tokens
 from lamemo_fairseq.data.iterator import SegmentBatchIterator
@@ -317,19 +317,3 @@ def test_a_checkpoint_of_another_kind_of_batches_is_refused():
     iterator = SegmentBatchIterator(split_of(numbered(60), 5, words=99), 2)
     with pytest.raises(ValueError, match=r"--batch-size times ranks is 2, there it was not recorded"):
         iterator.load_state_dict({"version": 2, "epoch": 1, "iterations_in_epoch": 3, "shuffle": True})
-
-
-@pytest.mark.parametrize(
-    ("variant", "name", "other"),
-    [(("associative", "alibi", "right"), "associative_decay", 0.5), (("token", "alibi", "right"), "memory_tokens", 3)],
-)
-def test_a_checkpoint_older_than_an_option_had_its_default(variant, name, other):
-    """The memory knows it, so that an option that joins the layout needs no list of former values."""
-    dataset, option = split_of(numbered(60), 5, words=99), "--" + name.replace("_", "-")
-    before = getattr(MEMORIES[variant[0]].options(), name)
-    former = inside_an_epoch(dataset, variant=variant, **{name: before})
-    saved = former.state_dict()
-    assert saved["layout"].pop(option) == before
-    former.load_state_dict(saved)
-    with pytest.raises(ValueError, match=rf"{option} is {other}, there it was {before}\. .*--reset-dataloader"):
-        inside_an_epoch(dataset, variant=variant, **{name: other}).load_state_dict(saved)

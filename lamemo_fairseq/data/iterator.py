@@ -20,7 +20,7 @@ from .segments import ROLL, TEXT, Segment, SegmentDataset, SegmentKey
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint that is older than the option was trained with; the memory knows its own options.
+# What a checkpoint that is older than the option was trained with; `host.restoring` adds the memory's own options.
 _BEFORE: Dict[str, object] = {"--documents": "none"}
 
 
@@ -241,9 +241,8 @@ class SegmentBatchIterator(EpochBatchIterator):
 
     def _check_layout(self, saved: Optional[Dict[str, Any]], done: int) -> None:
         current = self._layout_options()
-        older = {} if self.memory is None else self.memory.older
         # Checkpoints of before say nothing of the text.
-        saved = {**_BEFORE, TEXT: current[TEXT], **older, **saved} if saved else {}
+        saved = {**_BEFORE, TEXT: current[TEXT], **saved} if saved else {}
         other = [
             f"{name.partition(' with its')[0]} is {_shown(name, value)}, there it was "
             f"{_shown(name, saved.get(name, 'not recorded'))}"

@@ -9,7 +9,7 @@ import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, cast
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -143,6 +143,7 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
         task = run.trainer.cfg.task._name
         raise CheckpointError(f"{not_ours(state, path)}: --task {task} cannot go on from it, take another --save-dir")
     _upgrade_positions(run, state, path)
+    _complete_layout(state, run.trainer.get_model().decoder.memory.layout)
     differences = _differences(run.trainer, state)
     check_weights(run.trainer.get_model(), state["model"], path, differences)
     if not run.anew:
@@ -167,6 +168,18 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
     if not run.anew:
         changed = [d.name for d in differences if d.section == "optimizer"]
         put_options(run.trainer.cfg.optimizer, changed, state["last_optimizer_state"])
+
+
+def _complete_layout(state: Dict[str, Any], layout: Sequence[str]) -> None:
+    """Add the options that a saved memory depends on, and of which it says nothing, from a checkpoint's configuration.
+
+    The memory was saved before the option was in *layout*, or there at all.
+    """
+    saved = state["extra_state"].get("train_iterator", {}).get("layout")
+    if saved is not None:
+        trained = _resolved(complete(state["cfg"]))["model"]
+        for name in layout:
+            saved.setdefault(option_name(name), trained[name])
 
 
 def _upgrade_positions(run: _Run, state: Dict[str, Any], path: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.decoder import MemoryDecoder
 from ..core.decoding.state import DecodingState
-from ..core.memory import DivergenceError, MemoryOptions, StreamMemory
+from ..core.memory import DivergenceError, StreamMemory
 from ..core.memory.groups import GroupedState
 from ..core.memory.position import SegmentPosition, real_tokens
 from ..core.names import option_name
@@ -71,9 +71,9 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
         chosen = {
             "--memory": self.config.memory,
             "--mem-len": self.config.slots,
-            **self._layout(self.config.own_options),
+            **{option_name(name): getattr(self.config.own_options, name) for name in self.memory.layout},
         }
-        self.streams = StreamMemory(self.memory.state, chosen, self._layout(self.memory.options()))
+        self.streams = StreamMemory(self.memory.state, chosen)
         self._ahead: Optional[_Ahead] = None
         self._scores = False  # whether the last training segment was asked for its loss
         # fairseq's moving average skips names with "version" in them, and fails on other integers.
@@ -221,10 +221,6 @@ class FairseqMemoryDecoder(MemoryDecoder, FairseqIncrementalDecoder):
 
     def _loss_versions(self) -> List[int]:
         return [p._version for p in self.loss_layer.parameters()]
-
-    def _layout(self, options: MemoryOptions) -> Dict[str, object]:
-        """Return the memory's own *options* that a saved state depends on, by name."""
-        return {option_name(name): getattr(options, name) for name in self.memory.layout}
 
     def _texts_read(self, incremental_state: Dict[str, Any]) -> Optional["TextsRead"]:
         """Return this model's state after reading a batch, None if nothing has been read."""

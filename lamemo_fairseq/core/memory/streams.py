@@ -38,17 +38,10 @@ class StreamMemory:
     Args:
         state: the class of the states, for reading saved ones.
         options: the options that a saved memory depends on, by name.
-        older: those of them that a saved memory may lack, being older than the option, with the value that it had.
     """
 
-    def __init__(
-        self,
-        state: Type[MemoryState],
-        options: Optional[Mapping[str, object]] = None,
-        older: Optional[Mapping[str, object]] = None,
-    ) -> None:
+    def __init__(self, state: Type[MemoryState], options: Optional[Mapping[str, object]] = None) -> None:
         self.options: Dict[str, object] = dict(options or {})
-        self.older: Dict[str, object] = dict(older or {})
         self._state = state
         self._readings: Dict[Tuple[str, bool], Reading] = {}
         self._states: Dict[Tuple[str, bool], Dict[int, Optional[MemoryState]]] = {}
@@ -56,7 +49,7 @@ class StreamMemory:
 
     def __reduce__(self) -> Tuple[object, ...]:
         # A copied or stored model (an averaged one, say) has read nothing yet.
-        return (StreamMemory, (self._state, self.options, self.older))
+        return (StreamMemory, (self._state, self.options))
 
     def read(self, position: SegmentPosition, training: bool) -> Optional[MemoryState]:
         """Return the memory before the segment at *position*, None standing for an empty one.
