@@ -2,7 +2,7 @@
 
 import os
 import struct
-from typing import Any, Callable, Dict, NamedTuple, NoReturn, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Tuple
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ _MMAP_HEADER = struct.Struct("<9sQBQ")  # magic, version, code of the dtype, num
 
 def _read_mmap(path: str) -> Index:
     content = np.memmap(path + ".idx", mode="r")
-    (*_, lines), dtype = _header(path, _MMAP_HEADER, 1, 2)
+    (lines,), dtype = _header(path, _MMAP_HEADER)
     _check_length(path, len(content), _MMAP_HEADER.size + 12 * lines, lines)
     sizes, starts = _numbers(content, _MMAP_HEADER.size, (np.int32, lines), (np.int64, lines))
     ends = np.cumsum(sizes, dtype=np.int64) * np.dtype(dtype).itemsize
@@ -161,7 +161,7 @@ _OLDER_HEADER = struct.Struct("<8s5Q")  # magic, version, code and size of the d
 
 def _read_older(path: str) -> Index:
     content = np.memmap(path + ".idx", mode="r")
-    (*_, width, lines, dimensions), dtype = _header(path, _OLDER_HEADER, 1, 2)
+    (width, lines, dimensions), dtype = _header(path, _OLDER_HEADER)
     _check_length(path, len(content), _OLDER_HEADER.size + 8 * (2 * (lines + 1) + dimensions), lines)
     offsets = (np.int64, lines + 1)
     firsts, starts, sizes = _numbers(content, _OLDER_HEADER.size, offsets, offsets, (np.int64, dimensions))
@@ -172,18 +172,19 @@ def _read_older(path: str) -> Index:
     return Index(dtype, sizes, 1)
 
 
-def _header(path: str, header: struct.Struct, version_at: int, code_at: int) -> Tuple[Tuple[Any, ...], Any]:
+def _header(path: str, header: struct.Struct) -> Tuple[List[int], Any]:
+    """Return the numbers of a header after magic, version and code, and the dtype that the code stands for."""
     with open(path + ".idx", "rb") as file:
         content = file.read(header.size)
     if len(content) < header.size:
         raise _damaged(path, f".idx has {len(content)} bytes")
-    fields = header.unpack(content)
-    dtype = indexed_dataset._code_to_dtype.get(fields[code_at])
-    if fields[version_at] != 1 or dtype is None:
-        raise _damaged(path, f".idx is of an unknown version {fields[version_at]} or kind {fields[code_at]}")
+    _, version, code, *numbers = header.unpack(content)
+    dtype = indexed_dataset._code_to_dtype.get(code)
+    if version != 1 or dtype is None:
+        raise _damaged(path, f".idx is of an unknown version {version} or kind {code}")
     if not np.issubdtype(dtype, np.integer):
         raise ValueError(f"{path} holds numbers of type {np.dtype(dtype)}, not word ids: {_AGAIN}")
-    return fields, dtype
+    return numbers, dtype
 
 
 def _check_length(path: str, size: int, expected: int, lines: int) -> None:
