@@ -22,7 +22,7 @@ class Names:
 def names_of(command: str) -> Iterator[Any]:
     """Yield the `Names` of ``fairseq_cli.COMMAND``: imported, or run as a script, or both."""
     for module in (sys.modules.get(f"fairseq_cli.{command}"), sys.modules.get("__main__")):
-        function = inspect.unwrap(getattr(module, _FUNCTIONS[command], names_of))
-        names = getattr(function, "__globals__", {})  # another script may have a module of that name
+        function: Any = getattr(module, _FUNCTIONS[command], None)
+        names = getattr(inspect.unwrap(function), "__globals__", {})  # another script may have a module of that name
         if PurePath(names.get("__file__", "")).parts[-2:] == ("fairseq_cli", f"{command}.py"):
             yield Names(names)
