@@ -11,6 +11,7 @@ from ..core.kernels.module_tree import tree_of
 from ..core.memory import MEMORIES
 from ..core.memory.position import real_tokens
 from ..generation import LanguageModelHub
+from ..host.generation_options import refusal
 from ..host.named_checkpoints import check_files
 from ..host.own import OwnModel, OwnTask, not_fed
 from ..host.restoring import opening
@@ -75,7 +76,7 @@ class MemoryLanguageModel(OwnModel, FairseqLanguageModel):
 
     def prepare_for_inference_(self, cfg: Any) -> None:
         if getattr(cfg.generation, "retain_dropout", False):
-            raise ValueError("--retain-dropout is not known to a model with memory: leave it out")
+            raise ValueError(refusal("retain_dropout"))
         super().prepare_for_inference_(cfg)
         self.decoder.for_inference = True
 
