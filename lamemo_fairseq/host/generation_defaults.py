@@ -6,6 +6,7 @@ from typing import Any, Sequence
 from fairseq.dataclass import FairseqDataclass
 from fairseq.scoring import BaseScorer, register_scorer
 
+from .own import TASK
 from .ranks import launched_ranks
 
 NO_SCORE = "no_score"
@@ -29,8 +30,8 @@ class NoScore(BaseScorer):
         return f"{self.lines:,} lines, without a score (--scoring computes one against the lines themselves)"
 
 
-def adapt_generation(namespace: Namespace, words: Sequence[str], task: str) -> None:
-    """Change the defaults of a command line for *task*, if the task generates and *words* do not name the options.
+def adapt_generation(namespace: Namespace, words: Sequence[str]) -> None:
+    """Change the defaults of a command that generates with this package's task, unless *words* name the options.
 
     No BLEU is computed, and one process runs. fairseq starts as many processes as there are GPUs. fairseq-generate
     would then continue one share of the lines alone, and each process of fairseq-interactive would read the same input.
@@ -38,7 +39,7 @@ def adapt_generation(namespace: Namespace, words: Sequence[str], task: str) -> N
     Raises:
         ValueError: torchrun has started several processes, which these commands do not divide the work among.
     """
-    if getattr(namespace, "task", None) != task or not hasattr(namespace, "beam"):
+    if getattr(namespace, "task", None) != TASK or not hasattr(namespace, "beam"):
         return
     ranks = launched_ranks()
     if ranks > 1:

@@ -16,7 +16,6 @@ from .generation_defaults import adapt_generation
 from .interruption import end_in_one_line
 from .named_checkpoints import check_checkpoints, take_task_from_checkpoint
 from .option_rules import EVAL_LM, on_cpu
-from .own import TASK
 from .quiet import leave_out_warnings, log_in_fairseqs_format
 from .ranks import launched_ranks
 from .signals import pass_on_to_ranks
@@ -41,7 +40,7 @@ def parse_args_and_arch(
         parsed = original(parser, input_args, *args, **kwargs)
     namespace: Namespace = parsed[0] if isinstance(parsed, tuple) else parsed
     if is_our_task(getattr(namespace, "task", None)) or is_our_model(getattr(namespace, "arch", None)):
-        adapt_generation(namespace, words, TASK)
+        adapt_generation(namespace, words)
         _correct(namespace, words)
         line.check(namespace)
         if hasattr(namespace, "max_update"):
