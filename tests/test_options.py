@@ -16,7 +16,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from lamemo_fairseq.core.names import option_name
 from lamemo_fairseq.host import start
 from lamemo_fairseq.host.option_page import render
-from lamemo_fairseq.host.option_rules import EVAL_LM, INTERACTIVE, REFUSED, TRAIN
+from lamemo_fairseq.host.option_rules import EVAL_LM, INTERACTIVE, REFUSED, TRAIN, always
 from lamemo_fairseq.host.option_table import rules_for
 
 from .command_lines import PARSERS, SIZES, configuration, read
@@ -60,7 +60,7 @@ def test_every_option_is_accounted_for(command, actions):
     """A new option, of fairseq's or of this package, has to be put into the table or among those that work."""
     working = {option for those in WORKING[command].values() for option in those}
     ruled = set(rules_for(command))
-    without = {option for option, rules in rules_for(command).items() if any(rule.unconditional for rule in rules)}
+    without = {option for option, rules in rules_for(command).items() if any(rule.applies is always for rule in rules)}
     assert set(actions[command]) - ruled - working == set(), "neither in the table nor known to work"
     assert without & working == set(), "said to work, but in the table without a condition"
     assert ruled - without - working == set(), "in the table on a condition: what proves that they work otherwise?"
@@ -110,7 +110,7 @@ def test_options_without_use_are_refused_or_told(command, actions, caplog):
     """Those of the table that depend on no other option, one by one."""
     for option, rules in rules_for(command).items():
         for rule in rules:
-            if not rule.unconditional:
+            if rule.applies is not always:
                 continue
             caplog.clear()
             words = other_value(actions[command][option])

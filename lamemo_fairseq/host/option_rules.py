@@ -44,10 +44,6 @@ class Rule:
     applies: Condition
     joined: str  # stands between an option and the reason
 
-    @property
-    def unconditional(self) -> bool:
-        return self.applies is always
-
     def message(self, option: str) -> str:
         """Return one line on an option that was given."""
         return f"{option_name(option)}{self.joined}{self.reason}"
