@@ -165,8 +165,8 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
             f"{opened.num_streams} streams counts as one",
             file=sys.stderr,
         )
-    for length in args.cut_memory if memory.has_slots else ():
-        if length not in collected.curves:
+    for length in args.cut_memory:
+        if memory.has_slots and length not in collected.curves:
             cut = opening(path, args, **cut_to(length, config))
             log = TokenLog()
             for scored in score_segments(cut.models, segments(cut, args, f"{name}, {length} slots"), cut.device):

@@ -44,8 +44,10 @@ def by_memory(models: Models, about: About) -> Lines:
     """
     lines: Lines = []
     for name, collected in models.items():
+        if len(collected.curves) < 2:
+            continue
         own_slots, own = next(iter(collected.curves.items()))
-        for slots, losses in sorted(collected.curves.items()) if len(collected.curves) > 1 else ():
+        for slots, losses in sorted(collected.curves.items()):
             differences = replace(losses, losses=losses.losses - own.losses).by_class()
             for of, mean in losses.by_class().items():
                 more = {"difference": differences[of].loss, "error of the difference": differences[of].error}

@@ -112,7 +112,7 @@ def figure1(models: Models, paper: bool) -> Lines:
             if -offset < len(by_distance):
                 line["from the query"] = float(by_distance[-offset - BIN + 1 : -offset + 1].sum())
             lines.append(line)
-    for name, values in PAPER.items() if paper else ():
+    for name, values in (PAPER if paper else {}).items():
         for offset, value in zip(OFFSETS, values, strict=True):
             lines.append({"model": name, "offset": offset, "into memory": value, "from the query": value})
     return lines

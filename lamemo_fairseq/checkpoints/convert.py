@@ -275,8 +275,9 @@ def released_config(options: Dict[str, Any], words: int) -> Dict[str, Any]:
         "decoder_output_dim": (options.get("decoder_output_dim") or input_dim) != input_dim,
         "adaptive_softmax_factor": factor != int(factor) or (factor > 1 and not options.get("adaptive_input")),
     }
-    for name in (name for name, is_unknown in unknown.items() if is_unknown):
-        raise ValueError(f"the released code has no model with {option_name(name)} {options[name]}")
+    for name, is_unknown in unknown.items():
+        if is_unknown:
+            raise ValueError(f"the released code has no model with {option_name(name)} {options[name]}")
     inner = options.get("activation_dropout")
     if inner is not None and inner != options["dropout"]:
         logger.warning(

@@ -93,8 +93,9 @@ def warn_without_effect(options: Any) -> None:
     for name, reason in WITHOUT_EFFECT.items():
         if getattr(options, name, None):
             logger.warning("%s has no effect: %s", option_name(name), reason)
-    for name in _OF_NEW_WORDS if getattr(options, "score_reference", False) else ():
-        if getattr(options, name, getattr(_DEFAULTS, name)) != getattr(_DEFAULTS, name):
+    scores = getattr(options, "score_reference", False)
+    for name in _OF_NEW_WORDS:
+        if scores and getattr(options, name, getattr(_DEFAULTS, name)) != getattr(_DEFAULTS, name):
             logger.warning("%s has no effect: --score-reference scores given text", option_name(name))
 
 

@@ -135,8 +135,8 @@ def check_optimizer(settings: Settings) -> None:
                 f"{option_name(name)} is refused: --optimizer {optimizer} updates float32 weights alone; pass "
                 f"--{precision}, or another optimizer such as adam"
             )
-    for name in ("relative_step", "warmup_init") if optimizer == "adafactor" else ():
-        if settings.get(name):
+    for name in ("relative_step", "warmup_init"):
+        if optimizer == "adafactor" and settings.get(name):
             raise ValueError(
                 f"{option_name(name)} is refused: it chooses the learning rate in place of --lr, which fairseq always "
                 "sets; leave it out"

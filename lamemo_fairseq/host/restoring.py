@@ -317,7 +317,9 @@ def _differences(trainer: Any, state: Dict[str, Any]) -> List[_Difference]:
 def _count_ranks(*runs: Mapping[str, Any]) -> None:
     """Count the streams of all ranks, if runs have other numbers of ranks: of one rank alone they tell nothing."""
     ranks = [run["distributed_training"]["distributed_world_size"] for run in runs]
-    for run, count in zip(runs, ranks, strict=True) if len(set(ranks)) > 1 else ():
+    if len(set(ranks)) == 1:
+        return
+    for run, count in zip(runs, ranks, strict=True):
         dataset = run["dataset"]
         for name in {*_FOLLOWING, *_FOLLOWING.values()} & set(dataset):
             value = dataset.pop(name)

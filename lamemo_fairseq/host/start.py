@@ -219,8 +219,9 @@ def check_config(config: DictConfig) -> None:
     settings: Dict[str, Any] = {}
     changed = set()
     for section, defaults in _defaults(values).items():
-        for name in set(values[section]) - set(defaults) if defaults else ():
-            raise ValueError(not_known(f"{section}.", name, defaults))
+        unknown = set(values[section]) - set(defaults) if defaults else set()
+        if unknown:
+            raise ValueError(not_known(f"{section}.", min(unknown), defaults))
         for name, default in defaults.items():
             default = _referred(default, values)
             settings[name] = values[section].get(name, default)

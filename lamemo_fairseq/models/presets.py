@@ -39,9 +39,9 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
 for _name, (_model, _config) in MODELS.items():
     _memory = str(_config().memory)
     _presets = MEMORIES[_memory].architecture.presets
-    for _data in sorted(set(_presets) - set(SETTINGS)):
+    if _unknown := set(_presets) - set(SETTINGS):
         raise ValueError(
-            f"memory '{_memory}': Architecture.presets has '{_data}': the settings are {', '.join(SETTINGS)}"
+            f"memory '{_memory}': Architecture.presets has '{min(_unknown)}': the settings are {', '.join(SETTINGS)}"
         )
     for _data, _sizes in SETTINGS.items():
         check_new(_memory, f"{_name}_{_data}")
