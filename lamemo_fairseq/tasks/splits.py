@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 from fairseq import utils
 from fairseq.data import Dictionary
@@ -54,34 +54,43 @@ class SplitTask(PromptTask):
         """
         paths = utils.split_paths(self.cfg.data)
         folder = paths[(epoch - 1) % len(paths)]
-        path = os.path.join(folder, split)
-        loaded = self._to_train_on if self._trains else self.datasets
-        former, options = loaded.get(split), DocumentOptions.of(self.cfg)
         if not combine or split != self.cfg.train_subset:  # not to train on
             tell_of_others(paths, split)
         if not combine:
             tell_of_parts(folder, split, self.cfg.train_subset)
-        for later in paths if former is None and split == self.cfg.train_subset else ():
-            for part in check_split(later, split, self.cfg.dataset_impl, combine):
-                if options is not None:
-                    options.check(part)
-        lines = load_lines(folder, split, self.dictionary, self.cfg.dataset_impl, combine)
-        tokens = TokenSequence(lines, len(self.dictionary), path)
-        if self.segment_length is None:
-            raise ValueError("the segment length is not known: pass --tokens-per-sample")
-        rolls = self.cfg.roll and split == self.cfg.train_subset
+        loaded = self._to_train_on if self._trains else self.datasets
+        former = loaded.get(split)
+        if former is None and split == self.cfg.train_subset:
+            self._check_folders(paths, split, combine)
+        dataset = self._load(folder, split, combine)
         if former is not None:  # data in several folders is loaded anew every epoch
             gone = former, vars(former).get("in_order")
             self._iterators = {key: batches for key, batches in self._iterators.items() if key[1] not in gone}
+        loaded[split] = dataset
+        tokens = dataset.tokens
+        logger.info("%s: %s tokens in %s lines", tokens.name, f"{len(tokens):,}", f"{len(tokens.lines):,}")
+        return dataset
+
+    def _check_folders(self, paths: List[str], split: str, combine: bool) -> None:
+        """Check a split to train on in all folders, as an epoch that finds one damaged may be days away."""
+        options = DocumentOptions.of(self.cfg)
+        for folder in paths:
+            for part in check_split(folder, split, self.cfg.dataset_impl, combine):
+                if options is not None:
+                    options.check(part)
+
+    def _load(self, folder: str, split: str, combine: bool) -> SegmentDataset:
+        lines = load_lines(folder, split, self.dictionary, self.cfg.dataset_impl, combine)
+        tokens = TokenSequence(lines, len(self.dictionary), os.path.join(folder, split))
+        if self.segment_length is None:
+            raise ValueError("the segment length is not known: pass --tokens-per-sample")
         sizes = {"segment_length": self.segment_length, "eos": self.dictionary.eos()}
-        seed = self.cfg.seed if rolls else None
+        seed = self.cfg.seed if self.cfg.roll and split == self.cfg.train_subset else None
+        options = DocumentOptions.of(self.cfg)
         if options is None:
-            loaded[split] = SegmentDataset(tokens, split, **sizes, roll_seed=seed)
-        else:
-            documents = options.find(paths_of(folder, split, combine), tokens, self.dictionary)
-            loaded[split] = DocumentDataset(documents, options, tokens, split, **sizes, roll_seed=seed)
-        logger.info("%s: %s tokens in %s lines", path, f"{len(tokens):,}", f"{len(lines):,}")
-        return loaded[split]
+            return SegmentDataset(tokens, split, **sizes, roll_seed=seed)
+        documents = options.find(paths_of(folder, split, combine), tokens, self.dictionary)
+        return DocumentDataset(documents, options, tokens, split, **sizes, roll_seed=seed)
 
     def dataset(self, split: str) -> Any:
         """Return a split. One to train on may be of another folder than one to validate on, or have more parts."""
