@@ -277,14 +277,35 @@ def test_fields_of_a_cache_that_cannot_be_reordered(monkeypatch, changed, messag
             lambda layers: [layers[0], LayerCache(*(t[:, :, 1:] for t in vars(layers[1]).values()))],
             "Cache.column_buffers yields a buffer [1, 2, 6, 4] with columns in dimension 2: make 7 of them, memory",
         ),
+        (lambda layers: layers[:1] * 2, "Cache.empty returned one buffer twice: make new ones for every field of"),
     ],
 )
-def test_a_cache_of_other_sizes(monkeypatch, made, message):
+def test_a_cache_of_other_layers(monkeypatch, made, message):
+    """Layers that share a cache would attend to each other's keys, in silence."""
+    refuse_cache(monkeypatch, lambda cache: replace(cache, layers=made(cache.layers)), message)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            lambda cache: replace(cache, positions=cache.positions * 2),
+            "Cache.empty returned 2 positions for 1 sequences: return [SequencePosition()] * batch_size",
+        ),
+        (lambda cache: replace(cache, slots=cache.tokens), "Cache.empty returned one buffer twice: make new ones"),
+    ],
+)
+def test_a_cache_of_other_positions(monkeypatch, made, message):
+    refuse_cache(monkeypatch, made, message)
+
+
+def refuse_cache(monkeypatch, made, message):
+    """Begin to decode with what is *made* of an empty cache, which is refused."""
+
     class Cache(FrozenCache):
         @classmethod
         def empty(cls, memory, batch_size, like):
-            cache = super().empty(memory, batch_size, like)
-            return replace(cache, layers=made(cache.layers))
+            return made(super().empty(memory, batch_size, like))
 
     monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(cache=Cache)})
     with torch.no_grad(), pytest.raises(ValueError, match=f"^{re.escape(message)}"):

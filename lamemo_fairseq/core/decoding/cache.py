@@ -280,17 +280,24 @@ class SegmentCache(Generic[M, L]):
                     "of such tensors, or None, so that reorder takes the rows of every sequence along"
                 )
 
-    def check(self, layers: int, columns: int) -> None:
-        """Refuse what `empty` must not return for so many layers of a model, and columns C; shipped ones never do.
+    def check(self, batch_size: int, layers: int, columns: int) -> None:
+        """Refuse what `empty` must not return for B sequences, so many layers of a model, and C columns.
 
         Raises:
-            ValueError: a field is none that `reorder` could follow, there are not as many layers, or a buffer has
-                another number of columns.
+            ValueError: a field is none that `reorder` could follow, there are not as many layers or positions, two
+                fields are one buffer, or a buffer has another number of columns. Shipped caches never raise it.
         """
         name = type(self).__name__
         if len(self.layers) != layers:
             raise ValueError(f"{name}.empty returned {len(self.layers)} layers: return one for each of {layers} layers")
-        self.tensors()
+        if len(self.positions) != batch_size:
+            raise ValueError(
+                f"{name}.empty returned {len(self.positions)} positions for {batch_size} sequences: return "
+                "[SequencePosition()] * batch_size"
+            )
+        buffers = self.tensors()
+        if len({*map(id, buffers)}) < len(buffers):
+            raise ValueError(f"{name}.empty returned one buffer twice: make new ones for every field of every layer")
         for dim, buffer in self.column_buffers():
             if buffer.size(dim) != columns:
                 raise ValueError(

@@ -46,7 +46,9 @@ class DecodingState:
         self.cache: AnyCache = memory.cache.empty(memory, batch_size, like)
         if decoder.positions.reads_words:
             self.cache.words = self.cache.tokens.new_zeros(batch_size, self.mem_len + self.length)
-        self.cache.check(len(self.layers), self.mem_len + self.length)
+        self.cache.check(batch_size, len(self.layers), self.mem_len + self.length)
+        if self.has_read:  # of a memory with slots from the beginning
+            self.cache.sync()
         # Biases are the same in every step: sinusoids and their projections are computed once a text, not once a token.
         biases = decoder.positions(self.mem_len + self.length, None, like)
         self.biases: List[LayerBias] = [

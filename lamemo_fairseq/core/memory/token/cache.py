@@ -48,9 +48,7 @@ class TokenCache(SegmentCache[WithTokens, LayerCache]):
         layers = [LayerCache(*LayerCache.zeros(memory, batch_size, like)) for _ in range(memory.config.layers)]
         begin = SequencePosition(slots=memory.config.options.memory_tokens)
         first = memory.first_tokens(like.new_empty(batch_size, 0, like.size(-1))).detach().clone()
-        cache = cls(layers, counts(batch_size, like), counts(batch_size, like), [begin] * batch_size, first)
-        cache.sync()
-        return cache
+        return cls(layers, counts(batch_size, like), counts(batch_size, like), [begin] * batch_size, first)
 
     def refresh(self, sequences: Optional[Tensor], slots: int, first: Tensor, network: Network[WithTokens]) -> None:
         """Read the memory tokens: keys and values of the read block."""
