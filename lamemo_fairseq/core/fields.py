@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from typing import Any, Dict, Iterable, Mapping, Optional, Set, TypeVar
+from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Set, TypeVar
 
 T = TypeVar("T")
 Values = Mapping[str, Any]  # of fields by name, as JSON has them; a configuration checks what it needs
@@ -29,22 +29,35 @@ def fixed_options(config: type) -> Set[str]:
     return {field.name for field in dataclasses.fields(config) if field.metadata.get("fixed")}
 
 
-def check_options(config: type) -> None:
+def check_options(config: Any, base: Any) -> None:
     """Refuse a dataclass with fields that a host would not offer as options.
 
     Raises:
-        ValueError: a field is not made by `option`, or its type cannot be read; the message names it and the remedy.
+        ValueError: it does not extend *base*, a field is not made by `option`, or its type cannot be read; the message
+            names it and the remedy.
     """
+    if not (isinstance(config, type) and issubclass(config, base)):
+        name = getattr(config, "__name__", f"of type {type(config).__name__}")
+        raise ValueError(f"options is {name}: name a class that extends {base.__name__}")
     if "__dataclass_fields__" not in vars(config) and inspect.get_annotations(config):
         raise ValueError(f"{config.__name__} has fields and is no dataclass: write @dataclass(frozen=True) above it")
+    for name in (*_untyped(config), *(f.name for f in dataclasses.fields(config) if "help" not in f.metadata)):
+        raise ValueError(
+            f"{config.__name__}.{name} would not be an option: write {name}: TYPE = option(DEFAULT, 'one line of "
+            f"help'), with option from {__name__}"
+        )
     for field in dataclasses.fields(config):
-        name = f"{config.__name__}.{field.name}"
-        if "help" not in field.metadata:
-            raise ValueError(
-                f"{name} would not be an option: write {field.name}: TYPE = option(DEFAULT, 'one line of help'), "
-                f"with option from {__name__}"
-            )
         if isinstance(field.type, str):
             raise ValueError(
-                f"{name} has a type that no host can read: leave out from __future__ import annotations, and quotes"
+                f"{config.__name__}.{field.name} has a type that no host can read: leave out from __future__ import "
+                "annotations, and quotes"
             )
+
+
+def _untyped(config: type) -> Iterator[str]:
+    """Yield the public names of plain values without a type, as of ``limit = 3``, which dataclasses pass over."""
+    for cls in config.__mro__:
+        for name in vars(cls).keys() - inspect.get_annotations(cls).keys():
+            value = vars(cls)[name]
+            if not (name.startswith("_") or callable(value) or hasattr(value, "__get__")):
+                yield name

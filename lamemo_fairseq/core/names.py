@@ -5,7 +5,7 @@ import functools
 import inspect
 import os
 from pathlib import Path
-from typing import Callable, Iterable, Optional, ParamSpec, TypeVar, Union
+from typing import Callable, Iterable, Optional, ParamSpec, Set, TypeVar, Union
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,6 +48,42 @@ def with_nearest_names(call: Callable[P, R]) -> Callable[P, R]:
         return call(*args, **kwargs)
 
     return checked
+
+
+def check_spelling(own: type, base: type) -> None:
+    """Refuse a member of a user's *own* class with nearly the name of one of its *base*, which would have no effect.
+
+    Methods are compared with methods alone. A member that the class itself reads is a helper, whatever its name.
+
+    Raises:
+        ValueError: the message has the name, and the nearest one.
+    """
+    known = {name for name in (*vars(base), *inspect.get_annotations(base)) if not name.startswith("_")}
+    for cls in own.__mro__[: own.__mro__.index(base)]:
+        members = {name: value for name, value in vars(cls).items() if not name.startswith("_")}
+        read = set().union(*map(_names_read, vars(cls).values()))
+        for name in members.keys() - known - read:
+            alike = [other for other in known if _is_method(vars(base).get(other)) == _is_method(members[name])]
+            hint = did_you_mean(name, alike, cutoff=0.85)
+            if hint:
+                raise ValueError(
+                    f"{cls.__name__}.{name} would have no effect, as {base.__name__} has no such member: {hint} Give a "
+                    "helper a name that is less alike"
+                )
+
+
+def _is_method(member: object) -> bool:
+    return inspect.isfunction(getattr(member, "__func__", member))
+
+
+def _names_read(member: object) -> Set[str]:
+    """Return the names that the code of a method or property reads, within its functions too."""
+    function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+    codes, names = [getattr(function, "__code__", None)], set()
+    for code in filter(None, codes):
+        names |= {*code.co_names}
+        codes += [inner for inner in code.co_consts if inspect.iscode(inner)]
+    return names
 
 
 def nearest_path(path: Union[str, Path]) -> str:

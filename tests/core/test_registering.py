@@ -13,6 +13,7 @@ from lamemo_fairseq.core.decoding.cache import FrozenCache, SegmentCache
 from lamemo_fairseq.core.fields import option
 from lamemo_fairseq.core.memory import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState
 from lamemo_fairseq.core.memory.recurrent import RecurrentMemory
+from lamemo_fairseq.core.positions import POSITIONS, PositionEncoding
 
 from .conftest import pytest_configure
 from .own_memory import average
@@ -33,6 +34,20 @@ class Undecorated(MemoryOptions):
 
 
 @dataclass(frozen=True)
+class Untyped(MemoryOptions):
+    average_keep = 0.9
+
+
+class Unread(MemoryOptions):
+    average_keep = option(0.9, "share of an average that is left")
+
+
+@dataclass(frozen=True)
+class Baseless:
+    average_keep: float = option(0.9, "share of an average that is left")
+
+
+@dataclass(frozen=True)
 class Offered(MemoryOptions):
     average_keep: float = option(0.9, "share of an average that is left")
 
@@ -42,6 +57,10 @@ class Checked(Offered):
 
     def check(self) -> None:
         pass
+
+
+class Lower(Offered):
+    average_keep = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,11 @@ REMEDY = (
     [
         (Plain, rf"Plain.average_keep would not be an option: {REMEDY}"),
         (Postponed, r"Postponed.average_keep has a type that no host can read: leave out from __future__ import annot"),
+        (Untyped, rf"Untyped.average_keep would not be an option: {REMEDY}"),
+        (Unread, rf"Unread.average_keep would not be an option: {REMEDY}"),
+        (Lower, rf"Lower.average_keep would not be an option: {REMEDY}"),
+        (Baseless, "options is Baseless: name a class that extends MemoryOptions$"),
+        (Offered(), "options is of type Offered: name a class that extends MemoryOptions$"),
         (Undecorated, r"Undecorated has fields and is no dataclass: write @dataclass\(frozen=True\) above it"),
     ],
 )
@@ -174,6 +198,60 @@ def test_a_class_that_lacks_a_method(members, message):
     with pytest.raises(ValueError, match=f"^memory 'average': (AverageMemory ?)?{re.escape(message)}$"):
         MEMORIES.register("average")(type("AverageMemory", (Memory,), {**names, **own, **members}))
     assert "average" not in MEMORIES.names()
+
+
+class Remembering(FrozenCache):
+    keep_features = True
+
+
+class Rotating(PositionEncoding):
+    reaches_memroy = False
+
+
+def of_no_use(self):
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"look_ahaed": True}, "AverageMemory.look_ahaed would have no effect, as Memory has no such member: did you"),
+        ({"carries_gradients": True}, "AverageMemory.carries_gradients .* did you mean carries_gradient?"),
+        ({"layouts": ()}, "AverageMemory.layouts .* did you mean layout?"),
+        ({"rows_hold": of_no_use}, "AverageMemory.rows_hold .* did you mean rows_held?"),
+        ({"slot": property(of_no_use)}, "AverageMemory.slot .* did you mean slots?"),
+        ({"cache": Remembering}, "Remembering.keep_features would have no effect, as SegmentCache .*keeps_features?"),
+    ],
+)
+def test_a_misspelt_member(members, message):
+    """It would have no effect, and the class would have the member of its base."""
+    with pytest.raises(ValueError, match=f"^memory 'average': {message}"):
+        MEMORIES.register("average")(average(**members))
+    assert "average" not in MEMORIES.names()
+
+
+def test_a_misspelt_member_of_a_position_encoding():
+    message = "^position encoding 'rotating': Rotating.reaches_memroy .* did you mean reaches_memory?"
+    with pytest.raises(ValueError, match=message):
+        POSITIONS.register("rotating")(Rotating)
+    assert "rotating" not in POSITIONS.names()
+
+
+@pytest.mark.parametrize("name", ["join", "losses", "reached", "attend", "state_of", "mean", "write", "slots_kept"])
+def test_a_helper_has_any_other_name(name, monkeypatch):
+    monkeypatch.setattr(MEMORIES, "_entries", dict(MEMORIES._entries))
+    MEMORIES.register("average")(average(**{name: of_no_use}))
+
+
+def test_a_helper_that_its_class_reads_has_any_name(monkeypatch):
+    def pass_layer(self, n, layer, rows, before, segment):
+        parts = [self.layer_state(part) for part in before]
+        return RecurrentMemory.pass_layer(self, n, layer, rows, (*parts,), segment)
+
+    monkeypatch.setattr(MEMORIES, "_entries", dict(MEMORIES._entries))
+    with pytest.raises(ValueError, match=r"AverageMemory.layer_state .* did you mean layer_states?"):
+        MEMORIES.register("average")(average(layer_state=of_no_use))
+    MEMORIES.register("average")(average(layer_state=of_no_use, pass_layer=pass_layer))
 
 
 def test_an_option_that_every_model_has(monkeypatch):

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..decoding.cache import AnyCache
 from ..fields import check_options
 from ..layers import CausalSelfAttention, DecoderLayer, SelfAttention
+from ..names import check_spelling
 from ..positions import LayerBias, Positions
 from ..positions.together import together
 from ..registry import Registry
@@ -381,7 +382,8 @@ def _check(memory: Type[Memory[Any, Any]]) -> None:
     Raises:
         ValueError: with the remedy.
     """
-    check_options(memory.options)
+    check_spelling(memory, Memory)
+    check_options(memory.options, MemoryOptions)
     if "cache" not in vars(memory):
         raise ValueError(
             f"{memory.__name__} names no cache for decoding: write cache = FrozenCache if a slot has the keys and "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decoding.cache import SegmentCache
+from ..names import check_spelling
 
 P = TypeVar("P")
 
@@ -73,6 +74,7 @@ def check_methods(memory: Any, base: Any) -> None:
             raise ValueError(f"{name} has {attribute} = True: define {method} too, or leave {attribute} out")
     if not issubclass(memory.cache, SegmentCache) or memory.cache.empty.__func__ is SegmentCache.empty.__func__:  # type: ignore[attr-defined]
         raise ValueError(f"{memory.cache.__name__} begins no decoding: extend SegmentCache, and define empty in it")
+    check_spelling(memory.cache, SegmentCache)
     if isinstance(memory.layout, str):
         raise ValueError(f"{name}.layout is a string: write ({memory.layout!r},)")
     unknown = sorted(set(memory.layout) - {f.name for f in fields(memory.options)})

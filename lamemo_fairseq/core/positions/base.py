@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import Counted
+from ..names import check_spelling
 from ..registry import Registry
 from .bias import LayerBias, PositionConfig
 from .shapes import check_biases
@@ -179,5 +180,7 @@ def require_pairs(embed_dim: int) -> None:
 
 
 POSITIONS: Registry[Type[PositionEncoding]] = Registry(
-    "position encoding", own="one of your own goes into lamemo_fairseq/core/positions"
+    "position encoding",
+    lambda encoding: check_spelling(encoding, PositionEncoding),
+    own="one of your own goes into lamemo_fairseq/core/positions",
 )
