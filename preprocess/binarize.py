@@ -17,6 +17,7 @@ from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDataset, best_fitting_int_dtype
 from tqdm import tqdm
 
+from lamemo_fairseq.core.text.encoding import MARK
 from lamemo_fairseq.data import binarized
 from lamemo_fairseq.data.documents import RECORD
 
@@ -67,7 +68,15 @@ def save_dictionary(dictionary: Dictionary, path: Path) -> None:
 
     fairseq does not write the flag of words that occur again, as its own symbols do in RoBERTa's dictionary. fairseq
     then cannot read its own file.
+
+    Raises:
+        ValueError: the first word begins with a byte order mark, which no reader takes for a part of the word.
     """
+    if any(word.startswith(MARK) for word in dictionary.symbols[dictionary.nspecial :][:1]):
+        raise ValueError(
+            "the commonest word of the text begins with U+FEFF, a byte order mark, with which dict.txt cannot begin: "
+            "remove this character from the text, or take --bpe bytes"
+        )
     before = set(dictionary.symbols[: dictionary.nspecial])
     with replacing(path) as file:
         for word, count in list(zip(dictionary.symbols, dictionary.count, strict=True))[dictionary.nspecial :]:

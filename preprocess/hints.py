@@ -70,7 +70,7 @@ def of_the_result(splits: Mapping[str, Any], files: Mapping[str, Any]) -> Iterat
         splits, files: as the record has them.
     """
     for split, count in splits.items():
-        words = count["tokens"] - count["lines"]  # ends of lines are never unknown
+        words = max(1, count["tokens"] - count["lines"])  # ends of lines are never unknown; letters have none
         if split != "train" and files[f"{split}.bin"]["sha256"] == files["train.bin"]["sha256"]:
             yield f"{split} is the same text as train: its loss will say nothing about other text"
         if count["unknown"] > _MOSTLY * words:

@@ -157,3 +157,21 @@ def test_a_split_of_blank_lines_is_none(texts, tmp_path, split, options):
     ):
         own(texts, tmp_path / "data", *options)
     assert contents(tmp_path / "data") == made
+
+
+def test_a_dictionary_cannot_begin_with_a_byte_order_mark(tmp_path):
+    """It would not read back as it was written. As another word than the first, the mark is one like any other."""
+    source = write(tmp_path / "text.txt", "x \ufeff \ufeff\n".encode())
+    options = ("own", "--destdir", tmp_path / "data", "--source", source, "--shares", 1, "--tokenizer", "words")
+    assert "the commonest word of the text begins with U+FEFF" in refused(*options)
+    write(source, "x x \ufeff\n".encode())
+    main(list(map(str, options)))
+
+
+def test_a_split_of_a_single_unknown_letter_is_made(tmp_path, capsys):
+    """It has no end of a line, and so no word by the count of lines."""
+    for split, text in (("train", b"aab"), ("valid", b"b")):
+        write(tmp_path / f"{split}.txt", text)
+    sources = [str(tmp_path / f"{split}.txt") for split in ("train", "valid")]
+    main(["own", "--destdir", str(tmp_path / "d"), "--source", *sources, "--bpe", "text8", "--nwords", "5"])
+    assert "hint: valid: 100% of the words are unknown to the dictionary" in capsys.readouterr().err
