@@ -18,26 +18,12 @@ from ..host.generation_options import check_length_penalty, refusal
 from .progress import counter
 from .repetition import aligned_right, repeating_words
 from .sampling import is_plain_sampling, no_word_left, sampled_continuations
-from .scorer import stream_log_probs
+from .scorer import ReadTexts, read_texts
 
 
-class ReadPrompts(NamedTuple):
-    """Prompts that a model has read but for their last tokens."""
-
-    state: DecodingState
-    log_probs: Tensor  # [B, L - 1], of the prompts' tokens after the first
-
-
-def read_prompts(model: Any, tokens: Tensor, lengths: Sequence[int], temperature: float = 1.0) -> ReadPrompts:
-    """Read ``tokens [B, L]`` of *lengths*, segment by segment, up to each prompt's last token."""
-    state = DecodingState(model.decoder, len(tokens))
-    before = [n - 1 for n in lengths]
-    log_probs = [torch.zeros(len(tokens), 0, device=tokens.device)]
-    with counter(max(before), "prompt") as bar:
-        for chunk in stream_log_probs(model, state, tokens[:, :-1], tokens[:, 1:], before, temperature):
-            log_probs.append(chunk)
-            bar.update(chunk.size(1))
-    return ReadPrompts(state, torch.cat(log_probs, dim=1))
+def read_prompts(model: Any, tokens: Tensor, lengths: Sequence[int], temperature: float = 1.0) -> ReadTexts:
+    """Read ``tokens [B, L]`` of *lengths* up to each prompt's last token, and score all but the first."""
+    return read_texts(model, tokens[:, :-1], tokens[:, 1:], [n - 1 for n in lengths], "prompt", temperature)
 
 
 class Prompts(NamedTuple):

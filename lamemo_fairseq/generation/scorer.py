@@ -1,9 +1,9 @@
 """Log-probabilities of texts of any length, streamed through memory.
 
-Shapes: B sequences, L tokens of the longest, k tokens at a time.
+Shapes: B texts, L tokens of the longest, k tokens at a time.
 """
 
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -15,32 +15,46 @@ from ..host.ensembles import mean_over_models
 from .progress import counter
 
 
-def stream_log_probs(
-    model: Any, state: DecodingState, tokens: Tensor, target: Tensor, lengths: Sequence[int], temperature: float = 1.0
-) -> Iterator[Tensor]:
-    """Read the first ``lengths[b]`` of ``tokens [B, L]`` of each sequence b into *state*.
+class ReadTexts(NamedTuple):
+    """Texts that a model has read."""
+
+    state: DecodingState
+    log_probs: Tensor  # [B, l], l tokens of the longest, in float32 or wider; beyond a text's length they mean nothing
+
+
+def read_texts(
+    model: Any, tokens: Tensor, target: Tensor, lengths: Sequence[int], what: str, temperature: float = 1.0
+) -> ReadTexts:
+    """Read the first ``lengths[b]`` of ``tokens [B, L]`` of each text b, and score *target*, the word after each.
 
     Columns beyond *lengths* need not hold words. With a *temperature*, probabilities are those that words are drawn by.
-
-    Yields:
-        Log-probabilities ``[B, k]`` of *target*, in float32 or wider; those beyond a sequence's length mean nothing.
+    The terminal has a counter of *what* is read.
     """
-    for chunk, features in read_into(state, model.decoder, tokens.clamp(min=0), lengths, TOKENS_AT_ONCE):
-        words = target[:, chunk].clamp(min=0)
-        if temperature != 1:
-            yield _tempered(state.decoder, features, words, temperature)
-            continue
-        probs = model.get_normalized_probs((state.decoder.output_layer(features), None), True, {"target": words})
-        yield probs.gather(-1, words.unsqueeze(-1)).squeeze(-1)
+    state = DecodingState(model.decoder, len(tokens))
+    scored = [torch.zeros(len(tokens), 0, device=tokens.device)]
+    with counter(max(lengths), what) as bar:
+        for chunk, features in read_into(state, model.decoder, tokens.clamp(min=0), lengths, TOKENS_AT_ONCE):
+            words = target[:, chunk].clamp(min=0)
+            if temperature == 1:
+                scores = state.decoder.output_layer(features), None
+                log_probs = _of_words(model.get_normalized_probs(scores, True, {"target": words}), words)
+            else:
+                log_probs = _tempered(state.decoder, features, words, temperature)
+            scored.append(log_probs)
+            bar.update(log_probs.size(1))
+    return ReadTexts(state, torch.cat(scored, dim=1))
 
 
 def _tempered(decoder: Any, features: Tensor, words: Tensor, temperature: float) -> Tensor:
     """Return log-probabilities ``[B, k]`` of *words* at a temperature, which needs the scores of all words."""
     rows = []
     for row, targets in zip(features.split(1), words.split(1), strict=True):  # they may be large: of a text at a time
-        log_probs = (decoder.log_probs(row) / temperature).log_softmax(-1)
-        rows.append(log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+        rows.append(_of_words((decoder.log_probs(row) / temperature).log_softmax(-1), targets))
     return torch.cat(rows)
+
+
+def _of_words(log_probs: Tensor, words: Tensor) -> Tensor:
+    return log_probs.gather(-1, words.unsqueeze(-1)).squeeze(-1)
 
 
 class StreamingScorer:
@@ -59,17 +73,9 @@ class StreamingScorer:
         """Score the batch's targets; several models are averaged as fairseq averages them."""
         source, target = sample["net_input"]["src_tokens"], sample["target"]
         counts = target.ne(NO_WORD).sum(1).tolist()
-        logs = []
         for model in models:
             model.eval()
-            state = DecodingState(model.decoder, len(source))
-            with counter(max(counts), "scored") as bar:
-                log_probs = [target.new_zeros(len(target), 0, dtype=torch.float32)]
-                for chunk in stream_log_probs(model, state, source, target, counts):
-                    log_probs.append(chunk)
-                    bar.update(chunk.size(1))
-            logs.append(torch.cat(log_probs[1:] or log_probs, dim=1))
-        together = mean_over_models(logs)
+        together = mean_over_models([read_texts(m, source, target, counts, "scored").log_probs for m in models])
         return [
             [
                 {
