@@ -96,13 +96,10 @@ class Reader:
             log_probs.append(self.decoder.target_log_probs(features, tokens[:, read.start + 1 : read.stop + 1]))
             if greedy:  # a word at a time, as the scores of all words are many
                 best += [self.decoder.log_probs(word).argmax(-1) for word in features.split(1, dim=1)]
-        scored, likeliest = torch.cat(log_probs, dim=1), torch.cat(best, dim=1)
-        scores = [Score(piece[1:], row[:n]) for piece, row, n in zip(pieces, scored, counts, strict=True)]
-        if not greedy:
-            return scores
+        scored = zip(pieces, torch.cat(log_probs, dim=1), torch.cat(best, dim=1), counts, strict=True)
         return [
-            score._replace(greedy=score.words == row[:n])
-            for score, row, n in zip(scores, likeliest, counts, strict=True)
+            Score(piece[1:], row[:n], piece[1:] == likeliest[:n] if greedy else None)
+            for piece, row, likeliest, n in scored
         ]
 
     def generate(self, count: int, draw: Optional[Draw] = None, seed: Optional[int] = None) -> Continuation:
