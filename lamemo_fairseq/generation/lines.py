@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..core.text import TextEncoding
 from ..core.text.coders import BYTE_SYMBOLS, SPACE, Bytes, Characters, Words
+from ..core.text.tokenizer import MOSTLY
 from .encoders import PromptCoding, split_lines
 
 logger = logging.getLogger(__name__)
 
-MOSTLY = 0.5  # share of a prompt's words
 HARDLY = 0.1  # share of a dictionary's symbols
 
 Encode = Callable[[str], str]
