@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from lamemo_fairseq import convert_checkpoint
 from lamemo_fairseq.checkpoints.convert import load_plain
 from lamemo_fairseq.host import checkpoints
-from lamemo_fairseq.host.checkpoints import DamagedCheckpointError, seal, verify
+from lamemo_fairseq.host.checkpoints import DamagedCheckpointError, verify
 from lamemo_fairseq.host.configuration import read_ours
+from lamemo_fairseq.host.seals import seal
 
 from .helpers import TASK, run_command, write_data
 

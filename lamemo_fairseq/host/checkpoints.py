@@ -1,20 +1,13 @@
-"""Checkpoints that hold the memory of every rank, replace the former one only when complete, and show damage.
-
-A checkpoint is the zip file that torch writes. Its last bytes, the archive's comment, are a checksum of all before,
-which readers of zip files skip. So every tool of fairseq reads it, and a checkpoint that was cut short or changed is
-refused.
-"""
+"""Checkpoints that hold the memory of every rank, replace the former one only when complete, and show damage."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
 import shutil
 import time
-import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 
 import torch
 from fairseq import checkpoint_utils
@@ -25,49 +18,16 @@ from .checkpoint_files import CheckpointError, is_ours, names, read_checkpoint
 from .configuration import check, check_backend, complete
 from .overrides import override
 from .restoring import check_expected, expects_ours, restores
+from .seals import damage_of, is_sealed, seal
 from .stand_in import stand_in
 
 logger = logging.getLogger(__name__)
 
-_END = b"PK\x05\x06"  # begins the last record of a zip file, 22 bytes if there is no comment
-_END_LENGTH = 22
-_PREFIX = b"lamemo-fairseq sha256 "
-_SEAL_LENGTH = len(_PREFIX) + 64
 _spared: Set[str] = set()  # paths of checkpoints that no option removes
 
 
 class DamagedCheckpointError(ValueError):
     """A file differs from the one that was saved."""
-
-
-def seal(path: Path) -> None:
-    """Add the checksum of its contents to a file that torch wrote."""
-    with path.open("r+b") as file:
-        file.seek(-_END_LENGTH, os.SEEK_END)
-        end = file.read()
-        if not (end.startswith(_END) and end.endswith(b"\0\0")):
-            raise ValueError(f"{path} is not a file that torch.save wrote")
-        file.seek(-2, os.SEEK_END)
-        file.write(_SEAL_LENGTH.to_bytes(2, "little"))
-        file.write(_PREFIX)
-    digest = _digest(path, path.stat().st_size)
-    with path.open("ab") as file:
-        file.write(digest)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def is_sealed(path: Path) -> bool:
-    """Return whether a file ends with a seal of `seal`, whatever is before it."""
-    return path.is_file() and _ends(path)[1].startswith(_PREFIX)
-
-
-def _ends(path: Path) -> Tuple[bytes, bytes]:
-    """Return the first bytes of a file, and as many of its last bytes as a seal has."""
-    with path.open("rb") as file:
-        head = file.read(4)
-        file.seek(-min(path.stat().st_size, _SEAL_LENGTH), os.SEEK_END)
-        return head, file.read()
 
 
 def verify(path: Path) -> None:
@@ -78,38 +38,9 @@ def verify(path: Path) -> None:
     Raises:
         DamagedCheckpointError: the file is damaged; the message names it, and another to go on from.
     """
-    damage = _damage(path)
+    damage = damage_of(path)
     if damage is not None:
         raise DamagedCheckpointError(f"the checkpoint {path} is damaged: {damage}. {_advice(path)}")
-
-
-def _damage(path: Path) -> Optional[str]:
-    """Return the damage of a file, None if it is whole."""
-    size = path.stat().st_size
-    head, tail = _ends(path)
-    if size > _SEAL_LENGTH and tail.startswith(_PREFIX):
-        return None if _digest(path, size - 64) == tail[-64:] else "its checksum does not match"
-    if size < _END_LENGTH:
-        return f"it has {size} bytes"
-    if head == b"PK\x03\x04":
-        if not (tail[-_END_LENGTH:].startswith(_END) and tail.endswith(b"\0\0")):
-            return "its end is missing"
-        try:
-            member = zipfile.ZipFile(path).testzip()
-        except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
-            return str(error)
-        if member is not None:
-            return f"the checksum of its part {member} does not match"
-    return None
-
-
-def _digest(path: Path, length: int) -> bytes:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while length > 0 and (block := file.read(min(length, 1 << 22))):
-            digest.update(block)
-            length -= len(block)
-    return digest.hexdigest().encode()
 
 
 def _advice(path: Path) -> str:
@@ -132,7 +63,7 @@ def _newest_whole(folder: Path, but: str = "") -> Optional[Path]:
     Checkpoints may be large: of those before this one only the number of updates is read.
     """
     checkpoints = sorted(folder.glob("checkpoint*.pt"), key=lambda p: (_updates(p), p.stat().st_mtime), reverse=True)
-    return next((p for p in checkpoints if p.name != but and _damage(p) is None), None)
+    return next((p for p in checkpoints if p.name != but and damage_of(p) is None), None)
 
 
 def _updates(path: Path) -> int:
