@@ -295,11 +295,11 @@ def assert_updates_change_the_gradient_alone(make: Callable[..., LanguageModel])
     assert one.memory.period == three.memory.period == 2
     tokens = random_tokens(2, 17)
     torch.testing.assert_close(read_streams(one, tokens), read_streams(three, tokens), rtol=0, atol=1e-12)
-    reached = [_reached_by_gradient(decoder, tokens[:, :6]) for decoder in (one, three)]
+    reached = [reached_by_gradient(decoder, tokens[:, :6]) for decoder in (one, three)]
     assert reached == [[False, False, True], [True, True, True]]
 
 
-def _reached_by_gradient(decoder: LanguageModel, tokens: Tensor) -> List[bool]:
+def reached_by_gradient(decoder: LanguageModel, tokens: Tensor) -> List[bool]:
     """Read ``tokens [B, 6]`` in updates; tell which pairs of them the gradient of the last pair's features reaches."""
     x = decoder.embed_tokens(tokens).detach().requires_grad_()
     state, features = decoder.memory.initial_state(x), []

@@ -13,9 +13,10 @@ from torch import Tensor
 from lamemo_fairseq.core import MEMORIES, LanguageModel, MemoryState
 from lamemo_fairseq.core.decoding.cache import FrozenCache
 from lamemo_fairseq.core.decoding.state import DecodingState
+from lamemo_fairseq.core.memory import Passage
 
 from .buffers import fill_with_nan
-from .helpers import Variant, random_tokens, read_by_token, tiny_decoder, whole_segments
+from .helpers import Variant, random_tokens, reached_by_gradient, read_by_token, tiny_decoder, whole_segments
 
 Read = Tuple[Tensor, Optional[MemoryState], Tensor]  # a segment [B, N], the memory before it, the features after
 SEGMENTS = 6  # which fill the memory of a tiny model, whose segments have 3 tokens
@@ -66,18 +67,31 @@ def _unwritten(variant: Variant) -> Optional[str]:
 
 @torch.no_grad()
 def _kept_elsewhere(variant: Variant) -> Optional[str]:
-    """Read the segments again from the last to the first, each with the memory that it had."""
-    model, after = tiny_decoder(variant), None
-    for segment, state, features in reversed(_read(model, random_tokens(2, 3 * SEGMENTS))):
-        again = model(segment, state)
-        made = [] if after is None else after.tensors()
-        if not torch.equal(again.features, features) or not all(map(torch.equal, again.state.tensors(), made)):
-            return (
-                "a segment that is read again, with the same state and after others, gives something else: keep all "
-                "that goes on to the next segment in the state, and draw random numbers in training alone"
-            )
-        after = state
+    """Read the segments again from the last to the first, each with what a checkpoint before it holds."""
+    for training in (False, True):
+        model, tokens = tiny_decoder(variant).train(training), random_tokens(2, 3 * SEGMENTS)
+        state, read = None, []
+        for segment in tokens.split(3, dim=1):
+            weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+            passage = _read_one(model, segment, state)
+            read.append((segment, state, weights, passage))
+            state = passage.state
+        for segment, state, weights, passage in reversed(read):
+            model.load_state_dict(weights)
+            again = _read_one(model, segment, state)
+            made = [again.features, *again.state.tensors()]
+            if not all(map(torch.equal, made, [passage.features, *passage.state.tensors()])):
+                kept = "in training, " if training else ""
+                return (
+                    f"{kept}a segment that is read again, with the same state and after others, gives something else: "
+                    "keep all that goes on to the next segment in the state, and draw random numbers in training alone"
+                )
     return None
+
+
+def _read_one(model: LanguageModel, segment: Tensor, state: Optional[MemoryState]) -> Passage:
+    torch.manual_seed(0)  # of random numbers that training draws
+    return model(segment, state)
 
 
 @torch.no_grad()
@@ -196,6 +210,45 @@ def _untrained(variant: Variant) -> Optional[str]:
     return None
 
 
+def _gradient_that_ends(variant: Variant) -> Optional[str]:
+    if not MEMORIES[variant[0]].carries_gradient:
+        return None
+    model = tiny_decoder(variant, segment_length=6, bptt_segments=3).train()
+    if reached_by_gradient(model, random_tokens(2, 6))[1]:
+        return None
+    return (
+        "carries_gradient is True, and no gradient reaches the segment before: leave it out, or keep the gradient of "
+        "what the state is made of, which last_rows and detach() take away"
+    )
+
+
+@torch.no_grad()
+def _slots_that_are_no_tokens(variant: Variant) -> Optional[str]:
+    """Change one of the last tokens: of the rows that a model's only layer keeps, its own changes, and no earlier one.
+
+    Later rows may know of the token, if they are what comes out of a layer.
+    """
+    if not MEMORIES[variant[0]].slots_are_tokens:
+        return None
+    model, text = tiny_decoder(variant, decoder_layers=1), random_tokens(1, 3 * SEGMENTS)
+    slots = model.memory.slots
+    for place in range(1, slots + 1):
+        other = text.clone()
+        other[:, -place] = 4 + (other[:, -place] - 3) % 13
+        states = (_read(model, torch.cat([read, text[:, :3]], dim=1))[-1][1] for read in (text, other))
+        for one, two in zip(*(state.tensors() for state in states), strict=True):
+            if one.dim() == 3 and one.size(1) == slots:
+                changed = (one != two).any(2)[0].nonzero().flatten().tolist()
+                if changed[:1] != [slots - place]:
+                    others = ", ".join(str(slots - row) for row in changed)
+                    return (
+                        f"slots_are_tokens is True, and another token {place} before a segment changes "
+                        f"{f'the slots {others} before it' if others else 'no slot'}: leave slots_are_tokens out, or "
+                        "let each slot be that of its token"
+                    )
+    return None
+
+
 @torch.no_grad()
 def _decoded(variant: Variant) -> Optional[str]:
     model, tokens = tiny_decoder(variant), random_tokens(2, 3 * SEGMENTS)
@@ -247,6 +300,8 @@ CHECKS: List[Callable[[Variant], Optional[str]]] = [
     _unread,
     _of_other_options,
     _untrained,
+    _gradient_that_ends,
+    _slots_that_are_no_tokens,
     _decoded,
     _reordered,
     _in_half,

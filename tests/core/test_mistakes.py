@@ -46,9 +46,14 @@ def from_an_attribute(self, n, past, rows):
     return own if own.shape == past.shape else past
 
 
-def to_an_attribute(self, n, joined):
-    setattr(self, f"own_{n}", last_rows(joined, self.config.mem_len))
+def to_an_attribute(self, n, joined, written=True):
+    if written:
+        setattr(self, f"own_{n}", last_rows(joined, self.config.mem_len))
     return joined
+
+
+def mean_of_pairs(self, n, joined):
+    return (joined + joined.roll(-1, 1)) / 2
 
 
 def count_calls(self, n, past, rows):
@@ -152,6 +157,22 @@ MISTAKES = {
     "a gate without effect": (
         gated(**reading(lambda self, n, past, rows: past + 0 * self.gate)),
         "memory.gate is never trained, its gradient is zero in every update: let features depend on it before detach()",
+    ),
+    "a gradient that ends": (
+        average(carries_gradient=True),
+        "carries_gradient is True, and no gradient reaches the segment before: leave it out, or keep the gradient of",
+    ),
+    "slots that are no tokens": (
+        average(**reading(keep=mean_of_pairs)),
+        "slots_are_tokens is True, and another token 1 before a segment changes the slots 2, 1 before it: leave slots_",
+    ),
+    "slots in another order": (
+        average(**reading(keep=lambda self, n, joined: joined.flip(1))),
+        "slots_are_tokens is True, and another token 1 before a segment changes no slot: leave slots_are_tokens out",
+    ),
+    "attributes in training": (
+        average(**reading(from_an_attribute, lambda self, n, joined: to_an_attribute(self, n, joined, self.training))),
+        "in training, a segment that is read again, with the same state and after others, gives something else: keep",
     ),
     "float32": (
         average(**reading(lambda self, n, past, rows: past if past.dtype == torch.float64 else past.float())),
