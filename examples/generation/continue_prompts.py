@@ -56,6 +56,11 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=1, help="how many texts to print")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    if args.new_tokens > args.prompt_length:
+        parser.error(
+            f"--new-tokens {args.new_tokens} is more than --prompt-length {args.prompt_length}: the book's texts are "
+            "ends of prompts, and shorter ones have more different n-grams. Pass a larger --prompt-length"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prompts = passages(Path(args.text).read_bytes(), args.prompts, args.prompt_length)
     results = {"the book": repetition([p[-args.new_tokens :].decode("utf-8", "replace") for p in prompts])}
