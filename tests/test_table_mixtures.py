@@ -124,3 +124,24 @@ def test_evaluations_of_a_former_training_are_made_again(tiny, monkeypatch):
     monkeypatch.setattr(process, "run", train_alone)
     assert run(tiny, "--only", "lamemo") == 1
     assert len(asked) == len(plan.evaluations(one))
+
+
+def test_two_figures_of_one_evaluation_are_told(tmp_path, capsys):
+    """And joined lines keep the starts of both: where it was trained, and where it was evaluated."""
+    path = tmp_path / "runs.jsonl"
+    lines = [result(), result(starts=[{**result()["starts"][0], "device": "E"}])]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert [start["device"] for start in kept.read(path)["a/seed-1"]["starts"]] == ["D", "E"]
+    assert capsys.readouterr().err == ""
+    for change, told in (({"loss": 1.0001}, False), ({"loss": 1.1, "identity": ["x"]}, False), ({"loss": 1.1}, True)):
+        lines[1]["evaluations"] = {"test": {**lines[0]["evaluations"]["test"], **change}}
+        path.write_text("\n".join(map(json.dumps, lines)))
+        assert kept.read(path)["a/seed-1"]["evaluations"]["test"]["loss"] == change["loss"]
+        assert ("other figures of the same evaluation, a/seed-1 test: the later" in capsys.readouterr().err) is told
+
+
+def test_the_tokens_of_an_update_are_those_of_most(tmp_path):
+    """The last record may be of the end of an epoch."""
+    lines = [f'{{"num_updates": "{n}", "wpb": "{words}"}}' for n, words in ((1, 64), (2, 64), (3, 32))]
+    (tmp_path / "log").write_text(HEAD + "".join(f"2026-01-01 00:00:00 | INFO | train_inner | {x}\n" for x in lines))
+    assert logs.training(tmp_path / "log")["tokens_an_update"] == 64

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -53,7 +54,8 @@ SHAPE = {
 def read(path: Path) -> Dict[str, Result]:
     """Return the results in a file by the runs' names, several of one run joined; none if there is no such file.
 
-    Of two trainings of a run, that with more evaluations counts, or the later one. A line on stderr tells it.
+    Of two trainings of a run, that with more evaluations counts, or the later one. Of two figures of one evaluation the
+    later one counts. Lines on stderr tell both.
 
     Raises:
         ValueError: a line of the file is not a result.
@@ -61,7 +63,7 @@ def read(path: Path) -> Dict[str, Result]:
     stored: Dict[str, Result] = {}
     if not path.exists():
         return stored
-    several = []
+    several, unlike = [], []
     # Not splitlines(): JSON may hold other characters that end a line for it.
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
@@ -70,19 +72,24 @@ def read(path: Path) -> Dict[str, Result]:
             result = json.loads(line.decode("utf-8"))
             if not fits(result, SHAPE):
                 raise ValueError
+            unlike += _unlike(stored, result)
             if not _put(stored, result):
                 several.append(run_of(result).name)
         except (ValueError, RecursionError):
             raise ValueError(f"line {number} of {path} is not the result of a run: mend it, or take it out") from None
-    _tell(f"{path} has several trainings of", several, "take the others out")
+    _tell(f"{path} has several trainings of", several, f"{_WHICH}; take the others out")
+    _tell(f"{path} has other figures of the same evaluation,", unlike, "the later ones count; take the others out")
     return stored
 
 
-def _tell(what: str, several: List[str], then: str) -> None:
-    """Tell of which runs there are *several* trainings, if of any."""
-    if several:
-        names = ", ".join(dict.fromkeys(several))
-        print(f"{what} {names}: the one with more evaluations counts, or the later one; {then}", file=sys.stderr)
+_WHICH = "the one with more evaluations counts, or the later one"
+_ALIKE = 1e-3  # relative difference of losses up to which two devices compute the same
+
+
+def _tell(what: str, names: List[str], then: str) -> None:
+    """Print a line about the runs of these *names*, if there are any."""
+    if names:
+        print(f"{what} {', '.join(dict.fromkeys(names))}: {then}", file=sys.stderr)
 
 
 def add(path: Path, results: Iterable[Result]) -> None:
@@ -95,7 +102,7 @@ def add(path: Path, results: Iterable[Result]) -> None:
         flock(lock.fileno(), fcntl.LOCK_EX, path)
         stored = read(path)
         several = [run_of(result).name for result in results if not _put(stored, result)]
-        _tell(f"{path} had another training of", several, "the other is no longer in this file")
+        _tell(f"{path} had another training of", several, f"{_WHICH}; the other is no longer in this file")
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text("".join(json.dumps(stored[key]) + "\n" for key in sorted(stored)), encoding="utf-8")
         os.replace(unfinished, path)
@@ -105,12 +112,33 @@ def _put(stored: Dict[str, Result], result: Result) -> bool:
     """Store a result; return whether nothing is lost by it."""
     name = run_of(result).name
     former = stored.get(name)
-    joins = former is None or all(former[key] == result[key] for key in ("run", "training"))
+    joins = former is None or _of_one(former, result)
     if former is not None and joins:
-        result = {**result, "evaluations": {**former["evaluations"], **result["evaluations"]}}
+        starts = [*former["starts"], *(start for start in result["starts"] if start not in former["starts"])]
+        result = {**result, "evaluations": {**former["evaluations"], **result["evaluations"]}, "starts": starts}
     if former is None or len(result["evaluations"]) >= len(former["evaluations"]):
         stored[name] = result
     return joins
+
+
+def _of_one(former: Result, result: Result) -> bool:
+    """Return whether two results are of one training."""
+    return all(former[key] == result[key] for key in ("run", "training"))
+
+
+def _unlike(stored: Dict[str, Result], result: Result) -> List[str]:
+    """Return the evaluations of a stored model that *result* has with the same options and another loss."""
+    former = stored.get(run_of(result).name)
+    if former is None or not _of_one(former, result):
+        return []
+    pairs = [(name, former["evaluations"].get(name), other) for name, other in result["evaluations"].items()]
+    return [
+        f"{run_of(result).name} {name}"
+        for name, one, other in pairs
+        if one is not None
+        and one.get("identity") == other.get("identity")
+        and not (one["loss"] == other["loss"] or math.isclose(one["loss"], other["loss"], rel_tol=_ALIKE))
+    ]
 
 
 def run_of(result: Result) -> Run:

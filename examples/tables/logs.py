@@ -78,7 +78,8 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
     graphs: Dict[str, float] = {}  # one for training and one for evaluation at a time
     recorded: Dict[str, float] = {}
     curve: Dict[int, float] = {}
-    updates, starts, fresh, batch = 0, 0, True, None
+    batches: List[float] = []  # the last update of an epoch may be smaller
+    updates, starts, fresh = 0, 0, True
     for tag, record in records(path):
         if tag == "start":
             starts, fresh, graphs, recorded = starts + 1, True, {}, {}
@@ -91,7 +92,8 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
             if "wps" in record:
                 (first if fresh else speeds).append(float(record["wps"]))
             fresh = False
-            batch = float(record["wpb"]) if "wpb" in record else batch
+            if "wpb" in record:
+                batches.append(float(record["wpb"]))
             if "gb_free" in record and capacity is not None:
                 used.append(capacity - float(record["gb_free"]) + sum(graphs.values()))
             # They count from the next interval on: memory used while recording is released by then.
@@ -106,7 +108,7 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
     return {
         "parameters": int(parameters[-1].replace(",", "")),
         "tokens_per_second": median(speeds or first) if speeds or first else None,
-        "tokens_an_update": batch,
+        "tokens_an_update": median(batches) if batches else None,
         "device_memory_gib": round(max(used), 2) if used else None,
         "updates": max([updates, *curve]),
         "seconds": round(sum(seconds), 1) if 0 < starts == len(seconds) else None,
