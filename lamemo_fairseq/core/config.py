@@ -195,6 +195,7 @@ class ModelConfig:
             self._check_order(memory.is_layered())
         self._check_words(memory.slots_are_tokens)
         self._check_gradient(memory.carries_gradient)
+        _check_choices(self.own_options)
         self.own_options.check()
         if self.same_length and self.slots == 0:
             raise ValueError(
@@ -263,6 +264,14 @@ def _check_types(config: Union[ModelConfig, MemoryOptions]) -> None:
             if not isinstance(value, taken):
                 name = option_name(f.name) if "help" in f.metadata else f.name
                 raise ValueError(f"{name} is {value!r}: pass {shown}")
+
+
+def _check_choices(options: MemoryOptions) -> None:
+    """Refuse a value that is none of its option's choices."""
+    for f in fields(options):
+        value, choices = str(getattr(options, f.name)), f.metadata.get("choices")
+        if choices is not None and value not in choices:
+            raise ValueError(f"unknown {option_name(f.name)} '{value}'; the known ones are {', '.join(choices)}")
 
 
 def refuse_names(taken: Iterable[str], whose: str) -> None:

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from lamemo_fairseq.core.attention import Attended
+from lamemo_fairseq.core.config import ModelConfig
 from lamemo_fairseq.core.decoding.cache import FrozenCache, LayerCache
+from lamemo_fairseq.core.fields import option
 from lamemo_fairseq.core.kernels.padded import join
 from lamemo_fairseq.core.layers import CausalSelfAttention
-from lamemo_fairseq.core.memory import MEMORIES, MemoryState
+from lamemo_fairseq.core.memory import MEMORIES, MemoryOptions, MemoryState
 from lamemo_fairseq.core.memory.base import LayerPassage, Memory, last_rows
 from lamemo_fairseq.core.memory.recurrent import RecurrentMemory
 
@@ -365,3 +367,20 @@ def test_weights_that_the_model_does_not_know(monkeypatch, made, kind):
     monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(__init__=init)})
     with pytest.raises(ValueError, match=rf"^AverageMemory\.gates is a {kind}"):
         tiny_decoder(("recurrent", "transformer-xl", "right"))
+
+
+@dataclass(frozen=True)
+class KindOptions(MemoryOptions):
+    average_kind: str = option("mean", "the average that is kept", ("mean", "median"))
+
+
+def test_a_value_that_is_none_of_the_choices(monkeypatch):
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "average": average(options=KindOptions)})
+
+    def configured(kind):
+        options = {"average_kind": kind}
+        return ModelConfig(9, 3, memory="average", position_encoding="transformer-xl", memory_options=options)
+
+    assert configured("median").own_options.average_kind == "median"
+    with pytest.raises(ValueError, match=r"^unknown --average-kind 'mode'; the known ones are mean, median$"):
+        configured("mode")

@@ -59,6 +59,4 @@ class BlockRecurrentOptions(MemoryOptions):
             )
         if not 0 < self.recurrent_scale < math.inf:
             raise ValueError(f"--recurrent-scale is {self.recurrent_scale}, it must be above 0 and finite")
-        if str(self.state_gate) not in (FIXED, LSTM):
-            raise ValueError(f"unknown --state-gate '{self.state_gate}'; the known ones are {FIXED}, {LSTM}")
         self._named  # noqa: B018  (refuses what is no number)

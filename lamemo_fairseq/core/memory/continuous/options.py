@@ -38,9 +38,6 @@ class ContinuousOptions(MemoryOptions):
         return RadialBasis(self.num_basis_functions, tuple(float(width) for width in self.basis_widths.split(",")))
 
     def check(self) -> None:
-        if str(self.memory_sampling) not in SAMPLINGS:
-            known = ", ".join(SAMPLINGS)
-            raise ValueError(f"unknown --memory-sampling '{self.memory_sampling}'; the known ones are {known}")
         try:
             widths = self.basis().widths
         except ValueError:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from ...fields import option
 from ..base import MemoryOptions
 
-UPDATE_RULES = ("linear", "delta")
-
 
 @dataclass(frozen=True)
 class InfiniOptions(MemoryOptions):
@@ -16,7 +14,7 @@ class InfiniOptions(MemoryOptions):
         "linear",
         "linear adds a segment's values to a matrix of associations, delta adds the values' differences "
         "from the stored values of the same keys",
-        UPDATE_RULES,
+        ("linear", "delta"),
         fixed=True,
     )
     memory_gate_lr_scale: float = option(
@@ -26,8 +24,5 @@ class InfiniOptions(MemoryOptions):
     )
 
     def check(self) -> None:
-        if str(self.memory_update_rule) not in UPDATE_RULES:
-            known = ", ".join(UPDATE_RULES)
-            raise ValueError(f"unknown --memory-update-rule '{self.memory_update_rule}'; the known ones are {known}")
         if not 0 < self.memory_gate_lr_scale < math.inf:
             raise ValueError(f"--memory-gate-lr-scale is {self.memory_gate_lr_scale}, it must be above 0 and finite")

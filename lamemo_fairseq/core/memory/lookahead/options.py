@@ -29,9 +29,6 @@ class LookaheadOptions(MemoryOptions):
         return self.lookahead_every
 
     def check(self) -> None:
-        if str(self.lookahead_window) not in WINDOWS:
-            known = ", ".join(WINDOWS)
-            raise ValueError(f"unknown --lookahead-window '{self.lookahead_window}'; the known ones are {known}")
         if self.lookahead_from_layer < 1:
             raise ValueError(
                 f"--lookahead-from-layer is {self.lookahead_from_layer}, but layers are counted from 1: pass 1 for all "

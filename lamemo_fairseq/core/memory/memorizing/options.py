@@ -45,8 +45,6 @@ class MemorizingOptions(MemoryOptions):
         return layer - 1
 
     def check(self) -> None:
-        if self.retrieval not in (TOP_K, DENSE):
-            raise ValueError(f"unknown --retrieval '{self.retrieval}'; the known ones are {TOP_K}, {DENSE}")
         if self.store_len < 1:
             raise ValueError(
                 f"--store-len is {self.store_len}, it must be at least 1: for no store, pass --memory recurrent"
