@@ -66,7 +66,7 @@ def test_names_that_fairseq_would_mistake(old, new, message, tmp_path):
     assert told_by(tmp_path, "-c", "import lamemo_fairseq") == f"{message}\n"
 
 
-REFUSED = ("def initial_state", "def initial_stat")
+REFUSED = ("def initial_state", "def begun")
 NO_STATE = "memory 'last-inputs': LastInputsMemory has no state before the first segment: define initial_state(x)"
 
 
