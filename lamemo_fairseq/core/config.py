@@ -269,7 +269,7 @@ def _check_types(config: Union[ModelConfig, MemoryOptions]) -> None:
 def _check_choices(options: MemoryOptions) -> None:
     """Refuse a value that is none of its option's choices."""
     for f in fields(options):
-        value, choices = str(getattr(options, f.name)), f.metadata.get("choices")
+        value, choices = getattr(options, f.name), f.metadata.get("choices")
         if choices is not None and value not in choices:
             raise ValueError(f"unknown {option_name(f.name)} '{value}'; the known ones are {', '.join(choices)}")
 

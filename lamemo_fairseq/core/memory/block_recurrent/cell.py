@@ -44,7 +44,7 @@ class RecurrentCell(nn.Module):
         self.proj = nn.Linear(d, 4 * width, bias=False)
         self.own_scale = nn.Parameter(torch.full((config.heads,), options.recurrent_scale))
         self.token_scale = nn.Parameter(torch.full((config.heads,), options.recurrent_scale))
-        self.gate = GATES[str(options.state_gate)](2 * width, d, config.head_dim)
+        self.gate = GATES[options.state_gate](2 * width, d, config.head_dim)
 
     def reset_parameters(self) -> None:
         """Draw first states N(0, .1), identities N(0, 1) and the biases of gates N(0, .1)."""

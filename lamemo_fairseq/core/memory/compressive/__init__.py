@@ -77,7 +77,7 @@ class CompressiveMemory(Memory[CompressiveState, CompressiveOptions]):
                 f"--mem-len {config.mem_len} is too short for --compression-rate {rate}: rows wait there "
                 f"until {rate} can be compressed together; pass --mem-len {rate - 1} or more"
             )
-        compression, loss = COMPRESSIONS[str(options.compression)], LOSSES[str(options.compression_loss)]
+        compression, loss = COMPRESSIONS[options.compression], LOSSES[options.compression_loss]
         self.watches = compression.watches
         self.compressions = nn.ModuleList(compression(rate, config.embed_dim) for _ in range(config.layers))
         trained = config.layers if compression.trains else 0

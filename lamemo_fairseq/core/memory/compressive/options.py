@@ -25,8 +25,8 @@ class CompressiveOptions(MemoryOptions):
     )
 
     def check(self) -> None:
-        compression = COMPRESSIONS[str(self.compression)]
-        loss = LOSSES[str(self.compression_loss)]
+        compression = COMPRESSIONS[self.compression]
+        loss = LOSSES[self.compression_loss]
         if self.compressed_len < 0:
             raise ValueError(f"--compressed-len is {self.compressed_len}, it must be positive, or 0 for no such slots")
         if self.compression_rate < 2:

@@ -88,7 +88,7 @@ class ContinuousMemory(Memory[ContinuousState, ContinuousOptions]):
             penalty=options.ridge_penalty,
             contraction=options.contraction_factor,
             samples=options.memory_samples,
-            sampling=str(options.memory_sampling),
+            sampling=options.memory_sampling,
         )
         growth = self.signal.growth(config.segment_length)
         if growth >= 1:

@@ -36,7 +36,7 @@ class InfiniSelfAttention(SelfAttention):
     def __init__(self, config: AttentionConfig):
         super().__init__(config)
         assert isinstance(config.options, InfiniOptions)
-        self.delta = str(config.options.memory_update_rule) == "delta"
+        self.delta = config.options.memory_update_rule == "delta"
         self.gate_unit = config.options.memory_gate_lr_scale
         self.memory_gate = nn.Parameter(torch.zeros(config.heads))  # beta / unit
 

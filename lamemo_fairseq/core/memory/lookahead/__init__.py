@@ -124,7 +124,7 @@ class LookaheadMemory(Memory[LookaheadState, LookaheadOptions]):
 
     def window(self, slots: int, current: int) -> LookaheadWindow:
         """Return the keys that *slots* slots look ahead at in a segment of *current* tokens, at K times as many."""
-        return WINDOWS[str(self.config.options.lookahead_window)](slots, current * self.cycle)
+        return WINDOWS[self.config.options.lookahead_window](slots, current * self.cycle)
 
     def of_layer(self, n: int, part: LayerState) -> LayerMemory:
         """Return what the tensors of a layer's part are."""

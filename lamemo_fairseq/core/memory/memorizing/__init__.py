@@ -74,7 +74,7 @@ class MemorizingMemory(Memory[MemorizingState, MemorizingOptions]):
         super().__init__(config)
         options = config.options
         self.store_layer = options.layer_of(config.layers)
-        self.retrieval = RETRIEVALS[str(options.retrieval)]
+        self.retrieval = RETRIEVALS[options.retrieval]
         self.reads_slots = self.retrieval.reads_slots
         if not self.reads_slots and options.store_len < config.mem_len:
             raise ValueError(
