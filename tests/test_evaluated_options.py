@@ -2,7 +2,7 @@
 
 import pytest
 
-from lamemo_fairseq.host import start
+from lamemo_fairseq.host import option_checks
 from lamemo_fairseq.host.option_rules import EVAL_LM, GENERATE, VALIDATE
 
 from .command_lines import configuration, read, start_training
@@ -65,5 +65,5 @@ def test_values_of_a_yaml_are_checked_too():
         ({"optimization__lr": []}, "--lr is empty"),
     ):
         with pytest.raises(ValueError, match=message):
-            start.check_config(configuration("data", **changes))
-    start.check_config(configuration("data", optimizer__adam_betas=[0.9, 0.98]))
+            option_checks.check_config(configuration("data", **changes))
+    option_checks.check_config(configuration("data", optimizer__adam_betas=[0.9, 0.98]))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lamemo_fairseq.host.taken import names_of_options
+from lamemo_fairseq.host.reserved_names import names_of_options
 from lamemo_fairseq.models.config import check_defaults
 
 from .extending import PAGE, files_of_page

@@ -14,7 +14,7 @@ from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 
 from lamemo_fairseq.core.names import option_name
-from lamemo_fairseq.host import start
+from lamemo_fairseq.host import option_checks
 from lamemo_fairseq.host.option_page import render
 from lamemo_fairseq.host.option_rules import EVAL_LM, INTERACTIVE, REFUSED, TRAIN, always
 from lamemo_fairseq.host.option_table import rules_for
@@ -82,7 +82,7 @@ def test_what_is_said_to_work_is_tested(command, actions):
 
 def test_every_choice_is_accounted_for():
     """Criterions that do not serve are refused by name."""
-    own = {name for name, made in REGISTRIES["criterion"]["registry"].items() if start.serves(name)}
+    own = {name for name, made in REGISTRIES["criterion"]["registry"].items() if option_checks.serves(name)}
     assert own == {"adaptive_loss", "chunked_cross_entropy", "cross_entropy", "label_smoothed_cross_entropy"}
     assert set(REGISTRIES["lr_scheduler"]["registry"]) == {
         *("cosine", "fixed", "inverse_sqrt", "manual", "pass_through", "polynomial_decay"),

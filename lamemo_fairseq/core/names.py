@@ -31,6 +31,17 @@ def did_you_mean(
     return f"did you mean {' or '.join(map(shown, near))}?" if near else None
 
 
+def not_known(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return a message on a name that is not *known*, with the nearest known ones.
+
+    Args:
+        kind: the text before the name.
+    """
+    names = list(known)
+    otherwise = f"pass one of {', '.join(names)}" if len(names) < 20 else "--help lists the known names"
+    return f"{kind}{name} is not known: {did_you_mean(name, names) or otherwise}"
+
+
 def with_nearest_names(call: Callable[P, R]) -> Callable[P, R]:
     """Return a function as it was, whose error on an unknown argument proposes the nearest name.
 

@@ -10,8 +10,8 @@ from fairseq.models import ARCH_MODEL_NAME_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
 
-from ..core.names import option_name
-from . import absent_options, start
+from ..core.names import not_known, option_name
+from . import absent_options, option_checks
 from .checkpoint_files import is_our_model, is_our_task
 from .configuration import check_model
 from .dataclass_defaults import defaults_of
@@ -103,7 +103,7 @@ class CommandLine:
         """Check the options that were read.
 
         Raises:
-            ValueError: as `start.check` does.
+            ValueError: as `option_checks.check` does.
         """
         if self.command is None or self._unchecked or not self.ours:
             return
@@ -119,7 +119,7 @@ class CommandLine:
         default_rate = self.command == TRAIN and "lr" not in given and settings["lr_scheduler"] != "manual"
         if default_rate and settings["optimizer"] in WITH_RATE:
             raise ValueError(f"no --lr: pass one, such as 2.5e-4; fairseq's default of {defaults['lr']} is too large")
-        start.check_line(self.command, settings, given, changed)
+        option_checks.check_line(self.command, settings, given, changed)
 
     def _model_defaults(self) -> Dict[str, Any]:
         """Return the defaults of the architecture's options, which fairseq fills in after the checks."""
@@ -136,13 +136,13 @@ class CommandLine:
         task, arch = self.named.task, self.named.arch
         architectures = {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}
         if task is not None and task not in TASK_REGISTRY:
-            raise ValueError(start.not_known("--task ", task, TASK_REGISTRY))
+            raise ValueError(not_known("--task ", task, TASK_REGISTRY))
         if self.command != TRAIN:
             return
         if arch is None:
             raise ValueError("no --arch: pass a model's name, such as --arch lamemo_lm or transformer_xl_lm")
         if arch not in architectures:
-            raise ValueError(start.not_known("--arch ", arch, architectures))
+            raise ValueError(not_known("--arch ", arch, architectures))
         if self._is_our_architecture() and task is None:
             raise ValueError(f"no --task: --arch {arch} reads consecutive segments, pass --task {TASK}")
         if is_our_model(arch) and not is_our_task(task):
@@ -150,7 +150,7 @@ class CommandLine:
 
     def _check_what_fairseq_misreads(self) -> None:
         if self.command == TRAIN:
-            start.check_criterion_name(self.named.criterion)
+            option_checks.check_criterion_name(self.named.criterion)
         if not re.fullmatch(r"[\s\[\](),\d+-]+", self.named.update_freq):  # 1.5 would become 1
             raise ValueError(f"--update-freq is {self.named.update_freq}: pass whole numbers such as 4 or 4,2")
         precisions = [word for word in self.words if re.fullmatch("--(memory-efficient-)?(fp16|bf16)", word)]
@@ -164,7 +164,7 @@ class CommandLine:
             return self.unrecognized(*names) if names else f"{message}: an option's value is one word, put it in quotes"
         if match := re.match(r"argument (\S+): invalid choice: '?([^']*)'? \(", message):
             option = match[1].split("/")[0]
-            return start.not_known(f"{option} ", match[2], self.parser._option_string_actions[option].choices or ())
+            return not_known(f"{option} ", match[2], self.parser._option_string_actions[option].choices or ())
         if match := re.match(r"argument (\S+): invalid (\S+) value: '(.*)'", message):
             if match[3] == "???":
                 return f"{match[1]} is not given: pass it"
@@ -182,7 +182,7 @@ class CommandLine:
             for registry in ("criterion", "optimizer", "lr_scheduler", "bpe", "tokenizer")
             for choice, config in REGISTRIES[registry]["dataclass_registry"].items()
             if config is not None and field in {f.name for f in fields(config)}
-            if registry != "criterion" or start.serves(choice)
+            if registry != "criterion" or option_checks.serves(choice)
         ]
         if owners:
             return f"{name} belongs to {' or '.join(owners)}, which is not given"
@@ -193,4 +193,4 @@ class CommandLine:
             if self.command == TRAIN:
                 return f"{name} is not known to --arch {self.named.arch}: pass --arch lamemo_lm or another with memory"
             return f"{name} belongs to training: change a trained model with --model-overrides \"{{'{field}': VALUE}}\""
-        return start.not_known("option ", name, self.parser._option_string_actions)
+        return not_known("option ", name, self.parser._option_string_actions)

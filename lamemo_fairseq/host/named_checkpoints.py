@@ -12,8 +12,8 @@ from ..core.names import missing_checkpoint, nearest_path
 from .checkpoint_files import CheckpointError, describe, is_our_task, is_ours, names, not_ours, read_checkpoint
 from .configuration import check, check_encoders, read_ours
 from .generation_options import refusal
+from .option_checks import need_path
 from .overrides import check_arguments, check_overrides, parse_overrides
-from .start import need_path
 
 
 def take_task_from_checkpoint(parser: argparse.ArgumentParser, arguments: Optional[Sequence[str]]) -> None:

@@ -16,10 +16,10 @@ from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig
 
 from ..core.memory import MEMORIES
+from ..core.names import not_known
 from ..core.positions import POSITIONS
 from .configuration import ENCODERS, check_options
 from .generation_options import check_names
-from .start import not_known
 
 logger = logging.getLogger(__name__)
 

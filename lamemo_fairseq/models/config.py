@@ -12,7 +12,7 @@ from ..core.memory import MEMORIES
 from ..core.names import did_you_mean
 from ..core.positions import POSITIONS
 from ..host.configuration import check_options
-from ..host.taken import names_of_options
+from ..host.reserved_names import names_of_options
 
 Config = TypeVar("Config", bound=FairseqDataclass)
 

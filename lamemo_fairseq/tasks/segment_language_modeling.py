@@ -19,10 +19,10 @@ from ..data.text_encoding import PREPROCESS
 from ..evaluation import use_for_eval_lm
 from ..host.configuration import check_criterion, check_model
 from ..host.interruption import note_saved
+from ..host.option_checks import check_task
 from ..host.own import TASK
 from ..host.quiet import leave_out_warnings
 from ..host.ranks import launched_ranks, prepare_ranks, several_ranks
-from ..host.start import check_task
 from ..host.training import prepare_training
 from .config import SegmentLanguageModelingConfig
 from .faults import LossWatch, retry_out_of_memory

@@ -6,7 +6,7 @@ import os
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Collection, Dict, List, Optional, Tuple
 
 import torch
 from fairseq.dataclass.configs import FairseqConfig
@@ -15,7 +15,7 @@ from fairseq.registry import REGISTRIES
 from omegaconf import DictConfig, OmegaConf
 
 from ..core.folder import check_folder
-from ..core.names import did_you_mean, option_name
+from ..core.names import not_known, option_name
 from ..criterions import FAIRSEQ_CRITERIONS
 from ..refusals import print_in_one_line_under_hydra
 from .dataclass_defaults import defaults_of
@@ -164,17 +164,6 @@ def serves(name: str) -> bool:
     """Return whether a criterion can train these models. Only fairseq's own criterions are judged."""
     criterion = REGISTRIES["criterion"]["registry"].get(name)
     return name in FAIRSEQ_CRITERIONS or criterion is None or not criterion.__module__.startswith("fairseq.")
-
-
-def not_known(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return a message on a name that is not *known*, with the nearest known ones.
-
-    Args:
-        kind: the text before the name.
-    """
-    names = list(known)
-    otherwise = f"pass one of {', '.join(names)}" if len(names) < 20 else "--help lists the known names"
-    return f"{kind}{name} is not known: {did_you_mean(name, names) or otherwise}"
 
 
 _line_checked = False  # whether the command line of the next task has been checked
