@@ -18,8 +18,8 @@ from .layers import AttentionConfig, DecoderLayer, LayerConfig
 from .layers.vocabulary import AdaptiveSoftmax, Bands, FullSoftmax, WordEmbedding
 from .memory import MEMORIES, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
 from .memory.base import last_rows
+from .memory.checks import check_fields, check_parts, check_passage, check_unchanged, versions
 from .memory.groups import GroupedState, read_groups
-from .memory.own import check_fields, check_parts, check_passage, check_unchanged, versions
 from .positions import POSITIONS, PositionConfig, PositionEncoding
 from .segments import SegmentReader
 

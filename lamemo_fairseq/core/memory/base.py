@@ -33,7 +33,7 @@ from ..names import check_spelling
 from ..positions import LayerBias, Positions
 from ..positions.together import together
 from ..registry import Registry
-from .own import check_methods, check_names, passed_layer, passed_segment, reached
+from .checks import check_members, check_methods, check_names, passed_layer, passed_segment, reached
 
 logger = logging.getLogger(__name__)
 
@@ -390,6 +390,7 @@ def _check(memory: Type[Memory[Any, Any]]) -> None:
             "values that it had as a token, else a SegmentCache of its own (docs/extending.md)"
         )
     check_names(memory, {name: MEMORIES[name] for name in MEMORIES.names()})
+    check_members(memory.options, MemoryOptions)
     check_methods(memory, Memory)
 
 

@@ -32,7 +32,6 @@ def check_names(memory: Any, others: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{memory.__name__} has no architecture: write architecture = Architecture(name, class_name, summary)"
         )
-    check_members(memory.options)
     for name, other in others.items():
         shared = [f.name for f in fields(memory.options) if f.name in {g.name for g in fields(other.options)}]
         if shared:
@@ -99,13 +98,15 @@ def check_parts(module: nn.Module) -> None:
                 )
 
 
-def check_members(options: type) -> None:
+def check_members(options: Any, base: type) -> None:
     """Refuse an option with the name of a member that all classes of options have.
+
+    Args:
+        options: a subclass of *base*, which is `MemoryOptions`.
 
     Raises:
         ValueError: the message names the option.
     """
-    base = next(cls for cls in options.__mro__ if cls.__name__ == "MemoryOptions")
     for f in fields(options):
         if hasattr(base, f.name):
             raise ValueError(
