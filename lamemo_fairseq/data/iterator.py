@@ -8,9 +8,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 from fairseq.data.iterators import EpochBatchIterator
 
-from ..core.memory.base import SavedField
 from ..core.memory.groups import SavedGroups, join_batches, save_groups
 from ..core.memory.position import SegmentPosition
+from ..core.memory.state import SavedField
 from ..core.memory.streams import StreamMemory
 from ..host.loading import end, end_at_exit, start_workers_as_by_default
 from ..host.ranks import gather_objects, gather_streams

@@ -4,7 +4,8 @@ import importlib
 import pkgutil
 
 from ..decoding.cache import FrozenCache, SegmentCache
-from .base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryOptions, MemoryState, Passage
+from .base import MEMORIES, Architecture, Memory, MemoryConfig, MemoryOptions, Passage
+from .state import MemoryState
 from .streams import DivergenceError, MissingMemoryError, StreamMemory
 
 __all__ = [

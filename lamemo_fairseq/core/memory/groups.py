@@ -26,7 +26,8 @@ from typing import (
 import torch
 from torch import Tensor
 
-from .base import MemoryState, Passage, SavedField
+from .base import Passage
+from .state import MemoryState, SavedField
 
 
 class ReadSegment(Protocol):

@@ -7,9 +7,9 @@ its position in them, and gets exactly the memory of that position.
 
 from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union, cast
 
-from .base import MemoryState, SavedField
 from .groups import SavedGroups, advance, load_groups
 from .position import Reading, SegmentPosition
+from .state import MemoryState, SavedField
 
 
 class MissingMemoryError(RuntimeError):
