@@ -145,3 +145,26 @@ def test_the_tokens_of_an_update_are_those_of_most(tmp_path):
     lines = [f'{{"num_updates": "{n}", "wpb": "{words}"}}' for n, words in ((1, 64), (2, 64), (3, 32))]
     (tmp_path / "log").write_text(HEAD + "".join(f"2026-01-01 00:00:00 | INFO | train_inner | {x}\n" for x in lines))
     assert logs.training(tmp_path / "log")["tokens_an_update"] == 64
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "trained", "told"),
+    [
+        ({}, {}, (True, True)),
+        ({"batch-size": 4}, {"batch-size-valid": 4}, (False, False)),
+        ({"documents": "recorded"}, {}, (False, True)),
+        ({"documents": "recorded", "at-document": "keep"}, {}, (True, True)),
+    ],
+)
+def test_rows_that_are_read_in_unlike_numbers_of_streams_are_told(evaluated, trained, told, tmp_path):
+    """Without --batch-size, fairseq-eval-lm reads as many as its --max-tokens holds segments."""
+    rows = {
+        "a": {"title": "A", "options": {"tokens-per-sample": 8}},
+        "b": {"title": "B", "options": {"tokens-per-sample": 16}, "streams": 1},
+    }
+    evaluation = {"options": evaluated, "subsets": ["test"]}
+    text, _, _ = rendered(tmp_path, [result()], rows=rows, evaluation=evaluation, options=trained)
+    assert ("were read in fewer streams" in text, "Curves are of validations" in text) == told
+    del rows["b"]
+    text, _, _ = rendered(tmp_path, [result()], rows=rows, evaluation=evaluation, options=trained)
+    assert "streams" not in text.split("Device")[0].split("Other options")[0]

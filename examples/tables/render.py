@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Dict, Iterable, List, Optional, Sequence
 
-from . import scale, speed
+from . import commands, scale, speed
 from .execute import Plan
 from .folder import differences
 from .kept import Result, run_of
-from .table import JOINING, MEASURES, Evaluation, Row, Run, Table, TableError
+from .table import JOINING, MEASURES, Evaluation, Row, Run, Table, TableError, streams
 from .validation import without_controls
 
 
@@ -258,6 +258,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         wanted, done = result["run"]["options"].get("--max-update"), result["training"].get("updates")
         if isinstance(wanted, int) and isinstance(done, int) and done < wanted:  # stopped by time, patience or epochs
             sections.append(f"{run.name} ended after {done:,} of {wanted:,} updates.")
+    sections += _other_streams(plan)
     sections += _other_data(results)
     sections += _where(results)
     return "\n\n".join(sections) + "\n"
@@ -339,6 +340,21 @@ def _otherwise(plan: Plan, results: Dict[str, List[Result]]) -> Iterable[str]:
     for words, names in named.items():
         who = "all runs" if 1 < len(names) == len(everything) else ", ".join(names)
         yield escaped(f"Other options or data than the table's, in {who}: {words}.")
+
+
+def _other_streams(plan: Plan) -> Iterable[str]:
+    """Tell where rows are read in unlike numbers of streams: each begins with an empty memory, which costs loss."""
+    table, wanted = plan.table, plan.table.evaluation
+    trained = {row: commands.training_options(table, row, plan.changes) for row in table.rows}
+    lengths = {str(options.get("tokens-per-sample")) for options in trained.values()} | {
+        *map(str, wanted.segments.lengths)
+    }
+    alone = wanted.options.get("documents") not in (None, "none") and wanted.options.get("at-document") != "keep"
+    if len(lengths) > 1 and "batch-size" not in wanted.options and not alone:
+        yield "Models with longer segments were read in fewer streams: write `batch-size` into evaluation.options."
+    validated = {options.get("batch-size-valid") or streams(table, row) for row, options in trained.items()}
+    if len(validated) > 1:
+        yield "Curves are of validations in unlike numbers of streams: write `batch-size-valid` into options."
 
 
 def _other_data(results: Dict[str, List[Result]]) -> Iterable[str]:
