@@ -68,7 +68,7 @@ class PromptCoding:
         joined: whether pieces have been joined before they are decoded, by ``--post-process``.
     """
 
-    def __init__(self, folder: str, joined: bool = False):
+    def __init__(self, folder: str, joined: bool):
         self.folder, self.joined = folder, joined
         self.record = read_text_encoding(folder)
         self._named = {"tokenizer": "", "bpe": ""}

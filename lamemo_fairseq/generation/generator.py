@@ -44,7 +44,7 @@ class PromptedEnsemble(EnsembleModel):
         no_repeat_ngram_size: n-grams of prompt and continuation that may not come again; 0 for none.
     """
 
-    def __init__(self, models: Sequence[Any], eos: int, no_repeat_ngram_size: int = 0):
+    def __init__(self, models: Sequence[Any], eos: int, no_repeat_ngram_size: int):
         super().__init__(models)
         self.eos, self.no_repeat_ngram_size = eos, no_repeat_ngram_size
         self.bar: Any = None

@@ -257,7 +257,7 @@ def _filled(defaults: Any, section: Any) -> Any:
     return {**defaults, **section} if isinstance(defaults, dict) and isinstance(section, dict) else section
 
 
-def _check_plain(value: Any, where: str, namespace: bool = False) -> None:
+def _check_plain(value: Any, where: str, namespace: bool) -> None:
     """Refuse values that are not plain, and strings that a configuration would replace by something else."""
     pending: List[Tuple[str, Any]] = [(where, value)]
     while pending:

@@ -182,7 +182,7 @@ def check_line(command: str, settings: Settings, given: Collection[str], changed
     _line_checked = True
 
 
-def check_task(config: Any, from_checkpoint: bool = False) -> None:
+def check_task(config: Any, from_checkpoint: bool) -> None:
     """Check the whole configuration that contains a task's, if it is one of training and comes from a YAML.
 
     Raises:

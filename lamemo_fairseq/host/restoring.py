@@ -89,7 +89,7 @@ _opening: ContextVar[bool] = ContextVar("_opening", default=False)
 
 
 @contextmanager
-def restoring(trainer: Any, anew: bool, schedule_anew: bool = False) -> Iterator[None]:
+def restoring(trainer: Any, anew: bool, schedule_anew: bool) -> Iterator[None]:
     """Compare the checkpoint that is loaded in this context with the options of a run.
 
     Args:

@@ -25,7 +25,7 @@ class Terminated(KeyboardInterrupt):
         number: the signal.
     """
 
-    def __init__(self, number: int = signal.SIGTERM):
+    def __init__(self, number: int):
         super().__init__()
         self.number = number
 
