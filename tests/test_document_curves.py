@@ -142,7 +142,7 @@ def test_recorded_documents_begin_where_streams_read_them(streams, clear):
     tokens = split_of([[i if i != 9 or n == 0 else 3 for n, i in enumerate(line)] for line in lines], 4, 20).tokens
     dataset = DocumentDataset(Documents(ends - sizes, ends), options, tokens, "test", 4, eos=2)
     opened = SimpleNamespace(split=dataset, num_streams=streams, dictionary=DICTIONARY)
-    starts_of = __main__.starts_of(opened, SimpleNamespace(documents="recorded"))
+    starts_of = __main__.starts_of(opened, Rule.parse("recorded"))
     begun = 0
     for stream in range(streams):
         keys = [SegmentKey(1, streams, n, stream) for n in range(dataset.layout(streams).num_segments)]

@@ -336,6 +336,7 @@ def test_a_checkpoint_of_before_goes_on_with_one_text():
 def test_curves_are_those_of_one_text(data, trained):
     """The analysis tells documents by a rule of its own, in what one stream reads after another."""
     args = analysis.parser().parse_args([str(data), "x", "--out", "x", "--subset", "test", "--cpu"])
+    args.rule = analysis.Rule.parse(args.documents)
     opened = analysis.opening(str(trained[0] / "checkpoint_last.pt"), args)
     assert not isinstance(opened.split, DocumentDataset) and len(opened.split.tokens) > sum(SPLITS["test"])
 

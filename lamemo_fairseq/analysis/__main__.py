@@ -41,7 +41,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     logging.getLogger().setLevel(logging.INFO)
     try:
         paths = checkpoints(args.models)
-        rule = Rule.parse(args.documents)
+        rule = args.rule = Rule.parse(args.documents)
         about = report.About(os.path.join(args.data, args.subset), str(rule))
         make_folder(args.out, "--out")  # a full disk is told now, not after hours of reading
         models = {name: analyse(name, path, args) for name, path in paths.items()}
@@ -148,7 +148,7 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
             if given:
                 kind = model.decoder.config.memory
                 print(f"{name}: {option} has no effect on this model: --memory {kind} has no slots", file=sys.stderr)
-    starts = starts_of(opened, args)
+    starts = starts_of(opened, args.rule)
     collected = collect(model, segments(opened, args, name), opened.device)
     if collected.slots < memory.slots:
         print(
@@ -159,7 +159,7 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
         )
     config = model.decoder.config
     losses = collected.curves[config.slots] = of_streams(collected.log.streams(), starts)
-    if Rule.parse(args.documents).is_of_tokens and len(losses.starts) == opened.num_streams:
+    if args.rule.is_of_tokens and len(losses.starts) == opened.num_streams:
         print(
             f"{name}: --documents {args.documents}: no document begins inside a stream, so that each of the "
             f"{opened.num_streams} streams counts as one",
@@ -171,7 +171,7 @@ def analyse(name: str, path: str, args: argparse.Namespace) -> Collected:
             log = TokenLog()
             for scored in score_segments(cut.models, segments(cut, args, f"{name}, {length} slots"), cut.device):
                 log.add(scored.position.streams, scored.lengths, scored.target, scored.log_probs)
-            collected.curves[length] = of_streams(log.streams(), starts_of(cut, args))
+            collected.curves[length] = of_streams(log.streams(), starts_of(cut, args.rule))
     return collected
 
 
@@ -179,17 +179,17 @@ def opening(path: str, args: argparse.Namespace, **overrides: Any) -> Opened:
     lengths = {"tokens_per_sample": args.tokens_per_sample, **overrides}
     # By default as one text, even for a model that was trained on documents: other rules tell documents by their
     # tokens.
-    documents = "recorded" if Rule.parse(args.documents).name == "recorded" else "none"
+    documents = "recorded" if args.rule.name == "recorded" else "none"
     return open_split(args.data, [path], args.subset, args.batch_size, args.cpu, documents=documents, **lengths)
 
 
-def starts_of(opened: Opened, args: argparse.Namespace) -> Callable[[int, Tensor], Tensor]:
+def starts_of(opened: Opened, rule: Rule) -> Callable[[int, Tensor], Tensor]:
     """Return the function that finds the beginnings of documents in a stream's tokens.
 
     Raises:
         ValueError: the rule looks for a word that the dictionary does not have.
     """
-    split, rule = opened.split, Rule.parse(args.documents)
+    split = opened.split
     if not isinstance(split, DocumentDataset):
         rule.check(opened.dictionary)
         return lambda stream, tokens: rule.starts(tokens, opened.dictionary)
