@@ -3,16 +3,19 @@
 import contextlib
 import csv
 import json
+import math
 import re
 import resource
 import shutil
 
 import pytest
+import torch
 from fairseq_cli import eval_lm, train
 
 from lamemo_fairseq import score
 from lamemo_fairseq.analysis import __main__, report
 from lamemo_fairseq.data.binarized import load_dictionary, load_lines
+from lamemo_fairseq.models.language_models import LaMemoLanguageModel
 
 from .helpers import TASK, run_command, write_data
 from .test_commands import printed
@@ -291,3 +294,25 @@ def test_a_path_may_hold_the_sign(trained, tmp_path):
     (folder / "best.pt").touch()
     assert __main__.named(f"{folder}/best.pt") == ("lr=0.1", f"{folder}/best.pt")
     assert __main__.named(f"mine={folder}/best.pt") == ("mine", f"{folder}/best.pt")
+
+
+@pytest.mark.parametrize(("weight", "value", "told"), [
+    ("layers.0.feed_forward.fc1.weight", math.nan, "error: NaN or infinity in the last layer"),
+    ("embed_tokens.tables.0.weight", 1e38, "error: NaN or infinity in"),
+])  # fmt: skip
+def test_weights_that_have_diverged_are_told_and_draw_nothing(weight, value, told, trained, tmp_path, capsys):
+    saved = torch.load(trained / "lamemo_lm" / "checkpoint_last.pt", weights_only=False)
+    saved["model"][f"decoder.{weight}"][:] = value
+    torch.save(saved, tmp_path / "diverged.pt")
+    assert (
+        __main__.main([str(trained / "data"), f"x={tmp_path}/diverged.pt", "--out", str(tmp_path / "o"), "--cpu"]) == 1
+    )
+    assert told in capsys.readouterr().err and not list((tmp_path / "o").iterdir())
+
+
+def test_a_token_without_probability_has_no_mean(trained, tmp_path, capsys, monkeypatch):
+    """Its loss is infinite, and so would be every mean that it is in."""
+    monkeypatch.setattr(LaMemoLanguageModel, "get_normalized_probs", lambda self, output, **_: output[0] - math.inf)
+    path = f"x={trained / 'lamemo_lm' / 'checkpoint_last.pt'}"
+    assert __main__.main([str(trained / "data"), path, "--out", str(tmp_path / "o"), "--cpu"]) == 1
+    assert "error: NaN or infinity in the loss of segment 0 of streams 0, 1" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..arguments import ArgumentParser
 from ..core.config import ModelConfig
 from ..core.folder import make_folder
-from ..core.memory import MEMORIES
+from ..core.memory import MEMORIES, DivergenceError
 from ..core.names import missing_checkpoint
 from ..data.documents import DocumentDataset
 from ..data.text_encoding import RECORD
@@ -47,7 +47,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         models = {name: analyse(name, path, args) for name, path in paths.items()}
         print(summary(models, rule))
         files = report.save(report.tabulate(models, about, paper=_is_wikitext_103(args.data)), args.out, about)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DivergenceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("\n".join(map(str, files)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.memory.lookahead import LookaheadWindow
 from ..core.memory.position import real_tokens
+from ..evaluation.evaluate import finite_sum
 from ..evaluation.output import TokenLog
 from .documents import DocumentLosses
 from .recording import record
@@ -152,6 +153,9 @@ def collect(model: Any, batches: Iterable[Dict[str, Any]], device: Optional[torc
         model: a language model of this package in evaluation mode.
         batches: of a split, from its beginning.
         device: of the model; None for the CPU.
+
+    Raises:
+        DivergenceError: a token has no probability, or the features of a stream are not finite.
     """
     decoder = model.decoder
     collected = Collected(decoder.segment_length, len(decoder.layers), Losses(decoder.segment_length))
@@ -168,6 +172,7 @@ def collect(model: Any, batches: Iterable[Dict[str, Any]], device: Optional[torc
             target, lengths = batch["target"], inputs["src_lengths"]
             collected.losses.add(log_probs, target, lengths)
             of_target, real = log_probs.gather(2, target.unsqueeze(2)).squeeze(2), real_tokens(target, lengths)
+            finite_sum(of_target[real], inputs["position"])
             collected.log.add(inputs["position"].streams, lengths.tolist(), target[real], of_target[real])
             collected.segments += 1
     return collected

@@ -168,7 +168,7 @@ def score_segments(
             real = real_tokens(batch["target"], inputs["src_lengths"])
             target = batch["target"][real]
             log_probs = target_log_probs(models, [rows[real] for rows in features], target, softmax_batch)
-            nll = -_sum(log_probs, inputs["position"])
+            nll = -finite_sum(log_probs, inputs["position"])
             timer.stop(len(target))
             source = inputs["src_tokens"][real]
             yield ScoredSegment(inputs["position"], inputs["src_lengths"].tolist(), source, target, log_probs, nll)
@@ -209,7 +209,12 @@ def _log_probs(model: Any, scores: Tensor, target: Tensor) -> Tensor:
     return log_probs.gather(2, words.unsqueeze(2)).flatten()
 
 
-def _sum(log_probs: Tensor, position: Any) -> float:
+def finite_sum(log_probs: Tensor, position: Any) -> float:
+    """Return the sum of a segment's log-probabilities.
+
+    Raises:
+        DivergenceError: a token has no probability.
+    """
     total = float(log_probs.double().sum())
     if not math.isfinite(total):
         raise DivergenceError(
