@@ -98,11 +98,7 @@ class Answers:
         """
         words = [split_words(self._tokenizer, *pair) for pair in pairs]
         for (_, text), (_, continuation) in zip(pairs, words, strict=True):
-            if text.strip() and len(continuation) == 0:
-                raise ValueError(
-                    f"the model's tokenizer drops the continuation {text!r}, which then has no probability: leave the "
-                    "task out"
-                )
+            _refuse_dropped("continuation", text, continuation)
         answers = [Likelihood(0.0, True)] * len(pairs)
         for batch in self._batches([len(context) + len(continuation) for context, continuation in words]):
             reader = self._model.reader(len(batch))
@@ -115,8 +111,15 @@ class Answers:
         return answers
 
     def documents(self, texts: Sequence[str]) -> List[float]:
-        """Return the natural logarithm of each text's probability; its memory is carried along the whole text."""
-        words = [_after_end(self._tokenizer.encode(text)) for text in texts]
+        """Return the natural logarithm of each text's probability; its memory is carried along the whole text.
+
+        Raises:
+            ValueError: the tokenizer drops all of a text, which would then be certain.
+        """
+        encoded = [self._tokenizer.encode(text) for text in texts]
+        for text, of_text in zip(texts, encoded, strict=True):
+            _refuse_dropped("document", text, of_text)
+        words = list(map(_after_end, encoded))
         answers = [0.0] * len(texts)
         for batch in self._batches([len(text) for text in words]):
             scores = self._model.score_documents([words[number] for number in batch], num_streams=len(batch))
@@ -173,6 +176,14 @@ def split_words(tokenizer: Tokenizer, context: str, continuation: str) -> Tuple[
     length = min(len(before), len(together))
     same = int((before[:length] == together[:length]).long().cumprod(0).sum())
     return _after_end(together[:same]), together[same:]
+
+
+def _refuse_dropped(what: str, text: str, words: Tensor) -> None:
+    if text.strip() and len(words) == 0:
+        shown = repr(text if len(text) <= 60 else f"{text[:60]}...")
+        raise ValueError(
+            f"the model's tokenizer drops the {what} {shown}, which then has no probability: leave the task out"
+        )
 
 
 def _after_end(words: Tensor) -> Tensor:

@@ -107,6 +107,9 @@ def test_a_continuation_that_the_tokenizer_drops_is_not_certain():
     with pytest.raises(ValueError, match="tokenizer drops the continuation ' __', which then has no probability"):
         Answers(model).continuations([("w", " w"), ("w", " __")])
     assert Answers(model).continuations([("w", " ")]) == [(0.0, True)]
+    with pytest.raises(ValueError, match="tokenizer drops the document '__ _', which then has no probability"):
+        Answers(model).documents(["w", "__ _"])
+    assert Answers(model).documents([" "]) == [0.0]
 
 
 @pytest.mark.parametrize(
