@@ -327,6 +327,18 @@ def test_an_attention_returns_a_pair(monkeypatch, returned):
         tiny_decoder(("recurrent", "transformer-xl", "right")).read(random_tokens(2, 3))
 
 
+@pytest.mark.parametrize("member", [{"span": property(lambda self: 3)}, {"nearest": 1}])
+def test_layers_that_see_other_keys_are_not_decoded(monkeypatch, member):
+    """Decoding would take those of the first layer for all, and the scores would be others."""
+    narrow = type("NarrowAttention", (CausalSelfAttention,), member)
+    members = {"attention_of": lambda self, layer: narrow if layer else CausalSelfAttention}
+    monkeypatch.setattr(MEMORIES, "_entries", {**MEMORIES._entries, "recurrent": average(**members)})
+    model = tiny_decoder(("recurrent", "transformer-xl", "right"))
+    message = "CausalSelfAttention and NarrowAttention differ in span or nearest, and decoding token by token has one"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        model.reader()
+
+
 def test_a_loss_is_a_scalar(monkeypatch):
     """A criterion would add one for each stream to the sum of all."""
 

@@ -56,8 +56,7 @@ class DecodingState:
             for layer, bias in zip(self.layers, biases, strict=True)
         ]
         self.layer_step: LayerStep = layer_step
-        # Both are the same in all layers, as columns are.
-        self.span, self.nearest = self.layers[0].self_attn.span, self.layers[0].self_attn.nearest
+        self.span, self.nearest = _seen_by_all(self.layers)
 
     def read(self, tokens: Tensor, counts: Optional[Sequence[int]] = None) -> Tensor:
         """Read ``tokens [B, k]``, of sequence b the first ``counts[b]`` (None: all).
@@ -171,6 +170,22 @@ class DecodingState:
         for mine, new in zip(map(_tables, self.biases), map(_tables, other.biases), strict=True):
             changed = [pair for pair in zip(mine, new, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
             copy_all([tensor for tensor, _ in changed], [fresh for _, fresh in changed])  # others are parameters
+
+
+def _seen_by_all(layers: Sequence[DecoderLayer]) -> Tuple[Optional[int], int]:
+    """Return the span and the nearest distance of the keys that every layer sees, as columns are those of all layers.
+
+    Raises:
+        ValueError: layers of a user's own memory see others.
+    """
+    seen = {(layer.self_attn.span, layer.self_attn.nearest): type(layer.self_attn).__name__ for layer in layers}
+    if len(seen) > 1:
+        raise ValueError(
+            f"{' and '.join(seen.values())} differ in span or nearest, and decoding token by token has one of each: "
+            "give all layers the same"
+        )
+    (pair,) = seen
+    return pair
 
 
 def _tables(bias: LayerBias) -> List[Tensor]:

@@ -136,7 +136,7 @@ class SelfAttention(nn.Module):
         if any(count != keys for count in known):
             raise ValueError(
                 f"--memory {self.config.memory}: a segment attends to {keys} rows, and the memory's reach returned "
-                f"{known[0]}: return the number of slots and of the segment's tokens"
+                f"{known[0]}: return the number of slots and of the segment's tokens, the same for all layers"
             )
 
     def merge_heads(self, heads: Tensor) -> WideRows:
