@@ -60,7 +60,7 @@ def test_later_segments_see_earlier_ones_through_memory_alone(variant):
     other[:, 0] = 4 + (other[:, 0] - 3) % 13
     with torch.no_grad():
         before, after = read_streams(decoder, tokens), read_streams(decoder, other)
-    assert torch.equal(before[:, 3:6], after[:, 3:6]) == (variant[0] == "none")
+    assert torch.equal(before[:, 3:], after[:, 3:]) == (variant[0] == "none")
 
 
 @pytest.mark.parametrize("window", ["right", "full"])
