@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from examples.tables import execute, folder, kept, logs, plots, process, render, table
+from examples.tables import execute, folder, kept, logs, plots, process, render, speed, table
 
 from .tables import load, result, run
 from .test_table_records import HEAD, SCALE
@@ -25,6 +25,22 @@ def rendered(path, results, **changes):
 
 def of_seed(seed, **changes):
     return result(run={**result()["run"], "seed": seed}, **changes)
+
+
+def test_a_mean_says_over_how_many_seeds_it_was_taken(tmp_path):
+    """A seed may lack an evaluation, or its seconds: its training was killed and resumed."""
+    training = [{**result()["training"], "seconds": seconds} for seconds in (10.0, None, 20.0)]
+    results = [of_seed(seed, training=of_run) for seed, of_run in enumerate(training, 1)]
+    results[1]["evaluations"] = {"valid": result()["evaluations"]["valid"]}
+    results[2]["evaluations"] = {"valid": result()["evaluations"]["valid"]}
+    text, files, plan = rendered(tmp_path, results)
+    cells = [cell.strip() for cell in next(line for line in text.splitlines() if line.startswith("| A ")).split("|")]
+    assert [cells[column] for column in (2, 3, 8, 9)] == ["2.00 ± 0.00", "2.00 (1 seed)", "15 ± 7 (2 seeds)", "3"]
+    counted = {name: files["table"][0][f"{name} seeds"] for name in ("valid", "test", "tokens/s", "training s")}
+    assert counted == {"valid": "3", "test": "1", "tokens/s": "0", "training s": "2"}
+    rate = {**dict.fromkeys(speed.FIGURES, 1.0), "device": "D", "versions": {"torch": "2"}}
+    folder.write_json(plan.speed, {"a": rate})
+    assert "| 1        | 1.00       |" in rendered(tmp_path, results)[0], "a rate of a row alone is of no seed"
 
 
 def test_runs_that_were_shrunk_are_named_beside_others(tmp_path):

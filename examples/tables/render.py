@@ -99,14 +99,14 @@ def _alone(alone: Dict[str, Any], name: str, key: str) -> List[float]:
 
 
 def summaries(plan: Plan, results: Dict[str, List[Result]]) -> List[Dict[str, Any]]:
-    """Return one line a row: means and spreads over the seeds."""
+    """Return one line a row: means and spreads over the seeds, and over how many each mean was taken."""
     lines, beside = [], beside_reported(plan, results)
     for name, row in plan.table.rows.items():
         line: Dict[str, Any] = {"row": name, "title": row.title, "seeds": len(results[name])}
         for subset in plan.table.evaluation.subsets:
             line.update(_spread(subset, values(plan, results[name], Evaluation(subset))))
             line[f"{subset} reported"] = getattr(row.paper, subset, None) if name in beside else None
-        line.update(_spread("parameters", trained(results[name], "parameters")[:1]))
+        line["parameters"] = next(iter(trained(results[name], "parameters")), None)
         line.update(_spread("tokens/s", rates(plan, name, results[name])))
         line.update(_spread("memory GiB", memory(plan, name, results[name])))
         line.update(_spread("training s", trained(results[name], "seconds")))
@@ -119,6 +119,7 @@ def _spread(name: str, numbers: List[float]) -> Dict[str, Any]:
     return {
         name: mean(numbers) if numbers else None,
         f"{name} spread": deviation(numbers) if len(numbers) > 1 else None,
+        f"{name} seeds": len(numbers),
     }
 
 
@@ -208,22 +209,26 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     table = plan.table
     digits = MEASURES[table.measure][2]
     splits = table.evaluation.subsets
-    beside = beside_reported(plan, results)
+    beside, alone = beside_reported(plan, results), speed.read(plan)
     measured = ["parameters", "tokens/s", "memory GiB", "training s"]
     head = ["model", *splits, "reported " + " / ".join(splits), *measured, "seeds"]
-    lines = [
-        [
-            escaped(row.title),
-            *(shown(values(plan, results[name], Evaluation(subset)), digits) for subset in splits),
-            reported(row, splits) if name in beside else "",
-            shown(trained(results[name], "parameters")[:1], 0),
-            shown(rates(plan, name, results[name]), 0),
-            shown(memory(plan, name, results[name]), 2),
-            shown(trained(results[name], "seconds"), 0),
-            str(len(results[name])),
-        ]
-        for name, row in table.rows.items()
-    ]
+    lines = []
+    for name, row in table.rows.items():
+        of_row = results[name]
+        seeds = len(of_row)
+        in_runs = 0 if alone else seeds
+        lines.append(
+            [
+                escaped(row.title),
+                *(shown(values(plan, of_row, Evaluation(subset)), digits, seeds) for subset in splits),
+                reported(row, splits) if name in beside else "",
+                shown(trained(of_row, "parameters")[:1], 0),
+                shown(rates(plan, name, of_row), 0, in_runs),
+                shown(memory(plan, name, of_row), 2, in_runs),
+                shown(trained(of_row, "seconds"), 0, seeds),
+                str(seeds),
+            ]
+        )
     sections = [
         f"# {escaped(table.title)}",
         f"{MEASURES[table.measure][1].capitalize()}{_unit(table)}; mean and standard deviation over the seeds.",
@@ -235,7 +240,6 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
         titles = escaped(", ".join(left_out))
         sections.append(f"Reported values are left out, as the runs are not those of the table: {titles}.")
     sections.append(_grid([head, *lines]))
-    alone = speed.read(plan)
     if alone:
         sections.append(
             f"Tokens/s and memory: each row alone for a few updates, on {escaped(speed.devices(alone))} (`speed.json`)."
@@ -301,12 +305,14 @@ def fullest(results: List[Result], evaluations: Sequence[Evaluation]) -> List[Re
     return [result for result, of in zip(results, names, strict=True) if of == most]
 
 
-def shown(numbers: List[float], digits: int) -> str:
-    """Return a mean with its spread, as a cell."""
+def shown(numbers: List[float], digits: int, seeds: int = 0) -> str:
+    """Return a mean with its spread, as a cell; it says of how many seeds they are if these are not all *seeds*."""
     if not numbers:
         return ""
-    middle = f"{mean(numbers):,.{digits}f}"
-    return f"{middle} ± {deviation(numbers):,.{digits}f}" if len(numbers) > 1 else middle
+    cell = f"{mean(numbers):,.{digits}f}"
+    if len(numbers) > 1:
+        cell += f" ± {deviation(numbers):,.{digits}f}"
+    return f"{cell} ({len(numbers)} seed{'s' * (len(numbers) > 1)})" if len(numbers) < seeds else cell
 
 
 def reported(row: Row, splits: Sequence[str]) -> str:
