@@ -78,6 +78,16 @@ def test_a_refused_memory_ends_a_command_in_one_line(command, tmp_path):
     assert told_by(tmp_path, "-m", f"fairseq_cli.{command}", *given) == f"{NO_STATE}\n"
 
 
+@pytest.mark.parametrize("module", ["memory/groups", "memory/state", "positions/bias"])
+def test_a_folder_that_hides_a_module_is_refused_in_one_line(module, tmp_path):
+    """Python would import the folder in place of the module, and end in an ImportError about names of it."""
+    extended(tmp_path)
+    folder = tmp_path / "lamemo_fairseq" / "core" / module
+    (tmp_path / "lamemo_fairseq/core/memory/last_inputs").rename(folder)
+    told = told_by(tmp_path, "-m", "fairseq_cli.train", "data-bin", "--user-dir", "lamemo_fairseq")
+    assert told == f"{folder} hides {folder.name}.py beside it, a module of this package: rename the folder\n"
+
+
 def test_a_refused_memory_ends_a_run_of_hydra_in_one_line(tmp_path):
     extended(tmp_path, lambda text: text.replace(*REFUSED))
     told = told_by(tmp_path, "-m", "fairseq_cli.hydra_train", "common.user_dir=lamemo_fairseq")

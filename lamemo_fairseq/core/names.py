@@ -97,6 +97,12 @@ def _names_read(member: object) -> Set[str]:
     return names
 
 
+def hiding_folder(root: Union[str, Path]) -> Optional[Path]:
+    """Return a package within the packages of *root* that Python imports in place of a module with its name, if any."""
+    packages = (path.with_suffix("") for path in Path(root).glob("*/*.py"))
+    return next((package for package in packages if (package / "__init__.py").exists()), None)
+
+
 def nearest_path(path: Union[str, Path]) -> str:
     """Return the end of a message on a path that is not there, empty if no path is near: ``: did you mean PATH?``.
 
