@@ -5,7 +5,7 @@ import functools
 import inspect
 import os
 from pathlib import Path
-from typing import Callable, Iterable, Optional, ParamSpec, Set, TypeVar, Union
+from typing import Callable, Collection, Iterable, Optional, ParamSpec, Set, TypeVar, Union
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,10 +61,13 @@ def with_nearest_names(call: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
-def check_spelling(own: type, base: type) -> None:
+def check_spelling(own: type, base: type, others: Collection[str] = ()) -> None:
     """Refuse a member of a user's *own* class with nearly the name of one of its *base*, which would have no effect.
 
     Methods are compared with methods alone. A member that the class itself reads is a helper, whatever its name.
+
+    Args:
+        others: members that another class reads, whatever their names.
 
     Raises:
         ValueError: the message has the name, and the nearest one.
@@ -73,7 +76,7 @@ def check_spelling(own: type, base: type) -> None:
     for cls in own.__mro__[: own.__mro__.index(base)]:
         members = {name: value for name, value in vars(cls).items() if not name.startswith("_")}
         read = set().union(*map(_names_read, vars(cls).values()))
-        for name in members.keys() - known - read:
+        for name in members.keys() - known - read - {*others}:
             alike = [other for other in known if _is_method(vars(base).get(other)) == _is_method(members[name])]
             hint = did_you_mean(name, alike, cutoff=0.85)
             if hint:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from lamemo_fairseq.core.config import refuse_names
-from lamemo_fairseq.core.decoding.cache import FrozenCache, SegmentCache
+from lamemo_fairseq.core.decoding.cache import FrozenCache, InputLayerCache, LayerCache, SegmentCache
 from lamemo_fairseq.core.fields import option
+from lamemo_fairseq.core.layers import CausalSelfAttention
 from lamemo_fairseq.core.memory import MEMORIES, Architecture, Memory, MemoryOptions, MemoryState
 from lamemo_fairseq.core.memory.recurrent import RecurrentMemory
 from lamemo_fairseq.core.positions import POSITIONS, PositionEncoding
@@ -204,6 +205,16 @@ class Remembering(FrozenCache):
     keep_features = True
 
 
+@dataclass(frozen=True)
+class Cyclic(MemoryOptions):
+    cycles: int = option(4, "segments between two refreshes")
+
+
+class Unchecked(Cyclic):
+    def checks(self) -> None:
+        """Of no effect."""
+
+
 class Rotating(PositionEncoding):
     reaches_memroy = False
 
@@ -220,6 +231,7 @@ def of_no_use(self):
         ({"layouts": ()}, "AverageMemory.layouts .* did you mean layout?"),
         ({"rows_hold": of_no_use}, "AverageMemory.rows_hold .* did you mean rows_held?"),
         ({"slot": property(of_no_use)}, "AverageMemory.slot .* did you mean slots?"),
+        ({"options": Unchecked}, "Unchecked.checks would have no effect, as MemoryOptions .* did you mean check?"),
         ({"cache": Remembering}, "Remembering.keep_features would have no effect, as SegmentCache .*keeps_features?"),
     ],
 )
@@ -235,6 +247,26 @@ def test_a_misspelt_member_of_a_position_encoding():
     with pytest.raises(ValueError, match=message):
         POSITIONS.register("rotating")(Rotating)
     assert "rotating" not in POSITIONS.names()
+
+
+@pytest.mark.parametrize(
+    ("base", "member", "hint"),
+    [
+        (InputLayerCache, {"keeps_input": True}, "LayerCache has no such member: did you mean keeps_inputs"),
+        (LayerCache, {"atended": of_no_use}, "LayerCache has no such member: did you mean attended"),
+        (CausalSelfAttention, {"own_biases": of_no_use}, "SelfAttention has no such member: did you mean own_bias"),
+    ],
+)
+def test_a_misspelt_member_of_a_part(base, member, hint):
+    """No memory names its layers' caches, and it may choose a class of attention for each layer."""
+    (name,) = member
+    with pytest.raises(ValueError, match=f"^Own.{name} would have no effect, as {hint}"):
+        type("Own", (base,), member)
+
+
+def test_an_option_has_any_name_that_is_not_taken(monkeypatch):
+    monkeypatch.setattr(MEMORIES, "_entries", dict(MEMORIES._entries))
+    MEMORIES.register("average")(average(options=Cyclic))
 
 
 @pytest.mark.parametrize("name", ["join", "losses", "reached", "attend", "state_of", "mean", "write", "slots_kept"])

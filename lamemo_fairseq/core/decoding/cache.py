@@ -34,6 +34,7 @@ from torch import Tensor
 from ..attention import Attended
 from ..kernels.copies import copy_all
 from ..layers import DecoderLayer, SelfAttention
+from ..names import check_spelling
 from ..positions import Positions
 from .attention import Columns
 from .interfaces import CachedMemory, Network
@@ -61,6 +62,10 @@ class LayerCache:
     keeps_inputs: ClassVar[bool] = False  # whether `store_inputs` does something
     changes_inputs: ClassVar[bool] = False  # whether `enter` does something
     joins_heads: ClassVar[bool] = False  # whether `join` does something
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_spelling(cls, LayerCache)
 
     @classmethod
     def zeros(cls, memory: CachedMemory, batch_size: int, like: Tensor) -> Tuple[Tensor, Tensor]:

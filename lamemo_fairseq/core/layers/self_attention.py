@@ -6,7 +6,7 @@ d model width.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, List, Optional
+from typing import Any, ClassVar, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ..kernels import aligned
 from ..kernels.module_tree import is_product
 from ..kernels.padded import WideRows, newest_of, widened, with_zeros
 from ..kernels.shared import shared_of
+from ..names import check_spelling
 from ..positions import LayerBias
 from .heads import project_last, split_heads, wide_heads
 
@@ -41,6 +42,10 @@ class SelfAttention(nn.Module):
     """Base of a layer's attention: projections around a backend. A subclass defines `forward`, with any arguments."""
 
     nearest: ClassVar[int] = 0  # the smallest distance of a key that a query sees; 1 hides a token from itself
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_spelling(cls, SelfAttention)
 
     def __init__(self, config: AttentionConfig):
         super().__init__()

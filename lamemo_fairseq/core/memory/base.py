@@ -4,7 +4,7 @@ Shapes: B streams, N current tokens, m <= M memory slots, d model width.
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import (
     Any,
     ClassVar,
@@ -317,6 +317,7 @@ def _check(memory: Type[Memory[Any, Any]]) -> None:
     """
     check_spelling(memory, Memory)
     check_options(memory.options, MemoryOptions)
+    check_spelling(memory.options, MemoryOptions, [f.name for f in fields(memory.options)])
     if "cache" not in vars(memory):
         raise ValueError(
             f"{memory.__name__} names no cache for decoding: write cache = FrozenCache if a slot has the keys and "
