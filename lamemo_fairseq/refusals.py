@@ -102,7 +102,7 @@ def _explain(
 
 
 def _tell(message: Optional[str], otherwise: Callable[..., Any], *error: Any) -> None:
-    if message is not None and not sys.flags.dev_mode:
+    if message and not sys.flags.dev_mode:  # a bare ValueError has none
         print(message, file=sys.stderr, flush=True)
     else:
         otherwise(*error)

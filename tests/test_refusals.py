@@ -25,6 +25,13 @@ def elsewhere():
     raise ValueError("of another package")
 
 
+def own(statement):
+    """A function of a user's own memory."""
+    names = {"__name__": "lamemo_fairseq.core.memory.own"}
+    exec(f"def check(): {statement}", names)
+    return names["check"]
+
+
 @pytest.mark.parametrize(
     "function, arguments, refused",
     [
@@ -33,6 +40,8 @@ def elsewhere():
         (_first, ("half",), False),  # float() raises it
         (_first, ([],), False),
         (elsewhere, (), False),
+        (own("raise ValueError('--share is 2, it must be at most 1')"), (), True),
+        (own("raise ValueError"), (), False),  # an empty line would tell nothing
         (check_folder, (None, "--save-dir"), False),
     ],
 )
