@@ -38,7 +38,10 @@ HEADS = [
     (of_causal(v=torch.zeros(B, H, K + 2, D)), r"v is \[2, 3, 13, 4\]: pass .*, which is \[2, 3, 11, 4\] here"),
     (of_causal(q=torch.zeros(H, N, D)), r"q is \[3, 5, 4\]: pass \[B, H, Q, D\]"),
     (of_causal(k=torch.zeros(H, K, D)), r"k is \[3, 11, 4\]: pass \[B, H, K, D\], which is \[2, 3, K, 4\] here"),
-    (of_causal(q=torch.zeros(B, H, K + 1, D)), r"nearest is 0 with 12 queries and 11 keys: pass at least 0, and a key"),
+    (
+        of_causal(q=torch.zeros(B, H, K + 1, D)),
+        r"there are 12 queries and 11 keys: pass at least 12 keys, those of the memory",
+    ),
 ]
 BIASES = [
     (of_causal(bias=bias(K + 1)), r"bias\.table is \[3, 12, 4\]: pass \[H, U, D\], which is \[3, 11, 4\] here"),
@@ -57,9 +60,9 @@ NUMBERS = [
     (of_causal(dropout=1.0), r"dropout is 1.0: pass at least 0 and less than 1"),
     (
         of_causal(nearest=-1),
-        r"nearest is -1 with 5 queries and 11 keys: pass at least 0, and a key for the first query",
+        r"nearest is -1: pass 0, or the distance of the nearest key",
     ),
-    (of_causal(nearest=M + 1), r"nearest is 7 with 5 queries and 11 keys"),
+    (of_causal(nearest=M + 1), r"there are 5 queries and 11 keys: pass at least 12 keys"),
 ]
 AHEAD = [
     (of_slots(k=torch.zeros(B, H, M, D)), r"k is \[2, 3, 6, 4\]: pass \[B, H, K, D\], which is \[2, 3, 5, 4\] here"),
@@ -93,6 +96,26 @@ MEMORY = [
     (
         of_memory(stored=Attended(torch.zeros(1, H, M, D), torch.zeros(B, H, M))),
         r"stored output is \[1, 3, 6, 4\]: pass",
+    ),
+]
+NOTHING = Attended(torch.zeros(B, H, 0, D), torch.zeros(B, H, 0))
+NO_SLOTS = [
+    (
+        lookahead_attention,
+        of_slots(
+            **dict.fromkeys("qkv", torch.zeros(B, H, 0, D)), bias=bias(0), window=WINDOWS["right"](0, N), stored=NOTHING
+        ),
+        r"there are no slots to look ahead: pass one or more, or call causal_attention",
+    ),
+    (
+        memory_attention,
+        of_memory(
+            **dict.fromkeys("qkv", torch.zeros(B, H, N, D)),
+            biases=(bias(N), bias(0)),
+            window=WINDOWS["full"](0, N),
+            stored=NOTHING,
+        ),
+        r"there are no slots to look ahead",
     ),
 ]
 NONE = [
@@ -157,6 +180,7 @@ DTYPES = [
 ]
 CASES = [
     *NONE,
+    *NO_SLOTS,
     *DTYPES,
     *((causal_attention, *case) for case in [*HEADS, *BIASES, *NUMBERS]),
     *((lookahead_attention, *case) for case in AHEAD),

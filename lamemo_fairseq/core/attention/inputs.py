@@ -34,10 +34,12 @@ def check_causal(
     check_bias("bias", bias, q.size(1), q.size(3), k.size(2))
     check_dtypes(q, k, v, {"bias": bias})
     check_span(span, dropout)
-    if nearest < 0 or k.size(2) - q.size(2) < nearest:
+    if nearest < 0:
+        raise ValueError(f"nearest is {nearest}: pass 0, or the distance of the nearest key that a query sees")
+    if k.size(2) < q.size(2) + nearest:
         raise ValueError(
-            f"nearest is {nearest} with {q.size(2)} queries and {k.size(2)} keys: pass at least 0, and a key for the "
-            f"first query, as many keys as queries and nearest together"
+            f"there are {q.size(2)} queries and {k.size(2)} keys: pass at least {q.size(2) + nearest} keys, those of "
+            f"the memory before those of the queries' own positions"
         )
 
 

@@ -109,6 +109,8 @@ def _check_slots(q: Tensor, ahead: RelativeBias, window: LookaheadWindow, stored
     batch, heads, _, size = q.shape
     check_shape("the stored output", stored.output, "[B, H, m, D]", [batch, heads, slots, size])
     check_shape("the stored normalizer", stored.normalizer, "[B, H, m]", [batch, heads, slots])
+    if not slots:
+        raise ValueError("there are no slots to look ahead: pass one or more, or call causal_attention")
     if not 1 <= window.first <= slots:
         raise ValueError(f"the window begins at {window.first}, and there are {slots} slots: make it for these")
     if window.lengths is not None:
