@@ -36,6 +36,11 @@ def heads_like(t: Tensor, count: int = 1) -> Sequence[Tensor]:
     return [tensor.transpose(1, 2) for tensor in t.new_empty(batch, length, count, heads, size).unbind(2)]
 
 
+def by_rows(t: Tensor) -> Tensor:
+    """Return a tensor with contiguous rows, as kernels assume: a copy only if it has others."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 def strided(rows: Tensor) -> Tensor:
     """Return ``[*, d]`` as ``[B, R, d]`` with contiguous columns, by a copy only where strides cannot express it."""
     rows = rows if rows.stride(-1) == 1 or rows.size(-1) == 1 else rows.contiguous()

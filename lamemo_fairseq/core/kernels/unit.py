@@ -40,7 +40,7 @@ class _Unit(Function):
     def forward(ctx: Context, heads: Tensor, factor: Optional[Tensor]) -> Tensor:
         from . import unit_kernel
 
-        heads = heads if heads.stride(-1) == 1 else heads.contiguous()
+        heads = rows.by_rows(heads)
         ctx.save_for_backward(heads, factor)
         return unit_kernel.forward(heads, factor, SMALLEST_SQUARE)
 
@@ -50,5 +50,5 @@ class _Unit(Function):
         from . import unit_kernel
 
         heads, factor = ctx.saved_tensors
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grad = rows.by_rows(grad)
         return unit_kernel.backward(heads, factor, grad, SMALLEST_SQUARE)

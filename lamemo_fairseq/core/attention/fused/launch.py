@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...kernels.rows import by_rows
 from ...kernels.shared_kernels import block_of
 from ..bands import Band
 from ..types import RelativeBias
@@ -109,7 +110,7 @@ def backward(
     """
     learned = x.bias.score is not None and x.bias.score.requires_grad  # a contiguous copy does not tell
     x, layout = _contiguous(x), Layout.of(x)
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad = by_rows(grad)
     batch, heads, _, size = x.q.shape
     keys, table = x.k.size(2), x.bias.table
     all_tiles = tiles_for(size, x.q.dtype)
@@ -259,12 +260,12 @@ def _block_sizes(x: Inputs, tile: Tile) -> Dict[str, Union[int, str]]:
 
 def _contiguous(x: Inputs) -> Inputs:
     """Return the inputs with the strides that the kernels assume."""
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.q, x.k, x.v))
+    q, k, v = map(by_rows, (x.q, x.k, x.v))
     biases = x.bias._asdict().items()
     bias = x.bias._replace(**{name: t.contiguous() for name, t in biases if t is not None})
     stored = x.stored
     if stored is not None:
-        stored = (stored[0] if stored[0].stride(-1) == 1 else stored[0].contiguous(), stored[1].float().contiguous())
+        stored = (by_rows(stored[0]), stored[1].float().contiguous())
     return x._replace(q=q, k=k, v=v, bias=bias, stored=stored)
 
 

@@ -47,7 +47,7 @@ class _Sums(Function):
     def forward(ctx: _SumsContext, k: Tensor, v: Tensor, size: int) -> Tuple[Tensor, Tensor]:
         from . import kernel
 
-        k, v = _by_rows(k), _by_rows(v)
+        k, v = rows.by_rows(k), rows.by_rows(v)
         features, values = kernel.features(k, size, v)
         ctx.save_for_backward(k, features, values)
         ctx.size = size
@@ -77,7 +77,7 @@ class _Mixed(Function):
     ) -> Tensor:
         from . import kernel
 
-        q, local, gate, size = _by_rows(q), _by_rows(local), gate.contiguous(), matrix.size(-1)
+        q, local, gate, size = rows.by_rows(q), rows.by_rows(local), gate.contiguous(), matrix.size(-1)
         joined = _joined(matrix, normalizer)
         features, _ = kernel.features(q, size)
         read = features @ joined
@@ -92,7 +92,7 @@ class _Mixed(Function):
 
         q, local, gate, joined, features, read = ctx.saved_tensors
         size = ctx.size
-        d_local, d_read, d_gate = kernel.mixed_gradient(local, read, gate, _by_rows(grad), size, ctx.eps)
+        d_local, d_read, d_gate = kernel.mixed_gradient(local, read, gate, rows.by_rows(grad), size, ctx.eps)
         dq, _ = kernel.features_gradient(q, size, d_read @ joined.transpose(2, 3))
         d_matrix = d_normalizer = None
         if any(ctx.needs_input_grad[2:4]):
@@ -110,7 +110,3 @@ def _joined(matrix: Tensor, normalizer: Tensor) -> Tensor:
     joined[:, :, :size, :size] = matrix
     joined[:, :, :size, size] = normalizer
     return joined
-
-
-def _by_rows(heads: Tensor) -> Tensor:
-    return heads if heads.stride(-1) == 1 else heads.contiguous()

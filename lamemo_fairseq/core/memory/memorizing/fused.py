@@ -17,7 +17,7 @@ from ...attention.fused import UNBOUNDED, Band, causal_attention, launch
 from ...attention.fused.tiles import tiles_for
 from ...attention.padding import as_wide
 from ...kernels.autograd import Context, Function
-from ...kernels.rows import draw_seed, heads_like
+from ...kernels.rows import by_rows, draw_seed, heads_like
 from ...kernels.shared_kernels import block_of
 from .kernel import store_kernel
 
@@ -97,7 +97,7 @@ class _StoreAttention(Function):
 
 def _add_by_store(x: launch.Inputs, output: Tensor, normalizer: Tensor, grad: Tensor, dq: Tensor) -> None:
     """Add the queries' gradients by constant keys and values to ``dq [B, H, N, D]``."""
-    q, k, v, grad = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.q, x.k, x.v, grad))
+    q, k, v, grad = map(by_rows, (x.q, x.k, x.v, grad))
     batch, heads, queries, size = q.shape
     tiles = tiles_for(size, q.dtype)
     tile = tiles.key if q.dtype == torch.float32 else tiles.query

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from ...attention import Attended
 from ...attention.fused.tiles import tiles_for
 from ...kernels.autograd import Context, Function
-from ...kernels.rows import heads_like
+from ...kernels.rows import by_rows, heads_like
 from ...kernels.shared_kernels import block_of
 from . import eager, kernel
 from .search import blocks, group_size
@@ -32,7 +32,7 @@ def retrieved_attention(
     """Attend as `eager.retrieved_attention` does; it does so itself where keys are hidden or few, or k is large."""
     if hidden is not None or count > LARGEST_COUNT or not _width(keys.size(2), count):
         return eager.retrieved_attention(q, keys, values, hidden, count, scale)
-    q, keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, keys.to(q), values.to(q)))
+    q, keys, values = map(by_rows, (q, keys.to(q), values.to(q)))
     output, normalizer = _Retrieval.apply(q, keys, values, nearest(q.detach(), keys, count), scale)
     return Attended(output, normalizer)
 
@@ -92,7 +92,7 @@ def _block(columns: int, per_warp: int) -> Dict[str, int]:
 
 def appended(stored: Tensor, new: Tensor, kept: int, size: int) -> Tensor:
     """Return the last *kept* rows of ``stored [B, H, m, D]``, and rows of ``new [B, H, N, D]`` behind: *size* rows."""
-    stored, new = stored.contiguous(), new if new.stride(-1) == 1 else new.contiguous()
+    stored, new = stored.contiguous(), by_rows(new)
     batch, heads, rows, width = stored.shape
     out = stored.new_empty(batch, heads, size, width)
     kernel.append_kernel[(triton.cdiv(size * width, COPIED), batch * heads)](
@@ -122,7 +122,7 @@ class _Retrieval(Function):
     def backward(ctx: _RetrievalContext, grad: Tensor, _: object) -> Tuple[Optional[Tensor], ...]:
         q, keys, values, rows, normalizer = ctx.saved_tensors
         (dq,) = heads_like(q)
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grad = by_rows(grad)
         _launch(q, keys, values, rows, dq, normalizer, grad, ctx.scale)
         return dq, None, None, None, None
 
