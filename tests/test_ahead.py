@@ -14,6 +14,7 @@ from lamemo_fairseq.core.memory import StreamMemory
 from lamemo_fairseq.models.decoder import FairseqMemoryDecoder
 
 from .core import fake_graphs
+from .core.helpers import recording_of
 from .gpus import gpu
 from .helpers import random_tokens, read_streams, segments_of, tiny_decoder
 
@@ -55,7 +56,7 @@ def trained(
         for later, words, after in segments[number + 1 : number + 2] if begins else ():
             begin(decoder, words, after, after.to("cpu", copy=True), later, seed=number + 1 + off)
         between(decoder)
-    assert decoder.graphs.recording().passes > AHEAD
+    assert recording_of(decoder).passes > AHEAD
     return computed
 
 

@@ -74,11 +74,6 @@ class SegmentGraphs:
     def __reduce__(self) -> Tuple[object, ...]:
         return (SegmentGraphs, (self.kinds,))  # a copied or stored model records anew
 
-    def recording(self, training: bool = True) -> "Optional[_Recording]":
-        """Return the newest graph of segments of training, or of evaluation; None if there is none yet."""
-        recordings = self._recorded[training].recordings
-        return recordings[-1][1] if recordings else None
-
     def __call__(self, read: ReadSegment, module: nn.Module, tokens: Tensor, state: Optional[MemoryState]) -> Passage:
         """Return ``read(tokens, state)``."""
         learns, begun = torch.is_grad_enabled(), None

@@ -106,6 +106,12 @@ TINY = {
 ENDS = {"sentence_ends": (5, 7), "paragraph_ends": (9,)}  # words that positions count
 
 
+def recording_of(model: Any, training: bool = True) -> Any:
+    """Return a model's newest graph of segments of training, or of evaluation; None if there is none yet."""
+    recordings = model.graphs._recorded[training].recordings
+    return recordings[-1][1] if recordings else None
+
+
 def first_of_each_memory() -> Dict[str, Variant]:
     """Return each registered memory's first variant, by its name.
 

@@ -10,7 +10,7 @@ from lamemo_fairseq.core.gradients import Bucket
 
 from ..gpus import gpu
 from . import fake_graphs
-from .helpers import VARIANTS, random_tokens, tiny_decoder
+from .helpers import VARIANTS, random_tokens, recording_of, tiny_decoder
 
 SEGMENT = 4
 SIZES = {"segment_length": SEGMENT, "dropout": 0.3}
@@ -122,7 +122,7 @@ def test_gradients_that_are_not_reduced_add_up_over_passes():
     state, parameters = None, list(decoder.parameters())
     for n, segment in enumerate(segments):
         if n in (0, 6):  # the first gradients of all, and the first that come from a graph
-            assert (decoder.graphs.recording() is None) == (n == 0)
+            assert (recording_of(decoder) is None) == (n == 0)
             decoder.zero_grad()
             total = [torch.zeros_like(p) for p in parameters]
         torch.manual_seed(0)
@@ -132,7 +132,7 @@ def test_gradients_that_are_not_reduced_add_up_over_passes():
         torch.manual_seed(0)
         features, state, losses = by_graph(decoder)(segment, state)
         sum(losses.values(), decoder.loss(features, segment)).backward()
-    assert decoder.graphs.recording().passes >= 5 and reducer.order == []
+    assert recording_of(decoder).passes >= 5 and reducer.order == []
     for p, one in zip(parameters, total, strict=True):
         torch.testing.assert_close(p.grad, one, rtol=1e-9, atol=1e-11)
 
@@ -171,11 +171,11 @@ def test_other_buckets_are_recorded_anew():
     state = None
     for n, segment in enumerate(segments):
         if n == 5:
-            assert decoder.graphs.recording() is not None
+            assert recording_of(decoder) is not None
             decoder.graphs.reducer = other = Reducer(*layers_of(decoder))
         expected, _ = gradients(decoder, decoder.read_segment, segment, state)
         found, state = gradients(decoder, by_graph(decoder), segment, state)
-    assert decoder.graphs.recording().buckets == other.buckets == other.order
+    assert recording_of(decoder).buckets == other.buckets == other.order
     bucketed = {id(p) for bucket in other.buckets for p in bucket.parameters}
     for p, one, wanted in zip(decoder.parameters(), found, expected, strict=True):
         torch.testing.assert_close(one, wanted * (2 if id(p) in bucketed else 1), rtol=1e-9, atol=1e-12)

@@ -13,7 +13,7 @@ from lamemo_fairseq.core.memory.position import real_tokens
 from ..gpus import gpu
 from . import fake_graphs
 from .graph_cases import SEGMENT, SIZES, scores
-from .helpers import VARIANTS, first_of_each_memory, random_tokens, segments_of, tiny_decoder
+from .helpers import VARIANTS, first_of_each_memory, random_tokens, recording_of, segments_of, tiny_decoder
 
 # One variant of each memory, two of the compressive one.
 MEMORIES = [v for v in VARIANTS if v[1] in ("disentangled", "segatron") or (v[0] != "lookahead" and v[1] != "shaw")]
@@ -179,7 +179,7 @@ def test_evaluation_is_as_without_graphs(variant, device):
             for parameter in decoder.parameters():
                 parameter.mul_(1.1)
         made[cuda_graphs] = before + scores(decoder, tokens)
-    assert decoder.graphs.recording() is None and decoder.graphs.recording(training=False).passes >= 5
+    assert recording_of(decoder) is None and recording_of(decoder, training=False).passes >= 5
     assert all(torch.equal(*pair) for pair in zip(made[False], made[True], strict=True))
 
 
@@ -202,7 +202,7 @@ def test_documents_are_scored_as_without_graphs(device):
     scored = (model.score_documents(documents, 2) for model in (plain, graphed))
     for without, with_graphs in zip(*scored, strict=True):
         torch.testing.assert_close(with_graphs, without, rtol=0, atol=1e-12)
-    recording = graphed.graphs.recording(training=False)
+    recording = recording_of(graphed, training=False)
     assert recording is not None and recording.passes > 1
 
 
@@ -212,7 +212,7 @@ def recorded(**options):
     state, segments = None, random_tokens(2, 30).to("cuda").split(decoder.segment_length, dim=1)
     for segment in segments[:4]:
         _, state, _ = decoder.graphs(decoder.read_segment, decoder, segment, state)
-    assert decoder.graphs.recording() is not None
+    assert recording_of(decoder) is not None
     return decoder, segments[4:], state
 
 
@@ -257,9 +257,9 @@ def test_a_forward_pass_begun_early_is_taken_only_where_it_is_the_same(change):
     decoder.graphs.begin(decoder, segment, state, seed=1)
     assert torch.equal(torch.cuda.get_rng_state(), random_state)
     now = change(decoder, segment, state)
-    passes = decoder.graphs.recording().passes
+    passes = recording_of(decoder).passes
     found = read(decoder, *now)
-    assert decoder.graphs.recording().passes == passes + (change is not nothing)
+    assert recording_of(decoder).passes == passes + (change is not nothing)
     expected = read(decoder, *now)
     assert all(torch.equal(one, another) for one, another in zip(found, expected, strict=True))
     # Begun and never asked for.
@@ -276,7 +276,7 @@ def test_a_recording_says_what_memory_it_keeps_to_itself(caplog):
     for segment in random_tokens(64, 6 * n).to("cuda").split(n, dim=1):
         features, state, losses = decoder.graphs(decoder.read_segment, decoder, segment, state)
         sum([features.sum(), *losses.values()]).backward()
-    kept = decoder.graphs.recording().memory
+    kept = recording_of(decoder).memory
     assert kept > 64 * n * 4096 * 4  # the hidden activations of one layer
     assert f"keeps {kept / 2**30:.2f} GiB to itself" in caplog.text
     torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ import torch
 from lamemo_fairseq.core import graphs
 
 from .graph_cases import SEGMENT, SIZES, scores
-from .helpers import random_tokens, tiny_decoder
+from .helpers import random_tokens, recording_of, tiny_decoder
 
 
 def test_after_a_recording_that_failed(device, monkeypatch):
@@ -92,21 +92,21 @@ def test_a_changed_module_is_recorded_anew(change, device):
     for segment in segments[:4]:
         state = by_graph(segment, state).state
     old = read(by_graph, segments[4])
-    recording = decoder.graphs.recording()
+    recording = recording_of(decoder)
     assert recording.passes > 1
     change(decoder)
     expected = read(decoder.read_segment, segments[4])
     assert len(old) != len(expected) or not all(map(torch.equal, old, expected))
     for _ in range(3):  # as it is, recorded, replayed
         torch.testing.assert_close(read(by_graph, segments[4]), expected, rtol=1e-5, atol=1e-5)
-    assert decoder.graphs.recording() is not recording
+    assert recording_of(decoder) is not recording
 
 
 def test_a_decoder_is_freed_with_its_last_name(device):
     """And with it its graphs, which hold much of a GPU's memory."""
     decoder = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device)
     scores(decoder, random_tokens(2, 6 * SEGMENT).to(device))
-    assert decoder.graphs.recording(training=False) is not None
+    assert recording_of(decoder, training=False) is not None
     gone = weakref.ref(decoder)
     gc.collect()
     gc.disable()
@@ -122,11 +122,11 @@ def test_hooks_are_called(kind, device):
     decoder, calls = tiny_decoder(dtype=torch.float32, **SIZES, cuda_graphs=True).to(device), []
     tokens = random_tokens(2, 6 * SEGMENT).to(device)
     scores(decoder, tokens)
-    passes = decoder.graphs.recording(training=False).passes
+    passes = recording_of(decoder, training=False).passes
     register = getattr(decoder.layers[0], f"register_{kind}_hook")
     handle = register(lambda *_: calls.append(1))
     scores(decoder, tokens)
-    assert len(calls) == 6 and decoder.graphs.recording(training=False).passes == passes
+    assert len(calls) == 6 and recording_of(decoder, training=False).passes == passes
     handle.remove()
     scores(decoder, tokens)
-    assert len(calls) == 6 and decoder.graphs.recording(training=False).passes > passes
+    assert len(calls) == 6 and recording_of(decoder, training=False).passes > passes
