@@ -73,10 +73,14 @@ HEAD = "2026-01-01 00:00:00 | INFO | fairseq_cli.train | num. shared model param
 def test_seconds_of_training_are_those_of_all_starts(tmp_path):
     """Records of before have none, and are shown without."""
     start, end = "| INFO | fairseq_cli.train | training on 1 devices\n", "| INFO | done training in {} seconds\n"
+    anew = start + "| INFO | fairseq.trainer | No existing checkpoint found x/checkpoint_last.pt\n"
     for lines, seconds in (
         ([start, end.format("1208.4")], 1208.4),
         ([start, end.format("1208.4"), start, end.format("0.3")], 1208.7),
         ([start, start, end.format("0.3")], None),
+        ([anew, start, end.format("0.3")], None),
+        ([anew, end.format("7.0"), anew, end.format("1.5"), start, end.format("0.3")], 1.8),  # trained again
+        ([anew, anew, end.format("1.5")], 1.5),
     ):
         (tmp_path / "log").write_text(HEAD + "".join(lines))
         assert logs.training(tmp_path / "log")["seconds"] == seconds
@@ -87,6 +91,23 @@ def test_seconds_of_training_are_those_of_all_starts(tmp_path):
         text = render.write(execute.Plan(loaded, tmp_path, kept={one.name: line}), [one])
         figures += [row["training s"] for row in csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))]
     assert figures == ["", "1208.4"] and "| 1,208 " in text
+
+
+def test_a_training_that_began_anew_has_no_figures_of_the_former(tmp_path):
+    """Somebody has removed its checkpoints and trained.json; the log goes on."""
+
+    def training(updates, wps, loss):
+        lines = [
+            f'train_inner | {{"num_updates": "{n}", "wps": "{wps}", "wpb": "{wps}"}}' for n in range(1, updates + 1)
+        ]
+        lines += [f'valid | {{"valid_num_updates": "{updates}", "valid_loss": "{loss}"}}']
+        begun = ["training on 1 devices", "No existing checkpoint found x/checkpoint_last.pt"]
+        return "".join(f"2026-01-01 00:00:00 | INFO | {line}\n" for line in [*begun, *lines])
+
+    (tmp_path / "log").write_text(HEAD + training(9, 5, 3.5) + HEAD + training(4, 7, 3.0))
+    found = logs.training(tmp_path / "log")
+    assert found["curve"] == [[4, 3.0]] and found["updates"] == 4
+    assert found["tokens_per_second"] == found["tokens_an_update"] == 7
 
 
 def test_runs_of_other_data_are_told(tmp_path):

@@ -10,6 +10,7 @@ _RECORD = re.compile(r"^[\d\-]+ [\d:]+ \| INFO \| ([\w.-]+) \| (\{.*\})\s*$")
 _PARAMETERS = re.compile(r"num\. shared model params: ([\d,]+)")
 _CAPACITY = re.compile(r"rank +0: .*total memory = ([\d.]+) GB")  # of the device whose free memory is logged
 _STARTED = "training on "
+_ANEW = "No existing checkpoint found"
 _TRAINED = re.compile(r"done training in ([\d.]+) seconds")
 _GRAPH = re.compile(r"recorded a CUDA graph for (\w+) segments .* keeps ([\d.]+) GiB to itself")
 _EVALUATED = re.compile(r"Evaluated ([\d,]+) tokens in ([\d.]+)s \(([\d.]+) tokens/s\)")
@@ -25,7 +26,8 @@ def records(path: Path) -> Iterator[Tuple[str, Dict[str, Any]]]:
     """Return the JSON records of a log with their tags; ``start`` stands where a process began to train.
 
     ``graph`` stands where a CUDA graph was recorded, with its kind and the GiB that it reserves; ``device`` where a
-    process named its device, with the device's capacity.
+    process named its device, with the device's capacity. ``anew`` stands where a process found no checkpoint to go on
+    from, and ``trained`` where one ended, with its seconds.
     """
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -37,12 +39,16 @@ def records(path: Path) -> Iterator[Tuple[str, Dict[str, Any]]]:
                     continue
             elif _STARTED in line:
                 yield "start", {}
+            elif _ANEW in line:
+                yield "anew", {}
             else:
-                graph, capacity = _GRAPH.search(line), _CAPACITY.search(line)
+                graph, capacity, trained = (words.search(line) for words in (_GRAPH, _CAPACITY, _TRAINED))
                 if graph:
                     yield "graph", {graph.group(1): float(graph.group(2))}
                 elif capacity:
                     yield "device", {"capacity": float(capacity.group(1))}
+                elif trained:
+                    yield "trained", {"seconds": float(trained.group(1))}
 
 
 def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
@@ -53,7 +59,8 @@ def training(path: Path, valid_subset: str = "valid") -> Dict[str, Any]:
         ``seconds`` and ``curve``. The rate is the median over log intervals, without the first after each start and
         each validation where there are others. The memory is the largest peak that was logged, with what CUDA graphs
         reserved by then (None on a CPU). The seconds are the sum over all starts, validations included (None if a start
-        was killed). The curve has one ``[update, bits a token]`` a validation.
+        was killed). The curve has one ``[update, bits a token]`` a validation. Starts of a former training, which left
+        no checkpoint, count in none of them.
 
     Raises:
         LogError: the log has no parameters, or records without their values.
@@ -79,10 +86,17 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
     recorded: Dict[str, float] = {}
     curve: Dict[int, float] = {}
     batches: List[float] = []  # the last update of an epoch may be smaller
+    seconds: List[float] = []
     updates, starts, fresh = 0, 0, True
     for tag, record in records(path):
         if tag == "start":
             starts, fresh, graphs, recorded = starts + 1, True, {}, {}
+        elif tag == "anew":
+            starts, updates = 1, 0
+            for former in (speeds, first, used, curve, batches, seconds):
+                former.clear()
+        elif tag == "trained":
+            seconds.append(record["seconds"])
         elif tag == "graph":
             recorded.update(record)
         elif tag == "device":
@@ -104,7 +118,6 @@ def _training(path: Path, valid_subset: str) -> Dict[str, Any]:
             loss = record.get(f"{tag}_nll_loss", record[f"{tag}_loss"])
             curve[int(record[f"{tag}_num_updates"])] = float(loss)
             fresh = True  # fairseq counts the seconds of the validation in the next interval
-    seconds = [float(figure) for figure in _TRAINED.findall(text)]
     return {
         "parameters": int(parameters[-1].replace(",", "")),
         "tokens_per_second": median(speeds or first) if speeds or first else None,
