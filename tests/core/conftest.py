@@ -14,7 +14,13 @@ def pytest_configure() -> None:
     except RuntimeError as error:
         raise pytest.UsageError(str(error)) from None
     if os.environ.get("TRITON_INTERPRET") == "1":
-        interpreter.quicken()
+        try:
+            interpreter.quicken()
+        except ModuleNotFoundError as error:
+            raise pytest.UsageError(
+                f"these tests interpret Triton's kernels, and {error.name} is not installed: "
+                "pip install -c constraints.txt '.[dev,fused]', or bash tests/run.sh, which makes .venv"
+            ) from None
     try:
         from .helpers import first_of_each_memory  # imports the core, which must not see a host
 

@@ -136,6 +136,15 @@ def test_a_memory_that_is_refused_stops_the_tests_in_one_line(monkeypatch):
         pytest_configure()
 
 
+def test_a_missing_triton_stops_the_tests_in_one_line(monkeypatch):
+    """The installation of the README brings none on a CPU, and pytest would print an INTERNALERROR."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    message = r"^these tests interpret .* triton is not installed: pip install -c constraints\.txt '\.\[dev,fused\]'"
+    with pytest.raises(pytest.UsageError, match=message):
+        pytest_configure()
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
