@@ -89,6 +89,25 @@ def test_data_made_anew_since_a_run_are_told(tiny, tmp_path):
     ]
 
 
+def test_runs_of_several_devices_and_commits_are_named(tmp_path):
+    """A mean of tokens/s over seeds of two GPUs is of neither. A row is named where all its runs are meant."""
+    start, rows = result()["starts"][0], {name: {"title": name} for name in ("a", "b")}
+    results = [of_seed(1), of_seed(2, starts=[{**start, "device": "E", "commit": "c" * 40, "changed_files": "x"}])]
+    results += [result("b", starts=[start, {**start, "device": "E"}])]
+    text, _, _ = rendered(tmp_path, results, rows=rows)
+    several = "(several: compare tokens/s and memory within one only)"
+    assert f"Device {several}: D (a/seed-1, b); E (a/seed-2, b).\n" in text and "Versions: torch 2.\n" in text
+    assert f"Commit {several}: cccccccccc with changes (a/seed-2); unknown (a/seed-1, b).\n" in text
+
+
+def test_rates_of_several_commits_are_told(tmp_path):
+    rate = {**dict.fromkeys(speed.FIGURES, 1.0), "device": "D", "versions": {"torch": "2"}}
+    rows = {name: {"title": name} for name in ("a", "b")}
+    for commit, told in (("d" * 40, "on D, torch 2, commit dddddddddd (`"), ("e" * 40, "on several devices or vers")):
+        folder.write_json(tmp_path / "speed.json", {"a": {**rate, "commit": "d" * 40}, "b": {**rate, "commit": commit}})
+        assert told in rendered(tmp_path, [result()], rows=rows)[0]
+
+
 def test_lines_of_two_runs_are_not_joined(tmp_path, capsys):
     """The same training with other options: one of the lines is of something else."""
     path = tmp_path / "runs.jsonl"

@@ -196,7 +196,7 @@ def test_rates_of_other_options_and_devices_are_told(tiny, monkeypatch, capsys):
     assert run(tiny, "--render") == 0
     text = capsys.readouterr().out
     assert "lamemo's tokens/s and memory are of other options than the table's: --fp16 True (table: not given)." in text
-    assert "on several devices, within which alone to compare them (" in text and ": lamemo" in text
+    assert "on several devices or versions, within which alone to compare them (" in text and ": lamemo" in text
 
 
 def test_a_row_that_fails_loses_no_other_rate(tiny, monkeypatch, capsys):

@@ -250,6 +250,11 @@ def environment(devices: Optional[str]) -> Dict[str, Any]:
     }
 
 
+def code(noted: Mapping[str, Any]) -> str:
+    """Return the commit of what `environment` has *noted*, in a few words."""
+    return f"{(noted.get('commit') or 'unknown')[:10]}{' with changes' if noted.get('changed_files') else ''}"
+
+
 def _changes() -> Optional[str]:
     """Return the changed files as git lists them, and new ones of the package, such as an own memory's."""
     listed = _git("status", "--porcelain", "--untracked-files=all")

@@ -9,11 +9,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Set
 
 from . import commands, scale, speed
 from .execute import Plan
-from .folder import differences
+from .folder import code, differences
 from .kept import Result, run_of
 from .table import JOINING, MEASURES, Evaluation, Row, Run, Table, TableError, streams
 from .validation import without_controls
@@ -375,16 +375,29 @@ def _other_data(results: Dict[str, List[Result]]) -> Iterable[str]:
 
 
 def _where(results: Dict[str, List[Result]]) -> Iterable[str]:
-    starts = [start for runs in results.values() for result in runs for start in result["starts"]]
+    """Tell where and with which code runs were made, and which runs if not all alike."""
     for what, of in (
         ("device", lambda s: s["device"]),
         ("versions", lambda s: ", ".join(f"{k} {v}" for k, v in s["versions"].items())),
-        ("commit", lambda s: f"{(s['commit'] or 'unknown')[:10]}{' with changes' if s['changed_files'] else ''}"),
+        ("commit", code),
     ):
-        named = sorted({of(start) for start in starts})
-        if named:
-            several = " (several: compare tokens/s and memory within one only)" if len(named) > 1 else ""
-            yield f"{what.capitalize()}: {escaped('; '.join(named))}{several}."
+        made = {run_of(r).name: {of(start) for start in r["starts"]} for of_row in results.values() for r in of_row}
+        kinds = sorted(set().union(*made.values()))
+        if len(kinds) == 1:
+            yield f"{what.capitalize()}: {escaped(*kinds)}."
+        elif kinds:
+            several = "; ".join(f"{escaped(one)} ({_named(results, made, one)})" for one in kinds)
+            yield f"{what.capitalize()} (several: compare tokens/s and memory within one only): {several}."
+
+
+def _named(results: Dict[str, List[Result]], made: Dict[str, Set[str]], one: str) -> str:
+    """Return the names of the runs with *one* among what they were *made* with; rows, where it is all their runs."""
+    names: List[str] = []
+    for row, of_row in results.items():
+        runs = [run_of(result).name for result in of_row]
+        chosen = [name for name in runs if one in made[name]]
+        names += [row] if chosen == runs != [] else chosen
+    return ", ".join(names)
 
 
 def _grid(lines: List[List[str]]) -> str:

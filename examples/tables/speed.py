@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from . import commands, logs, process
 from .execute import Plan, RunError, Slot, failure, in_slots, retry
-from .folder import BusyError, departures, environment, locked, read_json, write_json
+from .folder import BusyError, code, departures, environment, locked, read_json, write_json
 from .table import Run, streams
 from .validation import is_mapping, is_nothing, is_number, is_text, values
 
@@ -131,11 +131,12 @@ def _named(trained: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def devices(rates: Dict[str, Any]) -> str:
-    """Return the devices of measured rates in words, with the rows of each if there are several."""
+    """Return the devices and the code of measured rates in words, with the rows of each if there are several."""
     rows: Dict[str, List[str]] = {}
     for row, rate in rates.items():
-        rows.setdefault(f"{rate['device']}, torch {rate['versions']['torch']}", []).append(row)
+        made = f"{rate['device']}, torch {rate['versions']['torch']}, commit {code(rate)}"
+        rows.setdefault(made, []).append(row)
     if len(rows) == 1:
         return next(iter(rows))
-    of_each = "; ".join(f"{device}: {', '.join(rows[device])}" for device in sorted(rows))
-    return f"several devices, within which alone to compare them ({of_each})"
+    of_each = "; ".join(f"{made}: {', '.join(rows[made])}" for made in sorted(rows))
+    return f"several devices or versions, within which alone to compare them ({of_each})"
