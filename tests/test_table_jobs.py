@@ -8,7 +8,7 @@ from pathlib import Path
 from examples.tables import __main__ as runner
 from examples.tables import commands, execute, folder, table
 
-from .tables import run
+from .tables import result, run
 
 
 def test_jobs_for_slurm_are_what_is_missing(tiny, capsys):
@@ -27,8 +27,9 @@ def test_jobs_for_slurm_are_what_is_missing(tiny, capsys):
     one = table.Run("transformer_xl", 1)
     held.claim(plan.identity(one))
     for evaluation in plan.evaluations(one):
-        folder.write_json(held.evaluated(evaluation.name), {"identity": plan.evaluation_identity(one, evaluation)})
-    folder.write_json(held.trained, {})
+        figures = {"loss": 1.0, "perplexity": 2.0, "identity": plan.evaluation_identity(one, evaluation)}
+        folder.write_json(held.evaluated(evaluation.name), figures)
+    folder.write_json(held.trained, result()["training"])
     folder.write_json(held.results, {})
     assert run(tiny, "--print-slurm", "--set", "cpu=false") == 0
     assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]] == ["tiny-lamemo-1"]
@@ -44,7 +45,7 @@ def test_jobs_are_printed_where_the_data_are_not(tiny, capsys):
     one = table.Run("lamemo", 1)
     held = plan.folder(one)
     held.claim(plan.identity(one))
-    folder.write_json(held.trained, {})
+    folder.write_json(held.trained, result()["training"])
     assert run(tiny, "--print-slurm", *missing) == 0
     printed = capsys.readouterr()
     assert "# /nowhere is not on this machine" in printed.err

@@ -44,6 +44,37 @@ def test_lines_that_are_no_results(line, tmp_path):
         kept.read(path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "part"),
+    [
+        ("run.json", None, "run"),
+        ("trained.json", {}, "training"),
+        ("evaluations/test.json", {"loss": "x"}, "evaluations"),
+        ("scale.json", {"asked": 3}, "scale"),
+        ("starts.jsonl", {"device": 3}, "starts"),
+    ],
+)
+def test_a_folder_of_a_run_with_a_damaged_file_is_refused(file, content, part, tiny, capsys):
+    """Its figures went into runs.jsonl, which nobody could read after that."""
+    plan, results = execute.Plan(table.load(tiny), tiny.parent / "out"), tiny.parent / "results"
+    one = table.Run("lamemo", 1)
+    held = plan.folder(one)
+    held.claim(plan.identity(one))
+    folder.write_json(held.trained, result()["training"])
+    assert run(tiny, "--render", "--results", results) == 0
+    written, place = (results / "runs.jsonl").read_text(), plan.out if part == "scale" else held.path
+    path = place / file
+    if content is None:
+        path.unlink()
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert run(tiny, "--render", "--results", results) == 1
+    refusal = f"error: the {part} of {place} cannot be read: restore its files, or move it away\n"
+    assert capsys.readouterr().err == refusal and (results / "runs.jsonl").read_text() == written
+
+
 def test_what_results_say_means_itself(tmp_path):
     """Devices, versions and options from a file of results, on the page and in CSV."""
     loaded = load(tmp_path / "t.yaml")

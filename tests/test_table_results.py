@@ -14,7 +14,7 @@ import pytest
 from examples.tables import __main__ as runner
 from examples.tables import execute, folder, kept, logs, plots, process, render, scale, speed, table
 
-from .tables import ROOT, fork, read, run
+from .tables import ROOT, fork, read, result, run
 
 
 def test_results_that_are_kept_need_no_folders(tiny, monkeypatch, capsys):
@@ -142,7 +142,7 @@ def test_a_lost_checkpoint_is_told(tiny, monkeypatch, capsys):
     plan = execute.Plan(table.load(tiny), tiny.parent / "out", {})
     (one,) = table.runs(plan.table, ["lamemo"])
     plan.folder(one).claim(plan.identity(one))
-    folder.write_json(plan.folder(one).trained, {})
+    folder.write_json(plan.folder(one).trained, result()["training"])
     monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run"))
     assert execute.execute(plan, [one], [execute.Slot()]) == [
         f"lamemo/seed-1: {plan.folder(one).checkpoint} is gone, and these are not evaluated: valid, test, "

@@ -18,7 +18,7 @@ import torch
 
 from examples.tables import commands, execute, folder, plots, process, table
 
-from .tables import fork, read, run
+from .tables import fork, read, result, run
 
 
 def test_a_table_is_run_once_and_rendered(tiny, capsys, monkeypatch):
@@ -326,10 +326,11 @@ def test_a_changed_evaluation_is_done_again_without_training(tiny, monkeypatch):
     plan = execute.Plan(table.load(tiny), tiny.parent / "out", {})
     (one,) = table.runs(plan.table, ["lamemo"])
     held = plan.folder(one)
+    held.claim(plan.identity(one))
     for evaluation in plan.evaluations(one):
-        found = {"identity": plan.evaluation_identity(one, evaluation), "loss": 1.0}
+        found = {"identity": plan.evaluation_identity(one, evaluation), "loss": 1.0, "perplexity": 2.0}
         folder.write_json(held.evaluated(evaluation.name), found)
-    folder.write_json(held.trained, {})
+    folder.write_json(held.trained, result()["training"])
     folder.write_json(held.results, {})
     assert plan.complete(one)
     plan.table.evaluation.memory.lengths.append(64)

@@ -24,8 +24,9 @@ from .folder import (
     read_json,
     write_json,
 )
-from .kept import Result, data_of, run_of
+from .kept import SHAPE, Result, data_of, run_of
 from .table import Evaluation, Run, Table, evaluations, find, streams
+from .validation import fits
 
 DIVERGED = re.compile(r"NaN or infinity|FloatingPointError")  # in the last lines of a diverged training's log
 SCALE = "scale.json"  # how the table of a folder was shrunk
@@ -99,19 +100,28 @@ class Plan:
         return self.evaluation_arguments(run, evaluation, Path("checkpoint_best.pt"))[1:]
 
     def result(self, run: Run) -> Optional[Result]:
-        """Return the result of a run that is trained, with all evaluations or some; None if it is not trained."""
+        """Return the result of a run that is trained, with all evaluations or some; None if it is not trained.
+
+        Raises:
+            ValueError: a file in the run's folder is not as this runner writes it, or is gone.
+        """
         folder = self.folder(run)
         training = read_json(folder.trained)
         if training is None:
             return self.kept.get(run.name)
         evaluations = {e.name: read_json(folder.evaluated(e.name)) for e in self.evaluations(run)}
-        return {
+        result = {
             "run": read_json(folder.identity),
             "training": training,
             "evaluations": {name: evaluation for name, evaluation in evaluations.items() if evaluation is not None},
             "scale": self.scale or read_json(self.out / SCALE),
             "starts": folder.started(),
         }
+        for part, shape in SHAPE.items():
+            if not fits(result[part], shape):
+                place = self.out if part == "scale" else folder.path
+                raise ValueError(f"the {part} of {place} cannot be read: restore its files, or move it away")
+        return result
 
     def otherwise(self, result: Result) -> List[str]:
         """Return where a result's training departs from its row in the table; what --scale shrank is left out."""
