@@ -201,14 +201,18 @@ def test_a_row_that_is_trained_on_documents_says_how_it_is_evaluated(tiny, capsy
         ({"bpe": "sentencepiece"}, "perplexity", None),
     ],
 )
-def test_a_measure_is_the_loss_of_a_token(tokenizer, measure, remedy, tmp_path):
+def test_a_measure_is_the_loss_of_a_token(tokenizer, measure, remedy, tmp_path, capsys):
+    """Also where a table is only rendered: its measure may have been edited after the runs."""
     whole = {"name": "lines", "tokenizer": "words", "pattern": "", "source_lang": "", **tokenizer}
     record = {"made_from": {"settings": {"tokenizer": whole}}, "files": {"sentencepiece.bpe.model": {"sha256": ""}}}
     (tmp_path / "preprocess.json").write_text(json.dumps(record))
-    loaded = load(tmp_path / "t.yaml", measure=measure)
+    loaded = load(tmp_path / "t.yaml", measure=measure, data=str(tmp_path))
     units.check(loaded, str(tmp_path / "absent"))
     with nullcontext() if remedy is None else pytest.raises(table.TableError, match=remedy):
         units.check(loaded, str(tmp_path))
+    (tmp_path / "runs.jsonl").write_text(json.dumps(result()) + "\n")
+    assert run(tmp_path / "t.yaml", "--render", "--results", tmp_path) == (remedy is not None)
+    assert remedy is None or re.search(remedy, capsys.readouterr().err.rstrip())
 
 
 WITHOUT_MEMORY = "without_memory: {memory: none, position_encoding: transformer-xl}"

@@ -133,13 +133,13 @@ def act(args: argparse.Namespace) -> int:
         raise table.TableError(f"--speed is {args.speed}, it must be two updates at least: the first is left out")
     if args.speed is not None and args.scale is not None:
         raise table.TableError("--speed measures rows at their own number of updates: leave out --scale")
+    for data in dict.fromkeys(map(plan.data, runs)):  # the page names the unit too
+        units.check(loaded, data)
     if not args.render and args.speed is None:
         for row in dict.fromkeys(run.row for run in runs):
             trained = commands.training_options(loaded, row, plan.changes)
             validation.leaves_results(f"row '{row}'", trained)
             validation.reads_as_trained(f"row '{row}'", trained, loaded.evaluation.options)
-        for data in dict.fromkeys(map(plan.data, runs)):
-            units.check(loaded, data)
         scale.check(plan, runs, args.scale)
     if not args.render:
         for row in dict.fromkeys(run.row for run in runs if not plan.complete(run)):
