@@ -75,7 +75,10 @@ def test_evaluations_with_other_options_are_told_in_files_and_plots(tmp_path):
 
 
 def test_data_made_anew_since_a_run_are_told(tiny, tmp_path):
-    """By the path of the table, and of a single run: there is no other run to compare it with."""
+    """By the path of the table, and of a single run: there is no other run to compare it with.
+
+    Older records have no command, and so no path.
+    """
     plan = execute.Plan(table.load(tiny), tmp_path, {})
     one = table.Run("lamemo", 1)
     start = {"commands": [["fairseq-train", plan.table.data]], **result()["starts"][0]}
@@ -87,6 +90,7 @@ def test_data_made_anew_since_a_run_are_told(tiny, tmp_path):
         f"data {plan.table.data}, {of_test} is {line['run']['data'][of_test] - 2}, there it was "
         f"{line['run']['data'][of_test]}"
     ]
+    assert plan.otherwise({**line, "starts": result()["starts"]}) == plan.otherwise(line)
 
 
 def test_runs_of_several_devices_and_commits_are_named(tmp_path):

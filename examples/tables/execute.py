@@ -132,11 +132,11 @@ class Plan:
         wanted.pop("--data", None)
         words = departures({"streams": identity["streams"], **identity["options"]}, wanted)
         data, of_table = data_of(result), unchanged.data(run)
-        here = data_identity(of_table) if data is not None and identity["data"] and has_dictionary(of_table) else None
+        here = data_identity(of_table) if identity["data"] and has_dictionary(of_table) else None
         if here is not None and identity["data"] == here:  # maybe by another path
             return words
-        if here is not None and data == of_table:  # data made anew, or those of another machine
-            return [*words, *differences(identity["data"], here, f"data {data},")]
+        if here is not None and data in (None, of_table):  # data made anew, or those of another machine
+            return [*words, *differences(identity["data"], here, f"data {of_table},")]
         return [*words, *departures({"data": data or of_table}, {"data": of_table})]
 
     def trained(self) -> List[Run]:
