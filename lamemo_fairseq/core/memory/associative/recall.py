@@ -27,6 +27,8 @@ def by_kernels(
 ) -> Tensor:
     """Return ``rows + A phi / (z . phi + eps)`` for the features phi of ``keys [B, R, e]``, in the dtype of *rows*.
 
+    Products with A round as the model does. Those of a write keep single precision, as what they miss stays in A.
+
     Args:
         rows: ``[B, R, d]``.
         matrix, normalizer: ``[B, F, d]`` and ``[B, F]``, in float32.
@@ -47,11 +49,11 @@ class _Recall(Function):
         shared: Optional[Shared],
     ) -> Tensor:  # fmt: skip
         from . import features_kernel, recall_kernel
-        from .product_kernel import product
+        from .product_kernel import ROUNDED, product
 
         keys, matrix, normalizer = keys.contiguous(), matrix.contiguous(), normalizer.contiguous()
         features, overlap = features_kernel.with_overlap(keys, keys.size(-1), normalizer, 1.0, eps)
-        recalled = product(features, matrix, rows)
+        recalled = product(features, matrix, rows, precision=ROUNDED)
         ctx.save_for_backward(keys, matrix, normalizer, features, overlap, recalled)
         ctx.shared = shared
         return cut(recall_kernel.mixed(rows, recalled, overlap), rows.size(-1))
@@ -60,15 +62,15 @@ class _Recall(Function):
     @once_differentiable
     def backward(ctx: _RecallContext, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         from . import features_kernel, recall_kernel
-        from .product_kernel import product
+        from .product_kernel import ROUNDED, product
 
         keys, matrix, normalizer, features, overlap, recalled = ctx.saved_tensors
         d_recalled, d_overlap, d_rows = recall_kernel.mixed_gradient(grad, recalled, overlap)
-        d_features = product(d_recalled, matrix.transpose(1, 2), grad)
+        d_features = product(d_recalled, matrix.transpose(1, 2), grad, precision=ROUNDED)
         d_keys = features_kernel.backward(keys, d_features, features_kernel.Overlap(normalizer, d_overlap))
         d_matrix = d_normalizer = None
         if ctx.needs_input_grad[2]:
-            d_matrix = product(features.transpose(1, 2), d_recalled, grad)
+            d_matrix = product(features.transpose(1, 2), d_recalled, grad, precision=ROUNDED)
         if ctx.needs_input_grad[3]:
             d_normalizer = (d_overlap.unsqueeze(1) @ features).squeeze(1)
         if ctx.shared is not None:
