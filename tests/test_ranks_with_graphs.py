@@ -165,7 +165,7 @@ def replays(folder, rank):
 
 AVERAGED = [
     "--roll", "--update-freq", "1,2", "--max-update", 16, "--store-ema", "--ema-decay", 0.9,
-    "--bf16", "--fp16-scale-window", 128,
+    "--ema-fp32", "--bf16", "--fp16-scale-window", 128,
 ]  # fmt: skip
 
 

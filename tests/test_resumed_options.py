@@ -211,6 +211,7 @@ def test_a_checkpoint_without_the_count_of_averages(data, tmp_path, caplog):
         (["--criterion", "chunked_cross_entropy"], "with cross_entropy", "--reset-optimizer"),
         (["--optimizer", "sgd"], "with adam", "--reset-optimizer"),
         (["--bf16"], "without it", "--reset-optimizer"),
+        (["--untie-output"], "without it", "--reset-optimizer"),
         (["--optimizer", "adafactor", "--beta1", 0.9], "with None", "--reset-optimizer"),
         (["--lr-scheduler", "inverse_sqrt", "--warmup-updates", 2], "with fixed", "--reset-lr-scheduler"),
     ],

@@ -50,6 +50,8 @@ WRONG = {
     "no rank": (["--distributed-world-size", 0], "--distributed-world-size is 0, it must be at least 1"),
     "ranks for which there are no GPUs": (["--distributed-world-size", 99], "99, and fairseq starts one rank a GPU"),
     "averages that grow": (["--store-ema", "--ema-decay", 2], "--ema-decay is 2.0, it must be between 0 and 1"),
+    "averages that stand still": (["--store-ema", "--bf16"], "--store-ema is refused: .* pass --ema-fp32 as well"),
+    "rounded averages": (["--store-ema", "--memory-efficient-bf16"], "--store-ema is refused: .* --ema-fp32"),
     "two beginnings": (["--finetune-from-model", "a.pt", "--restore-file", "b.pt"], "pass one of the two"),
     "two precisions": (["--fp16", "--memory-efficient-bf16"], "--fp16 and --memory-efficient-bf16 exclude each other"),
     "fp16 on a CPU": (["--fp16"], "--fp16 is refused: .*on a CPU leave it out, or pass --bf16 .*common.fp16=false"),

@@ -38,6 +38,7 @@ def _no_fused_kernels(settings: Settings) -> bool:
     return str(settings.get("attention_backend")) == "fused" and on_cpu(settings) and why_not_fused(q) is not None
 
 
+_HALF = ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16")
 _NO_BEST = ("no_save", "disable_validation")
 
 _RULES = [
@@ -286,6 +287,14 @@ _RULES = [
         TRAINING,
         "with --disable-validation",
         with_all("disable_validation"),
+    ),
+    rule(
+        REFUSED,
+        "store_ema",
+        TRAINING,
+        "with --fp16 and --bf16 averages are rounded too, and with an --ema-decay near 1 they stand still; pass "
+        "--ema-fp32 as well",
+        lambda s: any(s.get(name) for name in _HALF) and not s.get("ema_fp32"),
     ),
     rule(
         IGNORED,

@@ -240,7 +240,7 @@ def _check_choices(run: _Run, then: Mapping[str, Any], path: str, differences: L
     Raises:
         CheckpointError: they are not; the message names the options.
     """
-    refused = {"criterion", "optimizer"}
+    refused = {"criterion", "optimizer", "untie_output"}
     if _kind_of_state(run.trainer.cfg.common) != _kind_of_state(SimpleNamespace(**then["common"])):
         refused |= _PRECISION
     choices = [d for d in differences if d.name in refused or (d.name == "beta1" and None in (d.now, d.then))]
