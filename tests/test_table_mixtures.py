@@ -93,6 +93,16 @@ def test_data_made_anew_since_a_run_are_told(tiny, tmp_path):
     assert plan.otherwise({**line, "starts": result()["starts"]}) == plan.otherwise(line)
 
 
+def test_runs_of_rows_that_a_table_does_not_have_are_told(tmp_path):
+    """Of another table, or of a row that was renamed: in a file of results, and in folders."""
+    folder.write_json(tmp_path / "<b>" / "seed-2" / "trained.json", result()["training"])
+    text, _, plan = rendered(tmp_path, [result()])
+    left_out = "Left out, as the table has no such rows: "
+    assert f"{left_out}\\<b\\>/seed-2.\n" in text
+    plan.kept["former/seed-1"] = result("former")
+    assert f"{left_out}former/seed-1, \\<b\\>/seed-2.\n" in render.write(plan, table.runs(plan.table))
+
+
 def test_runs_of_several_devices_and_commits_are_named(tmp_path):
     """A mean of tokens/s over seeds of two GPUs is of neither. A row is named where all its runs are meant."""
     start, rows = result()["starts"][0], {name: {"title": name} for name in ("a", "b")}

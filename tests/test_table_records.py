@@ -30,7 +30,8 @@ def damaged(*path, value):
 
 @pytest.mark.parametrize("line", [
     b"{", b"\xff", b"[]", b"3", b"[" * 100_000,
-    damaged("run", "row", value=3), damaged("run", "seed", value="../x"), damaged("run", value=None),
+    damaged("run", "row", value=3), damaged("run", "seed", value="../x"), damaged("run", "seed", value=-1),
+    damaged("run", value=None),
     damaged("training", "curve", value=[[1]]), damaged("training", "curve", value=[["x", 1]]),
     damaged("training", value=1), damaged("training", "parameters", value=10**40),
     damaged("training", "tokens_per_second", value=True), damaged("evaluations", "test", "loss", value="1"),

@@ -141,11 +141,17 @@ class Plan:
 
     def trained(self) -> List[Run]:
         """Return the trained runs of the table's rows, whatever their seeds."""
+        return [run for run in self._trained() if run.row in self.table.rows]
+
+    def elsewhere(self) -> List[Run]:
+        """Return the trained runs of rows that the table does not have: of another table, or of a row's former name."""
+        return [run for run in self._trained() if run.row not in self.table.rows]
+
+    def _trained(self) -> List[Run]:
         folders = [path.parent for path in self.out.glob("*/seed-*/trained.json")]
         names = dict.fromkeys([*self.kept, *(f"{path.parent.name}/{path.name}" for path in folders)])
         pairs = [name.rsplit("/seed-", 1) for name in names]
-        runs = [Run(row, int(seed)) for row, seed in pairs if row in self.table.rows and seed.isdecimal()]
-        return sorted(runs, key=lambda run: run.seed)
+        return sorted((Run(row, int(seed)) for row, seed in pairs if seed.isdecimal()), key=lambda run: run.seed)
 
     def missing(self, run: Run) -> List[Evaluation]:
         """Return the evaluations that a run still lacks."""

@@ -254,6 +254,9 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     lacking = [run.name for run in runs if not plan.complete(run)]
     if lacking:
         sections.append(f"Not complete: {', '.join(lacking)}.")
+    if others := plan.elsewhere():
+        names = escaped(", ".join(run.name for run in others))
+        sections.append(f"Left out, as the table has no such rows: {names}.")
     for result in (result for of_row in results.values() for result in of_row):
         run = run_of(result)
         if departed := stale(plan, result):

@@ -156,7 +156,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_whole(value: Any) -> bool:
-    return is_number(value) and isinstance(value, int)
+    return is_number(value) and isinstance(value, int) and value >= 0
 
 
 def is_nothing(value: Any) -> bool:
