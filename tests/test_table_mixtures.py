@@ -93,6 +93,23 @@ def test_data_made_anew_since_a_run_are_told(tiny, tmp_path):
     assert plan.otherwise({**line, "starts": result()["starts"]}) == plan.otherwise(line)
 
 
+@pytest.mark.parametrize("asked", [["--render"], ["--only", "transformer_xl"]])
+def test_another_run_in_a_folder_takes_no_place_of_a_kept_one(asked, tiny, capsys, monkeypatch):
+    """As one that was tried on a CPU, before the published results are rendered."""
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was run"))
+    plan, one = execute.Plan(table.load(tiny), tiny.parent / "out", {"lr": 7}), table.Run("lamemo", 1)
+    plan.folder(one).claim(plan.identity(one))
+    folder.write_json(plan.folder(one).trained, result()["training"])
+    results = tiny.parent / "results" / "runs.jsonl"
+    kept.add(results, [result(run=execute.Plan(plan.table, plan.out).identity(one))])
+    before = results.read_text()
+    assert run(tiny, *asked, "--results", results.parent) == 1
+    told = f"{plan.folder(one).path} holds another lamemo/seed-1 than {results.parent}: options --lr is 7, there it was"
+    assert told in capsys.readouterr().err and results.read_text() == before
+    results.write_text(json.dumps(plan.result(one)))
+    assert run(tiny, "--render", "--results", results.parent) == 0
+
+
 def test_runs_of_rows_that_a_table_does_not_have_are_told(tmp_path):
     """Of another table, or of a row that was renamed: in a file of results, and in folders."""
     folder.write_json(tmp_path / "<b>" / "seed-2" / "trained.json", result()["training"])

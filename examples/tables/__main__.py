@@ -21,7 +21,7 @@ import yaml
 
 from . import commands, folder, kept, names, plots, process, recipes, render, scale, speed, table, units, validation
 from .arguments import ArgumentParser
-from .execute import Plan, RunError, Slot, check, execute
+from .execute import Plan, RunError, Slot, check, check_kept, execute
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -123,6 +123,7 @@ def act(args: argparse.Namespace) -> int:
         results=args.results,
         kept=kept.read(ledger) if ledger else {},
     )
+    check_kept(plan)
     runs = table.runs(loaded, args.only, args.seeds)
     if not plan.on_cpu:
         for row in dict.fromkeys(run.row for run in runs):

@@ -205,6 +205,22 @@ def check(plan: Plan, runs: Sequence[Run], data_elsewhere: bool = False) -> List
     return [run for run in runs if not plan.complete(run)]
 
 
+def check_kept(plan: Plan) -> None:
+    """Refuse trained runs in the folder of runs that are other ones than the stored results of their names.
+
+    Raises:
+        ChangedError: there is one. Its result would take the place of the stored one.
+    """
+    for run in plan.trained():
+        kept, result = plan.kept.get(run.name), plan.result(run)  # of the folder, if it has one
+        if kept is not None and result is not None and kept["run"] != result["run"]:
+            raise ChangedError(
+                f"{plan.folder(run).path} holds another {run.name} than {plan.results}: "
+                f"{'; '.join(differences(kept['run'], result['run']))}. Take another folder with --out, or move this "
+                "one away"
+            )
+
+
 def execute(plan: Plan, runs: Sequence[Run], slots: Sequence[Slot]) -> List[str]:
     """Run all that is missing, one run at a time in each slot.
 
