@@ -284,3 +284,15 @@ def test_finetuning_takes_the_averages_that_are_named(data, tmp_path):
     train(configured(data / "1", *tuned), tmp_path / "tuned")
     averages, wanted = (read(tmp_path / name)["extra_state"]["ema"] for name in ("tuned", "other"))
     assert list(differences(averages, wanted)) == []
+
+
+@pytest.mark.parametrize("options", [[], ["--bf16", "--ema-fp32"]])
+def test_finetuning_takes_no_averages_of_the_run_before(options, data, tmp_path):
+    """Of a short run, they would be most of the result."""
+    options = [*EMA, *options, "--max-update", 2, "--disable-validation"]
+    train(configured(data / "1", *options), tmp_path / "one")
+    one = tmp_path / "one" / "checkpoint_last.pt"
+    train(configured(data / "1", *options, "--finetune-from-model", one, "--ema-decay", 1), tmp_path / "tuned")
+    weights, tuned = read(tmp_path / "one")["model"], read(tmp_path / "tuned")["extra_state"]
+    for name, average in tuned["ema_fp32_params" if "--bf16" in options else "ema"].items():
+        assert torch.equal(average, weights[name].to(average.dtype)), name

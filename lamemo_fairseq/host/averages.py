@@ -25,11 +25,12 @@ class Averages(EMA):
         super()._step_internal(SimpleNamespace(state_dict=lambda: weights), updates)
 
 
-def supply_averages(trainer: Any, state: Dict[str, Any], anew: bool) -> None:
+def supply_averages(trainer: Any, state: Dict[str, Any], anew: bool, tunes: bool) -> None:
     """Put averages into a checkpoint that a run goes on from, if the checkpoint has none.
 
     fairseq means to begin with the weights then, but no longer has the weights. If a run begins *anew*, the averages of
-    ``--ema-seed-model``, which fairseq would forget, replace the checkpoint's.
+    ``--ema-seed-model``, which fairseq would forget, replace the checkpoint's. A run that *tunes* takes nothing but
+    weights from ``--finetune-from-model``.
     """
     options, extra = trainer.cfg.ema, state["extra_state"]
     counted = "averages" in extra.get(type(trainer.task).__name__, {})
@@ -38,13 +39,14 @@ def supply_averages(trainer: Any, state: Dict[str, Any], anew: bool) -> None:
             "the checkpoint, of a former version, does not say how long ago its averages were updated: "
             "--ema-update-freq counts from here"
         )
-    if not options.store_ema or ("ema" in extra and not (anew and options.ema_seed_model)):
+    if not options.store_ema or ("ema" in extra and not tunes and not (anew and options.ema_seed_model)):
         return
     extra.pop("ema_fp32_params", None)
     if options.ema_seed_model:
         extra["ema"] = utils.move_to_cpu(trainer.ema.get_model().state_dict())
     else:
-        logger.warning("the checkpoint was trained without --store-ema: the averages begin with its weights")
+        if not tunes:
+            logger.warning("the checkpoint was trained without --store-ema: the averages begin with its weights")
         extra["ema"] = state["model"]
 
 
