@@ -296,3 +296,13 @@ def test_finetuning_takes_no_averages_of_the_run_before(options, data, tmp_path)
     weights, tuned = read(tmp_path / "one")["model"], read(tmp_path / "tuned")["extra_state"]
     for name, average in tuned["ema_fp32_params" if "--bf16" in options else "ema"].items():
         assert torch.equal(average, weights[name].to(average.dtype)), name
+
+
+def test_a_run_that_goes_on_does_not_tune_itself(data, tmp_path):
+    """fairseq goes on with a last checkpoint, also if it is the one to tune."""
+    options = [*EMA, "--disable-validation"]
+    tuned = [*options, "--finetune-from-model", tmp_path / "two" / "checkpoint_last.pt"]
+    for name, runs in (("one", [(options, 4)]), ("two", [(options, 2), (tuned, 4)])):
+        for given, updates in runs:
+            train(configured(data / "1", *given, "--max-update", updates), tmp_path / name)
+    assert list(differences(*(all_that_counts(tmp_path / name) for name in ("one", "two")))) == []

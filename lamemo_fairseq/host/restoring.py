@@ -164,7 +164,8 @@ def check_expected(state: Dict[str, Any], path: str) -> None:
     told = [d for d in differences if (d.section == "model" or not run.anew) and d.name not in _COMPARED]
     if told:
         logger.warning("%s: %s", path, _listed(told))
-    supply_averages(run.trainer, state, run.anew, tunes=path == run.trainer.cfg.checkpoint.finetune_from_model)
+    tunes = run.anew and path == run.trainer.cfg.checkpoint.finetune_from_model
+    supply_averages(run.trainer, state, run.anew, tunes)
     if not run.anew:
         changed = [d.name for d in differences if d.section == "optimizer"]
         put_options(run.trainer.cfg.optimizer, changed, state["last_optimizer_state"])
