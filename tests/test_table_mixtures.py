@@ -139,6 +139,24 @@ def test_rates_of_several_commits_are_told(tmp_path):
         assert told in rendered(tmp_path, [result()], rows=rows)[0]
 
 
+@pytest.mark.parametrize(
+    ("noted", "told"),
+    [
+        ({"data": "d"}, ""),
+        ({"data": "other"}, "data other (table: d)"),
+        ({"options": {"lr": 0.1, "data": "other"}, "changes": {"data": "other"}}, "data other (table: d)"),  # as before
+        ({}, ""),
+    ],
+)
+def test_rates_of_other_data_are_told(noted, told, tmp_path):
+    """Those of a table with another vocabulary, in the same folder of results."""
+    rate = {**dict.fromkeys(speed.FIGURES, 1.0), "device": "D", "versions": {"torch": "2"}, **noted}
+    folder.write_json(tmp_path / "speed.json", {"a": rate})
+    text, _, _ = rendered(tmp_path, [result()])
+    assert (f"are of other options or data than the table's: {told}." in text) == bool(told)
+    assert ("memory are of other" in text) == bool(told)
+
+
 def test_lines_of_two_runs_are_not_joined(tmp_path, capsys):
     """The same training with other options: one of the lines is of something else."""
     path = tmp_path / "runs.jsonl"

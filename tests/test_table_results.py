@@ -180,14 +180,14 @@ def test_rates_of_other_options_and_devices_are_told(tiny, monkeypatch, capsys):
     assert run(tiny, "--speed", "--set", "max-update=3") == 0
     assert "other options" not in capsys.readouterr().out
     assert run(tiny, "--speed", "--set", "mem-len=4") == 0
-    assert "lamemo's tokens/s and memory are of other options than the table's: --mem-len 4 (table: 16)." in (
+    assert "lamemo's tokens/s and memory are of other options or data than the table's: --mem-len 4 (table: 16)." in (
         capsys.readouterr().out
     )
     assert run(tiny, "--speed") == 0
     capsys.readouterr()
     tiny.write_text(tiny.read_text().replace("mem-len: 16", "mem-len: 8"))
     assert run(tiny, "--render") == 0
-    told = "lamemo's tokens/s and memory are of other options than the table's: --mem-len 16 (table: 8)."
+    told = "lamemo's tokens/s and memory are of other options or data than the table's: --mem-len 16 (table: 8)."
     assert told in capsys.readouterr().out
     rates = read(tiny.parent / "out" / "speed.json")
     del rates["lamemo"]["options"], rates["lamemo"]["streams"]
@@ -195,7 +195,10 @@ def test_rates_of_other_options_and_devices_are_told(tiny, monkeypatch, capsys):
     (tiny.parent / "out" / "speed.json").write_text(json.dumps(rates))
     assert run(tiny, "--render") == 0
     text = capsys.readouterr().out
-    assert "lamemo's tokens/s and memory are of other options than the table's: --fp16 True (table: not given)." in text
+    assert (
+        "lamemo's tokens/s and memory are of other options or data than the table's: --fp16 True (table: not given)."
+        in text
+    )
     assert "on several devices or versions, within which alone to compare them (" in text and ": lamemo" in text
 
 

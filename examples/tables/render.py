@@ -245,7 +245,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
             f"Tokens/s and memory: each row alone for a few updates, on {escaped(speed.devices(alone))} (`speed.json`)."
         )
     for name, other in speed.otherwise(plan, alone).items():
-        told = f"{name}'s tokens/s and memory are of other options than the table's: {'; '.join(other)}."
+        told = f"{name}'s tokens/s and memory are of other options or data than the table's: {'; '.join(other)}."
         sections.append(escaped(told))
     sections += _sweeps(plan, results, digits)
     sources = {table.rows[name].paper.source: None for name in beside if table.rows[name].paper.source}

@@ -14,8 +14,8 @@ from .validation import is_mapping, is_nothing, is_number, is_text, values
 
 # Options without use in a few updates.
 _OFF = ("validate-interval-updates", "save-interval-updates", "lr-period-updates", "warmup-updates")
-# Options on which a rate does not depend.
-_APART = (*_OFF, "log-interval", "max-update")
+# Options on which a rate does not depend, and the data, which a table names apart.
+_APART = (*_OFF, "log-interval", "max-update", "data")
 
 FIGURES = ("tokens_per_second", "tokens_an_update", "device_memory_gib", "host_memory_gib")
 RATE = {
@@ -111,6 +111,7 @@ def _trained(plan: Plan, row: str, changes: Mapping[str, Any]) -> Dict[str, Any]
     """Return what a row's rate depends on, as JSON."""
     options = commands.training_options(plan.table, row, changes)
     return {
+        "data": str(options.get("data", plan.table.data)),  # a large vocabulary takes its time
         "streams": streams(plan.table, row),
         "options": {name: value for name, value in options.items() if name not in _APART},
     }
@@ -127,7 +128,8 @@ def otherwise(plan: Plan, rates: Dict[str, Any]) -> Dict[str, List[str]]:
 
 
 def _named(trained: Dict[str, Any]) -> Dict[str, Any]:
-    return {"streams": trained["streams"], **{f"--{name}": value for name, value in trained["options"].items()}}
+    options = {f"--{name}": value for name, value in trained["options"].items() if name not in _APART}
+    return {"streams": trained["streams"], **options, "data": trained["data"]}
 
 
 def devices(rates: Dict[str, Any]) -> str:
