@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lamemo_fairseq.core import LanguageModel
 from lamemo_fairseq.core.decoding.state import DecodingState
+from lamemo_fairseq.core.kernels import aligned
 from lamemo_fairseq.core.memory.compressive import COMPRESSIONS, attention
 
 from ..gpus import DEVICE
@@ -114,6 +115,13 @@ def test_the_loss_has_the_gradient_of_the_papers(compression, loss):
                 found.append(changed.read(tokens[0, 10:])[1])
             expected = 3 * (found[0] - found[1]) / 2e-5
             assert float(parameter.grad.flatten()[entry]) == pytest.approx(expected, rel=1e-5, abs=1e-8), name
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_loss_is_the_papers_with_padded_heads_too(padded, monkeypatch):
+    """Heads of 5 columns become 8 on a GPU: zeros change neither the scores' factor nor the mean."""
+    monkeypatch.setattr(aligned, "matters", lambda x: padded)
+    assert_equals_paper(decoder_of(decoder_head_dim=5))
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["post-norm", "pre-norm"])

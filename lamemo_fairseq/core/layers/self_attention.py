@@ -102,8 +102,9 @@ class SelfAttention(nn.Module):
             q_rows, kv_rows = project_last(wide(new), wide(rows), fitting, shared_of(new))
         else:
             q_weight, kv_weight = weight.split([width, 2 * width])
-            kv_rows = aligned.linear(wide(rows), kv_weight)
-            q_rows = aligned.linear(wide(rows)[:, rows.size(1) - queries :], q_weight)
+            every = wide(rows)
+            kv_rows = aligned.linear(every, kv_weight)
+            q_rows = aligned.linear(every[:, rows.size(1) - queries :], q_weight)
         k, v = split_heads(kv_rows, 2, heads)
         return self._split_heads(q_rows), k, v
 

@@ -82,15 +82,20 @@ class _ContentAttention(nn.Module):
     def forward(self, rows: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():  # otherwise the backward pass would go through the attention for nothing
             q, k, v = self._project(torch.cat([old, rows], dim=1), rows.size(1))
-            seen = F.scaled_dot_product_attention(q, k[:, :, : old.size(1)], v[:, :, : old.size(1)])
+            seen = self._attend(q, k[:, :, : old.size(1)], v[:, :, : old.size(1)])
         _, k, v = self._project(new.to(rows), 0)
-        return seen, F.scaled_dot_product_attention(q, k, v)
+        return seen, self._attend(q, k, v)
 
     def _project(self, rows: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.layer.self_attn.project(self.layer.attention_input(rows), queries)
+        # Heads of a size that PyTorch's attention would have to pad, and copy, come padded.
+        q, k, v = self.layer.self_attn.project(self.layer.attention_input(rows), queries, keep_padding=True)
         return q, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attention = self.layer.self_attn
+        return F.scaled_dot_product_attention(q, k, v, scale=attention.scale)[..., : attention.config.head_dim]
 
 
 def _square_distance(one: Tensor, other: Tensor) -> Tensor:
     exact = torch.promote_types(one.dtype, torch.float32)
-    return (one.to(exact) - other.to(exact)).square().flatten(1).mean(1)
+    return (one.to(exact) - other.to(exact)).square().mean(tuple(range(1, one.dim())))
