@@ -155,6 +155,13 @@ def test_options_that_fairseq_train_does_not_know_are_refused_before_any_trainin
     assert run(tiny) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: row 'lamemo': option --drop-out is not known: did you mean --dropout")
+    tiny.write_text(tiny.read_text().replace("{arch: lamemo_lm, drop-out: 0.1}", "{arch: lamemo_ml}"))
+    assert run(tiny) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: row 'lamemo': --arch lamemo_ml is not known: did you mean lamemo_lm")
+    assert run(tiny, "--set", "optimizer=adan") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --set: --optimizer adan is not known: did you mean adam")
 
 
 @pytest.mark.parametrize(

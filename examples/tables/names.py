@@ -12,7 +12,7 @@ _CHOICES = ("user-dir", "task", "arch", "criterion", "optimizer", "lr-scheduler"
 
 
 class _Unreadable(Exception):
-    """The parser cannot be made: the command itself will say what is wrong."""
+    """A value is none of an option's choices."""
 
 
 def known(command: str, where: str, given: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
@@ -25,7 +25,7 @@ def known(command: str, where: str, given: Mapping[str, Any], changes: Mapping[s
         changes: those of them from ``--set``.
 
     Raises:
-        TableError: a name is not known; the message has the nearest known one.
+        TableError: a name, or a choice such as that of --arch, is not known; the message has the nearest known one.
     """
     from fairseq import options  # takes seconds to import
 
@@ -41,7 +41,11 @@ def known(command: str, where: str, given: Mapping[str, Any], changes: Mapping[s
     try:
         with CommandLine.unchecked():
             options.parse_args_and_arch(parser, words, parse_known=True)
-    except (_Unreadable, LookupError, RuntimeError, OSError, ImportError):
+    except _Unreadable as error:
+        message = CommandLine(parser, words).in_words(str(error))
+        refused = next((name for name in chosen if message.startswith(f"--{name} ")), "")
+        raise TableError(f"{'--set' if refused in changes else where}: {message}") from None
+    except (LookupError, RuntimeError, OSError, ImportError):
         return
     names = {"data", *(option.removeprefix("--") for option in parser._option_string_actions)}
     for name, value in given.items():

@@ -89,7 +89,7 @@ class CommandLine:
         self._check_what_fairseq_misreads()
 
         def error(message: str) -> NoReturn:
-            raise ValueError(self._in_words(message)) from None
+            raise ValueError(self.in_words(message)) from None
 
         self.parser.error = error  # type: ignore[method-assign]
         read_in_words(self.parser)
@@ -157,7 +157,7 @@ class CommandLine:
         if len({word[-4:] for word in precisions}) > 1:  # fairseq's error would be about TPUs
             raise ValueError(f"{' and '.join(precisions)} exclude each other: pass one")
 
-    def _in_words(self, message: str) -> str:
+    def in_words(self, message: str) -> str:
         """Return an error of argparse with its remedy."""
         if match := re.match(r"unrecognized arguments: (.*)", message, flags=re.DOTALL):
             names = [word.split("=", 1)[0] for word in match[1].split() if word.startswith("-")]
