@@ -3,6 +3,7 @@
 Without a GPU they run in Triton's interpreter, in float32 and float16 (its bfloat16 is wrong).
 """
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,31 @@ def test_histograms_are_the_plain_ones(shape):
     assert torch.equal(found, sampling.by_kernel(low))
 
 
+@pytest.mark.parametrize(("streams", "count"), [(1, 1), (3, 7), (2, 40), (0, 3)])
+@pytest.mark.parametrize("empty", [0, 0.9, 1])
+def test_quantiles_are_the_plain_ones(streams, count, empty):
+    """Where bins are empty a quantile may move far by rounding, but not in the histogram's cumulated mass."""
+    generator = torch.Generator().manual_seed(0)
+    mass = torch.rand(streams, BINS, generator=generator) * (torch.rand(streams, BINS, generator=generator) >= empty)
+    found = sampling.quantiles_by_kernel(mass.to(DEVICE), count)
+    assert found.shape == (streams, count) and found.dtype == torch.float32
+    assert torch.equal(found, sampling.quantiles_by_kernel(mass.to(DEVICE), count))
+    shares = mass.double() / mass.double().sum(-1, keepdim=True).clamp(min=1e-30) + sampling.FLOOR
+    below = torch.cat([torch.zeros(streams, 1), shares.cumsum(-1)], dim=-1).numpy()
+    for points, cumulated in zip(found.cpu().double().numpy(), below, strict=True):
+        levels = (np.arange(count) + 0.5) / count * cumulated[-1]
+        np.testing.assert_allclose(np.interp(points * BINS, np.arange(BINS + 1), cumulated), levels, rtol=0, atol=1e-6)
+    if empty == 0:
+        close(found, sampling.quantiles(mass.double(), count), 1e-5)
+
+
+def test_quantiles_of_what_is_no_number_stay_visible():
+    mass = torch.rand(2, BINS)
+    mass[0, 5] = torch.nan
+    found = sampling.quantiles_by_kernel(mass.to(DEVICE), 4)
+    assert found[0].isnan().all() and not found[1].isnan().any()
+
+
 def test_what_the_kernels_leave_to_pytorch(monkeypatch):
     monkeypatch.setattr(rows, "fusable", lambda t: t.dtype in rows.DTYPES)
     assert basis.takes(torch.zeros(1)) and not basis.takes(torch.zeros(1, dtype=torch.float64))
@@ -107,7 +133,14 @@ def test_a_model_computes_the_same_with_and_without(options, monkeypatch):
 
 def compile_all(dtype: str) -> dict:
     """Compile every kernel for sm_90, with few basis functions and many; run in a process without the interpreter."""
-    launches = [(sampling_kernel.histogram_kernel, {}, {"BINS": BINS, "ROWS": 16, "num_warps": 4})]
+    launches = [
+        (sampling_kernel.histogram_kernel, {}, {"BINS": BINS, "ROWS": 16, "num_warps": 4}),
+        (
+            sampling_kernel.quantile_kernel,
+            {"floor": "fp32", "tiny": "fp32"},
+            {"BINS": BINS, "BLOCK": sampling_kernel.SAMPLES, "num_warps": 4},
+        ),
+    ]
     for count in (76, 512):
         tile = basis_kernel._tile(count)
         launches.append((basis_kernel.expectation_kernel, {"p_out": f"*{dtype}"}, tile))
@@ -122,4 +155,4 @@ def compile_all(dtype: str) -> dict:
 
 
 def test_no_spills():
-    assert [len(found) for found in usages(__name__, ["bf16"], ["fp32"])] == [5, 5]
+    assert [len(found) for found in usages(__name__, ["bf16"], ["fp32"])] == [6, 6]

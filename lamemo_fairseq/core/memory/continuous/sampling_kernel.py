@@ -1,9 +1,9 @@
-"""Triton kernel: a histogram of Gaussian densities, summed over queries.
+"""Triton kernels: a histogram of Gaussian densities, summed over queries, and its quantiles.
 
 Every program adds up some of the queries, and the programs' sums are added in order, so that runs agree to the last
 bit.
 
-Shapes: B streams, T densities of each, P programs.
+Shapes: B streams, T densities of each, P programs, S samples.
 """
 
 import torch
@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kernels.shared_kernels import TILE, programs
+
+SAMPLES = 16  # of a program
 
 
 @triton.jit
@@ -38,3 +40,35 @@ def histogram(mean: Tensor, variance: Tensor, bins: int) -> Tensor:
     if partial.numel():
         histogram_kernel[(count, streams)](mean, variance, partial, queries, BINS=bins, ROWS=tile_rows, num_warps=4)
     return partial.sum(1, dtype=torch.float32)
+
+
+@triton.jit
+def quantile_kernel(p_mass, p_out, S, floor, tiny, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write quantiles of one stream's histogram, at the middles of S equal parts."""
+    stream, bins = tl.program_id(0).to(tl.int64), tl.arange(0, BINS)
+    sample = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    b_mass = tl.load(p_mass + stream * BINS + bins)
+    b_probability = b_mass / tl.maximum(tl.sum(b_mass, 0), tiny) + floor
+    b_upto = tl.cumsum(b_probability, 0)
+    level = (sample + 0.5) / S * tl.sum(tl.where(bins == BINS - 1, b_upto, 0.0), 0)
+    # [BLOCK, BINS]
+    index = tl.minimum(tl.sum((b_upto[None, :] <= level[:, None]).to(tl.int32), 1), BINS - 1)
+    below = tl.sum(tl.where(bins[None, :] + 1 == index[:, None], b_upto[None, :], 0.0), 1)
+    there = tl.sum(tl.where(bins[None, :] == index[:, None], b_probability[None, :], 0.0), 1)
+    inside = (level - below) / there
+    inside = tl.where(inside < 0, 0.0, tl.where(inside > 1, 1.0, inside))  # NaN stays, as in PyTorch's clamp
+    tl.store(p_out + stream * S + sample, (index + inside) / BINS, sample < S)
+
+
+def quantiles(mass: Tensor, count: int, floor: float) -> Tensor:
+    """Return the quantiles ``[B, S]`` of contiguous ``[B, bins]`` in float32 at the middles of S = *count* equal parts.
+
+    Args:
+        floor: is added to the share of every bin.
+    """
+    out, (streams, bins) = mass.new_empty(mass.size(0), count), mass.shape
+    if out.numel():
+        quantile_kernel[(streams, triton.cdiv(count, SAMPLES))](
+            mass, out, count, floor, torch.finfo(mass.dtype).tiny, BINS=bins, BLOCK=SAMPLES, num_warps=4
+        )
+    return out
