@@ -9,7 +9,7 @@ work=work/quickstart
 step="the installation" log=""
 failed() {
     if [ -n "$log" ]; then tail -n 15 "$log" >&2; fi
-    echo "quickstart: $step failed; the lines above say why. Run it again to start over." >&2
+    echo "quickstart: $step failed; the lines above say why. Once that is mended, run it again: it starts over." >&2
 }
 trap failed ERR
 begin() { # a step, whose log is the second argument

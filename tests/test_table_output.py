@@ -41,6 +41,18 @@ def test_reported_values_stand_in_no_recipe_of_other_options(tiny, capsys):
             assert ("(reported " in capsys.readouterr().out) is (not changed)
 
 
+def test_a_page_has_a_column_for_reported_values_if_there_are_some(tmp_path):
+    shown = ROOT / "examples" / "novels" / "words-quarter"
+    results, table = shutil.copytree(shown / "results", tmp_path / "results"), tmp_path / "table.yaml"
+    for paper in ("", "\n    paper: {valid: 12.5, source: Somebody 2022}"):
+        table.write_text(
+            (shown / "table.yaml").read_text().replace("title: LaMemo, dropout .2", f"title: LaMemo{paper}")
+        )
+        assert run(table, "--render", "--results", results) == 0
+        page = (results / "table.md").read_text()
+        assert ("| reported valid / test |" in page) == ("12.5 / -" in page) == bool(paper)
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_read_enough_is_no_error(unbuffered, tmp_path):
     """As by `| head`. What is rendered is written before."""

@@ -211,7 +211,9 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
     splits = table.evaluation.subsets
     beside, alone = beside_reported(plan, results), speed.read(plan)
     measured = ["parameters", "tokens/s", "memory GiB", "training s"]
-    head = ["model", *splits, "reported " + " / ".join(splits), *measured, "seeds"]
+    papers = {name: reported(row, splits) if name in beside else "" for name, row in table.rows.items()}
+    of_papers = ["reported " + " / ".join(splits)] if any(papers.values()) else []
+    head = ["model", *splits, *of_papers, *measured, "seeds"]
     lines = []
     for name, row in table.rows.items():
         of_row = results[name]
@@ -221,7 +223,7 @@ def markdown(plan: Plan, runs: Sequence[Run], results: Dict[str, List[Result]]) 
             [
                 escaped(row.title),
                 *(shown(values(plan, of_row, Evaluation(subset)), digits, seeds) for subset in splits),
-                reported(row, splits) if name in beside else "",
+                *(papers[name] for _ in of_papers),
                 shown(trained(of_row, "parameters")[:1], 0),
                 shown(rates(plan, name, of_row), 0, in_runs),
                 shown(memory(plan, name, of_row), 2, in_runs),
