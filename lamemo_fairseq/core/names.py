@@ -102,8 +102,8 @@ def _names_read(member: object) -> Set[str]:
 
 def hiding_folder(root: Union[str, Path]) -> Optional[Path]:
     """Return a package within the packages of *root* that Python imports in place of a module with its name, if any."""
-    packages = (path.with_suffix("") for path in Path(root).glob("*/*.py"))
-    return next((package for package in packages if (package / "__init__.py").exists()), None)
+    packages = (path.parent for path in Path(root).glob("*/*/__init__.py"))
+    return next((package for package in packages if package.with_suffix(".py").exists()), None)
 
 
 def nearest_path(path: Union[str, Path]) -> str:
